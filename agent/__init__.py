@@ -1,0 +1,1 @@
+"""A question in, a trajectory out. Sees of `retriever_server` only the client, the wire and the interface."""

@@ -1,0 +1,70 @@
+"""What an engine is: token ids in, token ids and log-probs out.
+
+An engine decodes only to find the stop strings. It keeps sampled ids whole: where a stop string ends
+inside a token, that token stays as it was sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from data.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw the tokens of one completion. `temperature=0` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    max_tokens: int = 500
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    """Of this completion alone; None draws from the engine's generator."""
+
+    def __post_init__(self) -> None:
+        for ok, name, allowed in (
+            (self.temperature >= 0, "temperature", ">= 0"),
+            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
+            (self.top_k >= 0, "top_k", ">= 0"),
+            (self.max_tokens >= 1, "max_tokens", ">= 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"sampling.{name} = {getattr(self, name)}: must be {allowed}")
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """A stop string, or the end-of-sequence token, was written."""
+    LENGTH = "length"
+    """`max_tokens` or the context of the model ran out."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine sampled; `logprobs` of exactly these tokens under the sampling temperature."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    weights_version: int
+
+
+class Engine(Protocol):
+    """Serves many trajectories at once; each awaits only its own completion."""
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str
+    ) -> Completion:
+        """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache."""
+        ...
+
+    async def release(self, trajectory_id: str) -> None:
+        """Forget the trajectory; its place is free for another."""
+        ...

@@ -1,0 +1,97 @@
+"""The token ledger: what was put in front of the policy, what it wrote, what came back.
+
+A trajectory is a list of segments. Token ids, loss mask and log-probs are read off the segments and
+stored nowhere else, and no text is ever encoded again: the tokens sampled are the tokens trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from data.records import Hit, Question
+
+
+class SegmentKind(StrEnum):
+    """Who wrote a span of tokens."""
+
+    PROMPT = "prompt"
+    POLICY = "policy"
+    OBSERVATION = "observation"
+
+
+class StopReason(StrEnum):
+    """Why a trajectory ended."""
+
+    ANSWERED = "answered"
+    """The policy gave an answer."""
+    TURN_LIMIT = "turn_limit"
+    """The last allowed turn was no answer."""
+    TOKEN_LIMIT = "token_limit"
+    """The context has no room for another turn."""
+    SEARCH_FAILED = "search_failed"
+    """The retriever could not be reached; the trajectory stays out of the loss."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One span of a trajectory. `text` is for people; training reads `token_ids` only."""
+
+    kind: SegmentKind
+    token_ids: list[int]
+    text: str
+    logprobs: list[float] | None = None
+    """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY."""
+    weights_version: int = 0
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """One search: what was asked, what came back, how long it took, or why it failed."""
+
+    query: str
+    hits: list[Hit]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A finished rollout of one question."""
+
+    question: Question
+    segments: list[Segment]
+    stop_reason: StopReason
+    answer: str | None = None
+    searches: list[SearchRecord] = field(default_factory=list)
+    invalid_actions: int = 0
+    valid_format: bool = False
+    """Every policy turn is one well-formed action of the protocol, and the last one is an answer."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens in order, prompt first."""
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 where the policy wrote the token, else 0; same length as `token_ids`."""
+        return [
+            int(segment.kind is SegmentKind.POLICY)
+            for segment in self.segments
+            for _ in segment.token_ids
+        ]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The sampler's log-prob of each policy token, 0.0 elsewhere; same length as `token_ids`."""
+        return [
+            value
+            for segment in self.segments
+            for value in (segment.logprobs or [0.0] * len(segment.token_ids))
+        ]
+
+    @property
+    def policy_text(self) -> str:
+        """What the policy wrote, its turns joined; never a word of the prompt or of a passage."""
+        return "".join(s.text for s in self.segments if s.kind is SegmentKind.POLICY)

@@ -1,0 +1,1 @@
+"""What lies on disk, and how it is judged by gold. The lowest floor: imports nothing of ours from above."""

@@ -1,0 +1,55 @@
+"""Every error a caller may want to catch, and what it means.
+
+SleuthError
+├── ConfigError            our caller is wrong: a value, an argument, a combination
+├── DataError              a file is not what it should be: path, line, what is wrong
+├── StorageError           the disk is full or refuses to be written
+├── RetrieverError         the retriever, seen from the client
+│   ├── RetrieverUnavailable   nobody answers, or answers 5xx, until the deadline
+│   ├── RetrieverTimeout       it took longer than the deadline
+│   └── RetrieverRefused       it answered 4xx: the request is wrong and a retry is useless
+├── EngineError            the engine died or was asked for what it cannot do
+└── RunStopped             training stopped on purpose with its state saved
+
+`scripts/__main__.py` prints any of them as one line, exit status 2, no traceback.
+"""
+
+
+class SleuthError(Exception):
+    """Base of all errors that Sleuth raises on purpose."""
+
+
+class ConfigError(SleuthError, ValueError):
+    """A configuration value or argument is wrong: says what was given, what is allowed, and where."""
+
+
+class DataError(SleuthError, ValueError):
+    """A file is malformed: says which file, which line, and what is wrong with it."""
+
+
+class StorageError(SleuthError, OSError):
+    """Writing failed (disk full, no permission); what was there before is still there."""
+
+
+class RetrieverError(SleuthError):
+    """A search could not be answered. Never turned into an empty result."""
+
+
+class RetrieverUnavailable(RetrieverError):
+    """No server answers, or it answers 5xx, until the deadline has passed."""
+
+
+class RetrieverTimeout(RetrieverError):
+    """A request took longer than the deadline allows."""
+
+
+class RetrieverRefused(RetrieverError):
+    """The server answered 4xx: the request itself is wrong, so it is not retried."""
+
+
+class EngineError(SleuthError):
+    """The engine died, or was asked for something it cannot do."""
+
+
+class RunStopped(SleuthError):
+    """The run stopped before its end with its state saved; the message says how to go on."""

@@ -1,0 +1,47 @@
+"""The records that flow between the floors. All frozen, all plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Written into everything that goes to disk."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One retrievable unit of text. `id` is unique in its corpus."""
+
+    id: str
+    text: str
+    title: str = ""
+
+    @property
+    def contents(self) -> str:
+        '''Search-R1's single field: the quoted title, a newline, the text.   -> '"Lyon"\\nLyon is ...\''''
+        return f'"{self.title}"\n{self.text}' if self.title else self.text
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with one or more accepted answers. `id` is unique over all question sets of a run.
+
+    metadata: free JSON values; Sleuth reads `kind` (a label such as "two_hop", for scores by kind)
+    and `cluster` (the unit that the bootstrap resamples, such as an entity).
+    """
+
+    id: str
+    text: str
+    gold_answers: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage found, its score, and the index generation that found it."""
+
+    passage: Passage
+    score: float
+    generation: str

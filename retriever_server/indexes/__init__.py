@@ -1,0 +1,1 @@
+"""Indexes behind the `Retriever` interface; each file wraps one library."""
