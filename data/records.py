@@ -20,7 +20,7 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        '''Search-R1's single field: the quoted title, a newline, the text.   -> '"Lyon"\\nLyon is ...\''''
+        """Search-R1's single field: the quoted title, a newline, the text."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
