@@ -1,0 +1,126 @@
+"""The `sleuth` command: a table of commands, one line for an error that is the user's to mend.
+
+Nothing heavy is imported here, so `sleuth --help` answers at once. A command is a module of this
+package with a `main` whose typed signature and docstring are its command line (`command_line.py`).
+
+Exit status: 0 done, 1 our bug (with its traceback), 2 a one-line error, 130 interrupted.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+from typing import NamedTuple
+
+from data.errors import ConfigError, SleuthError
+
+
+class Command(NamedTuple):
+    """A module with a `main`, its line in `sleuth --help`, the option that needs no name."""
+
+    module: str
+    help: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "quickstart": Command("scripts.quickstart", "corpus to trained policy, end to end, on a CPU"),
+    "atlas": Command("scripts.atlas", "write the embedded corpus and its questions to a folder"),
+    "index": Command("scripts.index", "build an index from a corpus"),
+    "serve": Command("scripts.serve", "serve an index over HTTP"),
+    "search": Command("scripts.search", "print the passages found for a query", "query"),
+    "ask": Command("scripts.ask", "watch a policy search and answer a question", "question"),
+    "warm-start": Command("scripts.warm_start", "fine-tune a policy on demonstrations"),
+    "train": Command("scripts.train", "train a policy by reinforcement learning"),
+    "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
+    "report": Command("scripts.report", "write report.html of a run folder", "run"),
+}
+QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")
+STDOUT = 1
+USER_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status of `sleuth ARGV...`; errors of the user's are one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return dispatch(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught, not at exit
+    except KeyboardInterrupt as error:
+        return complain(str(error) or "interrupted", 130)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        return complain("whoever read our output has stopped reading", 2)
+    except SleuthError as error:
+        return complain(str(error), 2)
+    except USER_FILE_ERRORS as error:
+        if error.filename is None:
+            raise
+        return complain(f"{error.strerror}: {error.filename}", 2)
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run the command that argv names; help and version need no command module."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"sleuth {importlib.metadata.version('sleuth-rl')}")
+        return 0
+    name, arguments = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ConfigError(unknown_command(name))
+    from scripts.command_line import call  # jsonargparse: 0.1 s that --help does not need
+
+    command = COMMANDS[name]
+    configure_process()
+    run = importlib.import_module(command.module).main
+    return call(run, arguments, prog=f"sleuth {name}", positional=command.positional) or 0
+
+
+def usage() -> str:
+    """What `sleuth --help` prints."""
+    rows = "\n".join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())
+    return (
+        "usage: sleuth COMMAND [--config FILE.yaml] [--key value ...]\n\n"
+        "Train language models to search.\n\n"
+        f"{rows}\n\n"
+        "`sleuth COMMAND --help` lists the options of a command; `sleuth --version` the version."
+    )
+
+
+def unknown_command(name: str) -> str:
+    """The one-line complaint about a command that is none, with the closest that is."""
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(COMMANDS)}"
+    return f"unknown command '{name}': {hint}"
+
+
+def configure_process() -> None:
+    """Log to stderr in short lines, and let idle threads sleep."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Read by OpenMP when torch is first imported: a waiting thread must not spin on a core that
+    # the retriever server beside it could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def complain(message: str, status: int) -> int:
+    """Print one line on stderr, and give the exit status back."""
+    print(f"sleuth: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

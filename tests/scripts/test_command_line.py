@@ -1,0 +1,212 @@
+"""The command line: flat configurations, one-line errors, exit statuses."""
+
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from data.errors import DataError
+from scripts import __main__ as sleuth
+from scripts.command_line import name_positional
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How to learn."""
+
+    learning_rate: float = 1e-6
+    """Step size of AdamW."""
+    advantage: Literal["grpo", "rloo"] = "grpo"
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate: got {self.learning_rate}, must be above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run."""
+
+    out: Path
+    """The run folder."""
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    steps: int = 3
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `sleuth fake ...` -> (status, what its main got, stdout, stderr)."""
+
+    def run_command(main, *argv, positional=None):
+        got = []
+        fake = types.ModuleType("fake_command")
+        fake.main = main(got)
+        monkeypatch.setitem(sys.modules, "fake_command", fake)
+        monkeypatch.setitem(
+            sleuth.COMMANDS, "fake", sleuth.Command("fake_command", "a fake", positional)
+        )
+        try:
+            status = sleuth.main(["fake", *map(str, argv)])
+        except SystemExit as stop:  # --help and --print_config
+            status = stop.code
+        return status, got, *capsys.readouterr()
+
+    return run_command
+
+
+def takes_config(got):
+    def main(config: Config):
+        """Train something."""
+        got.append(config)
+
+    return main
+
+
+def takes_arguments(got):
+    def main(question: str, top_k: int = 3):
+        """Answer a question."""
+        got.append((question, top_k))
+
+    return main
+
+
+def raises(error):
+    def build(got):
+        def main():
+            """Fail."""
+            raise error
+
+        return main
+
+    return build
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_dataclass_appears_flat_and_the_command_line_wins_over_the_file(run, tmp_path):
+    recipe = write(tmp_path / "r.yaml", "out: a\nsteps: 7\nalgorithm:\n  learning_rate: 1e-4\n")
+    status, got, *_ = run(takes_config, "--config", recipe, "--algorithm.learning_rate", "3e-6")
+    assert status == 0
+    assert got == [Config(out=Path("a"), steps=7, algorithm=Algorithm(learning_rate=3e-6))]
+
+
+def test_print_config_round_trips(run, tmp_path):
+    first = run(takes_config, "--out", "x", "--algorithm.advantage", "rloo", "--print_config")
+    assert first[0] == 0 and first[1] == []
+    recipe = write(tmp_path / "r.yaml", first[2])
+    assert yaml.safe_load(first[2])["algorithm"]["advantage"] == "rloo"
+    _, got, *_ = run(takes_config, "--config", recipe)
+    assert got == [Config(out=Path("x"), algorithm=Algorithm(advantage="rloo"))]
+
+
+def test_field_docstrings_become_the_help(run):
+    status, _, out, _ = run(takes_config, "--help")
+    assert status == 0 and "Step size of AdamW." in out and "Train something." in out
+
+
+ONE_LINE_ERRORS = {
+    "out: x\nalgorithm:\n  learning_rat: 1\n": "{file}, line 3: unknown key algorithm.learning_rat;"
+    " did you mean algorithm.learning_rate?",
+    "out: x\nzzzz: 1\n": "{file}, line 2: unknown key zzzz; allowed: out, algorithm.learning_rate",
+    "out: x\nalgorithm:\n  advantage: gae\n": "{file}, line 3: algorithm.advantage: got 'gae', "
+    "expected one of 'grpo', 'rloo'",
+    "out: x\nalgorithm: 3\n": "{file}, line 2: algorithm: got 3, allowed: algorithm.learning_rate",
+    "out: x\nsteps: null\n": "{file}, line 2: steps: got null, expected int",
+    "out: x\nsteps: 1.5\n": "{file}, line 2: steps: got '1.5', expected int",
+    "out: x\nalgorithm:\n  learning_rate: -1\n": "learning_rate: got -1.0, must be above 0",
+    "out: x\n  steps: 1\n": "{file}, line 2: not YAML: mapping values are not allowed here",
+    "steps: 1\n": "missing: --out (see sleuth fake --help)",
+    "- 1\n": "{file}, line 1: keys and values are expected",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), ONE_LINE_ERRORS.items())
+def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(
+    run, tmp_path, text, message
+):
+    recipe = write(tmp_path / "r.yaml", text)
+    status, got, _, err = run(takes_config, "--config", recipe)
+    assert status == 2 and not got
+    assert err.startswith("sleuth: " + message.format(file=recipe)) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "x", "--step", "3"], "unknown key step; did you mean steps?"),
+        (["--out", "x", "--steps", "many"], "steps: got 'many', expected int"),
+        (["--config", "none.yaml"], "--config none.yaml: No such file or directory"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(run, argv, message):
+    status, _, _, err = run(takes_config, *argv)
+    assert (status, err) == (2, f"sleuth: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["who: is it?", "--top_k", "5"],
+        ["--top_k", "5", "who: is it?"],
+        ["--top_k=5", "who: is it?"],
+        ["--question", "who: is it?", "--top_k=5"],
+    ],
+)
+def test_the_natural_argument_needs_no_name(run, argv):
+    assert run(takes_arguments, *argv, positional="question")[1] == [("who: is it?", 5)]
+
+
+def test_only_one_value_is_named_and_the_rest_is_refused(run):
+    assert name_positional(["a", "b"], "q") == ["--q=a", "b"]
+    status, _, _, err = run(takes_arguments, "who", "is", "it", positional="question")
+    assert status == 2 and "unrecognized arguments: is it" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (DataError("corpus.jsonl, line 3: no id"), 2, "corpus.jsonl, line 3: no id"),
+        (FileNotFoundError(2, "No such file or directory", "c.jsonl"), 2, "c.jsonl"),
+        (BrokenPipeError(), 2, "stopped reading"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("go on with: sleuth train"), 130, "go on with: sleuth train"),
+    ],
+)
+def test_errors_that_are_not_ours_are_one_line(run, monkeypatch, error, status, line):
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    got_status, _, _, err = run(raises(error))
+    assert got_status == status and err.count("\n") == 1
+    assert err.startswith("sleuth: ") and line in err
+
+
+@pytest.mark.parametrize("error", [ValueError("shape"), KeyError("k")])
+def test_our_own_bugs_keep_their_traceback(run, error):
+    with pytest.raises(type(error)):
+        run(raises(error))
+
+
+def test_an_unknown_command_names_the_closest(capsys):
+    assert sleuth.main(["evalute"]) == 2
+    assert (
+        capsys.readouterr().err == "sleuth: unknown command 'evalute': did you mean 'evaluate'?\n"
+    )
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = (
+        "import sys; from scripts.__main__ import main\n"
+        "assert main([]) == main(['--help']) == main(['--version']) == 0\n"
+        "print({'torch', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in sleuth.COMMANDS)
+    assert "sleuth 0." in done.stdout and lines[-1] == "set()"
