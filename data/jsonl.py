@@ -1,0 +1,209 @@
+"""JSON lines and JSON on disk: a wrong line is named, a file is written whole or not at all.
+
+A file whose name ends in .gz is read and written compressed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from data.errors import DataError, SleuthError, StorageError
+
+
+def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file, one at a time; blank lines are skipped.
+
+    tolerate_cut_tail: leave out a last line that has no newline and does not parse (a writer was
+    killed in mid-line). Raises DataError "FILE:LINE: what is wrong"; at once where no file is.
+    """
+    return (record for _, record in numbered_jsonl(path, tolerate_cut_tail))
+
+
+def numbered_jsonl(
+    path: str | Path, tolerate_cut_tail: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, each object with its line number, counted from 1."""
+    _check_is_file(Path(path))
+    return _numbered_objects(Path(path), tolerate_cut_tail)
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object on one line, byte order mark or not; ValueError says what else it is."""
+    try:
+        value = json.loads(line.decode("utf-8-sig").rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 (byte {error.start + 1} of the line)") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object {{...}}, found {_JSON_NAMES[type(value)]}")
+    return value
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one object a line; the old file stays until all are on disk. Raises StorageError."""
+    with atomic_write(path, "wb") as file:
+        if Path(path).suffix == ".gz":
+            # No name and no time inside: the same records give the same bytes.
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                packed.writelines(map(_line, records))
+        else:
+            file.writelines(map(_line, records))
+
+
+def append_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add objects to the end of an uncompressed file; they are on disk when this returns.
+
+    A last line that a crash cut short is removed first, so that nothing is glued to it.
+    Raises StorageError.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            _mend_tail(file)
+            file.writelines(map(_line, records))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file; DataError with line and column where it is malformed or missing."""
+    _check_is_file(Path(path))
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, replacing the file as a whole; StorageError if that fails."""
+    with atomic_write(path, "wb") as file:
+        file.write(_encode(value, indent=2) + b"\n")
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write ("w": UTF-8 text, "wb": bytes) that replaces `path` when the block ends well.
+
+    Until then it is a temporary file in the same folder, which is made if missing; if the block
+    fails, that one is removed and the old file stays. Raises StorageError where the disk refuses.
+    """
+    path = Path(os.path.realpath(path))  # through a link, so that the link stays one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if _is_foreign(error, temporary, path):
+            raise
+        raise StorageError(f"{path}: cannot be written: {_reason(error)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+_JSON_NAMES = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _numbered_objects(path: Path, tolerate_cut_tail: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    number, line = 0, b""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                    yield number, parse_line(line)
+    except SleuthError:
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {number}: {_reason(error)}") from error
+    except ValueError as error:
+        # Only the last line of a file can lack its newline.
+        if not (tolerate_cut_tail and not line.endswith(b"\n")):
+            raise DataError(f"{path}:{number}: {error}") from error
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+
+
+def _encode(value: Any, indent: int | None = None) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: only an escape can hold it
+        return json.dumps(value, indent=indent).encode()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return _encode(record) + b"\n"
+
+
+def _mend_tail(file: IO[bytes]) -> None:
+    """Make the file end in a newline: after a whole last object, or by cutting off a broken one."""
+    end = file.seek(0, os.SEEK_END)
+    tail = b""
+    while end and b"\n" not in tail:
+        step = min(end, 1 << 16)
+        end -= step
+        file.seek(end)
+        tail = file.read(step) + tail
+    line = tail.rpartition(b"\n")[2]
+    if not line:
+        return
+    try:
+        parse_line(line)
+        file.write(b"\n")
+    except ValueError:
+        file.truncate(end + len(tail) - len(line))
+
+
+def _is_foreign(error: OSError, temporary: Path, path: Path) -> bool:
+    """Whether an error out of the caller's block is about something else than writing this file."""
+    if isinstance(error, SleuthError | ConnectionError | TimeoutError):
+        return True
+    ours = (temporary, path, *path.parents)
+    return error.filename is not None and Path(error.filename) not in ours
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
