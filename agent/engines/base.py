@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from data.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,4 +70,8 @@ class Engine(Protocol):
 
     async def release(self, trajectory_id: str) -> None:
         """Forget the trajectory; its place is free for another."""
+        ...
+
+    async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
+        """New weights for whatever is sampled from here on; None where the engine shares the model."""
         ...

@@ -1,0 +1,391 @@
+"""The `hf` engine: any transformers causal language model, on a CPU or one GPU.
+
+Continuous batching over rows of one key-value cache. A trajectory owns a row from its first turn to
+its release, so a turn only feeds what is new: the observation. Each step of the loop either
+prefills the rows that wait with new tokens or decodes one token for all rows that write. Rows come
+and go as trajectories do; the rows in use stay contiguous, so decoding reads the cache without a
+copy. Runs inside the event loop's thread: between two steps every coroutine that can go on does.
+
+Departure from `generate`: each row draws from its own generator by inverse transform of one uniform
+number a token, so what a trajectory samples does not depend on who shares its batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.stopping import StopFinder
+from data.errors import ConfigError, EngineError
+
+logger = logging.getLogger(__name__)
+
+CACHE_BLOCK_TOKENS = 256
+"""The cache grows by this many positions at a time."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """One trajectory's place in the cache."""
+
+    index: int
+    cached_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Request:
+    """One completion under way."""
+
+    trajectory_id: str
+    prompt_ids: list[int]
+    sampling: Sampling
+    future: asyncio.Future[Completion]
+    uniform: random.Random
+    tail: str = ""
+    new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class RowCache(Cache):
+    """Key-value rows of equal capacity; each forward says which rows and positions it touches.
+
+    storage (layers, 2, rows, capacity + 1, key-value heads, head size); the last position is where
+    padding is written, and nothing reads it.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        super().__init__(layers=[])
+        config = model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        self._shape = (config.num_hidden_layers, 2, rows)
+        self._heads = (getattr(config, "num_key_value_heads", None) or 1, head_dim)
+        self._like = {"dtype": model.dtype, "device": model.device}
+        self.storage = torch.zeros(*self._shape, 1, *self._heads, **self._like)
+        self.rows: slice | Tensor = slice(0, 0)
+        self.positions = self.row_indices = torch.empty(0)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.storage.shape[3] - 1
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in every row."""
+        if length > self.capacity:
+            blocks = -(-length // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+            grown = torch.zeros(*self._shape, blocks + 1, *self._heads, **self._like)
+            grown[:, :, :, : self.capacity] = self.storage[:, :, :, :-1]
+            self.storage = grown
+
+    def touch(self, rows: list[int], positions: Tensor, length: int) -> None:
+        """Prepare a forward over `rows` (R,) writing at `positions` (R, T), reading `length`."""
+        self.row_indices = torch.tensor(rows, device=positions.device)[:, None]
+        self.rows = (
+            slice(0, len(rows)) if rows == list(range(len(rows))) else self.row_indices[:, 0]
+        )
+        self.positions, self.length = positions, length
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Write (R, heads, T, size) at the touched positions; return keys and values read so far."""
+        layer = self.storage[layer_idx]
+        layer[0][self.row_indices, self.positions] = key_states.transpose(1, 2)
+        layer[1][self.row_indices, self.positions] = value_states.transpose(1, 2)
+        keys, values = layer[0][self.rows, : self.length], layer[1][self.rows, : self.length]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        self.storage[:, :, target] = self.storage[:, :, source]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions read by the forward under way."""
+        return self.length
+
+
+class HFEngine:
+    """Serves many trajectories from one transformers model. See the head of this file."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_rows: int = 128,
+        max_prefill_tokens: int = 16384,
+    ) -> None:
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ConfigError(
+                f"engine hf: {model.config.model_type} has layers of kind {sorted(kinds)}; "
+                "allowed: full_attention, sliding_attention"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.max_prefill_tokens = max_rows, max_prefill_tokens
+        self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.weights_version = 0
+        self._window = config.sliding_window if "sliding_attention" in kinds else None
+        self._mixed = len(kinds) > 1 or self._window is not None
+        self._cache = RowCache(model, max_rows)
+        self._rows: dict[str, _Row] = {}
+        self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
+        self._writing: dict[int, _Request] = {}  # by row index
+        self._stops = StopFinder(tokenizer)
+        self._eos = _eos_ids(model, tokenizer)
+        self._task: asyncio.Task[None] | None = None
+        self._prefill_due = 0
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str
+    ) -> Completion:
+        """Continue the trajectory; only tokens that its row has not seen are fed."""
+        if not prompt_ids:
+            raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        request = _Request(
+            trajectory_id, list(prompt_ids), sampling, future, random.Random(sampling.seed)
+        )
+        if len(prompt_ids) >= self.max_length:
+            return self._completion(request, FinishReason.LENGTH)
+        self._waiting.append(request)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        return await future
+
+    async def release(self, trajectory_id: str) -> None:
+        """Give the trajectory's row to the next one; the last row moves into the hole."""
+        self._waiting = deque(r for r in self._waiting if r.trajectory_id != trajectory_id)
+        row = self._rows.pop(trajectory_id, None)
+        if row is None:
+            return
+        self._writing.pop(row.index, None)
+        last = max(self._rows.values(), key=lambda r: r.index, default=row)
+        if last.index > row.index:
+            self._cache.move(last.index, row.index)
+            if last.index in self._writing:
+                self._writing[row.index] = self._writing.pop(last.index)
+            last.index = row.index
+
+    async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
+        """New weights from here on; None where the trainer changed this very model in place.
+
+        What the old weights cached is forgotten: rows are fed anew at their next turn.
+        """
+        if self._writing:
+            raise EngineError("update_weights while completions are under way")
+        if state is not None:
+            self.model.load_state_dict(state)
+        self.weights_version = version
+        for row in self._rows.values():
+            row.cached_ids.clear()
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting or self._writing:
+                with torch.inference_mode():
+                    self._step()
+                for _ in range(3):  # a reply from a server passes through several callbacks
+                    await asyncio.sleep(0)
+        except Exception as failure:
+            logger.exception("the hf engine failed")
+            error = EngineError(f"engine hf: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
+            for request in [*self._waiting, *self._writing.values()]:
+                if not request.future.done():
+                    request.future.set_exception(error)
+            self._waiting.clear()
+            self._writing.clear()
+
+    def _step(self) -> None:
+        ready = self._admit()
+        # Prefills are collected for a few steps: one forward for many rows costs hardly more than for one.
+        self._prefill_due += bool(ready)
+        if ready and (
+            not self._writing or len(ready) * 8 >= len(self._rows) or self._prefill_due > 4
+        ):
+            self._prefill_due = 0
+            self._prefill(ready)
+        elif self._writing:
+            self._decode()
+
+    def _admit(self) -> list[_Request]:
+        """The waiting requests that have a row, giving free rows to the first that lack one."""
+        ready = []
+        for request in self._waiting:
+            if request.future.done():  # its waiter was cancelled
+                continue
+            if request.trajectory_id not in self._rows and len(self._rows) < self.max_rows:
+                self._rows[request.trajectory_id] = _Row(len(self._rows))
+            if request.trajectory_id in self._rows:
+                ready.append(request)
+        return ready
+
+    def _prefill(self, ready: list[_Request]) -> None:
+        """Feed what is new of these requests, shortest first, up to the token budget."""
+        fresh = {}
+        for request in ready:
+            row = self._rows[request.trajectory_id]
+            shared = _common_prefix(row.cached_ids, request.prompt_ids[:-1])
+            del row.cached_ids[shared:]
+            fresh[id(request)] = request.prompt_ids[shared:]
+        ready = sorted(ready, key=lambda r: len(fresh[id(r)]))
+        fits = [
+            r
+            for count, r in enumerate(ready, start=1)
+            if count == 1 or count * len(fresh[id(r)]) <= self.max_prefill_tokens
+        ]
+        rows = [self._rows[r.trajectory_id] for r in fits]
+        for request, row in zip(fits, rows, strict=True):
+            self._waiting.remove(request)
+            self._writing[row.index] = request
+        self._forward(rows, [fresh[id(r)] for r in fits])
+
+    def _decode(self) -> None:
+        """One token for every row that writes; idle rows ride along unless they are the majority."""
+        by_index = sorted(self._rows.values(), key=lambda r: r.index)
+        if 2 * len(self._writing) < len(by_index):
+            by_index = [row for row in by_index if row.index in self._writing]
+        self._forward(
+            by_index,
+            [
+                self._writing[r.index].new_ids[-1:] if r.index in self._writing else []
+                for r in by_index
+            ],
+        )
+
+    def _forward(self, rows: list[_Row], new: list[list[int]]) -> None:
+        """Feed `new` tokens to `rows`, left-padded; sample a token for those that were fed."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].index)
+        rows, new = [rows[i] for i in order], [new[i] for i in order]
+        width = max(map(len, new))
+        starts = torch.tensor([len(row.cached_ids) for row in rows])
+        counts = torch.tensor([len(ids) for ids in new])
+        length = int((starts + counts).max())
+        self._cache.reserve(length)
+        offsets = torch.arange(width) - (width - counts[:, None])  # (R, T); negative is padding
+        positions = starts[:, None] + offsets
+        padding = offsets < 0
+        device = self.model.device
+        write_at = positions.masked_fill(padding, self._cache.capacity).to(device)
+        positions = positions.masked_fill(padding, 0).to(device)
+        input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in new], device=device)
+        self._cache.touch([row.index for row in rows], write_at, length)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=self._mask(positions, length),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (R, V)
+        for row, ids in zip(rows, new, strict=True):
+            row.cached_ids += ids
+        fed = [i for i, ids in enumerate(new) if ids]
+        if len(fed) < len(rows):
+            logits = logits[torch.tensor(fed, device=device)]
+        self._sample([self._writing[rows[i].index] for i in fed], logits)
+
+    def _mask(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+        """Additive causal mask (R, 1, T, L); a dict by layer kind where a model has windows."""
+        keys = torch.arange(length, device=positions.device)
+        query = positions[:, None, :, None]
+        dtype = self.model.dtype
+        closed = torch.finfo(dtype).min
+        zeros = torch.zeros((), dtype=dtype, device=positions.device)
+        full = torch.where(keys <= query, zeros, closed)
+        if not self._mixed:
+            return full
+        near = torch.where(keys > query - self._window, full, closed)
+        return {"full_attention": full, "sliding_attention": near}
+
+    def _sample(self, requests: list[_Request], logits: Tensor) -> None:
+        """Draw a token for each request from logits (R, V) and retire those that are done."""
+        tokens, logprobs = draw(
+            logits.float(),
+            [r.sampling for r in requests],
+            [r.uniform.random() for r in requests],
+        )
+        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
+            request.new_ids.append(token)
+            request.logprobs.append(logprob)
+            reason = self._finished(request, token)
+            if reason is not None:
+                del self._writing[self._rows[request.trajectory_id].index]
+                if not request.future.done():
+                    request.future.set_result(self._completion(request, reason))
+
+    def _finished(self, request: _Request, token: int) -> FinishReason | None:
+        if token in self._eos or self._stops.found(request, token):
+            return FinishReason.STOP
+        written = len(request.new_ids)
+        if (
+            written >= request.sampling.max_tokens
+            or len(request.prompt_ids) + written >= self.max_length
+        ):
+            return FinishReason.LENGTH
+        return None
+
+    def _completion(self, request: _Request, reason: FinishReason) -> Completion:
+        return Completion(request.new_ids, request.logprobs, reason, self.weights_version)
+
+
+def draw(
+    logits: Tensor, samplings: list[Sampling], uniforms: list[float]
+) -> tuple[list[int], list[float]]:
+    """A token a row by inverse transform of its uniform number, and its log-prob before top-k/top-p.
+
+    logits (R, V); the log-prob is under the row's temperature (1 where it is greedy).
+    """
+    device = logits.device
+    temperature = torch.tensor([s.temperature or 1.0 for s in samplings], device=device)
+    logprobs = torch.log_softmax(logits / temperature[:, None], dim=-1)
+    if all(s.temperature == 0 for s in samplings):
+        tokens = logits.argmax(-1)
+    else:
+        weights = _truncate(logprobs.exp(), samplings)
+        totals = weights.cumsum(-1, dtype=torch.float64)
+        targets = torch.tensor(uniforms, dtype=torch.float64, device=device) * totals[:, -1]
+        tokens = torch.searchsorted(totals, targets[:, None], right=True)[:, 0]
+        greedy = torch.tensor([s.temperature == 0 for s in samplings], device=device)
+        tokens = torch.where(greedy, logits.argmax(-1), tokens.clamp(max=logits.shape[1] - 1))
+    taken = logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens.tolist(), taken.tolist()
+
+
+def _truncate(probabilities: Tensor, samplings: list[Sampling]) -> Tensor:
+    """Probabilities (R, V) with what top-k and top-p leave out set to 0."""
+    if all(s.top_p == 1 and s.top_k == 0 for s in samplings):
+        return probabilities
+    size = probabilities.shape[1]
+    device = probabilities.device
+    top_k = torch.tensor([s.top_k or size for s in samplings], device=device)
+    top_p = torch.tensor([s.top_p for s in samplings], device=device)
+    ranked, order = probabilities.sort(dim=-1, descending=True)
+    before = ranked.cumsum(-1) - ranked  # mass of the better ones: the first is always kept
+    kept = (torch.arange(size, device=device) < top_k[:, None]) & (before < top_p[:, None])
+    return torch.zeros_like(ranked).scatter(1, order, ranked * kept)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    if b[: len(a)] == a:
+        return len(a)
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    return {token for token in ids if token is not None}

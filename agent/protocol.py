@@ -1,0 +1,214 @@
+"""How a policy speaks: its prompt, its actions, what it is shown, and within what limits.
+
+A `Protocol` is a value. `SEARCH_R1` is the contract of Search-R1 string by string (Jin et al. 2025,
+arXiv 2503.09516), with two departures: we stop at the closing tag instead of cutting afterwards, and
+an observation that is too long loses passage text, never its closing tag. `COMPACT` says the same in
+few tokens, for tiny policies. `HERMES` is tool calls over chat turns, as Qwen models were taught.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data.errors import ConfigError
+from data.records import Passage
+
+
+@dataclass(frozen=True)
+class Search:
+    """The policy asks the retriever."""
+
+    query: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The policy gives its answer; the trajectory ends."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """What the policy wrote is no action; it is told so and tries again."""
+
+    reason: str
+
+
+Action = Search | Answer | Invalid
+
+
+def _plain_query(inside: str) -> str:
+    return inside.strip()
+
+
+def _tool_call_query(inside: str) -> str:
+    """The query of {"name": "search", "arguments": {"query": "..."}}; empty if it is anything else."""
+    try:
+        call = json.loads(inside)
+        query = call["arguments"]["query"] if call["name"] == "search" else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return query.strip() if isinstance(query, str) else ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way of speaking. Templates take {question}, {passages}, {index}, {title}, {text}."""
+
+    name: str
+    instruction: str
+    passage: str
+    observation: str
+    """Wraps the passages; everything after {passages} survives any budget."""
+    invalid: str
+    """The observation that answers an invalid action."""
+    think_tag: str = "think"
+    search_tag: str = "search"
+    answer_tag: str = "answer"
+    observation_tag: str = "information"
+    query_of: Callable[[str], str] = _plain_query
+    """What stands inside the search tag -> the query; "" makes the action invalid."""
+    chat: bool = True
+    """Wrap the instruction in the tokenizer's chat template, if it has one."""
+    max_turns: int = 4
+    """Searches (and invalid actions) allowed; one more completion may then only answer."""
+    top_k: int = 3
+    max_response_tokens: int = 500
+    """Of one turn."""
+    max_observation_tokens: int = 500
+    max_context_tokens: int = 4096
+    """Of the whole trajectory before a turn; the question is never dropped to make room."""
+
+    def __post_init__(self) -> None:
+        for limit in ("top_k", "max_response_tokens", "max_observation_tokens"):
+            if getattr(self, limit) < 1:
+                raise ConfigError(f"protocol.{limit} = {getattr(self, limit)}: must be >= 1")
+        if self.max_turns < 0:
+            raise ConfigError(f"protocol.max_turns = {self.max_turns}: must be >= 0")
+
+    @property
+    def stop(self) -> tuple[str, str]:
+        """The strings that end a turn: the closing tags of the two actions."""
+        return f"</{self.search_tag}>", f"</{self.answer_tag}>"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The names that only policy and protocol may put between angle brackets."""
+        return self.think_tag, self.search_tag, self.answer_tag, self.observation_tag
+
+    def prompt(self, question: str) -> str:
+        """The instruction with the question in it, ending in a question mark as Search-R1 has it."""
+        question = question.strip()
+        if not question.endswith("?"):
+            question += "?"
+        return self.instruction.replace("{question}", question)
+
+    def parse(self, turn: str) -> Action:
+        """The first action in what the policy wrote in one turn. Never raises."""
+        actions = f"{self.search_tag}|{self.answer_tag}"
+        match = re.search(rf"<({actions})>(.*?)</\1>", turn, re.DOTALL)
+        if match is None:
+            return Invalid("no action")
+        if match[1] == self.answer_tag:
+            return Answer(match[2].strip())
+        query = self.query_of(match[2])
+        return Search(query) if query else Invalid("empty query")
+
+    def is_well_formed(self, turn: str) -> bool:
+        """Whether a turn is one thought followed by one action, with no other tag and no other text."""
+        tag = rf"(?!</?(?:{'|'.join(self.tags)})>)"
+        inside = rf"(?:{tag}.)*"
+        pattern = (
+            rf"\s*<{self.think_tag}>{inside}</{self.think_tag}>\s*"
+            rf"<({self.search_tag}|{self.answer_tag})>{inside}</\1>\s*"
+        )
+        return re.fullmatch(pattern, turn, re.DOTALL) is not None and not isinstance(
+            self.parse(turn), Invalid
+        )
+
+    def render_passages(self, passages: list[Passage]) -> str:
+        """The passages as the policy reads them, numbered from 1. Their text is taken as it is."""
+        return "".join(
+            _fill(self.passage, index=str(i), title=p.title, text=p.text)
+            for i, p in enumerate(passages, start=1)
+        ).strip()
+
+    def render_observation(self, passages: str) -> str:
+        """The observation around already rendered passages."""
+        return _fill(self.observation, passages=passages)
+
+
+def _fill(template: str, **fields: str) -> str:
+    """The template with its fields in, in one pass: a field's text is never read as a template."""
+    return re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], m[0]), template)
+
+
+SEARCH_R1 = Protocol(
+    name="search_r1",
+    instruction=(
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first "
+        "every time you get new information. After reasoning, if you find you lack some knowledge, "
+        "you can call a search engine by <search> query </search> and it will return the top "
+        "searched results between <information> and </information>. You can search as many times "
+        "as your want. If you find no further external knowledge needed, you can directly provide "
+        "the answer inside <answer> and </answer>, without detailed illustrations. For example, "
+        "<answer> Beijing </answer>. Question: {question}\n"
+    ),
+    passage="Doc {index}(Title: {title}) {text}\n",
+    observation="\n\n<information>{passages}</information>\n\n",
+    invalid=(
+        "\nMy previous action is invalid. If I want to search, I should put the query between "
+        "<search> and </search>. If I want to give the final answer, I should put the answer "
+        "between <answer> and </answer>. Let me try again.\n"
+    ),
+)
+
+COMPACT = Protocol(
+    name="compact",
+    instruction="Question: {question}\n",
+    passage="{title}: {text}\n",
+    observation="<information>{passages}</information>",
+    invalid="<information>invalid action</information>",
+    chat=False,
+    max_turns=4,
+    top_k=1,
+    max_response_tokens=48,
+    max_observation_tokens=160,
+    max_context_tokens=1000,
+)
+
+HERMES = Protocol(
+    name="hermes",
+    instruction=(
+        "Answer the question. First reason between <think> and </think>. You have one tool, "
+        'search, which finds passages: <tool_call>{"name": "search", "arguments": {"query": '
+        '"..."}}</tool_call>. It replies in <tool_response>. Search as often as you need, then '
+        "write the short answer between <answer> and </answer>.\nQuestion: {question}"
+    ),
+    passage="Doc {index} (Title: {title}) {text}\n",
+    observation=(
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\n{passages}\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
+    invalid=(
+        "<|im_end|>\n<|im_start|>user\nThat was no valid action. Call search between <tool_call> "
+        "and </tool_call>, or answer between <answer> and </answer>.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
+    search_tag="tool_call",
+    observation_tag="tool_response",
+    query_of=_tool_call_query,
+)
+
+PROTOCOLS = {protocol.name: protocol for protocol in (SEARCH_R1, COMPACT, HERMES)}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol of that name. Raises ConfigError naming those there are."""
+    if name not in PROTOCOLS:
+        raise ConfigError(f"protocol = {name!r}: must be one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]

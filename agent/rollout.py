@@ -1,0 +1,199 @@
+"""Questions -> trajectories. Every trajectory is its own coroutine; none waits for another's turn.
+
+The loop of one trajectory is `_Episode.run`: complete a turn, parse it, act, observe, until an answer
+or a limit. A failed search ends the trajectory as SEARCH_FAILED; it never becomes an empty result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+from typing import Protocol as Interface
+
+from agent.engines.base import Engine, Sampling
+from agent.protocol import Answer, Invalid, Protocol, Search
+from agent.search_tool import Neutraliser, render_hits
+from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from data.errors import RetrieverError
+from data.records import Hit, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_OBSERVATION_TOKENS = 32
+"""With less room than this an observation would be a wrapper around nothing: the trajectory ends."""
+
+
+class Searcher(Interface):
+    """What the agent needs of a retriever; `retriever_server.client.SearchClient` is one."""
+
+    async def search(self, query: str, k: int) -> list[Hit]:
+        """The best `k` passages of one query."""
+        ...
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A policy behind an engine, with the retriever it may ask and the protocol it speaks."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    searcher: Searcher
+    protocol: Protocol
+    sampling: Sampling = field(default_factory=Sampling)
+    max_live: int = 256
+    """Trajectories alive at once; the engine may admit fewer."""
+
+    @cached_property
+    def neutralise(self) -> Neutraliser:
+        """Defuses what speaks the protocol or is an added token of the tokenizer."""
+        return Neutraliser(self.protocol, self.tokenizer.get_added_vocab())
+
+    async def rollout(
+        self,
+        questions: Sequence[Question],
+        seed: int = 0,
+        on_finished: Callable[[int, Trajectory], None] = lambda index, trajectory: None,
+        on_segment: Callable[[Segment], None] = lambda segment: None,
+    ) -> list[Trajectory]:
+        """One trajectory a question, in the order of the questions; repeat a question for a group.
+
+        The i-th trajectory draws from a generator of its own, made of `seed`, its question and i.
+        """
+        admitted = asyncio.Semaphore(self.max_live)
+
+        async def run(index: int, question: Question) -> Trajectory:
+            async with admitted:
+                key = hashlib.blake2b(f"{seed}/{index}/{question.id}".encode(), digest_size=8)
+                episode = _Episode(self, question, int.from_bytes(key.digest(), "big"), on_segment)
+                trajectory = await episode.run()
+                on_finished(index, trajectory)
+                return trajectory
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(i, q)) for i, q in enumerate(questions)]
+        return [task.result() for task in tasks]
+
+
+class _Episode:
+    """The state of one rollout: the ledger so far."""
+
+    def __init__(
+        self, agent: Agent, question: Question, seed: int, on_segment: Callable[[Segment], None]
+    ) -> None:
+        self.agent, self.question, self.seed, self.on_segment = agent, question, seed, on_segment
+        self.protocol = agent.protocol
+        self.segments: list[Segment] = []
+        self.token_ids: list[int] = []
+        self.searches: list[SearchRecord] = []
+        self.turns: list[str] = []
+        self.invalid_actions = 0
+
+    async def run(self) -> Trajectory:
+        trajectory_id = f"{self.question.id}/{self.seed:016x}"
+        try:
+            return await self._turns(trajectory_id)
+        finally:
+            await self.agent.engine.release(trajectory_id)
+
+    async def _turns(self, trajectory_id: str) -> Trajectory:
+        self._append(SegmentKind.PROMPT, *self._prompt())
+        for turn in range(self.protocol.max_turns + 1):
+            if self._room < 0:
+                return self._finish(StopReason.TOKEN_LIMIT)
+            match self.protocol.parse(await self._complete(trajectory_id, turn)):
+                case Answer(text):
+                    return self._finish(StopReason.ANSWERED, text)
+                case _ if turn == self.protocol.max_turns:
+                    return self._finish(StopReason.TURN_LIMIT)
+                case Search(query):
+                    record = await self._search(query)
+                    if record.error is not None:
+                        return self._finish(StopReason.SEARCH_FAILED)
+                    if self._room < MIN_OBSERVATION_TOKENS:
+                        return self._finish(StopReason.TOKEN_LIMIT)
+                    observation = self._observation(record.hits)
+                case Invalid():
+                    self.invalid_actions += 1
+                    observation = self.protocol.invalid
+            self._append(SegmentKind.OBSERVATION, observation, self._encode(observation))
+        raise AssertionError("the last turn always returns")
+
+    def _prompt(self) -> tuple[str, list[int]]:
+        text = self.protocol.prompt(self.agent.neutralise(self.question.text))
+        tokenizer = self.agent.tokenizer
+        if not (self.protocol.chat and tokenizer.chat_template):
+            return text, tokenizer.encode(text)
+        messages = [{"role": "user", "content": text}]
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+        return text, self._encode(text)
+
+    async def _complete(self, trajectory_id: str, turn: int) -> str:
+        sampling = replace(
+            self.agent.sampling,
+            max_tokens=self.protocol.max_response_tokens,
+            stop=self.protocol.stop,
+            seed=(self.seed + turn) % 2**63,
+        )
+        completion = await self.agent.engine.generate(self.token_ids, sampling, trajectory_id)
+        text = str(self.agent.tokenizer.decode(completion.token_ids, skip_special_tokens=False))
+        self._append(
+            SegmentKind.POLICY,
+            text,
+            completion.token_ids,
+            completion.logprobs,
+            completion.weights_version,
+        )
+        self.turns.append(text)
+        return text
+
+    async def _search(self, query: str) -> SearchRecord:
+        started = time.monotonic()
+        try:
+            hits, error = await self.agent.searcher.search(query, self.protocol.top_k), None
+        except RetrieverError as failure:
+            hits, error = [], f"{type(failure).__name__}: {failure}"
+        self.searches.append(SearchRecord(query, hits, time.monotonic() - started, error))
+        return self.searches[-1]
+
+    @property
+    def _room(self) -> int:
+        return self.protocol.max_context_tokens - len(self.token_ids)
+
+    def _observation(self, hits: list[Hit]) -> str:
+        budget = min(self.protocol.max_observation_tokens, self._room)
+        return render_hits(hits, self.protocol, self.agent.neutralise, self._encode, budget)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.agent.tokenizer.encode(text, add_special_tokens=False)
+
+    def _append(
+        self,
+        kind: SegmentKind,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[float] | None = None,
+        weights_version: int = 0,
+    ) -> None:
+        self.segments.append(Segment(kind, token_ids, text, logprobs, weights_version))
+        self.token_ids = self.token_ids + token_ids
+        self.on_segment(self.segments[-1])
+
+    def _finish(self, reason: StopReason, answer: str | None = None) -> Trajectory:
+        well_formed = all(map(self.protocol.is_well_formed, self.turns))
+        return Trajectory(
+            question=self.question,
+            segments=self.segments,
+            stop_reason=reason,
+            answer=answer,
+            searches=self.searches,
+            invalid_actions=self.invalid_actions,
+            valid_format=answer is not None and well_formed,
+        )

@@ -1,0 +1,209 @@
+"""The hf engine against plain forwards: its cache, its rows and its sampling change no number."""
+
+import asyncio
+
+import pytest
+import torch
+
+from agent.engines.base import FinishReason, Sampling
+from agent.engines.hf import HFEngine, draw
+from data.errors import ConfigError, EngineError
+from tests.fakes import byte_tokenizer, tiny_model
+
+TOKENIZER = byte_tokenizer()
+
+
+def plain_logprobs(model, token_ids):
+    """Log-prob of each token from the second on, by one forward pass without any cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids])).logits[0]
+    return torch.log_softmax(logits.float(), -1)[:-1].gather(
+        1, torch.tensor(token_ids[1:])[:, None]
+    )[:, 0]
+
+
+async def two_turns(engine, name, first, observation, sampling):
+    """A trajectory of two turns; returns its ids and where each turn's tokens lie."""
+    one = await engine.generate(first, sampling, name)
+    ids = first + one.token_ids + observation
+    await asyncio.sleep(0)
+    two = await engine.generate(ids, sampling, name)
+    await engine.release(name)
+    spans = [(len(first), one), (len(ids), two)]
+    return ids + two.token_ids, spans
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3"])
+def test_logprobs_equal_a_plain_forward_over_turns_and_rows(kind):
+    model = tiny_model(kind, len(TOKENIZER))
+    engine = HFEngine(model, TOKENIZER, max_rows=3)  # 7 trajectories: rows are reused and moved
+
+    async def run():
+        jobs = [
+            two_turns(
+                engine,
+                f"t{i}",
+                list(range(5 + 3 * i, 25 + 9 * i)),
+                list(range(40, 47 + 11 * i)),
+                Sampling(max_tokens=4 + 3 * (i % 3), seed=i),
+            )
+            for i in range(7)
+        ]
+        return await asyncio.gather(*jobs)
+
+    for ids, spans in asyncio.run(run()):
+        expected = plain_logprobs(model, ids)
+        for start, completion in spans:
+            end = start + len(completion.token_ids)
+            assert ids[start:end] == completion.token_ids
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), expected[start - 1 : end - 1], atol=1e-4, rtol=0
+            )
+
+
+def test_what_a_trajectory_samples_does_not_depend_on_its_batch():
+    model = tiny_model("qwen2", len(TOKENIZER))
+
+    def sample(names, rows):
+        engine = HFEngine(model, TOKENIZER, max_rows=rows)
+
+        async def run():
+            jobs = [
+                engine.generate(list(range(10, 20 + n)), Sampling(max_tokens=12, seed=n), str(n))
+                for n in names
+            ]
+            return [c.token_ids for c in await asyncio.gather(*jobs)]
+
+        return dict(zip(names, asyncio.run(run()), strict=True))
+
+    together, alone = sample(range(6), 6), sample([4], 1)
+    assert together[4] == alone[4]
+
+
+def test_a_second_turn_feeds_only_what_is_new():
+    model = tiny_model("qwen2", len(TOKENIZER))
+    engine = HFEngine(model, TOKENIZER)
+    fed = []
+    forward = model.forward
+
+    def spy(input_ids, **kwargs):
+        fed.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **kwargs)
+
+    model.forward = spy
+    asyncio.run(two_turns(engine, "t", list(range(50)), list(range(9)), Sampling(max_tokens=3)))
+    assert fed == [50, 1, 1, 1 + 9, 1, 1]  # the last token of the first turn, then the observation
+
+
+def test_greedy_equals_generate():
+    model = tiny_model("llama", len(TOKENIZER))
+    prompt = list(range(30, 60))
+    completion = asyncio.run(
+        HFEngine(model, TOKENIZER).generate(prompt, Sampling(temperature=0, max_tokens=20), "t")
+    )
+    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
+    assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+    assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_stops_at_a_tag_inside_a_merged_token_and_keeps_the_sampled_id():
+    tokenizer = byte_tokenizer(merges=("> .", "c h"))
+    model = tiny_model("qwen2", len(tokenizer))
+    text = "<search>x</search>. more"
+    script = tokenizer.encode(text)
+    forced = iter(script)
+    model.forward = _forcing(model.forward, lambda: next(forced))
+    sampling = Sampling(temperature=0, max_tokens=40, stop=("</search>", "</answer>"))
+    completion = asyncio.run(HFEngine(model, tokenizer).generate([1, 2], sampling, "t"))
+    assert completion.finish_reason is FinishReason.STOP
+    assert tokenizer.decode(completion.token_ids) == "<search>x</search>."  # the overhang stays
+    assert completion.token_ids == script[: len(completion.token_ids)]
+
+
+def _forcing(forward, next_token):
+    def forced(**kwargs):
+        output = forward(**kwargs)
+        output.logits[:, -1, next_token()] = 1e4
+        return output
+
+    return forced
+
+
+def test_end_of_sequence_ends_a_completion():
+    model = tiny_model("qwen2", len(TOKENIZER))
+    model.forward = _forcing(model.forward, lambda: TOKENIZER.eos_token_id)
+    completion = asyncio.run(HFEngine(model, TOKENIZER).generate([5], Sampling(), "t"))
+    assert completion.token_ids == [TOKENIZER.eos_token_id]
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_new_weights_forget_the_cache():
+    model = tiny_model("qwen2", len(TOKENIZER))
+    engine = HFEngine(model, TOKENIZER)
+
+    async def run():
+        first = await engine.generate([1, 2, 3], Sampling(max_tokens=3), "t")
+        other = tiny_model("qwen2", len(TOKENIZER), seed=1)
+        await engine.update_weights(other.state_dict(), version=7)
+        ids = [1, 2, 3, *first.token_ids]
+        return ids, await engine.generate(ids, Sampling(max_tokens=3), "t")
+
+    ids, second = asyncio.run(run())
+    assert second.weights_version == 7
+    expected = plain_logprobs(model, ids + second.token_ids)[len(ids) - 1 :]
+    torch.testing.assert_close(torch.tensor(second.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_cancelled_waiter_does_not_stop_the_others():
+    engine = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER, max_rows=1)
+
+    async def run():
+        tasks = [
+            asyncio.create_task(engine.generate([n + 1], Sampling(max_tokens=30), str(n)))
+            for n in range(3)
+        ]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        await engine.release("0")
+        return await tasks[2]
+
+    assert asyncio.run(run()).token_ids
+
+
+def test_a_model_that_fails_is_an_engine_error_for_every_waiter():
+    model = tiny_model("qwen2", len(TOKENIZER))
+
+    def broken(**kwargs):
+        raise RuntimeError("out of memory")
+
+    model.forward = broken
+
+    async def run():
+        jobs = [HFEngine(model, TOKENIZER).generate([1], Sampling(), str(n)) for n in range(2)]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    for result in asyncio.run(run()):
+        assert isinstance(result, EngineError) and "out of memory" in str(result)
+
+
+def test_draw_follows_the_distribution_and_its_truncation():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+    uniforms = [(i + 0.5) / 4000 for i in range(4000)]
+    for sampling, allowed in ((Sampling(), 4), (Sampling(top_k=2), 2), (Sampling(top_p=0.7), 2)):
+        tokens, logprobs = draw(logits, [sampling] * 4000, uniforms)
+        kept = torch.softmax(logits[0], -1)[:allowed]
+        share = torch.bincount(torch.tensor(tokens), minlength=4)[:allowed] / 4000
+        torch.testing.assert_close(share, kept / kept.sum(), atol=1e-3, rtol=0)
+        assert logprobs[0] == pytest.approx(torch.log_softmax(logits[0], -1)[tokens[0]].item())
+
+
+def test_draw_mixes_greedy_and_sampled_rows():
+    logits = torch.tensor([[0.0, 5.0], [5.0, 0.0]])
+    tokens, _ = draw(logits, [Sampling(temperature=0), Sampling()], [0.0, 0.9999])
+    assert tokens == [1, 1]
+
+
+def test_sampling_refuses_what_it_cannot_mean():
+    with pytest.raises(ConfigError, match=r"sampling.top_p = 0: must be in \(0, 1\]"):
+        Sampling(top_p=0)
