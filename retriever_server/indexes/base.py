@@ -1,0 +1,204 @@
+"""An index on disk is a generation: a folder whose manifest is written last and checked on opening.
+
+The generation's name is a hash of what made it: the kind of index, its settings and the contents of
+its corpus. A folder without a manifest is no index: an interrupted build leaves nothing that opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError, SleuthError, StorageError
+from data.jsonl import read_json, write_json
+from data.records import FORMAT_VERSION
+from retriever_server.retriever import Retriever
+
+MANIFEST = "manifest.json"
+INDEX_KINDS = {"bm25": "retriever_server.indexes.bm25:BM25Index"}
+"""kind -> module:class, imported only when an index of that kind is opened."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made an index, and what its folder must therefore hold."""
+
+    kind: str
+    settings: dict[str, Any]
+    corpus_path: str
+    """Absolute; tried after `corpus_relative_path`, so that a folder with both can be moved."""
+    corpus_relative_path: str
+    corpus_hash: str
+    corpus_bytes: int
+    corpus_count: int
+    generation: str
+    files: dict[str, int]
+    """Name -> size in bytes of every file beside the manifest."""
+    format_version: int = FORMAT_VERSION
+
+
+class Index(Retriever):
+    """A retriever over an index on disk."""
+
+    manifest: Manifest
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> Index:
+        """The index in the folder `path`; manifest and corpus were checked by `open_index`."""
+
+
+def open_index(path: str | Path) -> Index:
+    """The index in the folder `path`, ready to search.
+
+    Raises ConfigError where there is no index, DataError where it or its corpus has changed.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, size in manifest.files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise DataError(f"{path / name}: missing or not {size} bytes; build the index again")
+    module, _, name = INDEX_KINDS[manifest.kind].partition(":")
+    kind: type[Index] = getattr(importlib.import_module(module), name)
+    return kind.open(path, manifest, _open_corpus(path, manifest))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the index in the folder `path`; raises as `open_index` does."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; `sleuth index` builds an index")
+    if not (path / MANIFEST).is_file():
+        raise ConfigError(f"{path}: no index: {MANIFEST} is missing (build interrupted?)")
+    try:
+        fields = read_json(path / MANIFEST)
+        version = fields["format_version"]
+        if version > FORMAT_VERSION:
+            raise DataError(
+                f"{path}: index format {version} is newer than this program's {FORMAT_VERSION}"
+            )
+        manifest = Manifest(**fields)
+    except SleuthError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path / MANIFEST}: not the manifest of an index ({error})") from error
+    if manifest.kind not in INDEX_KINDS:
+        allowed = ", ".join(INDEX_KINDS)
+        raise DataError(f"{path}: index kind {manifest.kind!r} is unknown; known: {allowed}")
+    return manifest
+
+
+def write_generation(
+    out: Path,
+    kind: str,
+    settings: dict[str, Any],
+    corpus: Corpus,
+    write: Callable[[Path], None],
+    overwrite: bool = False,
+) -> Manifest:
+    """Build the index that `write` puts into a folder, and move it to `out` when it is whole.
+
+    An index of the same generation at `out` is kept as it is; another one is replaced only if
+    `overwrite`. Raises ConfigError if something else is there, StorageError if writing fails.
+    """
+    out = out.absolute()
+    generation = generation_name(kind, settings, corpus.content_hash)
+    if (found := _found_at(out, generation, overwrite)) is not None:
+        return found
+    building: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.building-", dir=out.parent))
+        building.chmod(0o755)  # mkdtemp makes it private
+        write(building)
+        manifest = _describe(building, out, kind, settings, corpus, generation)
+        write_json(building / MANIFEST, asdict(manifest))
+        _move_into_place(building, out)
+    except SleuthError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{out}: the index could not be written ({error})") from error
+    finally:
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+    return manifest
+
+
+def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> str:
+    """Short name of what answers: same kind, settings and corpus, same name, everywhere."""
+    made_of = json.dumps([FORMAT_VERSION, kind, settings, corpus_hash], sort_keys=True)
+    return f"{kind}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
+
+def _open_corpus(path: Path, manifest: Manifest) -> Corpus:
+    candidates = [path / manifest.corpus_relative_path, Path(manifest.corpus_path)]
+    corpus_path = next((p for p in candidates if p.is_file()), None)
+    if corpus_path is None:
+        raise DataError(f"{path}: its corpus {manifest.corpus_path} is missing")
+    size = corpus_path.stat().st_size
+    if size != manifest.corpus_bytes:
+        was = f"{manifest.corpus_bytes} bytes, now {size}"
+        raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
+    corpus = Corpus(corpus_path)
+    if corpus.content_hash != manifest.corpus_hash:
+        was = f"hash {manifest.corpus_hash[:12]}, now {corpus.content_hash[:12]}"
+        raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
+    return corpus
+
+
+def _found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
+    """The manifest at `out` if it is this generation; None if a new one may go there."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out}: exists and is no index; give another --out")
+    try:
+        found = read_manifest(out)
+    except DataError:
+        if not overwrite:
+            raise
+        return None
+    if found.generation == generation and not overwrite:
+        return found
+    if not overwrite:
+        raise ConfigError(
+            f"{out}: holds the index {found.generation}, asked for {generation}; "
+            "give another --out, or --overwrite true"
+        )
+    return None
+
+
+def _describe(
+    building: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str
+) -> Manifest:
+    corpus_path = Path(corpus.path).absolute()
+    return Manifest(
+        kind=kind,
+        settings=settings,
+        corpus_path=str(corpus_path),
+        corpus_relative_path=os.path.relpath(corpus_path, out),
+        corpus_hash=corpus.content_hash,
+        corpus_bytes=corpus_path.stat().st_size,
+        corpus_count=len(corpus),
+        generation=generation,
+        files={p.name: p.stat().st_size for p in sorted(building.iterdir())},
+    )
+
+
+def _move_into_place(building: Path, out: Path) -> None:
+    if out.exists():
+        old = building.with_name(building.name + ".old")
+        os.rename(out, old)  # a server that has it mapped keeps reading it
+        os.rename(building, out)
+        shutil.rmtree(old)
+    else:
+        os.rename(building, out)

@@ -1,0 +1,112 @@
+"""The JSON of Search-R1's `POST /retrieve`, both ends.
+
+    {"queries": ["..."], "topk": 3 | null, "return_scores": false}
+    return_scores true  -> {"result": [[{"document": {...}, "score": 0.83}, ...], ...]}
+    return_scores false -> {"result": [[{...}, ...], ...]}
+
+One row a query, in their order, whatever their number. A document has id, title, text and
+contents: the quoted title and the text in one field, which is all that some servers send. Ours
+names the `generation` beside the result; clients that do not know it pass over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import DataError
+from data.records import Hit, Passage
+
+
+@dataclass(frozen=True)
+class RetrieveRequest:
+    """What a client asks; `top_k` None leaves the number of hits to the server."""
+
+    queries: list[str]
+    top_k: int | None = None
+    return_scores: bool = False
+
+
+def render_request(request: RetrieveRequest) -> dict[str, Any]:
+    """The JSON body that asks for it."""
+    return {
+        "queries": request.queries,
+        "topk": request.top_k,
+        "return_scores": request.return_scores,
+    }
+
+
+def parse_request(body: Any) -> RetrieveRequest:
+    """The request in a decoded JSON body; raises DataError that names the wrong field."""
+    if not isinstance(body, dict):
+        raise DataError(f"body is a {_json_type(body)}: must be an object with `queries`")
+    queries, top_k = body.get("queries"), body.get("topk")
+    return_scores = body.get("return_scores", False)
+    if not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):
+        raise DataError("queries: must be a list of strings")
+    if top_k is not None and type(top_k) is not int:
+        raise DataError(f"topk = {top_k!r}: must be a whole number or null")
+    if not isinstance(return_scores, bool):
+        raise DataError(f"return_scores = {return_scores!r}: must be true or false")
+    return RetrieveRequest(queries, top_k, return_scores)
+
+
+def render_hits(rankings: list[list[Hit]], generation: str, return_scores: bool) -> dict[str, Any]:
+    """The JSON body of an answer: one row a query."""
+    render = _render_scored if return_scores else _render_document
+    rows = [[render(hit) for hit in ranking] for ranking in rankings]
+    return {"result": rows, "generation": generation}
+
+
+def parse_hits(body: Any) -> list[list[Hit]]:
+    """The hits in a decoded JSON answer, of ours or of any Search-R1 server, in either score mode.
+
+    Score 0.0 and generation "" where the server sends none. Raises DataError for anything else.
+    """
+    rows = body.get("result") if isinstance(body, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise DataError("the answer has no `result` that is a list of rows")
+    generation = str(body.get("generation", ""))
+    return [[_parse_hit(item, generation) for item in row] for row in rows]
+
+
+def _render_document(hit: Hit) -> dict[str, str]:
+    passage = hit.passage
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "contents": passage.contents,
+    }
+
+
+def _render_scored(hit: Hit) -> dict[str, Any]:
+    return {"document": _render_document(hit), "score": hit.score}
+
+
+def _parse_hit(item: Any, generation: str) -> Hit:
+    document, score = item, 0.0
+    if isinstance(item, dict) and "document" in item:
+        document, score = item["document"], item.get("score", 0.0)
+    if not isinstance(document, dict) or not isinstance(score, int | float):
+        raise DataError("a hit of the answer is no document with a number as its score")
+    title, text = document.get("title"), document.get("text")
+    if not isinstance(text, str):
+        if not isinstance(document.get("contents"), str):
+            raise DataError("a document of the answer has neither `text` nor `contents`")
+        title, text = _split_contents(document["contents"])
+    passage = Passage(id=str(document.get("id", "")), text=text, title=str(title or ""))
+    return Hit(passage, float(score), generation)
+
+
+def _split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of a `contents` field.   '"Paris"\\nA city.' -> ("Paris", "A city.")"""
+    first, newline, rest = contents.partition("\n")
+    if newline and len(first) >= 2 and first[0] == first[-1] == '"':
+        return first[1:-1], rest
+    return "", contents
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
