@@ -51,7 +51,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one object a line; the old file stays until all are on disk. Raises StorageError."""
-    with atomic_write(path, "wb") as file:
+    with open_atomic(path, "wb") as file:
         if Path(path).suffix == ".gz":
             # No name and no time inside: the same records give the same bytes.
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
@@ -93,12 +93,17 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing the file as a whole; StorageError if that fails."""
-    with atomic_write(path, "wb") as file:
-        file.write(_encode(value, indent=2) + b"\n")
+    atomic_write(path, _encode(value, indent=2) + b"\n")
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Replace the file by `content` (text as UTF-8), whole or not at all; raises StorageError."""
+    with open_atomic(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def open_atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write ("w": UTF-8 text, "wb": bytes) that replaces `path` when the block ends well.
 
     Until then it is a temporary file in the same folder, which is made if missing; if the block

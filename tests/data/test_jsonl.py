@@ -14,6 +14,7 @@ from data.errors import DataError, StorageError
 from data.jsonl import (
     append_jsonl,
     atomic_write,
+    open_atomic,
     read_json,
     read_jsonl,
     write_json,
@@ -162,23 +163,30 @@ def test_failure_in_the_block_keeps_the_old_file_and_its_own_error(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     for error in (KeyboardInterrupt(), FileNotFoundError(2, "no", "other"), ConnectionError("x")):
-        with pytest.raises(type(error)), atomic_write(path) as file:
+        with pytest.raises(type(error)), open_atomic(path) as file:
             file.write("new")
             raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_atomic_write_goes_through_a_link_and_uses_the_usual_permissions(tmp_path):
+def test_atomic_file_goes_through_a_link_and_uses_the_usual_permissions(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "a.txt")
-    with atomic_write(tmp_path / "link.txt") as file:
+    with open_atomic(tmp_path / "link.txt") as file:
         file.write("é")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real" / "a.txt").read_bytes() == "é".encode()
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("real/a.txt", "plain")}
     assert len(modes) == 1
+
+
+def test_text_and_bytes_replace_a_file(tmp_path):
+    for content in ("naïve\r\n", b"\xff"):
+        atomic_write(tmp_path / "a", content)
+        written = (tmp_path / "a").read_bytes()
+        assert written == (content if isinstance(content, bytes) else content.encode())
 
 
 def test_json_comes_back_and_its_faults_are_named(tmp_path):
