@@ -26,9 +26,7 @@ def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[di
     return (record for _, record in numbered_jsonl(path, tolerate_cut_tail))
 
 
-def numbered_jsonl(
-    path: str | Path, tolerate_cut_tail: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_jsonl`, each object with its line number, counted from 1."""
     _check_is_file(Path(path))
     return _numbered_objects(Path(path), tolerate_cut_tail)

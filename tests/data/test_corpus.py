@@ -1,0 +1,197 @@
+"""The memory-mapped corpus: what a line may be, how a wrong one is named, when the sidecar is new."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.corpus
+from data.corpus import Corpus, parse_passage
+from data.errors import DataError
+from data.records import Passage
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PASSAGES = [Passage(f"p{i}", f"Text {i}\nwith é.", f"Title {i}" if i % 2 else "") for i in range(50)]
+
+
+def write_corpus(path, passages=PASSAGES):
+    lines = [json.dumps({"id": p.id, "title": p.title, "text": p.text}) for p in passages]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("record", "title", "text"),
+    [
+        ({"contents": '"Rome"\nA city.\nOld.'}, "Rome", "A city.\nOld."),
+        ({"contents": 'Rome\nA "city".'}, "Rome", 'A "city".'),
+        ({"contents": '"The "Best" of"\nA record.'}, 'The "Best" of', "A record."),
+        ({"contents": "one line only"}, "", "one line only"),
+        ({"contents": '""\nuntitled'}, "", "untitled"),
+        ({"title": "Rome", "contents": '"Rome"\nA city.'}, "Rome", "A city."),
+        ({"title": "Rome", "contents": "A city.\nOld."}, "Rome", "A city.\nOld."),
+        ({"title": "", "contents": "A city.\nOld."}, "", "A city.\nOld."),
+        ({"title": "Rome", "text": "A city."}, "Rome", "A city."),
+        ({"title": None, "text": " A city. "}, "", "A city."),
+        ({"title": "Rome", "text": "A city.", "contents": "other\nthings"}, "Rome", "A city."),
+    ],
+)
+def test_each_layout_gives_title_and_text(record, title, text):
+    assert parse_passage({"id": 7, **record}) == Passage("7", text, title)
+
+
+def test_contents_of_a_passage_parse_back_to_it():
+    for passage in PASSAGES[1::2]:
+        assert parse_passage({"id": passage.id, "contents": passage.contents}) == passage
+
+
+def test_passages_come_by_position_id_and_in_order(tmp_path):
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"))
+    assert len(corpus) == 50
+    assert list(corpus) == PASSAGES
+    assert corpus[np.int32(7)] == PASSAGES[7]
+    assert [corpus.get(p.id) for p in PASSAGES] == PASSAGES
+    assert corpus.get("p50") is None
+
+
+@pytest.mark.parametrize("position", [-1, 50])
+def test_position_outside_is_refused_not_wrapped(tmp_path, position):
+    with pytest.raises(IndexError, match="of 50"):
+        Corpus(write_corpus(tmp_path / "corpus.jsonl"))[position]
+
+
+def test_blank_lines_a_mark_and_no_last_newline_change_nothing(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n").rstrip())
+    assert list(Corpus(path)) == PASSAGES
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"id": "x"', "not valid JSON"),
+        ('"x"', "expected an object"),
+        ('{"contents": "a\\nb"}', 'no "id"'),
+        ('{"id": "", "text": "a"}', 'no "id"'),
+        ('{"id": true, "text": "a"}', '"id" must be a string, found true'),
+        ('{"id": "x"}', 'neither "contents" nor "text"'),
+        ('{"id": "x", "text": 3}', '"text" must be a string, found 3'),
+        ('{"id": "x", "contents": ["a"]}', '"contents" must be a string'),
+        ('{"id": "x", "text": "  "}', "passage 'x' has no text"),
+        ('{"id": "x", "contents": "\\"Title\\"\\n"}', "passage 'x' has no text"),
+        ('{"id": "p0", "text": "again"}', "id 'p0' stands on line 2 already"),
+    ],
+)
+def test_wrong_line_is_named(tmp_path, line, wrong):
+    path = write_corpus(tmp_path / "corpus.jsonl", PASSAGES[:2])
+    path.write_text(f"\n{path.read_text()}{line}\n")
+    with pytest.raises(DataError) as caught:
+        Corpus(path)
+    assert f"corpus.jsonl:4: {wrong}" in str(caught.value)
+    assert os.listdir(tmp_path) == ["corpus.jsonl"]
+
+
+def test_file_that_cannot_be_a_corpus_is_said(tmp_path):
+    for name, content, wrong in (
+        ("none.jsonl", None, "no such file"),
+        ("empty.jsonl", b"", "holds no passages"),
+        ("blank.jsonl", b"\n \n", "holds no passages"),
+        ("a.jsonl.gz", b"\x1f\x8b", "gunzip it first"),
+        (".", None, "cannot be read"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=wrong):
+            Corpus(tmp_path / name)
+
+
+def test_content_hash_is_sha256_of_the_bytes_first_time_and_later(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert [Corpus(path).content_hash for _ in range(2)] == [expected, expected]
+
+
+def test_second_opening_reads_the_sidecar_and_not_the_lines(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    Corpus(path)
+    monkeypatch.setattr(data.corpus, "_build_table", None)
+    again = Corpus(path)
+    assert list(again) == PASSAGES
+    assert again.get("p33") == PASSAGES[33]
+
+
+def test_changed_corpus_gets_a_new_sidecar_though_its_size_is_the_same(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    old = Corpus(path).content_hash
+    changed = path.read_text().replace("p33", "q33")
+    path.write_text(changed)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    corpus = Corpus(path)
+    assert corpus.get("p33") is None
+    assert corpus.get("q33") == corpus[33]
+    assert corpus.content_hash != old
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "half", "other array"])
+def test_damaged_sidecar_is_made_anew(tmp_path, damage):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    Corpus(path)
+    sidecar = tmp_path / "corpus.jsonl.offsets.npy"
+    if damage == "half":
+        damage = sidecar.read_bytes()[:200]
+    if damage == "other array":
+        np.save(sidecar, np.zeros((3, 3)))
+    else:
+        sidecar.write_bytes(damage)
+    assert list(Corpus(path)) == PASSAGES
+
+
+def test_sidecar_goes_where_it_is_told(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    Corpus(path, sidecar_folder=tmp_path / "other")
+    assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "other"]
+    assert os.listdir(tmp_path / "other") == ["corpus.jsonl.offsets.npy"]
+
+
+def test_sidecar_falls_back_to_the_cache_and_then_to_memory(tmp_path, monkeypatch):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    sidecar = tmp_path / "corpus.jsonl.offsets.npy"
+    sidecar.mkdir()  # nothing can be written at this name, not even by root
+    home = tmp_path / "home"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    assert list(Corpus(path)) == PASSAGES
+    assert len(list((home / ".cache" / "sleuth" / "corpora").iterdir())) == 1
+    home = tmp_path / "corpus.jsonl"  # a home in which no folder can be made
+    assert list(Corpus(path)) == PASSAGES
+
+
+def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.corpus, "_hash_id", lambda passage_id: len(passage_id))
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"))
+    assert [corpus.get(p.id) for p in PASSAGES] == PASSAGES
+    assert corpus.get("zz") is None
+
+
+def test_threads_read_the_same_passages(tmp_path):
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"))
+    positions = list(range(50)) * 40
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(corpus.__getitem__, positions)) == [PASSAGES[i] for i in positions]
+
+
+@pytest.mark.parametrize(("name", "count"), [("squad", 4511), ("hotpotqa", 4937)])
+def test_real_corpus_opens_whole(tmp_path, name, count):
+    path = SHARED / name / "corpus.jsonl"
+    if not path.exists():
+        pytest.skip("shared data is absent")
+    corpus = Corpus(path, sidecar_folder=tmp_path)
+    assert len(corpus) == count
+    for position in (0, count // 2, count - 1):
+        passage = corpus[position]
+        assert corpus.get(passage.id) == passage
+    lines = path.read_bytes().splitlines()
+    assert all(p.contents == json.loads(line)["contents"] for p, line in zip(corpus, lines, strict=True))
