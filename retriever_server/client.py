@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from data.errors import (
@@ -172,12 +173,10 @@ class InProcess:
 class Http:
     """Asks a Search-R1 server; `deadline_seconds` bounds a request with all its retries."""
 
-    def __init__(
-        self, url: str, deadline_seconds: float = 30.0, window_seconds: float = 0.002
-    ) -> None:
+    def __init__(self, url: str, deadline_seconds: float = 30.0, window_seconds: float = 0.002) -> None:
         if deadline_seconds <= 0:
             raise ConfigError(f"deadline_seconds = {deadline_seconds}: must be > 0")
-        self.url = url.rstrip("/").removesuffix("/retrieve")
+        self.url = _checked_url(url)
         self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
         self._jitter = random.Random()  # its own: no draw here may shift a seeded run
@@ -203,9 +202,7 @@ class Http:
         if session is not None:
             await session.aclose()
 
-    async def _ask_until_deadline(
-        self, queries: list[str], k: int, start: float
-    ) -> Sequence[Outcome]:
+    async def _ask_until_deadline(self, queries: list[str], k: int, start: float) -> Sequence[Outcome]:
         attempt = 0
         while True:
             left = self.deadline_seconds - (time.monotonic() - start)
@@ -280,6 +277,18 @@ def connect(spec: str, deadline_seconds: float = 30.0) -> SearchClient:
     from retriever_server.indexes.base import open_index
 
     return SearchClient(InProcess(open_index(spec)))
+
+
+def _checked_url(url: str) -> str:
+    """The address of the server, with or without the path `/retrieve` given."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"retriever {url!r}: must be like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/retrieve")
 
 
 class _TryAgain(Exception):

@@ -100,11 +100,12 @@ def _parse_hit(item: Any, generation: str) -> Hit:
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
-    """Title and text of a `contents` field.   '"Paris"\\nA city.' -> ("Paris", "A city.")"""
+    """Title and text: the first line, unquoted, and the others; as Search-R1 reads `contents`.
+
+    '"Paris"\\nA city.' -> ("Paris", "A city.");   "A city." -> ("", "A city.")
+    """
     first, newline, rest = contents.partition("\n")
-    if newline and len(first) >= 2 and first[0] == first[-1] == '"':
-        return first[1:-1], rest
-    return "", contents
+    return (first.strip().strip('"'), rest) if newline else ("", contents)
 
 
 def _json_type(value: Any) -> str:

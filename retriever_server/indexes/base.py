@@ -83,9 +83,7 @@ def read_manifest(path: Path) -> Manifest:
         fields = read_json(path / MANIFEST)
         version = fields["format_version"]
         if version > FORMAT_VERSION:
-            raise DataError(
-                f"{path}: index format {version} is newer than this program's {FORMAT_VERSION}"
-            )
+            raise DataError(f"{path}: index format {version} is newer than this program's {FORMAT_VERSION}")
         manifest = Manifest(**fields)
     except SleuthError:
         raise

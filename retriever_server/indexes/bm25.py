@@ -7,11 +7,13 @@ of the query's words. The sum and the selection are ours because inside a traini
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +50,7 @@ class BM25Index(Index):
     """
 
     def __init__(self, path: Path, manifest: Manifest, corpus: Corpus) -> None:
-        import bm25s
-
-        stored = bm25s.BM25.load(path, mmap=True, show_progress=False)
+        stored = _bm25s().BM25.load(path, mmap=True, show_progress=False)
         self.manifest, self.corpus, self.generation = manifest, corpus, manifest.generation
         self._analyze = ANALYZERS[manifest.settings["analyzer"]]
         self._vocabulary: dict[str, int] = stored.vocab_dict
@@ -82,8 +82,6 @@ class BM25Index(Index):
         Raises ConfigError for a wrong setting, DataError for a corpus without words.
         """
         settings = _checked_settings(k1, b, analyzer, title_boost)
-        if len(corpus) == 0:
-            raise DataError(f"{corpus.path}: no passages, nothing to index")
 
         def write(folder: Path) -> None:
             _write_bm25s(folder, corpus, settings, progress)
@@ -107,9 +105,7 @@ class BM25Index(Index):
             weights=np.concatenate([self._weights[start:end] for start, end in spans]),
             minlength=len(self.corpus),
         )
-        return [
-            Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in _best(scores, k)
-        ]
+        return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in _best(scores, k)]
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
@@ -133,8 +129,6 @@ def _checked_settings(k1: float, b: float, analyzer: str, title_boost: int) -> d
 
 
 def _write_bm25s(folder: Path, corpus: Corpus, settings: dict, progress: Callable) -> None:
-    import bm25s
-
     analyze, title_boost = ANALYZERS[settings["analyzer"]], settings["title_boost"]
     vocabulary: dict[str, int] = {}
     token_ids = []
@@ -143,6 +137,13 @@ def _write_bm25s(folder: Path, corpus: Corpus, settings: dict, progress: Callabl
         token_ids.append(array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in words]))
     if not vocabulary:
         raise DataError(f"{corpus.path}: {len(corpus)} passages without a single word")
-    index = bm25s.BM25(k1=settings["k1"], b=settings["b"], method="lucene")
+    index = _bm25s().BM25(k1=settings["k1"], b=settings["b"], method="lucene")
     index.index((token_ids, vocabulary), create_empty_token=False, show_progress=False)
     index.save(folder, show_progress=False)
+
+
+def _bm25s() -> Any:
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets DEBUG, over all settings
+    return bm25s

@@ -1,0 +1,43 @@
+"""`sleuth search`: the passages that a retriever finds for a query, in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+
+from data.records import Hit
+
+
+def main(query: str, retriever: str, top_k: int = 3, deadline_seconds: float = 30.0) -> None:
+    """Print the best passages for a query.
+
+    Args:
+        query: What to search.
+        retriever: URL of a server, or folder of an index.
+        top_k: How many passages.
+        deadline_seconds: How long to wait for a server that does not answer.
+    """
+    hits = asyncio.run(_search(query, retriever, top_k, deadline_seconds))
+    _show(query, hits)
+
+
+async def _search(query: str, retriever: str, top_k: int, deadline_seconds: float) -> list[Hit]:
+    from retriever_server.client import connect
+
+    async with connect(retriever, deadline_seconds) as client:
+        return await client.search(query, top_k)
+
+
+def _show(query: str, hits: list[Hit]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not hits:
+        console.print(Text(f"nothing found for {query!r}"))
+    for rank, hit in enumerate(hits, start=1):
+        # As Text: square brackets in a passage are no markup.
+        head = Text(f"{rank}  ", style="dim")
+        head.append(hit.passage.title or hit.passage.id, style="bold")
+        head.append(f"  {hit.score:.3f}  {hit.passage.id}", style="dim")
+        console.print(head)
+        console.print(Text(f"{hit.passage.text}\n"))
