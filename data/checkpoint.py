@@ -1,0 +1,158 @@
+"""Checkpoint folders that are either whole or not there: save, find, prune. Knows nothing of what is in them.
+
+checkpoints/
+  step-000040/     what `write` put there, and checkpoint.json {format_version, step}, written last
+  step-000060/
+  best.json        {format_version, step, score}: this one is never pruned
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import ConfigError, DataError, StorageError
+from data.records import FORMAT_VERSION
+
+MARK = "checkpoint.json"
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: `step` updates had been made when it was written."""
+
+    step: int
+    path: Path
+
+
+def save_checkpoint(
+    directory: Path | str, step: int, write: Callable[[Path], None], keep: int = 2
+) -> Checkpoint:
+    """Save what `write(folder)` writes as the checkpoint of `step`; keep the newest `keep` and the best.
+
+    The folder gets its name only when it is whole. Raises StorageError where the disk is full or
+    refuses; whatever went wrong, earlier checkpoints are untouched and nothing half-written stays.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep = {keep}: at least 1 checkpoint must be kept")
+    directory = Path(directory)
+    final = directory / f"step-{step:06d}"
+    partial = directory / f".partial-{final.name}"
+    try:
+        _discard_partials(directory)
+        partial.mkdir(parents=True)
+        write(partial)
+        _write_json(partial / MARK, {"format_version": FORMAT_VERSION, "step": step})
+        _flush_to_disk(partial)
+        _replace(partial, final)
+    except Exception as error:
+        if _is_storage(error):
+            raise StorageError(f"cannot save checkpoint {final}: {_reason(error)}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    prune_checkpoints(directory, keep)
+    return Checkpoint(step, final)
+
+
+def list_checkpoints(directory: Path | str) -> list[Checkpoint]:
+    """All complete checkpoints of a directory, oldest first; an absent directory has none.
+
+    Raises DataError where one was written by a newer format.
+    """
+    marks = sorted(Path(directory).glob(f"step-*/{MARK}"))
+    return sorted((_read_mark(mark) for mark in marks), key=lambda found: found.step)
+
+
+def latest_checkpoint(directory: Path | str) -> Checkpoint | None:
+    """The complete checkpoint of the highest step, or None."""
+    return max(list_checkpoints(directory), key=lambda found: found.step, default=None)
+
+
+def mark_best(directory: Path | str, step: int, score: float) -> None:
+    """Name the checkpoint of `step` the best so far, at `score`; pruning spares it from now on."""
+    directory = Path(directory)
+    partial = directory / f".partial-{BEST}"
+    try:
+        _write_json(partial, {"format_version": FORMAT_VERSION, "step": step, "score": score})
+        os.replace(partial, directory / BEST)
+    except OSError as error:
+        raise StorageError(f"cannot write {directory / BEST}: {_reason(error)}") from error
+
+
+def best_checkpoint(directory: Path | str) -> tuple[Checkpoint, float] | None:
+    """The checkpoint marked best and its score, or None where none is marked or it is gone."""
+    mark = Path(directory) / BEST
+    if not mark.exists():
+        return None
+    best = _read_json(mark)
+    found = [each for each in list_checkpoints(directory) if each.step == best["step"]]
+    return (found[0], float(best["score"])) if found else None
+
+
+def prune_checkpoints(directory: Path | str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; the best one stays whatever its age."""
+    best = best_checkpoint(directory)
+    for old in list_checkpoints(directory)[:-keep]:
+        if best is None or old.step != best[0].step:
+            shutil.rmtree(old.path, ignore_errors=True)
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Give `partial` the name `final`; an older folder of that name (a step done again) makes way."""
+    if final.exists():
+        old = final.with_name(f".partial-old-{final.name}")
+        os.rename(final, old)
+        os.rename(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(partial, final)
+
+
+def _discard_partials(directory: Path) -> None:
+    """Remove what a killed process left half-written. A run has one writer (its lock), so none is live."""
+    for left in directory.glob(".partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Force all files to the disk before the rename, so that a power cut leaves no empty 'whole' folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _is_storage(error: Exception) -> bool:
+    """Whether the disk is at fault. safetensors and torch report a full disk by errors of their own."""
+    own = type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
+    return isinstance(error, OSError) or own or "PytorchStreamWriter failed" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _read_mark(mark: Path) -> Checkpoint:
+    return Checkpoint(int(_read_json(mark)["step"]), mark.parent)
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a mark; it was renamed into place whole, so anything else is damage from outside."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = value["format_version"], value["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a checkpoint mark with format_version and step") from error
+    if version > FORMAT_VERSION:
+        raise DataError(f"{path}: format_version {version} is newer than {FORMAT_VERSION}")
+    return value

@@ -1,0 +1,219 @@
+"""A run on disk: what was asked for, how it stands, and its numbers.
+
+run.json        {format_version, status, created, updated, notes, ...}
+config.yaml     the resolved configuration
+metrics.jsonl   {"step": 12, "reward/mean": 0.5, ...}, one line a call of `log`
+run.pid         held (locked) by the one process that writes the run
+checkpoints/    data/checkpoint.py      evaluations/NAME/    agent/evaluate.py
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from data.errors import ConfigError, DataError, RunStopped, StorageError
+from data.jsonl import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from data.records import FORMAT_VERSION
+from data.trackers import NullTracker, Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class RunStatus(StrEnum):
+    """How a run stands. A killed one still says `running`, but nobody holds its lock."""
+
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    """By the user (Ctrl-C)."""
+    STOPPED = "stopped"
+    """By itself, or by an error: see `reason` in run.json."""
+    FINISHED = "finished"
+
+
+class RunDir:
+    """The open folder of one run; a context manager that records how the run ended."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        notes: Sequence[str] = (),
+        on_line: Callable[[str], None] = logger.info,
+        console_keys: Sequence[str] = (),
+    ) -> None:
+        """Create the run, or open it again where it exists with the same configuration.
+
+        `resume` also accepts a changed configuration, which is then the run's. `notes` are what a
+        reader of the results must know (what is wired in). `on_line` gets the console line of each
+        `log`, of `console_keys` if given. Raises ConfigError where the configuration differs, there
+        is nothing to resume, or another process is writing the run.
+        """
+        self.path = Path(path)
+        self.tracker: Tracker = NullTracker()
+        self._on_line, self._console_keys = on_line, tuple(console_keys)
+        plain = json.loads(json.dumps(config, default=str))  # as it will be read back
+        if resume and not (self.path / "run.json").exists():
+            raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
+        self._make_folder()
+        self._lock = _lock(self.path / "run.pid")
+        try:
+            self._open(plain, resume, notes)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of `step` to metrics.jsonl, to the tracker, and as one console line.
+
+        Keys are `group/name`. NaN and infinities become null on disk. Raises StorageError.
+        """
+        values = {key: float(value) for key, value in metrics.items()}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        append_jsonl(self.path / "metrics.jsonl", [{"step": step, **finite}])
+        self.tracker.log(step, values)
+        self._on_line(format_line(step, values, self._console_keys))
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of `step` and later: training goes on from there and logs them anew."""
+        kept = [row for row in read_metrics(self.path) if row["step"] < step]
+        write_jsonl(self.path / "metrics.jsonl", kept)
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json, such as `notes`; the file is replaced as a whole."""
+        self.info = {**self.info, **fields, "updated": _now()}
+        write_json(self.path / "run.json", self.info)
+
+    def close(self, status: RunStatus = RunStatus.FINISHED, reason: str | None = None) -> None:
+        """Record how the run ended, and let others open it. A second call does nothing."""
+        if self._lock.closed:
+            return
+        try:
+            self.update(status=str(status), reason=reason)
+            self.tracker.close()
+        finally:
+            self._lock.close()  # closing releases the lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close(RunStatus.FINISHED)
+        elif isinstance(error, KeyboardInterrupt):
+            self.close(RunStatus.INTERRUPTED, "interrupted by the user")
+        else:
+            named = str(error) if isinstance(error, RunStopped) else f"{type(error).__name__}: {error}"
+            self.close(RunStatus.STOPPED, named)
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make run folder {self.path}: {error.strerror}") from error
+
+    def _open(self, config: dict[str, Any], resume: bool, notes: Sequence[str]) -> None:
+        """Compare with what is there, then write run.json and config.yaml and open metrics.jsonl."""
+        self.info: dict[str, Any] = {"format_version": FORMAT_VERSION, "created": _now(), "notes": []}
+        if (self.path / "run.json").exists():
+            self.info = read_run(self.path)
+            changed = describe_difference(read_config(self.path), config)
+            if changed and not resume:
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
+                    "resume it to go on with these changes, or choose another folder"
+                )
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        atomic_write(self.path / "config.yaml", text)
+        self.update(status=str(RunStatus.RUNNING), reason=None, notes=list(notes or self.info["notes"]))
+
+
+def read_run(path: Path | str) -> dict[str, Any]:
+    """run.json of a run folder; DataError where it is missing, malformed or of a newer format."""
+    file = Path(path) / "run.json"
+    if not file.is_file():
+        raise DataError(f"{path} is no run folder: it holds no run.json")
+    info = read_json(file)
+    if not isinstance(info, dict) or not isinstance(info.get("format_version"), int):
+        raise DataError(f"{file}: no format_version")
+    if info["format_version"] > FORMAT_VERSION:
+        newer = f"format_version {info['format_version']} is newer than {FORMAT_VERSION}"
+        raise DataError(f"{file}: {newer}: update sleuth-rl to read it")
+    return info
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """config.yaml of a run folder, {} where there is none; DataError where it is malformed."""
+    file = Path(path) / "config.yaml"
+    if not file.exists():
+        return {}
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, [] where there is none; a last line cut by a kill is left out."""
+    file = Path(path) / "metrics.jsonl"
+    return list(read_jsonl(file, tolerate_cut_tail=True)) if file.exists() else []
+
+
+def format_line(step: int, metrics: Mapping[str, float], keys: Sequence[str] = ()) -> str:
+    """One console line: the step and the metrics named by `keys` (all, if none are named).
+
+    (3, {"reward/mean": 0.5}) -> "step 3 · reward/mean 0.5"
+    """
+    shown = [key for key in keys if key in metrics] or list(metrics)
+    return " · ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])
+
+
+def describe_difference(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two nested settings, each as "a.b: 1 -> 2"; [] where nothing does."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in describe_difference(
+                old.get(key, "absent"), new.get(key, "absent"), f"{name}.{key}" if name else str(key)
+            )
+        ]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+
+
+def _lock(path: Path) -> Any:
+    """The open, locked pid file. The kernel frees the lock of a dead process: a stale pid blocks nobody."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        writer = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigError(f"{path.parent} is being written by process {writer}") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
