@@ -1,0 +1,60 @@
+"""The embedded world as files: a corpus and three question sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data.atlas.passages import render_passages
+from data.atlas.questions import UNSEEN_SHARE, majority_baseline, make_questions
+from data.atlas.world import SPLITS, load_world
+from data.jsonl import write_jsonl
+from data.records import Passage, Question
+
+
+def build_atlas(directory: str | Path, seed: int = 0) -> dict[str, Any]:
+    """Write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; return what is in them.
+
+    -> {"passages", "words_per_passage", "questions": {split: {kind: count}}, "majority_baseline"}.
+    Each file appears whole or not at all. Raises StorageError if one cannot be written.
+    """
+    world = load_world()
+    folder = Path(directory)
+    passages = render_passages(world, seed)
+    write_jsonl(folder / "corpus.jsonl", (passage_row(passage) for passage in passages))
+    questions = {
+        split: make_questions(world, split, unseen_share=UNSEEN_SHARE if split == "test" else 0.0, seed=seed)
+        for split in SPLITS
+    }
+    for split, asked in questions.items():
+        write_jsonl(folder / f"{split}.jsonl", (question_row(question) for question in asked))
+    words = sum(len(passage.text.split()) for passage in passages)
+    return {
+        "passages": len(passages),
+        "words_per_passage": words / len(passages),
+        "questions": {
+            split: dict(Counter(q.metadata["kind"] for q in asked)) for split, asked in questions.items()
+        },
+        "majority_baseline": majority_baseline(questions["train"], questions["test"]),
+    }
+
+
+def passage_row(passage: Passage) -> dict[str, str]:
+    """A passage as a line of a corpus: id, title, text, and Search-R1's contents."""
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "contents": passage.contents,
+    }
+
+
+def question_row(question: Question) -> dict[str, Any]:
+    """A question as a line of a question set."""
+    return {
+        "id": question.id,
+        "question": question.text,
+        "golden_answers": list(question.gold_answers),
+        "metadata": dict(question.metadata),
+    }
