@@ -1,0 +1,74 @@
+"""Loads a policy: a folder, a hub name, or one that comes with Sleuth by a short name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from agent.packaged import atlas_policy, smollm2_policy
+from data.errors import ConfigError
+
+SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
+"""Names of policies that need no hub, and what finds (or makes) their folder."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def save(self, folder: Path) -> None:
+        """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def resolve_policy(name: str) -> str:
+    """The folder of a policy with a short name; anything else as it is."""
+    return str(SHORT_NAMES[name]()) if name in SHORT_NAMES else name
+
+
+def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
+    """Load a policy for inference or training, in evaluation mode.
+
+    name: a folder, a hub name, or a short name. device: auto, cpu or cuda. dtype: auto (bfloat16 on
+    cuda, else float32), float32 or bfloat16. Raises ConfigError where nothing loads.
+    """
+    device = resolve_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    source = resolve_policy(name)
+    if Path(source).exists() and not (Path(source) / "config.json").exists():
+        raise ConfigError(f"policy = {name!r}: {source} holds no config.json, so it is no policy folder")
+    try:
+        AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"policy = {name!r}: neither a policy folder, a short name ({', '.join(SHORT_NAMES)}) "
+            f"nor a hub name that can be reached: {reason}"
+        ) from error
+    return Policy(model.to(device).eval(), tokenizer)
+
+
+def resolve_device(device: str) -> str:
+    """auto -> cuda where there is one, else cpu; cuda without one is a ConfigError."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; allowed: cpu, auto")
+    return device
