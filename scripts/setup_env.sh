@@ -44,7 +44,7 @@ check_disk() {
 }
 
 pip_install() {
-    .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check "$@" ||
+    .venv/bin/python -m pip install -qq --no-input --disable-pip-version-check "$@" ||
         fail "pip could not install ${*: -1}: its reason stands above; start again to go on"
 }
 
