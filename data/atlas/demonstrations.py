@@ -1,0 +1,153 @@
+"""What a half-taught searcher does, over invented worlds: to warm a policy up, not to solve its task.
+
+It searches the entity that the question names and reads one passage: the one with that title. One-hop
+questions it answers rightly. Where the answer needs another passage it does NOT reason: it either stops
+and guesses a name just read, or searches a name drawn at random among those just read and answers from
+what that passage says. So a policy learns the format, to read and to copy, and sometimes a second search;
+which name to search, and that it pays, is left for reinforcement learning to find.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data.atlas.invented import invent_world
+from data.atlas.passages import render_passage
+from data.atlas.questions import Ask, asks, put
+from data.atlas.world import Entity, World
+
+FIRST = ("Look up {n}.", "Search for {n}.", "Read about {n}.")
+NEXT = ("Now look up {n}.", "Next, search for {n}.", "Also read about {n}.")
+LAST = ("I can answer.", "Now answer.", "Time to answer.")
+
+
+@dataclass(frozen=True)
+class Demonstrator:
+    """How the half-taught searcher behaves, and what it is asked."""
+
+    p_stop: float = 0.5
+    """Chance that it stops after one search where the answer needs more."""
+    p_third: float = 0.1
+    """Chance that it searches a third time after a second."""
+    kinds: tuple[tuple[str, float], ...] = (
+        ("one_hop", 0.42),
+        ("two_hop", 0.48),
+        ("three_hop", 0.05),
+        ("comparison", 0.05),
+    )
+    """Share of each kind of question."""
+    questions_per_world: int = 4
+
+
+def demonstrations(
+    n: int,
+    seed: int = 0,
+    demonstrator: Demonstrator = Demonstrator(),
+) -> Iterator[dict[str, Any]]:
+    """n demonstrations, deterministic in the seed; each one JSON line in no protocol's words.
+
+    -> {"id", "kind", "question", "golden_answers", "steps"}; a step is {"think", "search", "passages":
+    [{"id", "title", "text"}]}, the last one {"think", "answer"}.
+    """
+    rng = random.Random(f"demonstrations:{seed}")
+    kinds, shares = zip(*demonstrator.kinds, strict=True)
+    made = 0
+    while made < n:
+        world = invent_world(rng)
+        pool: dict[str, list[Ask]] = {kind: [] for kind in kinds}
+        for ask in asks(world, None, rng):
+            pool[ask.kind].append(ask)
+        reader = _Reader(world, rng)
+        for kind in rng.choices(kinds, shares, k=min(demonstrator.questions_per_world, n - made)):
+            if pool[kind]:
+                yield _demonstration(_draw(pool[kind], rng), reader, demonstrator, f"{seed}-{made}")
+                made += 1
+
+
+def _draw(pool: list[Ask], rng: random.Random) -> Ask:
+    """Half the time any of the pool, half the time any relation first: rare relations are asked too."""
+    if rng.random() < 0.5:
+        return rng.choice(pool)
+    relation = rng.choice(sorted({ask.relation for ask in pool}))
+    return rng.choice([ask for ask in pool if ask.relation == relation])
+
+
+class _Reader:
+    """The passages of one world as they are read: each the same whenever it is found."""
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        self.world, self.rng, self.seed = world, rng, rng.getrandbits(32)
+        self.steps: list[dict[str, Any]] = []
+        self.searched: list[Entity] = []
+        self.named: list[Entity] = []
+
+    def begin(self) -> None:
+        """Forget the question before."""
+        self.steps, self.searched, self.named = [], [], []
+
+    def search(self, entity: Entity) -> None:
+        """Search an entity by its name and read its passage."""
+        passage, named = render_passage(self.world, entity, self.seed)
+        think = self.rng.choice(NEXT if self.steps else FIRST).replace("{n}", entity.name)
+        found = {"id": passage.id, "title": passage.title, "text": passage.text}
+        self.steps.append({"think": think, "search": entity.name, "passages": [found]})
+        self.searched.append(entity)
+        self.named = [other for other in named if other not in self.searched]
+
+    def answer(self, text: str) -> None:
+        """End with an answer."""
+        self.steps.append({"think": self.rng.choice(LAST), "answer": text})
+
+
+def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) -> dict[str, Any]:
+    rng = reader.rng
+    question = put(ask, rng, True, f"demonstration-{number}")
+    reader.begin()
+    reader.search(ask.path[0])
+    if ask.kind == "comparison":
+        _compare(ask, reader, how)
+    elif ask.kind == "one_hop":
+        reader.answer(ask.gold_answers[0])
+    elif rng.random() < how.p_stop or not reader.named:
+        reader.answer(_guess(ask, reader, wrong=True))
+    else:
+        _wander(ask, reader, how)
+    return {
+        "id": question.id,
+        "kind": ask.kind,
+        "question": question.text,
+        "golden_answers": list(question.gold_answers),
+        "steps": reader.steps,
+    }
+
+
+def _wander(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
+    """Search one or two names drawn from those read, then answer from the last passage."""
+    rng = reader.rng
+    reader.search(rng.choice(reader.named))
+    p_more = how.p_third if ask.kind == "two_hop" else 1 - how.p_stop
+    if reader.named and rng.random() < p_more:
+        reader.search(rng.choice(reader.named))
+    read = reader.searched[-1].facts.get(ask.relation)
+    reader.answer(read[0] if read else _guess(ask, reader, wrong=False))
+
+
+def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
+    """Stop after one of the two and guess, or read the other one too and answer rightly."""
+    if reader.rng.random() < how.p_stop:
+        reader.answer(reader.rng.choice(ask.path).name)
+    else:
+        reader.search(ask.path[1])
+        reader.answer(ask.gold_answers[0])
+
+
+def _guess(ask: Ask, reader: _Reader, wrong: bool) -> str:
+    """A name or value of the passage read last; not the right one if `wrong`."""
+    last = reader.searched[-1]
+    own = [values[0] for relation, values in last.facts.items() if relation != "kind"]
+    options = [entity.name for entity in reader.named] or own or [last.name]
+    allowed = [text for text in options if not (wrong and text in ask.gold_answers)]
+    return reader.rng.choice(allowed or [last.name])
