@@ -1,0 +1,140 @@
+"""Checkpoints are whole or not there, whatever goes wrong while they are written."""
+
+import errno
+import json
+import os
+import resource
+
+import pytest
+
+from data.checkpoint import (
+    best_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    mark_best,
+    save_checkpoint,
+)
+from data.errors import ConfigError, DataError, StorageError
+
+
+def write_weights(folder):
+    (folder / "weights.bin").write_bytes(b"w" * 100)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("a b c")
+
+
+def steps(directory):
+    return [found.step for found in list_checkpoints(directory)]
+
+
+def leftovers(directory):
+    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_the_latest_checkpoint_holds_what_was_written(tmp_path):
+    save_checkpoint(tmp_path, 9, write_weights, keep=5)
+    save_checkpoint(tmp_path, 1_000_000, write_weights, keep=5)
+    save_checkpoint(tmp_path, 100, write_weights, keep=5)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None and latest.step == 1_000_000
+    assert (latest.path / "tokenizer" / "vocab.txt").read_text() == "a b c"
+    assert steps(tmp_path) == [9, 100, 1_000_000]
+
+
+def test_no_directory_has_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path / "absent") is None
+    assert best_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_full_disk_in_mid_write_leaves_the_earlier_checkpoints(tmp_path):
+    save_checkpoint(tmp_path, 1, write_weights)
+
+    def write(folder):
+        write_weights(folder)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match=r"cannot save checkpoint .*step-000002: No space left on device"):
+        save_checkpoint(tmp_path, 2, write, keep=1)
+    assert steps(tmp_path) == [1] and leftovers(tmp_path) == []
+
+
+def test_safetensors_running_into_a_limit_of_the_disk_is_a_storage_error(tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # Python ignores SIGXFSZ: writing fails
+    try:
+        with pytest.raises(StorageError, match="step-000003"):
+            save_checkpoint(
+                tmp_path, 3, lambda folder: save_file({"w": np.zeros(100_000)}, folder / "model.safetensors")
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert steps(tmp_path) == [] and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
+def test_any_other_failure_is_passed_on_and_leaves_nothing_half_written(tmp_path, error):
+    def write(folder):
+        write_weights(folder)
+        raise error
+
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path, 2, write)
+    assert steps(tmp_path) == [] and leftovers(tmp_path) == []
+
+
+def test_a_folder_without_its_mark_is_no_checkpoint_and_what_a_kill_left_is_removed(tmp_path):
+    (tmp_path / "step-000007").mkdir()
+    (tmp_path / ".partial-step-000008").mkdir()
+    (tmp_path / ".partial-step-000008" / "weights.bin").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 9, write_weights)
+    assert steps(tmp_path) == [9] and leftovers(tmp_path) == []
+
+
+def test_the_mark_is_written_after_everything_else(tmp_path):
+    def write(folder):
+        assert not (folder / "checkpoint.json").exists()
+        assert latest_checkpoint(tmp_path) is None
+
+    found = save_checkpoint(tmp_path, 4, write)
+    assert json.loads((found.path / "checkpoint.json").read_text()) == {"format_version": 1, "step": 4}
+
+
+def test_a_step_saved_again_replaces_the_old_one(tmp_path):
+    save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("old"))
+    found = save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("new"))
+    assert (found.path / "a").read_text() == "new"
+    assert steps(tmp_path) == [5] and leftovers(tmp_path) == []
+
+
+def test_pruning_keeps_the_newest_and_never_drops_the_best(tmp_path):
+    save_checkpoint(tmp_path, 1, write_weights, keep=2)
+    save_checkpoint(tmp_path, 2, write_weights, keep=2)
+    mark_best(tmp_path, 1, 0.7)
+    for step in (3, 4, 5):
+        save_checkpoint(tmp_path, step, write_weights, keep=2)
+    assert steps(tmp_path) == [1, 4, 5]
+    best = best_checkpoint(tmp_path)
+    assert best is not None and (best[0].step, best[1]) == (1, 0.7)
+    mark_best(tmp_path, 5, 0.8)
+    save_checkpoint(tmp_path, 6, write_weights, keep=1)
+    assert steps(tmp_path) == [5, 6]
+
+
+def test_keeping_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="keep = 0"):
+        save_checkpoint(tmp_path, 1, write_weights, keep=0)
+
+
+def test_a_mark_of_a_newer_format_or_a_damaged_one_is_refused_by_name(tmp_path):
+    found = save_checkpoint(tmp_path, 1, write_weights)
+    mark = found.path / "checkpoint.json"
+    mark.write_text('{"format_version": 99, "step": 1}')
+    with pytest.raises(DataError, match="format_version 99 is newer"):
+        latest_checkpoint(tmp_path)
+    mark.write_text("{")
+    with pytest.raises(DataError, match=r"step-000001/checkpoint\.json: not a checkpoint mark"):
+        latest_checkpoint(tmp_path)

@@ -1,0 +1,162 @@
+"""A run folder: its metrics survive a kill and a resume, one process writes it, others are refused."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.errors import ConfigError, DataError, RunStopped
+from data.run_dir import RunDir, format_line, read_config, read_metrics, read_run
+from data.trackers import WandbTracker
+
+CONFIG = {"algorithm": {"learning_rate": 1e-6, "clip": (0.2, 0.28)}, "steps": 3}
+ROOT = Path(__file__).parents[2]
+
+
+def status(path):
+    return read_run(path)["status"]
+
+
+def test_a_run_records_its_configuration_its_metrics_and_how_it_ended(tmp_path):
+    lines = []
+    with RunDir(tmp_path / "run", CONFIG, notes=["copying is wired in"], on_line=lines.append) as run:
+        assert status(run.path) == "running"
+        run.log(0, {"reward/mean": 0.25, "policy/kl": float("nan")})
+        run.log(1, {"reward/mean": 0.5})
+    info = read_run(run.path)
+    assert info["status"] == "finished" and info["notes"] == ["copying is wired in"]
+    assert info["format_version"] == 1 and info["created"]
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["algorithm"]["clip"] == [0.2, 0.28]
+    assert read_metrics(run.path) == [
+        {"step": 0, "reward/mean": 0.25, "policy/kl": None},
+        {"step": 1, "reward/mean": 0.5},
+    ]
+    assert lines[1] == "step 1 · reward/mean 0.5"
+
+
+def test_the_console_line_can_be_limited_to_some_keys():
+    metrics = {"a/x": 1.0, "b/y": 2.0}
+    assert format_line(3, metrics, ["b/y", "c/z"]) == "step 3 · b/y 2"
+    assert format_line(3, metrics) == "step 3 · a/x 1 · b/y 2"
+    assert math.isnan(float(format_line(0, {"a": float("nan")}).split()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "status_then", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted", "interrupted by the user"),
+        (RunStopped("retriever is gone"), "stopped", "retriever is gone"),
+        (ValueError("a bug"), "stopped", "ValueError: a bug"),
+    ],
+)
+def test_how_a_run_ended_is_written_down(tmp_path, error, status_then, reason):
+    with pytest.raises(type(error)), RunDir(tmp_path, CONFIG):
+        raise error
+    assert (status(tmp_path), read_run(tmp_path)["reason"]) == (status_then, reason)
+
+
+def test_resuming_drops_the_metrics_from_the_resumed_step_on(tmp_path):
+    with RunDir(tmp_path, CONFIG, notes=["n"]) as run:
+        for step in range(5):
+            run.log(step, {"a/x": step})
+    created = read_run(tmp_path)["created"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "a/')  # killed in mid-line
+    with RunDir(tmp_path, CONFIG, resume=True) as run:
+        run.rewind(3)
+        run.log(3, {"a/x": 30})
+    assert [(row["step"], row["a/x"]) for row in read_metrics(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+    assert read_run(tmp_path)["created"] == created and read_run(tmp_path)["notes"] == ["n"]
+
+
+def test_a_cut_last_line_does_not_spoil_the_next_one(tmp_path):
+    RunDir(tmp_path, CONFIG).close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a/x": 1}\n{"step": 1, "a')
+    with RunDir(tmp_path, CONFIG) as run:
+        run.log(1, {"a/x": 2})
+    assert [row["a/x"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_another_configuration_is_refused_by_key_unless_resumed(tmp_path):
+    RunDir(tmp_path, CONFIG).close()
+    changed = {"algorithm": {"learning_rate": 3e-6, "clip": (0.2, 0.28)}, "steps": 3, "seed": 1}
+    with pytest.raises(ConfigError, match=r"algorithm\.learning_rate: 1e-06 -> 3e-06; seed: 'absent' -> 1"):
+        RunDir(tmp_path, changed)
+    RunDir(tmp_path, CONFIG).close()  # the same is no difference, tuples or not
+    RunDir(tmp_path, changed, resume=True).close()
+    assert read_config(tmp_path)["seed"] == 1
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        RunDir(tmp_path / "absent", CONFIG, resume=True)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_two_processes_never_write_the_same_run(tmp_path):
+    with RunDir(tmp_path, CONFIG):
+        with pytest.raises(ConfigError, match=rf"is being written by process {os.getpid()}"):
+            RunDir(tmp_path, CONFIG)
+        assert status(tmp_path) == "running"
+    RunDir(tmp_path, CONFIG).close()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = (
+        "import os, sys; from data.run_dir import RunDir; "
+        "run = RunDir(sys.argv[1], {}); run.log(0, {'a/x': 1.0}); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert killed.returncode == -9 and status(tmp_path) == "running"
+    assert (tmp_path / "run.pid").read_text().strip().isdigit()
+    with RunDir(tmp_path, {}) as run:
+        run.log(1, {"a/x": 2.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_folder_that_is_no_run_or_of_a_newer_format_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"is no run folder: it holds no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(DataError, match="format_version 99 is newer"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(DataError, match="no format_version"):
+        read_run(tmp_path)
+
+
+def read_wandb_history(path):
+    """The history rows of a .wandb file: 7 bytes, then the log format of LevelDB in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, part, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(raw):
+        if 32_768 - at % 32_768 < 7:  # a block ends in padding where no header fits
+            at += 32_768 - at % 32_768
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        part, at = part + raw[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            record = wandb_internal_pb2.Record.FromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                )
+    return rows
+
+
+def test_wandb_offline_holds_what_was_logged(tmp_path):
+    with RunDir(tmp_path, CONFIG) as run:
+        run.tracker = WandbTracker(tmp_path, name="test", config=CONFIG, mode="offline")
+        run.log(0, {"reward/mean": 0.25})
+        run.log(1, {"reward/mean": 0.75})
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = read_wandb_history(file)
+    assert [(row["step"], row["reward/mean"]) for row in rows] == [(0, 0.25), (1, 0.75)]
