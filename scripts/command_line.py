@@ -47,9 +47,7 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
     """A parser of the parameters of `run`, or of the fields of its one dataclass."""
     note = f" {positional.upper()} needs no --{positional} before it." if positional else ""
     summary = (inspect.getdoc(run) or "").split("\n\n")[0]
-    parser = ArgumentParser(
-        prog=prog, description=summary + note, exit_on_error=False, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=prog, description=summary + note, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of the keys below.")
     config_type = config_dataclass(run)
     if config_type:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 import venv
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.__main__ import COMMANDS
-from scripts.command_line import build_parser
+from scripts.command_line import build_parser, known_keys
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["agent", "rl", "retriever_server", "data", "scripts"]
@@ -62,6 +63,16 @@ def test_every_command_has_a_typed_documented_main(name):
     assert inspect.getdoc(run), f"{command.module}.main has no docstring"
     parser = build_parser(run, f"sleuth {name}", command.positional)
     assert command.positional is None or f"--{command.positional}" in parser.format_help()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_launchers_name_options_and_recipes_that_exist(path):
+    code = re.sub(r"(?m)#.*$|\\\n", "", path.read_text())
+    for name, words in re.findall(r"bin/sleuth ([\w-]+)(.*)", code):
+        command = COMMANDS[name]
+        keys = known_keys(build_parser(importlib.import_module(command.module).main, name))
+        assert set(re.findall(r"--([\w.]+)", words)) <= {*keys, "config"}
+        assert all((ROOT / recipe).is_file() for recipe in re.findall(r"\S+\.yaml", words))
 
 
 @pytest.mark.slow

@@ -45,11 +45,9 @@ def run(monkeypatch, capsys):
     def run_command(main, *argv, positional=None):
         got = []
         fake = types.ModuleType("fake_command")
-        fake.main = main(got)
+        fake.__dict__["main"] = main(got)
         monkeypatch.setitem(sys.modules, "fake_command", fake)
-        monkeypatch.setitem(
-            sleuth.COMMANDS, "fake", sleuth.Command("fake_command", "a fake", positional)
-        )
+        monkeypatch.setitem(sleuth.COMMANDS, "fake", sleuth.Command("fake_command", "a fake", positional))
         try:
             status = sleuth.main(["fake", *map(str, argv)])
         except SystemExit as stop:  # --help and --print_config
@@ -129,9 +127,7 @@ ONE_LINE_ERRORS = {
 
 
 @pytest.mark.parametrize(("text", "message"), ONE_LINE_ERRORS.items())
-def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(
-    run, tmp_path, text, message
-):
+def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(run, tmp_path, text, message):
     recipe = write(tmp_path / "r.yaml", text)
     status, got, _, err = run(takes_config, "--config", recipe)
     assert status == 2 and not got
@@ -195,9 +191,7 @@ def test_our_own_bugs_keep_their_traceback(run, error):
 
 def test_an_unknown_command_names_the_closest(capsys):
     assert sleuth.main(["evalute"]) == 2
-    assert (
-        capsys.readouterr().err == "sleuth: unknown command 'evalute': did you mean 'evaluate'?\n"
-    )
+    assert capsys.readouterr().err == "sleuth: unknown command 'evalute': did you mean 'evaluate'?\n"
 
 
 def test_help_and_version_load_nothing_heavy():
