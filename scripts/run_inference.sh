@@ -13,5 +13,5 @@ if (($#)) && [[ "$1" != -* ]]; then
     policy="$1"
     shift
 fi
-exec .venv/bin/sleuth evaluate --policy "$policy" --questions PeterJinGo/nq_hotpotqa_train --split test \
+exec sleuth evaluate --policy "$policy" --questions PeterJinGo/nq_hotpotqa_train --split test \
     --retriever http://127.0.0.1:8000 --out "runs/inference/${policy//\//-}" "$@"

@@ -10,4 +10,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-exec .venv/bin/sleuth train --config scripts/configs/search_r1_grpo.yaml "$@"
+exec sleuth train --config scripts/configs/search_r1_grpo.yaml "$@"

@@ -68,7 +68,7 @@ def test_every_command_has_a_typed_documented_main(name):
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
 def test_launchers_name_options_and_recipes_that_exist(path):
     code = re.sub(r"(?m)#.*$|\\\n", "", path.read_text())
-    for name, words in re.findall(r"bin/sleuth ([\w-]+)(.*)", code):
+    for name, words in re.findall(r"(?m)^(?:exec )?(?:\.venv/bin/)?sleuth ([\w-]+)(.*)", code):
         command = COMMANDS[name]
         keys = known_keys(build_parser(importlib.import_module(command.module).main, name))
         assert set(re.findall(r"--([\w.]+)", words)) <= {*keys, "config"}
