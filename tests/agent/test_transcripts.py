@@ -66,7 +66,7 @@ def one():
 def test_the_compact_form_counts_tokens_but_holds_none():
     record = to_record(one(), tokens=False)
     assert record["segments"] == [{"kind": "policy", "text": "hi", "tokens": 2, "weights_version": 3}]
-    with pytest.raises(DataError, match="'q1': no field 'token_ids' .a compact record holds no tokens"):
+    with pytest.raises(DataError, match=r"'q1': no field 'token_ids' .a compact record holds no tokens"):
         from_record(record)
 
 
