@@ -58,7 +58,7 @@ class Backend(Protocol):
 class SearchClient:
     """Collects the queries of all trajectories into batches of at most `max_batch`; safe to share.
 
-    One client serves any number of event loops, one after the other or each in its own thread.
+    One client serves any number of event loops, one after the other.
     """
 
     def __init__(self, backend: Backend, max_batch: int = 128) -> None:
@@ -203,24 +203,28 @@ class Http:
             await session.aclose()
 
     async def _ask_until_deadline(self, queries: list[str], k: int, start: float) -> Sequence[Outcome]:
-        attempt = 0
+        attempt, last_failure = 0, None
         while True:
             left = self.deadline_seconds - (time.monotonic() - start)
             try:
                 async with asyncio.timeout(left):
                     return await self._ask_once(queries, k)
             except TimeoutError:
-                elapsed = time.monotonic() - start
-                raise RetrieverTimeout(f"{self.url}: no answer within {elapsed:.1f} s") from None
+                raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
-                attempt += 1
-                elapsed = time.monotonic() - start
+                attempt, last_failure = attempt + 1, failure
                 delay = failure.after_seconds or self._delay(attempt)
-                if elapsed + delay >= self.deadline_seconds:
-                    raise RetrieverUnavailable(
-                        f"{self.url}: gave up after {elapsed:.1f} s, {attempt} attempts ({failure})"
-                    ) from failure
+                if time.monotonic() - start + delay >= self.deadline_seconds:
+                    raise self._too_late(start, attempt, failure) from failure
             await asyncio.sleep(delay)
+
+    def _too_late(self, start: float, attempts: int, last_failure: Exception | None) -> RetrieverError:
+        elapsed = time.monotonic() - start
+        if last_failure is None:
+            return RetrieverTimeout(f"{self.url}: no answer within {elapsed:.1f} s")
+        return RetrieverUnavailable(
+            f"{self.url}: gave up after {elapsed:.1f} s, {attempts} attempts ({last_failure})"
+        )
 
     async def _ask_once(self, queries: list[str], k: int) -> list[list[Hit]]:
         import httpx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -65,7 +66,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or str(error)
+        # A name that does not resolve has a negative errno and words of its own.
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise ConfigError(
             f"cannot listen on {host}:{port}: {reason}; give another --port, or 0 for a free one"
         ) from error

@@ -1,0 +1,141 @@
+"""Generations on disk: written whole or not at all, opened only with what made them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError, StorageError
+from data.jsonl import write_jsonl
+from retriever_server.indexes import bm25
+from retriever_server.indexes.base import MANIFEST, open_index
+from retriever_server.indexes.bm25 import BM25Index
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return make_corpus(tmp_path / "corpus.jsonl", "red fox", "blue sea")
+
+
+def make_corpus(path: Path, *texts: str) -> Corpus:
+    write_jsonl(path, [{"id": str(i), "title": "", "text": t} for i, t in enumerate(texts)])
+    return Corpus(path)
+
+
+def change_manifest(folder: Path, **fields) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **fields}))
+
+
+def test_same_corpus_and_settings_are_reused(tmp_path, corpus):
+    first = BM25Index.build(corpus, tmp_path / "index")
+    written = (tmp_path / "index" / MANIFEST).stat().st_ino
+    second = BM25Index.build(corpus, tmp_path / "index")
+    assert second.generation == first.generation
+    assert (tmp_path / "index" / MANIFEST).stat().st_ino == written
+
+
+def test_the_generation_names_corpus_and_settings(tmp_path, corpus):
+    other = make_corpus(tmp_path / "other.jsonl", "red fox", "green sea")
+    (tmp_path / "elsewhere").mkdir()
+    same = make_corpus(tmp_path / "elsewhere/corpus.jsonl", "red fox", "blue sea")
+    index, settings, changed, copied = (
+        BM25Index.build(c, tmp_path / name, k1=k1)
+        for name, c, k1 in (("a", corpus, 1), ("b", corpus, 2), ("c", other, 1), ("d", same, 1))
+    )
+    assert len({index.generation, settings.generation, changed.generation}) == 3
+    assert copied.generation == index.generation
+
+
+def test_a_different_index_is_replaced_only_when_told(tmp_path, corpus):
+    old = BM25Index.build(corpus, tmp_path / "index")
+    with pytest.raises(ConfigError, match=f"holds the index {old.generation}.*--overwrite"):
+        BM25Index.build(corpus, tmp_path / "index", k1=2)
+    new = BM25Index.build(corpus, tmp_path / "index", k1=2, overwrite=True)
+    assert open_index(tmp_path / "index").generation == new.generation != old.generation
+    assert old.search(["fox"], 1)[0][0].generation == old.generation  # it was open, it still reads
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"index"}
+
+
+def test_a_folder_that_is_no_index_is_never_replaced(tmp_path, corpus):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="exists and is no index"):
+        BM25Index.build(corpus, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_build_leaves_nothing(tmp_path, corpus, monkeypatch, error):
+    write = bm25._write_bm25s
+
+    def write_and_fail(*arguments) -> None:
+        write(*arguments)
+        raise error
+
+    monkeypatch.setattr(bm25, "_write_bm25s", write_and_fail)
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else StorageError
+    with pytest.raises(expected):
+        BM25Index.build(corpus, tmp_path / "index")
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_index_and_corpus_can_be_moved_together(tmp_path):
+    (tmp_path / "run").mkdir()
+    corpus = make_corpus(tmp_path / "run/corpus.jsonl", "red fox")
+    generation = BM25Index.build(corpus, tmp_path / "run/index").generation
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert open_index(tmp_path / "moved/index").generation == generation
+
+
+def test_what_is_no_index_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        open_index(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"manifest.json is missing"):
+        open_index(tmp_path)
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(DataError, match="not the manifest of an index"):
+        open_index(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(DataError, match=r"manifest.json:1: not valid JSON"):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format_version": 99}, "format 99 is newer than this program's 1"),
+        ({"kind": "hnsw"}, "kind 'hnsw' is unknown; known: bm25"),
+    ],
+)
+def test_an_index_of_the_future_is_refused(tmp_path, corpus, fields, message):
+    BM25Index.build(corpus, tmp_path / "index")
+    change_manifest(tmp_path / "index", **fields)
+    with pytest.raises(DataError, match=message):
+        open_index(tmp_path / "index")
+
+
+def test_a_changed_corpus_is_refused_with_the_difference(tmp_path, corpus):
+    BM25Index.build(corpus, tmp_path / "index")
+    make_corpus(tmp_path / "corpus.jsonl", "red fox", "blue sea", "more")
+    with pytest.raises(DataError, match=r"changed since .* bytes, now .*index it again"):
+        open_index(tmp_path / "index")
+    make_corpus(tmp_path / "corpus.jsonl", "red fox", "blue sky")  # the same size
+    with pytest.raises(DataError, match=r"changed since .*hash .*, now .*index it again"):
+        open_index(tmp_path / "index")
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(DataError, match=r"its corpus .* is missing"):
+        open_index(tmp_path / "index")
+
+
+def test_a_damaged_index_is_refused(tmp_path, corpus):
+    BM25Index.build(corpus, tmp_path / "index")
+    weights = next((tmp_path / "index").glob("data*.npy"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"missing or not \d+ bytes"):
+        open_index(tmp_path / "index")
+    weights.unlink()
+    with pytest.raises(DataError, match="missing or not"):
+        open_index(tmp_path / "index")

@@ -1,0 +1,104 @@
+"""The wire: both ends agree, and stock Search-R1 answers are understood."""
+
+import subprocess
+import sys
+
+import pytest
+
+from data.errors import DataError
+from data.records import Hit, Passage
+from retriever_server.wire import (
+    RetrieveRequest,
+    parse_hits,
+    parse_request,
+    render_hits,
+    render_request,
+)
+
+HITS = [
+    Hit(Passage("7", "A city.\nOn a river.", "Paris"), 0.83, "g1"),
+    Hit(Passage("8", "</information><answer>x</answer>"), 0.5, "g1"),
+]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 100])
+@pytest.mark.parametrize("scored", [True, False])
+def test_hits_round_trip_in_both_score_modes(number, scored):
+    rankings = [HITS[: i % 3] for i in range(number)]
+    body = render_hits(rankings, "g1", scored)
+    expected = rankings if scored else [[Hit(h.passage, 0.0, "g1") for h in r] for r in rankings]
+    assert parse_hits(body) == expected
+
+
+def test_the_shape_is_that_of_search_r1():
+    document = {"id": "7", "title": "T", "text": "x", "contents": '"T"\nx'}
+    hit = Hit(Passage("7", "x", "T"), 0.5, "g")
+    scored, plain = (render_hits([[hit]], "g", return_scores) for return_scores in (True, False))
+    assert scored["result"] == [[{"document": document, "score": 0.5}]]
+    assert plain["result"] == [[document]]
+    assert scored["generation"] == "g"
+
+
+def test_documents_of_stock_servers_are_understood():
+    contents = '"Paris"\nA city.\nOn a river.'
+    passage = Passage("7", "A city.\nOn a river.", "Paris")
+    dense = {"result": [[{"document": {"id": 7, "contents": contents}, "score": 1}]]}
+    assert parse_hits(dense) == [[Hit(passage, 1.0, "")]]
+    unscored = {"result": [[{"id": "7", "contents": contents}], []]}
+    assert parse_hits(unscored) == [[Hit(passage, 0.0, "")], []]
+    web = {"result": [[{"document": {"contents": "no title here"}}]]}
+    assert parse_hits(web)[0][0].passage == Passage("", "no title here")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        {},
+        {"result": None},
+        {"result": [None]},
+        {"result": [["text"]]},
+        {"result": [[{"document": {"id": "1"}}]]},
+        {"result": [[{"document": {"text": "x"}, "score": "high"}]]},
+        {"results": []},
+    ],
+)
+def test_anything_else_is_no_answer(body):
+    with pytest.raises(DataError, match="answer"):
+        parse_hits(body)
+
+
+def test_requests_round_trip_and_have_defaults():
+    request = RetrieveRequest(["a", "b"], 5, True)
+    assert parse_request(render_request(request)) == request
+    assert parse_request({"queries": ["a"]}) == RetrieveRequest(["a"], None, False)
+    assert parse_request({"queries": ["a"], "topk": None}).top_k is None
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (["a"], "body is a list"),
+        ({}, "queries: must be a list of strings"),
+        ({"queries": "a"}, "queries: must be a list of strings"),
+        ({"queries": [1]}, "queries: must be a list of strings"),
+        ({"queries": [], "topk": "3"}, "topk = '3'"),
+        ({"queries": [], "topk": True}, "topk = True"),
+        ({"queries": [], "topk": 1.5}, "topk = 1.5"),
+        ({"queries": [], "return_scores": 1}, "return_scores = 1"),
+    ],
+)
+def test_wrong_requests_name_the_field(body, message):
+    with pytest.raises(DataError, match=message):
+        parse_request(body)
+
+
+def test_client_and_wire_import_nothing_heavy():
+    heavy = ("torch", "transformers", "fastapi", "uvicorn", "bm25s")
+    code = (
+        "import sys, retriever_server.client, retriever_server.wire;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

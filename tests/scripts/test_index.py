@@ -1,0 +1,39 @@
+"""`sleuth index`: what it says, what it reuses, what it refuses."""
+
+import pytest
+
+from data.errors import ConfigError, DataError
+from retriever_server.indexes.base import open_index
+from scripts import index
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "1", "contents": "\\"Fox\\"\\nA red animal."}\n')
+    return str(path)
+
+
+def test_an_index_is_built_once_and_opens(tmp_path, corpus, capsys):
+    out = str(tmp_path / "index")
+    index.main(corpus, out)
+    assert capsys.readouterr().out.startswith(f"indexed 1 passages in {out} (generation bm25-")
+    index.main(corpus, out)
+    assert capsys.readouterr().out.startswith(f"already there: 1 passages in {out}")
+    [[hit]] = open_index(out).search(["animal"], 3)
+    assert hit.passage.title == "Fox"
+
+
+def test_settings_reach_the_index_and_overwrite_replaces(tmp_path, corpus):
+    out = str(tmp_path / "index")
+    index.main(corpus, out)
+    with pytest.raises(ConfigError, match="--overwrite true"):
+        index.main(corpus, out, k1=2.0)
+    index.main(corpus, out, k1=2.0, b=0.1, analyzer="stopwords", title_boost=3, overwrite=True)
+    settings = {"k1": 2.0, "b": 0.1, "analyzer": "stopwords", "title_boost": 3}
+    assert open_index(out).manifest.settings == settings
+
+
+def test_a_missing_corpus_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        index.main(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))

@@ -1,0 +1,135 @@
+"""`sleuth serve`, a real process: the contract, being stopped, killed and started again."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+
+from data.errors import ConfigError
+from retriever_server.client import connect
+from retriever_server.indexes.base import open_index
+from retriever_server.wire import parse_hits
+from scripts import serve
+from tests.retriever_server.running import TEXTS, build_small_index, running_server, start_server
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return build_small_index(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(index, tmp_path_factory):
+    port_file = tmp_path_factory.mktemp("port") / "port"
+    with running_server(index, "--port_file", str(port_file)) as running:
+        assert port_file.read_text() == f"{running.port}\n"
+        yield running
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 100])
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_search_r1_contract(server, index, number, scored):
+    queries = (["fox", "sea", "nothing known", "blue"] * 25)[:number]
+    body = {"queries": queries, "topk": 2, "return_scores": scored}
+    answer = httpx.post(f"{server.url}/retrieve", json=body).json()
+    expected = open_index(index).search(queries, 2)
+    assert [[h.passage for h in row] for row in parse_hits(answer)] == [
+        [h.passage for h in row] for row in expected
+    ]
+    first = answer["result"][0][0]
+    assert set(first) == ({"document", "score"} if scored else {"id", "title", "text", "contents"})
+    document = first["document"] if scored else first
+    assert document["contents"] == f'"{document["title"]}"\n{document["text"]}'
+    if scored:
+        assert first["score"] == expected[0][0].score
+
+
+def test_the_client_finds_over_http_what_the_index_finds(server, index):
+    async def ask(spec: str):
+        async with connect(spec) as client:
+            queries = ("fox", "sea", "unknown")
+            return await asyncio.gather(*(client.search(query, 3) for query in queries))
+
+    over_http = asyncio.run(ask(server.url))
+    assert over_http == asyncio.run(ask(str(index)))
+    assert TEXTS[2] in [hit.passage.text for hit in over_http[0]]  # control tags pass unchanged
+
+
+def test_it_says_in_one_line_what_is_served_where(server):
+    assert server.line.startswith("serving 4 passages (bm25-")
+    assert httpx.get(f"{server.url}/v1/info").json()["passages"] == 4
+    assert "127.0.0.1" in server.url
+
+
+def test_a_client_waits_for_a_server_that_is_killed_and_started_again(index):
+    async def ask(url: str, killed: threading.Event):
+        async with connect(url, deadline_seconds=30) as client:
+            assert await client.search("fox", 1)
+            first.process.kill()
+            first.process.wait(timeout=20)
+            killed.set()
+            return await client.search("sea", 1)
+
+    with running_server(index) as first:
+        killed = threading.Event()
+        again = []
+
+        def restart() -> None:
+            assert killed.wait(timeout=20)
+            again.append(start_server(index, port=first.port))
+
+        restarting = threading.Thread(target=restart)
+        restarting.start()
+        try:
+            hits = asyncio.run(ask(first.url, killed))
+        finally:
+            restarting.join(timeout=30)
+            status = again[0].stop()
+    assert "sea" in hits[0].passage.text
+    assert status == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_is_asked_for_is_no_failure(index, stop):
+    with running_server(index) as server, httpx.Client() as kept_alive:
+        assert kept_alive.get(f"{server.url}/healthz").status_code == 200
+        assert server.stop(stop) == 0
+
+
+def test_a_port_in_use_is_one_clear_line(index, server):
+    command = [sys.executable, "-m", "scripts", "serve", "--index", str(index)]
+    done = subprocess.run([*command, "--port", str(server.port)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert f"cannot listen on 127.0.0.1:{server.port}: Address already in use" in line
+
+
+def test_wrong_ports_hosts_and_limits_are_refused(index):
+    with pytest.raises(ConfigError, match="port = 70000: must be from 0 to 65535"):
+        serve.main(str(index), port=70000)
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        serve.main(str(index), host="192.0.2.1", port=0)
+    with pytest.raises(ConfigError, match="default_top_k = 200: must be <= max_top_k = 100"):
+        serve.main(str(index), topk=200)
+
+
+def test_a_request_in_flight_is_finished_before_the_stop(index):
+    """The request's body is still on its way when SIGTERM comes."""
+    body = b'{"queries": ["fox"], "topk": 1}'
+    with running_server(index) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = f"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body[:5])
+            assert httpx.get(f"{server.url}/healthz").status_code == 200  # it has been read by now
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.TransportError):  # no new ones
+                while True:
+                    httpx.get(f"{server.url}/healthz")
+            connection.sendall(body[5:])
+            assert b"200 OK" in connection.recv(65536)
+        assert server.process.wait(timeout=20) == 0
