@@ -1,0 +1,266 @@
+"""Question sets: every layout, merged sets with ids that differ, and what is said of a wrong row."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data.errors import ConfigError, DataError
+from data.jsonl import write_json, write_jsonl
+from data.questions import load_questions
+from data.records import Question
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+OURS = {"id": "q1", "question": " Who? ", "golden_answers": ["Ann", "Ann ", "", "A. B."]}
+
+
+def search_r1_row(index, question="who wrote it?", source="nq", split="train", target=("Ann",)):
+    """A row as Search-R1's scripts write it, but for the wording of the instructions."""
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": f"Answer. Question: is not here yet. Question: {question}\n"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": list(target)}},
+        "extra_info": {"split": split, "index": index},
+    }
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        write_json(path, rows)
+    else:
+        write_jsonl(path, rows)
+    return str(path)
+
+
+def ids(source, **options):
+    return [question.id for question in load_questions(str(source), **options)]
+
+
+def refuse_the_hub(monkeypatch, error):
+    def load_dataset(*_):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+FILES = ["set/dev.jsonl", "set/dev.jsonl.gz", "set/dev.json", "set/dev.parquet"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_our_rows_from_every_kind_of_file(tmp_path, name):
+    metadata = {"hops": 2, "none": None}
+    rows = [{**OURS, "kind": None, "metadata": metadata}, {**OURS, "kind": "bridge", "id": "q2"}]
+    first, second = load_questions(write(tmp_path / name, rows))
+    assert first == Question("q1", "Who?", ("Ann", "A. B."), {"data_source": "set", "hops": 2})
+    assert second.metadata == {"data_source": "set", "kind": "bridge"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_search_r1_rows_from_every_kind_of_file(tmp_path, name):
+    rows = [search_r1_row(0), search_r1_row(1, "and this", target=["B", "C"])]
+    assert load_questions(write(tmp_path / name, rows)) == [
+        Question("nq/train/0", "who wrote it?", ("Ann",), {"data_source": "nq"}),
+        Question("nq/train/1", "and this", ("B", "C"), {"data_source": "nq"}),
+    ]
+
+
+def test_json_lines_in_a_json_file_are_read(tmp_path):
+    (tmp_path / "a.json").write_text(f"\n{json.dumps(OURS)}\n")
+    assert ids(tmp_path / "a.json") == ["q1"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "golds"),
+    [
+        ({"golden_answers": "Ann"}, ("Ann",)),
+        ({"gold_answers": ["Ann"]}, ("Ann",)),
+        ({"answers": {"text": ["Ann", "Ann"], "answer_start": [1, 1]}}, ("Ann",)),
+        ({"answer": "Ann"}, ("Ann",)),
+        ({"answers": [1988, 2.5]}, ("1988", "2.5")),
+        ({"golden_answers": [], "reward_model": {"ground_truth": {"target": "Ann"}}}, ("Ann",)),
+        ({"reward_model": {"ground_truth": ["Ann", "Bo"]}}, ("Ann", "Bo")),
+    ],
+)
+def test_gold_answers_under_each_name(tmp_path, answers, golds):
+    [question] = load_questions(write(tmp_path / "a.jsonl", [{"id": "1", "question": "x", **answers}]))
+    assert question.gold_answers == golds
+
+
+def test_what_flashrag_left_in_a_search_r1_row_is_kept(tmp_path):
+    row = {**search_r1_row(3, "other"), "id": "train_3", "question": "the real one", "golden_answers": ["G"]}
+    [question] = load_questions(write(tmp_path / "a.parquet", [row]))
+    assert (question.id, question.text, question.gold_answers) == ("train_3", "the real one", ("G",))
+
+
+def test_indices_that_start_again_in_merged_sets_give_ids_that_differ(tmp_path):
+    rows = [search_r1_row(i, source=source) for source in ("nq", "hotpotqa") for i in range(2)]
+    assert ids(write(tmp_path / "a.parquet", rows)) == [
+        "nq/train/0",
+        "nq/train/1",
+        "hotpotqa/train/0",
+        "hotpotqa/train/1",
+    ]
+
+
+def test_only_ids_that_collide_are_qualified_and_a_limit_changes_none(tmp_path):
+    one = write(tmp_path / "one" / "dev.jsonl", [OURS, {**OURS, "id": "x"}])
+    two = write(tmp_path / "two" / "dev.jsonl", [OURS, {**OURS, "id": ""}, {**OURS, "id": 7}])
+    merged = f"{one}, {two}"
+    expected = ["one/dev/q1", "x", "two/dev/q1", "two/dev/1", "7"]
+    assert ids(merged) == ids(merged) == expected
+    assert ids(merged, limit=1) == expected[:1]
+    assert ids(merged, limit=99) == expected
+
+
+def test_ids_differ_even_when_qualified_names_collide(tmp_path):
+    rows = [OURS, OURS, {**OURS, "id": "set/dev/q1"}, OURS]
+    found = ids(write(tmp_path / "set" / "dev.jsonl", rows))
+    assert len(set(found)) == 4
+    assert found[2] == "set/dev/q1"
+
+
+def test_split_chooses_among_the_rows_that_name_one(tmp_path):
+    rows = [search_r1_row(0), search_r1_row(0, split="test"), {**OURS, "id": None}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert ids(path, split="test") == ["nq/test/0", f"{tmp_path.name}/test/2"]
+    with pytest.raises(DataError, match="no row of split 'dev', only of test, train"):
+        load_questions(write(tmp_path / "b.jsonl", rows[:2]), split="dev")
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"id": "1", "golden_answers": ["a"]}, 'no question: "question" is missing or empty'),
+        ({"id": "1", "question": " ", "golden_answers": ["a"]}, "no question"),
+        ({"id": "1", "question": 5, "golden_answers": ["a"]}, "\"question\" must be a string, found '5'"),
+        ({**search_r1_row(0), "prompt": "no marker"}, "no prompt holds"),
+        ({**search_r1_row(0), "prompt": [{"role": "system", "content": "Question: x"}]}, "no question"),
+        ({"id": "1", "question": "x"}, "no gold answer"),
+        ({"id": "1", "question": "x", "golden_answers": ["", " "]}, "no gold answer"),
+        ({"id": "1", "question": "x", "golden_answers": [["a"]]}, "a gold answer must be a string"),
+        ({"id": "1", "question": "x", "answers": [True]}, "a gold answer must be a string, found 'True'"),
+        ({"id": [1], "question": "x", "answers": ["a"]}, '"id" must be a string'),
+        ({"id": "1", "question": "x", "answers": ["a"], "metadata": "m"}, '"metadata" must be an object'),
+    ],
+)
+def test_wrong_row_is_named(tmp_path, row, wrong):
+    path = write(tmp_path / "a.jsonl", [OURS, row])
+    with pytest.raises(DataError) as caught:
+        load_questions(path, limit=1)
+    assert f"{path}:2: " in str(caught.value)
+    assert wrong in str(caught.value)
+
+
+def test_wrong_row_of_a_table_and_of_an_array_is_named(tmp_path):
+    rows = [OURS, {**OURS, "question": ""}]
+    for name in ("a.parquet", "a.json"):
+        with pytest.raises(DataError, match=rf"{name}: row 2: no question"):
+            load_questions(write(tmp_path / name, rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("none.jsonl", None, "none.jsonl: no such file"),
+        ("a.csv", b"id,question\n", r"unknown kind of file; \.jsonl"),
+        ("a.parquet", b"nonsense", "a.parquet: not a parquet file"),
+        ("a.json", b'[{"id": 1},\n]', "a.json:2: not valid JSON"),
+        ("a.json", b"[1]", "a.json: row 1: expected an object"),
+        ("a.jsonl", b'{"id": 1\n', "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", b"\n", "a.jsonl: no rows"),
+    ],
+)
+def test_file_that_holds_no_questions_is_said(tmp_path, name, content, wrong):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=wrong):
+        load_questions(str(tmp_path / name))
+
+
+def test_arguments_that_ask_for_nothing_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="limit = 0: must be >= 1"):
+        load_questions(write(tmp_path / "a.jsonl", [OURS]), limit=0)
+    with pytest.raises(ConfigError, match="questions = ' , '"):
+        load_questions(" , ")
+
+
+def test_comma_in_the_name_of_a_file_that_exists_does_not_part_it(tmp_path):
+    assert ids(write(tmp_path / "a,b.jsonl", [OURS])) == ["q1"]
+
+
+def test_hub_name_and_configuration_reach_datasets(monkeypatch):
+    asked = []
+    rows = datasets.Dataset.from_list([search_r1_row(0), search_r1_row(1)])
+
+    def load_dataset(*name):
+        asked.append(name)
+        return datasets.DatasetDict({"train": rows, "test": rows.select([0])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert ids("org/name", split="train") == ["nq/train/0", "nq/train/1"]
+    assert ids("org/name:part", split="test", limit=1) == ["nq/test/0"]
+    assert asked == [("org/name", None), ("org/name", "part")]
+    with pytest.raises(ConfigError, match="org/name: split = None: must be one of train, test"):
+        load_questions("org/name")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it\nmore"), ValueError("no config")])
+def test_hub_out_of_reach_is_one_line_with_the_way_out(monkeypatch, error):
+    refuse_the_hub(monkeypatch, error)
+    with pytest.raises(DataError, match=r"org/name: no file here.*needs the network, or a local") as caught:
+        load_questions("org/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_never_asks_the_hub(tmp_path, monkeypatch):
+    refuse_the_hub(monkeypatch, AssertionError("asked the hub"))
+    for name in ("runs/questions.jsonl", "set.parquet", "./name", str(tmp_path / "none")):
+        with pytest.raises(DataError, match="no such file"):
+            load_questions(name)
+
+
+def test_numpy_targets_are_lists(monkeypatch):
+    row = search_r1_row(0)
+    row["reward_model"]["ground_truth"]["target"] = np.array(["Ann", "Bo"], dtype=object)
+    row["prompt"] = np.array(row["prompt"], dtype=object)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": [row]})
+    [question] = load_questions("org/name")
+    assert question.gold_answers == ("Ann", "Bo")
+
+
+def test_folder_is_read_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "mine" / "train.parquet", [search_r1_row(0, source=None)])
+    write(tmp_path / "mine" / "test.parquet", [search_r1_row(5, source=None)])
+    assert ids(tmp_path / "mine", split="test") == ["mine/test/5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("squad/train", 6525),
+        ("squad/dev", 1560),
+        ("hotpotqa/train", 300),
+        ("hotpotqa/dev", 200),
+        ("musique/dev", 498),
+        ("2wiki/gold", 568),
+        ("qed/dev", 1355),
+    ],
+)
+def test_real_questions_load_whole_under_their_own_ids(name, count):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("shared data is absent")
+    questions = load_questions(str(path))
+    own_ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
+    assert len(questions) == count
+    assert [question.id for question in questions] == own_ids
+    assert all(question.text and question.gold_answers for question in questions)
