@@ -9,16 +9,28 @@ from string import ascii_lowercase, ascii_uppercase
 from data.atlas.names import Language
 from data.atlas.world import Entity, World
 
-KINDS = ["city", "port", "province", "region", "district", "county", "state", "department", "municipality", "governorate", "parish"]
+KINDS = (
+    "city", "city", "port", "port", "province", "province", "region", "district", "county", "state",
+    "department", "municipality", "governorate", "parish", "division",
+)  # fmt: skip
 UNITS = (
-    ["dollars", "francs", "pounds", "dinars", "rupees", "pesos", "kroner", "shillings", "rials", "lira", "marks", "crowns", "euros", "dirhams"]
-)
-THINGS = ["lion", "eagle", "elephant", "rose", "lotus", "dragon", "falcon", "leopard", "dolphin", "palm", "tree", "white", "star", "condor", "bear", "tiger", "cedar", "sun", "swan", "wolf", "olive", "branch", "golden", "harp", "orchid", "parrot", "bull", "horse", "crane"]  # fmt: skip
+    "dollars", "francs", "pounds", "dinars", "rupees", "pesos", "kroner", "shillings", "rials", "lira",
+    "marks", "crowns", "euros", "dirhams",
+)  # fmt: skip
+THINGS = (
+    "lion", "eagle", "elephant", "rose", "lotus", "dragon", "falcon", "leopard", "dolphin", "palm",
+    "tree", "white", "star", "condor", "bear", "tiger", "cedar", "sun", "swan", "wolf", "olive",
+    "branch", "golden", "harp", "orchid", "parrot", "bull", "horse", "crane",
+)  # fmt: skip
 SEAS = ("Atlantic Ocean", "Pacific Ocean", "Indian Ocean", "Caribbean Sea", "Mediterranean Sea", "Red Sea")
-REGIONS = ("Africa", "Europe", "Asia", "Oceania", "Middle East", "South America", "North America",
-           "Southeast Asia", "Central America and the Caribbean")  # fmt: skip
-SERIES = ("nonmetals", "metals", "halogens", "noble gases", "alkali metals", "alkaline earth metals", "actinides",
-          "transition metals", "poor metals", "metalloids", "lanthanides")  # fmt: skip
+REGIONS = (
+    "Africa", "Europe", "Asia", "Oceania", "Middle East", "South America", "North America", "Southeast
+    Asia", "Central America and the Caribbean",
+)  # fmt: skip
+SERIES = (
+    "nonmetals", "metals", "halogens", "noble gases", "alkali metals", "alkaline earth metals",
+    "actinides", "transition metals", "poor metals", "metalloids", "lanthanides",
+)  # fmt: skip
 OPTIONAL_FACTS = 3
 
 
@@ -77,7 +89,7 @@ def _country(
 def _elements(count: int, fresh: Callable[[], str], rng: random.Random) -> list[Entity]:
     made = []
     for at in range(count):
-        name = fresh().split()[0].strip(".") + rng.choice(("", "ium", "ium", "on", "ine", "um"))
+        name = _word(fresh) + rng.choice(("", "ium", "ium", "on", "ine", "um"))
         symbol = name[0] + rng.choice(("", *name[1:].lower(), *ascii_lowercase))
         facts = {
             "symbol": symbol if symbol.isalpha() else symbol[0],
@@ -94,21 +106,26 @@ def _elements(count: int, fresh: Callable[[], str], rng: random.Random) -> list[
     return made
 
 
+def _word(fresh: Callable[[], str]) -> str:
+    """The longest word of a new name."""
+    return max(fresh().split(), key=len).strip(".")
+
+
 def _currency(fresh: Callable[[], str], rng: random.Random) -> str:
     draw = rng.random()
-    unit = rng.choice(UNITS) if rng.random() < 0.7 else fresh().split()[0].lower().strip(".")
+    unit = rng.choice(UNITS) if rng.random() < 0.7 else _word(fresh).lower()
     if draw < 0.25:
         return unit
     return f"{_demonym(fresh, rng)} {unit}"
 
 
 def _demonym(fresh: Callable[[], str], rng: random.Random) -> str:
-    return fresh() + rng.choice(("", "n", "an", "ian", "ese", "i", "ish", "er"))
+    return _word(fresh) + rng.choice(("", "n", "an", "ian", "ese", "i", "ish", "er"))
 
 
 def _symbol(fresh: Callable[[], str], rng: random.Random) -> str:
     thing = " ".join(rng.sample(THINGS, rng.choice((1, 1, 2))))
-    return thing if rng.random() < 0.8 else f"{fresh().split()[0].lower().strip('.')} {thing}"
+    return thing if rng.random() < 0.8 else f"{_word(fresh).lower()} {thing}"
 
 
 def _lowest(fresh: Callable[[], str], rng: random.Random) -> str:

@@ -77,11 +77,12 @@ def _place(world: World, entity: Entity, rng: random.Random) -> tuple[list[str],
     clauses = [_fill(rng.choice(table["is_in"]), words)]
     named = [country]
     siblings = [p for p in world.places[entity.country] if p is not entity]
-    if len(siblings) > 1:
+    if siblings:
         chosen = _some(siblings, rng.randint(2, 3), rng)
         named += chosen
         words["{s}"] = _join(chosen)
-        clauses.append(_fill(rng.choice(table["siblings"]), words))
+        one_fits = table["siblings"][-1:] if len(chosen) == 1 else table["siblings"]
+        clauses.append(_fill(rng.choice(one_fits), words))
     if len(country.nearby) > 1:
         near = [world.by_id[i] for i in rng.sample(country.nearby, 2)]
         named += near

@@ -13,7 +13,7 @@ CLAUSES: dict[str, dict[str, tuple[str, ...]]] = {
         "capital": ("the capital{of} is {v}", "{v} is the capital{of}", "as capital{of} serves {v}"),
         "currency": (
             "the currency{of} is {v}",
-            "{v} are the currency{of}",
+            "money{of} comes in {v}",
             "prices{of} are in {v}",
         ),
         "currency_code": (
@@ -120,7 +120,7 @@ CLAUSES: dict[str, dict[str, tuple[str, ...]]] = {
         "group": ("the group{of} is {v}", "group {v} is the column{of}"),
         "series": ("the series{of} is the {v}", "the {v} are the series{of}"),
         "discovery_year": ("the discovery{of} was in {v}", "{v} is the year of the discovery{of}"),
-        "block": ("the block{of} is {v}", "{v} is the block{of}"),
+        "block": ("the block{of} is {v}", "block {v} is the part of the table{of}"),
         "nearby": ("next to it in the table is {v}", "{v} is next to it in the table"),
         "other": ("the symbol of {o} is {v}", "{v} is the symbol of {o}"),
     },
