@@ -43,6 +43,15 @@ RENAMED = {
     "The Dominican": "Dominican Republic",
     "Federated States of Micronesia": "Micronesia",
 }
+ALSO_CALLED = {
+    "Burma": "Myanmar",
+    "Turkey": "Turkiye",
+    "Cabo Verde": "Cape Verde",
+    "Timor-Leste": "East Timor",
+    "Eswatini": "Swaziland",
+    "Cote d'Ivoire": "Ivory Coast",
+    "Czechia": "Czech Republic",
+}
 # Names that other countries' border lists use.
 BORDER_NAMES = {
     "UAE": "United Arab Emirates",
@@ -91,7 +100,7 @@ def country_aliases(name: str, page: dict) -> tuple[str, ...]:
     found = [get_text(page, "Government", "Country name", f"conventional {form} form") for form in FORMS]
     found.append(get_text(page, "Government", "Country name", "abbreviation"))
     found = [text for text in found if text and text != "none" and len(text) < 60 and ";" not in text]
-    found += [fold(text) for text in found]
+    found += [fold(text) for text in found] + [ALSO_CALLED.get(name, name)]
     return tuple(dict.fromkeys(text for text in found if text != name))
 
 

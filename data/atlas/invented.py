@@ -24,8 +24,8 @@ THINGS = (
 )  # fmt: skip
 SEAS = ("Atlantic Ocean", "Pacific Ocean", "Indian Ocean", "Caribbean Sea", "Mediterranean Sea", "Red Sea")
 REGIONS = (
-    "Africa", "Europe", "Asia", "Oceania", "Middle East", "South America", "North America", "Southeast
-    Asia", "Central America and the Caribbean",
+    "Africa", "Europe", "Asia", "Oceania", "Middle East", "South America", "North America",
+    "Southeast Asia", "Central America and the Caribbean",
 )  # fmt: skip
 SERIES = (
     "nonmetals", "metals", "halogens", "noble gases", "alkali metals", "alkaline earth metals",

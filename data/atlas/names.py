@@ -14,11 +14,13 @@ from string import ascii_lowercase
 from data.atlas.world import load_world
 
 PLAIN_ONSETS = (
-    *"bcdfghjklmnpqrstvwxyz", *"bdgklmnprstv", "ch", "sh", "kh", "th", "tr", "br", "st", "", "", "", )
-    ONSETS = ( *PLAIN_ONSETS, "bh", "bl", "cr", "cl", "dh", "dj", "dr", "dz", "fl", "fr", "gh", "gl",
-    "gr", "gw", "hl", "hv", "kl", "kn", "kr", "kw", "ll", "mb", "nd", "ng", "nj", "ny", "ph", "pl",
-    "pr", "ps", "qu", "rh", "sc", "sch", "sk", "sl", "sm", "sn", "sp", "str", "sv", "sw", "sz", "tl",
-    "ts", "tsh", "vl", "vr", "wh", "zh", "zw",
+    *"bcdfghjklmnpqrstvwxyz", *"bdgklmnprstv", "ch", "sh", "kh", "th", "tr", "br", "st", "", "", "",
+)  # fmt: skip
+ONSETS = (
+    *PLAIN_ONSETS, "bh", "bl", "cr", "cl", "dh", "dj", "dr", "dz", "fl", "fr", "gh", "gl", "gr", "gw",
+    "hl", "hv", "kl", "kn", "kr", "kw", "ll", "mb", "nd", "ng", "nj", "ny", "ph", "pl", "pr", "ps", "qu",
+    "rh", "sc", "sch", "sk", "sl", "sm", "sn", "sp", "str", "sv", "sw", "sz", "tl", "ts", "tsh", "vl",
+    "vr", "wh", "zh", "zw",
 )  # fmt: skip
 PLAIN_NUCLEI = (*"aaaaeeeiiioooouuy", "ai", "ia", "ou", "ei", "au")
 NUCLEI = (
@@ -43,22 +45,7 @@ AFTER = (
     "Terminal", "Valley", "Coast", "River", "District", "Norte", "Sur", "Sud", "Nord", "Est", "Oblast",
     "Dagi", "Town", "Mountain", "State", "Region", "Federation", "Kingdom", "Alta", "Bajo",
 )  # fmt: skip
-JOINTS = (
-    "-",
-    "-",
-    "-",
-    "-",
-    " de ",
-    " del ",
-    " al ",
-    "-al-",
-    " el ",
-    " of ",
-    " and ",
-    " og ",
-    "-e ",
-    "-sur-",
-)
+JOINTS = ("-", "-", "-", "-", " de ", " del ", " al ", "-al-", " of ", " and ", " og ", "-e ", "-sur-")
 LENGTHS = range(3, 25)
 
 
