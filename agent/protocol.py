@@ -45,6 +45,10 @@ def _plain_query(inside: str) -> str:
     return inside.strip()
 
 
+def _plain_call(query: str) -> str:
+    return query
+
+
 def _tool_call_query(inside: str) -> str:
     """The query of {"name": "search", "arguments": {"query": "..."}}; empty if it is anything else."""
     try:
@@ -53,6 +57,10 @@ def _tool_call_query(inside: str) -> str:
     except (ValueError, KeyError, TypeError):
         return ""
     return query.strip() if isinstance(query, str) else ""
+
+
+def _tool_call(query: str) -> str:
+    return json.dumps({"name": "search", "arguments": {"query": query}}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,10 @@ class Protocol:
     observation_tag: str = "information"
     query_of: Callable[[str], str] = _plain_query
     """What stands inside the search tag -> the query; "" makes the action invalid."""
+    call_of: Callable[[str], str] = _plain_call
+    """Its inverse: a query -> what stands inside the search tag."""
+    padding: tuple[str, str] = (" ", " ")
+    """Written before and after what stands inside a tag, in demonstrations."""
     chat: bool = True
     """Wrap the instruction in the tokenizer's chat template, if it has one."""
     max_turns: int = 4
@@ -130,6 +142,19 @@ class Protocol:
             self.parse(turn), Invalid
         )
 
+    def render_turn(self, thought: str, action: Search | Answer) -> str:
+        """A turn as a demonstration writes it; `parse` gives the action back."""
+        tag, inside = (
+            (self.search_tag, self.call_of(action.query))
+            if isinstance(action, Search)
+            else (self.answer_tag, action.text)
+        )
+        before, after = self.padding
+        return (
+            f"<{self.think_tag}>{before}{thought}{after}</{self.think_tag}>"
+            f"<{tag}>{before}{inside}{after}</{tag}>"
+        )
+
     def render_passages(self, passages: list[Passage]) -> str:
         """The passages as the policy reads them, numbered from 1. Their text is taken as it is."""
         return "".join(
@@ -171,9 +196,10 @@ COMPACT = Protocol(
     name="compact",
     instruction="Question: {question}\n",
     passage="{title}: {text}\n",
-    observation="<information>{passages}</information>",
-    invalid="<information>invalid action</information>",
+    observation="<information> {passages}</information>",
+    invalid="<information> invalid action</information>",
     chat=False,
+    padding=(" ", ""),
     max_turns=4,
     top_k=1,
     max_response_tokens=48,
@@ -202,6 +228,7 @@ HERMES = Protocol(
     search_tag="tool_call",
     observation_tag="tool_response",
     query_of=_tool_call_query,
+    call_of=_tool_call,
 )
 
 PROTOCOLS = {protocol.name: protocol for protocol in (SEARCH_R1, COMPACT, HERMES)}

@@ -1,0 +1,143 @@
+"""Teaches a policy the protocol from demonstrations, with TRL's SFTTrainer.
+
+A demonstration is a trajectory written down without tokens: thoughts, searches with the passages they
+found, an answer. It is encoded segment by segment, as the agent encodes a rollout, so the policy sees
+in training the very tokens that it will see when it searches. The loss is on the tokens that the
+policy would have written, or (`learn_everything`) on all of them, which also teaches a small model to
+read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.policy import Policy
+from agent.protocol import Answer, Protocol, Search
+from agent.search_tool import Neutraliser
+from agent.trajectory import SegmentKind
+from data.errors import ConfigError, DataError
+from data.jsonl import read_jsonl
+from data.records import Passage
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """How long and how fast."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Demonstrations a step."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    learn_everything: bool = False
+    """Put the prompt and the passages into the loss, too."""
+    seed: int = 0
+    """Of the order of the demonstrations."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be > 0")
+
+
+Span = tuple[SegmentKind, str]
+
+
+def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterator[Span]:
+    """The segments of a demonstration as text, the prompt first (see docs/data-formats.md).
+
+    Raises KeyError or TypeError where the record lacks a field: the caller knows file and line.
+    """
+    yield SegmentKind.PROMPT, protocol.prompt(record["question"])
+    for step in record["steps"]:
+        if "answer" in step:
+            yield SegmentKind.POLICY, protocol.render_turn(step["think"], Answer(step["answer"]))
+            continue
+        yield SegmentKind.POLICY, protocol.render_turn(step["think"], Search(step["search"]))
+        passages = [Passage(p["id"], p["text"], p.get("title", "")) for p in step["passages"]]
+        rendered = protocol.render_passages(passages[: protocol.top_k])
+        yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)
+
+
+def encode_demonstration(
+    spans: Sequence[Span], policy: Policy, protocol: Protocol, learn_everything: bool
+) -> dict[str, list[int]]:
+    """input_ids and labels of one demonstration; -100 is outside the loss."""
+    tokenizer = policy.tokenizer
+    neutralise = Neutraliser(protocol, tokenizer.get_added_vocab())
+    input_ids, labels = [], []
+    for kind, text in spans:
+        if kind is SegmentKind.PROMPT and protocol.chat and tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        input_ids += ids
+        learnt = learn_everything or kind is SegmentKind.POLICY
+        labels += ids if learnt else [-100] * len(ids)
+    del neutralise
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]]:
+    """All demonstrations of a JSONL file as spans. Raises DataError naming the line that is malformed."""
+    demonstrations = []
+    for number, record in enumerate(read_jsonl(path), start=1):
+        try:
+            demonstrations.append(list(demonstration_spans(record, protocol)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: not a demonstration: {error!r}") from error
+    if not demonstrations:
+        raise DataError(f"{path}: holds no demonstration")
+    return demonstrations
+
+
+def warm_start(
+    policy: Policy,
+    demonstrations: Sequence[Sequence[Span]],
+    protocol: Protocol,
+    out: Path,
+    config: WarmStartConfig = WarmStartConfig(),
+) -> None:
+    """Fine-tune the policy in place on the demonstrations and save it in `out`."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [encode_demonstration(d, policy, protocol, config.learn_everything) for d in demonstrations]
+    random.Random(config.seed).shuffle(rows)
+    arguments = SFTConfig(
+        output_dir=str(out / "trainer"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=max(1, config.steps // 20),
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_length=None,
+        train_sampling_strategy="group_by_length",
+        bf16=False,
+        use_cpu=policy.model.device.type == "cpu",
+        gradient_checkpointing=False,
+        logging_steps=max(1, config.steps // 20),
+        save_strategy="no",
+        report_to="none",
+        seed=config.seed,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    policy.model.train()
+    SFTTrainer(
+        model=policy.model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=policy.tokenizer,
+    ).train()
+    policy.save(out)
+    policy.model.eval()
