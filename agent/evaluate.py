@@ -101,7 +101,7 @@ def score(
         _check_same({question.id for question in questions}, set(ids), "questions", "trajectories")
     by_kind = {
         kind: _summary([record for record in records if _kind(record) == kind])
-        for kind in sorted({_kind(record) for record in records})
+        for kind in _kinds(records)
     }
     head = {"format_version": FORMAT_VERSION, "resamples": RESAMPLES, "seed": SEED}
     return head | _summary(records) | {"by_kind": by_kind}
@@ -120,7 +120,7 @@ def paired_difference(before: Iterable[Record], after: Iterable[Record]) -> dict
     pairs = [(record, new[id_]) for id_, record in old.items()]
     by_kind = {
         kind: _difference([pair for pair in pairs if _kind(pair[0]) == kind])
-        for kind in sorted({_kind(record) for record in old.values()})
+        for kind in _kinds(old.values())
     }
     return _difference(pairs) | {"by_kind": by_kind}
 
@@ -208,6 +208,12 @@ def _estimates(values: np.ndarray, records: Sequence[Record]) -> list[dict[str, 
 
 def _kind(record: Record) -> str:
     return str(record["metadata"].get("kind", "all"))
+
+
+def _kinds(records: Iterable[Record]) -> list[str]:
+    """The kinds there are: by number of hops where their names say it, then by name."""
+    hops = {"one_hop": 1, "two_hop": 2, "three_hop": 3}
+    return sorted({_kind(record) for record in records}, key=lambda kind: (hops.get(kind, 9), kind))
 
 
 def _cluster(record: Record) -> str:

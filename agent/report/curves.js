@@ -88,14 +88,14 @@ function follow(plot, points, scale, value, rest) {
 }
 
 function chart(key, points) {
-  const scale = scales(points), few = points.length < 12;
+  const scale = scales(points), few = points.length < 30;
   const last = points[points.length - 1];
   const rest = `last ${formatNumber(last[1])}`;
   const value = el("output", {}, rest);
   const label = `${key}: ${formatNumber(points[0][1])} at step ${points[0][0]}, ${formatNumber(last[1])} at step ${last[0]}`;
   const plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
     axes(scale), line(points, scale, few ? "raw few" : "raw"));
-  if (few) {
+  if (few) { // too few to smooth: every point is shown
     plot.append(...points.map(([s, v]) => svg("circle", { class: "dot", cx: scale.x(s), cy: scale.y(v), r: 2.5 })));
   } else {
     plot.append(line(smoothed(points), scale, "smoothed"));

@@ -34,7 +34,7 @@ def results(run: Run) -> str:
         return '<p class="empty">No evaluation yet: nothing lies in evaluations/.</p>'
     compared = compare(run)
     difference = {} if isinstance(compared, str) else compared[2]
-    kinds = sorted({kind for e in run.evaluations for kind in e.scores["by_kind"]})
+    kinds = list(dict.fromkeys(kind for e in run.evaluations for kind in e.scores["by_kind"]))
     groups = [
         ("Exact match, 95 % interval", _em_rows(run, kinds, difference)),
         ("Searches a question", _plain_rows(run, kinds, "searches", "{:.2f}")),
@@ -157,10 +157,10 @@ def _column(evaluation: Evaluation) -> str:
 
 def _footnote(run: Run, compared: tuple[Any, Any, Any] | str) -> str:
     scores = run.evaluations[0].scores
-    text = (
-        f"Intervals: 95 % bootstrap, {scores['resamples']:,} resamples of {scores['clusters']:,} clusters "
-        "of questions that share an entity."
-    )
+    units = f"{scores['n']:,} questions"
+    if scores["clusters"] < scores["n"]:
+        units = f"{scores['clusters']:,} clusters of questions (those about one entity stay together)"
+    text = f"Intervals: 95 % bootstrap, {scores['resamples']:,} resamples of {units}."
     if isinstance(compared, str):
         text += f" {compared}"
     return f'<p class="footnote">{escape(text)}</p>'

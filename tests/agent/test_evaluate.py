@@ -70,7 +70,12 @@ def test_scores_are_counted_over_all_and_by_kind():
     assert scores["policy_tokens"] == 2.0
     assert scores["by_kind"]["two_hop"]["searches"] == 2.5
     assert scores["by_kind"]["two_hop"]["em"]["mean"] == 0.5
-    assert list(scores["by_kind"]) == ["one_hop", "two_hop"]
+
+
+def test_kinds_come_by_number_of_hops_and_then_by_name():
+    kinds = ["three_hop", "comparison", "two_hop", "bridge", "one_hop"]
+    scores = score([right(question(i, kind)) for i, kind in enumerate(kinds)])
+    assert list(scores["by_kind"]) == ["one_hop", "two_hop", "three_hop", "bridge", "comparison"]
 
 
 def test_a_failed_search_counts_as_wrong_and_is_shown():
