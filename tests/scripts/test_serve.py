@@ -133,3 +133,13 @@ def test_a_request_in_flight_is_finished_before_the_stop(index):
             connection.sendall(body[5:])
             assert b"200 OK" in connection.recv(65536)
         assert server.process.wait(timeout=20) == 0
+
+
+def test_small_answers_are_sent_at_once():
+    with (
+        serve._listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
