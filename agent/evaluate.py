@@ -100,8 +100,7 @@ def score(
     if questions is not None:
         _check_same({question.id for question in questions}, set(ids), "questions", "trajectories")
     by_kind = {
-        kind: _summary([record for record in records if _kind(record) == kind])
-        for kind in _kinds(records)
+        kind: _summary([record for record in records if _kind(record) == kind]) for kind in _kinds(records)
     }
     head = {"format_version": FORMAT_VERSION, "resamples": RESAMPLES, "seed": SEED}
     return head | _summary(records) | {"by_kind": by_kind}
@@ -119,8 +118,7 @@ def paired_difference(before: Iterable[Record], after: Iterable[Record]) -> dict
         raise DataError("nothing to compare: 0 trajectories")
     pairs = [(record, new[id_]) for id_, record in old.items()]
     by_kind = {
-        kind: _difference([pair for pair in pairs if _kind(pair[0]) == kind])
-        for kind in _kinds(old.values())
+        kind: _difference([pair for pair in pairs if _kind(pair[0]) == kind]) for kind in _kinds(old.values())
     }
     return _difference(pairs) | {"by_kind": by_kind}
 
@@ -172,13 +170,13 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
         "n": len(records),
         "clusters": len({_cluster(record) for record in records}),
         **dict(zip(METRICS, estimates, strict=True)),
-        "searches": _mean(len(record["searches"]) for record in records),
+        "searches_per_question": _mean(len(record["searches"]) for record in records),
         "valid_format_rate": _mean(record["valid_format"] for record in records),
         "answered_rate": stops[StopReason.ANSWERED] / len(records),
         "search_failed": stops[StopReason.SEARCH_FAILED],
         "stop_reasons": dict(sorted(stops.items())),
-        "invalid_actions": _mean(record["invalid_actions"] for record in records),
-        "policy_tokens": _mean(_policy_tokens(record) for record in records),
+        "invalid_actions_per_question": _mean(record["invalid_actions"] for record in records),
+        "policy_tokens_per_question": _mean(_policy_tokens(record) for record in records),
     }
 
 

@@ -9,6 +9,7 @@ checkpoints/    data/checkpoint.py      evaluations/NAME/    agent/evaluate.py
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
@@ -117,7 +118,7 @@ class RunDir:
     ) -> None:
         if error is None:
             self.close(RunStatus.FINISHED)
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
             self.close(RunStatus.INTERRUPTED, "interrupted by the user")
         else:
             named = str(error) if isinstance(error, RunStopped) else f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +197,10 @@ def _read_phases(path: Path) -> dict[str, float]:
 
 
 def _read_evaluations(path: Path) -> list[Evaluation]:
-    """All evaluations: before, after, then by name."""
+    """All evaluations: before, after, then by name; not those of training on dev, which are a curve."""
     first = {"before": 0, "after": 1}
-    folders = [mark.parent for mark in path.glob("*/trajectories.jsonl")]
+    found = (mark.parent for mark in path.glob("*/trajectories.jsonl"))
+    folders = [folder for folder in found if not re.fullmatch(r"dev-\d+", folder.name)]
     folders.sort(key=lambda folder: (first.get(folder.name, 2), folder.name))
     return [found for folder in folders if (found := _read_evaluation(folder)) is not None]
 

@@ -37,7 +37,7 @@ def results(run: Run) -> str:
     kinds = list(dict.fromkeys(kind for e in run.evaluations for kind in e.scores["by_kind"]))
     groups = [
         ("Exact match, 95 % interval", _em_rows(run, kinds, difference)),
-        ("Searches a question", _plain_rows(run, kinds, "searches", "{:.2f}")),
+        ("Searches a question", _plain_rows(run, kinds, "searches_per_question", "{:.2f}")),
         ("All questions", _overall_rows(run, bool(difference))),
     ]
     columns = "".join(f'<th scope="col">{_column(e)}</th>' for e in run.evaluations)
@@ -102,7 +102,7 @@ def _overall_rows(run: Run, wide: bool) -> list[str]:
         "Answered": lambda s: f"{s['answered_rate']:.3f}",
         "F1": lambda s: f"{s['f1']['mean']:.3f}",
         "Cover EM": lambda s: f"{s['cover_em']['mean']:.3f}",
-        "Policy tokens a question": lambda s: f"{s['policy_tokens']:.0f}",
+        "Policy tokens a question": lambda s: f"{s['policy_tokens_per_question']:.0f}",
         "Failed searches (count as wrong)": lambda s: f"{s['search_failed']}",
     }
     return [

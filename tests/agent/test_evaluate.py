@@ -65,10 +65,14 @@ def test_scores_are_counted_over_all_and_by_kind():
     )
     assert (scores["n"], scores["em"]["mean"], scores["cover_em"]["mean"]) == (4, 0.5, 0.75)
     assert scores["f1"]["mean"] == pytest.approx((1 + 2 * 0.5 * 1 / 1.5 + 1) / 4)
-    assert (scores["searches"], scores["valid_format_rate"], scores["answered_rate"]) == (2.0, 0.5, 0.75)
+    assert (scores["searches_per_question"], scores["valid_format_rate"], scores["answered_rate"]) == (
+        2.0,
+        0.5,
+        0.75,
+    )
     assert scores["stop_reasons"] == {"answered": 3, "turn_limit": 1}
-    assert scores["policy_tokens"] == 2.0
-    assert scores["by_kind"]["two_hop"]["searches"] == 2.5
+    assert scores["policy_tokens_per_question"] == 2.0
+    assert scores["by_kind"]["two_hop"]["searches_per_question"] == 2.5
     assert scores["by_kind"]["two_hop"]["em"]["mean"] == 0.5
 
 

@@ -1,5 +1,6 @@
 """A run folder: its metrics survive a kill and a resume, one process writes it, others are refused."""
 
+import asyncio
 import json
 import math
 import os
@@ -50,6 +51,7 @@ def test_the_console_line_can_be_limited_to_some_keys():
     ("error", "status_then", "reason"),
     [
         (KeyboardInterrupt(), "interrupted", "interrupted by the user"),
+        (asyncio.CancelledError(), "interrupted", "interrupted by the user"),  # Ctrl-C in asyncio.run
         (RunStopped("retriever is gone"), "stopped", "retriever is gone"),
         (ValueError("a bug"), "stopped", "ValueError: a bug"),
     ],

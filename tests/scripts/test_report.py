@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -214,6 +215,16 @@ def test_an_unfinished_evaluation_is_marked_and_not_compared(tmp_path):
     assert "unfinished" in html and "No paired difference: after: missing 34 questions" in html
 
 
+def test_evaluations_on_dev_during_training_are_a_curve_and_no_column(tmp_path):
+    make_run(tmp_path)
+    for name in ("dev-000020", "control"):
+        write_evaluation(tmp_path / "evaluations" / name, [make_trajectory(make_question(1), True)])
+    payload = json.loads(Page(render_report(tmp_path)).data)
+    assert payload["evaluations"] == ["before", "after", "control"]
+    runs = {question["id"]: question["runs"] for question in payload["questions"]}
+    assert runs["test-2"][2] is None and runs["test-1"][2]["em"] == 1.0
+
+
 def test_what_is_no_run_or_malformed_is_a_one_line_error(tmp_path, capsys):
     assert sleuth(["report", str(tmp_path / "absent")]) == 2
     assert "is no run folder" in capsys.readouterr().err
@@ -299,6 +310,57 @@ def test_in_a_browser_hostile_text_stays_text(tmp_path, report):
     html = dom(tmp_path, report, "#id=test-9003")
     assert "<title>run · Sleuth</title>" in html and "<img" not in html
     assert "&lt;/script&gt;&lt;script&gt;" in html
+
+
+USE = """
+const send = (node, name, more) => node.dispatchEvent(
+  new (more?.key ? KeyboardEvent : PointerEvent)(name, {bubbles: true, ...more}));
+const selected = () => document.querySelector('[aria-selected="true"]').dataset.id;
+const results = [selected()];
+for (const key of ["ArrowDown", "j", "ArrowUp"]) {
+  send(byId("list"), "keydown", {key});
+  results.push(selected());
+}
+results.push(location.hash);
+const plot = document.querySelector("figure svg"), box = plot.getBoundingClientRect();
+send(plot, "pointermove", {clientX: box.right - 1, clientY: box.top + 5});
+results.push(document.querySelector("figure output").textContent.split(":")[0]);
+results.push(byId("curves").className);
+byId("smooth").click();
+results.push(byId("curves").className);
+const kind = document.querySelector("[name=kind]");
+kind.value = "comparison";
+send(kind, "input");
+results.push(location.hash, shown.every((question) => question.kind === "comparison"));
+document.title = JSON.stringify(results);
+"""
+
+
+@pytest.mark.slow
+def test_in_a_browser_keys_filters_pointer_and_smoothing_work(tmp_path, report):
+    html = re.sub(r"<meta http-equiv[^>]*>", "", report.read_text())  # it would refuse our script, rightly
+    acted = tmp_path / "acted.html"
+    acted.write_text(html.replace("</body>", f"<script>{USE}</script></body>"))
+    found = re.search("<title>(.*?)</title>", chromium(tmp_path, f"file://{acted}", "--dump-dom"))
+    assert found and json.loads(unescape(found[1])) == [
+        *("test-0", "test-1", "test-2", "test-1"),
+        "#id=test-1",
+        "step 39",
+        "smoothing",
+        "",
+        "#kind=comparison&id=test-2",
+        True,
+    ]
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_page_runs_no_script_but_its_own(tmp_path, report):
+    forged = tmp_path / "forged.html"
+    forged.write_text(
+        report.read_text().replace("</body>", "<script>document.title = 'forged'</script></body>")
+    )
+    with pytest.raises(AssertionError, match="Content Security Policy"):
+        dom(tmp_path, forged)
 
 
 @pytest.mark.slow
