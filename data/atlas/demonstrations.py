@@ -10,14 +10,16 @@ which name to search, and that it pays, is left for reinforcement learning to fi
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
-from data.atlas.questions import Ask, asks, put
+from data.atlas.questions import KINDS, Ask, asks, put
 from data.atlas.world import Entity, World
+from data.errors import ConfigError
 
 FIRST = ("Look up {n}.", "Search for {n}.", "Read about {n}.")
 NEXT = ("Now look up {n}.", "Next, search for {n}.", "Also read about {n}.")
@@ -41,6 +43,11 @@ class Demonstrator:
     """Share of each kind of question."""
     questions_per_world: int = 4
 
+    def __post_init__(self) -> None:
+        wrong = [kind for kind, _ in self.kinds if kind not in KINDS]
+        if wrong or not self.kinds:
+            raise ConfigError(f"kinds of questions are {wrong or 'none'}, allowed are {', '.join(KINDS)}")
+
 
 def demonstrations(
     n: int,
@@ -57,7 +64,7 @@ def demonstrations(
     made = 0
     while made < n:
         world = invent_world(rng)
-        pool: dict[str, list[Ask]] = {kind: [] for kind in kinds}
+        pool: dict[str, list[Ask]] = defaultdict(list)
         for ask in asks(world, None, rng):
             pool[ask.kind].append(ask)
         reader = _Reader(world, rng)

@@ -17,6 +17,7 @@ from data.atlas.phrasings import ASKED, COMPARED, LOCATORS, SUMMIT_OF, phrasing
 from data.atlas.world import Entity, World, of_split
 from data.records import Question
 
+KINDS = ("one_hop", "two_hop", "three_hop", "comparison")
 COUNTS: dict[str, dict[str, int]] = {
     "train": {"one_hop": 2400, "two_hop": 4800, "three_hop": 400, "comparison": 400},
     "dev": {"one_hop": 120, "two_hop": 240, "three_hop": 20, "comparison": 20},
@@ -54,10 +55,10 @@ def make_questions(
     `unseen_share` of them use the phrasing kept for the test split. Deterministic.
     """
     rng = random.Random(f"{seed}:{split}")
-    wanted = counts if counts is not None else COUNTS[split or "train"]
     pool: dict[str, list[Ask]] = defaultdict(list)
     for ask in asks(world, split, rng):
         pool[ask.kind].append(ask)
+    wanted = counts if counts is not None else COUNTS[split or "train"]
     questions: dict[str, Question] = {}
     for kind, count in wanted.items():
         chosen = _in_turn(pool[kind], rng)[:count]

@@ -1,0 +1,144 @@
+"""Invented worlds and the half-taught demonstrations over them."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from data.atlas.demonstrations import Demonstrator, demonstrations
+from data.atlas.invented import invent_world
+from data.atlas.names import Language, holds_real_name, real_names
+from data.atlas.passages import render_passages
+from data.atlas.phrasings import ASKED
+from data.atlas.questions import make_questions
+from data.atlas.world import load_world
+from data.errors import ConfigError
+
+MANY = {"one_hop": 40, "two_hop": 40, "three_hop": 10, "comparison": 5}
+DEMONSTRATIONS = list(demonstrations(2000, seed=3))
+
+
+def worlds(count):
+    rng = random.Random(11)
+    return [invent_world(rng) for _ in range(count)]
+
+
+def test_invented_names_are_no_real_ones():
+    for world in worlds(150):
+        for entity in world.entities:
+            assert entity.name.lower() not in real_names()
+            if entity.type != "element":
+                assert not holds_real_name(entity.name)
+
+
+def test_the_check_for_real_names_catches_them():
+    assert holds_real_name("Port Lisbon")
+    assert holds_real_name("sri lanka")
+    assert not holds_real_name("Port Xuqqa")
+
+
+def test_no_held_out_name_is_asked_about_in_a_demonstration():
+    held_out = {e.name for e in load_world().entities if e.split != "train"}
+    for demonstration in DEMONSTRATIONS:
+        words = re.sub(r"[?.,]", "", demonstration["question"]).split()
+        runs = {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 5)}
+        searched = {step["search"] for step in demonstration["steps"] if "search" in step}
+        assert not (runs | searched) & held_out
+
+
+def test_invented_names_are_varied():
+    rng = random.Random(5)
+    names = [Language(rng).name(rng) for _ in range(3000)]
+    assert len(set(names)) > 2900
+    assert {len(name.split()) for name in names} >= {1, 2, 3}
+    assert set(map(len, names)) >= set(range(3, 21))
+    for mark in ("-", "'", " de ", " al ", "St. "):
+        assert any(mark in name for name in names), mark
+    assert set("".join(names).lower()) >= set("abcdefghijklmnopqrstuvwxyz")
+
+
+def test_invented_worlds_render_and_are_asked_like_the_real_one():
+    for world in worlds(20):
+        passages = {passage.title: passage for passage in render_passages(world)}
+        assert len(passages) == len(world.entities)
+        questions = make_questions(world, counts=MANY)
+        assert {q.metadata["kind"] for q in questions} >= {"one_hop", "two_hop"}
+        for question in questions:
+            last = passages[question.metadata["hops"][-1]]
+            told = f"{last.title} {last.text}".lower()
+            if question.metadata["kind"] != "comparison":
+                assert any(answer.lower() in told for answer in question.gold_answers)
+
+
+def test_invented_countries_tell_the_relations_that_real_ones_do():
+    def told(entities):
+        return {r for e in entities for r in e.facts}
+
+    invented = told(e for world in worlds(40) for e in world.entities)
+    assert invented == told(load_world().entities)
+
+
+def test_demonstrations_are_deterministic_json():
+    again = list(demonstrations(60, seed=3))
+    assert again == DEMONSTRATIONS[:60]
+    assert list(demonstrations(60, seed=4)) != again
+    assert json.loads(json.dumps(again)) == again
+    assert len({d["id"] for d in DEMONSTRATIONS}) == len(DEMONSTRATIONS) == 2000
+
+
+def test_a_demonstration_searches_the_named_and_then_only_what_it_has_read():
+    for demonstration in DEMONSTRATIONS:
+        read = demonstration["question"]
+        *searches, last = demonstration["steps"]
+        assert 1 <= len(searches) <= 3
+        for step in searches:
+            assert step["search"] in read
+            (passage,) = step["passages"]
+            assert passage["title"] == step["search"]
+            read += " " + passage["text"]
+        assert set(last) == {"think", "answer"}
+        assert last["answer"].lower() in (read + demonstration["question"]).lower()
+
+
+def test_the_demonstrator_is_half_taught():
+    right, count, stopped = Counter(), Counter(), Counter()
+    for demonstration in DEMONSTRATIONS:
+        kind = demonstration["kind"]
+        count[kind] += 1
+        hit = demonstration["steps"][-1]["answer"] in demonstration["golden_answers"]
+        right[kind] += hit
+        if len(demonstration["steps"]) == 2:
+            stopped[kind] += 1
+            assert not (hit and kind == "two_hop")  # who stops early guesses wrongly
+    assert right["one_hop"] == count["one_hop"]
+    assert right["two_hop"] / count["two_hop"] == pytest.approx(0.1, abs=0.05)
+    assert stopped["two_hop"] / count["two_hop"] == pytest.approx(0.5, abs=0.05)
+    assert set(count) == {"one_hop", "two_hop", "three_hop", "comparison"}
+
+
+def test_a_demonstrator_that_always_stops_never_searches_twice_for_two_hops():
+    shown = demonstrations(200, demonstrator=Demonstrator(p_stop=1.0, kinds=(("two_hop", 1.0),)))
+    assert {len(d["steps"]) for d in shown} == {2}
+
+
+def test_a_kind_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="kinds of questions are .'four_hop'., allowed are one_hop"):
+        Demonstrator(kinds=(("four_hop", 1.0),))
+
+
+def test_thoughts_are_short_and_give_no_reason():
+    for demonstration in DEMONSTRATIONS:
+        for step in demonstration["steps"]:
+            thought = step["think"].replace(step.get("search", ""), "NAME")
+            assert len(thought.split()) <= 6
+            assert " is in " not in thought and "because" not in thought
+
+
+def test_demonstrations_use_every_training_phrasing_and_no_other():
+    asked = " ".join(d["question"] for d in DEMONSTRATIONS)
+    for relation in ("capital", "currency", "area", "country"):
+        *training, test_only = (options.split("{x}")[0] for options in ASKED[relation])
+        assert all(start in asked for start in training if start)
+        assert test_only not in asked or any(test_only in start for start in training)
