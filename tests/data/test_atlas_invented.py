@@ -124,7 +124,7 @@ def test_a_demonstrator_that_always_stops_never_searches_twice_for_two_hops():
 
 
 def test_a_kind_that_does_not_exist_is_refused():
-    with pytest.raises(ConfigError, match="kinds of questions are .'four_hop'., allowed are one_hop"):
+    with pytest.raises(ConfigError, match=r"kinds of questions are \['four_hop'\], allowed are one_hop"):
         Demonstrator(kinds=(("four_hop", 1.0),))
 
 
