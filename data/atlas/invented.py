@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from string import ascii_lowercase, ascii_uppercase
 
-from data.atlas.names import Language
+from data.atlas.names import Language, holds_real_name
 from data.atlas.world import Entity, World
 
 KINDS = (
@@ -89,7 +89,9 @@ def _country(
 def _elements(count: int, fresh: Callable[[], str], rng: random.Random) -> list[Entity]:
     made = []
     for at in range(count):
-        name = _word(fresh) + rng.choice(("", "ium", "ium", "on", "ine", "um"))
+        name = _word(fresh)
+        ending = rng.choice(("", "ium", "ium", "on", "ine", "um"))
+        name += "" if holds_real_name(name + ending) else ending
         symbol = name[0] + rng.choice(("", *name[1:].lower(), *ascii_lowercase))
         facts = {
             "symbol": symbol if symbol.isalpha() else symbol[0],
