@@ -261,6 +261,7 @@ def test_one_client_serves_successive_event_loops(tmp_path):
 
     for query in "abc":  # never closed: each loop takes its connections with it
         assert asyncio.run(run(query)) == [[query], [query]]
+    assert len(http._sessions) == 1  # and is forgotten when the next one comes
 
 
 def test_closing_fails_those_who_wait_and_the_client_can_be_used_again():
