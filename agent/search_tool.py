@@ -8,6 +8,7 @@ neither close the observation, nor answer, nor change the speaker.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 
 from agent.protocol import Protocol
@@ -54,17 +55,16 @@ def render_hits(
     The wrapper around the passages is always whole. An empty ranking gives an empty wrapper.
     """
     passages = protocol.render_passages(
-        [
-            Passage(h.passage.id, neutralise(h.passage.text), neutralise(h.passage.title))
-            for h in hits
-        ]
+        [Passage(h.passage.id, neutralise(h.passage.text), neutralise(h.passage.title)) for h in hits]
     )
-    observation = protocol.render_observation(passages)
-    excess = len(encode(observation)) - budget_tokens
-    while excess > 0 and passages:
-        # Never cut by tokens and decoded: by characters, at the passage text's own rate, until it fits.
-        rate = len(passages) / max(1, len(encode(passages)))
-        passages = passages[: -max(1, int(excess * rate))].rstrip()
-        observation = protocol.render_observation(passages)
-        excess = len(encode(observation)) - budget_tokens
-    return observation
+
+    def observe(length: int) -> str:
+        return protocol.render_observation(passages[:length].rstrip())
+
+    def tokens(length: int) -> int:
+        return len(encode(observe(length)))
+
+    if tokens(len(passages)) <= budget_tokens:
+        return observe(len(passages))
+    # Passage text is cut by characters, never by tokens that would then be decoded and encoded again.
+    return observe(bisect_right(range(len(passages)), budget_tokens, key=tokens) - 1)

@@ -81,8 +81,8 @@ class AlgorithmConfig:
 class ProtocolConfig:
     """Which protocol the policy speaks, and where its limits differ from the protocol's own."""
 
-    name: str = "search_r1"
-    """search_r1, compact or hermes; see docs/protocol.md."""
+    name: str | None = None
+    """search_r1, compact or hermes (docs/protocol.md); none: the policy folder's own, else search_r1."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None

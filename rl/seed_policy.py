@@ -35,8 +35,9 @@ class SeedConfig:
     """Tokens of the byte-level BPE, tags included."""
     hidden_size: int = 128
     intermediate_size: int = 384
-    layers: int = 4
-    heads: int = 2
+    layers: int = 5
+    heads: int = 4
+    head_size: int = 48
     context_tokens: int = 1024
     rope_theta: float = 1e6
     """High, so that half of each head barely turns within a trajectory and can match content."""
@@ -80,6 +81,7 @@ def make_seed_policy(
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
+            head_dim=config.head_size,
             max_position_embeddings=config.context_tokens,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=False,
@@ -103,7 +105,7 @@ def wire_copying(model: Qwen2ForCausalLM) -> None:
     then into the third, which the output layer reads. All other writes start at a tenth of their size.
     """
     width = model.config.hidden_size
-    size = width // model.config.num_attention_heads
+    size = model.model.layers[0].self_attn.head_dim
     third = min(width // 3, size)
     token, before, say = (slice(i * third, (i + 1) * third) for i in range(3))
     for layer in model.model.layers:

@@ -56,7 +56,7 @@ class Updater:
         old: dict[int, Tensor],
     ) -> dict[str, tuple[float, float]]:
         """One update; returns each metric with its weight."""
-        denominator = sum(map(sum, (self._mask(trajectories[row]) for row in rows)))
+        denominator = sum(sum(self._mask(trajectories[row])) for row in rows)
         if self.reference is None:
             rows = [row for row in rows if advantages[row] != 0]
         sums: dict[str, float] = {}
@@ -129,6 +129,5 @@ class Updater:
 
 def _split(count: int, group_size: int, parts: int) -> list[list[int]]:
     """Rows 0..count-1 in `parts` mini-batches of whole groups, none empty."""
-    groups = [list(range(start, start + group_size)) for start in range(0, count, group_size)]
-    size = -(-len(groups) // parts)
-    return [sum(groups[start : start + size], []) for start in range(0, len(groups), size)]
+    size = -(-(count // group_size) // parts) * group_size
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]

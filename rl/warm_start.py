@@ -53,15 +53,18 @@ Span = tuple[SegmentKind, str]
 def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterator[Span]:
     """The segments of a demonstration as text, the prompt first (see docs/data-formats.md).
 
-    Raises KeyError or TypeError where the record lacks a field: the caller knows file and line.
+    Passages are neutralised as in a rollout, but for the tokenizer's own special tokens. Raises KeyError or TypeError where the record lacks a field: the caller knows file and line.
     """
+    neutralise = Neutraliser(protocol)
     yield SegmentKind.PROMPT, protocol.prompt(record["question"])
     for step in record["steps"]:
         if "answer" in step:
             yield SegmentKind.POLICY, protocol.render_turn(step["think"], Answer(step["answer"]))
             continue
         yield SegmentKind.POLICY, protocol.render_turn(step["think"], Search(step["search"]))
-        passages = [Passage(p["id"], p["text"], p.get("title", "")) for p in step["passages"]]
+        passages = [
+            Passage(p["id"], neutralise(p["text"]), neutralise(p.get("title", ""))) for p in step["passages"]
+        ]
         rendered = protocol.render_passages(passages[: protocol.top_k])
         yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)
 
@@ -71,7 +74,6 @@ def encode_demonstration(
 ) -> dict[str, list[int]]:
     """input_ids and labels of one demonstration; -100 is outside the loss."""
     tokenizer = policy.tokenizer
-    neutralise = Neutraliser(protocol, tokenizer.get_added_vocab())
     input_ids, labels = [], []
     for kind, text in spans:
         if kind is SegmentKind.PROMPT and protocol.chat and tokenizer.chat_template:
@@ -81,7 +83,6 @@ def encode_demonstration(
         input_ids += ids
         learnt = learn_everything or kind is SegmentKind.POLICY
         labels += ids if learnt else [-100] * len(ids)
-    del neutralise
     return {"input_ids": input_ids, "labels": labels}
 
 

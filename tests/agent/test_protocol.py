@@ -1,0 +1,109 @@
+"""Protocols: the Search-R1 strings exactly, and what every protocol keeps."""
+
+import pytest
+
+from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid, Search, get_protocol
+from data.errors import ConfigError
+from data.records import Passage
+
+every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def test_the_search_r1_prompt_is_exact():
+    assert SEARCH_R1.prompt(" who wrote Hamlet ") == (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first ev"
+        "ery time you get new information. After reasoning, if you find you lack some knowledge, yo"
+        "u can call a search engine by <search> query </search> and it will return the top searched"
+        " results between <information> and </information>. You can search as many times as your wa"
+        "nt. If you find no further external knowledge needed, you can directly provide the answer "
+        "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beiji"
+        "ng </answer>. Question: who wrote Hamlet?\n"
+    )
+
+
+def test_the_search_r1_observations_are_exact():
+    passages = [Passage("1", "Text one.", "A"), Passage("2", "Text two.", "B")]
+    rendered = SEARCH_R1.render_observation(SEARCH_R1.render_passages(passages))
+    assert rendered == (
+        "\n\n<information>Doc 1(Title: A) Text one.\nDoc 2(Title: B) Text two.</information>\n\n"
+    )
+    assert SEARCH_R1.invalid == (
+        "\nMy previous action is invalid. If I want to search, I should put the query between <search> and "
+        "</search>. If I want to give the final answer, I should put the answer between <answer> and "
+        "</answer>. Let me try again.\n"
+    )
+
+
+def test_the_search_r1_limits_are_exact():
+    assert SEARCH_R1.top_k == 3
+    assert SEARCH_R1.max_turns == 4
+    assert SEARCH_R1.max_response_tokens == SEARCH_R1.max_observation_tokens == 500
+    assert SEARCH_R1.max_context_tokens == 4096
+
+
+@pytest.mark.parametrize(
+    ("turn", "action"),
+    [
+        ("<think>x</think><search> a b </search>", Search("a b")),
+        ("<answer>\nParis\n</answer>", Answer("Paris")),
+        ("<search>a</search><answer>b</answer>", Search("a")),
+        ("<answer>a</answer><search>b</search>", Answer("a")),
+        ("<search>two\nlines</search>", Search("two\nlines")),
+        ("<search>a</answer>", Invalid("no action")),
+        ("<search>  </search>", Invalid("empty query")),
+        ("", Invalid("no action")),
+        ("<answer></answer>", Answer("")),
+    ],
+)
+def test_search_r1_parses_the_first_action(turn, action):
+    assert SEARCH_R1.parse(turn) == action
+
+
+@every_protocol
+@pytest.mark.parametrize("action", [Search('Lyon "the city"'), Answer("Paris, France")])
+def test_a_rendered_turn_parses_back_and_is_well_formed(protocol, action):
+    turn = protocol.render_turn("I need to look this up.", action)
+    assert protocol.parse(turn) == action
+    assert protocol.is_well_formed(turn)
+    assert turn.endswith(protocol.stop)
+
+
+@every_protocol
+def test_what_is_no_action_is_invalid_and_never_raises(protocol):
+    for text in ("", "plain", f"<{protocol.search_tag}>", "</think></think>", "<answer", "\x00\ud7ff"):
+        assert isinstance(protocol.parse(text), Invalid)
+        assert not protocol.is_well_formed(text)
+
+
+@every_protocol
+def test_two_actions_or_a_missing_thought_are_not_well_formed(protocol):
+    turn = protocol.render_turn("thought", Answer("Paris"))
+    assert not protocol.is_well_formed(turn + turn)
+    assert not protocol.is_well_formed(turn.split("</think>")[1])
+    assert not protocol.is_well_formed(turn.replace("thought", f"<{protocol.observation_tag}>"))
+
+
+@every_protocol
+def test_the_question_is_in_the_prompt_and_braces_are_text(protocol):
+    assert "What does {passages} mean?" in protocol.prompt("What does {passages} mean?")
+    passage = Passage("1", "{title} {0} {text}", "{index}")
+    rendered = protocol.render_observation(protocol.render_passages([passage]))
+    assert "{title} {0} {text}" in rendered and "{index}" in rendered
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["not json", "[]", '{"name": "other", "arguments": {"query": "x"}}', '{"name": "search"}',
+     '{"name": "search", "arguments": {"query": 3}}', '{"name": "search", "arguments": "x"}'],
+)  # fmt: skip
+def test_a_malformed_tool_call_is_invalid(inside):
+    assert HERMES.parse(f"<tool_call>{inside}</tool_call>") == Invalid("empty query")
+
+
+def test_an_unknown_protocol_is_refused_by_name():
+    with pytest.raises(ConfigError, match="'chatty': must be one of search_r1, compact, hermes"):
+        get_protocol("chatty")
+
+
+def test_compact_is_short():
+    assert len(COMPACT.prompt("x")) < 20
