@@ -245,6 +245,6 @@ def _metadata(row: _Row) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ValueError('"metadata" must be an object')
     named = {key: row.record.get(key) for key in ("kind", "cluster", "data_source")}
-    # Tables fill the fields that a row does not have with None.
-    merged = {key: value for key, value in {**given, **named}.items() if value is not None}
-    return {"data_source": row.set_name, **merged}
+    # Tables fill the fields that a row does not have with None: what is None says nothing.
+    said = {key: value for source in (given, named) for key, value in source.items() if value is not None}
+    return {"data_source": row.set_name, **said}

@@ -56,10 +56,11 @@ FILES = ["set/dev.jsonl", "set/dev.jsonl.gz", "set/dev.json", "set/dev.parquet"]
 
 @pytest.mark.parametrize("name", FILES)
 def test_our_rows_from_every_kind_of_file(tmp_path, name):
-    metadata = {"hops": 2, "none": None}
+    metadata = {"hops": 2, "none": None, "cluster": "ann"}
     rows = [{**OURS, "kind": None, "metadata": metadata}, {**OURS, "kind": "bridge", "id": "q2"}]
     first, second = load_questions(write(tmp_path / name, rows))
-    assert first == Question("q1", "Who?", ("Ann", "A. B."), {"data_source": "set", "hops": 2})
+    metadata = {"data_source": "set", "hops": 2, "cluster": "ann"}  # a None beside it erases nothing
+    assert first == Question("q1", "Who?", ("Ann", "A. B."), metadata)
     assert second.metadata == {"data_source": "set", "kind": "bridge"}
 
 
