@@ -23,7 +23,7 @@ import numpy as np
 from agent.trajectory import StopReason, Trajectory
 from agent.transcripts import to_record
 from data.answers import cover_em, exact_match, f1
-from data.errors import ConfigError, DataError, StorageError
+from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question
 from data.run_dir import describe_difference
@@ -42,13 +42,15 @@ async def evaluate(
     rollout_fn: RolloutFn,
     out_dir: Path | str,
     settings: Mapping[str, Any],
+    max_failed_share: float = 0.1,
 ) -> dict[str, Any]:
     """Roll out every question once and write its scores; returns what scores.json holds.
 
     `settings` name all that decides the outcome: policy, protocol, the retriever's generation,
-    sampling. Starting again in the same folder asks only the questions that have no record yet.
-    Raises ConfigError where the folder holds another evaluation, DataError where a question came
-    back twice or never, StorageError where the disk refuses.
+    sampling. Starting again in the same folder asks only the questions that have no record yet, and
+    those whose search failed. Raises ConfigError where the folder holds another evaluation, DataError
+    where a question came back twice or never, StorageError where the disk refuses, RunStopped once
+    searches have failed in more than `max_failed_share` of the questions.
     """
     out_dir = Path(out_dir)
     _check_unique([question.id for question in questions], "questions")
@@ -66,6 +68,8 @@ async def evaluate(
                     raise DataError(f"question {record['id']!r} was rolled out twice")
                 _append(file, record)
                 records[record["id"]] = record
+                if _failed(record):
+                    _check_failures(list(records.values()), max_failed_share * len(questions), out_dir)
 
             await rollout_fn(todo, on_finished)
     scores = score(list(records.values()), questions)
@@ -156,7 +160,7 @@ def format_estimate(estimate: Mapping[str, Any]) -> str:
 def _judge(record: Record) -> list[float]:
     """The metrics of one record, in the order of METRICS; no answer scores 0."""
     answer, gold_answers = record["answer"], record["gold_answers"]
-    if answer is None or record["stop_reason"] == StopReason.SEARCH_FAILED:
+    if answer is None or _failed(record):
         return [0.0] * len(METRICS)
     return [float(metric(answer, gold_answers)) for metric in METRICS.values()]
 
@@ -247,13 +251,27 @@ def _open_evaluation(out_dir: Path, questions: Sequence[Question], settings: Map
 
 
 def _resume(path: Path) -> list[dict[str, Any]]:
-    """The records already there; a cut last line is taken off the file, so that appending is safe."""
+    """The records that stand: failed searches, and a last line cut by a kill, are taken off the file."""
     if not path.exists():
         return []
-    records = read_records(path.parent)
+    records = [record for record in read_records(path.parent) if not _failed(record)]
     _check_unique([record["id"] for record in records], str(path))
     write_jsonl(path, records)
     return records
+
+
+def _failed(record: Record) -> bool:
+    return record["stop_reason"] == StopReason.SEARCH_FAILED
+
+
+def _check_failures(records: Sequence[Record], allowed: float, out_dir: Path) -> None:
+    failed = [record for record in records if _failed(record)]
+    if len(failed) > allowed:
+        reason = failed[-1]["searches"][-1]["error"]
+        raise RunStopped(
+            f"searches failed for {len(failed)} of {len(records)} questions asked ({reason}); the others "
+            f"are kept in {out_dir}: start the same command again to go on"
+        )
 
 
 def _append(file: IO[str], record: Record) -> None:

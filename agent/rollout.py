@@ -64,6 +64,7 @@ class Agent:
         """One trajectory a question, in the order of the questions; repeat a question for a group.
 
         The i-th trajectory draws from a generator of its own, made of `seed`, its question and i.
+        The first failure, of the engine or of a callback, ends all and is raised as it is.
         """
         admitted = asyncio.Semaphore(self.max_live)
 
@@ -75,8 +76,11 @@ class Agent:
                 on_finished(index, trajectory)
                 return trajectory
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(i, q)) for i, q in enumerate(questions)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(i, q)) for i, q in enumerate(questions)]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the rest were cancelled, or failed for the same reason
         return [task.result() for task in tasks]
 
 
@@ -130,9 +134,7 @@ class _Episode:
         if not (self.protocol.chat and tokenizer.chat_template):
             return text, tokenizer.encode(text)
         messages = [{"role": "user", "content": text}]
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         return text, self._encode(text)
 
     async def _complete(self, trajectory_id: str, turn: int) -> str:

@@ -17,7 +17,7 @@ from agent.evaluate import (
     score,
 )
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data.errors import ConfigError, DataError, RetrieverError
+from data.errors import ConfigError, DataError, RetrieverError, RunStopped
 from data.records import Hit, Passage, Question
 
 SETTINGS = {"policy": "p", "protocol": "compact", "retriever": "g1", "sampling": {"temperature": 0.0}}
@@ -258,3 +258,41 @@ def test_half_of_a_surrogate_pair_in_an_answer_is_kept(tmp_path):
 
     run(odd, tmp_path)
     assert read_records(tmp_path)[0]["answer"] == "\ud83d <b>"
+
+
+def failed(asked):
+    search = SearchRecord("query", [], 30.0, "RetrieverUnavailable: gave up")
+    return Trajectory(asked, [], StopReason.SEARCH_FAILED, searches=[search])
+
+
+def test_failed_searches_are_asked_again_on_resume(tmp_path):
+    questions = [question(i) for i in range(10)]
+
+    async def one_fails(todo, on_finished):
+        for asked in todo:
+            on_finished(failed(asked) if asked.id == "q3" else right(asked))
+
+    first = asyncio.run(evaluate(questions, one_fails, tmp_path, SETTINGS))
+    assert first["search_failed"] == 1 and first["em"]["mean"] == 0.9
+    asked_again = []
+
+    async def all_well(todo, on_finished):
+        asked_again.extend(asked.id for asked in todo)
+        for asked in todo:
+            on_finished(right(asked))
+
+    second = asyncio.run(evaluate(questions, all_well, tmp_path, SETTINGS))
+    assert asked_again == ["q3"] and second["search_failed"] == 0 and second["em"]["mean"] == 1.0
+
+
+def test_too_many_failed_searches_stop_the_evaluation_and_score_nothing(tmp_path):
+    questions = [question(i) for i in range(10)]
+
+    async def down(todo, on_finished):
+        on_finished(right(todo[0]))
+        for asked in todo[1:]:
+            on_finished(failed(asked))
+
+    with pytest.raises(RunStopped, match=r"failed for 2 of 3 questions asked \(Retr.*gave up\); the others"):
+        asyncio.run(evaluate(questions, down, tmp_path, SETTINGS))
+    assert not (tmp_path / "scores.json").exists()
