@@ -66,12 +66,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # with it, the model refuses to be saved
+    vars(config).pop("quantization_config", None)  # with it, the model refuses to be saved
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 

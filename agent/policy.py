@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from agent.packaged import atlas_policy, smollm2_policy
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
+from data.jsonl import read_json
 
 SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
 """Names of policies that need no hub, and what finds (or makes) their folder."""
@@ -38,6 +39,17 @@ class Policy:
 def resolve_policy(name: str) -> str:
     """The folder of a policy with a short name; anything else as it is."""
     return str(SHORT_NAMES[name]()) if name in SHORT_NAMES else name
+
+
+def default_protocol(policy_source: str) -> str:
+    """The protocol that the policy was trained to speak, from its folder's sleuth.json; else search_r1."""
+    path = Path(resolve_policy(policy_source)) / "sleuth.json"
+    if not path.is_file():
+        return "search_r1"
+    try:
+        return str(read_json(path)["protocol"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error
 
 
 def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:

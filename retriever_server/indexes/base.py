@@ -51,6 +51,7 @@ class Index(Retriever):
     """A retriever over an index on disk."""
 
     manifest: Manifest
+    corpus: Corpus
 
     @classmethod
     @abstractmethod

@@ -1,0 +1,128 @@
+"""`sleuth ask`: watch a policy think, search, read and answer, in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+from data.errors import RetrieverError
+from data.records import Hit, Question
+from rl.config import ProtocolConfig
+
+if TYPE_CHECKING:
+    from agent.protocol import Protocol
+    from agent.rollout import Agent, Searcher
+    from agent.trajectory import Segment, Trajectory
+
+PREVIEW_CHARS = 160
+STYLES = {"thought": "italic", "search": "bold cyan", "answer": "bold green", "text": "dim"}
+
+
+def main(
+    question: str,
+    policy: str,
+    retriever: str,
+    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
+    temperature: float = 0.0,
+    seed: int = 0,
+    deadline_seconds: float = 30.0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Ask one question; thoughts, searches, passages and the answer appear as they come.
+
+    Args:
+        question: What to answer.
+        policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
+        retriever: URL of a server or folder of an index; none finds nothing.
+        protocol: How the policy speaks, and its limits.
+        temperature: Of sampling; 0 is greedy.
+        seed: Of sampling.
+        deadline_seconds: How long a search is retried.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
+    """
+    from scripts.wiring import open_agent
+
+    opened = open_agent(policy, retriever, protocol, temperature, 1, device, dtype, deadline_seconds)
+
+    async def run() -> Trajectory:
+        async with opened.client:
+            return await _watch(opened.agent, Question("ask", question, ()), seed)
+
+    trajectory = asyncio.run(run())
+    if trajectory.searches and trajectory.searches[-1].error:
+        raise RetrieverError(trajectory.searches[-1].error)
+    answer = trajectory.answer
+    print(f"no answer ({trajectory.stop_reason})" if answer is None else answer)
+
+
+async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    view = _View(Console(highlight=False), agent.protocol)
+    watched = replace(agent, searcher=_WatchedSearcher(agent.searcher, view))
+    with view.console.status("reading the question"):  # nothing where it is no terminal
+        trajectories = await watched.rollout([question], seed, on_segment=view.show_segment)
+    return trajectories[0]
+
+
+class _WatchedSearcher:
+    """Shows what a searcher found."""
+
+    def __init__(self, searcher: Searcher, view: _View) -> None:
+        self._searcher, self._view = searcher, view
+
+    async def search(self, query: str, k: int) -> list[Hit]:
+        hits = await self._searcher.search(query, k)
+        self._view.show_hits(hits)
+        return hits
+
+
+class _View:
+    """One trajectory in the terminal; plain text where it is none."""
+
+    def __init__(self, console, protocol: Protocol) -> None:
+        self.console, self.protocol = console, protocol
+
+    def show_segment(self, segment: Segment) -> None:
+        """What the policy wrote, part by part; of observations only that an action was invalid."""
+        if segment.kind == "policy":
+            for label, content in split_turn(segment.text, self.protocol):
+                self._line(label, content, STYLES[label])
+        elif segment.text == self.protocol.invalid:
+            self._line("invalid", "no action that the protocol knows; it is told so", "red")
+
+    def show_hits(self, hits: list[Hit]) -> None:
+        """Titles and first words."""
+        for hit in hits:
+            words = " ".join(hit.passage.text.split())
+            cut = words if len(words) <= PREVIEW_CHARS else words[:PREVIEW_CHARS].rsplit(" ", 1)[0] + " ..."
+            self._line("found", f"{hit.passage.title or hit.passage.id}: {cut}", "blue")
+        if not hits:
+            self._line("found", "nothing", "blue")
+
+    def _line(self, label: str, content: str, style: str) -> None:
+        from rich.text import Text  # as Text, square brackets are no markup
+
+        line = Text(f"{label:>8}  ", style="dim").append(content, style=f"not dim {style}")
+        self.console.print(line, soft_wrap=not self.console.is_terminal)
+
+
+def split_turn(turn: str, protocol: Protocol) -> list[tuple[str, str]]:
+    """The parts of a turn as (thought | search | answer | text, what it says); empty ones left out.
+
+    "<think> a </think><search> b </search>" -> [("thought", "a"), ("search", "b")]
+    """
+    labels = {protocol.think_tag: "thought", protocol.search_tag: "search", protocol.answer_tag: "answer"}
+    parts, end = [], 0
+    for match in re.finditer(rf"<({'|'.join(labels)})>(.*?)(?:</\1>|\Z)", turn, re.DOTALL):
+        inside = match[2].strip()
+        query = protocol.query_of(match[2]) if match[1] == protocol.search_tag else ""
+        parts += [("text", turn[end : match.start()].strip()), (labels[match[1]], query or inside)]
+        end = match.end()
+    parts.append(("text", turn[end:].strip()))
+    return [(label, " ".join(content.split())) for label, content in parts if content]

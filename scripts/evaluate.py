@@ -1,0 +1,139 @@
+"""`sleuth evaluate`: a policy's answers to a question set, scored, with all its trajectories."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from data.errors import ConfigError
+from data.records import Question
+from rl.config import ProtocolConfig
+
+if TYPE_CHECKING:
+    from scripts.wiring import OpenedAgent
+
+
+def main(
+    policy: str,
+    questions: str,
+    retriever: str,
+    out: str,
+    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
+    split: str | None = None,
+    limit: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_rows: int = 128,
+    deadline_seconds: float = 60.0,
+    max_failed_share: float = 0.1,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Score a policy on a question set; writes scores.json and trajectories.jsonl.
+
+    The same command again goes on where it stopped, and asks failed searches again.
+
+    Args:
+        policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
+        questions: JSONL, parquet, folder or hub name; several separated by commas.
+        retriever: URL of a server or folder of an index; as controls, none (every search finds
+            nothing) or random:INDEX (passages drawn at random).
+        out: Folder for the evaluation.
+        protocol: How the policy speaks, and its limits.
+        split: Of the questions, where there are several.
+        limit: Only the first so many questions.
+        temperature: Of sampling; 0 is greedy.
+        seed: Of sampling.
+        max_rows: Trajectories decoded at once.
+        deadline_seconds: How long a search is retried before it counts as failed.
+        max_failed_share: Of the questions whose searches may fail before the evaluation stops.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
+    """
+    from data.questions import load_questions
+
+    if not 0 <= max_failed_share <= 1:
+        raise ConfigError(f"max_failed_share = {max_failed_share}: must be in [0, 1]")
+    asked = load_questions(questions, split, limit)
+    from scripts.wiring import open_agent
+
+    opened = open_agent(policy, retriever, protocol, temperature, max_rows, device, dtype, deadline_seconds)
+    settings = {"policy": policy, "seed": seed, **opened.settings()}
+    try:
+        scores = asyncio.run(_evaluate(opened, asked, retriever, out, settings, max_failed_share))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
+    show_scores(scores, f"{policy} with {retriever}")
+    if scores["search_failed"]:
+        print(f"{scores['search_failed']} searches failed: the same command asks them again")
+
+
+async def _evaluate(
+    opened: OpenedAgent,
+    questions: Sequence[Question],
+    retriever: str,
+    out: str,
+    settings: dict[str, Any],
+    max_failed_share: float,
+) -> dict[str, Any]:
+    from agent.evaluate import evaluate
+    from scripts.wiring import retriever_generation
+
+    async with opened.client:
+        generation = await retriever_generation(opened.client, questions[0].text, retriever)
+        settings = settings | {"retriever": generation}
+        rollout = _with_bar(opened, settings["seed"], len(questions))
+        return await evaluate(questions, rollout, out, settings, max_failed_share)
+
+
+def _with_bar(opened: OpenedAgent, seed: int, total: int):
+    """The rollout function of an evaluation, with a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("answering questions"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.speed:.2f}/s"),
+        TimeRemainingColumn(),
+    )
+
+    async def rollout(todo, on_finished):
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=total, completed=total - len(todo))
+
+            def finished(_, trajectory):
+                on_finished(trajectory)
+                progress.advance(bar)
+
+            await opened.agent.rollout(todo, seed, on_finished=finished)
+
+    return rollout
+
+
+def show_scores(scores: dict[str, Any], title: str) -> None:
+    """Print scores as a table: over all questions, then by kind."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from agent.evaluate import format_estimate
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("questions")
+    for column in ("n", "EM [95 %]", "F1", "cover EM", "searches", "valid format"):
+        table.add_column(column, justify="right", no_wrap=True)
+    kinds = scores["by_kind"].items() if len(scores["by_kind"]) > 1 else ()
+    for name, row in [("all", scores), *kinds]:
+        table.add_row(
+            name,
+            str(row["n"]),
+            format_estimate(row["em"]),
+            *(f"{row[metric]['mean']:.3f}" for metric in ("f1", "cover_em")),
+            f"{row['searches_per_question']:.2f}",
+            f"{row['valid_format_rate']:.3f}",
+        )
+    Console().print(table)

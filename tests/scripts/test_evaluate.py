@@ -1,0 +1,185 @@
+"""`sleuth evaluate` on a tiny policy: files, resume, controls, a retriever that dies."""
+
+import asyncio
+import json
+
+import pytest
+
+from agent.policy import Policy, default_protocol
+from agent.rollout import Agent
+from data.errors import DataError, EngineError
+from data.jsonl import write_jsonl
+from data.records import Question
+from retriever_server.client import SearchClient
+from rl.config import ProtocolConfig
+from scripts import __main__ as sleuth
+from scripts import wiring
+from tests.fakes import byte_tokenizer, tiny_model
+from tests.retriever_server.running import build_small_index, running_server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy that searches for `fox` whatever it is asked, an index, six questions."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    tokenizer = byte_tokenizer()
+    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy")
+    (folder / "policy" / "sleuth.json").write_text('{"protocol": "compact"}')
+    build_small_index(folder)
+    rows = [
+        {"id": f"q{i}", "question": f"fox {i}?", "golden_answers": ["red"], "metadata": {"kind": f"k{i % 2}"}}
+        for i in range(6)
+    ]
+    write_jsonl(folder / "questions.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Wires an engine that searches once, then answers, in the place of the real one."""
+    from agent.engines.scripted import ScriptedEngine
+
+    turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
+    monkeypatch.setattr(wiring, "HFEngine", lambda model, tokenizer, rows: ScriptedEngine(tokenizer, turns))
+
+
+def evaluate(folder, out, *options, retriever=None):
+    arguments = {
+        "policy": folder / "policy",
+        "questions": folder / "questions.jsonl",
+        "retriever": retriever or folder / "index",
+        "out": out,
+    }
+    argv = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+    return sleuth.main(["evaluate", *argv, *options])
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "trajectories.jsonl").read_text().splitlines()]
+
+
+def test_scores_and_trajectories_are_written_and_shown(folder, scripted, tmp_path, capsys):
+    assert evaluate(folder, tmp_path, "--limit", "5") == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["n"], scores["em"]["mean"], scores["searches_per_question"]) == (5, 1, 1)
+    assert {r["id"] for r in records(tmp_path)} == {f"q{i}" for i in range(5)}
+    assert all("fox" in r["searches"][0]["hits"][0]["text"] for r in records(tmp_path))
+    shown = capsys.readouterr().out
+    assert "1.000 [1.000, 1.000]" in shown and "k1" in shown
+    settings = json.loads((tmp_path / "evaluation.json").read_text())
+    assert settings["protocol"]["name"] == "compact" and settings["retriever"].startswith("bm25-")
+
+
+def test_a_real_engine_goes_through_and_stays_within_the_limits(folder, tmp_path):
+    limits = ("--protocol.max_turns", "1", "--protocol.max_response_tokens", "6")
+    assert evaluate(folder, tmp_path, *limits, "--max_rows", "4", "--temperature", "1") == 0
+    for record in records(tmp_path):
+        policy = [s["tokens"] for s in record["segments"] if s["kind"] == "policy"]
+        assert len(policy) <= 2 and max(policy) <= 6
+
+
+def test_a_second_start_asks_only_what_is_missing(folder, scripted, tmp_path):
+    evaluate(folder, tmp_path)
+    whole = (tmp_path / "trajectories.jsonl").read_bytes()
+    kept = whole.splitlines(keepends=True)[:4]
+    (tmp_path / "trajectories.jsonl").write_bytes(b"".join(kept) + b'{"cut')
+    assert evaluate(folder, tmp_path) == 0
+    after = (tmp_path / "trajectories.jsonl").read_bytes().splitlines(keepends=True)
+    assert after[:4] == kept and len(after) == 6
+
+
+def test_other_weights_are_another_evaluation(folder, scripted, tmp_path, capsys):
+    evaluate(folder, tmp_path)
+    other = tmp_path / "moved"
+    (other / "policy").mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    Policy(tiny_model("qwen2", len(tokenizer), seed=1), tokenizer).save(folder / "policy")
+    assert evaluate(folder, tmp_path, "--protocol.name", "compact") == 2
+    assert "holds another evaluation (weights:" in capsys.readouterr().err
+    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy")
+
+
+@pytest.mark.parametrize(("control", "hits"), [("none", 0), ("random", 1)])
+def test_controls_search_without_finding(folder, scripted, tmp_path, control, hits):
+    retriever = f"random:{folder / 'index'}" if control == "random" else control
+    assert evaluate(folder, tmp_path, retriever=retriever) == 0
+    assert {len(r["searches"][0]["hits"]) for r in records(tmp_path)} == {hits}
+    assert json.loads((tmp_path / "evaluation.json").read_text())["retriever"].startswith(control)
+
+
+def test_the_same_index_behind_another_port_is_the_same_evaluation(folder, scripted, tmp_path, capsys):
+    for _ in range(2):
+        with running_server(folder / "index") as server:
+            assert evaluate(folder, tmp_path, retriever=server.url) == 0
+
+
+def test_a_retriever_that_is_down_is_one_line_after_the_deadline(folder, scripted, tmp_path, capsys):
+    options = ("--deadline_seconds", "0.3")
+    assert evaluate(folder, tmp_path, *options, retriever="http://127.0.0.1:9") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sleuth: http://127.0.0.1:9: gave up after")
+
+
+def test_a_retriever_that_dies_stops_the_evaluation_which_then_goes_on(
+    folder, scripted, tmp_path, monkeypatch, capsys
+):
+    with running_server(folder / "index") as server:
+        search, asked = SearchClient.search, []
+
+        async def dies(self, query, k):
+            asked.append(query)
+            if len(asked) == 4:  # the probe and two questions were answered
+                server.process.kill()
+                server.process.wait()
+            return await search(self, query, k)
+
+        monkeypatch.setattr(SearchClient, "search", dies)
+        options = ("--max_rows", "1", "--deadline_seconds", "0.5")
+        monkeypatch.setattr(wiring, "Agent", lambda *a, **kw: Agent(*a, **{**kw, "max_live": 1}))
+        assert evaluate(folder, tmp_path, *options, retriever=server.url) == 2
+    error = capsys.readouterr().err
+    assert "searches failed for 1 of 3 questions asked" in error and "go on" in error
+    assert not (tmp_path / "scores.json").exists()
+    monkeypatch.setattr(SearchClient, "search", search)
+    assert evaluate(folder, tmp_path) == 0
+    assert [r["stop_reason"] for r in records(tmp_path)] == ["answered"] * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol.name", "xml"], "protocol = 'xml': must be one of search_r1, compact, hermes"),
+        (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
+        (["--temperature", "-1"], "sampling.temperature = -1.0: must be >= 0"),
+        (["--max_failed_share", "2"], "max_failed_share = 2.0: must be in [0, 1]"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_a_model_loads(
+    folder, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr(wiring, "load_policy", None)
+    assert evaluate(folder, tmp_path, *options) == 2
+    assert capsys.readouterr().err.endswith(f"sleuth: {message}\n")
+
+
+def test_the_protocol_is_the_folders_own_unless_another_is_named(folder, tmp_path):
+    policy = str(folder / "policy")
+    assert wiring.make_protocol(ProtocolConfig(), policy).name == "compact"
+    assert wiring.make_protocol(ProtocolConfig(name="hermes", top_k=7), policy).top_k == 7
+    assert default_protocol(str(tmp_path)) == default_protocol("org/name") == "search_r1"
+    (tmp_path / "sleuth.json").write_text("[]")
+    with pytest.raises(DataError, match=r"sleuth.json: must be like"):
+        default_protocol(str(tmp_path))
+
+
+def test_a_failure_inside_a_rollout_is_raised_as_it_is():
+    class Broken:
+        async def generate(self, *_):
+            raise EngineError("out of memory")
+
+        async def release(self, trajectory_id):
+            pass
+
+    agent = Agent(Broken(), byte_tokenizer(), None, wiring.get_protocol("compact"))
+    with pytest.raises(EngineError, match="out of memory"):
+        asyncio.run(agent.rollout([Question(str(i), "?", ()) for i in range(3)]))
