@@ -77,9 +77,7 @@ class Trajectory:
     def loss_mask(self) -> list[int]:
         """1 where the policy wrote the token, else 0; same length as `token_ids`."""
         return [
-            int(segment.kind is SegmentKind.POLICY)
-            for segment in self.segments
-            for _ in segment.token_ids
+            int(segment.kind is SegmentKind.POLICY) for segment in self.segments for _ in segment.token_ids
         ]
 
     @property

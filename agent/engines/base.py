@@ -62,9 +62,7 @@ class Completion:
 class Engine(Protocol):
     """Serves many trajectories at once; each awaits only its own completion."""
 
-    async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str
-    ) -> Completion:
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str) -> Completion:
         """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache."""
         ...
 

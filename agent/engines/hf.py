@@ -65,9 +65,7 @@ class RowCache(Cache):
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
         super().__init__(layers=[])
         config = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        head_dim = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
         self._shape = (config.num_hidden_layers, 2, rows)
         self._heads = (getattr(config, "num_key_value_heads", None) or 1, head_dim)
         self._like = {"dtype": model.dtype, "device": model.device}
@@ -91,9 +89,7 @@ class RowCache(Cache):
     def touch(self, rows: list[int], positions: Tensor, length: int) -> None:
         """Prepare a forward over `rows` (R,) writing at `positions` (R, T), reading `length`."""
         self.row_indices = torch.tensor(rows, device=positions.device)[:, None]
-        self.rows = (
-            slice(0, len(rows)) if rows == list(range(len(rows))) else self.row_indices[:, 0]
-        )
+        self.rows = slice(0, len(rows)) if rows == list(range(len(rows))) else self.row_indices[:, 0]
         self.positions, self.length = positions, length
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
@@ -146,16 +142,12 @@ class HFEngine:
         self._task: asyncio.Task[None] | None = None
         self._prefill_due = 0
 
-    async def generate(
-        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str
-    ) -> Completion:
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str) -> Completion:
         """Continue the trajectory; only tokens that its row has not seen are fed."""
         if not prompt_ids:
             raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        request = _Request(
-            trajectory_id, list(prompt_ids), sampling, future, random.Random(sampling.seed)
-        )
+        request = _Request(trajectory_id, list(prompt_ids), sampling, future, random.Random(sampling.seed))
         if len(prompt_ids) >= self.max_length:
             return self._completion(request, FinishReason.LENGTH)
         self._waiting.append(request)
@@ -211,9 +203,7 @@ class HFEngine:
         ready = self._admit()
         # Prefills are collected for a few steps: one forward for many rows costs hardly more than for one.
         self._prefill_due += bool(ready)
-        if ready and (
-            not self._writing or len(ready) * 8 >= len(self._rows) or self._prefill_due > 4
-        ):
+        if ready and (not self._writing or len(ready) * 8 >= len(self._rows) or self._prefill_due > 4):
             self._prefill_due = 0
             self._prefill(ready)
         elif self._writing:
@@ -258,10 +248,7 @@ class HFEngine:
             by_index = [row for row in by_index if row.index in self._writing]
         self._forward(
             by_index,
-            [
-                self._writing[r.index].new_ids[-1:] if r.index in self._writing else []
-                for r in by_index
-            ],
+            [self._writing[r.index].new_ids[-1:] if r.index in self._writing else [] for r in by_index],
         )
 
     def _forward(self, rows: list[_Row], new: list[list[int]]) -> None:
@@ -329,10 +316,7 @@ class HFEngine:
         if token in self._eos or self._stops.found(request, token):
             return FinishReason.STOP
         written = len(request.new_ids)
-        if (
-            written >= request.sampling.max_tokens
-            or len(request.prompt_ids) + written >= self.max_length
-        ):
+        if written >= request.sampling.max_tokens or len(request.prompt_ids) + written >= self.max_length:
             return FinishReason.LENGTH
         return None
 
@@ -340,9 +324,7 @@ class HFEngine:
         return Completion(request.new_ids, request.logprobs, reason, self.weights_version)
 
 
-def draw(
-    logits: Tensor, samplings: list[Sampling], uniforms: list[float]
-) -> tuple[list[int], list[float]]:
+def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tuple[list[int], list[float]]:
     """A token a row by inverse transform of its uniform number, and its log-prob before top-k/top-p.
 
     logits (R, V); the log-prob is under the row's temperature (1 where it is greedy).
@@ -380,9 +362,7 @@ def _truncate(probabilities: Tensor, samplings: list[Sampling]) -> Tensor:
 def _common_prefix(a: list[int], b: list[int]) -> int:
     if b[: len(a)] == a:
         return len(a)
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

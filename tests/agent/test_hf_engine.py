@@ -17,9 +17,7 @@ def plain_logprobs(model, token_ids):
     """Log-prob of each token from the second on, by one forward pass without any cache."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0]
-    return torch.log_softmax(logits.float(), -1)[:-1].gather(
-        1, torch.tensor(token_ids[1:])[:, None]
-    )[:, 0]
+    return torch.log_softmax(logits.float(), -1)[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
 
 
 async def two_turns(engine, name, first, observation, sampling):
@@ -159,8 +157,7 @@ def test_a_cancelled_waiter_does_not_stop_the_others():
 
     async def run():
         tasks = [
-            asyncio.create_task(engine.generate([n + 1], Sampling(max_tokens=30), str(n)))
-            for n in range(3)
+            asyncio.create_task(engine.generate([n + 1], Sampling(max_tokens=30), str(n))) for n in range(3)
         ]
         await asyncio.sleep(0)
         tasks[0].cancel()
