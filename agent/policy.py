@@ -17,8 +17,9 @@ from transformers import (
 
 from agent.packaged import atlas_policy, smollm2_policy
 from data.errors import ConfigError, DataError
-from data.jsonl import read_json
+from data.jsonl import read_json, write_json
 
+PROTOCOL_FILE = "sleuth.json"
 SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
 """Names of policies that need no hub, and what finds (or makes) their folder."""
 
@@ -30,10 +31,14 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    def save(self, folder: Path) -> None:
-        """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is."""
+    def save(self, folder: Path, protocol: str) -> None:
+        """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is.
+
+        sleuth.json beside them names the protocol that the policy speaks.
+        """
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        write_json(folder / PROTOCOL_FILE, {"protocol": protocol})
 
 
 def resolve_policy(name: str) -> str:
@@ -43,7 +48,7 @@ def resolve_policy(name: str) -> str:
 
 def default_protocol(policy_source: str) -> str:
     """The protocol that the policy was trained to speak, from its folder's sleuth.json; else search_r1."""
-    path = Path(resolve_policy(policy_source)) / "sleuth.json"
+    path = Path(resolve_policy(policy_source)) / PROTOCOL_FILE
     if not path.is_file():
         return "search_r1"
     try:
@@ -74,7 +79,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
             f"policy = {name!r}: neither a policy folder, a short name ({', '.join(SHORT_NAMES)}) "
             f"nor a hub name that can be reached: {reason}"
         ) from error
-    return Policy(model.to(device).eval(), tokenizer)
+    return Policy(model.to(torch.device(device)).eval(), tokenizer)
 
 
 def resolve_device(device: str) -> str:

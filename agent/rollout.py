@@ -52,7 +52,7 @@ class Agent:
     @cached_property
     def neutralise(self) -> Neutraliser:
         """Defuses what speaks the protocol or is an added token of the tokenizer."""
-        return Neutraliser(self.protocol, self.tokenizer.get_added_vocab())
+        return Neutraliser(self.protocol, [str(t) for t in self.tokenizer.added_tokens_decoder.values()])
 
     async def rollout(
         self,

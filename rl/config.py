@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a wrong key is refused before any model 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from data.errors import ConfigError
 
@@ -101,11 +102,8 @@ class WandbConfig:
 
     project: str | None = None
     """Project to log to; none: no tracking."""
-    mode: str = "online"
-    """online or offline."""
-
-    def __post_init__(self) -> None:
-        _require(self.mode in ("online", "offline"), "wandb.mode", self.mode, "online or offline")
+    mode: Literal["online", "offline"] = "online"
+    """offline keeps the run on this disk."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,8 @@ class TrainConfig:
     """URL of a retriever server, or an index folder to search in process."""
     out: str
     """The run folder. A run found there with the same configuration is resumed."""
+    resume: bool = False
+    """Resume the run in `out` even though the configuration has changed, such as more steps."""
     dev_questions: str | None = None
     """Questions for `eval_every` and the choice of the best checkpoint."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
@@ -175,3 +175,25 @@ class TrainConfig:
             self.eval_every,
             "0 without dev_questions",
         )
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised fine-tuning on demonstrations."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Demonstrations a step."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    learn_everything: bool = False
+    """Put the prompt and the passages into the loss, too."""
+    seed: int = 0
+    """Of the order of the demonstrations."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")

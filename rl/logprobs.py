@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def token_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (N, V) of hidden states (N, H), with the soft cap that some models put on them."""
-    logits = model.get_output_embeddings()(hidden)
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,6 +74,7 @@ def make_seed_policy(
     """An untrained policy whose tokenizer is made for `texts`."""
     tokenizer = train_tokenizer(texts, protocol, config.vocabulary)
     torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"head_dim": config.head_size}  # Qwen2 reads it, its signature has it not
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -81,7 +83,7 @@ def make_seed_policy(
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
-            head_dim=config.head_size,
+            **sizes,
             max_position_embeddings=config.context_tokens,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=False,
@@ -105,10 +107,11 @@ def wire_copying(model: Qwen2ForCausalLM) -> None:
     then into the third, which the output layer reads. All other writes start at a tenth of their size.
     """
     width = model.config.hidden_size
-    size = model.model.layers[0].self_attn.head_dim
+    size = getattr(model.config, "head_dim")  # noqa: B009
     third = min(width // 3, size)
     token, before, say = (slice(i * third, (i + 1) * third) for i in range(3))
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         layer.self_attn.o_proj.weight.mul_(0.1)
         layer.mlp.down_proj.weight.mul_(0.1)
     embedding = model.model.embed_tokens.weight
@@ -116,7 +119,7 @@ def wire_copying(model: Qwen2ForCausalLM) -> None:
     embedding[:, token] = torch.randn(len(embedding), third) * 0.1
     model.lm_head.weight.mul_(0.5)
     model.lm_head.weight[:, say] = embedding[:, token]
-    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    first, second = layers[0].self_attn, layers[1].self_attn
     head = slice(0, size)
     eye = torch.eye(third)
     angles = _rope_angles(model, size)
@@ -137,7 +140,8 @@ def wire_copying(model: Qwen2ForCausalLM) -> None:
 
 def _rope_angles(model: Qwen2ForCausalLM, size: int) -> Tensor:
     """How far each plane of a head turns a position, in radians (size / 2,)."""
-    theta = model.config.rope_parameters["rope_theta"]
+    rope: Any = model.config.rope_parameters
+    theta = rope["rope_theta"]
     return theta ** (-torch.arange(0, size, 2) / size)
 
 

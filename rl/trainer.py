@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -135,9 +136,9 @@ class Trainer:
         allowed = self.config.rollout.max_failed_share
         if len(failed) > allowed * len(trajectories):
             raise RunStopped(
-                f"searches failed in {len(failed)} of {len(trajectories)} trajectories of step {self.step + 1} "
-                f"(allowed: {allowed:.0%}; {reason}); the state of step {self.step} is saved in "
-                f"{self.checkpoints}: start the same command again to go on"
+                f"searches failed in {len(failed)} of {len(trajectories)} trajectories of step "
+                f"{self.step + 1} (allowed: {allowed:.0%}; {reason}); the state of step {self.step} is "
+                f"saved in {self.checkpoints}: start the same command again to go on"
             )
 
     async def _evaluate(self) -> None:
@@ -162,7 +163,7 @@ class Trainer:
 
     def _save(self) -> None:
         def write(folder: Path) -> None:
-            self.policy.save(folder)
+            self.policy.save(folder, self.agent.protocol.name)
             self.optimizer.save(folder)
 
         save_checkpoint(self.checkpoints, self.step, write, self.config.keep_checkpoints)
@@ -170,6 +171,7 @@ class Trainer:
     async def _restore(self) -> None:
         """Weights and optimiser of the last checkpoint. All else follows from the seed and the step."""
         found = latest_checkpoint(self.checkpoints)
+        self._forget_evaluations_after(found.step if found else -1)
         if found is None:
             return
         weights = type(self.policy.model).from_pretrained(found.path, dtype=self.policy.model.dtype)
@@ -179,6 +181,12 @@ class Trainer:
         self.run_dir.rewind(self.step + 1)
         await self.engine.update_weights(None, self.step)
         logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)
+
+    def _forget_evaluations_after(self, step: int) -> None:
+        """Dev evaluations of steps that will be done again were of other weights."""
+        for folder in (self.run_dir.path / "evaluations").glob("dev-*"):
+            if int(folder.name.removeprefix("dev-")) > step:
+                shutil.rmtree(folder)
 
 
 def draw_questions(questions: Sequence[Question], count: int, step: int, seed: int) -> list[Question]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,10 @@ from agent.policy import Policy
 from agent.protocol import Answer, Protocol, Search
 from agent.search_tool import Neutraliser
 from agent.trajectory import SegmentKind
-from data.errors import ConfigError, DataError
+from data.errors import DataError
 from data.jsonl import read_jsonl
 from data.records import Passage
-
-
-@dataclass(frozen=True)
-class WarmStartConfig:
-    """How long and how fast."""
-
-    steps: int = 1000
-    """Optimiser steps."""
-    batch_size: int = 16
-    """Demonstrations a step."""
-    learning_rate: float = 2e-3
-    """Peak of AdamW's, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    learn_everything: bool = False
-    """Put the prompt and the passages into the loss, too."""
-    seed: int = 0
-    """Of the order of the demonstrations."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be > 0")
-
+from rl.config import WarmStartConfig
 
 Span = tuple[SegmentKind, str]
 
@@ -53,7 +29,8 @@ Span = tuple[SegmentKind, str]
 def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterator[Span]:
     """The segments of a demonstration as text, the prompt first (see docs/data-formats.md).
 
-    Passages are neutralised as in a rollout, but for the tokenizer's own special tokens. Raises KeyError or TypeError where the record lacks a field: the caller knows file and line.
+    Passages are neutralised as in a rollout, but for the tokenizer's own special tokens. Raises
+    KeyError or TypeError where the record lacks a field: the caller knows file and line.
     """
     neutralise = Neutraliser(protocol)
     yield SegmentKind.PROMPT, protocol.prompt(record["question"])
@@ -104,11 +81,12 @@ def warm_start(
     demonstrations: Sequence[Sequence[Span]],
     protocol: Protocol,
     out: Path,
-    config: WarmStartConfig = WarmStartConfig(),
+    config: WarmStartConfig,
 ) -> None:
     """Fine-tune the policy in place on the demonstrations and save it in `out`."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     rows = [encode_demonstration(d, policy, protocol, config.learn_everything) for d in demonstrations]
     random.Random(config.seed).shuffle(rows)
@@ -133,12 +111,11 @@ def warm_start(
         seed=config.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    policy.model.train()
     SFTTrainer(
         model=policy.model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=policy.tokenizer,
     ).train()
-    policy.save(out)
+    policy.save(out, protocol.name)
     policy.model.eval()

@@ -51,14 +51,16 @@ def open_agent(
     device: str = "auto",
     dtype: str = "auto",
     deadline_seconds: float = 60.0,
+    client: SearchClient | None = None,
 ) -> OpenedAgent:
     """Load the policy into the hf engine and connect it with its retriever.
 
-    `protocol`: see `make_protocol`; `retriever`: see `open_client`. Raises ConfigError.
+    `protocol`: see `make_protocol`; `retriever`: see `open_client`, unless a `client` stands in for
+    it. Raises ConfigError.
     """
     disable_progress_bar()
     sampling = Sampling(temperature=temperature)
-    client = open_client(retriever, deadline_seconds)
+    client = client or open_client(retriever, deadline_seconds)
     spoken = make_protocol(protocol or ProtocolConfig(), policy)
     loaded = load_policy(policy, device, dtype)
     engine = HFEngine(loaded.model, loaded.tokenizer, max_rows)

@@ -56,20 +56,20 @@ class _Request:
 
 
 class RowCache(Cache):
-    """Key-value rows of equal capacity; each forward says which rows and positions it touches.
+    """Key-value rows of equal capacity, as many as were needed; a forward says which rows and positions.
 
     storage (layers, 2, rows, capacity + 1, key-value heads, head size); the last position is where
     padding is written, and nothing reads it.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
         super().__init__(layers=[])
         config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
-        self._shape = (config.num_hidden_layers, 2, rows)
+        self._shape, self._max_rows = (config.num_hidden_layers, 2), max_rows
         self._heads = (getattr(config, "num_key_value_heads", None) or 1, head_dim)
         self._like = {"dtype": model.dtype, "device": model.device}
-        self.storage = torch.zeros(*self._shape, 1, *self._heads, **self._like)
+        self.storage = torch.zeros(*self._shape, 0, 1, *self._heads, **self._like)
         self.rows: slice | Tensor = slice(0, 0)
         self.positions = self.row_indices = torch.empty(0)
         self.length = 0
@@ -78,12 +78,15 @@ class RowCache(Cache):
     def capacity(self) -> int:
         return self.storage.shape[3] - 1
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions in every row."""
-        if length > self.capacity:
-            blocks = -(-length // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
-            grown = torch.zeros(*self._shape, blocks + 1, *self._heads, **self._like)
-            grown[:, :, :, : self.capacity] = self.storage[:, :, :, :-1]
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for `length` positions in `rows` rows. Rows are added by doubling, up to the most."""
+        held = self.storage.shape[2]
+        if rows > held or length > self.capacity:
+            if rows > held:
+                held = min(max(rows, 2 * held), self._max_rows)
+            blocks = -(-max(length, self.capacity) // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+            grown = torch.zeros(*self._shape, held, blocks + 1, *self._heads, **self._like)
+            grown[:, :, : self.storage.shape[2], : self.capacity] = self.storage[:, :, :, :-1]
             self.storage = grown
 
     def touch(self, rows: list[int], positions: Tensor, length: int) -> None:
@@ -132,7 +135,6 @@ class HFEngine:
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
         self.weights_version = 0
         self._window = config.sliding_window if "sliding_attention" in kinds else None
-        self._mixed = len(kinds) > 1 or self._window is not None
         self._cache = RowCache(model, max_rows)
         self._rows: dict[str, _Row] = {}
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
@@ -259,7 +261,7 @@ class HFEngine:
         starts = torch.tensor([len(row.cached_ids) for row in rows])
         counts = torch.tensor([len(ids) for ids in new])
         length = int((starts + counts).max())
-        self._cache.reserve(length)
+        self._cache.reserve(len(self._rows), length)
         offsets = torch.arange(width) - (width - counts[:, None])  # (R, T); negative is padding
         positions = starts[:, None] + offsets
         padding = offsets < 0
@@ -291,7 +293,7 @@ class HFEngine:
         closed = torch.finfo(dtype).min
         zeros = torch.zeros((), dtype=dtype, device=positions.device)
         full = torch.where(keys <= query, zeros, closed)
-        if not self._mixed:
+        if self._window is None:
             return full
         near = torch.where(keys > query - self._window, full, closed)
         return {"full_attention": full, "sliding_attention": near}

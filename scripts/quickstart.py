@@ -1,0 +1,226 @@
+"""`sleuth quickstart`: from the embedded corpus to a policy that has learned to search, and its report.
+
+Each phase leaves its result in the run folder and is passed over where that is there already:
+world/ (corpus, questions, index), evaluations/before, checkpoints, evaluations/after, report.html.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.errors import EngineError, RetrieverUnavailable
+from data.jsonl import read_json, write_json
+from rl.config import TrainConfig
+
+RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
+TITLE_BOOST = 3
+SERVER_SECONDS = 60.0
+
+
+def main(
+    out: str = "runs/quickstart", seed: int = 0, steps: int | None = None, limit: int | None = None
+) -> None:
+    """Build a corpus, serve it, and train a small policy to search it; before and after, it is tested.
+
+    The same command again goes on where it stopped.
+
+    Args:
+        out: Run folder.
+        seed: Of the training.
+        steps: Training steps; none: those of the recipe scripts/configs/atlas.yaml.
+        limit: Only the first so many test questions; none: all of them.
+    """
+    run = Path(out)
+    try:
+        _quickstart(run, seed, steps, limit)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; what is done is kept in {out}: start the same command again to go on"
+        ) from None
+
+
+def _quickstart(run: Path, seed: int, steps: int | None, limit: int | None) -> None:
+    from agent.report import write_report
+
+    config = read_recipe(run, seed, steps)
+    phases = Phases(run / "phases.json")
+    with phases.timed("world"):
+        build_world(run / "world")
+    with serve(run / "world" / "index", run) as url:
+        print(f"retriever: {url}", flush=True)
+        with phases.timed("evaluate before"):
+            evaluate_policy(config, url, "before", config.policy, limit)
+        with phases.timed("train"):
+            train_policy(config, url)
+        with phases.timed("evaluate after"):
+            evaluate_policy(config, url, "after", trained_policy(run), limit)
+    with phases.timed("report"):
+        report = write_report(run)
+    show_results(run, phases.seconds)
+    print(f"policy: {trained_policy(run)}\nreport: {report}")
+
+
+def read_recipe(run: Path, seed: int, steps: int | None) -> TrainConfig:
+    """The recipe with this run's folders in it."""
+    from scripts.command_line import call
+
+    def recipe(config: TrainConfig) -> TrainConfig:
+        return config
+
+    world = run / "world"
+    values = {
+        "questions": world / "train.jsonl",
+        "dev_questions": world / "dev.jsonl",
+        "retriever": world / "index",
+        "out": run,
+        "seed": seed,
+    } | ({} if steps is None else {"steps": steps})
+    argv = [f"--{key}={value}" for key, value in values.items()]
+    return call(recipe, ["--config", str(RECIPE), *argv], prog="sleuth quickstart")
+
+
+class Phases:
+    """Wall seconds of each phase, added up over starts and kept on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = read_json(path)["seconds"] if path.exists() else {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time one phase and say so."""
+        print(f"-- {name}", flush=True)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            write_json(self._path, {"seconds": self.seconds})
+
+
+def build_world(folder: Path) -> None:
+    """Write corpus, questions and index, unless they are there."""
+    from data.atlas.build import build_atlas
+    from data.corpus import Corpus
+    from retriever_server.indexes.bm25 import BM25Index
+
+    if not (folder / "test.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        build_atlas(folder)
+    BM25Index.build(Corpus(folder / "corpus.jsonl"), folder / "index", title_boost=TITLE_BOOST)
+
+
+@contextmanager
+def serve(index: Path, run: Path) -> Iterator[str]:
+    """A retriever server on a free port, as a process of its own; its URL. Stopped at the end.
+
+    Raises RetrieverUnavailable if it does not come up; run/server.log says why.
+    """
+    port_file = run / "server.port"
+    port_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "scripts", "serve", "--index", str(index), "--port", "0"]
+    with (run / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--port_file", str(port_file)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours: the server stops after the last search
+        )
+    try:
+        deadline = time.monotonic() + SERVER_SECONDS
+        while not port_file.exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RetrieverUnavailable(f"the retriever server did not start: see {run / 'server.log'}")
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port_file.read_text().strip()}"
+    finally:
+        server.terminate()
+        server.wait()
+        port_file.unlink(missing_ok=True)
+
+
+def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit: int | None) -> None:
+    """Greedy evaluation on the test questions, into evaluations/NAME; goes on where it stopped."""
+    from agent.evaluate import evaluate
+    from data.questions import load_questions
+    from scripts.evaluate import rollout_with_bar
+    from scripts.wiring import open_agent, retriever_generation
+
+    folder = Path(config.out) / "evaluations" / name
+    questions = load_questions(str(Path(config.questions).with_name("test.jsonl")), limit=limit)
+    opened = open_agent(policy, url, config.protocol, max_rows=config.rollout.max_rows)
+
+    async def run() -> None:
+        async with opened.client:
+            settings = {
+                "policy": name,
+                "retriever": await retriever_generation(opened.client, questions[0].text, url),
+                **opened.settings(),
+            }
+            rollout = rollout_with_bar(opened, seed=0, total=len(questions))
+            await evaluate(questions, rollout, folder, settings)
+
+    asyncio.run(run())
+
+
+def train_policy(config: TrainConfig, url: str) -> None:
+    """GRPO with live searches at `url`, with a bar; resumes, and does nothing once it is finished."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from retriever_server.client import connect
+    from rl.seed_policy import WIRED_IN
+    from scripts.train import train
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=config.steps)
+        client = connect(url, config.rollout.retriever_deadline_seconds)
+        train(config, client, [WIRED_IN], lambda step: progress.update(bar, completed=step))
+
+
+def trained_policy(run: Path) -> str:
+    """The folder of the best checkpoint on dev."""
+    from data.checkpoint import best_checkpoint
+
+    best = best_checkpoint(run / "checkpoints")
+    if best is None:
+        raise EngineError(f"{run / 'checkpoints'}: holds no best checkpoint though training has ended")
+    return str(best[0].path)
+
+
+def show_results(run: Path, seconds: dict[str, float]) -> None:
+    """Print the table of before and after, by kind of question, and where the time went."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from agent.evaluate import format_estimate, paired_difference, read_records
+
+    folders = [run / "evaluations" / name for name in ("before", "after")]
+    before, after = (read_json(folder / "scores.json") for folder in folders)
+    paired = paired_difference(*(read_records(folder) for folder in folders))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ("questions", "n", "EM before", "EM after", "difference", "searches", "valid format")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "questions" else "right", no_wrap=True)
+    rows: list[tuple[str, Any, Any, Any]] = [("all", before, after, paired)]
+    rows += [(k, before["by_kind"][k], after["by_kind"][k], paired["by_kind"][k]) for k in before["by_kind"]]
+    for kind, old, new, difference in rows:
+        table.add_row(
+            kind,
+            str(old["n"]),
+            format_estimate(old["em"]),
+            format_estimate(new["em"]),
+            format_estimate(difference["em"]),
+            *(f"{old[key]:.2f} -> {new[key]:.2f}" for key in ("searches_per_question", "valid_format_rate")),
+        )
+    Console(width=120).print(table)
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -1,0 +1,59 @@
+"""`sleuth warm-start`: teach a policy the protocol from demonstrations, before it learns by itself."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from data.errors import ConfigError
+from rl.config import WarmStartConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    out: str,
+    policy: str = "new",
+    demonstrations: str | None = None,
+    invented: int = 0,
+    invented_seed: int = 0,
+    protocol: str = "compact",
+    training: WarmStartConfig = WarmStartConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Fine-tune a policy on demonstrations of searching, with TRL's SFTTrainer.
+
+    Args:
+        out: Folder for the policy.
+        policy: Folder or name of the policy to start from; new makes the seed policy from nothing.
+        demonstrations: JSONL file of demonstrations (docs/data-formats.md).
+        invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
+        invented_seed: Of the invented worlds.
+        protocol: How the policy is to speak: search_r1, compact or hermes.
+        training: How long and how fast.
+    """
+    if bool(demonstrations) == bool(invented):
+        raise ConfigError("give either demonstrations (a file) or invented (a number), not both or none")
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
+    from agent.protocol import get_protocol
+    from rl.warm_start import demonstration_spans, load_demonstrations, warm_start
+
+    spoken = get_protocol(protocol)
+    if demonstrations:
+        spans = load_demonstrations(demonstrations, spoken)
+    else:
+        from data.atlas.demonstrations import demonstrations as invent
+
+        spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed)]
+    from agent.policy import load_policy
+
+    if policy == "new":
+        from rl.seed_policy import WIRED_IN, make_seed_policy
+
+        logger.info(WIRED_IN)
+        texts = (text for demonstration in spans[:4000] for _, text in demonstration)
+        start = make_seed_policy(texts, spoken, seed=training.seed)
+    else:
+        start = load_policy(policy, dtype="float32")
+    warm_start(start, spans, spoken, Path(out), training)
+    print(f"{out}: learnt from {len(spans):,} demonstrations")
