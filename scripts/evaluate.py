@@ -83,11 +83,11 @@ async def _evaluate(
     async with opened.client:
         generation = await retriever_generation(opened.client, questions[0].text, retriever)
         settings = settings | {"retriever": generation}
-        rollout = _with_bar(opened, settings["seed"], len(questions))
+        rollout = rollout_with_bar(opened, settings["seed"], len(questions))
         return await evaluate(questions, rollout, out, settings, max_failed_share)
 
 
-def _with_bar(opened: OpenedAgent, seed: int, total: int):
+def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
     """The rollout function of an evaluation, with a bar on stderr where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -23,8 +23,7 @@ def folder(tmp_path_factory):
     """A policy that searches for `fox` whatever it is asked, an index, six questions."""
     folder = tmp_path_factory.mktemp("evaluated")
     tokenizer = byte_tokenizer()
-    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy")
-    (folder / "policy" / "sleuth.json").write_text('{"protocol": "compact"}')
+    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy", "compact")
     build_small_index(folder)
     rows = [
         {"id": f"q{i}", "question": f"fox {i}?", "golden_answers": ["red"], "metadata": {"kind": f"k{i % 2}"}}
@@ -93,10 +92,10 @@ def test_other_weights_are_another_evaluation(folder, scripted, tmp_path, capsys
     other = tmp_path / "moved"
     (other / "policy").mkdir(parents=True)
     tokenizer = byte_tokenizer()
-    Policy(tiny_model("qwen2", len(tokenizer), seed=1), tokenizer).save(folder / "policy")
+    Policy(tiny_model("qwen2", len(tokenizer), seed=1), tokenizer).save(folder / "policy", "compact")
     assert evaluate(folder, tmp_path, "--protocol.name", "compact") == 2
     assert "holds another evaluation (weights:" in capsys.readouterr().err
-    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy")
+    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy", "compact")
 
 
 @pytest.mark.parametrize(("control", "hits"), [("none", 0), ("random", 1)])
