@@ -93,6 +93,17 @@ def test_a_second_turn_feeds_only_what_is_new():
     assert fed == [50, 1, 1, 1 + 9, 1, 1]  # the last token of the first turn, then the observation
 
 
+def test_the_cache_holds_no_more_rows_than_were_needed():
+    engine = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER, max_rows=5000)
+    sampling = Sampling(max_tokens=3)
+
+    async def run(count):
+        await asyncio.gather(*(two_turns(engine, str(i), [1, 2], [3], sampling) for i in range(count)))
+        return engine._cache.storage.shape[2]
+
+    assert [asyncio.run(run(count)) for count in (3, 2, 4)] == [3, 3, 6]
+
+
 def test_greedy_equals_generate():
     model = tiny_model("llama", len(TOKENIZER))
     prompt = list(range(30, 60))

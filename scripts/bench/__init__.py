@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m scripts.bench.NAME`; their figures are in docs/benchmarks.md."""
