@@ -114,7 +114,7 @@ def make_task(count: int, policy: str | None, device: str, dtype: str, hidden: i
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 128),
         eos_token_id=tokenizer.convert_tokens_to_ids("<eos>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"),
+        pad_token_id=0,  # <pad>, which the tokenizer has first
     )
     model = Qwen2ForCausalLM(config).eval().to(device, getattr(torch, dtype))  # type: ignore[arg-type]
     plans = {
