@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -72,14 +73,14 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     try:
         AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"policy = {name!r}: neither a policy folder, a short name ({', '.join(SHORT_NAMES)}) "
             f"nor a hub name that can be reached: {reason}"
         ) from error
-    return Policy(model.to(torch.device(device)).eval(), tokenizer)
+    return Policy(model.to(device).eval(), tokenizer)
 
 
 def resolve_device(device: str) -> str:

@@ -74,7 +74,11 @@ def make_seed_policy(
     """An untrained policy whose tokenizer is made for `texts`."""
     tokenizer = train_tokenizer(texts, protocol, config.vocabulary)
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"head_dim": config.head_size}  # Qwen2 reads it, its signature has it not
+    more: dict[str, Any] = {
+        "head_dim": config.head_size,  # Qwen2's model reads it, its configuration's signature has it not
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -83,13 +87,11 @@ def make_seed_policy(
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
-            **sizes,
             max_position_embeddings=config.context_tokens,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=False,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **more,
         )
     )
     if config.copying:
