@@ -316,9 +316,7 @@ def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor()
-    return (
-        f"{os.cpu_count()} CPU cores ({name}), {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
+    return f"{os.cpu_count()} CPU cores ({name}), {torch.get_num_threads()} thread(s)"
 
 
 def main(
