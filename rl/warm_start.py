@@ -44,6 +44,9 @@ def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterat
         ]
         rendered = protocol.render_passages(passages[: protocol.top_k])
         yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)
+    for more in record.get("follow_ups", ()):
+        yield SegmentKind.PROMPT, protocol.prompt(more["question"])
+        yield SegmentKind.POLICY, protocol.render_turn(more["think"], Answer(more["answer"]))
 
 
 def encode_demonstration(

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
-from data.atlas.questions import KINDS, Ask, asks, put
+from data.atlas.questions import KINDS, Ask, asks, one_hop, put
 from data.atlas.world import Entity, World
 from data.errors import ConfigError
 
@@ -42,6 +42,8 @@ class Demonstrator:
     )
     """Share of each kind of question."""
     questions_per_world: int = 4
+    follow_ups: int = 5
+    """More questions about the passage of a one-hop question, as far as it answers them: practice in reading."""
 
     def __post_init__(self) -> None:
         wrong = [kind for kind, _ in self.kinds if kind not in KINDS]
@@ -56,8 +58,8 @@ def demonstrations(
 ) -> Iterator[dict[str, Any]]:
     """n demonstrations, deterministic in the seed; each one JSON line in no protocol's words.
 
-    -> {"id", "kind", "question", "golden_answers", "steps"}; a step is {"think", "search", "passages":
-    [{"id", "title", "text"}]}, the last one {"think", "answer"}.
+    -> {"id", "kind", "question", "golden_answers", "steps", "follow_ups"}; a step is {"think", "search", "passages":
+    [{"id", "title", "text"}]}, the last one {"think", "answer"}. Follow-ups are {"question", "think", "answer"}.
     """
     rng = random.Random(f"demonstrations:{seed}")
     kinds, shares = zip(*demonstrator.kinds, strict=True)
@@ -128,7 +130,22 @@ def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) ->
         "question": question.text,
         "golden_answers": list(question.gold_answers),
         "steps": reader.steps,
+        "follow_ups": _follow_ups(ask, reader, how) if ask.kind == "one_hop" else [],
     }
+
+
+def _follow_ups(ask: Ask, reader: _Reader, how: Demonstrator) -> list[dict[str, str]]:
+    """Other questions that the passage just read answers, each with its answer."""
+    others = [o for o in one_hop(reader.world, ask.path[0]) if o.relation != ask.relation]
+    chosen = reader.rng.sample(others, min(how.follow_ups, len(others)))
+    return [
+        {
+            "question": put(other, reader.rng, True, "").text,
+            "think": reader.rng.choice(LAST),
+            "answer": other.gold_answers[0],
+        }
+        for other in chosen
+    ]
 
 
 def _wander(ask: Ask, reader: _Reader, how: Demonstrator) -> None:

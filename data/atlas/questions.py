@@ -73,12 +73,13 @@ def asks(world: World, split: str | None, rng: random.Random) -> Iterator[Ask]:
     """Everything that can be asked about the entities of a split; comparisons are drawn at random."""
     entities = list(of_split(world, split))
     for entity in entities:
-        yield from _one_hop(world, entity)
+        yield from one_hop(world, entity)
         yield from _more_hops(world, entity)
     yield from _comparisons(entities, rng)
 
 
-def _one_hop(world: World, entity: Entity) -> Iterator[Ask]:
+def one_hop(world: World, entity: Entity) -> Iterator[Ask]:
+    """What the entity's own passage answers."""
     for relation, values in entity.facts.items():
         if relation != "kind":
             yield Ask("one_hop", relation, (entity,), values)
