@@ -14,12 +14,15 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agent.engines.base import Engine, Sampling
 from agent.evaluate import evaluate
@@ -30,7 +33,7 @@ from data.answers import exact_match
 from data.checkpoint import best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
 from data.errors import RunStopped
 from data.records import Question
-from data.run_dir import RunDir
+from data.run_dir import RunDir, read_metrics
 from rl.advantages import ADVANTAGES
 from rl.config import TrainConfig
 from rl.optimizer import Optimizer
@@ -79,6 +82,8 @@ class Trainer:
         """Train to the last step, resuming from the last checkpoint; state is saved however it ends."""
         await self._restore()
         try:
+            if self._due(self.config.eval_every) and not self._evaluated():
+                await self._evaluate()  # the last start was stopped in the middle of it
             while self.step < self.config.steps:
                 await self._one_step()
                 if self._due(self.config.eval_every):
@@ -90,7 +95,7 @@ class Trainer:
             self._save()
             raise
         if not self.config.eval_every:
-            mark_best(self.checkpoints, self.config.steps, score=0.0)
+            mark_best(self.checkpoints, self.step, score=0.0)
 
     async def _one_step(self) -> None:
         started = time.monotonic()
@@ -98,11 +103,7 @@ class Trainer:
         rollout_seconds = time.monotonic() - started
         self._check_failures(trajectories)
         whole = _whole_groups(trajectories, self.config.rollout.group_size)
-        rewards = torch.tensor([self.reward(t) for t in whole])
-        advantages = ADVANTAGES["grpo"](
-            rewards, self.config.rollout.group_size, self.config.algorithm.scale_by_spread
-        )
-        metrics = self.updater.update(whole, advantages)
+        metrics = self._learn(whole)
         self.step += 1
         await self.engine.update_weights(None, self.step)
         seconds = time.monotonic() - started
@@ -111,7 +112,6 @@ class Trainer:
             self.step,
             {
                 **rollout_metrics(trajectories),
-                **reward_metrics(rewards, self.config.rollout.group_size),
                 **metrics,
                 "time/rollout_seconds": rollout_seconds,
                 "time/update_seconds": seconds - rollout_seconds,
@@ -120,6 +120,17 @@ class Trainer:
                 "time/trajectories_per_second": len(trajectories) / rollout_seconds,
             },
         )
+
+    def _learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Reward whole groups and update the policy on them; where none is left, nothing changes."""
+        if not trajectories:
+            return {"rollout/groups": 0.0}
+        group_size = self.config.rollout.group_size
+        rewards = torch.tensor([self.reward(t) for t in trajectories])
+        advantages = ADVANTAGES["grpo"](rewards, group_size, self.config.algorithm.scale_by_spread)
+        with _recomputing(self.policy.model):
+            updated = self.updater.update(trajectories, advantages)
+        return {**reward_metrics(rewards, group_size), **updated}
 
     async def _rollout(self) -> list[Trajectory]:
         rollout = self.config.rollout
@@ -150,16 +161,30 @@ class Trainer:
 
         folder = self.run_dir.path / "evaluations" / f"dev-{self.step:06d}"
         settings = {"policy": f"step {self.step}", "protocol": self.agent.protocol.name}
+        started = time.monotonic()
         scores = await evaluate(self.dev_questions, rollout, folder, settings)
         em = scores["em"]["mean"]
-        self.run_dir.log(self.step, {"dev/em": em, "dev/searches": scores["searches_per_question"]})
         self._save()
         best = best_checkpoint(self.checkpoints)
         if best is None or em > best[1]:
             mark_best(self.checkpoints, self.step, em)
+        self.run_dir.log(  # last: it says that this evaluation is done
+            self.step,
+            {
+                "dev/em": em,
+                "dev/searches": scores["searches_per_question"],
+                "time/evaluate_seconds": time.monotonic() - started,
+            },
+        )
+
+    def _evaluated(self) -> bool:
+        return any(row["step"] == self.step and "dev/em" in row for row in read_metrics(self.run_dir.path))
 
     def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or bool(every and self.step % every == 0)
+        """Whether what is done every so many steps, and after the last, is due; 0 is never."""
+        if not every or not self.step:
+            return False
+        return self.step == self.config.steps or self.step % every == 0
 
     def _save(self) -> None:
         def write(folder: Path) -> None:
@@ -189,6 +214,24 @@ class Trainer:
                 shutil.rmtree(folder)
 
 
+@contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Let layers recompute their activations, where gradient checkpointing is on.
+
+    They do so in training mode only, which would cost the engine its cache and everyone dropout: so
+    the layers alone are in it, and only now.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
 def draw_questions(questions: Sequence[Question], count: int, step: int, seed: int) -> list[Question]:
     """The questions of a step: a new order every epoch, which depends on nothing but seed and step."""
     chosen = []
@@ -212,8 +255,6 @@ def _whole_groups(trajectories: Sequence[Trajectory], group_size: int) -> list[T
 
 def reward_metrics(rewards: torch.Tensor, group_size: int) -> dict[str, float]:
     """Mean and spread of rewards (B,), and how many groups say nothing because all rewards agree."""
-    if not rewards.numel():
-        return {"rollout/groups": 0.0}
     groups = rewards.view(-1, group_size)
     flat = (groups.max(1).values == groups.min(1).values).float().mean()
     return {

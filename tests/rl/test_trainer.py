@@ -1,0 +1,261 @@
+"""The trainer on a policy small enough to watch: it learns, resumes bit for bit, and trains on no failure."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from agent.trajectory import StopReason
+from data.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints
+from data.errors import RetrieverUnavailable, RunStopped
+from data.run_dir import read_metrics, read_run
+from rl import trainer
+from rl.config import AlgorithmConfig, RolloutConfig
+from rl.update import Updater
+from scripts.train import train
+from scripts.wiring import open_client
+from tests.toy import build_toy, toy_config
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return build_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(autouse=True)
+def determinism_ends_with_the_test():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing of it is caught, nothing is saved."""
+
+
+def kill_at(step):
+    def on_step(now):
+        if now == step:
+            raise Killed
+
+    return on_step
+
+
+def weights(out, step):
+    return AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step-{step:06d}").state_dict()
+
+
+def assert_same_weights(out, other, step):
+    one, two = weights(out, step), weights(other, step)
+    assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
+
+
+def training_rows(out):
+    return [row for row in read_metrics(out) if "reward/mean" in row]
+
+
+def test_reward_rises_to_where_the_answer_is_known(toy, tmp_path):
+    train(toy_config(toy, tmp_path, steps=24, algorithm=AlgorithmConfig(learning_rate=4e-3)))
+    rewards = [row["reward/mean"] for row in training_rows(tmp_path)]
+    assert sum(rewards[:5]) / 5 < 0.4  # the policy says A with probability .3
+    assert sum(rewards[-5:]) / 5 > 0.75
+
+
+def test_every_number_that_is_promised_is_logged(toy, tmp_path):
+    algorithm = AlgorithmConfig(kl_coefficient=0.1, updates_per_rollout=3)
+    train(toy_config(toy, tmp_path, steps=1, eval_every=1, algorithm=algorithm))
+    first, dev = read_metrics(tmp_path)
+    promised = {
+        "reward": "mean std",
+        "rollout": "em searches valid_format invalid_actions policy_tokens total_tokens groups",
+        "policy": "loss entropy clip_fraction kl grad_norm sampler_difference",
+        "time": "rollout_seconds update_seconds step_seconds tokens_per_second trajectories_per_second",
+    }
+    for group, names in promised.items():
+        assert not {f"{group}/{name}" for name in names.split()} - first.keys()
+    assert 0 <= first["rollout/zero_variance_groups"] <= 1
+    assert sum(first[f"stop/{reason}"] for reason in StopReason) == pytest.approx(1)
+    assert first["policy/sampler_difference"] < 1e-4
+    assert dev.keys() == {"step", "dev/em", "dev/searches", "time/evaluate_seconds"}
+
+
+def test_a_checkpoint_loads_as_it_is(toy, tmp_path):
+    train(toy_config(toy, tmp_path, steps=1))
+    folder = best_checkpoint(tmp_path / "checkpoints")[0].path
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in model.state_dict().items())
+    assert tokenizer.encode("<think>") == AutoTokenizer.from_pretrained(toy / "policy").encode("<think>")
+    assert json.loads((folder / "sleuth.json").read_text()) == {"protocol": "compact"}
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_two_steps_and_two_more_are_four(toy, tmp_path, kl):
+    algorithm = AlgorithmConfig(learning_rate=4e-3, warmup_steps=3, kl_coefficient=kl)
+    config = toy_config(toy, tmp_path / "whole", steps=4, algorithm=algorithm)
+    train(config)
+    train(replace(config, out=str(tmp_path / "halves"), steps=2))
+    torch.manual_seed(99)
+    random.seed(99)  # another process has other global generators
+    train(replace(config, out=str(tmp_path / "halves"), resume=True))
+    assert_same_weights(tmp_path / "whole", tmp_path / "halves", 4)
+    for one, two in zip(*(training_rows(tmp_path / run) for run in ("whole", "halves")), strict=True):
+        assert {k: v for k, v in one.items() if "time/" not in k}.items() <= two.items()
+
+
+def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(toy, tmp_path):
+    config = toy_config(toy, tmp_path / "whole", steps=5, save_every=2)
+    train(config)
+    killed = replace(config, out=str(tmp_path / "killed"))
+    with pytest.raises(Killed):
+        train(killed, on_step=kill_at(3))
+    assert latest_checkpoint(tmp_path / "killed" / "checkpoints").step == 2
+    train(killed)
+    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 5)
+    assert read_run(tmp_path / "killed")["status"] == "finished"
+
+
+def test_the_best_checkpoint_on_dev_outlives_newer_ones(toy, tmp_path, monkeypatch):
+    scripted = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.1, 5: 0.3}
+
+    async def evaluate(questions, rollout, folder, settings):
+        assert len(questions) == 12
+        return {"em": {"mean": scripted[int(folder.name[-1])]}, "searches_per_question": 1.0}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    train(toy_config(toy, tmp_path, steps=5, eval_every=1, keep_checkpoints=1))
+    best, score = best_checkpoint(tmp_path / "checkpoints")
+    assert (best.step, score) == (2, 0.5)  # of two as good, the earlier
+    assert [found.step for found in list_checkpoints(tmp_path / "checkpoints")] == [2, 5]
+
+
+def test_without_evaluation_no_dev_question_is_asked_and_the_last_step_is_the_best(toy, tmp_path):
+    train(toy_config(toy, tmp_path, dev_questions=None))
+    assert best_checkpoint(tmp_path / "checkpoints")[0].step == 2
+    train(toy_config(toy, tmp_path / "unused"))  # dev questions there are, but no evaluation
+    assert not (tmp_path / "unused" / "evaluations").exists()
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(toy, tmp_path, monkeypatch):
+    config = toy_config(toy, tmp_path, steps=2, eval_every=2)
+    evaluate = trainer.evaluate
+
+    async def stopped(*_):
+        raise RunStopped("the retriever is gone")
+
+    monkeypatch.setattr(trainer, "evaluate", stopped)
+    with pytest.raises(RunStopped):
+        train(config)
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 2
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    for _ in range(2):  # and only once
+        train(config)
+        assert [row["step"] for row in read_metrics(tmp_path) if "dev/em" in row] == [2]
+        assert best_checkpoint(tmp_path / "checkpoints")[0].step == 2
+
+
+class Unreliable:
+    """A client whose searches fail where `fails` says so, by their number."""
+
+    def __init__(self, toy, fails):
+        self.inner, self.fails, self.asked = open_client(str(toy / "index")), fails, -1
+
+    async def search(self, query, k):
+        self.asked += 1
+        if self.fails(self.asked):
+            raise RetrieverUnavailable("nobody answers")
+        return await self.inner.search(query, k)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        await self.inner.close()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The batches that reach the updater."""
+    batches, update = [], Updater.update
+
+    def spy(self, trajectories, advantages):
+        batches.append(list(trajectories))
+        return update(self, trajectories, advantages)
+
+    monkeypatch.setattr(Updater, "update", spy)
+    return batches
+
+
+def test_a_group_with_a_failed_search_is_left_out(toy, tmp_path, trained, caplog):
+    config = toy_config(toy, tmp_path, steps=3)
+    train(config, Unreliable(toy, lambda number: number == 1))
+    assert [len(batch) for batch in trained] == [8, 12, 12]
+    assert all(t.stop_reason is not StopReason.SEARCH_FAILED for batch in trained for t in batch)
+    assert all(search.hits for batch in trained for t in batch for search in t.searches)
+    rows = training_rows(tmp_path)
+    assert [row["stop/search_failed"] for row in rows] == [pytest.approx(1 / 12), 0, 0]
+    assert [row["rollout/groups"] for row in rows] == [2, 3, 3]
+    assert "1 of 12 trajectories lost to RetrieverUnavailable: nobody answers" in caplog.text
+
+
+def test_a_step_whose_every_group_lost_a_search_changes_nothing(toy, tmp_path, trained):
+    rollout = RolloutConfig(questions_per_step=1, group_size=4, max_failed_share=1.0)
+    train(toy_config(toy, tmp_path, steps=1, rollout=rollout), Unreliable(toy, lambda number: True))
+    assert trained == []
+    (row,) = read_metrics(tmp_path)
+    assert row["rollout/groups"] == 0 and row["stop/search_failed"] > 0
+    start = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()
+    assert all(torch.equal(start[name], value) for name, value in weights(tmp_path, 1).items())
+
+
+def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy, tmp_path, trained):
+    train(toy_config(toy, tmp_path / "whole", steps=4))
+    config = toy_config(toy, tmp_path / "stopped", steps=4)
+    trained.clear()
+    client = Unreliable(toy, lambda number: len(trained) == 2)
+    said = (
+        r"searches failed in \d+ of 12 trajectories of step 3 \(allowed: 10%; RetrieverUnavailable: nobody "
+        r"answers\); the state of step 2 is saved in .*: start the same command again to go on"
+    )
+    with pytest.raises(RunStopped, match=said):
+        train(config, client)
+    assert read_run(tmp_path / "stopped")["status"] == "stopped" and len(trained) == 2
+    train(config)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped", 4)
+
+
+def test_every_question_comes_once_an_epoch():
+    asked = [q for step in range(4) for q in trainer.draw_questions(range(6), 3, step, seed=1)]
+    assert sorted(asked[:6]) == sorted(asked[6:]) == list(range(6)) and asked[:6] != asked[6:]
+    assert asked[3:6] == trainer.draw_questions(range(6), 3, 1, seed=1)
+    assert asked[:6] != trainer.draw_questions(range(6), 6, 0, seed=2)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_weight(toy, tmp_path, monkeypatch):
+    passes = []
+    forward = Qwen2DecoderLayer.forward
+
+    def counted(self, *args, **kwargs):
+        passes.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", counted)
+    with_gradient = []
+    for checkpointing in (False, True):
+        passes.clear()
+        out = tmp_path / str(checkpointing)
+        train(toy_config(toy, out, steps=2, gradient_checkpointing=checkpointing))
+        with_gradient.append(sum(passes))
+    assert with_gradient[1] == 2 * with_gradient[0] > 0
+    assert_same_weights(tmp_path / "False", tmp_path / "True", 2)
+
+
+def test_observations_can_be_put_into_the_loss(toy, tmp_path):
+    for masked in (True, False):
+        train(toy_config(toy, tmp_path / str(masked), steps=1, mask_observations=masked))
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "True", tmp_path / "False", 1)
