@@ -18,7 +18,9 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
     centred = groups - groups.mean(dim=1, keepdim=True)
     if scale:
         centred = centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-6)
-    return centred.flatten()
+    # Equal rewards that no float holds exactly have a mean a little off: their difference is noise.
+    equal = groups.max(dim=1, keepdim=True).values == groups.min(dim=1, keepdim=True).values
+    return centred.masked_fill(equal, 0).flatten()
 
 
 ADVANTAGES = {"grpo": group_advantages}

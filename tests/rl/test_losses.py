@@ -21,6 +21,7 @@ def test_group_advantages_without_spread_are_centred_rewards():
 
 def test_a_group_of_equal_rewards_has_no_advantage():
     assert not group_advantages(torch.tensor([0.3, 0.3, 0.3, 1.0, 1.0, 1.0]), 3).any()
+    assert not group_advantages(torch.full((8,), 1.2), 8).any()  # whose mean in fp32 is not 1.2
 
 
 def test_rewards_that_do_not_divide_into_groups_are_refused():
