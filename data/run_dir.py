@@ -136,7 +136,7 @@ class RunDir:
         if (self.path / "run.json").exists():
             self.info = read_run(self.path)
             changed = describe_difference(read_config(self.path), config)
-            if changed and not resume:
+            if changed and not resume and self._has_results():
                 raise ConfigError(
                     f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
                     "resume it to go on with these changes, or choose another folder"
@@ -144,6 +144,10 @@ class RunDir:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "config.yaml", text)
         self.update(status=str(RunStatus.RUNNING), reason=None, notes=list(notes or self.info["notes"]))
+
+    def _has_results(self) -> bool:
+        """Whether there is anything that another configuration would be mixed with."""
+        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
 def read_run(path: Path | str) -> dict[str, Any]:

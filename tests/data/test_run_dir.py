@@ -85,13 +85,21 @@ def test_a_cut_last_line_does_not_spoil_the_next_one(tmp_path):
 
 
 def test_another_configuration_is_refused_by_key_unless_resumed(tmp_path):
-    RunDir(tmp_path, CONFIG).close()
+    with RunDir(tmp_path, CONFIG) as run:
+        run.log(1, {"a/x": 1})
     changed = {"algorithm": {"learning_rate": 3e-6, "clip": (0.2, 0.28)}, "steps": 3, "seed": 1}
     with pytest.raises(ConfigError, match=r"algorithm\.learning_rate: 1e-06 -> 3e-06; seed: 'absent' -> 1"):
         RunDir(tmp_path, changed)
     RunDir(tmp_path, CONFIG).close()  # the same is no difference, tuples or not
     RunDir(tmp_path, changed, resume=True).close()
     assert read_config(tmp_path)["seed"] == 1
+
+
+def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path):
+    with pytest.raises(ConfigError), RunDir(tmp_path, {"policy": "mispelt"}):
+        raise ConfigError("no such policy")
+    RunDir(tmp_path, {"policy": "right"}).close()
+    assert read_config(tmp_path) == {"policy": "right"}
 
 
 def test_nothing_to_resume_is_said(tmp_path):
