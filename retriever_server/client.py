@@ -179,6 +179,7 @@ class Http:
         self.url = _checked_url(url)
         self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._failing = False
         self._jitter = random.Random()  # its own: no draw here may shift a seeded run
 
     async def ask(self, queries: list[str], k: int) -> Sequence[Outcome]:
@@ -208,15 +209,26 @@ class Http:
             left = self.deadline_seconds - (time.monotonic() - start)
             try:
                 async with asyncio.timeout(left):
-                    return await self._ask_once(queries, k)
+                    rankings = await self._ask_once(queries, k)
+                self._note(None)
+                return rankings
             except TimeoutError:
                 raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
                 attempt, last_failure = attempt + 1, failure
+                self._note(failure)
                 delay = failure.after_seconds or self._delay(attempt)
                 if time.monotonic() - start + delay >= self.deadline_seconds:
                     raise self._too_late(start, attempt, failure) from failure
             await asyncio.sleep(delay)
+
+    def _note(self, failure: Exception | None) -> None:
+        """Say once that the server fails, and once that it is back."""
+        if failure is not None and not self._failing:
+            _log.warning("%s: %s; asking again for up to %.3g s", self.url, failure, self.deadline_seconds)
+        elif failure is None and self._failing:
+            _log.warning("%s: answers again", self.url)
+        self._failing = failure is not None
 
     def _too_late(self, start: float, attempts: int, last_failure: Exception | None) -> RetrieverError:
         elapsed = time.monotonic() - start
