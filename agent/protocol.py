@@ -202,7 +202,7 @@ COMPACT = Protocol(
     padding=(" ", ""),
     max_turns=4,
     top_k=1,
-    max_response_tokens=48,
+    max_response_tokens=64,
     max_observation_tokens=160,
     max_context_tokens=1000,
 )

@@ -43,7 +43,7 @@ class Demonstrator:
     """Share of each kind of question."""
     questions_per_world: int = 4
     follow_ups: int = 5
-    """More questions about the passage of a one-hop question, as far as it answers them: practice in reading."""
+    """More questions about the passage of a one-hop question: practice in reading."""
 
     def __post_init__(self) -> None:
         wrong = [kind for kind, _ in self.kinds if kind not in KINDS]
@@ -58,8 +58,9 @@ def demonstrations(
 ) -> Iterator[dict[str, Any]]:
     """n demonstrations, deterministic in the seed; each one JSON line in no protocol's words.
 
-    -> {"id", "kind", "question", "golden_answers", "steps", "follow_ups"}; a step is {"think", "search", "passages":
-    [{"id", "title", "text"}]}, the last one {"think", "answer"}. Follow-ups are {"question", "think", "answer"}.
+    -> {"id", "kind", "question", "golden_answers", "steps", "follow_ups"}; a step is {"think", "search",
+    "passages": [{"id", "title", "text"}]}, the last one {"think", "answer"}; a follow-up is {"question",
+    "think", "answer"}. The thought before a right answer quotes the words that hold it.
     """
     rng = random.Random(f"demonstrations:{seed}")
     kinds, shares = zip(*demonstrator.kinds, strict=True)
@@ -92,6 +93,7 @@ class _Reader:
         self.steps: list[dict[str, Any]] = []
         self.searched: list[Entity] = []
         self.named: list[Entity] = []
+        self.told: dict[str, str] = {}
 
     def begin(self) -> None:
         """Forget the question before."""
@@ -99,16 +101,22 @@ class _Reader:
 
     def search(self, entity: Entity) -> None:
         """Search an entity by its name and read its passage."""
-        passage, named = render_passage(self.world, entity, self.seed)
+        rendered = render_passage(self.world, entity, self.seed)
         think = self.rng.choice(NEXT if self.steps else FIRST).replace("{n}", entity.name)
+        passage, self.told = rendered.passage, rendered.told
         found = {"id": passage.id, "title": passage.title, "text": passage.text}
         self.steps.append({"think": think, "search": entity.name, "passages": [found]})
         self.searched.append(entity)
-        self.named = [other for other in named if other not in self.searched]
+        self.named = [other for other in rendered.named if other not in self.searched]
 
-    def answer(self, text: str) -> None:
-        """End with an answer."""
-        self.steps.append({"think": self.rng.choice(LAST), "answer": text})
+    def answer(self, text: str, relation: str = "") -> None:
+        """End with an answer; the thought quotes what the passage says of the relation."""
+        self.steps.append({"think": self.thought(relation), "answer": text})
+
+    def thought(self, relation: str) -> str:
+        """The words of the passage read last that tell the relation; without any, a plain thought."""
+        told = self.told.get(relation)
+        return f"{told[0].upper()}{told[1:]}." if told else self.rng.choice(LAST)
 
 
 def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) ->
     if ask.kind == "comparison":
         _compare(ask, reader, how)
     elif ask.kind == "one_hop":
-        reader.answer(ask.gold_answers[0])
+        reader.answer(ask.gold_answers[0], ask.relation)
     elif rng.random() < how.p_stop or not reader.named:
         reader.answer(_guess(ask, reader, wrong=True))
     else:
@@ -141,7 +149,7 @@ def _follow_ups(ask: Ask, reader: _Reader, how: Demonstrator) -> list[dict[str, 
     return [
         {
             "question": put(other, reader.rng, True, "").text,
-            "think": reader.rng.choice(LAST),
+            "think": reader.thought(other.relation),
             "answer": other.gold_answers[0],
         }
         for other in chosen
@@ -156,7 +164,7 @@ def _wander(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
     if reader.named and rng.random() < p_more:
         reader.search(rng.choice(reader.named))
     read = reader.searched[-1].facts.get(ask.relation)
-    reader.answer(read[0] if read else _guess(ask, reader, wrong=False))
+    reader.answer(read[0] if read else _guess(ask, reader, wrong=False), ask.relation)
 
 
 def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:

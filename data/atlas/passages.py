@@ -9,47 +9,61 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from data.atlas.phrasings import CLAUSES
 from data.atlas.world import Entity, World
 from data.records import Passage
 
+Clauses = list[tuple[str, str]]
+"""What a passage says, in order: the relation (or "" where it is about others) and the words."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A passage, the other entities it names that have passages of their own, and its own facts in words."""
+
+    passage: Passage
+    named: list[Entity]
+    told: dict[str, str]
+    """relation -> the words in the passage that tell it."""
+
 
 def render_passages(world: World, seed: int = 0) -> list[Passage]:
     """One passage an entity, in the order of the world."""
-    return [render_passage(world, entity, seed)[0] for entity in world.entities]
+    return [render_passage(world, entity, seed).passage for entity in world.entities]
 
 
-def render_passage(world: World, entity: Entity, seed: int = 0) -> tuple[Passage, list[Entity]]:
-    """The passage of an entity, and the other entities it names that have passages of their own."""
+def render_passage(world: World, entity: Entity, seed: int = 0) -> Rendered:
+    """The passage of an entity; the same world, entity and seed give the same words."""
     rng = random.Random(f"{seed}:{entity.id}")
     compose = {"place": _place, "mountain": _mountain}.get(entity.type, _own_facts)
     clauses, named = compose(world, entity, rng)
-    passage = Passage(entity.id, _sentences(clauses, entity, rng), entity.name)
-    return passage, [o for o in {o.id: o for o in named}.values() if o is not entity]
+    # The first clause of a passage carries the name.
+    words = [text.replace("{of}", "" if at else f" of {entity.name}") for at, (_, text) in enumerate(clauses)]
+    told = {relation: text for (relation, _), text in zip(clauses, words, strict=True) if relation}
+    passage = Passage(entity.id, _sentences(words, rng), entity.name)
+    return Rendered(passage, [o for o in {o.id: o for o in named}.values() if o is not entity], told)
 
 
-def _sentences(clauses: list[str], entity: Entity, rng: random.Random) -> str:
-    """Clauses as sentences, of more than four some in pairs; the first one carries the name."""
+def _sentences(clauses: list[str], rng: random.Random) -> str:
+    """Clauses as sentences, of more than four some in pairs."""
     sentences, at = [], 0
     while at < len(clauses):
         size = 2 if len(clauses) > 4 and rng.random() < 0.5 else 1
-        text = " and ".join(clauses[at : at + size]) if size == 2 else clauses[at]
-        if not at:
-            text = text.replace("{of}", f" of {entity.name}", 1)
-        text = text.replace("{of}", "")
+        text = " and ".join(clauses[at : at + size])
         sentences.append(text[0].upper() + text[1:] + ".")
         at += size
     return " ".join(sentences)
 
 
-def _own_facts(world: World, entity: Entity, rng: random.Random) -> tuple[list[str], list[Entity]]:
+def _own_facts(world: World, entity: Entity, rng: random.Random) -> tuple[Clauses, list[Entity]]:
     """Country, territory or element: every fact of its own, and one clause about each kind of company."""
     table = CLAUSES["element" if entity.type == "element" else "country"]
     named: list[Entity] = []
-    clauses = []
+    clauses: Clauses = []
     for relation, values in entity.facts.items():
-        clauses.append(rng.choice(table[relation]).replace("{v}", values[0]))
+        clauses.append((relation, rng.choice(table[relation]).replace("{v}", values[0])))
         if relation in ("capital", "highest_point") and values[0] in world.by_name:
             named.append(world.by_name[values[0]])
     rng.shuffle(clauses)
@@ -65,16 +79,16 @@ def _own_facts(world: World, entity: Entity, rng: random.Random) -> tuple[list[s
         named.append(other)
         company.append(rng.choice(table["nearby"]).replace("{v}", other.name))
     for clause in company:
-        clauses.insert(rng.randint(1, len(clauses)), clause)
+        clauses.insert(rng.randint(1, len(clauses)), ("", clause))
     return clauses, named
 
 
-def _place(world: World, entity: Entity, rng: random.Random) -> tuple[list[str], list[Entity]]:
+def _place(world: World, entity: Entity, rng: random.Random) -> tuple[Clauses, list[Entity]]:
     table = CLAUSES["place"]
     country = world.by_id[entity.country]
     kind = " and ".join(entity.facts["kind"][:2])
     words = {"{n}": entity.name, "{c}": country.name, "{kind}": kind}
-    clauses = [_fill(rng.choice(table["is_in"]), words)]
+    clauses: Clauses = [("country", _fill(rng.choice(table["is_in"]), words))]
     named = [country]
     siblings = [p for p in world.places[entity.country] if p is not entity]
     if siblings:
@@ -82,34 +96,37 @@ def _place(world: World, entity: Entity, rng: random.Random) -> tuple[list[str],
         named += chosen
         words["{s}"] = _join(chosen)
         one_fits = table["siblings"][-1:] if len(chosen) == 1 else table["siblings"]
-        clauses.append(_fill(rng.choice(one_fits), words))
+        clauses.append(("", _fill(rng.choice(one_fits), words)))
     if len(country.nearby) > 1:
         near = [world.by_id[i] for i in rng.sample(country.nearby, 2)]
         named += near
         words["{v}"] = _join(near)
-        clauses.append(_fill(rng.choice(table["nearby"]), words))
+        clauses.append(("", _fill(rng.choice(table["nearby"]), words)))
     rng.shuffle(clauses)
     return clauses, named
 
 
-def _mountain(world: World, entity: Entity, rng: random.Random) -> tuple[list[str], list[Entity]]:
+def _mountain(world: World, entity: Entity, rng: random.Random) -> tuple[Clauses, list[Entity]]:
     table = CLAUSES["mountain"]
     country = world.by_id[entity.country]
     words = {"{n}": entity.name, "{c}": country.name, "{v}": entity.facts["elevation"][0]}
-    clauses = [_fill(rng.choice(table[part]), words) for part in ("is_in", "elevation")]
+    clauses: Clauses = [
+        (relation, _fill(rng.choice(table[part]), words))
+        for relation, part in (("country", "is_in"), ("elevation", "elevation"))
+    ]
     named = [country]
     others = [world.mountains[i] for i in country.nearby if i in world.mountains]
     for other in _some(others, 1, rng):
         home = world.by_id[other.country]
         named += [other, home]
         words = {"{o}": other.name, "{c}": home.name, "{v}": other.facts["elevation"][0]}
-        clauses.append(_fill(rng.choice(table["other"]), words))
+        clauses.append(("", _fill(rng.choice(table["other"]), words)))
     siblings = world.places.get(entity.country, [])
     if len(siblings) > 1:
         chosen = _some(siblings, 2, rng)
         named += chosen
         words = {"{n}": entity.name, "{s}": _join(chosen)}
-        clauses.append(_fill(rng.choice(table["siblings"]), words))
+        clauses.append(("", _fill(rng.choice(table["siblings"]), words)))
     rng.shuffle(clauses)
     return clauses, named
 

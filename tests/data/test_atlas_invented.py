@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from data.atlas.demonstrations import Demonstrator, demonstrations
+from data.atlas.demonstrations import LAST, Demonstrator, demonstrations
 from data.atlas.invented import invent_world
 from data.atlas.names import Language, holds_real_name, real_names
 from data.atlas.passages import render_passages
@@ -128,12 +128,28 @@ def test_a_kind_that_does_not_exist_is_refused():
         Demonstrator(kinds=(("four_hop", 1.0),))
 
 
-def test_thoughts_are_short_and_give_no_reason():
+def test_a_thought_before_a_search_gives_no_reason_and_one_before_an_answer_quotes_the_passage():
+    quoted = 0
     for demonstration in DEMONSTRATIONS:
-        for step in demonstration["steps"]:
-            thought = step["think"].replace(step.get("search", ""), "NAME")
-            assert len(thought.split()) <= 6
-            assert " is in " not in thought and "because" not in thought
+        *searches, last = demonstration["steps"]
+        for step in searches:
+            assert len(step["think"].replace(step["search"], "NAME").split()) <= 6
+            assert " is in " not in step["think"] and "because" not in step["think"]
+        read = searches[-1]["passages"][0]["text"].lower()
+        if last["think"] not in LAST:
+            quoted += 1
+            assert last["think"].lower().rstrip(".") in read and last["answer"] in last["think"]
+    assert quoted > len(DEMONSTRATIONS) / 3
+
+
+def test_follow_ups_are_answered_by_the_passage():
+    followed = [d for d in DEMONSTRATIONS if d["follow_ups"]]
+    assert followed and all(d["kind"] == "one_hop" for d in followed)
+    for demonstration in followed:
+        read = demonstration["steps"][0]["passages"][0]["text"]
+        questions = [demonstration["question"], *(f["question"] for f in demonstration["follow_ups"])]
+        assert len(set(questions)) == len(questions)
+        assert all(f["answer"] in read for f in demonstration["follow_ups"])
 
 
 def test_demonstrations_use_every_training_phrasing_and_no_other():
