@@ -41,6 +41,8 @@ class RolloutConfig:
         _require(
             0 <= self.max_failed_share <= 1, "rollout.max_failed_share", self.max_failed_share, "in [0, 1]"
         )
+        deadline = self.retriever_deadline_seconds
+        _require(deadline > 0, "rollout.retriever_deadline_seconds", deadline, "> 0")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "algorithm.learning_rate", self.learning_rate, "> 0")
         _require(self.warmup_steps >= 0, "algorithm.warmup_steps", self.warmup_steps, ">= 0")
+        _require(self.weight_decay >= 0, "algorithm.weight_decay", self.weight_decay, ">= 0")
         _require(self.max_grad_norm > 0, "algorithm.max_grad_norm", self.max_grad_norm, "> 0")
         _require(
             self.updates_per_rollout >= 1, "algorithm.updates_per_rollout", self.updates_per_rollout, ">= 1"
@@ -156,6 +159,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
         _require(self.eval_every >= 0, "eval_every", self.eval_every, ">= 0")
+        _require(self.eval_limit is None or self.eval_limit >= 1, "eval_limit", self.eval_limit, ">= 1")
         _require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
         _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, ">= 1")
