@@ -1,0 +1,84 @@
+"""Wrong values are refused with their name and what is allowed; the recipes are right."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from data.errors import ConfigError
+from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from scripts import __main__ as sleuth
+from scripts.command_line import call
+
+RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
+KINDS = {"rollout": RolloutConfig, "algorithm": AlgorithmConfig, "training": WarmStartConfig, "": TrainConfig}
+MAIN = {"policy": "p", "questions": "q", "retriever": "r", "out": "o"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "allowed"),
+    [
+        ("rollout.questions_per_step", 0, ">= 1"),
+        ("rollout.group_size", 1, ">= 2"),
+        ("rollout.temperature", 0.0, "> 0"),
+        ("rollout.max_rows", 0, ">= 1"),
+        ("rollout.max_failed_share", 1.5, "in [0, 1]"),
+        ("rollout.retriever_deadline_seconds", 0.0, "> 0"),
+        ("algorithm.learning_rate", 0.0, "> 0"),
+        ("algorithm.warmup_steps", -1, ">= 0"),
+        ("algorithm.weight_decay", -0.1, ">= 0"),
+        ("algorithm.max_grad_norm", 0.0, "> 0"),
+        ("algorithm.updates_per_rollout", 0, ">= 1"),
+        ("algorithm.clip_low", 1.0, "in (0, 1)"),
+        ("algorithm.clip_high", 0.0, "> 0"),
+        ("algorithm.kl_coefficient", -1.0, ">= 0"),
+        ("steps", 0, ">= 1"),
+        ("eval_every", -1, ">= 0"),
+        ("eval_every", 5, "0 without dev_questions"),
+        ("eval_limit", 0, ">= 1"),
+        ("save_every", 0, ">= 1"),
+        ("keep_checkpoints", 0, ">= 1"),
+        ("micro_batch_tokens", 0, ">= 1"),
+        ("device", "tpu", "auto, cpu or cuda"),
+        ("dtype", "float16", "auto, float32 or bfloat16"),
+        ("rewards", {}, "at least one reward with its weight"),
+        ("training.steps", 0, "> 0"),
+        ("training.batch_size", 0, "> 0"),
+        ("training.learning_rate", 0.0, "> 0"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_name(name, given, allowed):
+    group, _, field = name.rpartition(".")
+    values = {field: given} if group else {**MAIN, field: given}
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} = {given!r}: must be {allowed}')}$"):
+        KINDS[group](**values)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            ["--algorithm.learning_rat", "1"],
+            "unknown key algorithm.learning_rat; did you mean algorithm.learning_rate",
+        ),
+        (["--steps", "many"], "steps: got 'many', expected int"),
+        (["--algorithm.clip_low", "2"], "algorithm.clip_low = 2.0: must be in (0, 1)"),
+        (["--wandb.mode", "sometimes"], "wandb.mode"),
+        (["--rewards.em", "much"], "rewards"),
+    ],
+)
+def test_sleuth_train_refuses_a_wrong_key_or_value_in_one_line(option, said, capsys, tmp_path):
+    arguments = [word for key, value in MAIN.items() for word in (f"--{key}", str(tmp_path / value))]
+    assert sleuth.main(["train", *arguments, *option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sleuth: ") and said in line
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_configuration(recipe):
+    def read(config: TrainConfig) -> TrainConfig:
+        return config
+
+    config = call(read, ["--config", str(recipe)], prog="test")
+    assert config.steps > 1 and config.out.startswith("runs/")
