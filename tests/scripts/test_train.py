@@ -1,0 +1,100 @@
+"""`sleuth train` as a command: it trains, goes on, tracks, and refuses before any model loads."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.run_dir import read_metrics, read_run
+from rl.config import WandbConfig
+from scripts import __main__ as sleuth
+from scripts.train import train
+from tests.data.test_run_dir import read_wandb_history
+from tests.toy import build_toy, toy_config
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return build_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(autouse=True)
+def determinism_ends_with_the_test():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+RECIPE = """
+policy: {toy}/policy
+questions: {toy}/train.jsonl
+retriever: {toy}/index
+out: {out}
+rollout: {{questions_per_step: 2, group_size: 2}}
+device: cpu
+steps: 2
+"""
+
+
+def command(toy, out, *options):
+    (out.parent / "recipe.yaml").write_text(RECIPE.format(toy=toy, out=out))
+    return sleuth.main(["train", "--config", str(out.parent / "recipe.yaml"), *map(str, options)])
+
+
+def test_a_recipe_trains_and_the_same_command_does_nothing_more(toy, tmp_path, capsys):
+    assert command(toy, tmp_path / "run") == 0
+    assert "sleuth report" in capsys.readouterr().out
+    before = (tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors").stat().st_mtime_ns
+    assert command(toy, tmp_path / "run") == 0
+    after = (tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors").stat().st_mtime_ns
+    assert before == after
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
+    assert command(toy, tmp_path / "run") == 0
+    assert command(toy, tmp_path / "run", "--steps", 3) == 2
+    assert "another configuration (steps: 2 -> 3)" in capsys.readouterr().err
+    assert command(toy, tmp_path / "run", "--steps", 3, "--resume", "true") == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--questions", "absent.jsonl"], "absent.jsonl"),
+        (["--questions", "{tmp}/malformed.jsonl"], "malformed.jsonl:2: not valid JSON"),
+        (["--questions", "{tmp}/empty.jsonl"], "empty.jsonl: no rows"),
+        (["--dev_questions", "{tmp}/malformed.jsonl"], "malformed.jsonl:2: not valid JSON"),
+        (["--retriever", "no/index"], "retriever 'no/index': must be an http(s) URL or the folder"),
+        (["--deterministic", "true", "--retriever", "http://127.0.0.1:1"], "deterministic: needs an index"),
+        (["--policy", "no/such/one"], "policy = 'no/such/one': neither a policy folder"),
+        (["--protocol.name", "morse"], "protocol = 'morse': must be one of search_r1, compact, hermes"),
+        (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
+        (["--rewards", "{{f1: 1.0}}"], "rewards.f1: must be one of em, format"),
+        (["--resume", "true"], "nothing to resume"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_can_be_mended(
+    options, said, toy, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
+        )
+        assert command(toy, tmp_path / "run", *[option.format(tmp=tmp_path) for option in options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sleuth: ")]
+    assert said in line
+    assert "Traceback" not in line
+    assert command(toy, tmp_path / "run") == 0  # the folder belongs to nobody yet
+
+
+def test_wandb_offline_holds_the_metrics_of_a_run_and_of_its_resumption(toy, tmp_path):
+    config = toy_config(toy, tmp_path / "run", wandb=WandbConfig("sleuth-test", "offline"))
+    train(config)
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    rows = read_wandb_history(file)
+    logged = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in logged]
+    assert read_run(tmp_path / "run")["status"] == "finished"
