@@ -187,13 +187,16 @@ def train_policy(config: TrainConfig, url: str) -> None:
 
 
 def trained_policy(run: Path) -> str:
-    """The folder of the best checkpoint on dev."""
+    """The folder of the best checkpoint on dev, by a link that is easy to type: RUN/policy."""
     from data.checkpoint import best_checkpoint
 
     best = best_checkpoint(run / "checkpoints")
     if best is None:
         raise EngineError(f"{run / 'checkpoints'}: holds no best checkpoint though training has ended")
-    return str(best[0].path)
+    link = run / "policy"
+    link.unlink(missing_ok=True)
+    link.symlink_to(best[0].path.relative_to(run))
+    return str(link)
 
 
 def show_results(run: Path, seconds: dict[str, float]) -> None:
