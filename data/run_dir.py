@@ -89,8 +89,10 @@ class RunDir:
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of `step` and later: training goes on from there and logs them anew."""
-        kept = [row for row in read_metrics(self.path) if row["step"] < step]
-        write_jsonl(self.path / "metrics.jsonl", kept)
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] < step]
+        if kept != rows:
+            write_jsonl(self.path / "metrics.jsonl", kept)
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json, such as `notes`; the file is replaced as a whole."""

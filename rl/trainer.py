@@ -196,14 +196,14 @@ class Trainer:
     async def _restore(self) -> None:
         """Weights and optimiser of the last checkpoint. All else follows from the seed and the step."""
         found = latest_checkpoint(self.checkpoints)
-        self._forget_evaluations_after(found.step if found else -1)
+        self.step = found.step if found else 0
+        self._forget_evaluations_after(self.step)
+        self.run_dir.rewind(self.step + 1)
         if found is None:
             return
         weights = type(self.policy.model).from_pretrained(found.path, dtype=self.policy.model.dtype)
         self.policy.model.load_state_dict(weights.state_dict())
         self.optimizer.load(found.path)
-        self.step = found.step
-        self.run_dir.rewind(self.step + 1)
         await self.engine.update_weights(None, self.step)
         logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)
 

@@ -36,11 +36,10 @@ NEXT: dict[str, Mapping[str, float]] = {
 }
 
 
-def bigram_policy(**changes: Mapping[str, float]) -> Policy:
-    """A policy whose next token has the probabilities of NEXT, all others e^-12 as much."""
+def bigram_policy(changes: Mapping[str, Mapping[str, float]] | None = None) -> Policy:
+    """A policy whose next token has the probabilities of NEXT, but for `changes`; others about e^-12."""
     tokenizer = byte_tokenizer(*TAGS)
     model = tiny_model("qwen2", len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    table = {**NEXT, **{{"think": "</think>", "answer": "<answer>"}[k]: v for k, v in changes.items()}}
     size = model.config.hidden_size
     ids: Any = tokenizer.convert_tokens_to_ids
     model.set_output_embeddings(torch.nn.Linear(size, len(tokenizer), bias=False))
@@ -54,7 +53,7 @@ def bigram_policy(**changes: Mapping[str, float]) -> Policy:
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embedding.zero_()
         head.zero_()
-        for axis, (token, following) in enumerate(table.items()):
+        for axis, (token, following) in enumerate({**NEXT, **(changes or {})}.items()):
             embedding[ids(token), axis] = 1  # normalised to sqrt(size) by the last norm
             head[:, axis] = -12 / math.sqrt(size)
             for successor, probability in following.items():

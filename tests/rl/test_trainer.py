@@ -119,6 +119,14 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(toy, tmp
     assert read_run(tmp_path / "killed")["status"] == "finished"
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(toy, tmp_path):
+    config = toy_config(toy, tmp_path, steps=3, save_every=3)
+    with pytest.raises(Killed):
+        train(config, on_step=kill_at(2))
+    train(config)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_the_best_checkpoint_on_dev_outlives_newer_ones(toy, tmp_path, monkeypatch):
     scripted = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.1, 5: 0.3}
 

@@ -1,0 +1,111 @@
+"""`sleuth quickstart` end to end on a tiny policy; a second start makes nothing again."""
+
+import pytest
+
+from agent.engines.hf import HFEngine
+from data.jsonl import read_json
+from data.run_dir import read_metrics, read_run
+from scripts import __main__ as sleuth
+from scripts import quickstart
+from tests.toy import bigram_policy
+
+RECIPE = """
+policy: {folder}/policy
+questions: replaced
+retriever: replaced
+out: replaced
+rollout: {{questions_per_step: 2, group_size: 4}}
+steps: 3
+eval_every: 2
+eval_limit: 6
+device: cpu
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    bigram_policy().save(folder / "policy", "compact")
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def start(recipe, tmp_path, monkeypatch):
+    """Runs the command; returns its exit status."""
+    monkeypatch.setattr(quickstart, "RECIPE", recipe)
+    return lambda *options: sleuth.main(["quickstart", f"--out={tmp_path / 'run'}", "--limit=12", *options])
+
+
+def stamps(run):
+    """When each file that is expensive to make was written."""
+    files = [*run.glob("world/*.jsonl"), *run.glob("world/index/**/*"), *run.glob("checkpoints/**/*")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_one_command_builds_serves_trains_and_reports_and_the_next_reuses_it(
+    start, tmp_path, monkeypatch, capfd
+):
+    run = tmp_path / "run"
+    assert start("--steps=2") == 0
+    printed = capfd.readouterr().out
+    for words in (
+        "EM before",
+        "EM after",
+        "searches",
+        "valid format",
+        "one_hop",
+        "seconds: world",
+        "report:",
+    ):
+        assert words in printed
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+    assert [row["step"] for row in read_metrics(run) if "reward/mean" in row] == [1, 2]
+    assert read_run(run)["status"] == "finished" and "Copying is wired" in read_run(run)["notes"][0]
+    for name in ("before", "after"):
+        assert read_json(run / "evaluations" / name / "scores.json")["n"] == 12
+    assert set(read_json(run / "phases.json")["seconds"]) == {
+        "world",
+        "evaluate before",
+        "train",
+        "evaluate after",
+        "report",
+    }
+    assert not (run / "server.port").exists()
+    made = stamps(run)
+    assert len(made) > 10
+    monkeypatch.setattr(HFEngine, "generate", lambda *_: pytest.fail("something was asked again"))
+    assert start("--steps=2") == 0
+    assert stamps(run) == made
+    assert "EM before" in capfd.readouterr().out
+
+
+def test_a_start_that_was_interrupted_says_how_to_go_on_and_goes_on(start, tmp_path, monkeypatch, capfd):
+    from rl.trainer import Trainer
+
+    run, one_step = tmp_path / "run", Trainer._one_step
+
+    async def interrupted(self):
+        if self.step == 1:
+            raise KeyboardInterrupt
+        await one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted)
+        assert start() == 130
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert (
+        said == f"sleuth: interrupted; what is done is kept in {run}: start the same command again to go on"
+    )
+    assert read_run(run)["status"] == "interrupted"
+    before = (run / "evaluations" / "before" / "scores.json").read_text()
+    assert start() == 0
+    assert (run / "evaluations" / "before" / "scores.json").read_text() == before
+    assert [row["step"] for row in read_metrics(run) if "reward/mean" in row] == [1, 2, 3]
+
+
+def test_a_server_that_does_not_start_is_one_line(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(quickstart, "build_world", lambda folder: folder.mkdir(parents=True))
+    assert start() == 2
+    assert f"did not start: see {tmp_path / 'run' / 'server.log'}" in capfd.readouterr().err
+    assert "sleuth: " in (tmp_path / "run" / "server.log").read_text()
