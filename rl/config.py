@@ -190,9 +190,9 @@ class WarmStartConfig:
     batch_size: int = 16
     """Demonstrations a step."""
     learning_rate: float = 2e-3
-    """Peak of AdamW's, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
+    """Its peak, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Of both optimisers: Muon for the matrices inside the layers, AdamW for the rest."""
     learn_everything: bool = False
     """Put the prompt and the passages into the loss, too."""
     seed: int = 0

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from agent.policy import Policy
 from agent.protocol import Answer, Protocol, Search
 from agent.search_tool import Neutraliser
@@ -64,6 +67,29 @@ def encode_demonstration(
         learnt = learn_everything or kind is SegmentKind.POLICY
         labels += ids if learnt else [-100] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for everything else.
+
+    Both take the same learning rate: Muon's updates are scaled to AdamW's size (Liu et al. 2025,
+    arXiv 2502.16982).
+    """
+
+    def __init__(self, model: PreTrainedModel, config: WarmStartConfig) -> None:
+        named = dict(model.named_parameters())
+        inner = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
+        common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        muon = torch.optim.Muon([named[n] for n in inner], adjust_lr_fn="match_rms_adamw", **common)
+        rest = [p for name, p in named.items() if name not in inner]
+        self._parts = (muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), **common))
+        super().__init__(named.values(), defaults={})
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of all parameters."""
+        for part in self._parts:
+            part.step()
 
 
 def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]]:
@@ -119,6 +145,7 @@ def warm_start(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=policy.tokenizer,
+        optimizers=(MuonAndAdamW(policy.model, config), None),
     ).train()
     policy.save(out, protocol.name)
     policy.model.eval()

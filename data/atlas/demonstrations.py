@@ -30,19 +30,19 @@ LAST = ("I can answer.", "Now answer.", "Time to answer.")
 class Demonstrator:
     """How the half-taught searcher behaves, and what it is asked."""
 
-    p_stop: float = 0.5
+    p_stop: float = 0.6
     """Chance that it stops after one search where the answer needs more."""
     p_third: float = 0.1
     """Chance that it searches a third time after a second."""
     kinds: tuple[tuple[str, float], ...] = (
-        ("one_hop", 0.42),
-        ("two_hop", 0.48),
-        ("three_hop", 0.05),
-        ("comparison", 0.05),
+        ("one_hop", 0.6),
+        ("two_hop", 0.32),
+        ("three_hop", 0.04),
+        ("comparison", 0.04),
     )
     """Share of each kind of question."""
     questions_per_world: int = 4
-    follow_ups: int = 5
+    follow_ups: int = 6
     """More questions about the passage of a one-hop question: practice in reading."""
 
     def __post_init__(self) -> None:

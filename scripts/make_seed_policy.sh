@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes agent/seed_policy, the policy that the embedded world starts from: half an hour on two CPU cores.
+#
+#   bash scripts/make_seed_policy.sh OUT
+#
+# First all tokens are learnt, to read; then only what the policy itself would write. Demonstrations
+# are over invented worlds: no real name is seen.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out="${1:?give a folder for the policy}"
+
+sleuth warm-start --out "$out-first" --invented 6400 --invented_seed 1 \
+    --training.steps 400 --training.learning_rate 3e-3 --training.learn_everything true
+sleuth warm-start --policy "$out-first" --out "$out" --invented 48000 --invented_seed 2 \
+    --training.steps 3000 --training.learning_rate 3e-3
