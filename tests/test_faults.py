@@ -2,6 +2,7 @@
 learnt from it, one line says how to go on.
 """
 
+import json
 import logging
 import resource
 import signal
@@ -113,7 +114,8 @@ def test_a_retriever_that_comes_back_in_time_costs_nothing_but_time(toy, tmp_pat
         restarted = []
 
         def restart():
-            while "asking again" not in caplog.text:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while "asking again" not in caplog.text and time.monotonic() < deadline:
                 time.sleep(0.01)
             restarted.append(start_server(toy / "index", port=server.port))
 
@@ -243,8 +245,6 @@ for argv in json.load(sys.stdin):
 
 
 def test_what_the_caller_got_wrong_is_said_at_once(toy, tmp_path):
-    import json
-
     (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
     run = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as taken:

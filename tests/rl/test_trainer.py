@@ -233,6 +233,7 @@ def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy
         train(config, client)
     assert read_run(tmp_path / "stopped")["status"] == "stopped" and len(trained) == 2
     train(config)
+    assert [batch[0].segments[1].weights_version for batch in trained] == [0, 1, 2, 3]
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped", 4)
 
 

@@ -1,5 +1,7 @@
 """`sleuth train` as a command: it trains, goes on, tracks, and refuses before any model loads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -98,3 +100,7 @@ def test_wandb_offline_holds_the_metrics_of_a_run_and_of_its_resumption(toy, tmp
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in logged]
     assert read_run(tmp_path / "run")["status"] == "finished"
+    (tmp_path / "run" / "wandb").rename(tmp_path / "first")  # wandb names folders by the second
+    train(replace(config, steps=3, resume=True))
+    (again,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    assert [row["step"] for row in read_wandb_history(again)] == [3]
