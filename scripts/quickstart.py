@@ -47,7 +47,7 @@ def main(
 
 
 def _quickstart(run: Path, seed: int, steps: int | None, limit: int | None) -> None:
-    from agent.report import write_report
+    from agent.report.page import write_report
 
     config = read_recipe(run, seed, steps)
     phases = Phases(run / "phases.json")

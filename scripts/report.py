@@ -11,6 +11,6 @@ def main(run: Path) -> None:
     Args:
         run: Run folder, finished or not.
     """
-    from agent.report import write_report
+    from agent.report.page import write_report
 
     print(write_report(run))

@@ -13,8 +13,7 @@ import pytest
 
 from agent.evaluate import evaluation_record, paired_difference, read_records, score
 from agent.protocol import COMPACT, HERMES, SEARCH_R1
-from agent.report import write_report
-from agent.report.page import render_report
+from agent.report.page import render_report, write_report
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.jsonl import write_json, write_jsonl
