@@ -148,14 +148,30 @@ def test_log_probs_of_every_architecture_are_those_of_its_own_forward(kind):
         torch.testing.assert_close(taken.logprobs, full[batch.loss_mask[:, 1:]], atol=1e-5, rtol=1e-5)
 
 
-def test_the_optimiser_state_survives_the_disk(tmp_path):
+def test_bfloat16_weights_do_not_round_small_updates_away():
+    def moved(dtype):
+        model = tiny_model("qwen2", VOCABULARY).to(dtype)
+        before = model.get_parameter("model.norm.weight").float().clone()  # all ones: bf16 steps of 2^-8
+        optimizer = Optimizer(model, AlgorithmConfig(learning_rate=1e-4))
+        for _ in range(100):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.update()
+        return (before - model.get_parameter("model.norm.weight").float()).mean().item()
+
+    assert moved(torch.float32) == pytest.approx(1e-2, rel=0.01)
+    assert moved(torch.bfloat16) == pytest.approx(1e-2, rel=0.25)  # one by one they would all be lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_optimiser_state_survives_the_disk(tmp_path, dtype):
     def train(model, optimizer, steps):
         for _ in range(steps):
             Updater(model, optimizer, CONFIG).update(BATCH, ADVANTAGES)
 
-    whole = tiny_model("qwen2", VOCABULARY)
+    whole = tiny_model("qwen2", VOCABULARY).to(dtype)
     train(whole, Optimizer(whole, CONFIG.algorithm), 4)
-    model = tiny_model("qwen2", VOCABULARY)
+    model = tiny_model("qwen2", VOCABULARY).to(dtype)
     first = Optimizer(model, CONFIG.algorithm)
     train(model, first, 2)
     first.save(tmp_path)
