@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,25 +142,37 @@ def test_a_folder_that_is_no_run_or_of_a_newer_format_is_refused(tmp_path):
 
 
 def read_wandb_history(path):
-    """The history rows of a .wandb file: 7 bytes, then the log format of LevelDB in blocks of 32 KiB."""
+    """The history rows of a finished .wandb file: the process that writes it may end after us."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = list(read_wandb_records(path.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        assert time.monotonic() < deadline, f"{path} was never finished"
+        time.sleep(0.02)
+    histories = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        for items in histories
+    ]
+
+
+def read_wandb_records(raw):
+    """The records of a .wandb file: 7 bytes, then the log format of LevelDB in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    raw, at, part, rows = path.read_bytes(), 7, b"", []
+    at, part = 7, b""
     while at + 7 <= len(raw):
         if 32_768 - at % 32_768 < 7:  # a block ends in padding where no header fits
             at += 32_768 - at % 32_768
             continue
         size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        if at + 7 + size > len(raw):
+            return  # still being written
         part, at = part + raw[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record.FromString(part)
+            yield wandb_internal_pb2.Record.FromString(part)
             part = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append(
-                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-                )
-    return rows
 
 
 def test_wandb_offline_holds_what_was_logged(tmp_path):
