@@ -84,6 +84,15 @@ class Agent:
         return [task.result() for task in tasks]
 
 
+def encode_prompt(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """A prompt as it begins a trajectory, text and token ids: in the chat template where there is one."""
+    if not (protocol.chat and tokenizer.chat_template):
+        return text, tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return text, tokenizer.encode(text, add_special_tokens=False)
+
+
 class _Episode:
     """The state of one rollout: the ledger so far."""
 
@@ -106,7 +115,8 @@ class _Episode:
             await self.agent.engine.release(trajectory_id)
 
     async def _turns(self, trajectory_id: str) -> Trajectory:
-        self._append(SegmentKind.PROMPT, *self._prompt())
+        prompt = self.protocol.prompt(self.agent.neutralise(self.question.text))
+        self._append(SegmentKind.PROMPT, *encode_prompt(prompt, self.protocol, self.agent.tokenizer))
         for turn in range(self.protocol.max_turns + 1):
             if self._room < 0:
                 return self._finish(StopReason.TOKEN_LIMIT)
@@ -127,15 +137,6 @@ class _Episode:
                     observation = self.protocol.invalid
             self._append(SegmentKind.OBSERVATION, observation, self._encode(observation))
         raise AssertionError("the last turn always returns")
-
-    def _prompt(self) -> tuple[str, list[int]]:
-        text = self.protocol.prompt(self.agent.neutralise(self.question.text))
-        tokenizer = self.agent.tokenizer
-        if not (self.protocol.chat and tokenizer.chat_template):
-            return text, tokenizer.encode(text)
-        messages = [{"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return text, self._encode(text)
 
     async def _complete(self, trajectory_id: str, turn: int) -> str:
         sampling = replace(

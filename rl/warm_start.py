@@ -12,19 +12,24 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from agent.policy import Policy
 from agent.protocol import Answer, Protocol, Search
+from agent.rollout import encode_prompt
 from agent.search_tool import Neutraliser
 from agent.trajectory import SegmentKind
 from data.errors import DataError
-from data.jsonl import read_jsonl
+from data.jsonl import numbered_jsonl
 from data.records import Passage
 from rl.config import WarmStartConfig
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
 
 Span = tuple[SegmentKind, str]
 
@@ -47,6 +52,8 @@ def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterat
         ]
         rendered = protocol.render_passages(passages[: protocol.top_k])
         yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)
+    if protocol.chat:
+        return  # a follow-up would be another user turn, which no rollout has
     for more in record.get("follow_ups", ()):
         yield SegmentKind.PROMPT, protocol.prompt(more["question"])
         yield SegmentKind.POLICY, protocol.render_turn(more["think"], Answer(more["answer"]))
@@ -56,13 +63,12 @@ def encode_demonstration(
     spans: Sequence[Span], policy: Policy, protocol: Protocol, learn_everything: bool
 ) -> dict[str, list[int]]:
     """input_ids and labels of one demonstration; -100 is outside the loss."""
-    tokenizer = policy.tokenizer
     input_ids, labels = [], []
     for kind, text in spans:
-        if kind is SegmentKind.PROMPT and protocol.chat and tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        if kind is SegmentKind.PROMPT and not input_ids:  # not a follow-up
+            _, ids = encode_prompt(text, protocol, policy.tokenizer)
+        else:
+            ids = policy.tokenizer.encode(text, add_special_tokens=False)
         input_ids += ids
         learnt = learn_everything or kind is SegmentKind.POLICY
         labels += ids if learnt else [-100] * len(ids)
@@ -78,11 +84,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: PreTrainedModel, config: WarmStartConfig) -> None:
         named = dict(model.named_parameters())
-        inner = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
-        common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        muon = torch.optim.Muon([named[n] for n in inner], adjust_lr_fn="match_rms_adamw", **common)
+        inner = [name for name, p in named.items() if p.ndim == 2 and ".layers." in name]
         rest = [p for name, p in named.items() if name not in inner]
-        self._parts = (muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), **common))
+        lr, decay = config.learning_rate, config.weight_decay
+        self._parts = (
+            torch.optim.Muon(
+                [named[n] for n in inner], lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=decay),
+        )
         super().__init__(named.values(), defaults={})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
@@ -95,7 +105,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]]:
     """All demonstrations of a JSONL file as spans. Raises DataError naming the line that is malformed."""
     demonstrations = []
-    for number, record in enumerate(read_jsonl(path), start=1):
+    for number, record in numbered_jsonl(path):
         try:
             demonstrations.append(list(demonstration_spans(record, protocol)))
         except (KeyError, TypeError, AttributeError) as error:
@@ -114,21 +124,34 @@ def warm_start(
 ) -> None:
     """Fine-tune the policy in place on the demonstrations and save it in `out`."""
     from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     rows = [encode_demonstration(d, policy, protocol, config.learn_everything) for d in demonstrations]
     random.Random(config.seed).shuffle(rows)
-    arguments = SFTConfig(
-        output_dir=str(out / "trainer"),
+    with TemporaryDirectory() as scratch:  # nothing is saved there, but the trainer wants a folder
+        trainer = SFTTrainer(
+            model=policy.model,
+            args=_arguments(scratch, policy, config),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=policy.tokenizer,
+            optimizers=(MuonAndAdamW(policy.model, config), None),
+        )
+        trainer.train()
+    policy.save(out, protocol.name)
+    policy.model.eval()
+
+
+def _arguments(scratch: str, policy: Policy, config: WarmStartConfig) -> SFTConfig:
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig(
+        output_dir=scratch,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=max(1, config.steps // 20),
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
         max_length=None,
         train_sampling_strategy="group_by_length",
         bf16=False,
@@ -140,12 +163,3 @@ def warm_start(
         seed=config.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    SFTTrainer(
-        model=policy.model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=policy.tokenizer,
-        optimizers=(MuonAndAdamW(policy.model, config), None),
-    ).train()
-    policy.save(out, protocol.name)
-    policy.model.eval()

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -102,7 +103,8 @@ def unknown_command(name: str) -> str:
 
 
 def configure_process() -> None:
-    """Log to stderr in short lines, and let idle threads sleep."""
+    """Log to stderr in short lines, let idle threads sleep, and end on SIGTERM as on Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,

@@ -25,7 +25,11 @@ SERVER_SECONDS = 60.0
 
 
 def main(
-    out: str = "runs/quickstart", seed: int = 0, steps: int | None = None, limit: int | None = None
+    out: str = "runs/quickstart",
+    seed: int = 0,
+    steps: int | None = None,
+    limit: int | None = None,
+    resume: bool = False,
 ) -> None:
     """Build a corpus, serve it, and train a small policy to search it; before and after, it is tested.
 
@@ -36,20 +40,20 @@ def main(
         seed: Of the training.
         steps: Training steps; none: those of the recipe scripts/configs/atlas.yaml.
         limit: Only the first so many test questions; none: all of them.
+        resume: Go on with the run in `out` though steps have changed.
     """
     run = Path(out)
     try:
-        _quickstart(run, seed, steps, limit)
+        _quickstart(run, read_recipe(run, seed, steps, resume), limit)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done is kept in {out}: start the same command again to go on"
         ) from None
 
 
-def _quickstart(run: Path, seed: int, steps: int | None, limit: int | None) -> None:
+def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
     from agent.report.page import write_report
 
-    config = read_recipe(run, seed, steps)
     phases = Phases(run / "phases.json")
     with phases.timed("world"):
         build_world(run / "world")
@@ -67,7 +71,7 @@ def _quickstart(run: Path, seed: int, steps: int | None, limit: int | None) -> N
     print(f"policy: {trained_policy(run)}\nreport: {report}")
 
 
-def read_recipe(run: Path, seed: int, steps: int | None) -> TrainConfig:
+def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainConfig:
     """The recipe with this run's folders in it."""
     from scripts.command_line import call
 
@@ -81,6 +85,7 @@ def read_recipe(run: Path, seed: int, steps: int | None) -> TrainConfig:
         "retriever": world / "index",
         "out": run,
         "seed": seed,
+        "resume": resume,
     } | ({} if steps is None else {"steps": steps})
     argv = [f"--{key}={value}" for key, value in values.items()]
     return call(recipe, ["--config", str(RECIPE), *argv], prog="sleuth quickstart")
@@ -176,14 +181,13 @@ def train_policy(config: TrainConfig, url: str) -> None:
     from rich.progress import Progress
 
     from retriever_server.client import connect
-    from rl.seed_policy import WIRED_IN
     from scripts.train import train
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=config.steps)
         client = connect(url, config.rollout.retriever_deadline_seconds)
-        train(config, client, [WIRED_IN], lambda step: progress.update(bar, completed=step))
+        train(config, client, lambda step: progress.update(bar, completed=step))
 
 
 def trained_policy(run: Path) -> str:

@@ -30,7 +30,6 @@ def main(config: TrainConfig) -> None:
 def train(
     config: TrainConfig,
     client: SearchClient | None = None,
-    notes: Sequence[str] = (),
     on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Run or resume the training that `config` describes; `client` stands in for `config.retriever`.
@@ -43,8 +42,10 @@ def train(
     dev = load_questions(config.dev_questions, limit=config.eval_limit) if config.dev_questions else []
     _check(config)
     from data.run_dir import RunDir
+    from rl.seed_policy import WIRED_IN
     from rl.trainer import CONSOLE_KEYS
 
+    notes = [WIRED_IN] if config.policy == "atlas" else []
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     with RunDir(config.out, settings, config.resume, notes, logger.info, CONSOLE_KEYS) as run:
         if config.wandb.project:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 from data.errors import ConfigError
@@ -36,8 +35,7 @@ def main(
         raise ConfigError("give either demonstrations (a file) or invented (a number), not both or none")
     if invented < 0:
         raise ConfigError(f"invented = {invented}: must be >= 0")
-    scratch = Path(out) / "trainer"  # what SFTTrainer leaves, or an interrupted start of ours
-    if Path(out).exists() and any(path != scratch for path in Path(out).iterdir()):
+    if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
     from agent.protocol import get_protocol
     from rl.warm_start import demonstration_spans, load_demonstrations, warm_start
@@ -60,5 +58,4 @@ def main(
     else:
         start = load_policy(policy, dtype="float32")
     warm_start(start, spans, spoken, Path(out), training)
-    shutil.rmtree(scratch, ignore_errors=True)
     print(f"{out}: learnt from {len(spans):,} demonstrations")
