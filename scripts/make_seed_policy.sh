@@ -3,13 +3,17 @@
 #
 #   bash scripts/make_seed_policy.sh OUT
 #
-# First all tokens are learnt, to read; then only what the policy itself would write. Demonstrations
-# are over invented worlds: no real name is seen.
+# First all tokens are learnt, to read; then only what the policy itself would write; last, more questions
+# of two hops. Demonstrations are over invented worlds: no real name is seen.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:?give a folder for the policy}"
 
-sleuth warm-start --out "$out-first" --invented 6400 --invented_seed 1 \
+sleuth warm-start --out "$out-1" --invented 6400 --invented_seed 1 \
     --training.steps 400 --training.learning_rate 3e-3 --training.learn_everything true
-sleuth warm-start --policy "$out-first" --out "$out" --invented 48000 --invented_seed 2 \
+sleuth warm-start --policy "$out-1" --out "$out-2" --invented 48000 --invented_seed 2 \
     --training.steps 3000 --training.learning_rate 3e-3
+sleuth warm-start --policy "$out-2" --out "$out" --invented 12800 --invented_seed 3 \
+    --demonstrator.p_stop 0.5 --demonstrator.follow_ups 3 \
+    --demonstrator.kinds '{one_hop: 0.25, two_hop: 0.6, three_hop: 0.075, comparison: 0.075}' \
+    --training.steps 800 --training.learning_rate 2e-3

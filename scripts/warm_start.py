@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError
 from rl.config import WarmStartConfig
 
@@ -17,6 +18,7 @@ def main(
     demonstrations: str | None = None,
     invented: int = 0,
     invented_seed: int = 0,
+    demonstrator: Demonstrator = Demonstrator(),  # noqa: B008 (frozen)
     protocol: str = "compact",
     training: WarmStartConfig = WarmStartConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -28,6 +30,7 @@ def main(
         demonstrations: JSONL file of demonstrations (docs/data-formats.md).
         invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
         invented_seed: Of the invented worlds.
+        demonstrator: How the searcher of the invented demonstrations behaves.
         protocol: How the policy is to speak: search_r1, compact or hermes.
         training: How long and how fast.
     """
@@ -46,7 +49,7 @@ def main(
     else:
         from data.atlas.demonstrations import demonstrations as invent
 
-        spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed)]
+        spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
     from agent.policy import load_policy
 
     if policy == "new":

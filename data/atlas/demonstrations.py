@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from data.atlas.invented import invent_world
@@ -34,19 +34,17 @@ class Demonstrator:
     """Chance that it stops after one search where the answer needs more."""
     p_third: float = 0.1
     """Chance that it searches a third time after a second."""
-    kinds: tuple[tuple[str, float], ...] = (
-        ("one_hop", 0.6),
-        ("two_hop", 0.32),
-        ("three_hop", 0.04),
-        ("comparison", 0.04),
+    kinds: dict[str, float] = field(
+        default_factory=lambda: {"one_hop": 0.6, "two_hop": 0.32, "three_hop": 0.04, "comparison": 0.04}
     )
     """Share of each kind of question."""
     questions_per_world: int = 4
+    """Demonstrations made in one invented world."""
     follow_ups: int = 6
     """More questions about the passage of a one-hop question: practice in reading."""
 
     def __post_init__(self) -> None:
-        wrong = [kind for kind, _ in self.kinds if kind not in KINDS]
+        wrong = [kind for kind in self.kinds if kind not in KINDS]
         if wrong or not self.kinds:
             raise ConfigError(f"kinds of questions are {wrong or 'none'}, allowed are {', '.join(KINDS)}")
 
@@ -63,7 +61,7 @@ def demonstrations(
     "think", "answer"}. The thought before a right answer quotes the words that hold it.
     """
     rng = random.Random(f"demonstrations:{seed}")
-    kinds, shares = zip(*demonstrator.kinds, strict=True)
+    kinds, shares = zip(*demonstrator.kinds.items(), strict=True)
     made = 0
     while made < n:
         world = invent_world(rng)

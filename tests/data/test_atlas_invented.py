@@ -119,13 +119,13 @@ def test_the_demonstrator_is_half_taught():
 
 
 def test_a_demonstrator_that_always_stops_never_searches_twice_for_two_hops():
-    shown = demonstrations(200, demonstrator=Demonstrator(p_stop=1.0, kinds=(("two_hop", 1.0),)))
+    shown = demonstrations(200, demonstrator=Demonstrator(p_stop=1.0, kinds={"two_hop": 1.0}))
     assert {len(d["steps"]) for d in shown} == {2}
 
 
 def test_a_kind_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match=r"kinds of questions are \['four_hop'\], allowed are one_hop"):
-        Demonstrator(kinds=(("four_hop", 1.0),))
+        Demonstrator(kinds={"four_hop": 1.0})
 
 
 def test_a_thought_before_a_search_gives_no_reason_and_one_before_an_answer_quotes_the_passage():
