@@ -195,6 +195,8 @@ class WarmStartConfig:
     """Of both optimisers: Muon for the matrices inside the layers, AdamW for the rest."""
     learn_everything: bool = False
     """Put the prompt and the passages into the loss, too."""
+    group_by_length: bool = False
+    """Demonstrations of like length in a batch: faster, but the average over tokens then favours short ones."""
     seed: int = 0
     """Of the order of the demonstrations."""
 

@@ -153,7 +153,7 @@ def _arguments(scratch: str, policy: Policy, config: WarmStartConfig) -> SFTConf
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=max(1, config.steps // 20),
         max_length=None,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         bf16=False,
         use_cpu=policy.model.device.type == "cpu",
         gradient_checkpointing=False,

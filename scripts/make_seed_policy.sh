@@ -9,11 +9,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:?give a folder for the policy}"
 
-sleuth warm-start --out "$out-1" --invented 6400 --invented_seed 1 \
-    --training.steps 400 --training.learning_rate 3e-3 --training.learn_everything true
-sleuth warm-start --policy "$out-1" --out "$out-2" --invented 48000 --invented_seed 2 \
-    --training.steps 3000 --training.learning_rate 3e-3
-sleuth warm-start --policy "$out-2" --out "$out" --invented 12800 --invented_seed 3 \
-    --demonstrator.p_stop 0.5 --demonstrator.follow_ups 3 \
-    --demonstrator.kinds '{one_hop: 0.25, two_hop: 0.6, three_hop: 0.075, comparison: 0.075}' \
-    --training.steps 800 --training.learning_rate 2e-3
+two_hops='{one_hop: 0.25, two_hop: 0.6, three_hop: 0.075, comparison: 0.075}'
+
+sleuth warm-start --out "$out-1" --invented 6400 --invented_seed 1 --training.steps 400 \
+    --training.learning_rate 3e-3 --training.learn_everything true --training.group_by_length true
+sleuth warm-start --policy "$out-1" --out "$out-2" --invented 48000 --invented_seed 2 --training.steps 3000 \
+    --training.learning_rate 3e-3 --training.group_by_length true
+sleuth warm-start --policy "$out-2" --out "$out-3" --invented 12800 --invented_seed 3 --training.steps 800 \
+    --demonstrator.p_stop 0.5 --demonstrator.follow_ups 3 --demonstrator.kinds "$two_hops" \
+    --training.learning_rate 2e-3 --training.group_by_length true
+# Batches of all lengths at last: in batches of one length those who stop early count for more.
+sleuth warm-start --policy "$out-3" --out "$out" --invented 6400 --invented_seed 4 --training.steps 400 \
+    --demonstrator.p_stop 0.55 --demonstrator.follow_ups 3 --demonstrator.kinds "$two_hops" \
+    --training.learning_rate 1e-3
