@@ -196,7 +196,7 @@ class WarmStartConfig:
     learn_everything: bool = False
     """Put the prompt and the passages into the loss, too."""
     group_by_length: bool = False
-    """Demonstrations of like length in a batch: faster, but the average over tokens then favours short ones."""
+    """Demonstrations of like length in a batch: faster, but those that are short then count for more."""
     seed: int = 0
     """Of the order of the demonstrations."""
 

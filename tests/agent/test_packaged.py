@@ -10,8 +10,8 @@ import torch
 from agent import packaged
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
-from agent.packaged import smollm2_policy
-from agent.policy import load_policy
+from agent.packaged import atlas_policy, smollm2_policy
+from agent.policy import default_protocol, load_policy
 from data.errors import ConfigError, StorageError
 
 
@@ -91,3 +91,12 @@ def test_smollm2_converts_reloads_speaks_and_the_engine_agrees_with_a_plain_forw
         end = start + len(turn.token_ids)
         expected = logprobs[start - 1 : end - 1].gather(1, torch.tensor(turn.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_the_seed_policy_is_small_and_speaks_the_compact_protocol():
+    folder = atlas_policy()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
+    assert default_protocol("atlas") == "compact"
+    policy = load_policy("atlas")
+    assert 1e6 < sum(p.numel() for p in policy.model.parameters()) < 1e7
+    assert len(policy.tokenizer.encode("<search>", add_special_tokens=False)) == 1
