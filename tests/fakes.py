@@ -86,9 +86,7 @@ class DictRetriever(Retriever):
     generation = "dict"
 
     def __init__(self, texts: dict[str, str]) -> None:
-        self.passages = [
-            Passage(str(i), text, title) for i, (title, text) in enumerate(texts.items())
-        ]
+        self.passages = [Passage(str(i), text, title) for i, (title, text) in enumerate(texts.items())]
         self.queries: list[Query] = []
 
     def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
@@ -97,9 +95,7 @@ class DictRetriever(Retriever):
         return [
             [
                 Hit(p, 1.0 / (rank + 1), self.generation)
-                for rank, p in enumerate(
-                    [p for p in self.passages if q.lower() in p.contents.lower()][:k]
-                )
+                for rank, p in enumerate([p for p in self.passages if q.lower() in p.contents.lower()][:k])
             ]
             for q in queries
         ]
