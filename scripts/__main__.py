@@ -104,6 +104,7 @@ def unknown_command(name: str) -> str:
 
 def configure_process() -> None:
     """Log to stderr in short lines, let idle threads sleep, and end on SIGTERM as on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     logging.basicConfig(
         level=logging.INFO,
