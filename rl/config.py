@@ -123,8 +123,12 @@ class TrainConfig:
     """The run folder. A run found there with the same configuration is resumed."""
     resume: bool = False
     """Resume the run in `out` even though the configuration has changed, such as more steps."""
+    split: str | None = None
+    """Of the training questions, where their source has several."""
     dev_questions: str | None = None
     """Questions for `eval_every` and the choice of the best checkpoint."""
+    dev_split: str | None = None
+    """Of the dev questions."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

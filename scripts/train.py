@@ -38,8 +38,12 @@ def train(
     """
     from data.questions import load_questions
 
-    questions = load_questions(config.questions)
-    dev = load_questions(config.dev_questions, limit=config.eval_limit) if config.dev_questions else []
+    questions = load_questions(config.questions, config.split)
+    dev = (
+        load_questions(config.dev_questions, config.dev_split, config.eval_limit)
+        if config.dev_questions
+        else []
+    )
     _check(config)
     from data.run_dir import RunDir
     from rl.seed_policy import WIRED_IN
