@@ -91,6 +91,11 @@ def test_what_is_wrong_is_said_in_one_line_and_can_be_mended(
     assert command(toy, tmp_path / "run") == 0  # the folder belongs to nobody yet
 
 
+def test_a_run_from_the_seed_policy_notes_what_is_wired_in(toy, tmp_path):
+    assert command(toy, tmp_path / "run", "--policy", "atlas", "--steps", 1) == 0
+    assert "Copying is wired" in read_run(tmp_path / "run")["notes"][0]
+
+
 def test_wandb_offline_holds_the_metrics_of_a_run_and_of_its_resumption(toy, tmp_path):
     config = toy_config(toy, tmp_path / "run", wandb=WandbConfig("sleuth-test", "offline"))
     train(config)
