@@ -27,21 +27,10 @@ from rl.update import Updater
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.retriever_server.running import running_server, start_server
-from tests.toy import bigram_policy, build_toy, toy_config
+from tests.toy import bigram_policy, toy_config
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return build_toy(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True)
-def determinism_ends_with_the_test():
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

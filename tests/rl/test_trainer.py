@@ -18,18 +18,7 @@ from rl.config import AlgorithmConfig, RolloutConfig
 from rl.update import Updater
 from scripts.train import train
 from scripts.wiring import open_client
-from tests.toy import build_toy, toy_config
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return build_toy(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True)
-def determinism_ends_with_the_test():
-    yield
-    torch.use_deterministic_algorithms(False)
+from tests.toy import toy_config
 
 
 class Killed(BaseException):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from data.run_dir import read_metrics, read_run
@@ -11,19 +10,7 @@ from rl.config import WandbConfig
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.data.test_run_dir import read_wandb_history
-from tests.toy import build_toy, toy_config
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return build_toy(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True)
-def determinism_ends_with_the_test():
-    yield
-    torch.use_deterministic_algorithms(False)
-
+from tests.toy import toy_config
 
 RECIPE = """
 policy: {toy}/policy
