@@ -79,6 +79,7 @@ def get_text(page: dict, *path: str) -> str:
 
 
 def capital(page: dict) -> list[str]:
+    """The capital, where there is one and it has one name."""
     text = re.split(r"; note", get_text(page, "Government", "Capital", "name"))[0]
     if re.search(r"capital|government|official|;|city\)", text):
         return []
@@ -86,6 +87,7 @@ def capital(page: dict) -> list[str]:
 
 
 def currency(page: dict) -> list[str]:
+    """The currency in plural, then in singular."""
     match = re.match(
         r"(.+?) \(([A-Z]{3})\) per US", fold(get_text(page, "Economy", "Exchange rates", "Currency"))
     )
@@ -98,56 +100,67 @@ def currency(page: dict) -> list[str]:
 
 
 def currency_code(page: dict) -> list[str]:
+    """The three letters of the currency."""
     match = re.search(r"\(([A-Z]{3})\) per US", get_text(page, "Economy", "Exchange rates", "Currency"))
     return [match[1]] if match and match[1] not in STALE_CODES else []
 
 
 def internet_code(page: dict) -> list[str]:
+    """The top-level domain, with and without its dot."""
     text = get_text(page, "Communications", "Internet country code")
     return [text, text[1:]] if re.fullmatch(r"\.[a-z]{2}", text) else []
 
 
 def aircraft_prefix(page: dict) -> list[str]:
+    """What civil aircraft carry before their registration."""
     text = get_text(page, "Transportation", "Civil aircraft registration country code prefix")
     return [text] if re.fullmatch(r"[A-Z0-9]{1,3}(-[A-Z])?", text) else []
 
 
 def lowest_point(page: dict) -> list[str]:
+    """The name of the lowest point."""
     match = re.match(r"([^;\d]+?) -?[\d.,]+ ?m?\b", get_text(page, "Geography", "Elevation", "lowest point"))
     return forms(match[1]) if match and "unnamed" not in match[1] else []
 
 
 def highest_point(page: dict) -> list[str]:
+    """The name of the highest point."""
     return summit(page)[0]
 
 
 def area(page: dict) -> list[str]:
+    """The area in square kilometres, with and without its unit."""
     match = re.match(r"([\d,]+) sq km", get_text(page, "Geography", "Area", "total "))
     return [match[1], f"{match[1]} sq km", f"{match[1]} square kilometres"] if match else []
 
 
 def coastline(page: dict) -> list[str]:
+    """The coast in kilometres, with and without its unit; none for landlocked countries."""
     match = re.match(r"([\d,]+) km", get_text(page, "Geography", "Coastline"))
     return [match[1], f"{match[1]} km"] if match and match[1] != "0" else []
 
 
 def independence(page: dict) -> list[str]:
+    """The year of independence, where one date is given."""
     text = get_text(page, "Government", "Independence")
     years = re.findall(r"\b\d{4}\b", text)
     return years if len(years) == 1 and re.match(r"\d{1,2} [A-Z][a-z]+ \d{4}( \(|$)", text) else []
 
 
 def demonym(page: dict) -> list[str]:
+    """The adjective of nationality."""
     text = fold(get_text(page, "People and Society", "Nationality", "adjective"))
     return [text] if is_name(text) and " or " not in text else []
 
 
 def symbol(page: dict) -> list[str]:
+    """The national symbol, if it is a few common words."""
     text = fold(get_text(page, "Government", "National symbol(s)"))
     return [text] if PLAIN.fullmatch(text) and len(text.split()) <= 3 and text.islower() else []
 
 
 def region(page: dict) -> list[str]:
+    """The part of the world that maps put it in."""
     text = get_text(page, "Geography", "Map references")
     return [text] if text in REGIONS else []
 
