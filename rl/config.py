@@ -8,12 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.errors import ConfigError
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+from rl.algorithm import AlgorithmConfig, require
 
 
 @dataclass(frozen=True)
@@ -26,6 +21,12 @@ class RolloutConfig:
     """Trajectories of one question; their mean reward is the baseline."""
     temperature: float = 1.0
     """Of sampling; the trainer's log-probs are taken at the same temperature."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this mass; below 1 only with `renormalise_logprobs`."""
+    top_k: int = 0
+    """Sample from so many of the likeliest tokens, 0: all; else only with `renormalise_logprobs`."""
+    renormalise_logprobs: bool = False
+    """Take the trainer's log-probs under the truncated distribution that top_p and top_k leave."""
     max_rows: int = 128
     """Trajectories that the engine decodes at once."""
     max_failed_share: float = 0.1
@@ -34,51 +35,21 @@ class RolloutConfig:
     """How long a search is retried before it counts as failed."""
 
     def __post_init__(self) -> None:
-        _require(self.questions_per_step >= 1, "rollout.questions_per_step", self.questions_per_step, ">= 1")
-        _require(self.group_size >= 2, "rollout.group_size", self.group_size, ">= 2")
-        _require(self.temperature > 0, "rollout.temperature", self.temperature, "> 0")
-        _require(self.max_rows >= 1, "rollout.max_rows", self.max_rows, ">= 1")
-        _require(
+        require(self.questions_per_step >= 1, "rollout.questions_per_step", self.questions_per_step, ">= 1")
+        require(self.group_size >= 1, "rollout.group_size", self.group_size, ">= 1")
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, ">= 0")
+        for name, full in (("top_p", 1), ("top_k", 0)):
+            # The tokens sampled would not be those that the log-probs of the loss speak of.
+            kept = self.renormalise_logprobs or getattr(self, name) == full
+            require(kept, f"rollout.{name}", getattr(self, name), f"{full}, or renormalise_logprobs true")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "> 0")
+        require(self.max_rows >= 1, "rollout.max_rows", self.max_rows, ">= 1")
+        require(
             0 <= self.max_failed_share <= 1, "rollout.max_failed_share", self.max_failed_share, "in [0, 1]"
         )
         deadline = self.retriever_deadline_seconds
-        _require(deadline > 0, "rollout.retriever_deadline_seconds", deadline, "> 0")
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """GRPO (Shao et al. 2024, arXiv 2402.03300) with the token average of DAPO (arXiv 2503.14476)."""
-
-    learning_rate: float = 1e-6
-    """Of AdamW, after `warmup_steps`."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm."""
-    updates_per_rollout: int = 1
-    """Optimiser updates a batch of trajectories; 1 is on-policy."""
-    scale_by_spread: bool = True
-    """Divide advantages by the group's standard deviation (False: Dr. GRPO, arXiv 2503.20783)."""
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    kl_coefficient: float = 0.0
-    """Weight of the k3 estimate of the KL divergence from the starting policy; 0 loads no reference."""
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "algorithm.learning_rate", self.learning_rate, "> 0")
-        _require(self.warmup_steps >= 0, "algorithm.warmup_steps", self.warmup_steps, ">= 0")
-        _require(self.weight_decay >= 0, "algorithm.weight_decay", self.weight_decay, ">= 0")
-        _require(self.max_grad_norm > 0, "algorithm.max_grad_norm", self.max_grad_norm, "> 0")
-        _require(
-            self.updates_per_rollout >= 1, "algorithm.updates_per_rollout", self.updates_per_rollout, ">= 1"
-        )
-        _require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
-        _require(self.clip_high > 0, "algorithm.clip_high", self.clip_high, "> 0")
-        _require(self.kl_coefficient >= 0, "algorithm.kl_coefficient", self.kl_coefficient, ">= 0")
+        require(deadline > 0, "rollout.retriever_deadline_seconds", deadline, "> 0")
 
 
 @dataclass(frozen=True)
@@ -100,6 +71,79 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), merged into the policy that is exported."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains all weights."""
+    alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapters' input while training."""
+    target_modules: str = "all-linear"
+    """Layers that get an adapter: all-linear, or names separated by commas, such as q_proj,v_proj."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, ">= 0")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SentinelConfig:
+    """What counts as a collapse, and what is then done. Compared with the run's own first steps."""
+
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """After `patience` alarms in a row: only warn, stop with the state saved, or go back to the best
+    checkpoint."""
+    patience: int = 3
+    """Steps in a row with an alarm before `action`."""
+    baseline_steps: int = 10
+    """First steps whose medians the later ones are compared with."""
+    min_entropy_share: float = 0.1
+    """Alarm where the entropy falls below this share of its baseline."""
+    max_entropy_share: float = 5.0
+    """Alarm where the entropy rises above this multiple of its baseline."""
+    min_valid_share: float = 0.5
+    """Alarm where the share of valid trajectories falls below this share of its baseline."""
+    max_correct_logprob_fall: float = 1.0
+    """Alarm where the mean log-prob of correct trajectories' tokens falls by more, in nats (likelihood
+    displacement, arXiv 2512.04220)."""
+    max_grad_norm_ratio: float = 20.0
+    """Alarm where the gradient norm rises above this multiple of its baseline."""
+    max_sampler_difference: float = 0.1
+    """Alarm where sampler and trainer differ by more on average, in nats a token."""
+    max_roll_backs: int = 3
+    """Roll-backs before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("patience", "baseline_steps", "max_roll_backs"):
+            require(getattr(self, name) >= 1, f"sentinel.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The language model behind the reward `judge`: any server that speaks OpenAI's chat completions."""
+
+    url: str | None = None
+    """Base URL, such as http://127.0.0.1:8001/v1."""
+    model: str = "judge"
+    """Name that the server knows it by."""
+    api_key_file: str | None = None
+    """File whose first line is the key; none: no key is sent."""
+    timeout_seconds: float = 30.0
+    """Of one request; it is tried three times."""
+    max_concurrent: int = 8
+    """Requests at once."""
+    max_calls: int = 100_000
+    """Requests in all; the run stops when they are spent."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "max_concurrent", "max_calls"):
+            require(getattr(self, name) > 0, f"judge.{name}", getattr(self, name), "> 0")
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     """Tracking with Weights & Biases, off unless a project is named."""
 
@@ -111,7 +155,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a policy to search by GRPO on the rewards of its own answers."""
+    """Train a policy to search on the rewards of its own answers."""
 
     policy: str
     """The starting policy: a folder, a hub name, or one that comes with Sleuth: atlas, smollm2."""
@@ -133,7 +177,10 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"em": 1.0})
-    """Weights of the rewards that are summed: em, format."""
+    """Weights of the rewards that are summed: em, f1, ... (docs/rl.md), or module:function of your own."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sentinel: SentinelConfig = field(default_factory=SentinelConfig)
     steps: int = 100
     """Steps in all: a rollout of questions_per_step x group_size trajectories and its updates."""
     eval_every: int = 0
@@ -145,7 +192,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints kept beside the best."""
     micro_batch_tokens: int = 16384
-    """Padded tokens of one forward and backward pass."""
+    """Tokens of one forward and backward pass."""
+    packing: bool = True
+    """Trajectories one after another in a row, none padded; false pads them to the longest."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """With several processes: every one holds the whole model, or a share of it (FSDP2)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     device: str = "auto"
@@ -161,23 +212,36 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", self.steps, ">= 1")
-        _require(self.eval_every >= 0, "eval_every", self.eval_every, ">= 0")
-        _require(self.eval_limit is None or self.eval_limit >= 1, "eval_limit", self.eval_limit, ">= 1")
-        _require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
-        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
-        _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, ">= 1")
-        _require(
+        require(self.steps >= 1, "steps", self.steps, ">= 1")
+        require(self.eval_every >= 0, "eval_every", self.eval_every, ">= 0")
+        require(self.eval_limit is None or self.eval_limit >= 1, "eval_limit", self.eval_limit, ">= 1")
+        require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
+        require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, ">= 1")
+        require(
             self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),
             "device",
             self.device,
             "auto, cpu or cuda",
         )
-        _require(
+        require(
             self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16"
         )
-        _require(bool(self.rewards), "rewards", self.rewards, "at least one reward with its weight")
-        _require(
+        require(bool(self.rewards), "rewards", self.rewards, "at least one reward with its weight")
+        group_size = self.rollout.group_size
+        require(
+            group_size >= 2 or not self.algorithm.needs_groups,
+            "rollout.group_size",
+            group_size,
+            f">= 2 for advantage {self.algorithm.advantage}",
+        )
+        require(
+            self.sentinel.action != "roll_back" or self.eval_every > 0,
+            "sentinel.action",
+            "roll_back",
+            "another without eval_every: there would be no best checkpoint",
+        )
+        require(
             not self.eval_every or self.dev_questions is not None,
             "eval_every",
             self.eval_every,
@@ -206,4 +270,4 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate"):
-            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")

@@ -1,0 +1,176 @@
+"""Which algorithm trains: fields that combine freely, and the presets that name the known combinations.
+
+advantage x surrogate x averaging x KL; the functions themselves are in advantages.py and losses.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+from data.errors import ConfigError
+
+Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "turn"]
+Surrogate = Literal["ppo", "gspo", "cispo", "reinforce"]
+Averaging = Literal["token", "trajectory", "constant"]
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Refuse a value of a configuration, naming what is allowed."""
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """How rewards become an update. The defaults are GRPO with the token average of DAPO, on-policy."""
+
+    learning_rate: float = 1e-6
+    """Of the policy's AdamW, after `warmup_steps`."""
+    warmup_steps: int = 0
+    """Optimiser updates of linear warm-up."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    critic_learning_rate: float = 1e-5
+    """Of the critic's AdamW (advantage gae only)."""
+    critic_warmup_steps: int = 0
+    """First steps that train the critic alone (advantage gae only)."""
+    advantage: Advantage = "grpo"
+    """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline or turn."""
+    gamma: float = 1.0
+    """Discount a policy token (gae, reinforce_pp), or a turn (turn); observations are not counted."""
+    gae_lambda: float = 1.0
+    """Of generalised advantage estimation: 1 is the plain return, 0 one step ahead."""
+    whiten: bool = False
+    """Shift and scale advantages to mean 0 and spread 1 over all policy tokens of the batch."""
+    surrogate: Surrogate = "ppo"
+    """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, or reinforce (ratio as weight)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Where the advantage is negative, bound the loss at this ratio, such as 3 (surrogate ppo); 0: off."""
+    averaging: Averaging = "token"
+    """Over all policy tokens of the batch (token), per trajectory, or by a fixed token count (constant)."""
+    averaging_tokens: int = 0
+    """The fixed count a trajectory of averaging constant; 0: the most it may write."""
+    updates_per_rollout: int = 1
+    """Optimiser updates a batch of trajectories, each on its share of them; 1 is on-policy."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL divergence from the starting policy; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators: k1 unbiased, k2 half the square, k3 never negative."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Add it to the loss, or take it off the reward of each token."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    value_clip: float = 0.2
+    """The critic's new values stay this near to its old ones (gae); 0: no clipping."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Correct for a sampler that differs from the trainer: weights truncated a token (TIS), or
+    trajectories left out (MIS)."""
+    importance_cap: float = 2.0
+    """Where token weights are truncated, and beyond which, or its inverse, a trajectory is left out."""
+    dynamic_sampling_rounds: int = 0
+    """Further rollouts that replace groups whose rewards are all equal (DAPO); 0: such groups stay."""
+    overlong_buffer: float = 0.0
+    """Share of the policy's tokens, the last, over which the reward falls to -1 (DAPO); 0: off."""
+
+    def __post_init__(self) -> None:
+        positive = ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high", "importance_cap")
+        for name in positive:
+            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "> 0")
+        for name in (
+            "warmup_steps",
+            "critic_warmup_steps",
+            "weight_decay",
+            "averaging_tokens",
+            "kl_coefficient",
+            "entropy_coefficient",
+            "value_clip",
+            "dynamic_sampling_rounds",
+        ):
+            require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), ">= 0")
+        for name in ("gamma", "gae_lambda", "overlong_buffer"):
+            require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", getattr(self, name), "in [0, 1]")
+        require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
+        dual = self.dual_clip
+        require(dual == 0 or dual > 1 + self.clip_high, "algorithm.dual_clip", dual, "0 or > 1 + clip_high")
+        updates = self.updates_per_rollout
+        require(updates >= 1, "algorithm.updates_per_rollout", updates, ">= 1")
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether values are learned beside the policy."""
+        return self.advantage == "gae"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a trajectory is compared with others of its question."""
+        return self.advantage not in ("gae", "reinforce_pp") or self.dynamic_sampling_rounds > 0
+
+
+RECIPE_FIELDS = (
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "critic_learning_rate",
+    "critic_warmup_steps",
+)
+"""What no preset sets: it depends on the model and the data, not on the algorithm."""
+
+_SEARCH_R1 = {"kl_coefficient": 0.001, "entropy_coefficient": 0.001, "updates_per_rollout": 2}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Jin et al. 2025, arXiv 2503.09516. Its batch of 512 in mini-batches of 256 is two updates, which
+    # its code makes ten for GRPO (the mini-batch is not scaled by the group), and its GAE, whitening
+    # and critic also see observation tokens: ours do not.
+    "search_r1_ppo": {
+        **_SEARCH_R1,
+        "advantage": "gae",
+        "whiten": True,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+        "value_clip": 0.5,
+    },
+    "search_r1_grpo": {**_SEARCH_R1},
+    # Schulman et al. 2017, arXiv 1707.06347; advantages by arXiv 1506.02438.
+    "ppo": {"advantage": "gae", "gae_lambda": 0.95, "whiten": True},
+    # Shao et al. 2024, arXiv 2402.03300, eq. 3, with the lighter KL weight of search RL (theirs: .04).
+    "grpo": {"averaging": "trajectory", "kl_coefficient": 0.001},
+    # Liu et al. 2025, arXiv 2503.20783.
+    "dr_grpo": {"advantage": "dr_grpo", "averaging": "constant"},
+    # Yu et al. 2025, arXiv 2503.14476.
+    "dapo": {"clip_high": 0.28, "dynamic_sampling_rounds": 10, "overlong_buffer": 0.2},
+    # Zheng et al. 2025, arXiv 2507.18071: four mini-batches, bounds of section 5.1.
+    "gspo": {
+        "surrogate": "gspo",
+        "averaging": "trajectory",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "updates_per_rollout": 4,
+    },
+    # MiniMax 2025, arXiv 2506.13585, eq. 4; the bound of ScaleRL (arXiv 2510.13786), a ratio of 5.
+    "cispo": {"surrogate": "cispo", "clip_high": 4.0, "updates_per_rollout": 4},
+    # Ahmadian et al. 2024, arXiv 2402.14740.
+    "rloo": {"advantage": "rloo", "surrogate": "reinforce", "averaging": "constant", "kl_in": "reward"},
+    # Hu et al. 2025, arXiv 2501.03262.
+    "reinforce_pp": {
+        "advantage": "reinforce_pp",
+        "whiten": True,
+        "kl_coefficient": 0.001,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
+}
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """Every field of AlgorithmConfig but the recipe's, as the preset sets it; ConfigError for another name."""
+    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    defaults = {f.name: f.default for f in fields(AlgorithmConfig) if f.default is not MISSING}
+    return {key: value for key, value in {**defaults, **PRESETS[name]}.items() if key not in RECIPE_FIELDS}
