@@ -1,26 +1,192 @@
-"""Advantages: what a trajectory's reward says about its tokens. Pure functions, one table."""
+"""Advantages: what the rewards say about each token. Pure functions of ragged tensors, one table.
+
+Everything per token is flat (N,): the policy tokens of all trajectories, one trajectory after another.
+Observation tokens are in none of it, so no value, discount or mean can pass through them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
-    """Reward against its group's mean, over its spread if `scale` (Shao et al. 2024, eq. 4; Dr. GRPO: False).
+@dataclass(frozen=True)
+class Episodes:
+    """The rewards of a batch of trajectories; those of one question are neighbours."""
 
-    rewards (B,), groups contiguous, B a multiple of group_size -> (B,). A group of equal rewards gives 0.
-    The spread is the population standard deviation. Raises ValueError if B is not a multiple.
-    [1, 0, 0, 1] in one group -> [1, -1, -1, 1]
+    rewards: Tensor  # (N,) of each policy token
+    counts: Tensor  # (B,) policy tokens of each trajectory; 0 is allowed
+    turns: Tensor  # (N,) from 0: the turn of its trajectory that a token belongs to
+    group_size: int
+    """Trajectories a question; B is a multiple of it."""
+    values: Tensor | None = None  # (N,) of the critic; gae alone needs them
+
+    @property
+    def row(self) -> Tensor:
+        """Which trajectory each token belongs to (N,)."""
+        return torch.arange(self.counts.numel(), device=self.counts.device).repeat_interleave(self.counts)
+
+    @property
+    def returns(self) -> Tensor:
+        """Sum of each trajectory's rewards (B,)."""
+        return self.rewards.new_zeros(self.counts.numel()).index_add(0, self.row, self.rewards)
+
+
+def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Rewards by token (N,): each turn's on the last policy token of the turn.
+
+    Both have one entry a turn of each trajectory: its reward, and how many policy tokens it has. The
+    reward of a turn without any goes to the token before it; where there is none, to the next turn's.
+    [[.2, 1]], [[2, 3]] -> [0, .2, 0, 0, 1]
     """
-    if rewards.numel() % group_size:
-        raise ValueError(f"{rewards.numel()} rewards do not divide into groups of {group_size}")
-    groups = rewards.view(-1, group_size)  # (questions, G)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    if scale:
-        centred = centred / (groups.std(dim=1, correction=0, keepdim=True) + 1e-6)
-    # Equal rewards that no float holds exactly have a mean a little off: their difference is noise.
-    equal = groups.max(dim=1, keepdim=True).values == groups.min(dim=1, keepdim=True).values
-    return centred.masked_fill(equal, 0).flatten()
+    flat: list[float] = []
+    for rewards, lengths in zip(turn_rewards, turn_tokens, strict=True):
+        tokens: list[float] = []
+        waiting = 0.0
+        for reward, length in zip(rewards, lengths, strict=True):
+            tokens += [0.0] * length
+            waiting += reward
+            if tokens:
+                tokens[-1] += waiting
+                waiting = 0.0
+        flat += tokens
+    return torch.tensor(flat)
 
 
-ADVANTAGES = {"grpo": group_advantages}
+def gae(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation over policy tokens (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    The step after a policy token is the next *policy* token, however long the observation between them;
+    after the last there is nothing (value 0, also where a trajectory was cut short). Advantage + value
+    is the critic's target. Raises ValueError without values.
+    """
+    values = episodes.values
+    if values is None:
+        raise ValueError("advantage gae needs the critic's values")
+    following = values.roll(-1)
+    following[(episodes.counts.cumsum(0) - 1)[episodes.counts > 0]] = 0
+    deltas = episodes.rewards + gamma * following - values
+    return _returns_to_go(deltas, episodes.counts, gamma * gae_lambda)
+
+
+def reinforce_pp(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """Return from each token on (REINFORCE++, Hu et al. 2025, arXiv 2501.03262). Whiten it after."""
+    return _returns_to_go(episodes.rewards, episodes.counts, gamma)
+
+
+def grpo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """A trajectory's return against its group's mean, over the group's spread (Shao et al. 2024, arXiv
+    2402.03300, section 4.1.2); the same for all its tokens.
+
+    The spread is the sample standard deviation + 1e-4, as in TRL; a group of equal returns gives
+    exactly 0. Trajectories without policy tokens are not in the mean.
+    [1, 0, 0, 1] -> [.866, -.866, -.866, .866]
+    """
+    return _by_trajectory(episodes, _scale)
+
+
+def centred(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """A trajectory's return less its group's mean: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2)
+    and, whitened after, REINFORCE++-baseline (arXiv 2501.03262).
+
+    [1, 0, 0, 1] -> [.5, -.5, -.5, .5]
+    """
+    return _by_trajectory(episodes, lambda differences, count: differences)
+
+
+def rloo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """A trajectory's return less the mean of the others' (leave one out; Ahmadian et al. 2024, arXiv
+    2402.14740): G / (G - 1) times the difference from the whole group's mean.
+
+    [1, 0, 0, 1] -> [.667, -.667, -.667, .667]
+    """
+    return _by_trajectory(episodes, lambda differences, count: differences * count / (count - 1).clamp(min=1))
+
+
+def turn(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+    """The return from a turn on against the group's at the same turn, over its spread; for all its tokens.
+
+    Turn-level credit as in MT-GRPO (Zeng et al. 2025, arXiv 2505.11821), in a variant for any number of
+    turns: instead of adding a normalised turn reward to a normalised outcome, it sums the rewards of the
+    turn and the later ones, discounted by gamma a turn, and normalises the sum as grpo does, over those
+    of the group that got as far. With a reward at the end only and gamma 1 it is grpo a turn.
+    """
+    row, turns = episodes.row, episodes.turns
+    width = int(turns.max()) + 1 if turns.numel() else 1
+    shape = (episodes.counts.numel(), width)
+    rewards = episodes.rewards.new_zeros(shape).index_put((row, turns), episodes.rewards, accumulate=True)
+    present = torch.zeros(shape, dtype=torch.bool, device=row.device)
+    present[row, turns] = True
+    from_end = accumulate(rewards.flip(1).unbind(1), lambda later, now: now + gamma * later)
+    returns = torch.stack(list(from_end), 1).flip(1)  # (B, turns)
+    return _against_group(returns, present, episodes.group_size, _scale)[row, turns]
+
+
+ADVANTAGES: dict[str, Callable[[Episodes, float, float], Tensor]] = {
+    "gae": gae,
+    "grpo": grpo,
+    "dr_grpo": centred,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": centred,
+    "turn": turn,
+}
+"""(episodes, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
+
+
+def whiten(advantages: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Advantages (N,) with mean 0 and standard deviation 1 over the tokens of all processes.
+
+    total: adds up a small tensor over the processes; every process calls it once, whatever its N.
+    """
+    exact = advantages.double()
+    ones = torch.ones_like(exact)
+    count, first, second = total(torch.stack([ones.sum(), exact.sum(), exact.square().sum()]))
+    mean = first / count.clamp(min=1)
+    variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
+    return ((exact - mean) * (variance + 1e-8).rsqrt()).to(advantages.dtype)
+
+
+def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:
+    """Each token's reward and, discounted a token, those after it in its trajectory.   (N,) -> (N,)"""
+    flat: list[float] = []
+    for trajectory in rewards.split(counts.tolist()):
+        from_end = accumulate(reversed(trajectory.tolist()), lambda later, now: now + discount * later)
+        flat += reversed(list(from_end))
+    return rewards.new_tensor(flat)
+
+
+def _by_trajectory(episodes: Episodes, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    present = (episodes.counts > 0).unsqueeze(1)
+    returns = episodes.returns.unsqueeze(1)
+    return _against_group(returns, present, episodes.group_size, scale).squeeze(1)[episodes.row]
+
+
+def _against_group(
+    returns: Tensor, present: Tensor, group_size: int, scale: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Differences from the mean over those of the group that are present, then `scale`d.
+
+    (B, K), (B, K) bool -> (B, K), each column by itself. Raises ValueError if B is not a multiple.
+    """
+    if returns.shape[0] % group_size:
+        raise ValueError(f"{returns.shape[0]} trajectories do not divide into groups of {group_size}")
+    groups = returns.view(-1, group_size, returns.shape[1])  # (questions, G, K)
+    absent = ~present.view_as(groups)
+    count = (~absent).sum(1, keepdim=True)
+    mean = groups.masked_fill(absent, 0).sum(1, keepdim=True) / count.clamp(min=1)
+    # Equal returns that no float holds exactly have a mean a little off: their difference is noise.
+    highest = groups.masked_fill(absent, -torch.inf).amax(1, keepdim=True)
+    lowest = groups.masked_fill(absent, torch.inf).amin(1, keepdim=True)
+    differences = (groups - mean).masked_fill(absent | (highest == lowest), 0)
+    return scale(differences, count).view_as(returns)
+
+
+def _scale(differences: Tensor, count: Tensor) -> Tensor:
+    """Over their sample standard deviation.   (questions, G, K), (questions, 1, K)"""
+    variance = differences.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return differences / (variance.sqrt() + 1e-4)
