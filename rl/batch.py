@@ -1,4 +1,8 @@
-"""Trajectories -> tensors: right-padded micro-batches of about equal token count."""
+"""Trajectories -> micro-batches of a token budget, packed one after another or padded on the right.
+
+Whatever the layout, what is trained is read row by row as one flat sequence: the N trained tokens of
+the first trajectory, then those of the second, and so on.
+"""
 
 from __future__ import annotations
 
@@ -13,54 +17,105 @@ from agent.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A few trajectories, padded on the right; position t of the mask speaks of token t."""
+    """B trajectories for one forward and backward pass; position t of a mask speaks of token t.
+
+    Packed (R=1, no attention mask) or padded (R=B). N is the number of trained tokens.
+    """
 
     rows: list[int]
     """Where each trajectory stands in the batch it was made from."""
-    token_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T), 1 where there is a token
-    loss_mask: Tensor  # (B, T) bool, True where the token is trained
-    sampler_logprobs: Tensor  # (B, T), 0 where not sampled
+    token_ids: Tensor  # (R, T)
+    position_ids: Tensor  # (R, T), from 0 in every trajectory
+    attention_mask: Tensor | None  # (R, T), 1 where there is a token; None where packed
+    lengths: list[int]
+    """Tokens of each trajectory."""
+    loss_mask: Tensor  # (R, T) bool, True where the token is trained
+    sampler_logprobs: Tensor  # (N,), 0 where not sampled (observations, if trained)
+    counts: Tensor  # (B,) long, trained tokens of each trajectory
 
     @property
-    def counts(self) -> Tensor:
-        """Trained tokens of each trajectory (B,)."""
-        return self.loss_mask.sum(1)
+    def row(self) -> Tensor:
+        """Which of its trajectories, 0..B-1, each trained token belongs to (N,)."""
+        return torch.arange(len(self.rows)).repeat_interleave(self.counts)
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], rows: Sequence[int], max_tokens: int, train_observations: bool = False
+    trajectories: Sequence[Trajectory],
+    rows: Sequence[int],
+    max_tokens: int,
+    packing: bool = True,
+    train_observations: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The given rows in micro-batches of at most `max_tokens` padded tokens, longest first.
+    """The given rows in micro-batches of at most `max_tokens` tokens, padding included, longest first.
 
     A trajectory longer than `max_tokens` has a micro-batch of its own. `train_observations` puts
     observation tokens into the loss mask as well (a control experiment).
     """
     lengths = {row: len(trajectories[row].token_ids) for row in rows}
-    pending = sorted(rows, key=lambda row: -lengths[row])
-    while pending:
-        size = max(1, max_tokens // lengths[pending[0]])
-        yield _pad(trajectories, pending[:size], train_observations)
-        pending = pending[size:]
+    longest_first = sorted(rows, key=lambda row: -lengths[row])
+    cut = _bins if packing else _slices
+    for chosen in cut(longest_first, lengths, max_tokens):
+        yield _micro_batch(trajectories, chosen, packing, train_observations)
 
 
-def _pad(trajectories: Sequence[Trajectory], rows: list[int], train_observations: bool) -> MicroBatch:
+def _bins(rows: list[int], lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """First fit: each row into the first bin that has room for it."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in rows:
+        fits = next((i for i, left in enumerate(room) if lengths[row] <= left), None)
+        if fits is None:
+            bins.append([])
+            room.append(max_tokens)
+            fits = -1
+        bins[fits].append(row)
+        room[fits] -= lengths[row]
+    return bins
+
+
+def _slices(rows: list[int], lengths: dict[int, int], max_tokens: int) -> Iterator[list[int]]:
+    """As many rows at a time as fit when all are padded to the first."""
+    while rows:
+        size = max(1, max_tokens // lengths[rows[0]])
+        yield rows[:size]
+        rows = rows[size:]
+
+
+def _micro_batch(
+    trajectories: Sequence[Trajectory], rows: list[int], packing: bool, train_observations: bool
+) -> MicroBatch:
     chosen = [trajectories[row] for row in rows]
-    width = max(len(t.token_ids) for t in chosen)
+    lengths = [len(t.token_ids) for t in chosen]
+    masks = [_loss_mask(t, train_observations) for t in chosen]
 
-    def stack(columns: list[list], dtype: torch.dtype) -> Tensor:
-        return torch.tensor([column + [0] * (width - len(column)) for column in columns], dtype=dtype)
+    def lay(columns: Sequence[Sequence[int]], dtype: torch.dtype = torch.long) -> Tensor:
+        if packing:
+            return torch.tensor([[value for column in columns for value in column]], dtype=dtype)
+        width = max(lengths)
+        return torch.tensor([[*column, *[0] * (width - len(column))] for column in columns], dtype=dtype)
 
-    def mask(trajectory: Trajectory) -> list[int]:
-        if not train_observations:
-            return trajectory.loss_mask
-        prompt = len(trajectory.segments[0].token_ids)
-        return [0] * prompt + [1] * (len(trajectory.token_ids) - prompt)
-
+    sampled = [
+        value
+        for t, mask in zip(chosen, masks, strict=True)
+        for value, trained in zip(t.logprobs, mask, strict=True)
+        if trained
+    ]
     return MicroBatch(
         rows,
-        token_ids=stack([t.token_ids for t in chosen], torch.long),
-        attention_mask=stack([[1] * len(t.token_ids) for t in chosen], torch.long),
-        loss_mask=stack([mask(t) for t in chosen], torch.bool),
-        sampler_logprobs=stack([t.logprobs for t in chosen], torch.float32),
+        token_ids=lay([t.token_ids for t in chosen]),
+        position_ids=lay([range(length) for length in lengths]),
+        attention_mask=None if packing else lay([[1] * length for length in lengths]),
+        lengths=lengths,
+        loss_mask=lay(masks, torch.bool),
+        sampler_logprobs=torch.tensor(sampled, dtype=torch.float32),
+        counts=torch.tensor([sum(mask) for mask in masks]),
     )
+
+
+def _loss_mask(trajectory: Trajectory, train_observations: bool) -> list[int]:
+    """1 where the token is trained; never at the first, which nothing predicts."""
+    mask = trajectory.loss_mask
+    if train_observations:
+        prompt = len(trajectory.segments[0].token_ids)
+        mask = [0] * prompt + [1] * (len(mask) - prompt)
+    return [0, *mask[1:]]

@@ -24,6 +24,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
+    renormalise: bool = False
+    """Give log-probs within what top_p and top_k leave, not within the whole vocabulary."""
     max_tokens: int = 500
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -51,7 +53,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine sampled; `logprobs` of exactly these tokens under the sampling temperature."""
+    """What the engine sampled; `logprobs` of exactly these tokens under its `Sampling`."""
 
     token_ids: list[int]
     logprobs: list[float]
