@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,12 +33,13 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    def save(self, folder: Path, protocol: str) -> None:
+    def save(self, folder: Path, protocol: str, state: dict[str, Tensor] | None = None) -> None:
         """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is.
 
-        sleuth.json beside them names the protocol that the policy speaks.
+        sleuth.json beside them names the protocol that the policy speaks. state: the weights, where
+        they are not those of the model as it is (adapters merged, shards gathered).
         """
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PROTOCOL_FILE, {"protocol": protocol})
 

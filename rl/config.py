@@ -167,6 +167,8 @@ class TrainConfig:
     """The run folder. A run found there with the same configuration is resumed."""
     resume: bool = False
     """Resume the run in `out` even though the configuration has changed, such as more steps."""
+    dry_run: bool = False
+    """Only print what the run will need: memory by part, seconds a step, disk."""
     split: str | None = None
     """Of the training questions, where their source has several."""
     dev_questions: str | None = None

@@ -1,133 +1,287 @@
-"""Trajectories with advantages in, one or more optimiser updates out.
+"""Rewarded groups in, one or more optimiser updates out, for the policy and, with PPO, its critic.
 
-The loss is averaged over all policy tokens of the *global* mini-batch, however it is cut into
-micro-batches (DAPO, arXiv 2503.14476, eq. 8). Trajectories whose advantage is zero have no gradient
-without a KL term: they are not fed through the model, but their tokens stay in the denominator.
+Everything per token is ragged: the trained tokens of one trajectory after those of another. What the
+prompt and the observations hold is in none of these tensors. A loss is averaged over the *global*
+batch, however it is cut into micro-batches and processes. Trajectories whose advantages are zero have
+no gradient without a KL or entropy term: they are not fed through the model, but they stay in the
+denominator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from agent.trajectory import Trajectory
+from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
+from data.records import Question
+from rl.advantages import ADVANTAGES, Episodes, place_rewards, whiten
 from rl.batch import MicroBatch, micro_batches
 from rl.config import TrainConfig
-from rl.logprobs import token_logprobs
-from rl.losses import clip_fraction, k3, ppo_clip
+from rl.critic import Critic, explained_variance, value_loss
+from rl.importance import mismatch, sampler_weights
+from rl.logprobs import Scorer
+from rl.lora import without_adapters
+from rl.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
 from rl.optimizer import Optimizer
+from rl.rollouts import Group, Totals
+from rl.workers import Workers
+
+Columns = dict[str, list[Tensor]]
+"""Named values of the trained tokens, a tensor (tokens,) a trajectory."""
 
 
 @dataclass(frozen=True)
 class Updater:
     """What an update needs besides the batch."""
 
-    model: PreTrainedModel
+    scorer: Scorer
     optimizer: Optimizer
     config: TrainConfig
-    reference: PreTrainedModel | None = None
-    """The policy to stay near; None without a KL term."""
+    workers: Workers = field(default_factory=Workers)
+    reference: Scorer | None = None
+    """The policy to stay near; the scorer itself where adapters are all that is trained."""
+    critic: Critic | None = None
+    critic_optimizer: Optimizer | None = None
+    token_limit: int = 0
+    """The most tokens that a policy may write in a trajectory."""
 
-    def update(self, trajectories: Sequence[Trajectory], advantages: Tensor) -> dict[str, float]:
-        """`updates_per_rollout` optimiser updates over the batch; returns the metrics of the policy.
+    def update(self, groups: Sequence[Group], count: int, step: int = 0) -> Totals:
+        """`updates_per_rollout` updates over this process's groups, of `count` in all processes."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        columns = self._score(trajectories)
+        totals: Totals = {}
+        self._credit(groups, trajectories, columns, totals)
+        updates = self.config.algorithm.updates_per_rollout
+        for part in range(updates):
+            rows = [
+                row
+                for row, group in enumerate(g for g in groups for _ in g.trajectories)
+                if group.number * updates // max(1, count) == part
+            ]
+            if step >= self.config.algorithm.critic_warmup_steps or self.critic is None:
+                self._update_policy(trajectories, rows, columns, totals)
+            if self.critic is not None:
+                self._update_critic(trajectories, rows, columns, totals)
+        return totals
 
-        advantages (B,). Groups are contiguous and stay together in a mini-batch.
-        """
-        count = self.config.algorithm.updates_per_rollout
-        old = self._old_logprobs(trajectories) if count > 1 else {}
-        totals: dict[str, list[tuple[float, float]]] = {}
-        for part in _split(len(trajectories), self.config.rollout.group_size, count):
-            for name, (value, weight) in self._mini_batch(trajectories, part, advantages, old).items():
-                totals.setdefault(name, []).append((value, weight))
-        return {
-            f"policy/{name}": sum(v * w for v, w in rows) / max(1e-9, sum(w for _, w in rows))
-            for name, rows in totals.items()
-        }
+    def _score(self, trajectories: Sequence[Trajectory]) -> Columns:
+        """What must be known of the batch before the first update changes the policy."""
+        algorithm = self.config.algorithm
+        columns: Columns = {}
+        if algorithm.updates_per_rollout > 1 or (self.reference and algorithm.kl_in == "reward"):
+            columns["old"] = self._measure(trajectories, self._logprobs)
+        if self.reference is not None:
+            reference = self.reference
+            with without_adapters(reference.model) if self.config.lora.rank else nullcontext():
+                columns["reference"] = self._measure(trajectories, lambda batch: reference(batch).logprobs)
+        if self.critic is not None:
+            columns["values"] = self._measure(trajectories, self.critic)
+        return columns
 
-    def _mini_batch(
+    @torch.no_grad()
+    def _measure(
+        self, trajectories: Sequence[Trajectory], module: Callable[[MicroBatch], Tensor]
+    ) -> list[Tensor]:
+        """One tensor (tokens,) a trajectory, of what `module` says about its trained tokens."""
+        found: dict[int, Tensor] = {}
+        for batch in self._micro_batches(trajectories, range(len(trajectories))):
+            parts = module(batch).split(batch.counts.tolist())
+            found.update(zip(batch.rows, parts, strict=bool(batch.rows)))
+        return [found[row] for row in range(len(trajectories))]
+
+    def _credit(
+        self, groups: Sequence[Group], trajectories: Sequence[Trajectory], columns: Columns, totals: Totals
+    ) -> None:
+        """Add the advantages, and with a critic the returns that it should have foreseen."""
+        algorithm, device = self.config.algorithm, self.scorer.model.device
+        turn_tokens = [self._turn_tokens(t) for t in trajectories]
+        rewards = place_rewards([r.turns for g in groups for r in g.rewards], turn_tokens).to(device)
+        counts = torch.tensor([sum(tokens) for tokens in turn_tokens], dtype=torch.long)
+        ends = counts.cumsum(0)[counts > 0] - 1
+        if algorithm.overlong_buffer:
+            rewards[ends] += overlong_penalty(counts, self.token_limit, algorithm.overlong_buffer)[
+                counts > 0
+            ].to(device)
+        if self.reference is not None and algorithm.kl_in == "reward":
+            estimate = KL_ESTIMATORS[algorithm.kl_estimator]
+            kl = estimate(_joined(columns["old"], device), _joined(columns["reference"], device))
+            _add(totals, "policy/kl", float(kl.sum()), kl.numel())
+            rewards = rewards - algorithm.kl_coefficient * kl
+        values = _joined(columns["values"], device) if self.critic is not None else None
+        turns = torch.tensor(
+            [turn for tokens in turn_tokens for turn, n in enumerate(tokens) for _ in range(n)]
+        )
+        episodes = Episodes(rewards, counts, turns.long(), self.config.rollout.group_size, values)
+        advantages = ADVANTAGES[algorithm.advantage](episodes, algorithm.gamma, algorithm.gae_lambda)
+        if values is not None:
+            returns = advantages + values
+            columns["returns"] = list(returns.split(counts.tolist()))
+            _add(
+                totals,
+                "critic/explained_variance",
+                explained_variance(values, returns) * len(returns),
+                len(returns),
+            )
+        if algorithm.whiten:
+            advantages = whiten(advantages, self.workers.sum)
+        columns["advantages"] = list(advantages.split(counts.tolist()))
+
+    def _update_policy(
+        self, trajectories: Sequence[Trajectory], rows: Sequence[int], columns: Columns, totals: Totals
+    ) -> None:
+        """One update of the policy on its share of the batch."""
+        algorithm = self.config.algorithm
+        tokens = sum(len(columns["advantages"][row]) for row in rows)
+        everywhere = self.workers.sum(torch.tensor([tokens, len(rows)], dtype=torch.float64))
+        always = algorithm.entropy_coefficient or "reference" in columns and algorithm.kl_in == "loss"
+        fed = [row for row in rows if always or columns["advantages"][row].any()]
+        if not sum(self.workers.gather(len(fed))):
+            return
+        loss_of = self._policy_loss(
+            columns, total_tokens=float(everywhere[0]), total_trajectories=float(everywhere[1])
+        )
+        loss = self._accumulate(trajectories, fed, lambda batch: loss_of(batch, totals), self._logprobs)
+        norm = self._step(self.scorer, self.optimizer)
+        _add(totals, "policy/loss", loss, 1 / self.workers.count)
+        _add(totals, "policy/grad_norm", norm, 1)
+
+    def _policy_loss(
+        self, columns: Columns, total_tokens: float, total_trajectories: float
+    ) -> Callable[[MicroBatch, Totals], Tensor]:
+        """The loss of a micro-batch as its share of the global average; its metrics go into the totals."""
+        algorithm, device = self.config.algorithm, self.scorer.model.device
+        constant = algorithm.averaging_tokens or self.token_limit
+
+        def loss_of(batch: MicroBatch, totals: Totals) -> Tensor:
+            taken = self.scorer(batch, entropy_gradient=algorithm.entropy_coefficient > 0)
+
+            def column(name: str) -> Tensor:
+                return torch.cat([columns[name][row] for row in batch.rows]).to(device)
+
+            row, count = batch.row.to(device), taken.logprobs.numel()
+            old = column("old") if "old" in columns else taken.logprobs.detach()
+            tokens = PolicyTokens(taken.logprobs, old, column("advantages"), row)
+            sampler = batch.sampler_logprobs.to(device)
+            trust = sampler_weights(algorithm.importance, algorithm.importance_cap, old, sampler, row)
+            each = SURROGATES[algorithm.surrogate](tokens, algorithm) * trust
+            for name, value in mismatch(old, sampler).items():
+                _add(totals, f"policy/sampler_{name}", float(value), count)
+            _add(totals, "policy/importance_weight", float(trust.sum()), count)
+            _add(totals, "policy/clip_fraction", float(clip_fraction(tokens, algorithm)) * count, count)
+            _add(totals, "policy/entropy", float(taken.entropy.detach().sum()), count)
+            if "reference" in columns and algorithm.kl_in == "loss":
+                kl = KL_ESTIMATORS[algorithm.kl_estimator](taken.logprobs, column("reference"))
+                _add(totals, "policy/kl", float(kl.detach().sum()), count)
+                each = each + algorithm.kl_coefficient * kl
+            if algorithm.entropy_coefficient:
+                each = each - algorithm.entropy_coefficient * taken.entropy
+            weights = token_weights(
+                algorithm.averaging, batch.counts, total_tokens, total_trajectories, constant
+            )
+            return (weights.to(device) * each).sum()
+
+        return loss_of
+
+    def _update_critic(
+        self, trajectories: Sequence[Trajectory], rows: Sequence[int], columns: Columns, totals: Totals
+    ) -> None:
+        """One update of the critic: its values of policy tokens towards their returns."""
+        assert self.critic is not None and self.critic_optimizer is not None
+        critic, clip = self.critic, self.config.algorithm.value_clip
+        tokens = torch.tensor(float(sum(len(columns["returns"][row]) for row in rows)), dtype=torch.float64)
+        everywhere = float(self.workers.sum(tokens))
+        if not everywhere:
+            return
+
+        def loss_of(batch: MicroBatch) -> Tensor:
+            values = critic(batch)
+            old, returns = (
+                torch.cat([columns[name][row] for row in batch.rows]) for name in ("values", "returns")
+            )
+            return value_loss(values, old, returns, clip).sum() / everywhere
+
+        loss = self._accumulate(trajectories, rows, loss_of, critic)
+        norm = self._step(critic, self.critic_optimizer)
+        _add(totals, "critic/loss", loss, 1 / self.workers.count)
+        _add(totals, "critic/grad_norm", norm, 1)
+
+    def _accumulate(
         self,
         trajectories: Sequence[Trajectory],
         rows: Sequence[int],
-        advantages: Tensor,
-        old: dict[int, Tensor],
-    ) -> dict[str, tuple[float, float]]:
-        """One update; returns each metric with its weight."""
-        denominator = sum(sum(self._mask(trajectories[row])) for row in rows)
-        if self.reference is None:
-            rows = [row for row in rows if advantages[row] != 0]
-        sums: dict[str, float] = {}
+        loss_of: Callable[[MicroBatch], Tensor],
+        idle: Callable[[MicroBatch], Tensor],
+    ) -> float:
+        """Add up the gradients of these rows; returns their loss. `idle` takes part without any."""
+        total = 0.0
+        # FSDP averages gradients over the processes, where the loss is a share of the global average.
+        scale = self.workers.count if self.sharded else 1
         for batch in self._micro_batches(trajectories, rows):
-            loss, metrics = self._loss(batch, advantages, old)
-            (loss / max(1, denominator)).backward()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-        tokens = sums.pop("tokens", 0.0)
-        averages = {name: (value / max(1.0, tokens), tokens) for name, value in sums.items()}
-        norm = self.optimizer.update() if rows else 0.0
-        return {"grad_norm": (norm, 1.0), **averages}
+            loss = loss_of(batch) if batch.rows else idle(batch).sum() * 0
+            (loss * scale).backward()
+            total += float(loss.detach())
+        return total
 
-    def _loss(
-        self, batch: MicroBatch, advantages: Tensor, old: dict[int, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of a micro-batch, and sums of metrics over its tokens."""
-        algorithm = self.config.algorithm
-        taken = token_logprobs(self.model, batch, self.config.rollout.temperature)
-        device = taken.logprobs.device
-        token_advantages = advantages[batch.rows].repeat_interleave(batch.counts).to(device)  # (N,)
-        old_logprobs = (
-            torch.cat([old[row] for row in batch.rows]).to(device) if old else taken.logprobs.detach()
-        )
-        bounds = (algorithm.clip_low, algorithm.clip_high)
-        loss = ppo_clip(taken.logprobs, old_logprobs, token_advantages, *bounds).sum()
-        tokens = taken.logprobs.numel()
-        with torch.no_grad():
-            cut = clip_fraction(taken.logprobs, old_logprobs, token_advantages, *bounds)
-            mismatch = self._sampler_mismatch(batch, old_logprobs)
-        metrics = {
-            "tokens": float(tokens),
-            "loss": float(loss.detach()),
-            "entropy": float(taken.entropy.sum()),
-            "clip_fraction": float(cut) * tokens,
-            "sampler_difference": mismatch,
-        }
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = token_logprobs(self.reference, batch, self.config.rollout.temperature)
-            kl = k3(taken.logprobs, reference.logprobs).sum()
-            loss = loss + algorithm.kl_coefficient * kl
-            metrics["kl"] = float(kl.detach())
-        return loss, metrics
+    def _step(self, module: nn.Module, optimizer: Optimizer) -> float:
+        if not self.sharded:
+            self.workers.sum_gradients(p for p in module.parameters() if p.requires_grad)
+        return optimizer.update()
 
-    def _sampler_mismatch(self, batch: MicroBatch, old_logprobs: Tensor) -> float:
-        """Sum of |sampler's - trainer's| log-prob over the tokens that the policy sampled."""
-        sampler = batch.sampler_logprobs[batch.loss_mask].to(old_logprobs.device)
-        return float(((sampler - old_logprobs).abs() * (sampler != 0)).sum())
+    def _logprobs(self, batch: MicroBatch) -> Tensor:
+        return self.scorer(batch).logprobs
 
-    def _old_logprobs(self, trajectories: Sequence[Trajectory]) -> dict[int, Tensor]:
-        """The trainer's log-probs of the policy that sampled, by row: the base of the ratio."""
-        old = {}
-        with torch.no_grad():
-            for batch in self._micro_batches(trajectories, range(len(trajectories))):
-                taken = token_logprobs(self.model, batch, self.config.rollout.temperature)
-                parts = taken.logprobs.split(batch.counts.tolist())
-                old.update(zip(batch.rows, parts, strict=True))
-        return old
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward pass of one process needs all the others."""
+        return self.workers.count > 1 and self.config.sharding == "fsdp"
 
-    def _micro_batches(self, trajectories: Sequence[Trajectory], rows: Sequence[int]):
-        observed = not self.config.mask_observations
-        return micro_batches(trajectories, rows, self.config.micro_batch_tokens, observed)
+    def _micro_batches(self, trajectories: Sequence[Trajectory], rows: Sequence[int]) -> Iterator[MicroBatch]:
+        """The rows in micro-batches; where weights are shared out, as many as any process has."""
+        config = self.config
+        observed = not config.mask_observations
+        batches = list(micro_batches(trajectories, rows, config.micro_batch_tokens, config.packing, observed))
+        if self.sharded:  # agreed on before the first of them, for every pass asks all processes
+            idle = replace(next(micro_batches([_NOTHING], [0], 2)), rows=[])
+            batches += [idle] * (max(self.workers.gather(len(batches))) - len(batches))
+        yield from batches
 
-    def _mask(self, trajectory: Trajectory) -> list[int]:
-        if self.config.mask_observations:
-            return trajectory.loss_mask
-        return [1] * (len(trajectory.token_ids) - len(trajectory.segments[0].token_ids))
+    def _turn_tokens(self, trajectory: Trajectory) -> list[int]:
+        """How many trained tokens each turn of the policy has, with what it read if that is trained, too."""
+        turns: list[int] = []
+        for segment in trajectory.segments[1:]:
+            if segment.kind is SegmentKind.POLICY:
+                turns.append(len(segment.token_ids))
+            elif not self.config.mask_observations and turns:
+                turns[-1] += len(segment.token_ids)
+        return turns
 
 
-def _split(count: int, group_size: int, parts: int) -> list[list[int]]:
-    """Rows 0..count-1 in `parts` mini-batches of whole groups, none empty."""
-    size = -(-(count // group_size) // parts) * group_size
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+_NOTHING = Trajectory(
+    Question("nothing", "", ()),
+    [Segment(SegmentKind.PROMPT, [0], ""), Segment(SegmentKind.POLICY, [0], "", [0.0])],
+    StopReason.ANSWERED,
+)
+"""Fed where a process has less to do than another, for its part in sharing out the weights."""
+
+
+def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:
+    """0 up to the last `buffer` (a share) of `limit` tokens, then falling to -1 (DAPO, arXiv 2503.14476, eq. 13).
+
+    written (B,) tokens -> (B,)   [80, 90, 100, 120] of limit 100, buffer .2 -> [0, -.5, -1, -1]
+    """
+    width = buffer * limit
+    return -((written - (limit - width)) / width).clamp(0, 1)
+
+
+def _joined(column: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([*column, torch.empty(0, device=device)])
+
+
+def _add(totals: Totals, name: str, value: float, weight: float) -> None:
+    """Add to the sum of a metric and to the sum of its weights."""
+    before = totals.get(name, (0.0, 0.0))
+    totals[name] = (before[0] + value, before[1] + weight)

@@ -80,8 +80,9 @@ def dispatch(argv: list[str]) -> int:
 
     command = COMMANDS[name]
     configure_process()
-    run = importlib.import_module(command.module).main
-    return call(run, arguments, prog=f"sleuth {name}", positional=command.positional) or 0
+    module = importlib.import_module(command.module)
+    arguments = module.expand(arguments) if hasattr(module, "expand") else arguments
+    return call(module.main, arguments, prog=f"sleuth {name}", positional=command.positional) or 0
 
 
 def usage() -> str:

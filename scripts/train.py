@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from data.errors import ConfigError
+from rl.algorithm import preset_fields
 from rl.config import TrainConfig
 
 if TYPE_CHECKING:
+    from agent.policy import Policy
     from data.records import Question
+    from data.run_dir import RunDir
     from retriever_server.client import SearchClient
+    from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 
 def main(config: TrainConfig) -> None:
-    """Train a policy to search by GRPO on the rewards of its own answers.
+    """Train a policy to search on the rewards of its own answers.
 
-    The same command again resumes after the last checkpoint; `sleuth report OUT` draws the curves.
+    `--preset NAME` sets all algorithm fields but the recipe's (learning rates, warm-up); what follows on
+    the line wins over it. `--dry-run` only prints what the run will need. The same command again
+    resumes after the last checkpoint; `sleuth report OUT` draws the curves.
     """
+    if config.dry_run:
+        from rl.estimate import estimate_text
+        from rl.workers import join_workers
+
+        print(estimate_text(config, join_workers().count))
+        return
     train(config)
     print(f"trained: `sleuth report {config.out}` draws its curves")
+
+
+def expand(argv: list[str]) -> list[str]:
+    """argv with `--preset NAME` as the options that it stands for, and `--dry-run` as a value."""
+    words = iter(argv)
+    expanded = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option == "--preset":
+            fields = preset_fields(value or next(words, ""))
+            expanded += [
+                f"--algorithm.{key}={json.dumps(field).strip(chr(34))}" for key, field in fields.items()
+            ]
+        else:
+            expanded.append("--dry_run=true" if word == "--dry-run" else word)
+    return expanded
 
 
 def train(
@@ -45,24 +75,16 @@ def train(
         else []
     )
     _check(config)
-    from data.run_dir import RunDir
-    from rl.seed_policy import WIRED_IN
-    from rl.trainer import CONSOLE_KEYS
+    from rl.workers import join_workers
 
-    notes = [WIRED_IN] if config.policy == "atlas" else []
-    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    with RunDir(config.out, settings, config.resume, notes, logger.info, CONSOLE_KEYS) as run:
-        if config.wandb.project:
-            from data.trackers import WandbTracker
-
-            run.tracker = WandbTracker(
-                run.path, config.wandb.project, run.path.name, run.path.name, settings, config.wandb.mode
-            )
+    workers = join_workers()
+    with _open_run(config) if workers.leads else nullcontext() as run:
         try:
-            asyncio.run(_train(config, run, client, questions, dev, on_step))
+            asyncio.run(_train(config, run, workers, client, questions, dev, on_step))
         except KeyboardInterrupt:
+            saved = "the state is saved" if workers.count == 1 else "the last checkpoint is kept"
             raise KeyboardInterrupt(
-                f"interrupted; the state is saved in {config.out}: start the same command again to go on"
+                f"interrupted; {saved} in {config.out}: start the same command again to go on"
             ) from None
 
 
@@ -70,14 +92,32 @@ def _check(config: TrainConfig) -> None:
     """What can be wrong with a configuration that no field knows alone, before a model loads."""
     from rl.rewards import combine
 
-    combine(config.rewards)
+    combine(config.rewards, config.judge)
     if config.deterministic and config.retriever.startswith("http"):
         raise ConfigError(f"deterministic: needs an index folder as retriever, not {config.retriever}")
 
 
+def _open_run(config: TrainConfig) -> RunDir:
+    from data.run_dir import RunDir
+    from rl.seed_policy import WIRED_IN
+    from rl.trainer import CONSOLE_KEYS
+
+    notes = [WIRED_IN] if config.policy == "atlas" else []
+    settings = {key: value for key, value in asdict(config).items() if key not in ("resume", "dry_run")}
+    run = RunDir(config.out, settings, config.resume, notes, logger.info, CONSOLE_KEYS)
+    if config.wandb.project:
+        from data.trackers import WandbTracker
+
+        run.tracker = WandbTracker(
+            run.path, config.wandb.project, run.path.name, run.path.name, settings, config.wandb.mode
+        )
+    return run
+
+
 async def _train(
     config: TrainConfig,
-    run,
+    run: RunDir | None,
+    workers: Workers,
     client: SearchClient | None,
     questions: Sequence[Question],
     dev: Sequence[Question],
@@ -86,6 +126,7 @@ async def _train(
     import torch
 
     from agent.policy import load_policy
+    from rl.learner import Learner
     from rl.trainer import Trainer
     from scripts.wiring import open_agent
 
@@ -104,11 +145,14 @@ async def _train(
         rollout.retriever_deadline_seconds,
         client,
     )
-    if config.gradient_checkpointing:
-        opened.policy.model.gradient_checkpointing_enable()
-    reference = (
-        load_policy(config.policy, config.device, config.dtype) if config.algorithm.kl_coefficient else None
-    )
+
+    def another(dtype: str = config.dtype) -> Policy:
+        return load_policy(config.policy, config.device, dtype)
+
+    sharded = workers.count > 1 and config.sharding == "fsdp"
+    trained = another("float32") if sharded else opened.policy  # the engine needs whole weights
+    near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
+    protocol = opened.agent.protocol
+    learner = Learner(trained, config, protocol, workers, another() if near else None)
     async with opened.client:
-        trainer = Trainer(config, opened.policy, opened.agent, questions, dev, run, reference, on_step)
-        await trainer.run()
+        await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step).run()

@@ -15,6 +15,7 @@ from data.errors import RetrieverUnavailable, RunStopped
 from data.run_dir import read_metrics, read_run
 from rl import trainer
 from rl.config import AlgorithmConfig, RolloutConfig
+from rl.rollouts import draw_question
 from rl.update import Updater
 from scripts.train import train
 from scripts.wiring import open_client
@@ -58,7 +59,7 @@ def test_every_number_that_is_promised_is_logged(toy, tmp_path):
     train(toy_config(toy, tmp_path, steps=1, eval_every=1, algorithm=algorithm))
     first, dev = read_metrics(tmp_path)
     promised = {
-        "reward": "mean std",
+        "reward": "mean em group_std",
         "rollout": "em searches valid_format invalid_actions policy_tokens total_tokens groups",
         "policy": "loss entropy clip_fraction kl grad_norm sampler_difference",
         "time": "rollout_seconds update_seconds step_seconds tokens_per_second trajectories_per_second",
@@ -179,9 +180,9 @@ def trained(monkeypatch):
     """The batches that reach the updater."""
     batches, update = [], Updater.update
 
-    def spy(self, trajectories, advantages):
-        batches.append(list(trajectories))
-        return update(self, trajectories, advantages)
+    def spy(self, groups, *rest):
+        batches.append([trajectory for group in groups for trajectory in group.trajectories])
+        return update(self, groups, *rest)
 
     monkeypatch.setattr(Updater, "update", spy)
     return batches
@@ -215,8 +216,8 @@ def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy
     trained.clear()
     client = Unreliable(toy, lambda number: len(trained) == 2)
     said = (
-        r"searches failed in \d+ of 12 trajectories of step 3 \(allowed: 10%; RetrieverUnavailable: nobody "
-        r"answers\); the state of step 2 is saved in .*: start the same command again to go on"
+        r"searches or rewards failed in \d+ of 12 trajectories \(allowed: 10%; RetrieverUnavailable: nobody "
+        r"answers\); the state before this step is saved in .*: start the same command again to go on"
     )
     with pytest.raises(RunStopped, match=said):
         train(config, client)
@@ -227,10 +228,9 @@ def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy
 
 
 def test_every_question_comes_once_an_epoch():
-    asked = [q for step in range(4) for q in trainer.draw_questions(range(6), 3, step, seed=1)]
+    asked = [draw_question(range(6), number, seed=1) for number in range(12)]
     assert sorted(asked[:6]) == sorted(asked[6:]) == list(range(6)) and asked[:6] != asked[6:]
-    assert asked[3:6] == trainer.draw_questions(range(6), 3, 1, seed=1)
-    assert asked[:6] != trainer.draw_questions(range(6), 6, 0, seed=2)
+    assert asked[:6] != [draw_question(range(6), number, seed=2) for number in range(6)]
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(toy, tmp_path, monkeypatch):

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from rl.batch import micro_batches
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.logprobs import token_logprobs
+from rl.critic import Critic
+from rl.logprobs import Scorer
 from rl.optimizer import Optimizer
-from rl.update import Updater
+from rl.rewards import Reward
+from rl.rollouts import Group, averages
+from rl.update import Updater, overlong_penalty
 from tests.fakes import question, tiny_model
 
 VOCABULARY = 64
@@ -20,9 +24,9 @@ CONFIG = TrainConfig(
     retriever="r",
     out="o",
     rollout=RolloutConfig(questions_per_step=2, group_size=3),
-    algorithm=AlgorithmConfig(learning_rate=1e-2, max_grad_norm=1e9),
+    algorithm=AlgorithmConfig(learning_rate=1e-2, max_grad_norm=1e9, advantage="dr_grpo"),
 )
-ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.0, 0.7, -0.7])
+ADVANTAGES = [1.0, -0.5, -0.5, 0.0, 0.7, -0.7]  # as rewards, too: each group's mean is 0
 
 
 def trajectory(seed, model=None):
@@ -41,20 +45,43 @@ def trajectory(seed, model=None):
 BATCH = [trajectory(seed) for seed in range(6)]
 
 
-def gradients(config=CONFIG, batch=BATCH, model=None, reference=None):
-    """The gradient of one update: AdamW is replaced by a recorder."""
+def groups(batch=BATCH, rewards=ADVANTAGES):
+    """Groups of three; the reward comes with the last turn."""
+    scored = [Reward([0.0, reward], {}) for reward in rewards]
+    return [Group(i, batch[3 * i : 3 * i + 3], scored[3 * i : 3 * i + 3]) for i in range(2)]
+
+
+def changed(**algorithm):
+    return replace(CONFIG, algorithm=replace(CONFIG.algorithm, **algorithm))
+
+
+def updater(config=CONFIG, model=None, reference=None, critic=None):
     model = model or tiny_model("qwen2", VOCABULARY)
-    optimizer = Optimizer(model, config.algorithm)
-    seen = []
+    scorer = Scorer(model, config.rollout)
+    near = reference and Scorer(reference, config.rollout)
+    return Updater(
+        scorer,
+        Optimizer(model, config.algorithm),
+        config,
+        reference=near,
+        critic=critic,
+        critic_optimizer=critic and Optimizer(critic, config.algorithm, 1e-2),
+        token_limit=20,
+    )
+
+
+def gradients(config=CONFIG, batch=BATCH, reference=None, critic=None):
+    """The gradients of the policy's updates and the metrics: AdamW is replaced by a recorder."""
+    made = updater(config, reference=reference, critic=critic)
+    model, seen = made.scorer.model, []
 
     def record():
         seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad(set_to_none=True)
         return 0.0
 
-    optimizer.update = record
-    metrics = Updater(model, optimizer, config, reference).update(batch, ADVANTAGES)
-    return seen, metrics
+    made.optimizer.update = record
+    return seen, averages([made.update(groups(batch), 2)])
 
 
 def plain_gradient(config=CONFIG):
@@ -82,35 +109,25 @@ def test_the_gradient_is_that_of_a_plain_loop():
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 10_000])
-def test_micro_batches_do_not_change_the_gradient(tokens):
-    (ours,), _ = gradients(replace(CONFIG, micro_batch_tokens=tokens))
+@pytest.mark.parametrize("packing", [True, False])
+def test_neither_micro_batches_nor_their_layout_change_the_gradient(tokens, packing):
+    (ours,), _ = gradients(replace(CONFIG, micro_batch_tokens=tokens, packing=packing))
     assert_same(ours, plain_gradient())
 
 
 def test_a_reference_that_agrees_changes_no_gradient_and_has_no_kl():
-    config = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kl_coefficient=0.5))
+    config = changed(kl_coefficient=0.5)
     (ours,), metrics = gradients(config, reference=tiny_model("qwen2", VOCABULARY))
     assert_same(ours, plain_gradient())
     assert metrics["policy/kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_reference_that_differs_pulls():
-    config = replace(CONFIG, algorithm=replace(CONFIG.algorithm, kl_coefficient=0.5))
+    config = changed(kl_coefficient=0.5)
     (ours,), metrics = gradients(config, reference=tiny_model("qwen2", VOCABULARY, seed=1))
     assert metrics["policy/kl"] > 0
     with pytest.raises(AssertionError):
         assert_same(ours, plain_gradient())
-
-
-def test_observation_tokens_are_read_and_never_learnt():
-    model = tiny_model("qwen2", VOCABULARY)
-    (batch,) = micro_batches(BATCH, [0], 10_000)
-    taken = token_logprobs(model, batch, 1.0)
-    assert taken.logprobs.numel() == sum(BATCH[0].loss_mask)
-    # The gradient at the head's output for a token that only observations hold: none of it is a target.
-    (everything,) = micro_batches(BATCH, [0], 10_000, train_observations=True)
-    prompt = len(BATCH[0].segments[0].token_ids)
-    assert everything.loss_mask.sum() == len(BATCH[0].token_ids) - prompt > batch.loss_mask.sum()
 
 
 def test_observations_in_the_loss_change_the_gradient():
@@ -120,32 +137,11 @@ def test_observations_in_the_loss_change_the_gradient():
 
 
 def test_several_updates_use_the_ratio_to_the_sampling_policy():
-    config = replace(CONFIG, algorithm=replace(CONFIG.algorithm, updates_per_rollout=2, learning_rate=0.05))
+    config = changed(updates_per_rollout=2, learning_rate=0.05)
     seen, _ = gradients(config)
     assert len(seen) == 2  # one a group
-    model = tiny_model("qwen2", VOCABULARY)
-    metrics = Updater(model, Optimizer(model, config.algorithm), config).update(BATCH, ADVANTAGES)
+    metrics = averages([updater(config).update(groups(), 2)])
     assert metrics["policy/clip_fraction"] > 0  # the second update is off-policy
-
-
-def test_temperature_is_that_of_the_sampler():
-    model = tiny_model("qwen2", VOCABULARY)
-    (batch,) = micro_batches(BATCH, [0], 10_000)
-    ids = BATCH[0].token_ids
-    logits = model(torch.tensor([ids])).logits[0].float() / 0.7
-    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    mask = torch.tensor(BATCH[0].loss_mask[1:], dtype=torch.bool)
-    torch.testing.assert_close(token_logprobs(model, batch, 0.7).logprobs, expected[mask])
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3"])
-def test_log_probs_of_every_architecture_are_those_of_its_own_forward(kind):
-    model = tiny_model(kind, VOCABULARY)
-    for batch in micro_batches(BATCH, range(6), 60):
-        logits = model(batch.token_ids, attention_mask=batch.attention_mask).logits.float()
-        full = torch.log_softmax(logits[:, :-1], -1).gather(2, batch.token_ids[:, 1:, None])[..., 0]
-        taken = token_logprobs(model, batch, 1.0)
-        torch.testing.assert_close(taken.logprobs, full[batch.loss_mask[:, 1:]], atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_weights_do_not_round_small_updates_away():
@@ -167,16 +163,16 @@ def test_bfloat16_weights_do_not_round_small_updates_away():
 def test_the_optimiser_state_survives_the_disk(tmp_path, dtype):
     def train(model, optimizer, steps):
         for _ in range(steps):
-            Updater(model, optimizer, CONFIG).update(BATCH, ADVANTAGES)
+            Updater(Scorer(model, CONFIG.rollout), optimizer, CONFIG).update(groups(), 2)
 
     whole = tiny_model("qwen2", VOCABULARY).to(dtype)
     train(whole, Optimizer(whole, CONFIG.algorithm), 4)
     model = tiny_model("qwen2", VOCABULARY).to(dtype)
     first = Optimizer(model, CONFIG.algorithm)
     train(model, first, 2)
-    first.save(tmp_path)
+    save_file(first.state(), tmp_path / "state.safetensors")
     second = Optimizer(model, CONFIG.algorithm)
-    second.load(tmp_path)
+    second.load_state(load_file(tmp_path / "state.safetensors"))
     train(model, second, 2)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
@@ -189,3 +185,77 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
         parameter.grad = torch.full_like(parameter, float("nan"))
     assert Optimizer(model, CONFIG.algorithm).update() != Optimizer(model, CONFIG.algorithm).update()
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def spoiled(trajectory):
+    """The same trajectory, with nonsense for what the engine might say of tokens it did not sample."""
+    segments = [
+        s if s.kind is SegmentKind.POLICY else replace(s, logprobs=[-7.0] * len(s.token_ids))
+        for s in trajectory.segments
+    ]
+    return replace(trajectory, segments=segments)
+
+
+PRESET_LIKE = {
+    "ppo": {"advantage": "gae", "gae_lambda": 0.9, "gamma": 0.97, "whiten": True},
+    "kl in reward": {
+        "kl_coefficient": 0.3,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+        "advantage": "reinforce_pp",
+    },
+    "gspo, sequence masking": {"surrogate": "gspo", "averaging": "trajectory", "importance": "sequence"},
+    "cispo, token weights, entropy": {
+        "surrogate": "cispo",
+        "importance": "token",
+        "entropy_coefficient": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PRESET_LIKE)
+def test_what_is_said_of_observation_tokens_changes_nothing(name):
+    """Values, log-probs and reference log-probs there: of the model's outputs only those at policy tokens count."""
+    config = changed(**PRESET_LIKE[name], updates_per_rollout=2)
+    reference = tiny_model("qwen2", VOCABULARY, seed=1) if config.algorithm.kl_coefficient else None
+
+    def run(batch, noise):
+        critic = (
+            Critic.from_policy(tiny_model("qwen2", VOCABULARY, seed=2))
+            if config.algorithm.needs_critic
+            else None
+        )
+        if critic is not None:
+            torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+        made = [m for m in (critic and critic.trunk, reference and reference.base_model) if m is not None]
+        hooks = [m.register_forward_hook(disturb_observations(noise), with_kwargs=True) for m in made]
+        seen, metrics = gradients(config, batch, reference, critic)
+        for hook in hooks:
+            hook.remove()
+        return seen, metrics
+
+    before, clean = run(BATCH, 0.0)
+    after, disturbed = run([spoiled(t) for t in BATCH], 100.0)
+    for one, two in zip(before, after, strict=True):
+        assert_same(one, two)
+    assert clean == pytest.approx(disturbed, rel=1e-4, abs=1e-6)
+
+
+def disturb_observations(noise):
+    """A hook that adds noise to the hidden states from which no policy token is predicted."""
+    known = {tuple(t.token_ids): [*t.loss_mask[1:], 0] for t in BATCH}
+
+    def hook(module, arguments, keywords, output):
+        ids, start = keywords["input_ids"][0].tolist(), 0
+        while noise and start < len(ids):
+            here = next(k for k in known if tuple(ids[start : start + len(k)]) == k)
+            silent = torch.tensor(known[here]) == 0
+            output.last_hidden_state.data[0, start : start + len(here)][silent] += noise
+            start += len(here)
+
+    return hook
+
+
+def test_the_last_tokens_of_an_overlong_trajectory_cost_its_reward():
+    penalty = overlong_penalty(torch.tensor([80, 90, 100, 120]), 100, 0.2)
+    torch.testing.assert_close(penalty, torch.tensor([0.0, -0.5, -1.0, -1.0]))

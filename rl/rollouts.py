@@ -1,0 +1,185 @@
+"""The questions of a step, rolled out and rewarded: whole groups of trajectories, ready to learn from.
+
+What is drawn and sampled depends on the seed and on `position` alone, how many questions the run has
+drawn so far: not on the number of processes, nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import pstdev
+
+from agent.rollout import Agent
+from agent.trajectory import StopReason, Trajectory
+from data.answers import exact_match
+from data.errors import RunStopped
+from data.records import Question
+from rl.config import TrainConfig
+from rl.rewards import Reward
+from rl.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+Totals = dict[str, tuple[float, float]]
+"""Metrics that can still be averaged over processes: the sum of the values, and of their weights."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trajectories of one question and their rewards; `number` orders the groups of all processes."""
+
+    number: int
+    trajectories: list[Trajectory]
+    rewards: list[Reward]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed: a group short of a member has another baseline."""
+        failed = any(t.stop_reason is StopReason.SEARCH_FAILED for t in self.trajectories)
+        return not failed and not any(reward.error for reward in self.rewards)
+
+    @property
+    def flat(self) -> bool:
+        """Whether all rewards agree, which says nothing about which trajectory was better."""
+        totals = [reward.total for reward in self.rewards]
+        return min(totals) == max(totals)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one step learns from."""
+
+    groups: list[Group]
+    """This process's, whole and usable."""
+    count: int
+    """Groups of all processes."""
+    totals: Totals
+    """Of everything that was rolled out, used or not."""
+
+
+@dataclass
+class Rollouts:
+    """Draws questions in order and lets the agent answer this process's share of them."""
+
+    agent: Agent
+    questions: Sequence[Question]
+    reward: Callable[[Sequence[Trajectory]], list[Reward]]
+    config: TrainConfig
+    workers: Workers
+    position: int = 0
+    """Questions that the run has drawn so far."""
+
+    async def collect(self) -> Collected:
+        """The groups of a step, numbered from 0 over all processes.
+
+        With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) flat groups are replaced by those
+        of further questions, for some rounds. Raises RunStopped where too much failed.
+        """
+        wanted, rounds = self.config.rollout.questions_per_step, self.config.algorithm.dynamic_sampling_rounds
+        groups: list[Group] = []
+        usable: list[Group] = []
+        for _ in range(1 + rounds):
+            drawn = await self._draw()
+            self._check_failures(drawn)
+            groups += drawn
+            usable += [g for g in drawn if g.complete and not (rounds and g.flat)]
+            if not rounds or sum(self.workers.gather(len(usable))) >= wanted:
+                break
+        numbers = sorted(n for part in self.workers.gather([g.number for g in usable]) for n in part)[:wanted]
+        places = {number: place for place, number in enumerate(numbers)}
+        chosen = [replace(g, number=places[g.number]) for g in usable if g.number in places]
+        return Collected(chosen, len(numbers), totals_of(groups))
+
+    async def _draw(self) -> list[Group]:
+        """One group for each of this process's share of the next questions."""
+        count, size = self.config.rollout.questions_per_step, self.config.rollout.group_size
+        mine = range(self.position + self.workers.rank, self.position + count, self.workers.count)
+        self.position += count
+        batch = [
+            draw_question(self.questions, number, self.config.seed) for number in mine for _ in range(size)
+        ]
+        keys = [number * size + member for number in mine for member in range(size)]
+        trajectories = await self.agent.rollout(batch, self.config.seed, keys=keys)
+        rewards = self.reward(trajectories)
+        return [
+            Group(number, trajectories[start : start + size], rewards[start : start + size])
+            for number, start in zip(mine, range(0, len(batch), size), strict=True)
+        ]
+
+    def _check_failures(self, groups: Sequence[Group]) -> None:
+        """Stop the run where too many searches or rewards failed; nothing of the batch is trained."""
+        reasons = [
+            t.searches[-1].error if t.stop_reason is StopReason.SEARCH_FAILED else reward.error
+            for group in groups
+            for t, reward in zip(group.trajectories, group.rewards, strict=True)
+        ]
+        everywhere = [reason for part in self.workers.gather(reasons) for reason in part]
+        failed = [reason for reason in everywhere if reason]
+        if failed and self.workers.leads:
+            logger.warning("%d of %d trajectories lost to %s", len(failed), len(everywhere), failed[0])
+        allowed = self.config.rollout.max_failed_share
+        if len(failed) > allowed * len(everywhere):
+            raise RunStopped(
+                f"searches or rewards failed in {len(failed)} of {len(everywhere)} trajectories "
+                f"(allowed: {allowed:.0%}; {failed[0]}); the state before this step is saved in "
+                f"{self.config.out}: start the same command again to go on"
+            )
+
+
+def draw_question(questions: Sequence[Question], number: int, seed: int) -> Question:
+    """The number-th question of a run: a new order every epoch, which depends on the seed alone."""
+    epoch, index = divmod(number, len(questions))
+    return questions[_order(len(questions), f"{seed}/{epoch}")[index]]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, key: str) -> list[int]:
+    return random.Random(key).sample(range(count), count)
+
+
+def totals_of(groups: Sequence[Group]) -> Totals:
+    """What the trajectories of a step did and earned, to be averaged over all processes."""
+    pairs = [pair for g in groups for pair in zip(g.trajectories, g.rewards, strict=True)]
+    trajectories = [t for t, _ in pairs]
+
+    def average(values: Sequence[float]) -> tuple[float, float]:
+        return float(sum(values)), float(len(values))
+
+    stops = Counter(t.stop_reason for t in trajectories)
+    scored = [reward for _, reward in pairs if not reward.error]
+    right = [t for t in trajectories if exact_match(t.answer, t.question.gold_answers)]
+    names = scored[0].parts if scored else ()
+    return {
+        "reward/mean": average([r.total for r in scored]),
+        "reward/group_std": average([pstdev([r.total for r in g.rewards]) for g in groups]),
+        **{f"reward/{name}": average([r.parts[name] for r in scored]) for name in names},
+        "rollout/zero_variance_groups": average([g.flat for g in groups]),
+        "rollout/em": (float(len(right)), float(len(trajectories))),
+        "rollout/searches": average([len(t.searches) for t in trajectories]),
+        "rollout/valid_format": average([t.valid_format for t in trajectories]),
+        "rollout/invalid_actions": average([t.invalid_actions for t in trajectories]),
+        "rollout/policy_tokens": average([sum(t.loss_mask) for t in trajectories]),
+        "rollout/total_tokens": average([len(t.token_ids) for t in trajectories]),
+        **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
+        "policy/correct_logprob": average([logprob for t in right for logprob in _written(t)]),
+    }
+
+
+def _written(trajectory: Trajectory) -> list[float]:
+    """The sampler's log-probs of the tokens that the policy wrote."""
+    pairs = zip(trajectory.logprobs, trajectory.loss_mask, strict=True)
+    return [logprob for logprob, mine in pairs if mine]
+
+
+def averages(parts: Sequence[Totals]) -> dict[str, float]:
+    """The metrics of all processes as one; what nobody measured is left out."""
+    sums: dict[str, list[float]] = {}
+    for part in parts:
+        for name, pair in part.items():
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
+    return {name: value / weight for name, (value, weight) in sums.items() if weight}

@@ -1,0 +1,102 @@
+"""The processes of one run, and what they must agree on. Alone, every answer is one's own.
+
+`accelerate launch --num_processes N -m scripts train ...` (or torchrun) starts them. Data-parallel
+gradients are summed once an update, after all micro-batches: processes may have different numbers of
+them, or none, and none waits for another in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(hours=2)
+"""The longest that one process may wait for the others, who may be evaluating."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among those of the run."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes the run folder."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the processes; the argument is unchanged."""
+        if self.count == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients in place; a process that fed nothing adds zeros."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def join_workers() -> Workers:
+    """This process's place, from what its launcher set; the process group is started if there are several."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Workers()
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return Workers(dist.get_rank(), count)
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
+    """Divide the parameters of a module over all processes, layer by layer (FSDP2); compute in `dtype`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in [*layers, module]:
+        fully_shard(layer, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is divided over the processes, which all must ask; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Write a full tensor into one that may be divided over the processes."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
