@@ -1,0 +1,102 @@
+"""The critic of PPO: a trunk of its own, started as the policy's, and a linear value head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from data.errors import DataError
+from rl.batch import MicroBatch
+from rl.logprobs import hidden_states
+from rl.lora import copy_state, merged_copy
+
+HEAD_FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Linear):
+    """Hidden states (N, H) -> values (N,) in float32, whatever the dtype of its weights; 0 at first."""
+
+    def reset_parameters(self) -> None:
+        """Start from nothing, so that the first values say nothing."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (N,)."""
+        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())[:, 0]
+
+
+class Critic(nn.Module):
+    """Values of the states in which the policy chose its tokens.
+
+    The head has the dtype of the trunk, so that both can be sharded as one. All weights are trained,
+    whether or not the policy has adapters.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        size = trunk.config.get_text_config().hidden_size
+        self.head = ValueHead(size, 1, device=trunk.device, dtype=trunk.dtype)
+
+    @classmethod
+    def from_policy(cls, model: PreTrainedModel) -> Critic:
+        """A critic whose trunk is a copy of the policy's (adapters merged): same dtype, device and mode."""
+        return cls(merged_copy(model.base_model)).train(model.training)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Values (N,) in float32 of the states before each trained token of a micro-batch."""
+        return self.head(hidden_states(self.trunk, batch))
+
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trunk as `AutoModel.from_pretrained` reads it, and the head beside it.
+
+        state: this module's state dict where it lies elsewhere (gathered from shards).
+        """
+        state = self.state_dict() if state is None else state
+        trunk, head = (
+            {n.removeprefix(part): t for n, t in state.items() if n.startswith(part)}
+            for part in ("trunk.", "head.")
+        )
+        self.trunk.save_pretrained(folder, state_dict=trunk)
+        save_file(head, folder / HEAD_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; DataError, with nothing changed, where it is no critic of this shape."""
+        own, dtype = self.state_dict(), self.trunk.dtype
+        try:
+            head = load_file(folder / HEAD_FILE)
+            trunk, report = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(f"{folder}: no critic that can be read: {reason}") from error
+        found = {f"trunk.{n}": t for n, t in trunk.state_dict().items() if n not in report["missing_keys"]}
+        copy_state(own, found | {f"head.{n}": t for n, t in head.items()}, f"{folder}: another critic")
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error, clipped as in Schulman's code for PPO (arXiv 1707.06347; the half is verl's).
+
+    All (N,) -> (N,). The worse of the error and that of the value held within `clip` of the old one: a
+    value that has moved further, towards its return, has no gradient. clip 0: the plain squared error.
+    """
+    error = (values - returns) ** 2
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * error
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
+
+    0 where the returns do not vary.
+    """
+    spread = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
