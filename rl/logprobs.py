@@ -64,7 +64,7 @@ class Scorer(nn.Module):
 
     def forward(self, batch: MicroBatch, entropy_gradient: bool = False) -> TokenLogprobs:
         """Log-probs of the trained tokens given all before them, and the entropy at each of them."""
-        hidden = hidden_states(self.model.base_model, batch)  # (N, H)
+        hidden = hidden_states(self.model.base_model, batch)  # type: ignore[arg-type]  # (N, H)
         taken = batch.token_ids.flatten()[_trained(batch)].to(hidden.device)
         chunks = zip(hidden.split(self.chunk_tokens), taken.split(self.chunk_tokens), strict=True)
         scores = [

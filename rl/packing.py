@@ -9,45 +9,43 @@ and an engine that shares the model goes on with its masks.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data.errors import ConfigError
 
-try:  # from torch 2.10 on
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
-
 NAME = "sleuth_packed"
 _NO_MASK = torch.empty(1, 1, 0, 0)
-"""Four dimensions are taken as a finished mask. Attention other than ours fails on it, which is meant."""
+"""Four dimensions are taken for a finished mask. Attention other than ours fails on it, as it should."""
 
 
 def packed_arguments(trunk: PreTrainedModel, lengths: list[int]) -> dict[str, Any]:
-    """What a trunk's forward needs to read one row (1, sum(lengths)) as several sequences.
+    """What a trunk's forward needs to read one row (1, sum(lengths)) as several trajectories.
 
-    From here on the trunk looks up our attention. Raises ConfigError for one whose attention we cannot cut.
+    From here on the trunk looks up our attention; see `check_packing`.
     """
     if trunk.config._attn_implementation != NAME:
-        _check(trunk)
+        check_packing(trunk)
         trunk.config._attn_implementation = NAME
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return {"attention_mask": _NO_MASK, "cu_seq_lens_q": ends.to(trunk.device), "segment_tokens": lengths}
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(trunk.device)
+    return {"attention_mask": _NO_MASK, "cu_seq_lens_q": ends, "segment_tokens": lengths}
 
 
-def _check(trunk: PreTrainedModel) -> None:
+def check_packing(trunk: PreTrainedModel) -> None:
+    """ConfigError if the model's attention cannot be cut into trajectories."""
     config = trunk.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     reasons = {
         f"layers of kind {sorted(kinds)}": not kinds <= {"full_attention", "sliding_attention"},
         "a recurrent state": trunk._is_stateful,
-        "attention of its own": not trunk._supports_attention_backend,
+        "attention of its own": not (trunk._supports_attention_backend and trunk._supports_sdpa),
         "soft caps on its attention": getattr(config, "attn_logit_softcapping", None),
         "attention sinks": any(name.endswith("sinks") for name, _ in trunk.named_parameters()),
     }
@@ -73,19 +71,12 @@ def packed_attention(
     """
     if segment_tokens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if _has_kernel(query) and not kwargs.get("dropout") and varlen_attn is not None:
-        longest = max(segment_tokens)
-        out = varlen_attn(
-            *(part[0].transpose(0, 1) for part in (query, key, value)),
-            cu_seq_lens_q,  # type: ignore[arg-type]
-            cu_seq_lens_q,
-            longest,
-            longest,
-            scale=kwargs.get("scaling"),
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out[None], None  # type: ignore[index]
+    if _has_kernel(query) and not kwargs.get("dropout"):
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        ends, longest = cu_seq_lens_q, max(segment_tokens)
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        options = {"scale": kwargs.get("scaling"), "window_size": window, "enable_gqa": True}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None], None  # type: ignore
     segments = zip(*(part.split(segment_tokens, dim=2) for part in (query, key, value)), strict=True)
     outputs = [
         sdpa_attention_forward(module, q, k, v, _window_mask(q, sliding_window), **kwargs)[0]
@@ -95,7 +86,9 @@ def packed_attention(
 
 
 def _has_kernel(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    """Whether PyTorch's kernel for variable lengths takes these heads."""
+    takes = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    return takes and "enable_gqa" in signature(varlen_attn).parameters  # torch from 2.12 on
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

@@ -206,6 +206,15 @@ def test_draw_follows_the_distribution_and_its_truncation():
         assert logprobs[0] == pytest.approx(torch.log_softmax(logits[0], -1)[tokens[0]].item())
 
 
+def test_draw_renormalises_log_probs_of_the_rows_that_ask():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(3, 1)
+    samplings = [Sampling(top_k=2, renormalise=True), Sampling(top_k=2), Sampling(renormalise=True)]
+    tokens, logprobs = draw(logits, samplings, [0.1] * 3)
+    assert tokens == [0, 0, 0]
+    within, whole = torch.log_softmax(logits[0, :2], -1)[0], torch.log_softmax(logits[0], -1)[0]
+    assert logprobs == pytest.approx([within.item(), whole.item(), whole.item()])
+
+
 def test_draw_mixes_greedy_and_sampled_rows():
     logits = torch.tensor([[0.0, 5.0], [5.0, 0.0]])
     tokens, _ = draw(logits, [Sampling(temperature=0), Sampling()], [0.0, 0.9999])

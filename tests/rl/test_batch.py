@@ -52,7 +52,7 @@ def test_every_trajectory_is_in_one_micro_batch_token_for_token(packing, max_tok
         assert (-batch.sampler_logprobs - 1).tolist() == batch.token_ids[batch.loss_mask].tolist()
         assert batch.row.bincount().tolist() == batch.counts.tolist()
         assert batch.token_ids.numel() <= max_tokens or len(batch.rows) == 1
-        assert packing or batch.attention_mask.sum(1).tolist() == batch.lengths
+        assert packing or batch.attention_mask.sum(1).tolist() == batch.lengths  # type: ignore[union-attr]
     assert sorted(seen) == sorted(ROWS)
 
 
