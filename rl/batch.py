@@ -36,7 +36,7 @@ class MicroBatch:
     @property
     def row(self) -> Tensor:
         """Which of its trajectories, 0..B-1, each trained token belongs to (N,)."""
-        return torch.arange(len(self.rows)).repeat_interleave(self.counts)
+        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
 
 
 def micro_batches(
