@@ -53,6 +53,8 @@ class SearchRecord:
     hits: list[Hit]
     seconds: float
     error: str | None = None
+    turn: int = 0
+    """The policy turn that asked, from 0: invalid turns count, too."""
 
 
 @dataclass(frozen=True)

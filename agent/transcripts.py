@@ -92,7 +92,13 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
         }
         for hit in search.hits
     ]
-    return {"query": search.query, "hits": hits, "seconds": search.seconds, "error": search.error}
+    return {
+        "query": search.query,
+        "hits": hits,
+        "seconds": search.seconds,
+        "error": search.error,
+        "turn": search.turn,
+    }
 
 
 def _search(record: Mapping[str, Any]) -> SearchRecord:
@@ -100,4 +106,4 @@ def _search(record: Mapping[str, Any]) -> SearchRecord:
         Hit(Passage(hit["id"], hit["text"], hit["title"]), hit["score"], hit["generation"])
         for hit in record["hits"]
     ]
-    return SearchRecord(record["query"], hits, record["seconds"], record["error"])
+    return SearchRecord(record["query"], hits, record["seconds"], record["error"], record.get("turn", 0))

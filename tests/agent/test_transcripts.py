@@ -38,7 +38,10 @@ trajectories = st.builds(
     stop_reason=st.sampled_from(StopReason),
     answer=st.none() | text,
     searches=st.lists(
-        st.builds(SearchRecord, text, st.lists(hits, max_size=2), number, st.none() | text), max_size=2
+        st.builds(
+            SearchRecord, text, st.lists(hits, max_size=2), number, st.none() | text, st.integers(0, 5)
+        ),
+        max_size=2,
     ),
     invalid_actions=st.integers(0, 5),
     valid_format=st.booleans(),
