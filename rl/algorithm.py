@@ -48,7 +48,7 @@ class AlgorithmConfig:
     surrogate: Surrogate = "ppo"
     """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, or reinforce (ratio as weight)."""
     clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
+    """The ratio is clipped below at 1 - clip_low (not by cispo)."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float = 0.0
@@ -80,7 +80,7 @@ class AlgorithmConfig:
     """Share of the policy's tokens, the last, over which the reward falls to -1 (DAPO); 0: off."""
 
     def __post_init__(self) -> None:
-        positive = ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high", "importance_cap")
+        positive = ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high")
         for name in positive:
             require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "> 0")
         for name in (
@@ -96,6 +96,7 @@ class AlgorithmConfig:
             require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), ">= 0")
         for name in ("gamma", "gae_lambda", "overlong_buffer"):
             require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", getattr(self, name), "in [0, 1]")
+        require(self.importance_cap >= 1, "algorithm.importance_cap", self.importance_cap, ">= 1")
         require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
         dual = self.dual_clip
         require(dual == 0 or dual > 1 + self.clip_high, "algorithm.dual_clip", dual, "0 or > 1 + clip_high")
@@ -170,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """Every field of AlgorithmConfig but the recipe's, as the preset sets it; ConfigError for another name."""
+    """Every field of AlgorithmConfig but the recipe's, as the preset sets it. Raises ConfigError."""
     require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     defaults = {f.name: f.default for f in fields(AlgorithmConfig) if f.default is not MISSING}
     return {key: value for key, value in {**defaults, **PRESETS[name]}.items() if key not in RECIPE_FIELDS}

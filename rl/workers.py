@@ -63,6 +63,11 @@ class Workers:
         if self.count > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """End the process group, in all processes: a process that just exits may abort the others."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
 
 def join_workers() -> Workers:
     """This process's place, from what its launcher set; the process group is started if there are several."""

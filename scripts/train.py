@@ -37,8 +37,8 @@ def main(config: TrainConfig) -> None:
 
         print(estimate_text(config, join_workers().count))
         return
-    train(config)
-    print(f"trained: `sleuth report {config.out}` draws its curves")
+    if train(config).leads:
+        print(f"trained: `sleuth report {config.out}` draws its curves")
 
 
 def expand(argv: list[str]) -> list[str]:
@@ -61,10 +61,10 @@ def train(
     config: TrainConfig,
     client: SearchClient | None = None,
     on_step: Callable[[int], None] = lambda step: None,
-) -> None:
+) -> Workers:
     """Run or resume the training that `config` describes; `client` stands in for `config.retriever`.
 
-    Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
+    Returns this process's place among those of the run. Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
     from data.questions import load_questions
 
@@ -81,11 +81,13 @@ def train(
     with _open_run(config) if workers.leads else nullcontext() as run:
         try:
             asyncio.run(_train(config, run, workers, client, questions, dev, on_step))
+            workers.leave()
         except KeyboardInterrupt:
             saved = "the state is saved" if workers.count == 1 else "the last checkpoint is kept"
             raise KeyboardInterrupt(
                 f"interrupted; {saved} in {config.out}: start the same command again to go on"
             ) from None
+    return workers
 
 
 def _check(config: TrainConfig) -> None:

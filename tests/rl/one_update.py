@@ -1,0 +1,82 @@
+"""Run in one process or several: for every case one update of policy and critic, and its gradients on disk.
+
+Where the work is "uneven", all groups belong to the first process.
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from agent.policy import Policy
+from agent.protocol import COMPACT
+from rl.config import TrainConfig
+from rl.learner import Learner
+from rl.rollouts import Collected
+from rl.workers import Workers, join_workers, whole
+from scripts.command_line import call
+from scripts.train import expand
+from tests.fakes import tiny_model
+from tests.rl.test_update import VOCABULARY, groups
+
+ALGORITHMS = {
+    "token-average": [],
+    "ppo": ["--preset=ppo"],
+    "adapters-near-a-reference": ["--preset=search_r1_grpo", "--lora.rank=4"],
+    "whitened-by-all": ["--preset=reinforce_pp"],
+}
+CASES = list(product(ALGORITHMS, ("even", "uneven"), ("none", "fsdp")))
+NAMED = ["--policy=p", "--questions=q", "--retriever=r", "--out=o", "--rollout.group_size=3"]
+
+
+def configure(*options: str) -> TrainConfig:
+    """The configuration that `sleuth train` would make of these options."""
+
+    def main(config: TrainConfig) -> TrainConfig:
+        return config
+
+    return call(main, expand([*NAMED, *options]), "one_update")
+
+
+def gradients(config: TrainConfig, workers: Workers, share: str) -> dict[str, torch.Tensor]:
+    """Of one update; AdamW is replaced by a recorder."""
+    near = Policy(tiny_model("qwen2", VOCABULARY, seed=1), None) if config.algorithm.kl_coefficient else None
+    learner = Learner(Policy(tiny_model("qwen2", VOCABULARY), None), config, COMPACT, workers, near)
+    seen = {}
+
+    def record(optimizer, name, module):
+        def update():
+            for key, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    seen[f"{name}/{key}"] = whole(parameter.grad).clone()
+            module.zero_grad(set_to_none=True)
+            return 0.0
+
+        optimizer.update = update
+
+    record(learner.optimizer, "policy", learner.model)
+    if learner.critic_optimizer:
+        torch.nn.init.constant_(learner.critic.head.bias, 1.0)
+        record(learner.critic_optimizer, "critic", learner.critic)
+    mine = [g for g in groups() if g.number % workers.count == workers.rank]
+    if share == "uneven":
+        mine = groups() if workers.leads else []
+    learner.learn(Collected(mine, 2, {}), step=0)
+    return seen
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    workers = join_workers()
+    for name, share, sharding in CASES:
+        options = ["--algorithm.updates_per_rollout=1", "--micro_batch_tokens=30", f"--sharding={sharding}"]
+        seen = gradients(configure(*ALGORITHMS[name], *options), workers, share)
+        if workers.leads:
+            save_file(seen, out / f"{name}-{share}-{sharding}")
+    workers.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
