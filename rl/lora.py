@@ -62,6 +62,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         raise ValueError("without_adapters: the model has no adapters, so it is its own reference")
     for layer in layers:
         layer.enable_adapters(False)
+    for parameter in _parameters(model).values():
+        parameter.requires_grad_()  # peft froze them; FSDP would take them for frozen if it saw it first
     try:
         yield
     finally:
@@ -116,7 +118,7 @@ def merged_copy(model: nn.Module) -> Any:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights by name; what `load_adapter_state` takes. Empty without adapters."""
-    return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+    return {name: p.detach() for name, p in _parameters(model).items()}
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -132,6 +134,10 @@ def copy_state(own: Mapping[str, Tensor], found: Mapping[str, Tensor], complaint
             raise DataError(f"{complaint}: {name} is {shapes[0]}, must be {shapes[1]}")
     for name, tensor in own.items():
         copy_whole(tensor, found[name])
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
