@@ -26,11 +26,18 @@ from agent.protocol import Protocol
 from rl.config import TrainConfig
 from rl.critic import Critic
 from rl.logprobs import Scorer
-from rl.lora import adapter_state, add_lora, merged_state, training_dropout
+from rl.lora import (
+    adapter_state,
+    add_lora,
+    copy_state,
+    load_adapter_state,
+    merged_state,
+    training_dropout,
+)
 from rl.optimizer import Optimizer
 from rl.rollouts import Collected, Totals
 from rl.update import Updater
-from rl.workers import Workers, copy_whole, shard, whole
+from rl.workers import Workers, shard, whole
 
 Snapshot = dict[str, dict[str, Tensor]]
 """Full tensors by part and name."""
@@ -114,25 +121,18 @@ class Learner:
     def read(self, folder: Path) -> None:
         """Take over what `write` wrote, which all processes must do."""
         if self.config.lora.rank:
-            _fill(self.model, load_file(folder / "adapter.safetensors"))
+            load_adapter_state(self.model, load_file(folder / "adapter.safetensors"))
         else:
-            found = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
-            _fill(self.model, found.state_dict())
+            found = type(self.model).from_pretrained(folder, dtype=self.model.dtype).state_dict()
+            copy_state(self.model.state_dict(), found, f"{folder}: another policy")
         self.optimizer.load_state(load_file(folder / "optimizer.safetensors"))
         if self.critic is not None and self.critic_optimizer is not None:
-            _fill(self.critic, self.critic.read(folder / "critic"))
+            self.critic.load(folder / "critic")
             self.critic_optimizer.load_state(load_file(folder / "critic_optimizer.safetensors"))
 
 
 def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in state.items()}
-
-
-def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy full tensors into the parameters that they name."""
-    for name, parameter in module.named_parameters():
-        if name in state:
-            copy_whole(parameter, state[name])
 
 
 def _layers(module: nn.Module) -> list[Any]:
@@ -141,7 +141,7 @@ def _layers(module: nn.Module) -> list[Any]:
 
 def _shard(module: nn.Module, dtype: str) -> None:
     """Share out a module's weights; they stay in float32, and are computed with in `dtype`."""
-    half = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and torch.cuda.is_available() else None
+    half = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available()) else None
     shard(module, _layers(module), half)
 
 

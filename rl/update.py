@@ -137,7 +137,7 @@ class Updater:
         algorithm = self.config.algorithm
         tokens = sum(len(columns["advantages"][row]) for row in rows)
         everywhere = self.workers.sum(torch.tensor([tokens, len(rows)], dtype=torch.float64))
-        always = algorithm.entropy_coefficient or "reference" in columns and algorithm.kl_in == "loss"
+        always = algorithm.entropy_coefficient or ("reference" in columns and algorithm.kl_in == "loss")
         fed = [row for row in rows if always or columns["advantages"][row].any()]
         if not sum(self.workers.gather(len(fed))):
             return
@@ -269,7 +269,7 @@ _NOTHING = Trajectory(
 
 
 def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:
-    """0 up to the last `buffer` (a share) of `limit` tokens, then falling to -1 (DAPO, arXiv 2503.14476, eq. 13).
+    """0 up to the last `buffer` (a share) of `limit` tokens, then falling to -1 (DAPO, eq. 13).
 
     written (B,) tokens -> (B,)   [80, 90, 100, 120] of limit 100, buffer .2 -> [0, -.5, -1, -1]
     """

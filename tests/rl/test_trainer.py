@@ -14,7 +14,8 @@ from data.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints
 from data.errors import RetrieverUnavailable, RunStopped
 from data.run_dir import read_metrics, read_run
 from rl import trainer
-from rl.config import AlgorithmConfig, RolloutConfig
+from rl.algorithm import AlgorithmConfig, preset_fields
+from rl.config import LoraConfig, RolloutConfig
 from rl.rollouts import draw_question
 from rl.update import Updater
 from scripts.train import train
@@ -82,10 +83,16 @@ def test_a_checkpoint_loads_as_it_is(toy, tmp_path):
     assert json.loads((folder / "sleuth.json").read_text()) == {"protocol": "compact"}
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_two_steps_and_two_more_are_four(toy, tmp_path, kl):
-    algorithm = AlgorithmConfig(learning_rate=4e-3, warmup_steps=3, kl_coefficient=kl)
-    config = toy_config(toy, tmp_path / "whole", steps=4, algorithm=algorithm)
+@pytest.mark.parametrize(
+    ("preset", "lora"), [("grpo", 0), ("search_r1_ppo", 0), ("dapo", 0), ("search_r1_ppo", 4)], ids=str
+)
+def test_two_steps_and_two_more_are_four(toy, tmp_path, preset, lora):
+    """Policy, reference, critic, adapters with dropout, optimisers, warm-up, the place in the questions."""
+    algorithm = AlgorithmConfig(
+        learning_rate=4e-3, critic_learning_rate=1e-2, warmup_steps=3, **preset_fields(preset)
+    )
+    adapters = LoraConfig(rank=lora, dropout=0.1)
+    config = toy_config(toy, tmp_path / "whole", steps=4, algorithm=algorithm, lora=adapters)
     train(config)
     train(replace(config, out=str(tmp_path / "halves"), steps=2))
     torch.manual_seed(99)

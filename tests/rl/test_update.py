@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
-from rl.batch import micro_batches
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.critic import Critic
 from rl.logprobs import Scorer
@@ -215,7 +214,7 @@ PRESET_LIKE = {
 
 @pytest.mark.parametrize("name", PRESET_LIKE)
 def test_what_is_said_of_observation_tokens_changes_nothing(name):
-    """Values, log-probs and reference log-probs there: of the model's outputs only those at policy tokens count."""
+    """Of values, log-probs and reference log-probs only those at policy tokens count."""
     config = changed(**PRESET_LIKE[name], updates_per_rollout=2)
     reference = tiny_model("qwen2", VOCABULARY, seed=1) if config.algorithm.kl_coefficient else None
 
