@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import ConfigError, DataError
@@ -54,6 +54,19 @@ def test_the_merged_folder_has_the_log_probs_of_the_adapters(kind, tmp_path):
     torch.testing.assert_close(logprobs(exported), logprobs(model), atol=1e-5, rtol=0)
     assert (logprobs(exported) - logprobs(tiny_model(kind, 64))).abs().max() > 0.1
     assert exported.state_dict().keys() == tiny_model(kind, 64).state_dict().keys()
+
+
+def test_layers_that_hold_their_weight_transposed_are_merged_alike():
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    add_lora(model, CONFIG)
+    with torch.no_grad():
+        for name, tensor in adapter_state(model).items():
+            if "lora_B" in name:
+                tensor.normal_()
+    hidden = merged_copy(model.base_model)(TOKENS).last_hidden_state
+    expected = model.base_model(TOKENS).last_hidden_state
+    torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_merged_folder_in_bfloat16_differs_by_rounding_alone(tmp_path):
