@@ -60,18 +60,21 @@ class Agent:
         seed: int = 0,
         on_finished: Callable[[int, Trajectory], None] = lambda index, trajectory: None,
         on_segment: Callable[[Segment], None] = lambda segment: None,
+        keys: Sequence[int] | None = None,
     ) -> list[Trajectory]:
         """One trajectory a question, in the order of the questions; repeat a question for a group.
 
-        The i-th trajectory draws from a generator of its own, made of `seed`, its question and i.
-        The first failure, of the engine or of a callback, ends all and is raised as it is.
+        The i-th trajectory draws from a generator of its own, made of `seed`, its question and keys[i]
+        (i, where there are no keys), so that a part of a batch is sampled as within the whole. The
+        first failure, of the engine or of a callback, ends all and is raised as it is.
         """
         admitted = asyncio.Semaphore(self.max_live)
 
         async def run(index: int, question: Question) -> Trajectory:
             async with admitted:
-                key = hashlib.blake2b(f"{seed}/{index}/{question.id}".encode(), digest_size=8)
-                episode = _Episode(self, question, int.from_bytes(key.digest(), "big"), on_segment)
+                key = f"{seed}/{keys[index] if keys else index}/{question.id}"
+                generator = hashlib.blake2b(key.encode(), digest_size=8)
+                episode = _Episode(self, question, int.from_bytes(generator.digest(), "big"), on_segment)
                 trajectory = await episode.run()
                 on_finished(index, trajectory)
                 return trajectory
@@ -163,7 +166,9 @@ class _Episode:
             hits, error = await self.agent.searcher.search(query, self.protocol.top_k), None
         except RetrieverError as failure:
             hits, error = [], f"{type(failure).__name__}: {failure}"
-        self.searches.append(SearchRecord(query, hits, time.monotonic() - started, error))
+        self.searches.append(
+            SearchRecord(query, hits, time.monotonic() - started, error, len(self.turns) - 1)
+        )
         return self.searches[-1]
 
     @property
