@@ -98,8 +98,9 @@ class RowCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write (R, heads, T, size) at the touched positions; return keys and values read so far."""
         layer = self.storage[layer_idx]
-        layer[0][self.row_indices, self.positions] = key_states.transpose(1, 2)
-        layer[1][self.row_indices, self.positions] = value_states.transpose(1, 2)
+        for kept, states in zip(layer, (key_states, value_states), strict=True):
+            # Under autocast the states may be of another type than the weights.
+            kept[self.row_indices, self.positions] = states.transpose(1, 2).to(kept.dtype)
         keys, values = layer[0][self.rows, : self.length], layer[1][self.rows, : self.length]
         return keys.transpose(1, 2), values.transpose(1, 2)
 
