@@ -19,8 +19,10 @@ MAIN = {"policy": "p", "questions": "q", "retriever": "r", "out": "o"}
     ("name", "given", "allowed"),
     [
         ("rollout.questions_per_step", 0, ">= 1"),
-        ("rollout.group_size", 1, ">= 2"),
+        ("rollout.group_size", 0, ">= 1"),
         ("rollout.temperature", 0.0, "> 0"),
+        ("rollout.top_p", 0.95, "1, or renormalise_logprobs true"),
+        ("rollout.top_k", 50, "0, or renormalise_logprobs true"),
         ("rollout.max_rows", 0, ">= 1"),
         ("rollout.max_failed_share", 1.5, "in [0, 1]"),
         ("rollout.retriever_deadline_seconds", 0.0, "> 0"),
