@@ -3,6 +3,7 @@
 checkpoints/
   step-000040/     what `write` put there, and checkpoint.json {format_version, step}, written last
   step-000060/
+  step-000060.old/ while that step is saved again; it counts until the new one is whole
   best.json        {format_version, step, score}: this one is never pruned
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def save_checkpoint(
     final = directory / f"step-{step:06d}"
     partial = directory / f".partial-{final.name}"
     try:
-        _discard_partials(directory)
+        _tidy(directory)
         partial.mkdir(parents=True)
         write(partial)
         _write_json(partial / MARK, {"format_version": FORMAT_VERSION, "step": step})
@@ -65,8 +67,9 @@ def list_checkpoints(directory: Path | str) -> list[Checkpoint]:
 
     Raises DataError where one was written by a newer format.
     """
-    marks = sorted(Path(directory).glob(f"step-*/{MARK}"))
-    return sorted((_read_mark(mark) for mark in marks), key=lambda found: found.step)
+    marks = sorted(Path(directory).glob(f"step-*/{MARK}"), reverse=True)
+    found = {each.step: each for each in map(_read_mark, marks)}  # step-000060 after step-000060.old
+    return [found[step] for step in sorted(found)]
 
 
 def latest_checkpoint(directory: Path | str) -> Checkpoint | None:
@@ -100,24 +103,30 @@ def prune_checkpoints(directory: Path | str, keep: int) -> None:
     best = best_checkpoint(directory)
     for old in list_checkpoints(directory)[:-keep]:
         if best is None or old.step != best[0].step:
-            shutil.rmtree(old.path, ignore_errors=True)
+            doomed = old.path.with_name(f".partial-{old.path.name}")  # at no time is it half a checkpoint
+            with suppress(OSError):
+                os.rename(old.path, doomed)
+                shutil.rmtree(doomed)
 
 
 def _replace(partial: Path, final: Path) -> None:
     """Give `partial` the name `final`; an older folder of that name (a step done again) makes way."""
+    old = final.with_name(f"{final.name}.old")
     if final.exists():
-        old = final.with_name(f".partial-old-{final.name}")
         os.rename(final, old)
-        os.rename(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(partial, final)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _discard_partials(directory: Path) -> None:
-    """Remove what a killed process left half-written. A run has one writer (its lock), so none is live."""
+def _tidy(directory: Path) -> None:
+    """Undo or end what a killed process was at. A run has one writer (its lock), so none is live."""
     for left in directory.glob(".partial-*"):
         shutil.rmtree(left, ignore_errors=True)
+    for old in directory.glob("step-*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, old.with_suffix(""))
 
 
 def _flush_to_disk(folder: Path) -> None:

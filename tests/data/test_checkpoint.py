@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 
 import pytest
 
@@ -108,6 +109,55 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path):
     found = save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("new"))
     assert (found.path / "a").read_text() == "new"
     assert steps(tmp_path) == [5] and leftovers(tmp_path) == []
+
+
+class Killed(BaseException):
+    """As a kill: nothing of what was going on is ended."""
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_kill_while_a_step_is_saved_again_leaves_the_old_checkpoint_or_the_new(
+    tmp_path, monkeypatch, renamed
+):
+    """Also where there is no other, and `keep` is 1; the next save puts all names right."""
+    save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("old"))
+    left, rename = [renamed], os.rename
+
+    def killed_rename(*names):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        rename(*names)
+
+    def killed_rmtree(folder, ignore_errors=False):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", killed_rename)
+        patch.setattr("shutil.rmtree", killed_rmtree)
+        save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("new"), keep=1)
+    kept = "new" if renamed == 2 else "old"
+    assert (latest_checkpoint(tmp_path).path / "a").read_text() == kept and steps(tmp_path) == [5]
+    mark_best(tmp_path, 5, 0.5)
+    save_checkpoint(tmp_path, 6, write_weights, keep=1)
+    assert (tmp_path / "step-000005" / "a").read_text() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "step-000005", "step-000006"]
+
+
+def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, write_weights, keep=1)
+
+    def killed_rmtree(folder, ignore_errors=False):
+        if os.path.exists(folder):
+            os.remove(os.path.join(folder, "weights.bin"))
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed_rmtree)
+        save_checkpoint(tmp_path, 2, write_weights, keep=1)
+    assert steps(tmp_path) == [2]
+    save_checkpoint(tmp_path, 3, write_weights, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003"]
 
 
 def test_pruning_keeps_the_newest_and_never_drops_the_best(tmp_path):
