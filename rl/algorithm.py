@@ -36,6 +36,8 @@ class AlgorithmConfig:
     critic_learning_rate: float = 1e-5
     """Of the critic's AdamW (advantage gae only)."""
     critic_warmup_steps: int = 0
+    """Optimiser updates of the critic's linear warm-up (advantage gae only)."""
+    critic_only_steps: int = 0
     """First steps that train the critic alone (advantage gae only)."""
     advantage: Advantage = "grpo"
     """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline or turn."""
@@ -86,6 +88,7 @@ class AlgorithmConfig:
         for name in (
             "warmup_steps",
             "critic_warmup_steps",
+            "critic_only_steps",
             "weight_decay",
             "averaging_tokens",
             "kl_coefficient",
@@ -121,6 +124,7 @@ RECIPE_FIELDS = (
     "max_grad_norm",
     "critic_learning_rate",
     "critic_warmup_steps",
+    "critic_only_steps",
 )
 """What no preset sets: it depends on the model and the data, not on the algorithm."""
 

@@ -167,6 +167,9 @@ class TrainConfig:
     """The run folder. A run found there with the same configuration is resumed."""
     resume: bool = False
     """Resume the run in `out` even though the configuration has changed, such as more steps."""
+    preset: str | None = None
+    """Sets all algorithm fields but the recipe's, before the file or option that names it; what
+    `algorithm` says in that file, or after it on the line, wins."""
     dry_run: bool = False
     """Only print what the run will need: memory by part, seconds a step, disk."""
     split: str | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -78,25 +77,3 @@ class Critic(nn.Module):
             raise DataError(f"{folder}: no critic that can be read: {reason}") from error
         found = {f"trunk.{n}": t for n, t in trunk.state_dict().items() if n not in report["missing_keys"]}
         copy_state(own, found | {f"head.{n}": t for n, t in head.items()}, f"{folder}: another critic")
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the squared error, clipped as in Schulman's code for PPO (arXiv 1707.06347; the half is verl's).
-
-    All (N,) -> (N,). The worse of the error and that of the value held within `clip` of the old one: a
-    value that has moved further, towards its return, has no gradient. clip 0: the plain squared error.
-    """
-    error = (values - returns) ** 2
-    if clip:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns) ** 2)
-    return 0.5 * error
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
-
-    0 where the returns do not vary.
-    """
-    spread = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0

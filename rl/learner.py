@@ -66,11 +66,10 @@ class Learner:
         if self.sharded:
             for module in {self.scorer, self.critic, kept_near} - {None}:
                 _shard(module, config.dtype)
-        self.optimizer = Optimizer(self.model, config.algorithm)
-        self.critic_optimizer = (
-            Optimizer(self.critic, config.algorithm, config.algorithm.critic_learning_rate)
-            if self.critic
-            else None
+        algorithm = config.algorithm
+        self.optimizer = Optimizer(self.model, algorithm, algorithm.learning_rate, algorithm.warmup_steps)
+        self.critic_optimizer = self.critic and Optimizer(
+            self.critic, algorithm, algorithm.critic_learning_rate, algorithm.critic_warmup_steps
         )
         self.updater = Updater(
             self.scorer,

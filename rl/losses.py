@@ -1,4 +1,4 @@
-"""The policy's loss, token by token: surrogates, KL estimates and the weights that average them.
+"""The losses, token by token: surrogates, KL estimates, the weights that average them, the critic's.
 
 Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one trajectory after another.
 """
@@ -135,6 +135,28 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 """Estimates of KL(policy p || reference q) at tokens that p sampled (Schulman 2020, "Approximating KL
 divergence"; on their gradients: arXiv 2512.21852)."""
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error, clipped as in Schulman's code for PPO (arXiv 1707.06347; the half is verl's).
+
+    All (N,) -> (N,). The worse of the error and that of the value held within `clip` of the old one: a
+    value that has moved further, towards its return, has no gradient. clip 0: the plain squared error.
+    """
+    error = (values - returns) ** 2
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * error
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
+
+    0 where the returns do not vary.
+    """
+    spread = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> Tensor:

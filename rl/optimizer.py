@@ -18,13 +18,15 @@ from rl.workers import copy_whole, whole
 class Optimizer:
     """Clips the gradient, warms up the learning rate, steps AdamW."""
 
-    def __init__(self, model: nn.Module, config: AlgorithmConfig, learning_rate: float | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: AlgorithmConfig, learning_rate: float, warmup_updates: int = 0
+    ) -> None:
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = {
             name: p if p.dtype is torch.float32 else p.detach().float() for name, p in self._weights.items()
         }
-        self._config = config
-        self._learning_rate = learning_rate or config.learning_rate
+        self._max_grad_norm, self._warmup_updates = config.max_grad_norm, warmup_updates
+        self._learning_rate = learning_rate
         self._adamw = torch.optim.AdamW(
             self._masters.values(), self._learning_rate, (0.9, 0.95), weight_decay=config.weight_decay
         )
@@ -38,10 +40,10 @@ class Optimizer:
         for name, weight in self._weights.items():
             if self._masters[name] is not weight and weight.grad is not None:
                 self._masters[name].grad, weight.grad = weight.grad.float(), None
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._masters.values(), self._config.max_grad_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_grad_norm))
         if torch.isfinite(norm):
             self._updates += 1
-            warm = min(1.0, self._updates / max(1, self._config.warmup_steps))
+            warm = min(1.0, self._updates / max(1, self._warmup_updates))
             for group in self._adamw.param_groups:
                 group["lr"] = self._learning_rate * warm
             self._adamw.step()

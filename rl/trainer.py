@@ -70,7 +70,7 @@ class Trainer:
         )
         self.engine: Engine = agent.engine
         self.path = Path(config.out)
-        reward = combine(config.rewards, config.judge, self.path / "judge.jsonl")
+        reward = combine(config.rewards, config.judge, self.path / f"judge-{workers.rank}.jsonl")
         self.rollouts = Rollouts(self.agent, questions, reward, config, workers)
         self.sentinel = Sentinel(config.sentinel)
         self.checkpoints = self.path / "checkpoints"
@@ -201,8 +201,7 @@ class Trainer:
         if self.run_dir is not None:
             self._forget_evaluations_after(self.step)
             self.run_dir.rewind(self.step + 1)
-            rows = read_metrics(self.path)
-            self.sentinel = Sentinel(self.config.sentinel, (row for row in rows if "reward/mean" in row))
+            self.sentinel = Sentinel(self.config.sentinel, read_metrics(self.path))
         if found is not None:
             await self._load(found)
             logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,25 @@ from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.records import Question
 from rl.advantages import ADVANTAGES, Episodes, place_rewards, whiten
 from rl.batch import MicroBatch, micro_batches
-from rl.config import TrainConfig
-from rl.critic import Critic, explained_variance, value_loss
 from rl.importance import mismatch, sampler_weights
-from rl.logprobs import Scorer
 from rl.lora import without_adapters
-from rl.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
-from rl.optimizer import Optimizer
-from rl.rollouts import Group, Totals
+from rl.losses import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    PolicyTokens,
+    clip_fraction,
+    explained_variance,
+    token_weights,
+    value_loss,
+)
 from rl.workers import Workers
+
+if TYPE_CHECKING:
+    from rl.config import TrainConfig
+    from rl.critic import Critic
+    from rl.logprobs import Scorer
+    from rl.optimizer import Optimizer
+    from rl.rollouts import Group, Totals
 
 Columns = dict[str, list[Tensor]]
 """Named values of the trained tokens, a tensor (tokens,) a trajectory."""
@@ -62,7 +73,7 @@ class Updater:
                 for row, group in enumerate(g for g in groups for _ in g.trajectories)
                 if group.number * updates // max(1, count) == part
             ]
-            if step >= self.config.algorithm.critic_warmup_steps or self.critic is None:
+            if step >= self.config.algorithm.critic_only_steps or self.critic is None:
                 self._update_policy(trajectories, rows, columns, totals)
             if self.critic is not None:
                 self._update_critic(trajectories, rows, columns, totals)
@@ -222,6 +233,8 @@ class Updater:
         scale = self.workers.count if self.sharded else 1
         for batch in self._micro_batches(trajectories, rows):
             loss = loss_of(batch) if batch.rows else idle(batch).sum() * 0
+            if not loss.isfinite():  # its gradient may be: now no process takes this update
+                loss = loss * torch.nan
             (loss * scale).backward()
             total += float(loss.detach())
         return total

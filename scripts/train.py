@@ -8,7 +8,10 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from data.errors import ConfigError
 from rl.algorithm import preset_fields
@@ -35,26 +38,41 @@ def main(config: TrainConfig) -> None:
         from rl.estimate import estimate_text
         from rl.workers import join_workers
 
-        print(estimate_text(config, join_workers().count))
-        return
+        workers = join_workers()
+        if workers.leads:
+            print(estimate_text(config, workers.count))
+        return workers.leave()
     if train(config).leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")
 
 
 def expand(argv: list[str]) -> list[str]:
-    """argv with `--preset NAME` as the options that it stands for, and `--dry-run` as a value."""
-    words = iter(argv)
-    expanded = []
-    for word in words:
-        option, _, value = word.partition("=")
-        if option == "--preset":
-            fields = preset_fields(value or next(words, ""))
-            expanded += [
-                f"--algorithm.{key}={json.dumps(field).strip(chr(34))}" for key, field in fields.items()
-            ]
-        else:
-            expanded.append("--dry_run=true" if word == "--dry-run" else word)
+    """argv with a preset's options before the option or the file that names it; `--dry-run` as a value."""
+    expanded: list[str] = []
+    for number, word in enumerate(argv):
+        option, joined, value = word.partition("=")
+        value = value if joined else next(iter(argv[number + 1 :]), "")
+        if option == "--config" and (name := _preset_in(value)):
+            expanded += _preset_options(name)
+        elif option == "--preset":
+            expanded += _preset_options(value)
+        expanded.append("--dry_run=true" if word == "--dry-run" else word)
     return expanded
+
+
+def _preset_options(name: str) -> list[str]:
+    return [
+        f"--algorithm.{key}={json.dumps(value).strip(chr(34))}" for key, value in preset_fields(name).items()
+    ]
+
+
+def _preset_in(path: str) -> str | None:
+    """The preset that a configuration file names; a file that cannot be read is complained of later."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content.get("preset") if isinstance(content, dict) else None
 
 
 def train(
@@ -64,7 +82,8 @@ def train(
 ) -> Workers:
     """Run or resume the training that `config` describes; `client` stands in for `config.retriever`.
 
-    Returns this process's place among those of the run. Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
+    Returns this process's place among those of the run.
+    Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
     from data.questions import load_questions
 
@@ -74,7 +93,7 @@ def train(
         if config.dev_questions
         else []
     )
-    _check(config)
+    _check(config, questions)
     from rl.workers import join_workers
 
     workers = join_workers()
@@ -90,11 +109,12 @@ def train(
     return workers
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
     """What can be wrong with a configuration that no field knows alone, before a model loads."""
-    from rl.rewards import combine
+    from rl.rewards import check_questions, combine
 
     combine(config.rewards, config.judge)
+    check_questions(config.rewards, questions)
     if config.deterministic and config.retriever.startswith("http"):
         raise ConfigError(f"deterministic: needs an index folder as retriever, not {config.retriever}")
 

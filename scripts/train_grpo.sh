@@ -10,4 +10,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-exec sleuth train --config scripts/configs/search_r1_grpo.yaml --preset search_r1_grpo "$@"
+exec sleuth train --config scripts/configs/search_r1_grpo.yaml "$@"

@@ -11,4 +11,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-exec sleuth train --config scripts/configs/search_r1_ppo.yaml --preset search_r1_ppo "$@"
+exec sleuth train --config scripts/configs/search_r1_ppo.yaml "$@"

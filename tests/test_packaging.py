@@ -71,7 +71,7 @@ def test_launchers_name_options_and_recipes_that_exist(path):
     for name, words in re.findall(r"(?m)^(?:exec )?(?:\.venv/bin/)?sleuth ([\w-]+)(.*)", code):
         command = COMMANDS[name]
         keys = known_keys(build_parser(importlib.import_module(command.module).main, name))
-        assert set(re.findall(r"--([\w.]+)", words)) <= {*keys, "config", "preset"}
+        assert set(re.findall(r"--([\w.]+)", words)) <= {*keys, "config"}
         assert all((ROOT / recipe).is_file() for recipe in re.findall(r"\S+\.yaml", words))
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from data.errors import ConfigError
+from rl.algorithm import PRESETS, preset_fields
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from scripts import __main__ as sleuth
 from scripts.command_line import call
+from scripts.train import expand
 
 RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
 KINDS = {"rollout": RolloutConfig, "algorithm": AlgorithmConfig, "training": WarmStartConfig, "": TrainConfig}
@@ -79,8 +81,39 @@ def test_sleuth_train_refuses_a_wrong_key_or_value_in_one_line(option, said, cap
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_configuration(recipe):
-    def read(config: TrainConfig) -> TrainConfig:
+    config = configured("--config", str(recipe))
+    assert config.steps > 1 and config.out.startswith("runs/")
+
+
+def configured(*argv):
+    """The configuration that `sleuth train` makes of its arguments."""
+
+    def main(config: TrainConfig) -> TrainConfig:
         return config
 
-    config = call(read, ["--config", str(recipe)], prog="test")
-    assert config.steps > 1 and config.out.startswith("runs/")
+    return call(main, expand([*(f"--{key}={value}" for key, value in MAIN.items()), *argv]), "train")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_every_algorithm_field_but_the_recipes(name):
+    before = ["--algorithm.learning_rate=0.5", "--algorithm.clip_high=9", "--algorithm.gamma=0.5"]
+    config = configured(*before, "--preset", name)
+    assert config.preset == name and config.algorithm.learning_rate == 0.5
+    expected = AlgorithmConfig(learning_rate=0.5, **preset_fields(name))
+    assert config.algorithm == expected
+
+
+def test_what_follows_a_preset_wins_over_it(tmp_path):
+    assert configured("--preset=dapo", "--algorithm.clip_high=0.5").algorithm.clip_high == 0.5
+    file = tmp_path / "recipe.yaml"
+    file.write_text("preset: dapo\nalgorithm:\n  clip_high: 0.4\n")
+    assert configured("--config", str(file)).algorithm.clip_high == 0.4
+    assert configured("--config", str(file)).algorithm.dynamic_sampling_rounds == 10
+    assert configured(f"--config={file}", "--preset", "cispo").algorithm.clip_high == 4.0
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are():
+    with pytest.raises(
+        ConfigError, match="preset = 'pppo': must be one of search_r1_ppo, search_r1_grpo, ppo"
+    ):
+        configured("--preset", "pppo")

@@ -13,7 +13,8 @@ from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from rl.batch import micro_batches
 from rl.config import LoraConfig
-from rl.critic import Critic, explained_variance, value_loss
+from rl.critic import Critic
+from rl.losses import explained_variance, value_loss
 from rl.lora import add_lora
 from tests.fakes import question, tiny_model
 

@@ -60,7 +60,7 @@ def updater(config=CONFIG, model=None, reference=None, critic=None):
     near = reference and Scorer(reference, config.rollout)
     return Updater(
         scorer,
-        Optimizer(model, config.algorithm),
+        Optimizer(model, config.algorithm, config.algorithm.learning_rate),
         config,
         reference=near,
         critic=critic,
@@ -147,7 +147,7 @@ def test_bfloat16_weights_do_not_round_small_updates_away():
     def moved(dtype):
         model = tiny_model("qwen2", VOCABULARY).to(dtype)
         before = model.get_parameter("model.norm.weight").float().clone()  # all ones: bf16 steps of 2^-8
-        optimizer = Optimizer(model, AlgorithmConfig(learning_rate=1e-4))
+        optimizer = Optimizer(model, AlgorithmConfig(), 1e-4)
         for _ in range(100):
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
@@ -165,12 +165,12 @@ def test_the_optimiser_state_survives_the_disk(tmp_path, dtype):
             Updater(Scorer(model, CONFIG.rollout), optimizer, CONFIG).update(groups(), 2)
 
     whole = tiny_model("qwen2", VOCABULARY).to(dtype)
-    train(whole, Optimizer(whole, CONFIG.algorithm), 4)
+    train(whole, Optimizer(whole, CONFIG.algorithm, 1e-2), 4)
     model = tiny_model("qwen2", VOCABULARY).to(dtype)
-    first = Optimizer(model, CONFIG.algorithm)
+    first = Optimizer(model, CONFIG.algorithm, 1e-2)
     train(model, first, 2)
     save_file(first.state(), tmp_path / "state.safetensors")
-    second = Optimizer(model, CONFIG.algorithm)
+    second = Optimizer(model, CONFIG.algorithm, 1e-2)
     second.load_state(load_file(tmp_path / "state.safetensors"))
     train(model, second, 2)
     for name, parameter in model.named_parameters():
@@ -182,7 +182,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     before = {n: p.clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    assert Optimizer(model, CONFIG.algorithm).update() != Optimizer(model, CONFIG.algorithm).update()
+    assert (
+        Optimizer(model, CONFIG.algorithm, 1e-2).update() != Optimizer(model, CONFIG.algorithm, 1e-2).update()
+    )
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
