@@ -33,7 +33,8 @@ class Corpus:
     """The passages of a JSON lines file; `corpus[i]` is that on its i-th line that is not blank.
 
     A line is {"id", "contents"} as in Search-R1 (title on the first line, in double quotes, then
-    the text), {"id", "title", "text"}, or a mixture. Reading is safe from many threads.
+    the text), {"id", "title", "text"}, or a mixture; "metadata", an object, may stand beside them.
+    Reading is safe from many threads.
     """
 
     def __init__(self, path: str | Path, sidecar_folder: str | Path | None = None) -> None:
@@ -99,6 +100,7 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         id=_checked_id(record.get("id")),
         text=_checked_string("text", text).strip(),
         title=_checked_string("title", title or "").strip(),
+        metadata=_checked_metadata(record.get("metadata")),
     )
     if not passage.text:
         raise ValueError(f"passage {passage.id!r} has no text")
@@ -127,6 +129,12 @@ def _checked_string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string, found {json.dumps(value)[:40]}')
     return value
+
+
+def _checked_metadata(value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'"metadata" must be an object, found {json.dumps(value)[:40]}')
+    return value or {}
 
 
 def _map(path: Path) -> tuple[mmap.mmap, tuple[int, int, int]]:

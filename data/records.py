@@ -12,11 +12,15 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Passage:
-    """One retrievable unit of text. `id` is unique in its corpus."""
+    """One retrievable unit of text. `id` is unique in its corpus.
+
+    metadata: free JSON values, for filters.
+    """
 
     id: str
     text: str
     title: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def contents(self) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+
 from data.corpus import Corpus
 from data.records import Hit
-from retriever_server.retriever import Query, Retriever
+from retriever_server.filters import allowed
+from retriever_server.retriever import Filter, Query, Retriever
 
 
 class NoPassages(Retriever):
@@ -14,7 +17,7 @@ class NoPassages(Retriever):
 
     generation = "none"
 
-    def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """An empty ranking for each query."""
         return [[] for _ in queries]
 
@@ -25,13 +28,13 @@ class RandomPassages(Retriever):
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.generation = corpus, f"random-{corpus.content_hash[:12]}"
 
-    def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """`k` different passages of the corpus for each query, each with score 0."""
-        size = len(self.corpus)
+        drawn_from = np.flatnonzero(allowed(self.corpus, where)) if where else range(len(self.corpus))
         return [
             [
-                Hit(self.corpus[position], 0.0, self.generation)
-                for position in random.Random(query).sample(range(size), min(k, size))
+                Hit(self.corpus[int(drawn_from[i])], 0.0, self.generation)
+                for i in random.Random(query).sample(range(len(drawn_from)), min(k, len(drawn_from)))
             ]
             for query in queries
         ]

@@ -20,8 +20,9 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.records import Hit, Passage
+from retriever_server.filters import allowed
 from retriever_server.indexes.base import Index, Manifest, open_index, write_generation
-from retriever_server.retriever import Query
+from retriever_server.retriever import Filter, Query
 
 _WORD = re.compile(r"\w+")
 
@@ -89,13 +90,14 @@ class BM25Index(Index):
         write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
         return open_index(out)  # type: ignore[return-value]
 
-    def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query, best first; none where it has no known word."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        return [self._search_one(query, k) for query in queries]
+        mask = allowed(self.corpus, where) if where else None
+        return [self._search_one(query, k, mask) for query in queries]
 
-    def _search_one(self, query: Query, k: int) -> list[Hit]:
+    def _search_one(self, query: Query, k: int, mask: np.ndarray | None) -> list[Hit]:
         known = (self._vocabulary.get(word) for word in self._analyze(query))
         spans = [(self._starts[word], self._starts[word + 1]) for word in known if word is not None]
         if not spans:
@@ -105,6 +107,8 @@ class BM25Index(Index):
             weights=np.concatenate([self._weights[start:end] for start, end in spans]),
             minlength=len(self.corpus),
         )
+        if mask is not None:
+            scores *= mask
         return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in _best(scores, k)]
 
 
@@ -117,14 +121,14 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _checked_settings(k1: float, b: float, analyzer: str, title_boost: int) -> dict:
-    for ok, name, value, allowed in (
+    for ok, name, value, must_be in (
         (k1 >= 0, "k1", k1, ">= 0"),
         (0 <= b <= 1, "b", b, "in [0, 1]"),
         (analyzer in ANALYZERS, "analyzer", analyzer, f"one of {', '.join(ANALYZERS)}"),
         (title_boost >= 0, "title_boost", title_boost, ">= 0"),
     ):
         if not ok:
-            raise ConfigError(f"{name} = {value}: must be {allowed}")
+            raise ConfigError(f"{name} = {value}: must be {must_be}")
     return {"k1": float(k1), "b": float(b), "analyzer": analyzer, "title_boost": int(title_boost)}
 
 
