@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from agent.trajectory import Trajectory
+if TYPE_CHECKING:
+    from agent.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from data.errors import DataError
-from rl.batch import MicroBatch
 from rl.logprobs import hidden_states
 from rl.lora import copy_state, merged_copy
+
+if TYPE_CHECKING:
+    from rl.batch import MicroBatch
 
 HEAD_FILE = "value_head.safetensors"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agent.policy import Policy
-from agent.protocol import Protocol
-from rl.config import TrainConfig
 from rl.critic import Critic
 from rl.logprobs import Scorer
 from rl.lora import (
@@ -35,9 +32,14 @@ from rl.lora import (
     training_dropout,
 )
 from rl.optimizer import Optimizer
-from rl.rollouts import Collected, Totals
 from rl.update import Updater
 from rl.workers import Workers, shard, whole
+
+if TYPE_CHECKING:
+    from agent.policy import Policy
+    from agent.protocol import Protocol
+    from rl.config import TrainConfig
+    from rl.rollouts import Collected, Totals
 
 Snapshot = dict[str, dict[str, Tensor]]
 """Full tensors by part and name."""

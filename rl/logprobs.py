@@ -7,17 +7,19 @@ exist, nor do their gradients.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from agent.engines.hf import kept_tokens
-from rl.batch import MicroBatch
-from rl.config import RolloutConfig
+from agent.engines.drawing import kept_tokens
 from rl.packing import packed_arguments
+
+if TYPE_CHECKING:
+    from rl.batch import MicroBatch
+    from rl.config import RolloutConfig
 
 
 class TokenLogprobs(NamedTuple):

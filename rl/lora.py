@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from data.errors import DataError
 from rl.algorithm import require
-from rl.config import LoraConfig
 from rl.workers import copy_whole
+
+if TYPE_CHECKING:
+    from rl.config import LoraConfig
 
 ADAPTER = "default"
 """The name that peft gives an adapter."""

@@ -13,15 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import pstdev
+from typing import TYPE_CHECKING
 
-from agent.rollout import Agent
 from agent.trajectory import StopReason, Trajectory
 from data.answers import exact_match
 from data.errors import RunStopped
-from data.records import Question
-from rl.config import TrainConfig
-from rl.rewards import Reward
-from rl.workers import Workers
+
+if TYPE_CHECKING:
+    from agent.rollout import Agent
+    from data.records import Question
+    from rl.config import TrainConfig
+    from rl.rewards import Reward
+    from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
 

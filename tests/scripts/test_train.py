@@ -58,7 +58,7 @@ def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
         (["--policy", "no/such/one"], "policy = 'no/such/one': neither a policy folder"),
         (["--protocol.name", "morse"], "protocol = 'morse': must be one of search_r1, compact, hermes"),
         (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
-        (["--rewards", "{{f1: 1.0}}"], "rewards.f1: must be one of em, format"),
+        (["--rewards", "{{bleu: 1.0}}"], "rewards.bleu: must be one of em, f1"),
         (["--resume", "true"], "nothing to resume"),
     ],
 )
