@@ -56,12 +56,6 @@ def mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str, float]
     return {name: float(value) for name, value in sums.items()}
 
 
-def largest_mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> float:
-    """The largest |log ratio| of the tokens (N,), 0 without tokens: over micro-batches take the maximum."""
-    log_ratio = _log_ratio(old_logprobs, sampler_logprobs)
-    return float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
-
-
 def _log_ratio(old_logprobs: Tensor, sampler_logprobs: Tensor) -> Tensor:
     """log(trainer / sampler), 0 where the policy did not sample; nothing here has a gradient."""
     difference = (old_logprobs - sampler_logprobs).detach()

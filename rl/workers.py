@@ -93,7 +93,8 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype | N
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that is divided over the processes, which all must ask; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.importance import largest_mismatch, mismatch, sampler_weights
+from rl.importance import mismatch, sampler_weights
 
 ROW = torch.tensor([0, 0, 1, 1, 2])
 SAMPLER = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
@@ -72,12 +72,10 @@ def test_equal_to_loops_over_the_definition(counts, seed):
         "ratio_below_half": sum(math.exp(d) < 0.5 for d in differences),
     }
     assert mismatch(old, sampler) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert largest_mismatch(old, sampler) == pytest.approx(max(map(abs, differences), default=0))
 
 
 def test_engines_that_agree_have_no_mismatch():
     assert set(mismatch(SAMPLER, SAMPLER).values()) == {0.0}
-    assert largest_mismatch(SAMPLER, SAMPLER) == 0.0
 
 
 def test_sums_of_micro_batches_are_those_of_the_batch():

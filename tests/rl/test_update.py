@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
+from rl.credit import overlong_penalty
 from rl.critic import Critic
 from rl.logprobs import Scorer
 from rl.optimizer import Optimizer
 from rl.rewards import Reward
 from rl.rollouts import Group, averages
-from rl.update import Updater, overlong_penalty
+from rl.update import Updater
 from tests.fakes import question, tiny_model
 
 VOCABULARY = 64

@@ -25,7 +25,7 @@ def launch(processes, *command):
         [sys.executable, *(several if processes > 1 else []), "-m", *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
         cwd=REPO,
     )
