@@ -11,10 +11,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
@@ -33,6 +32,7 @@ from retriever_server.wire import RetrieveRequest, parse_hits, render_request
 _log = logging.getLogger(__name__)
 
 Outcome = list[Hit] | RetrieverError
+_Parsed = TypeVar("_Parsed")
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
 _REFUSES_THE_QUERIES = {400, 413, 422}
@@ -154,7 +154,8 @@ def _settle(waiter: asyncio.Future, outcome: Outcome) -> None:
 class InProcess:
     """Searches a retriever of this process in the event loop's thread, without a window of time.
 
-    So the order in which answers arrive depends on nothing but the order of the questions.
+    So the order in which answers arrive depends on nothing but the order of the questions. One that
+    itself waits for other machines is searched in a thread, so that the loop goes on meanwhile.
     """
 
     window_seconds = 0.0
@@ -164,19 +165,27 @@ class InProcess:
 
     async def ask(self, queries: list[str], k: int) -> Sequence[Outcome]:
         """The hits of each query."""
+        if self.retriever.waits:
+            return await asyncio.to_thread(self.retriever.search, queries, k)
         return self.retriever.search(queries, k)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Nothing of this event loop's is open; the retriever is its owner's to close."""
 
 
 class Http:
     """Asks a Search-R1 server; `deadline_seconds` bounds a request with all its retries."""
 
-    def __init__(self, url: str, deadline_seconds: float = 30.0, window_seconds: float = 0.002) -> None:
+    def __init__(
+        self,
+        url: str,
+        deadline_seconds: float = 30.0,
+        window_seconds: float = 0.002,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         if deadline_seconds <= 0:
             raise ConfigError(f"deadline_seconds = {deadline_seconds}: must be > 0")
-        self.url = _checked_url(url)
+        self.url, self.headers = _checked_url(url), headers
         self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
         self._failing = False
@@ -239,21 +248,25 @@ class Http:
         )
 
     async def _ask_once(self, queries: list[str], k: int) -> list[list[Hit]]:
+        body = render_request(RetrieveRequest(queries, k, return_scores=True))
+        rankings = await self._post("/retrieve", body, parse_hits)
+        if len(rankings) != len(queries):
+            raise _TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
+        return rankings
+
+    async def _post(self, path: str, body: Any, parse: Callable[[Any], _Parsed]) -> _Parsed:
+        """What `parse` reads in the JSON answer to one request; a failure that may pass is a _TryAgain."""
         import httpx
 
-        body = render_request(RetrieveRequest(queries, k, return_scores=True))
         try:
-            response = await self._session().post(f"{self.url}/retrieve", json=body)
+            response = await self._session().post(self.url + path, json=body)
         except httpx.TransportError as error:
             raise _TryAgain(f"{type(error).__name__}: {error}") from error
         self._check_status(response)
         try:
-            rankings = parse_hits(response.json())
+            return parse(response.json())
         except (ValueError, DataError) as error:
             raise _TryAgain(f"malformed answer: {error}") from error
-        if len(rankings) != len(queries):
-            raise _TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
-        return rankings
 
     def _check_status(self, response: Any) -> None:
         """Raise what the HTTP status means; a server's own reason goes into the message."""
@@ -280,19 +293,17 @@ class Http:
             for ended in [known for known in list(self._sessions) if known.is_closed()]:
                 self._sessions.pop(ended, None)  # connections cannot outlive their loop
             # No proxy from the environment: nothing but the arguments decides where a query goes.
-            self._sessions[loop] = httpx.AsyncClient(timeout=None, trust_env=False)
+            self._sessions[loop] = httpx.AsyncClient(timeout=None, trust_env=False, headers=self.headers)
         return self._sessions[loop]
 
 
 def connect(spec: str, deadline_seconds: float = 30.0) -> SearchClient:
-    """A client for `spec`: the URL of a server, or the folder of an index to search in process."""
+    """A client for the URL of a server, or for anything else that `opening.open_retriever` opens here."""
     if spec.startswith(("http://", "https://")):
         return SearchClient(Http(spec, deadline_seconds))
-    if not Path(spec).exists():
-        raise ConfigError(f"retriever {spec!r}: must be an http(s) URL or the folder of an index")
-    from retriever_server.indexes.base import open_index
+    from retriever_server.opening import open_retriever
 
-    return SearchClient(InProcess(open_index(spec)))
+    return SearchClient(InProcess(open_retriever(spec, deadline_seconds)))
 
 
 def _checked_url(url: str) -> str:

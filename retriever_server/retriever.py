@@ -24,6 +24,9 @@ class Retriever(ABC):
     generation: str
     """Names what answers: the index on disk, its settings and its corpus. Stamped on every hit."""
 
+    waits: bool = False
+    """Whether a search waits for another machine, so that it must not hold up an event loop."""
+
     @abstractmethod
     def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query among those that `where` allows, best first.

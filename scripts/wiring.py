@@ -17,8 +17,7 @@ from agent.engines.hf import HFEngine
 from agent.policy import Policy, default_protocol, load_policy
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
-from retriever_server.client import InProcess, SearchClient, connect
-from retriever_server.controls import NoPassages, RandomPassages
+from retriever_server.client import SearchClient, connect
 from rl.config import ProtocolConfig
 
 
@@ -75,17 +74,7 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
 
 
 def open_client(retriever: str, deadline_seconds: float = 60.0) -> SearchClient:
-    """A client for a server's URL or an index folder, or for one of the two controls.
-
-    "none": every search finds nothing (closed book). "random:INDEX": passages of the corpus of that
-    index, drawn at random.
-    """
-    if retriever == "none":
-        return SearchClient(InProcess(NoPassages()))
-    if retriever.startswith("random:"):
-        from retriever_server.indexes.base import open_index
-
-        return SearchClient(InProcess(RandomPassages(open_index(retriever.removeprefix("random:")).corpus)))
+    """A client for a retriever: a URL, an index folder, a .yaml file, none or random:INDEX."""
     return connect(retriever, deadline_seconds)
 
 

@@ -1,0 +1,180 @@
+"""A second look at the first hits: `Rerank` orders them anew by a model that reads both texts together.
+
+Two such models: `CrossEncoder` (sentence-transformers) and `YesNo` (a language model's yes or no).
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any
+
+from data.errors import ConfigError
+from data.records import Hit, Passage
+from retriever_server.retriever import Filter, Query, Retriever
+
+Pair = tuple[Query, Passage]
+
+
+class Scorer(ABC):
+    """Judges how well a passage answers a query."""
+
+    name: str
+    """Says which model with which settings: part of the generation."""
+
+    @abstractmethod
+    def score(self, pairs: list[Pair]) -> list[float]:
+        """A number a pair, higher is better, comparable for one query. Need not be thread-safe."""
+
+
+class Rerank(Retriever):
+    """The first `depth` hits of another retriever, ordered by what a scorer says of them."""
+
+    def __init__(self, retriever: Retriever, scorer: Scorer, depth: int = 50) -> None:
+        if depth < 1:
+            raise ConfigError(f"depth = {depth}: must be >= 1")
+        self.retriever, self.scorer, self.depth, self.waits = retriever, scorer, depth, retriever.waits
+        self._one_at_a_time = threading.Lock()  # tokenizers refuse two threads at once
+
+    @property
+    def generation(self) -> str:
+        """The retriever behind, the scorer, and how deep it looks."""
+        return self._name(self.retriever.generation)
+
+    def _name(self, generation: str) -> str:
+        return f"rerank({generation}, {self.scorer.name}, {self.depth})"
+
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """The `k` best of the first hits (`depth`, or k if that is more); ties in their first order."""
+        rankings = self.retriever.search(queries, max(k, self.depth), where)
+        pairs = [(query, hit.passage) for query, hits in zip(queries, rankings, strict=True) for hit in hits]
+        with self._one_at_a_time:
+            scores = iter(self.scorer.score(pairs) if pairs else [])
+        scored = [
+            [Hit(hit.passage, next(scores), self._name(hit.generation)) for hit in ranking]
+            for ranking in rankings
+        ]
+        return [sorted(ranking, key=lambda hit: -hit.score)[:k] for ranking in scored]
+
+    def describe(self) -> dict[str, Any]:
+        """What is behind, and who orders it."""
+        behind = {"scorer": self.scorer.name, "retriever": self.retriever.describe()}
+        return {**super().describe(), **behind}
+
+    def close(self) -> None:
+        """Close the retriever behind."""
+        self.retriever.close()
+
+
+class CrossEncoder(Scorer):
+    """A cross-encoder of sentence-transformers; reads title and text."""
+
+    def __init__(
+        self, model: str, max_length: int | None = None, batch_size: int = 32, device: str | None = None
+    ) -> None:
+        """`model`: folder or hub name; `max_length`: tokens of a pair, the model's own without."""
+        from sentence_transformers import CrossEncoder as Model
+
+        self.name, self.batch_size = f"cross-encoder {model}", batch_size
+        self._model = _load(
+            model, lambda: Model(model, max_length=max_length, device=device, trust_remote_code=False)
+        )
+
+    def score(self, pairs: list[Pair]) -> list[float]:
+        """The model's own number for each pair."""
+        texts = [(query, passage.contents) for query, passage in pairs]
+        return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
+
+
+QUESTION = "Query: {query}\nPassage: {passage}\nIs the passage relevant to the query? Answer yes or no."
+
+
+class YesNo(Scorer):
+    """How much more a causal language model would answer "yes" than "no": log p(yes) - log p(no)."""
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str = QUESTION,
+        yes: str = "yes",
+        no: str = "no",
+        chat: bool | None = None,
+        max_length: int = 512,
+        batch_size: int = 16,
+        device: str = "cpu",
+        dtype: str = "auto",
+    ) -> None:
+        """`prompt` holds {query} and {passage}; `yes`, `no`: what follows it (their first token counts).
+
+        chat: wrap the prompt in the model's chat template; None: where it has one. max_length: tokens of
+        the whole prompt; the passage is cut to fit.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.name, self.max_length, self.batch_size = f"yes-no {model}", max_length, batch_size
+        self._tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(model))
+        self._model = _load(model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=dtype))
+        self._model = self._model.to(device).eval()
+        if chat or (chat is None and self._tokenizer.chat_template):
+            turns = [{"role": "user", "content": prompt}]
+            prompt = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        self._before, found, rest = prompt.partition("{query}")
+        self._between, found_too, self._after = rest.partition("{passage}")
+        if not (found and found_too):
+            raise ConfigError("prompt: must hold {query} and, after it, {passage}")
+        self._yes, self._no = (self._tokens(word)[0] for word in (yes, no))
+        if self._yes == self._no:
+            raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token of {model}")
+
+    def score(self, pairs: list[Pair]) -> list[float]:
+        """The difference of the two logits after each prompt, in batches of similar length."""
+        prompts = [self._prompt(*pair) for pair in pairs]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        scores = [0.0] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            for i, value in zip(chosen, self._differences([prompts[i] for i in chosen]), strict=True):
+                scores[i] = value
+        return scores
+
+    def _prompt(self, query: Query, passage: Passage) -> list[int]:
+        head = self._tokens(f"{self._before}{query}{self._between}")
+        tail = self._tokens(self._after)
+        room = max(0, self.max_length - len(head) - len(tail))
+        return [*head, *self._tokens(passage.contents)[:room], *tail]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _differences(self, prompts: list[list[int]]) -> list[float]:
+        import torch
+
+        longest = max(map(len, prompts))
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long)  # (B, T), padded on the left
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        device = self._model.device
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            logits = (
+                self._model(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    position_ids=positions.to(device),
+                    logits_to_keep=1,
+                )
+                .logits[:, -1]
+                .float()
+            )  # (B, V)
+        return (logits[:, self._yes] - logits[:, self._no]).tolist()
+
+
+def _load(model: str, load: Any) -> Any:
+    """What `load` loads; ConfigError where there is no such model."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"model = {model!r}: must be a model's folder or hub name ({reason})") from error
