@@ -1,0 +1,204 @@
+"""Analyzers: Lucene's tokens, filters and stems by its published rules; every script by its own units."""
+
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from data.errors import ConfigError
+from retriever_server.indexes import analyzers
+from retriever_server.indexes.analyzers import (
+    anserini,
+    load_analyzer,
+    multilingual,
+    plain,
+    segment,
+    stopwords,
+)
+from retriever_server.indexes.porter import porter
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Élan-vital, the 2nd! ﬁne", ["élan", "vital", "the", "2nd", "fine"]),
+        ("Москва 東京", ["москва", "東京"]),
+    ],
+)
+def test_plain_words_are_folded_to_normal_form(text, tokens):
+    assert plain(text) == tokens
+
+
+def test_stop_words_are_left_out():
+    assert stopwords("The end of THE river") == ["end", "river"]
+    assert len(analyzers.ENGLISH_STOP_WORDS) == 33
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("O'Neil's wi-fi costs $3.50, e.g. at AT&T.", "O'Neil's wi fi costs 3.50 e.g at AT T"),
+        ("10.0.0.1 1,000 1,a 3:45 a:b a.1 1.a", "10.0.0.1 1,000 1 a 3 45 a:b a 1 1 a"),
+        ("U.S.A. 'quoted' rock'n'roll dogs'", "U.S.A quoted rock'n'roll dogs"),
+        ("snake_case _x_ __ 3d B2B a@b.com", "snake_case _x_ 3d B2B a b.com"),
+        ("don\u2019t e\u0301te\u0301 soft\u00adhyphen", "don\u2019t e\u0301te\u0301 soft\u00adhyphen"),
+        ("北京 ひら カタカナ ｶﾅ한국어abc", "北 京 ひ ら カタカナ ｶﾅ 한국어abc"),
+        ("สวัสดีครับ ๑๒", "สวัสดีครับ ๑๒"),
+        ("ארה\"ב צה'ל רח'", "ארה\"ב צה'ל רח'"),
+        (
+            "ok \U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea",
+            "ok \U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea",
+        ),
+        ("１２．５ カ_a", "１２．５ カ_a"),
+        ("...!? --- (), '", ""),
+    ],
+)
+def test_tokens_are_those_of_lucenes_standard_tokenizer(text, tokens):
+    assert segment(text) == tokens.split()
+
+
+def test_a_token_is_cut_after_255_characters():
+    assert [len(token) for token in segment("a" * 600 + " b")] == [255, 255, 90, 1]
+    assert [len(token) for token in segment("é" * 256)] == [255, 1]
+
+
+def test_the_pattern_for_ascii_finds_what_the_general_one_finds():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("aZ09.,:;'\"_- @", k=rng.randint(1, 30)))
+        assert segment(text) == analyzers._unicode_pattern().findall(text), text
+
+
+def reference_breaks(text: str) -> list[str]:
+    """Words of ASCII by the rules WB5 to WB13b of UAX #29, one junction at a time."""
+    kinds = [
+        "A" if c.isalpha() else "N" if c.isdigit() else "E" if c == "_" else c if c in ".':,;" else " "
+        for c in text
+    ]
+
+    def joined(i: int) -> bool:
+        """Whether characters i - 1 and i stand in one word."""
+        left, right = kinds[i - 1], kinds[i]
+        before, after = (kinds[j] if 0 <= j < len(kinds) else " " for j in (i - 2, i + 1))
+        if left in "ANE" and right in "ANE":
+            return True
+        around = {(left, after): right, (before, right): left}
+        return any(
+            (pair == ("A", "A") and middle in ".':") or (pair == ("N", "N") and middle in ".',;")
+            for pair, middle in around.items()
+        )
+
+    words, start = [], 0
+    for i in range(1, len(text) + 1):
+        if i == len(text) or not joined(i):
+            words.append(text[start:i])
+            start = i
+    return [word for word in words if re.search("[A-Za-z0-9]", word)]
+
+
+def test_words_end_where_the_rules_of_uax_29_break():
+    rng = random.Random(1)
+    for _ in range(3000):
+        text = "".join(rng.choices("aZ09.,:;'_- ", k=rng.randint(1, 20)))
+        assert segment(text) == reference_breaks(text), text
+
+
+# By the algorithm's own release (bli, logi) and by hand; Snowball's stemmer of the same name differs on *.
+STEMS = {
+    **{"caresses": "caress", "ponies": "poni", "ties": "ti", "cats": "cat", "gas": "ga", "feed": "feed"},
+    **{"agreed": "agre", "plastered": "plaster", "bled": "bled", "motoring": "motor", "sing": "sing"},
+    **{"conflated": "conflat", "troubled": "troubl", "sized": "size", "hopping": "hop", "falling": "fall"},
+    **{"hissing": "hiss", "failing": "fail", "filing": "file", "happy": "happi", "sky": "sky", "toy": "toi"},
+    **{"relational": "relat", "conditional": "condit", "digitizer": "digit", "operator": "oper"},
+    **{"vietnamization": "vietnam", "hopefulness": "hope", "sensibiliti": "sensibl", "triplicate": "triplic"},
+    **{
+        "formative": "form",
+        "electrical": "electr",
+        "goodness": "good",
+        "revival": "reviv",
+        "adoption": "adopt",
+    },
+    **{
+        "replacement": "replac",
+        "element": "element",
+        "onion": "onion",
+        "homologou": "homolog",
+        "rate": "rate",
+    },
+    **{
+        "probate": "probat",
+        "cease": "ceas",
+        "controll": "control",
+        "roll": "roll",
+        "generalizations": "gener",
+    },
+    **{"ion": "ion", "ies": "i", "oed": "o", "2nd": "2nd", "3.50": "3.50"},
+    **{"sociology": "sociolog", "visibly": "visibl", "as": "as", "us": "us", "s": "s"},  # *
+}
+
+
+@pytest.mark.parametrize(("word", "stem"), STEMS.items())
+def test_stems_are_those_of_lucenes_porter(word, stem):
+    assert porter(word) == stem
+
+
+def test_stems_equal_snowballs_porter_but_for_the_known_changes():
+    snowball = pytest.importorskip("Stemmer").Stemmer("porter")
+    rng = random.Random(2)
+    endings = ["", "ed", "ing", "eed", "y", "ational", "ion", "ement", "e", "lle", "s", "ies", "sses"]
+    for _ in range(5000):
+        word = "".join(rng.choices("aeiouybdgmnprt", k=rng.randint(2, 6))) + rng.choice(endings)
+        if len(word) > 2 and not re.search("bl[iy]|log[iy]", word):
+            assert porter(word) == snowball.stemWord(word), word
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("The dogs' owners' dog's collar; JAMES\u2019S keys", "dog owner dog collar jame kei"),
+        ("It is THE relational databases of U.S. libraries", "relat databas u. librari"),
+        ("Not 3.5% of IT, 's", "3.5 s"),
+        ("ΣΟΦΟΣ İstanbul", "σοφοσ istanbul"),
+    ],
+)
+def test_anserini_filters_in_lucenes_order(text, terms):
+    assert anserini(text) == terms.split()
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "terms"),
+    [
+        ("none", "北京大学 GPT-4、東", ["北京", "京大", "大学", "gpt", "4", "東"]),
+        ("none", "ｶﾞﾗｽの手機abc", ["ガラ", "ラス", "スの", "の手", "手機", "abc"]),
+        ("none", "한국어 말", ["한국", "국어", "말"]),
+        ("none", "ไทย 12", ["ไท", "ทย", "12"]),
+        ("german", "Die Häuser der STRASSE Straße", ["die", "haus", "der", "strass", "strass"]),
+        ("french", "l'avion d\u2019Élodie", ["l", "avion", "d", "élod"]),
+        ("russian", "Московские книги", ["московск", "книг"]),
+    ],
+)
+def test_multilingual_terms(language, text, terms):
+    assert multilingual(text, language) == terms
+
+
+def test_stemmers_are_safe_in_threads():
+    words = [f"{stem}{end}" for stem in ("haus", "blum", "kind") for end in ("es", "en", "er", "e")] * 50
+    analyze = load_analyzer("multilingual", "german")
+    alone = [multilingual(word, "german") for word in words]
+    analyzers._stemmer.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(analyze, words)) == alone
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "message"),
+    [
+        ("porter", "none", "analyzer = porter: must be one of plain, stopwords, anserini, multilingual"),
+        ("multilingual", "klingon", "language = klingon: must be none or one of arabic"),
+        ("plain", "german", "language = german: only the analyzer multilingual"),
+    ],
+)
+def test_an_analyzer_that_there_is_not_is_refused(name, language, message):
+    with pytest.raises(ConfigError, match=message):
+        load_analyzer(name, language)
