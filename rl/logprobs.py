@@ -88,7 +88,12 @@ class Scorer(nn.Module):
         """Logits (C, V) in float32, at the sampler's temperature; what it left out is the lowest number."""
         head: Any = self.model.get_output_embeddings()
         logits = head(hidden).float()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        # What some architectures do after their head: Cohere, Granite, Gemma 2.
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        config = self.model.config.get_text_config()
+        times, over, cap = (getattr(config, name, None) for name in names)
+        if times or over:
+            logits = logits * ((times or 1) / (over or 1))
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         if self.rollout.temperature != 1:

@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
@@ -202,9 +211,18 @@ def capped_model() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config).eval()
 
 
-def test_logits_are_capped_where_the_model_does():
-    model, batch = capped_model(), lay_out("right")
-    torch.testing.assert_close(Scorer(model, ROLLOUT, 7)(batch).logprobs, plain(model, batch)[0])
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_logits_are_capped_and_scaled_where_the_model_does(kind):
+    sizes = {**SIZES, "vocab_size": VOCABULARY, "eos_token_id": None, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = {
+        "gemma2": capped_model,
+        "cohere": lambda: CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.1)),
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=3.0)),
+    }[kind]()
+    batch = lay_out("right" if kind == "gemma2" else "packed")
+    taken = Scorer(model.eval(), ROLLOUT, 7)(batch)
+    torch.testing.assert_close(taken.logprobs, plain(model, batch)[0], atol=1e-6, rtol=1e-6)
 
 
 def test_attention_that_cannot_be_cut_is_refused():
