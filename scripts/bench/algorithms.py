@@ -3,7 +3,7 @@
     python -m scripts.bench.algorithms [--out runs/algorithms] [--presets '[ppo, grpo]'] [--jobs 2]
 
 A run is `sleuth train --config scripts/configs/atlas.yaml --preset NAME`: the packaged policy `atlas`, the
-recipe's batch and learning rate, and OVERRIDES. Runs are processes of one thread, `jobs` at a time; the same
+recipe's batch and learning rates. Runs are processes of one thread, `jobs` at a time; the same
 command again goes on where it stopped. Needs matplotlib (`pip install '.[bench]'`).
 
 The curve and `to .5` are greedy EM on the 240 two-hop questions of dev, `to .5` the first evaluation (one in
@@ -39,11 +39,6 @@ KIND = "two_hop"
 GOAL = 0.5
 MORE_SEEDS = {"ppo": 3, "grpo": 3}
 """Presets of more than one seed."""
-OVERRIDES: dict[str, dict[str, float]] = {
-    "ppo": {"algorithm.critic_learning_rate": 1e-3},
-    "search_r1_ppo": {"algorithm.critic_learning_rate": 1e-3},
-}
-"""What the recipe, made for a policy without a critic, says differently for a preset."""
 
 INK, MUTED, GREY, GRID, ACCENT = "#1f2328", "#6b7280", "#cbd0d8", "#eceff3", "#1d4ed8"
 COLUMNS = 5
@@ -143,7 +138,6 @@ def attempt(run: Run, steps: int | None, eval_every: int) -> str | None:
         "retriever": run.out / "world" / "index",
         "out": run.folder,
         "eval_every": eval_every,
-        **OVERRIDES.get(run.preset, {}),
         **({} if steps is None else {"steps": steps}),
     }
     log = run.out / f"{run.folder.name}.log"
