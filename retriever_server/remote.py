@@ -38,9 +38,9 @@ class _FromThreads:
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def ask(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def ask(self, http: Http, queries: list[Query], k: int) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
-        outcomes = self.run(self._http.ask(queries, k))
+        outcomes = self.run(http.ask(queries, k))
         for outcome in outcomes:
             if isinstance(outcome, RetrieverError):
                 raise outcome
@@ -93,9 +93,8 @@ class Remote(Retriever):
         """What the server finds; raises a RetrieverError where it does not, at the latest at the deadline."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        if where is not None:
-            raise ConfigError(f"{self._http.url}: /retrieve knows no filters, got {json.dumps(where)[:80]}")
-        rankings = self._threads.ask(queries, k) if queries else []
+        http = self._http if where is None else _Filtered(self._http, where)
+        rankings = self._threads.ask(http, queries, k) if queries else []
         self._last = next((hit.generation for ranking in rankings for hit in ranking), self._last)
         return [
             [hit if hit.generation else replace(hit, generation=self._unnamed) for hit in ranking]
@@ -105,6 +104,41 @@ class Remote(Retriever):
     def close(self) -> None:
         """Close the connections."""
         self._threads.close()
+
+
+class _Filtered(Http):
+    """Asks our own `POST /v1/search`, which knows filters, over the connections of another Http."""
+
+    def __init__(self, http: Http, where: Filter) -> None:
+        super().__init__(http.url, http.deadline_seconds, headers=http.headers)
+        self._sessions, self._where = http._sessions, where
+
+    async def _ask_once(self, queries: list[str], k: int) -> list:
+        body = {"queries": queries, "top_k": k, "where": self._where}
+        found = await self._post("/v1/search", body, _parse_results)
+        if len(found) != len(queries):
+            raise RetrieverError(f"{self.url}: {len(found)} results for {len(queries)} queries")
+        return found
+
+
+def _parse_results(answer: Any) -> list[list[Hit] | RetrieverError]:
+    """The hits, or the error, of each query in an answer of `/v1/search`."""
+    try:
+        return [
+            RetrieverError(result["error"])
+            if result["error"]
+            else [
+                Hit(
+                    Passage(hit["id"], hit["text"], hit["title"], hit["metadata"]),
+                    hit["score"],
+                    hit["generation"],
+                )
+                for hit in result["hits"]
+            ]
+            for result in answer["results"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"no answer of /v1/search ({error!r})") from error
 
 
 class Web(Retriever):
