@@ -1,0 +1,1 @@
+"""What turns texts into vectors, and the record of how it does."""

@@ -1,0 +1,108 @@
+"""What an encoder is: texts in, vectors out, under a spec that says everything which decides them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from data.errors import ConfigError, DataError
+from data.records import Passage
+from retriever_server.encoders.vectors import Vectors, rows_of, similarities
+
+Role = Literal["query", "passage"]
+KINDS = ("dense", "sparse", "multi")
+
+
+@dataclass(frozen=True)
+class EncodingSpec:
+    """Everything that silently ruins vectors when it is wrong. JSON, hashed into every index."""
+
+    model: str
+    """Name or folder it was loaded from; not part of the hash: the fingerprint says which weights."""
+    kind: str
+    """dense, sparse or multi."""
+    fingerprint: str
+    """Short hash of the weights, the same in fp32 and bf16."""
+    dimension: int
+    """Of a vector; sparse: the size of the vocabulary."""
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    """Put before the text, and where the model says so left out of the pooling."""
+    passage_template: str = "{title}\n{text}"
+    """The text of a passage; may name {title}, {text} and {contents}."""
+    max_tokens: int | None = None
+    pooling: str = ""
+    normalise: bool = False
+    """Whether vectors have length 1, whatever the model leaves."""
+    similarity: str = "dot"
+    """cosine (of vectors of length 1), dot or maxsim."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(KINDS)}")
+        try:
+            self.render(Passage("", "text", "title"))
+        except (KeyError, IndexError, ValueError) as error:
+            allowed = "may name {title}, {text} and {contents}"
+            raise ConfigError(f"passage_template {self.passage_template!r}: {allowed}") from error
+
+    @property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of all fields but `model`."""
+        fields = {key: value for key, value in asdict(self).items() if key != "model"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def render(self, passage: Passage) -> str:
+        """The text of a passage that is encoded, without the prompt."""
+        fields = {"title": passage.title, "text": passage.text, "contents": passage.contents}
+        return self.passage_template.format(**fields).strip()
+
+    def differences(self, other: EncodingSpec) -> str:
+        """Which fields of the hash differ, for a message.   -> "pooling: cls, here mean" """
+        here, there = asdict(self), asdict(other)
+        return "; ".join(
+            f"{key}: {there[key]!r}, here {here[key]!r}"
+            for key in here
+            if key != "model" and here[key] != there[key]
+        )
+
+
+class Encoder(ABC):
+    """Texts in, vectors out. Thread-safe."""
+
+    spec: EncodingSpec
+
+    @abstractmethod
+    def encode(self, texts: list[str], role: Role) -> Vectors:
+        """The vectors of N texts, without NaN, in the representation of `spec.kind`."""
+
+
+def self_test(encoder: Encoder) -> None:
+    """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""
+    texts = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
+    for role in ("query", "passage"):
+        together = encoder.encode(texts, role)
+        alone = [encoder.encode([text], role) for text in texts]
+        for i, text in enumerate(texts):
+            least = float(similarities(rows_of(alone[i], 0), rows_of(together, i)).min())
+            if not least > 0.999:
+                raise DataError(
+                    f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
+                    f"(cosine {least:.4f} for {text[:20]!r} alone and in a batch)"
+                )
+            _check_fits(encoder.spec, rows_of(alone[i], 0))
+
+
+def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:
+    if rows.shape[1] != spec.dimension:
+        raise DataError(
+            f"{spec.model}: vectors of {rows.shape[1]} dimensions, its spec says {spec.dimension}"
+        )
+    lengths = np.linalg.norm(rows, axis=1)
+    if spec.normalise and np.abs(lengths - 1).max() > 1e-2:
+        raise DataError(f"{spec.model}: vectors of length {lengths.max():.3f}, its spec says 1")

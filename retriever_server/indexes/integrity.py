@@ -1,0 +1,45 @@
+"""Whether the files of an index are the ones that were built: sampled on opening, whole on `--verify`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from data.errors import DataError
+
+_BLOCKS, _BLOCK_BYTES = 16, 4096
+
+
+def sample_hash(path: Path) -> str:
+    """Short hash of the file's size and of 16 blocks of 4 KiB spread over it, first and last among them."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK_BYTES) * i // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(
+    folder: Path, sizes: dict[str, int], samples: dict[str, str], checksums: dict[str, str] | None = None
+) -> None:
+    """Raise DataError naming the first file of an index that is not as it was built.
+
+    Compares sizes and sampled blocks, and every byte where `checksums` are given.
+    """
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            now = "missing" if found is None else f"{found} bytes"
+            raise DataError(f"{path}: missing or not {size} bytes ({now}); build the index again")
+        same = sample_hash(path) == samples.get(name, sample_hash(path))
+        if not same or (checksums is not None and file_hash(path) != checksums.get(name)):
+            raise DataError(f"{path}: {size} bytes, but not those that were built; build the index again")

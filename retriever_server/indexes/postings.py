@@ -1,0 +1,49 @@
+"""Postings: for every term the passages that hold it and with which weight (a matrix by columns).
+
+What BM25 and learned sparse vectors share: a search is a sum over the postings of the query's terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Postings:
+    """Term t owns positions[starts[t]:starts[t + 1]], and the weights there."""
+
+    starts: np.ndarray
+    """(V + 1,)"""
+    positions: np.ndarray
+    """(N,) of passages"""
+    weights: np.ndarray
+    """(N,)"""
+    count: int
+    """Passages of the corpus, P."""
+
+    def scores(self, terms: Sequence[int], term_weights: Sequence[float] | None = None) -> np.ndarray:
+        """The sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
+        spans = [slice(self.starts[term], self.starts[term + 1]) for term in terms]
+        if not spans:
+            return np.zeros(self.count)
+        weights = [self.weights[span] for span in spans]
+        if term_weights is not None:
+            weights = [w * float(factor) for w, factor in zip(weights, term_weights, strict=True)]
+        positions = np.concatenate([self.positions[span] for span in spans])
+        return np.bincount(positions, weights=np.concatenate(weights), minlength=self.count)
+
+
+def best(scores: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
+    """Positions of the `k` best positive scores that `mask` allows, best first, ties in order.
+
+    (P,) -> (<= k,)
+    """
+    if mask is not None:
+        scores = scores * mask
+    k = min(k, len(scores))
+    least = np.partition(scores, -k)[-k]
+    candidates = np.flatnonzero(scores >= least) if least > 0 else np.flatnonzero(scores > 0)
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
