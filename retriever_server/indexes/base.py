@@ -14,18 +14,28 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
 from data.records import FORMAT_VERSION
+from retriever_server.indexes.integrity import check_files, file_hash, sample_hash
 from retriever_server.retriever import Retriever
 
+if TYPE_CHECKING:
+    from retriever_server.encoders.spec import EncodingSpec
+
 MANIFEST = "manifest.json"
-INDEX_KINDS = {"bm25": "retriever_server.indexes.bm25:BM25Index"}
+INDEX_KINDS = {
+    "bm25": "retriever_server.indexes.bm25:BM25Index",
+    "flat": "retriever_server.indexes.flat:FlatIndex",
+    "ann": "retriever_server.indexes.ann:AnnIndex",
+    "inverted": "retriever_server.indexes.inverted:InvertedIndex",
+    "maxsim": "retriever_server.indexes.maxsim:MaxSimIndex",
+}
 """kind -> module:class, imported only when an index of that kind is opened."""
 
 
@@ -45,6 +55,15 @@ class Manifest:
     files: dict[str, int]
     """Name -> size in bytes of every file beside the manifest."""
     format_version: int = FORMAT_VERSION
+    samples: dict[str, str] = field(default_factory=dict)
+    """Name -> hash of sampled blocks, compared on opening."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Name -> SHA-256, compared by `verify_index`."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """The `EncodingSpec` of the encoder, if one made the index."""
+    spec_hash: str = ""
+    dtype: str = ""
+    dimension: int = 0
 
 
 class Index(Retriever):
@@ -59,19 +78,36 @@ class Index(Retriever):
         """The index in the folder `path`; manifest and corpus were checked by `open_index`."""
 
 
-def open_index(path: str | Path) -> Index:
-    """The index in the folder `path`, ready to search.
+def open_index(path: str | Path, **options: Any) -> Index:
+    """The index in the folder `path`, ready to search; `options` are those of `open` of its kind.
 
     Raises ConfigError where there is no index, DataError where it or its corpus has changed.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for name, size in manifest.files.items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise DataError(f"{path / name}: missing or not {size} bytes; build the index again")
-    module, _, name = INDEX_KINDS[manifest.kind].partition(":")
-    kind: type[Index] = getattr(importlib.import_module(module), name)
-    return kind.open(path, manifest, _open_corpus(path, manifest))
+    check_files(path, manifest.files, manifest.samples)
+    return index_kind(manifest.kind).open(path, manifest, _open_corpus(path, manifest), **options)
+
+
+def verify_index(path: str | Path) -> Manifest:
+    """Read every byte of the index and its corpus; raises DataError naming the first file that differs."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    if not manifest.checksums:
+        raise DataError(f"{path}: was built without checksums; build it again")
+    check_files(path, manifest.files, manifest.samples, manifest.checksums)
+    corpus = _open_corpus(path, manifest)
+    if file_hash(corpus.path)[:16] != manifest.corpus_hash:
+        raise DataError(f"{corpus.path}: not the corpus of {path}, though of its size; index it again")
+    return manifest
+
+
+def index_kind(kind: str) -> type[Any]:
+    """The class of a kind of index; ConfigError for one that is unknown."""
+    if kind not in INDEX_KINDS:
+        raise ConfigError(f"index kind {kind!r}: must be one of {', '.join(INDEX_KINDS)}")
+    module, _, name = INDEX_KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -103,15 +139,19 @@ def write_generation(
     corpus: Corpus,
     write: Callable[[Path], None],
     overwrite: bool = False,
+    spec: EncodingSpec | None = None,
+    dtype: str = "",
 ) -> Manifest:
     """Build the index that `write` puts into a folder, and move it to `out` when it is whole.
+
+    spec, dtype: of the vectors, if an encoder makes them; `settings` must then hold them too.
 
     An index of the same generation at `out` is kept as it is; another one is replaced only if
     `overwrite`. Raises ConfigError if something else is there, StorageError if writing fails.
     """
     out = out.absolute()
     generation = generation_name(kind, settings, corpus.content_hash)
-    if (found := _found_at(out, generation, overwrite)) is not None:
+    if (found := found_at(out, generation, overwrite)) is not None:
         return found
     building: Path | None = None
     try:
@@ -119,7 +159,7 @@ def write_generation(
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}.building-", dir=out.parent))
         building.chmod(0o755)  # mkdtemp makes it private
         write(building)
-        manifest = _describe(building, out, kind, settings, corpus, generation)
+        manifest = _describe(building, out, kind, settings, corpus, generation, spec, dtype)
         write_json(building / MANIFEST, asdict(manifest))
         _move_into_place(building, out)
     except SleuthError:
@@ -154,7 +194,7 @@ def _open_corpus(path: Path, manifest: Manifest) -> Corpus:
     return corpus
 
 
-def _found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
+def found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
     """The manifest at `out` if it is this generation; None if a new one may go there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -177,9 +217,11 @@ def _found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
 
 
 def _describe(
-    building: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str
-) -> Manifest:
+    building: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str,
+    spec: EncodingSpec | None, dtype: str,
+) -> Manifest:  # fmt: skip
     corpus_path = Path(corpus.path).absolute()
+    files = sorted(building.iterdir())
     return Manifest(
         kind=kind,
         settings=settings,
@@ -189,7 +231,13 @@ def _describe(
         corpus_bytes=corpus_path.stat().st_size,
         corpus_count=len(corpus),
         generation=generation,
-        files={p.name: p.stat().st_size for p in sorted(building.iterdir())},
+        files={p.name: p.stat().st_size for p in files},
+        samples={p.name: sample_hash(p) for p in files},
+        checksums={p.name: file_hash(p) for p in files},
+        spec=asdict(spec) if spec else {},
+        spec_hash=spec.hash if spec else "",
+        dtype=dtype,
+        dimension=spec.dimension if spec else 0,
     )
 
 
