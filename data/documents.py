@@ -1,0 +1,244 @@
+"""Documents as people keep them (text, Markdown, HTML, PDF, Wikipedia dumps), cut into passages.
+
+A document is a stream of sections (title, text, metadata); sections are cut at the ends of sentences
+into passages of about so many words. Libraries read the formats: the optional extra `corpus`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from data.errors import ConfigError, DataError
+
+# A word is a run of letters and digits; where a script writes no spaces, a character.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff])\w)+"
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=\S)|(?<=[。！？])|\n+")
+
+
+class Section(NamedTuple):
+    """A piece of a document under one title; `key` tells it from the others of its file."""
+
+    title: str
+    text: str
+    metadata: dict[str, Any]
+    key: str = ""
+
+
+def passages_of(path: Path, root: Path, words: int = 100, overlap: int = 0) -> Iterator[dict[str, Any]]:
+    """The passages in one file, as lines of a corpus: {"id", "title", "text", "metadata"}.
+
+    The id is the path under `root` (of a dump, the id of the page) and the number of the passage: the
+    same file gives the same ids. Raises DataError "FILE: what is wrong" where it cannot be read.
+    """
+    name = path.relative_to(root).as_posix()
+    numbers: dict[str, int] = {}
+    for section in read_sections(path):
+        key = section.key or name
+        for text in chunk(section.text, words, overlap):
+            number = numbers[key] = numbers.get(key, -1) + 1
+            metadata = {"source": name, **section.metadata}
+            yield {"id": f"{key}#{number}", "title": section.title, "text": text, "metadata": metadata}
+
+
+def read_sections(path: Path) -> Iterator[Section]:
+    """The sections of a file, by the end of its name; DataError where they cannot be read."""
+    read = READERS.get("".join(path.suffixes[-1:]).lower())
+    if path.name.endswith((".xml", ".xml.bz2", ".xml.gz")):
+        read = _wikipedia
+    if read is None:
+        raise DataError(f"{path}: must end in {', '.join([*READERS, '.xml, .xml.bz2, .xml.gz'])}")
+    try:
+        yield from read(path)
+    except (DataError, ConfigError):
+        raise
+    except ModuleNotFoundError as error:
+        needs = f"needs the package {error.name}: pip install 'sleuth-rl[corpus]'"
+        raise ConfigError(f"{path}: {needs}") from error
+    except Exception as error:  # parsers raise what they like on files that are not what they say
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: cannot be read: {reason}") from error
+
+
+def chunk(text: str, words: int, overlap: int = 0) -> Iterator[str]:
+    """`text` in pieces of whole sentences, at most `words` words each unless one sentence is longer.
+
+    A piece begins with the last sentences of the one before, as many as fit into `overlap` words.
+    A sentence of more than `words` is cut between words.   "A b. C d. E f.", 4, 2 -> "A b. C d.", "C d. E f."
+    """
+    piece: list[str] = []
+    fresh = False  # whether the piece holds more than what it repeats
+    for sentence in _sentences(text, words):
+        if fresh and _count([*piece, sentence]) > words:
+            yield " ".join(piece)
+            while piece and (_count(piece) > overlap or _count([*piece, sentence]) > words):
+                piece.pop(0)
+            fresh = False
+        piece.append(sentence)
+        fresh = True
+    if fresh:
+        yield " ".join(piece)
+
+
+def _count(texts: Iterable[str]) -> int:
+    return sum(len(_WORD.findall(text)) for text in texts)
+
+
+def _sentences(text: str, words: int) -> Iterator[str]:
+    """The sentences of a text, its white space tidied; those of more than `words` words in parts."""
+    start = 0
+    for end in [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]:
+        sentence, start = " ".join(text[start:end].split()), end
+        places = [match.start() for match in _WORD.finditer(sentence)][::words] if sentence else []
+        cuts = [0, *places[1:], len(sentence)]
+        yield from (part for a, b in pairwise(cuts) if (part := sentence[a:b].strip()))
+
+
+def _text(path: Path) -> Iterator[Section]:
+    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    yield Section(path.stem, re.sub(r"(?<!\n)\n(?!\s*\n)", " ", text), {})  # paragraphs end in an empty line
+
+
+def _markdown(path: Path) -> Iterator[Section]:
+    from markdown_it import MarkdownIt
+
+    text = path.read_bytes().decode("utf-8-sig")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # front matter
+    return _html_sections(MarkdownIt().render(text), path.stem)
+
+
+def _html(path: Path) -> Iterator[Section]:
+    raw = path.read_bytes()
+    declared = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
+    return _html_sections(raw.decode(declared[1].decode() if declared else "utf-8-sig"), path.stem)
+
+
+def _html_sections(html: str, name: str) -> Iterator[Section]:
+    parser = _Sections(name)
+    parser.feed(html)
+    parser.close()
+    return iter(parser.finish())
+
+
+class _Sections(HTMLParser):
+    """The text between headings, titled "page: heading"; navigation, scripts and forms are left out."""
+
+    LEFT_OUT = re.compile("script|style|noscript|template|nav|header|footer|aside|form|svg")
+    INLINE = re.compile(
+        "a|abbr|b|bdi|cite|code|dfn|em|i|img|kbd|mark|q|s|small|span|strong|sub|sup|time|u|var|wbr"
+    )
+
+    def __init__(self, name: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.page, self.named, self.heading = name, False, ""
+        self.inside: str = ""
+        self.skipped: list[str] = []
+        self.words: list[str] = []
+        self.titled: list[str] = []
+        self.found: list[Section] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if self.LEFT_OUT.fullmatch(tag):
+            self.skipped.append(tag)
+        elif tag == "title" or re.fullmatch("h[1-6]", tag):
+            self._flush()
+            self.inside, self.titled = tag, []
+        elif not self.INLINE.fullmatch(tag):
+            self.words.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.skipped:
+            del self.skipped[self.skipped.index(tag) :]
+        elif tag == self.inside:
+            self.inside = ""
+            title = " ".join("".join(self.titled).split())
+            if tag in ("title", "h1") and not self.named and title:
+                self.page, self.named, self.heading = title, True, ""
+            elif tag != "title":
+                self.heading = "" if title == self.page else title
+        elif not self.INLINE.fullmatch(tag):
+            self.words.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside in ("title", "h1") or (self.inside and not self.skipped):  # a header holds the h1
+            self.titled.append(data)
+        elif not self.skipped:
+            self.words.append(data.replace("\n", " "))
+
+    def finish(self) -> list[Section]:
+        self._flush()
+        return self.found
+
+    def _flush(self) -> None:
+        text = "\n".join(" ".join(line.split()) for line in "".join(self.words).split("\n"))
+        if text.strip():
+            title = f"{self.page}: {self.heading}" if self.heading else self.page
+            self.found.append(Section(title, text, {}))
+        self.words = []
+
+
+def _pdf(path: Path) -> Iterator[Section]:
+    from pypdf import PdfReader
+
+    reader = PdfReader(path)
+    title = str((reader.metadata and reader.metadata.title) or path.stem)
+    for number, page in enumerate(reader.pages, start=1):
+        text = re.sub(r"(?<=\w)-\n(?=[a-z])", "", page.extract_text())  # words that a line end divides
+        yield Section(title, text.replace("\n", " "), {"page": number})
+
+
+def _wikipedia(path: Path) -> Iterator[Section]:
+    import mwxml
+
+    with _unpacked(path) as file:
+        dump = mwxml.Dump.from_file(file)
+        spaces = dump.site_info.namespaces or []
+        media = {"file", "image", "category", *(s.name.lower() for s in spaces if s.id in (6, 14) and s.name)}
+        for page in dump.pages:
+            text = next((revision.text for revision in page), None)
+            if page.namespace == 0 and not page.redirect and text:
+                for heading, plain in _wikitext(text, media):
+                    title = f"{page.title}: {heading}" if heading else page.title
+                    yield Section(title, plain, {"page_id": page.id}, key=str(page.id))
+
+
+def _wikitext(text: str, media: set[str]) -> Iterator[tuple[str, str]]:
+    """Heading and plain text of each section of an article; tables, templates and pictures are left out."""
+    import mwparserfromhell
+
+    for section in mwparserfromhell.parse(text).get_sections(flat=True, include_lead=True):
+        headings = section.filter_headings()
+        heading = headings[0].title.strip_code().strip() if headings else ""
+        links = section.filter_wikilinks()
+        left_out = [
+            *headings,
+            *section.filter_tags(matches=lambda tag: str(tag.tag) in ("table", "ref", "gallery", "math")),
+            *(
+                n
+                for n in section.filter_wikilinks()
+                if str(n.title).partition(":")[0].strip().lower() in media
+            ),
+        ]
+        for node in left_out:
+            with suppress(ValueError):  # it lay in another that has gone
+                section.remove(node)
+        plain = section.strip_code().strip()
+        if plain:
+            yield heading, plain
+
+
+def _unpacked(path: Path) -> IO[str]:
+    openers = {".bz2": bz2.open, ".gz": gzip.open}
+    return openers.get(path.suffix, open)(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+
+
+READERS = {".txt": _text, ".md": _markdown, ".html": _html, ".htm": _html, ".pdf": _pdf}

@@ -1,0 +1,84 @@
+"""`sleuth corpus`: a folder of documents in, the passages of a corpus out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from data.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    source: str,
+    out: str,
+    words: int = 100,
+    overlap: int = 0,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
+
+    Args:
+        source: A file, or a folder that is read with all its subfolders (other files are passed over).
+        out: JSON lines file to write; one that exists is replaced when all is done.
+        words: About how many words a passage has; it ends with a sentence.
+        overlap: About how many words a passage repeats of the one before, in whole sentences.
+        on_error: What to do with a file that cannot be read: stop, or skip it and say so.
+    """
+    from data.jsonl import write_jsonl
+
+    if not 0 <= overlap < words:
+        raise ConfigError(f"words = {words}, overlap = {overlap}: must be 0 <= overlap < words")
+    files, root = _files(Path(source))
+    counts = {"passages": 0, "skipped": 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in _with_bar(files):
+            try:
+                for row in _passages(path, root, words, overlap):
+                    counts["passages"] += 1
+                    yield row
+            except DataError as error:
+                if on_error == "stop":
+                    raise DataError(f"{error} (--on_error skip leaves such files out)") from error
+                counts["skipped"] += 1
+                logger.warning("skipped: %s", error)
+
+    write_jsonl(out, rows())
+    skipped = f", {counts['skipped']} files skipped" if counts["skipped"] else ""
+    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}")
+
+
+def _passages(path: Path, root: Path, words: int, overlap: int) -> Iterator[dict[str, Any]]:
+    from data.documents import passages_of
+
+    passages = passages_of(path, root, words, overlap)
+    # A file that breaks half-way gives nothing; a dump is too large to wait for its end.
+    return passages if ".xml" in path.suffixes else iter(list(passages))
+
+
+def _files(source: Path) -> tuple[list[Path], Path]:
+    """The documents at `source`, sorted, and the folder that their names start from."""
+    from data.documents import READERS
+
+    if not source.exists():
+        raise ConfigError(f"source = {source}: no such file or folder")
+    if source.is_file():
+        return [source], source.parent
+    ends = (*READERS, ".xml", ".xml.bz2", ".xml.gz")
+    files = sorted(p for p in source.rglob("*") if p.name.lower().endswith(ends) and p.is_file())
+    if not files:
+        raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ends)}")
+    return files, source
+
+
+def _with_bar(files: list[Path]) -> Iterator[Path]:
+    """A bar with rate and time left, on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return iter(track(files, "reading files", console=console, disable=not console.is_terminal))

@@ -1,0 +1,187 @@
+"""Remote and Web against a small real server that says what it was asked."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from data.errors import ConfigError, RetrieverError, RetrieverRefused, RetrieverTimeout, RetrieverUnavailable
+from data.records import Hit, Passage
+from retriever_server.compose import Cached
+from retriever_server.remote import Remote, Web
+from retriever_server.wire import render_hits
+
+
+class Answering(ThreadingHTTPServer):
+    """Answers (method, path) by a function of the body, and records what came."""
+
+    daemon_threads = True
+
+    def __init__(self, routes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.routes, self.seen = routes, []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def paths(self) -> list[str]:
+        return [path for path, _, _ in self.seen]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self) -> None:
+        server: Answering = self.server  # type: ignore[assignment]
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"null")
+        server.seen.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
+        route = server.routes.get(self.path)
+        status, content = (404, {}) if route is None else route(body)
+        sent = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, format, *args) -> None:
+        pass
+
+
+@contextmanager
+def answering(**routes):
+    server = Answering({f"/{path.replace('__', '/')}": route for path, route in routes.items()})
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def echo(generation: str):
+    """Finds one passage a query: the query."""
+
+    def retrieve(body):
+        rankings = [
+            [Hit(Passage(q, f"about {q}", q), 0.5, generation)][: body["topk"]] for q in body["queries"]
+        ]
+        return 200, render_hits(rankings, generation, body["return_scores"])
+
+    return retrieve
+
+
+@pytest.fixture
+def secret(tmp_path):
+    (tmp_path / "key").write_text("s3cret\n")
+    return str(tmp_path / "key")
+
+
+def test_remote_finds_what_the_server_finds_and_sends_its_token(secret):
+    with answering(retrieve=echo("g1"), healthz=lambda _: (200, {"generation": "g1"})) as server:
+        remote = Remote(server.url, token_file=secret)
+        assert remote.generation == "g1"
+        [[a], [b]] = remote.search(["a", "b"], 2)
+        assert (a.passage.text, b.passage.title, a.score, a.generation) == ("about a", "b", 0.5, "g1")
+        assert remote.search([], 2) == []
+        assert all(headers["authorization"] == "Bearer s3cret" for _, _, headers in server.seen)
+        remote.close()
+
+
+def test_a_server_that_names_no_generation_is_named_by_its_address():
+    with answering(retrieve=echo("")) as server:
+        remote = Remote(server.url)
+        assert remote.generation == f"remote({server.url})"
+        assert remote.search(["a"], 1)[0][0].generation == remote.generation
+        assert server.paths().count("/healthz") == 1  # it has none: not asked again
+
+
+def test_a_cache_before_a_server_sees_its_swap(monkeypatch):
+    monkeypatch.setattr("retriever_server.remote._STALE_SECONDS", 0)
+    now = ["g1"]
+    routes = {"retrieve": lambda body: echo(now[0])(body), "healthz": lambda _: (200, {"generation": now[0]})}
+    with answering(**routes) as server:
+        cached = Cached(Remote(server.url))
+        assert [cached.search(["a"], 1)[0][0].generation for _ in range(2)] == ["g1", "g1"]
+        assert server.paths().count("/retrieve") == 1
+        now[0] = "g2"
+        assert cached.search(["a"], 1)[0][0].generation == "g2"
+
+
+def test_filters_travel_by_our_own_search():
+    def search(body):
+        hit = {"id": "1", "text": "t", "title": "", "metadata": {"y": 1}, "score": 2, "generation": "g"}
+        results = [{"hits": [hit], "error": None}, {"hits": [], "error": "encoder failed"}]
+        return 200, {"results": results[: len(body["queries"])]}
+
+    with answering(v1__search=search) as server:
+        remote = Remote(server.url)
+        [[hit]] = remote.search(["a"], 3, {"y": 1})
+        assert hit.passage.metadata == {"y": 1}
+        assert server.seen[-1][1] == {"queries": ["a"], "top_k": 3, "where": {"y": 1}}
+        with pytest.raises(RetrieverError, match="encoder failed"):
+            remote.search(["a", "b"], 3, {"y": 1})
+
+
+def test_a_refused_search_is_not_asked_again():
+    with answering(retrieve=lambda _: (422, {"detail": "bad"})) as server:
+        with pytest.raises(RetrieverRefused, match=f"{server.url}.*422.*bad"):
+            Remote(server.url).search(["a"], 1)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda _: (500, {}),
+        lambda _: (200, {"result": "?"}),
+        lambda _: threading.Event().wait(2) or (200, {}),
+    ],
+)
+def test_a_failing_server_is_a_typed_error_at_the_deadline(route):
+    either = (RetrieverTimeout, RetrieverUnavailable)  # a busy machine may not get to the second attempt
+    with answering(retrieve=route) as server, pytest.raises(either, match=server.url):
+        Remote(server.url, deadline_seconds=0.5).search(["a"], 1)
+
+
+def organic(body):
+    results = [
+        {"title": f"T{i}", "link": f"http://x/{i}", "snippet": f"{body['q']} {i}"} for i in range(body["num"])
+    ]
+    return 200, {"organic": [*results, {"title": "no snippet", "link": "http://x"}]}
+
+
+def test_web_search_speaks_serper_and_is_kept_on_disk(tmp_path, secret):
+    with answering(search=organic) as server:
+        web = Web(f"{server.url}/search", secret, str(tmp_path / "cache"))
+        [[first, second], other] = web.search(["a", "b"], 2)
+        assert (first.passage.id, first.passage.title, first.passage.text) == ("http://x/0", "T0", "a 0")
+        assert first.score > second.score and first.passage.metadata["url"] == "http://x/0"
+        assert other[0].passage.text == "b 0" and first.generation == web.generation
+        path, body, headers = server.seen[0]
+        assert (path, body["num"], headers["x-api-key"]) == ("/search", 2, "s3cret")
+        again = Web(server.url, secret, str(tmp_path / "cache"))
+        assert again.search(["b", "a"], 2)[1] == [first, second]
+        assert len(server.seen) == 2
+        Web(server.url, secret, str(tmp_path / "cache"), max_age_days=0).search(["a"], 2)
+        assert len(server.seen) == 3
+    assert "s3cret" not in "".join(f.read_text() for f in (tmp_path / "cache").rglob("*.json"))
+
+
+def test_a_failed_web_search_is_an_error_and_is_not_kept(tmp_path, secret):
+    answers = {"a": (200, {"organic": []}), "b": (403, {"message": "Unauthorized."})}
+    with answering(search=lambda body: answers[body["q"]]) as server:
+        web = Web(server.url, secret, str(tmp_path / "cache"), deadline_seconds=5)
+        with pytest.raises(RetrieverRefused, match="403") as caught:
+            web.search(["a", "b"], 2)
+        assert "s3cret" not in str(caught.value)
+        assert web.search(["a"], 2) == [[]]
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "two\nlines", "ключ"])
+def test_a_key_file_must_hold_one_line(content, tmp_path):
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match="key"):
+        Remote("http://127.0.0.1:1", token_file=str(path))

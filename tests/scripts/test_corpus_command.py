@@ -1,0 +1,51 @@
+"""`sleuth corpus` as a command: a folder of documents becomes a corpus that indexes."""
+
+import pytest
+
+from data.corpus import Corpus
+from scripts import __main__ as sleuth
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "docs" / "a.md").write_text("# Rivers\nThe Loire is long. The Seine is not.\n")
+    (tmp_path / "docs" / "deep" / "b.txt").write_text("The Rhine flows north.")
+    (tmp_path / "docs" / "picture.png").write_bytes(b"\x89PNG")
+    return tmp_path / "docs"
+
+
+def test_a_folder_becomes_a_corpus(folder, tmp_path, capsys):
+    out = tmp_path / "corpus.jsonl"
+    assert sleuth.main(["corpus", str(folder), "--out", str(out), "--words", "5"]) == 0
+    assert "3 passages from 2 files" in capsys.readouterr().out
+    corpus = Corpus(out)
+    assert [p.id for p in corpus] == ["a.md#0", "a.md#1", "deep/b.txt#0"]
+    assert (corpus[0].title, corpus[0].text) == ("Rivers", "The Loire is long.")
+    assert sleuth.main(["index", "--corpus", str(out), "--out", str(tmp_path / "index")]) == 0
+
+
+def test_an_unreadable_file_stops_or_is_skipped(folder, tmp_path, capsys):
+    (folder / "c.pdf").write_bytes(b"no pdf")
+    out = tmp_path / "corpus.jsonl"
+    assert sleuth.main(["corpus", str(folder), "--out", str(out)]) == 2
+    assert "c.pdf: cannot be read" in (said := capsys.readouterr().err) and "--on_error skip" in said
+    assert not out.exists()
+    assert sleuth.main(["corpus", str(folder), "--out", str(out), "--on_error", "skip"]) == 0
+    assert "2 passages from 3 files" in (said := capsys.readouterr().out) and "1 files skipped" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["absent"], "source = absent: no such file or folder"),
+        (["{docs}", "--words", "5", "--overlap", "5"], "must be 0 <= overlap < words"),
+        (["{docs}", "--on_error", "pass"], "on_error: got 'pass', expected one of 'stop', 'skip'"),
+        (["{docs}/empty"], "holds no file that ends in .txt, .md"),
+    ],
+)
+def test_wrong_options_are_refused(options, said, folder, tmp_path, capsys):
+    (folder / "empty").mkdir()
+    argv = [option.format(docs=folder) for option in options]
+    assert sleuth.main(["corpus", *argv, "--out", str(tmp_path / "c.jsonl")]) == 2
+    assert said in capsys.readouterr().err

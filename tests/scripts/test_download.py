@@ -1,0 +1,124 @@
+"""`sleuth download`: it goes on where it stopped, joins parts, and gives no broken file its name."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from scripts import __main__ as sleuth
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Files(ThreadingHTTPServer):
+    """Serves `files`; breaks each of the first answers off after `breaks` bytes; counts what it sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.breaks, self.ranges, self.honours_ranges = {"/f": CONTENT}, [], [], True
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Files = self.server  # type: ignore[assignment]
+        content, asked = server.files.get(self.path), self.headers.get("range")
+        server.ranges.append(asked)
+        if content is None:
+            self.send_error(404)
+            return
+        tag = f'"{hashlib.sha256(content).hexdigest()[:8]}"'
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.honours_ranges else 0
+        if self.headers.get("if-range") not in (None, tag):
+            start = 0
+        if start >= len(content) and start:
+            self.send_response(416)
+            self.send_header("content-range", f"bytes */{len(content)}")
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("etag", tag)
+        self.send_header("content-length", str(len(content) - start))
+        self.end_headers()
+        end = start + server.breaks.pop(0) if server.breaks else len(content)
+        self.wfile.write(content[start:end])
+
+    def log_message(self, format, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    files = Files()
+    threading.Thread(target=files.serve_forever, args=(0.01,), daemon=True).start()
+    yield files
+    files.shutdown()
+    files.server_close()
+
+
+def download(url: str, out, *options) -> int:
+    return sleuth.main(["download", url, "--out", str(out), *options])
+
+
+def test_a_broken_transfer_goes_on_within_one_command(server, tmp_path):
+    server.breaks = [1_200_000, 900_000]
+    assert download(f"{server.url}/f", tmp_path / "f", "--sha256", DIGEST.upper()) == 0
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert len(server.ranges) == 3 and server.ranges[0] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_same_command_again_goes_on_after_the_last_byte(server, tmp_path, capsys):
+    server.breaks = [2_000_000, 0]
+    assert download(f"{server.url}/f", tmp_path / "f", "--attempts", "1") == 2
+    assert "gave up after 1 attempts" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
+    have = (tmp_path / "f.part").stat().st_size
+    assert have > 0
+    assert download(f"{server.url}/f", tmp_path / "f", "--sha256", DIGEST) == 0
+    assert server.ranges[-1] == f"bytes={have}-"
+    asked = len(server.ranges)
+    assert download(f"{server.url}/f", tmp_path / "f", "--sha256", DIGEST) == 0
+    assert len(server.ranges) == asked  # it is there
+
+
+def test_parts_become_one_file(server, tmp_path):
+    server.files = {"/aa": CONTENT[:1_000_000], "/ab": CONTENT[1_000_000:]}
+    server.breaks = [1_000_000, 700_000, 0]
+    both = f"{server.url}/aa,{server.url}/ab"
+    assert download(both, tmp_path / "f", "--attempts", "1") == 2
+    assert download(both, tmp_path / "f", "--sha256", DIGEST) == 0
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert server.ranges.count(None) == 2  # neither part was asked for twice from its beginning
+
+
+@pytest.mark.parametrize("honours_ranges", [True, False])
+def test_a_file_that_changed_meanwhile_is_fetched_anew(honours_ranges, server, tmp_path):
+    server.breaks, server.honours_ranges = [2_000_000, 0], honours_ranges
+    assert download(f"{server.url}/f", tmp_path / "f", "--attempts", "1") == 2
+    server.files["/f"] = CONTENT[::-1]
+    assert download(f"{server.url}/f", tmp_path / "f") == 0
+    assert (tmp_path / "f").read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "said"),
+    [
+        ("{}/f", ["--sha256", "0" * 64], f"has SHA-256 {DIGEST}, not 000"),
+        ("{}/absent", [], "/absent: answered 404 Not Found"),
+        ("{}/f", ["--sha256", "xyz"], "must be 64 hexadecimal digits"),
+        ("ftp://x", [], "url = 'ftp://x': must be http(s) addresses"),
+    ],
+)
+def test_what_went_wrong_is_said_in_one_line(url, options, said, server, tmp_path, capsys):
+    assert download(url.format(server.url), tmp_path / "f", *options) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
