@@ -1,0 +1,117 @@
+"""Approximate dense search by faiss, each answer re-scored exactly from the stored vectors.
+
+The index is any `faiss.index_factory` string; a candidate's own score, compressed, only decides whether
+it is a candidate. A filtered search is exact: a product with the allowed vectors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import ConfigError
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.indexes.encoded import Ranking
+from retriever_server.indexes.flat import FlatIndex
+from retriever_server.indexes.rows import Rows
+from retriever_server.indexes.shards import Shards
+
+_FILE = "faiss.index"
+_TRAINING_VECTORS_A_LIST = 64
+_ADDED_TOGETHER = 65536
+
+
+def default_factory(count: int) -> str:
+    """A graph up to 50,000 passages, else sqrt(P) * 4 lists of 8-bit vectors.   200_000 -> IVF2048,SQ8"""
+    if count <= 50_000:
+        return "HNSW32"
+    return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},SQ8"
+
+
+def default_search(factory: str) -> str:
+    """Settings whose recall@10 against `flat` was at least .95 where measured (docs/retrievers.md)."""
+    return "efSearch=128" if "HNSW" in factory.split(",")[0] else "nprobe=32"
+
+
+class AnnIndex(FlatIndex):
+    """Candidates by faiss, at least `candidates` and 4 k of them; their order by exact inner products."""
+
+    kind = "ann"
+
+    def __init__(self, *args: Any, search: str | None = None, candidates: int = 100) -> None:
+        """search: faiss's name=value settings, such as "nprobe=64"; None: those of the build."""
+        super().__init__(*args)
+        import faiss
+
+        # Memory-mapped where faiss can; else it reads the file.
+        self._faiss = faiss.read_index(str(self.path / _FILE), faiss.IO_FLAG_MMAP_IFC)
+        _set_search(self._faiss, search or self.manifest.settings["search"])
+        self._candidates = candidates
+
+    @classmethod
+    def checked_settings(
+        cls, corpus: Corpus, spec: EncodingSpec, factory: str | None = None, search: str | None = None
+    ) -> dict[str, Any]:
+        """factory: for `faiss.index_factory`; search: its settings; see `default_factory`."""
+        factory = factory or default_factory(len(corpus))
+        search = search or default_search(factory)
+        _set_search(_new(spec.dimension, factory), search)
+        return {"factory": factory, "search": search}
+
+    @classmethod
+    def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
+        """The shards, and the index of faiss trained on a sample of them."""
+        import faiss
+
+        super().write(folder, shards, settings)
+        rows = Rows(folder)
+        index = _new(rows.dimension, settings["factory"])
+        lists = getattr(faiss.try_extract_index_ivf(index), "nlist", 1024)
+        size = max(lists, 1024) * _TRAINING_VECTORS_A_LIST
+        sample = np.random.default_rng(0).permutation(len(rows))[:size]
+        try:
+            index.train(rows[np.sort(sample)])  # type: ignore[call-arg]
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            given = f"factory = {settings['factory']}: cannot be trained on {len(sample)} vectors"
+            raise ConfigError(f"{given} ({reason})") from error
+        for start in range(0, len(rows), _ADDED_TOGETHER):
+            index.add(rows[np.arange(start, min(start + _ADDED_TOGETHER, len(rows)))])  # type: ignore[call-arg]
+        faiss.write_index(index, str(folder / _FILE))
+
+    def rank(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
+        """As `EncodedIndex.rank`.   queries (Q, D)"""
+        if mask is not None:
+            return super().rank(queries, k, mask)
+        count = min(max(self._candidates, 4 * k), len(self))
+        _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
+        return [self._rescored(query, row[row >= 0], k) for query, row in zip(queries, found, strict=True)]
+
+    def _rescored(self, query: np.ndarray, candidates: np.ndarray, k: int) -> Ranking:
+        scores = self.rows[candidates] @ query
+        order = np.lexsort((candidates, -scores))[:k]
+        return candidates[order], scores[order]
+
+
+def _new(dimension: int, factory: str) -> Any:
+    import faiss
+
+    try:
+        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise ConfigError(f"factory = {factory}: not one of faiss.index_factory ({reason})") from error
+
+
+def _set_search(index: Any, search: str) -> None:
+    import faiss
+
+    try:
+        faiss.ParameterSpace().set_index_parameters(index, search)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise ConfigError(f"search = {search}: must be settings of this index ({reason})") from error

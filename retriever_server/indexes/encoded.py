@@ -1,0 +1,186 @@
+"""What the indexes of an encoder's vectors share: building in shards, opening with checks, searching.
+
+Adding or deleting passages is a new generation: the corpus changes, and is indexed again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.records import Hit
+from retriever_server.encoders.spec import Encoder, EncodingSpec
+from retriever_server.encoders.vectors import Vectors, rows_of, similarities
+from retriever_server.filters import allowed
+from retriever_server.indexes.base import (
+    Index,
+    Manifest,
+    found_at,
+    generation_name,
+    open_index,
+    write_generation,
+)
+from retriever_server.indexes.shards import Progress, Shards, silent
+from retriever_server.retriever import Filter, Query
+
+Ranking = tuple[np.ndarray, np.ndarray]
+"""Positions and scores, best first. (<= k,), (<= k,)"""
+
+
+class EncodedIndex(Index):
+    """An index over the vectors of an encoder; its kinds say what is stored and how it is ranked."""
+
+    kind: ClassVar[str]
+    vectors: ClassVar[str]
+    """The kind of encoder it needs."""
+    passages_per_shard: ClassVar[int] = 50_000
+
+    def __init__(
+        self, path: Path, manifest: Manifest, corpus: Corpus, encoder: Encoder, device: str = "cpu"
+    ) -> None:
+        self.path, self.manifest, self.corpus, self.encoder = path, manifest, corpus, encoder
+        self.generation, self.device = manifest.generation, device
+
+    @classmethod
+    def build(
+        cls,
+        corpus: Corpus,
+        out: str | Path,
+        encoder: Encoder,
+        dtype: str = "float16",
+        overwrite: bool = False,
+        progress: Progress = silent,
+        passages_per_shard: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Encode the corpus, index the vectors into the folder `out`; opened.
+
+        dtype: float32, float16 or int8 of what is stored. settings: of the kind (`checked_settings`).
+        A build that was killed goes on after its last whole shard. Raises ConfigError for a wrong
+        setting or an encoder of another kind.
+        """
+        out = Path(out)
+        shards, settings = cls.plan(corpus, out, encoder, dtype, passages_per_shard, **settings)
+        if found_at(out, generation_name(cls.kind, settings, corpus.content_hash), overwrite) is None:
+            shards.encode(progress=progress)
+
+            def write(folder: Path) -> None:
+                cls.write(folder, shards, settings)
+
+            write_generation(out, cls.kind, settings, corpus, write, overwrite, encoder.spec, dtype)
+        shutil.rmtree(shards.folder, ignore_errors=True)
+        return open_index(out, encoder=encoder)  # type: ignore[return-value]
+
+    @classmethod
+    def plan(
+        cls, corpus: Corpus, out: Path, encoder: Encoder, dtype: str,
+        passages_per_shard: int | None = None, **settings: Any,
+    ) -> tuple[Shards, dict[str, Any]]:  # fmt: skip
+        """The shards that `build` would write first, and all settings; encode some of them elsewhere."""
+        if encoder.spec.kind != cls.vectors:
+            raise ConfigError(
+                f"encoder {encoder.spec.model}: makes {encoder.spec.kind} vectors, "
+                f"an index of kind {cls.kind} needs {cls.vectors}"
+            )
+        checked = cls.checked_settings(corpus, encoder.spec, **settings)
+        size = cls.passages_per_shard if passages_per_shard is None else passages_per_shard
+        shards = Shards.beside(out, corpus, encoder, dtype, size)
+        return shards, {"encoder": encoder.spec.hash, "dtype": dtype, **checked}
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        manifest: Manifest,
+        corpus: Corpus,
+        encoder: Encoder | None = None,
+        device: str = "auto",
+        recheck: int = 4,
+        **options: Any,
+    ) -> Self:
+        """The index in the folder `path`; call `open_index`, which checks its files first.
+
+        encoder: one that is loaded; else the one of the manifest is. recheck: so many passages are
+        encoded again and compared with what is stored. options: of the kind.
+        Raises DataError if the encoder is not the one that built the index.
+        """
+        from retriever_server.encoders.sentence import choose_device, load_encoder
+
+        spec = EncodingSpec(**manifest.spec)
+        if spec.hash != manifest.spec_hash:
+            raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
+        encoder = encoder or load_encoder(spec, device=device)
+        if encoder.spec.hash != spec.hash:
+            raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")
+        index = cls(path, manifest, corpus, encoder, choose_device(device), **options)
+        index.check_encoder(recheck)
+        return index
+
+    @classmethod
+    @abstractmethod
+    def checked_settings(cls, corpus: Corpus, spec: EncodingSpec, **settings: Any) -> dict[str, Any]:
+        """All settings of the kind as JSON, defaults filled in; ConfigError for a wrong one."""
+
+    @classmethod
+    @abstractmethod
+    def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
+        """Put the files of the index into `folder`, from all shards."""
+
+    @abstractmethod
+    def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
+        """For each encoded query the best `k` positions that `mask` (P,) allows, and their scores."""
+
+    @abstractmethod
+    def stored(self, position: int) -> np.ndarray:
+        """What is stored of a passage, as float32: one row, or one a token."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Passages indexed."""
+
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """The best `k` passages of each query among those that `where` allows, best first."""
+        if k < 1:
+            raise ConfigError(f"k = {k}: must be >= 1")
+        if not queries:
+            return []
+        mask = allowed(self.corpus, where) if where else None
+        rankings = self.rank(self.encoder.encode(queries, "query"), k, mask)
+        return [
+            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
+            for ranked in rankings
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """As `Retriever.describe`."""
+        of = {"generation": self.generation, "passages": len(self), "dtype": self.manifest.dtype}
+        return {"kind": self.kind, **of, "settings": self.manifest.settings, "spec": self.manifest.spec}
+
+    def check_encoder(self, count: int) -> None:
+        """Encode `count` passages again; DataError if they are not what is stored (cosine <= .999)."""
+        if len(self) != len(self.corpus):
+            raise DataError(f"{self.path}: {len(self)} passages, its corpus has {len(self.corpus)}")
+        count = min(count, len(self))
+        positions = [len(self) * i // count for i in range(count)]
+        check_encodes(self.encoder, self.corpus, positions, self.stored, self.path)
+
+
+def check_encodes(encoder: Encoder, corpus: Corpus, positions: list[int], stored: Any, path: Path) -> None:
+    """DataError unless the encoder makes of these passages what `stored(position)` gives."""
+    if not positions:
+        return
+    passages = [corpus[position] for position in positions]
+    again = encoder.encode([encoder.spec.render(passage) for passage in passages], "passage")
+    for i, position in enumerate(positions):
+        least = float(similarities(rows_of(again, i), stored(position)).min())
+        if not least > 0.999:
+            raise DataError(
+                f"{path}: passage {passages[i].id!r} is stored with another vector than "
+                f"{encoder.spec.model} makes of it (cosine {least:.4f}): another encoder, prompt or corpus"
+            )

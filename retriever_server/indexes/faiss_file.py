@@ -1,0 +1,89 @@
+"""A flat faiss index and its corpus, as Search-R1 publishes them, searched as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.records import Hit
+from retriever_server.encoders.spec import Encoder
+from retriever_server.filters import allowed
+from retriever_server.indexes.encoded import check_encodes
+from retriever_server.indexes.integrity import sample_hash
+from retriever_server.indexes.rows import Rows
+from retriever_server.retriever import Filter, Query, Retriever
+
+
+class FaissFile(Retriever):
+    """Exact search of the vectors in a faiss Flat file; row i is passage i of the corpus.
+
+    index: such as `e5_Flat.index`, memory-mapped. corpus: such as `wiki-18.jsonl`. encoder: a model's name
+    with these prompts (E5's by default), or one that is loaded.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        corpus: str,
+        encoder: str | Encoder,
+        query_prompt: str = "query: ",
+        passage_prompt: str = "passage: ",
+        device: str = "auto",
+        recheck: int = 4,
+    ) -> None:
+        """recheck: so many passages are encoded again and compared (cosine > .999) with their rows.
+
+        Raises DataError if index, corpus and encoder do not belong together.
+        """
+        from retriever_server.encoders.sentence import choose_device, load_encoder
+
+        if isinstance(encoder, str):
+            template = "{contents}"  # what Search-R1 encodes: the quoted title, a newline, the text
+            encoder = load_encoder(encoder, None, query_prompt, passage_prompt, template, device=device)
+        self.corpus, self.encoder, path = Corpus(corpus), encoder, Path(index)
+        self._index, vectors = _flat_vectors(path)  # the index owns the memory of its vectors
+        if len(vectors) != len(self.corpus):
+            raise DataError(f"{path}: {len(vectors)} vectors, but {corpus} has {len(self.corpus)} passages")
+        if vectors.shape[1] != encoder.spec.dimension:
+            made = f"{encoder.spec.model} makes {encoder.spec.dimension}"
+            raise DataError(f"{path}: vectors of {vectors.shape[1]} dimensions, {made}")
+        self.rows = Rows.of(vectors, choose_device(device))
+        count = min(recheck, len(vectors))
+        positions = [len(vectors) * i // count for i in range(count)]
+        check_encodes(encoder, self.corpus, positions, lambda i: self.rows[np.array([i])], path)
+        made_of = f"{sample_hash(path)} {self.corpus.content_hash} {encoder.spec.hash}"
+        self.generation = f"faiss-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+
+    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """The best `k` passages of each query among those that `where` allows, best first."""
+        if k < 1:
+            raise ConfigError(f"k = {k}: must be >= 1")
+        if not queries:
+            return []
+        mask = allowed(self.corpus, where) if where else None
+        return [
+            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
+            for ranked in self.rows.search(self.encoder.encode(queries, "query"), k, mask)
+        ]
+
+
+def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:
+    """A faiss IndexFlat of inner products, and its vectors, mapped.   (P, D)"""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    import faiss
+
+    try:
+        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise DataError(f"{path}: no index of faiss ({str(error).splitlines()[-1]})") from error
+    if not isinstance(index, faiss.IndexFlat) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        found = f"{type(index).__name__}, metric {index.metric_type}"
+        raise DataError(f"{path}: {found}; must be a Flat index of inner products (else `sleuth index`)")
+    vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
+    return index, vectors.reshape(index.ntotal, index.d)

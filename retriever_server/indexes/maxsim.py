@@ -1,0 +1,147 @@
+"""Late interaction: a vector a token, a query's score the sum over its tokens of the best match.
+
+Candidates come from fixed-dimensional encodings (MUVERA, Dhulipala et al. 2024): one vector a passage
+whose inner product with the query's approaches MaxSim. They are re-scored by exact MaxSim.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import ConfigError
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.vectors import Multi
+from retriever_server.indexes.encoded import EncodedIndex, Ranking
+from retriever_server.indexes.rows import Rows
+from retriever_server.indexes.shards import Shards, quantise
+
+_PASSAGES_TOGETHER = 512
+
+
+class FixedEncoding:
+    """Token vectors into one: SimHash puts tokens into buckets, anew in every repetition.
+
+    A query's bucket is the sum of its tokens, a passage's their mean; an empty bucket of a passage is
+    that of the nearest one in Hamming distance (MUVERA takes one token of it). Each bucket is projected
+    by random signs. Dimensions: repetitions x 2^bits x projection.
+    """
+
+    def __init__(self, dimension: int, repetitions: int, bits: int, projection: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.bits = bits
+        self.planes = rng.standard_normal((repetitions, dimension, bits)).astype(np.float32)
+        signs = rng.choice(np.float32([-1, 1]), (repetitions, dimension, projection))
+        self.signs = signs / np.float32(np.sqrt(projection))
+        codes = np.arange(2**bits)
+        self._distances = np.array([[bin(a ^ b).count("1") for b in codes] for a in codes])
+
+    def encode(self, multi: Multi, is_query: bool) -> np.ndarray:
+        """One vector a text.   -> (N, repetitions * 2^bits * projection)"""
+        parts = [self._one(multi, is_query, *each) for each in zip(self.planes, self.signs, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def _one(self, multi: Multi, is_query: bool, planes: np.ndarray, signs: np.ndarray) -> np.ndarray:
+        from scipy.sparse import csr_array
+
+        count, buckets, tokens = len(multi), 2**self.bits, len(multi.values)
+        bucket = (multi.values @ planes > 0) @ (1 << np.arange(self.bits))  # (T,)
+        slot = np.repeat(np.arange(count), np.diff(multi.offsets)) * buckets + bucket
+        members = csr_array(
+            (np.ones(tokens, np.float32), (slot, np.arange(tokens))), shape=(count * buckets, tokens)
+        )
+        sums = (members @ (multi.values @ signs)).reshape(count, buckets, -1)
+        if not is_query:
+            sizes = np.bincount(slot, minlength=count * buckets).reshape(count, buckets)
+            sums = sums / np.maximum(sizes, 1)[:, :, None]
+            far = np.where(sizes[:, None, :] > 0, self._distances, self.bits + 1)  # (N, bucket, other)
+            sums = np.take_along_axis(sums, far.argmin(2)[:, :, None], axis=1)
+        return sums.reshape(count, -1).astype(np.float32)
+
+
+class MaxSimIndex(EncodedIndex):
+    """sum_i max_j q_i . p_j, exact over `candidates` passages of the largest fixed encodings.
+
+    With candidates >= P it is exact over all. Token vectors lie ragged in memory-mapped shards.
+    """
+
+    kind, vectors = "maxsim", "multi"
+    passages_per_shard = 5_000
+
+    def __init__(self, *args: Any, candidates: int = 256) -> None:
+        super().__init__(*args)
+        self.candidates = candidates
+        self.tokens = Rows(self.path)
+        self.fixed = Rows(self.path, "fde", self.device)
+        lengths = [np.load(path) for path in sorted(self.path.glob("*.lengths.npy"))]
+        self.offsets = _offsets(np.concatenate(lengths))
+        self._encoding = _encoding(self.manifest.dimension, self.manifest.settings)
+
+    @classmethod
+    def checked_settings(
+        cls, corpus: Corpus, spec: EncodingSpec, repetitions: int = 10, bits: int = 4, projection: int = 16
+    ) -> dict[str, Any]:
+        """Of `FixedEncoding`; they make 2,560 bytes a passage."""
+        settings = {"repetitions": repetitions, "bits": bits, "projection": projection}
+        for name, value in settings.items():
+            if not 1 <= value <= (12 if name == "bits" else 1024):
+                raise ConfigError(f"{name} = {value}: must be from 1 to {12 if name == 'bits' else 1024}")
+        return settings
+
+    @classmethod
+    def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
+        """The shards, and for each the fixed encodings of its passages in int8."""
+        shards.link_into(folder)
+        encoding, tokens, end = _encoding(shards.encoder.spec.dimension, settings), Rows(folder), 0
+        for shard in range(len(shards)):
+            parts = []
+            lengths = shards.load(shard, "lengths")
+            for at in range(0, len(lengths), _PASSAGES_TOGETHER):
+                offsets = _offsets(lengths[at : at + _PASSAGES_TOGETHER])
+                start, end = end, end + int(offsets[-1])
+                parts.append(encoding.encode(Multi(tokens.span(start, end), offsets), is_query=False))
+            for name, array in quantise(np.concatenate(parts), "int8", "fde").items():
+                np.save(folder / f"{shard:05d}.{name}.npy", array)
+
+    def rank(self, queries: Multi, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
+        """As `EncodedIndex.rank`."""
+        return [self._rank_one(queries[i], k, mask) for i in range(len(queries))]
+
+    def _rank_one(self, query: np.ndarray, k: int, mask: np.ndarray | None) -> Ranking:
+        candidates = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
+        if len(candidates) > (count := max(self.candidates, k)):
+            alone = Multi(query, np.array([0, len(query)]))
+            [(candidates, _)] = self.fixed.search(self._encoding.encode(alone, is_query=True), count, mask)
+        candidates = np.sort(candidates)
+        candidates = candidates[self.offsets[candidates + 1] > self.offsets[candidates]]
+        starts = range(0, len(candidates), _PASSAGES_TOGETHER)
+        scores = np.concatenate(
+            [np.zeros(0), *(self._maxsim(query, candidates[i : i + _PASSAGES_TOGETHER]) for i in starts)]
+        )
+        order = np.argsort(-scores, kind="stable")[:k]
+        return candidates[order], scores[order]
+
+    def _maxsim(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Exact scores of passages that have tokens.   query (T, D) -> (N,)"""
+        tokens = [self.stored(int(position)) for position in positions]
+        starts = np.cumsum([0, *map(len, tokens[:-1])])
+        products = query @ np.concatenate(tokens).T
+        return np.maximum.reduceat(products, starts, axis=1).sum(axis=0, dtype=np.float64)
+
+    def stored(self, position: int) -> np.ndarray:
+        """The vectors of a passage's tokens.   (tokens, D)"""
+        return self.tokens.span(int(self.offsets[position]), int(self.offsets[position + 1]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _encoding(dimension: int, settings: dict[str, Any]) -> FixedEncoding:
+    return FixedEncoding(dimension, settings["repetitions"], settings["bits"], settings["projection"])

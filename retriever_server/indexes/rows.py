@@ -1,0 +1,133 @@
+"""Rows of vectors in memory-mapped shards, and the exact best of them for a batch of queries.
+
+fp32, fp16 or int8 with a scale a row (see `shards.quantise`); all arithmetic is float32. A search goes
+through the rows block by block, so that it needs memory for a block alone; on a GPU the shards stay in
+its memory if they fit, else blocks are copied there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+"""Of a block as float32: on a CPU what its caches hold."""
+
+
+class Rows:
+    """N vectors of D dimensions, as stored under `name` and its scales in the files of a folder."""
+
+    def __init__(self, folder: Path, name: str = "vectors", device: str = "cpu") -> None:
+        self._shards, self._scales = _mapped(folder, name), _mapped(folder, f"{name}-scales")
+        self._set_up(device)
+
+    @staticmethod
+    def of(array: np.ndarray, device: str = "cpu") -> Rows:
+        """Those of one array, fp32 or fp16, in memory or mapped."""
+        rows = object.__new__(Rows)
+        rows._shards, rows._scales = [array], []
+        rows._set_up(device)
+        return rows
+
+    def _set_up(self, device: str) -> None:
+        self.dimension = self._shards[0].shape[1]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self._device = device
+        self._resident: list[Any] | None = _copies_on(device, self._shards)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` as float32.   (N,) -> (N, D)"""
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        out = np.empty((len(positions), self.dimension), np.float32)
+        for shard in np.unique(shards):
+            where = np.flatnonzero(shards == shard)
+            out[where] = self._decoded(shard, positions[where] - self._starts[shard])
+        return out
+
+    def span(self, start: int, end: int) -> np.ndarray:
+        """Rows from `start` to before `end` as float32, all in one shard."""
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        return self._decoded(shard, slice(start - int(self._starts[shard]), end - int(self._starts[shard])))
+
+    def _decoded(self, shard: int, where: Any) -> np.ndarray:
+        rows = self._shards[shard][where].astype(np.float32)
+        return rows * self._scales[shard][where][:, None] if self._scales else rows
+
+    def search(
+        self, queries: np.ndarray, k: int, mask: np.ndarray | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The `k` rows with the largest inner product with each query, among those that `mask` allows.
+
+        queries (Q, D), mask (N,) -> for each query positions and scores, best first. Equal scores are in
+        order, but where they straddle the k-th place any of them may be there.
+        """
+        import torch
+
+        with torch.inference_mode():
+            asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self._device)
+            best = torch.empty((len(queries), 0), device=self._device)
+            where = torch.empty((len(queries), 0), dtype=torch.int64, device=self._device)
+            for positions, rows, scales in self._blocks(mask):
+                scores = asked @ rows.float().T  # (Q, block)
+                if scales is not None:
+                    scores *= scales
+                top = torch.topk(scores, min(k, scores.shape[1]))
+                best = torch.cat([best, top.values], 1)
+                where = torch.cat([where, positions[top.indices]], 1)
+                best, order = torch.sort(best, dim=1, descending=True, stable=True)
+                best, where = best[:, :k], where.gather(1, order)[:, :k]
+            found = zip(best.cpu().numpy(), where.cpu().numpy(), strict=True)
+            return [(w[o], s[o]) for s, w in found for o in [np.lexsort((w, -s))]]
+
+    def _blocks(self, mask: np.ndarray | None) -> Iterator[tuple[Any, Any, Any]]:
+        """Positions, stored rows and their scales, a block at a time, on the device."""
+        import torch
+
+        size = max(1, _BLOCK_BYTES.get(self._device.partition(":")[0], 64 << 20) // (4 * self.dimension))
+        for shard, rows in enumerate(self._shards):
+            for start in range(0, len(rows), size):
+                span: Any = slice(start, min(start + size, len(rows)))
+                positions = np.arange(span.start, span.stop) + self._starts[shard]
+                if mask is not None:
+                    kept = np.flatnonzero(mask[positions])
+                    if not len(kept):
+                        continue
+                    positions, span = positions[kept], kept + start
+                stored = self._resident[shard] if self._resident else rows
+                block = _tensor(stored[span]).to(self._device)
+                scales = _tensor(self._scales[shard][span]).to(self._device) if self._scales else None
+                yield torch.from_numpy(positions).to(self._device), block, scales
+
+
+def _mapped(folder: Path, name: str) -> list[np.ndarray]:
+    """The arrays of this name, plain views of maps: slicing np.memmap itself is slow.
+
+    Mapped copy-on-write, for nothing writes and torch complains of what it cannot write to.
+    """
+    return [np.load(path, mmap_mode="c").view(np.ndarray) for path in sorted(folder.glob(f"*.{name}.npy"))]
+
+
+def _tensor(array: Any) -> Any:
+    import torch
+
+    if torch.is_tensor(array):
+        return array
+    return torch.from_numpy(array if array.flags.aligned and array.flags.writeable else array.copy())
+
+
+def _copies_on(device: str, shards: list[np.ndarray]) -> list[Any] | None:
+    """The shards in the memory of a GPU, if they take at most 70 % of what is free there."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    if sum(shard.nbytes for shard in shards) > 0.7 * free:
+        return None
+    return [torch.from_numpy(shard.copy()).to(device) for shard in shards]

@@ -1,0 +1,238 @@
+"""Indexes of vectors: equal to brute force, resumable, refused with the wrong encoder or damaged files."""
+
+import numpy as np
+import pytest
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.vectors import Multi
+from retriever_server.indexes.ann import AnnIndex
+from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
+from retriever_server.indexes.encoded import EncodedIndex
+from retriever_server.indexes.flat import FlatIndex
+from retriever_server.indexes.inverted import InvertedIndex
+from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
+from retriever_server.indexes.shards import quantise
+from tests.retriever_server.encoders import WORDS, FakeEncoder
+
+KINDS = {"flat": FlatIndex, "ann": AnnIndex, "inverted": InvertedIndex, "maxsim": MaxSimIndex}
+RNG = np.random.default_rng(0)
+TEXTS = [" ".join(RNG.choice(WORDS, RNG.integers(3, 9))) for _ in range(100)]
+QUERIES = [" ".join(RNG.choice(WORDS, 3)) for _ in range(8)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    rows = [{"id": str(i), "text": t, "metadata": {"even": i % 2 == 0}} for i, t in enumerate(TEXTS)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    write_jsonl(path, rows)
+    return Corpus(path)
+
+
+def brute_force(encoder: FakeEncoder) -> np.ndarray:
+    """Scores of all passages for all queries, by the definition.   (Q, P)"""
+    queries, passages = encoder.encode(QUERIES, "query"), encoder.encode(TEXTS, "passage")
+    if isinstance(queries, Multi):
+        pairs = [[(q @ p.T).max(1).sum() for p in map(passages.__getitem__, range(100))]
+                 for q in map(queries.__getitem__, range(len(QUERIES)))]  # fmt: skip
+        return np.array(pairs)
+    scores = queries @ passages.T
+    return scores if isinstance(scores, np.ndarray) else scores.toarray()
+
+
+def assert_finds_the_best(index: EncodedIndex, scores: np.ndarray, tolerance: float, k: int = 7, where=None):
+    allowed = np.array([where is None or i % 2 == 0 for i in range(scores.shape[1])])
+    for row, hits in zip(scores, index.search(QUERIES, k, where), strict=True):
+        best = np.sort(row[allowed])[::-1][:k]
+        assert [hit.score for hit in hits] == pytest.approx(best[: len(hits)].tolist(), abs=tolerance)
+        assert [hit.score for hit in hits] == pytest.approx(
+            [row[int(h.passage.id)] for h in hits], abs=tolerance
+        )
+        assert all(allowed[int(hit.passage.id)] for hit in hits)
+        assert (
+            len({hit.passage.id for hit in hits}) == len(hits) == min(k, (row[allowed] > 0).sum())
+            or min(row) <= 0
+        )
+        assert {hit.generation for hit in hits} == {index.generation}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_brute_force(tmp_path, corpus, kind, dtype, tolerance):
+    encoder = FakeEncoder(KINDS[kind].vectors)
+    index = KINDS[kind].build(corpus, tmp_path / "i", encoder, dtype, passages_per_shard=33)
+    tolerance *= 3 if kind == "maxsim" else 1
+    assert index.kind == index.manifest.kind == kind
+    assert_finds_the_best(index, brute_force(encoder), tolerance)
+    assert_finds_the_best(index, brute_force(encoder), tolerance, where={"even": True})
+    assert len(index.search(QUERIES[:1], 1000, {"even": True})[0]) <= 50
+    assert index.search([], 3) == []
+    with pytest.raises(ConfigError, match="k = 0: must be >= 1"):
+        index.search(QUERIES, 0)
+
+
+def test_flat_equals_numpy_over_blocks_and_shards(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("retriever_server.indexes.rows._BLOCK_BYTES", {"cpu": 11 * 16 * 4})
+    encoder = FakeEncoder()
+    index = FlatIndex.build(corpus, tmp_path / "i", encoder, "float32", passages_per_shard=27)
+    vectors = encoder.encode(TEXTS, "passage")
+    np.testing.assert_array_equal(index.rows[np.arange(99, -1, -1)], vectors[::-1])
+    queries = RNG.standard_normal((5, 16)).astype(np.float32)
+    for query, (positions, scores) in zip(queries, index.rank(queries, 100), strict=True):
+        np.testing.assert_allclose(scores, (vectors @ query)[positions], atol=1e-5)
+        assert sorted(positions) == list(range(100))
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_int8_is_within_half_a_scale():
+    vectors = np.concatenate([RNG.standard_normal((50, 8)), np.zeros((1, 8))]).astype(np.float32)
+    stored = quantise(vectors, "int8")
+    error = np.abs(stored["vectors"] * stored["vectors-scales"][:, None] - vectors)
+    assert (error <= stored["vectors-scales"][:, None] * 0.5001).all()
+
+
+def test_ann_finds_what_flat_finds(tmp_path):
+    texts = [f"w{i % 50} v{i % 61} u{i}" for i in range(2000)]
+    write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    corpus, encoder = Corpus(tmp_path / "c.jsonl"), FakeEncoder(dimension=24)
+    queries = encoder.encode([f"w{i} v{i + 3} u{i * 9}" for i in range(40)], "query")
+    flat = FlatIndex.build(corpus, tmp_path / "flat", encoder, "int8").rank(queries, 10)
+    for name, settings in {"hnsw": {}, "ivf": {"factory": "IVF64,SQ8", "search": "nprobe=32"}}.items():
+        found = AnnIndex.build(corpus, tmp_path / name, encoder, "int8", **settings).rank(queries, 10)
+        recall = np.mean([len(set(a[0]) & set(b[0])) / 10 for a, b in zip(found, flat, strict=True)])
+        assert recall >= 0.95, name
+    for setting in ({"factory": "IVF64,Nonsense"}, {"search": "nprobes=3"}, {"factory": "IVF4096,Flat"}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(setting))} = "):
+            AnnIndex.build(corpus, tmp_path / "wrong", encoder, **setting)
+
+
+def test_fixed_encodings_of_the_passages_find_most_of_the_best(tmp_path, corpus):
+    encoder = FakeEncoder("multi")
+    index = MaxSimIndex.build(corpus, tmp_path / "i", encoder, repetitions=20, passages_per_shard=40)
+    queries = encoder.encode(QUERIES, "query")
+    exact = index.rank(queries, 5)
+    index.candidates = 25
+    found = index.rank(queries, 5)
+    assert np.mean([len(set(a[0]) & set(b[0])) / 5 for a, b in zip(found, exact, strict=True)]) > 0.7
+
+
+def test_a_fixed_encoding_of_one_token_each_is_its_inner_product():
+    tokens = RNG.standard_normal((2, 8)).astype(np.float32)
+    one, other = (Multi(tokens[[i]], np.array([0, 1])) for i in (0, 1))
+    encoding = FixedEncoding(8, repetitions=300, bits=2, projection=8)
+    product = encoding.encode(one, True) @ encoding.encode(other, False).T / 300
+    assert product.item() == pytest.approx(float(tokens[0] @ tokens[1]), abs=0.8)
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingEncoder(FakeEncoder):
+    """Dies when it is asked for more than `texts` texts."""
+
+    texts = 50
+
+    def encode(self, texts, role):
+        if role == "passage" and self.encoded + len(texts) > self.texts:
+            raise Killed
+        return super().encode(texts, role)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, corpus, kind):
+    vectors = KINDS[kind].vectors
+    with pytest.raises(Killed):
+        KINDS[kind].build(corpus, tmp_path / "i", DyingEncoder(vectors), passages_per_shard=20)
+    assert not (tmp_path / "i").exists()
+    encoder, seen = FakeEncoder(vectors), []
+
+    def progress(positions, total):
+        for position in positions:
+            seen.append((position, total))
+            yield position
+
+    options = {"passages_per_shard": 20}
+    index = KINDS[kind].build(corpus, tmp_path / "i", encoder, progress=progress, **options)
+    assert seen == [(position, 60) for position in range(40, 100)]
+    whole = KINDS[kind].build(corpus, tmp_path / "whole", FakeEncoder(vectors), **options)
+    assert index.manifest.checksums == whole.manifest.checksums
+    assert {p.name for p in tmp_path.iterdir()} == {"i", "whole"}
+    encoder.encoded = 0
+    again = KINDS[kind].build(corpus, tmp_path / "i", encoder, **options)  # it is there: checked alone
+    assert encoder.encoded == 4 and again.generation == index.generation
+
+
+def test_parts_of_the_shards_are_encoded_apart(tmp_path, corpus):
+    encoder, out = FakeEncoder(), tmp_path / "i"
+    shards, _ = FlatIndex.plan(corpus, out, encoder, "float16", 15)
+    shards.encode(part=(2, 3))
+    assert shards.missing() == [0, 2, 3, 5, 6] and shards.missing((2, 3)) == []
+    (shards.folder / "00004.vectors.npy").write_bytes(b"cut short")
+    assert shards.missing() == [0, 2, 3, 4, 5, 6]
+    index = FlatIndex.build(corpus, out, encoder, passages_per_shard=15)
+    assert_finds_the_best(index, brute_force(encoder), 2e-3)
+
+
+def test_vectors_that_are_broken_are_refused(tmp_path, corpus):
+    encoder = FakeEncoder()
+    encoder._known["fox"] = np.full(16, np.nan, np.float32)
+    with pytest.raises(DataError, match="fake: NaN or infinite in the vectors of passages '0' to '99'"):
+        FlatIndex.build(corpus, tmp_path / "i", encoder)
+
+
+def test_the_wrong_encoder_is_refused_with_what_differs(tmp_path, corpus):
+    FlatIndex.build(corpus, tmp_path / "i", FakeEncoder())
+    with pytest.raises(DataError, match="another encoder \\(fingerprint: 'seed 0', here 'seed 1'\\)"):
+        open_index(tmp_path / "i", encoder=FakeEncoder(seed=1))
+    liar = FakeEncoder(seed=1)
+    liar.spec = FakeEncoder().spec
+    with pytest.raises(DataError, match=r"passage '0' is stored with another vector .*cosine"):
+        open_index(tmp_path / "i", encoder=liar)
+    with pytest.raises(ConfigError, match="makes sparse vectors, an index of kind flat needs dense"):
+        FlatIndex.build(corpus, tmp_path / "j", FakeEncoder("sparse"))
+    with pytest.raises(ConfigError, match="dtype = int4: must be one of float32, float16, int8"):
+        FlatIndex.build(corpus, tmp_path / "j", FakeEncoder(), "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_refused_by_name(tmp_path, corpus, kind):
+    encoder = FakeEncoder(KINDS[kind].vectors)
+    KINDS[kind].build(corpus, tmp_path / "i", encoder)
+    assert verify_index(tmp_path / "i").kind == kind
+    for path in sorted((tmp_path / "i").glob("*[!n]")):  # all but the manifest
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(DataError, match=f"{path.name}: missing or not {len(whole)} bytes"):
+            open_index(tmp_path / "i", encoder=encoder)
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(DataError, match=f"{path.name}: .* not those that were built"):
+            open_index(tmp_path / "i", encoder=encoder)
+        path.write_bytes(whole)
+
+
+def test_verify_finds_a_byte_that_the_samples_miss(tmp_path, corpus):
+    FlatIndex.build(corpus, tmp_path / "i", FakeEncoder(dimension=2048), "float32")
+    path = tmp_path / "i/00000.vectors.npy"
+    content = bytearray(path.read_bytes())
+    content[10_000] ^= 1
+    path.write_bytes(content)
+    open_index(tmp_path / "i", encoder=FakeEncoder(dimension=2048), recheck=0)
+    with pytest.raises(DataError, match=r"00000.vectors.npy: .* not those that were built"):
+        verify_index(tmp_path / "i")
+
+
+def test_the_hash_of_a_spec_is_of_all_but_where_the_model_lies():
+    spec = FakeEncoder().spec
+    fields = {**vars(spec), "model": "elsewhere"}
+    assert EncodingSpec(**fields).hash == spec.hash
+    assert EncodingSpec(**{**fields, "query_prompt": "query: "}).hash != spec.hash
+    with pytest.raises(ConfigError, match=r"passage_template .*may name"):
+        EncodingSpec(**{**fields, "passage_template": "{body}"})
+
+
+def test_every_kind_is_in_the_table():
+    for kind, of in KINDS.items():
+        assert INDEX_KINDS[kind] == f"{of.__module__}:{of.__name__}"
