@@ -222,11 +222,7 @@ def _wikitext(text: str, media: set[str]) -> Iterator[tuple[str, str]]:
         left_out = [
             *headings,
             *section.filter_tags(matches=lambda tag: str(tag.tag) in ("table", "ref", "gallery", "math")),
-            *(
-                n
-                for n in section.filter_wikilinks()
-                if str(n.title).partition(":")[0].strip().lower() in media
-            ),
+            *(link for link in links if str(link.title).partition(":")[0].strip().lower() in media),
         ]
         for node in left_out:
             with suppress(ValueError):  # it lay in another that has gone

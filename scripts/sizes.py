@@ -1,0 +1,233 @@
+"""`sleuth sizes`: what each kind of index costs for so many passages, measured on a sample of vectors."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_K, _QUERIES, _CANDIDATES = 10, 64, 100
+_BYTES_A_WORD = 6.2  # of English text in JSON lines; title and keys are little beside it
+_POSTING_BYTES = 8
+_TOKENS_A_WORD, _TOKEN_DIMENSION, _FIXED_ENCODING_BYTES = 1.3, 128, 2560
+_SPARSE_TERMS = 120  # of a passage by SPLADE
+
+
+class Row(NamedTuple):
+    """One line of the table; bytes of all passages, seconds a query alone on one thread."""
+
+    kind: str
+    disk_bytes: float
+    memory_bytes: float
+    seconds: float | None
+    recall: float | None
+    note: str = ""
+
+
+def main(
+    passages: int,
+    dimension: int = 768,
+    encoder: str | None = None,
+    vectors: str | None = None,
+    words: int = 100,
+    sample: int = 10_000,
+) -> None:
+    """Print disk, memory, latency and recall of each kind of index for a corpus of so many passages.
+
+    Dense kinds are built and searched on a sample, and scaled up; the rest is calculated.
+
+    Args:
+        passages: How many the corpus has.
+        dimension: Of the vectors.
+        encoder: A sentence-transformers model whose dimension to take instead.
+        vectors: A .npy file (N, D) of the corpus's own vectors to measure on; synthetic ones without.
+        words: Of a passage.
+        sample: How many vectors to measure on; 0 only calculates.
+    """
+    for name, value, least in (("passages", passages, 1), ("dimension", dimension, 1), ("words", words, 1)):
+        if value < least:
+            raise ConfigError(f"{name} = {value}: must be >= {least}")
+    if 0 < sample < 1000 or sample < 0:
+        raise ConfigError(f"sample = {sample}: must be 0, or at least 1000")
+    if encoder is not None:
+        from retriever_server.encoders.sentence import load_encoder
+
+        dimension = load_encoder(encoder).spec.dimension
+    given = _load(vectors, sample) if vectors else None
+    dimension = given.shape[1] if given is not None else dimension
+    rows = [*dense_rows(passages, dimension, sample, given), *other_rows(passages, words)]
+    _show(rows, f"{passages:,} passages of {words} words, {dimension} dimensions", sample, vectors)
+
+
+def dense_rows(passages: int, dimension: int, sample: int, given: np.ndarray | None = None) -> list[Row]:
+    """The kinds of dense index, from `sample` vectors; with sample 0 by their formulas."""
+    from retriever_server.indexes.ann import default_factory, default_search
+
+    ann = default_factory(passages)
+    kinds = [("flat float32", 4), ("flat float16", 2), ("flat int8", 1)]
+    rows = [
+        Row(kind, passages * dimension * size, passages * dimension * size, None, 1.0 if size == 4 else None)
+        for kind, size in kinds
+    ]
+    stored = passages * dimension * 2
+    for factory, size in ((ann, dimension), ("HNSW32", 4 * dimension + 4 * 64)):
+        note = f"{default_search(factory)}, re-scored from float16 on disk"
+        rows.append(Row(f"ann {factory}", passages * size + stored, passages * size, None, None, note))
+    rows = list({row.kind: row for row in rows}.values())
+    if not sample:
+        return rows
+    queries, base = _synthetic(sample, dimension) if given is None else (given[:_QUERIES], given[_QUERIES:])
+    with tempfile.TemporaryDirectory(prefix="sleuth-sizes-") as folder:
+        measure = _Measure(Path(folder), queries, base)
+        return [
+            row._replace(recall=recall, seconds=seconds * _growth(row.kind, len(base), passages))
+            for row in rows
+            for recall, seconds in [measure(row.kind)]
+        ]
+
+
+def other_rows(passages: int, words: int) -> list[Row]:
+    """The kinds whose size depends on the text: calculated."""
+    bm25 = passages * 0.7 * words * _POSTING_BYTES  # most words of a passage stand there once
+    sparse = passages * _SPARSE_TERMS * _POSTING_BYTES
+    fixed = passages * _FIXED_ENCODING_BYTES
+    multi = passages * _TOKENS_A_WORD * words * _TOKEN_DIMENSION
+    text = passages * (words * _BYTES_A_WORD + 24)
+    return [
+        Row("bm25", bm25, bm25, None, None, "another ranking, nothing to approximate"),
+        Row("inverted", sparse, sparse, None, None, f"{_SPARSE_TERMS} terms a passage; exact"),
+        Row("maxsim int8", multi + fixed, fixed, None, None, "128 a token; memory: encodings of 2,560 bytes"),
+        Row("the corpus itself", text, 0, None, None, "mapped; read where there are hits"),
+    ]
+
+
+class _Measure:
+    """Builds real indexes over given vectors, and searches them beside the exact product."""
+
+    def __init__(self, folder: Path, queries: np.ndarray, base: np.ndarray) -> None:
+        import numpy as np
+
+        from data.corpus import Corpus
+        from data.jsonl import write_jsonl
+
+        write_jsonl(folder / "corpus.jsonl", ({"id": str(i), "text": str(i)} for i in range(len(base))))
+        self._folder, self._corpus = folder, Corpus(folder / "corpus.jsonl")
+        self._queries, self._encoder = queries, _given_encoder(base)
+        self._best = np.argpartition(-queries @ base.T, _K, axis=1)[:, :_K]
+
+    def __call__(self, kind: str) -> tuple[float, float]:
+        """recall@10 against the exact product, and seconds for one query alone."""
+        from retriever_server.indexes.ann import AnnIndex
+        from retriever_server.indexes.flat import FlatIndex
+
+        name, _, how = kind.partition(" ")
+        out = self._folder / kind.replace(" ", "-")
+        if name == "flat":
+            index = FlatIndex.build(self._corpus, out, self._encoder, dtype=how)
+        else:
+            settings = {"factory": _scaled_factory(how, len(self._corpus))}
+            index = AnnIndex.build(self._corpus, out, self._encoder, **settings)
+        start = time.perf_counter()
+        rankings = [index.rank(query[None], _K)[0][0] for query in self._queries]
+        seconds = (time.perf_counter() - start) / len(self._queries)
+        found = zip(rankings, self._best, strict=True)
+        return sum(len({*a.tolist()} & {*b.tolist()}) for a, b in found) / (_K * len(rankings)), seconds
+
+
+def _given_encoder(base: np.ndarray) -> Any:
+    """An encoder to which passage "7" is row 7."""
+    from retriever_server.encoders.spec import Encoder, EncodingSpec
+
+    class Given(Encoder):
+        spec = EncodingSpec("given vectors", "dense", "given", base.shape[1])
+
+        def encode(self, texts: list[str], role: str) -> np.ndarray:
+            return base[[int(text) for text in texts]]
+
+    return Given()
+
+
+def _scaled_factory(factory: str, count: int) -> str:
+    """The factory with the lists that suit `count` vectors.   IVF16384,SQ8, 10000 -> IVF512,SQ8"""
+    if not factory.startswith("IVF"):
+        return factory
+    return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},{factory.partition(',')[2]}"
+
+
+def _growth(kind: str, measured: int, passages: int) -> float:
+    """How much longer a search takes: with all vectors, with those of the lists searched, with the hops."""
+    if kind.startswith("ann HNSW"):
+        return max(1.0, math.log(passages) / math.log(measured))
+    ratio = passages / measured
+    return math.sqrt(ratio) if kind.startswith("ann IVF") else ratio
+
+
+def _synthetic(count: int, dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and vectors of length 1 around count / 20 centres, themselves around 30 directions."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((30, dimension), dtype=np.float32)
+    centres = directions[rng.integers(0, 30, max(30, count // 20))]
+    centres = centres + rng.standard_normal(centres.shape, dtype=np.float32)
+    drawn = centres[rng.integers(0, len(centres), count + _QUERIES)]
+    drawn += 0.7 * rng.standard_normal(drawn.shape, dtype=np.float32)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    return drawn[:_QUERIES], drawn[_QUERIES:]
+
+
+def _load(path: str, sample: int) -> np.ndarray:
+    import numpy as np
+
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a .npy file of vectors ({error})") from error
+    if stored.ndim != 2 or len(stored) < 1000:
+        raise DataError(f"{path}: has shape {stored.shape}, expected at least 1000 vectors (N, D)")
+    rows = np.random.default_rng(0).permutation(len(stored))[: (sample or 0) + _QUERIES]
+    return stored[rows].astype(np.float32)
+
+
+def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("kind", "disk", "memory", "ms a query", "recall@10", ""):
+        table.add_column(name, justify="left" if name in ("kind", "") else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console = Console()
+    console.print(table)
+    of = vectors or "synthetic vectors (clusters; your own with --vectors FILE.npy)"
+    if sample:
+        console.print(
+            f"Recall and latency: measured on {sample:,} {of}, one query at a time on this machine; latency "
+            "scaled up: flat by passages, IVF by their root, HNSW by their logarithm. Batches are faster. IVF "
+            "searches a smaller share of its lists at full size: measure a larger --sample to trust its recall."
+        )
+    console.print("Memory is what should stay in the page cache; an index opens with less, and is slower.")
+
+
+def _cells(row: Row) -> Iterator[str]:
+    yield row.kind
+    yield _size(row.disk_bytes)
+    yield _size(row.memory_bytes)
+    yield "not measured" if row.seconds is None else f"{row.seconds * 1000:,.1f}"
+    yield "not measured" if row.recall is None else f"{row.recall:.3f}"
+    yield row.note
+
+
+def _size(count: float) -> str:
+    """1_500_000 -> "1.5 MB" """
+    power = min(4, int(math.log10(max(count, 1)) / 3))
+    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
