@@ -6,13 +6,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
+from retriever_server.indexes import counting
+from retriever_server.indexes.analyzers import ANALYZERS, plain
 from retriever_server.indexes.base import open_index
-from retriever_server.indexes.bm25 import ANALYZERS, BM25Index, plain, stopwords
+from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.counting import lucene_length
 
 SQUAD = Path(__file__).parents[2].parent / "shared/data/squad"
 
@@ -56,7 +60,7 @@ def assert_ranks_as_the_formula(index, docs, queries, k1, b, analyze, k=10):
 
 
 @pytest.mark.parametrize(("k1", "b"), [(0.9, 0.4), (1.5, 0.75), (0.0, 0.0), (1.2, 1.0)])
-@pytest.mark.parametrize("analyzer", ANALYZERS)
+@pytest.mark.parametrize("analyzer", ["plain", "stopwords", "multilingual"])
 @pytest.mark.parametrize("title_boost", [0, 1, 3])
 def test_scores_equal_the_formula(tmp_path, k1, b, analyzer, title_boost):
     rng = random.Random(0)
@@ -134,10 +138,51 @@ def test_hits_carry_passage_and_generation_unchanged(tmp_path):
     assert hit.generation == index.generation == index.manifest.generation
 
 
-def test_analyzers():
-    assert plain("Élan-vital, the 2nd! ﬁne") == ["élan", "vital", "the", "2nd", "fine"]
-    assert plain("Москва 東京") == ["москва", "東京"]
-    assert stopwords("The end of THE river") == ["end", "river"]
+@pytest.mark.parametrize("block_tokens", [1, 7, 1 << 22])
+def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
+    bm25s = pytest.importorskip("bm25s")
+    monkeypatch.setattr(counting, "BLOCK_TOKENS", block_tokens)
+    rng = random.Random(3)
+    texts = [" ".join(rng.choices("abcdefghij", k=rng.randint(1, 30))) for _ in range(50)]
+    texts[7] = texts[49] = "..."  # without a word
+    index = BM25Index.build(corpus_of(tmp_path, *texts), tmp_path / "index", 1.2, 0.75)
+    assert sorted(p.name for p in (tmp_path / "index").iterdir() if p.suffix != ".json") == [
+        "positions.npy",
+        "starts.npy",
+        "terms.npy",
+        "weights.npy",
+    ]
+    theirs = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
+    theirs.index([plain(text) for text in texts], create_empty_token=False, show_progress=False)
+    for query in ("a", "a b b", "c z j"):
+        expected = theirs.get_scores([word for word in plain(query) if word != "z"])
+        [hits] = index.search([query], 50)
+        found = {int(hit.passage.id): hit.score for hit in hits}
+        assert found == pytest.approx({i: float(s) for i, s in enumerate(expected) if s > 0}, rel=1e-5)
+
+
+def test_lengths_are_those_that_lucene_keeps_in_a_byte():
+    exact = [0, 1, 23, 24, 39, 40, 41, 42, 56, 57, 58, 60, 100, 1000, 2**31 - 1]
+    kept = [0, 1, 23, 24, 39, 40, 40, 42, 56, 56, 56, 60, 96, 984, 24 + (15 << 27)]
+    assert lucene_length(np.array(exact)).tolist() == kept
+
+
+def test_anserini_scores_are_lucenes(tmp_path):
+    texts = ["Running dogs", "the dog's run " + "filler " * 60, "the of", "Cats run"]
+    index = BM25Index.build(corpus_of(tmp_path, *texts), tmp_path / "index", analyzer="anserini")
+    lengths, stored = [2, 62, 0, 2], [2, 60, 0, 2]  # 62 is read back as 24 + 36
+    average, idf = sum(lengths) / 3, math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    [hits] = index.search(["dogs"], 5)
+    expected = {str(i): idf / (1 + 0.9 * (0.6 + 0.4 * stored[i] / average)) for i in (0, 1)}
+    assert {hit.passage.id: hit.score for hit in hits} == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_index_of_the_first_layout_is_refused(tmp_path):
+    BM25Index.build(corpus_of(tmp_path, "fox"), tmp_path / "index")
+    manifest = tmp_path / "index/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"layout": 2', '"layout": 1'))
+    with pytest.raises(DataError, match="built by an older version of this program; build the index again"):
+        open_index(tmp_path / "index")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +190,10 @@ def test_analyzers():
     [
         ({"k1": -1.0}, r"k1 = -1.0: must be >= 0"),
         ({"b": 1.5}, r"b = 1.5: must be in \[0, 1\]"),
-        ({"analyzer": "porter"}, "analyzer = porter: must be one of plain, stopwords"),
+        (
+            {"analyzer": "porter"},
+            "analyzer = porter: must be one of plain, stopwords, anserini, multilingual",
+        ),
         ({"title_boost": -1}, "title_boost = -1: must be >= 0"),
     ],
 )

@@ -69,13 +69,13 @@ def test_a_folder_that_is_no_index_is_never_replaced(tmp_path, corpus):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_build_leaves_nothing(tmp_path, corpus, monkeypatch, error):
-    write = bm25._write_bm25s
+    write = bm25.write_postings
 
     def write_and_fail(*arguments) -> None:
         write(*arguments)
         raise error
 
-    monkeypatch.setattr(bm25, "_write_bm25s", write_and_fail)
+    monkeypatch.setattr(bm25, "write_postings", write_and_fail)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else StorageError
     with pytest.raises(expected):
         BM25Index.build(corpus, tmp_path / "index")
@@ -132,7 +132,7 @@ def test_a_changed_corpus_is_refused_with_the_difference(tmp_path, corpus):
 
 def test_a_damaged_index_is_refused(tmp_path, corpus):
     BM25Index.build(corpus, tmp_path / "index")
-    weights = next((tmp_path / "index").glob("data*.npy"))
+    weights = next((tmp_path / "index").glob("weights.npy"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"missing or not \d+ bytes"):
         open_index(tmp_path / "index")
