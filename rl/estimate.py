@@ -1,33 +1,31 @@
 """What a training run will need, before it starts: memory by part, disk, seconds a step.
 
-The policy is built without its weights, on torch's meta device, so that one of any size is measured in
-seconds. Bytes follow from its shapes; seconds from FLOPs over rates that are measured on this machine.
-How long trajectories are only the run can tell: they are as in the steps that it has made, else as long
-as the protocol allows, and then all is a bound.
+Bytes follow from the shapes of the policy, built without its weights on torch's meta device; seconds from
+FLOPs over rates measured on this machine. Trajectories are as long as in the run's last steps, else as long
+as the protocol allows.
 
-Not in it: searches, evaluations, further rounds of dynamic sampling, traffic between processes, and what
-calls cost beside their matrix products: a third of the time of a model of 100 million parameters on a
-CPU, two thirds at one million. Experts count as if all worked.
+The seconds are a floor: real steps on a CPU took 1.5 (100 million parameters) to 3.3 times as long (one
+million). Not in them: searches, evaluations, further rounds of dynamic sampling, traffic between processes,
+and what calls cost beside their matrix products. Experts count as if all worked.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import shutil
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from agent.engines.hf import CACHE_BLOCK_TOKENS
-from agent.policy import default_protocol, resolve_device, resolve_policy
-from agent.protocol import get_protocol
+from agent.policy import resolve_device, resolve_policy
+from agent.protocol import Protocol
 from data.errors import ConfigError
 from data.run_dir import read_metrics
 from rl.config import TrainConfig
@@ -35,351 +33,209 @@ from rl.lora import add_lora
 
 PROMPT_TOKENS = 256
 """Allowed for the instruction and the question."""
-CHUNK_TOKENS, LOGIT_COPIES = 256, 4
-"""The scorer has logits of so many tokens at once, in float32: those, their log-probs, the product for
-the entropy, a gradient."""
+LOGITS_HELD = 4 * 256
+"""The scorer's chunk of 256 tokens: their logits, log-probs, product for the entropy, and a gradient."""
+Lengths = tuple[float, float, float]
+"""Mean tokens of a trajectory: by the policy, in all; and the share of trajectories that is fed."""
+Rates = tuple[float, float]
+"""FLOPs a second with the model's matrices: of many tokens, and of one a trajectory (bound by memory)."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of what is needed. Parts of different phases are never there at once, those of "" always."""
+class Needs:
+    """What `config` needs of each of `world_size` processes; counts are of parameters."""
 
-    name: str
-    size: float
-    """Bytes."""
-    phase: str = ""
+    def __init__(self, config: TrainConfig, world_size: int = 1) -> None:
+        """Loads no weights. Raises ConfigError where the policy's shape is not to be found."""
+        self.config, self.device = config, resolve_device(config.device)
+        auto = "bfloat16" if self.device.startswith("cuda") else "float32"
+        self.dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+        try:
+            found = AutoConfig.from_pretrained(resolve_policy(config.policy))
+        except (OSError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise ConfigError(f"policy = {config.policy!r}: its config.json cannot be read: {why}") from error
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(found, attn_implementation=_META)
+            self.whole, trunk = model.num_parameters(), model.base_model.num_parameters()
+            add_lora(model, config.lora)
+        self.text: Any = found.get_text_config()
+        heads = self.text.num_attention_heads
+        self.head_size = getattr(self.text, "head_dim", None) or self.text.hidden_size // heads
+        self.body = trunk - model.get_input_embeddings().weight.numel()  # all but the head
+        self.adapters = model.num_parameters() - self.whole
+        self.trained = self.adapters or self.whole
+        self.critic = (trunk + self.text.hidden_size + 1) * config.algorithm.needs_critic
+        # Under fsdp trained weights lie in float32, shared out; the engine has a whole copy of its own.
+        self.share = world_size if config.sharding == "fsdp" else 1
+        self.stored_bytes = 4 if self.share > 1 else self.dtype.itemsize
+        self.copy_bytes = 4 * (self.stored_bytes < 4)  # of the optimiser's own, in float32
+        self.trunk = model.to(self.dtype).base_model
+        self.batch = -(-config.rollout.questions_per_step // world_size) * config.rollout.group_size
+        self.rows = min(self.batch, config.rollout.max_rows)
 
+    def longest(self, protocol: Protocol) -> Lengths:
+        """The longest trajectory that the protocol and the model's positions allow."""
+        written = (protocol.max_turns + 1) * protocol.max_response_tokens
+        total = min(
+            PROMPT_TOKENS + written + protocol.max_turns * protocol.max_observation_tokens,
+            protocol.max_context_tokens + protocol.max_response_tokens,
+            getattr(self.text, "max_position_embeddings", None) or 1 << 30,
+        )
+        return min(written, total), total, 1.0
 
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of a trajectory, and the share of trajectories that there is something to learn from."""
+    def memory(self, longest: int) -> dict[str, dict[str, float]]:
+        """Bytes by phase and part, with trajectories of `longest` tokens; all but "always" come in turn."""
+        config, share, stored = self.config, self.share, self.stored_bytes
+        reference = config.algorithm.kl_coefficient > 0 and not self.adapters
+        tokens = max(longest, min(config.micro_batch_tokens, self.batch * longest))
+        rows = config.rollout.max_rows if config.eval_every else self.rows
+        positions = -(-longest // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS + 1
+        heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+        cached = 2 * self.text.num_hidden_layers * heads * self.head_size * self.dtype.itemsize  # a token
+        gradients = max(self.trained, self.critic) / share  # the policy's are gone when the critic's come
+        phases = {
+            "always": {
+                "policy weights": self.whole * stored / share,
+                "adapters": self.adapters * stored / share,
+                "the engine's own weights": (share > 1) * self.whole * self.dtype.itemsize,
+                "float32 copies of trained weights": self.copy_bytes * self.trained,
+                "AdamW moments": 8 * self.trained / share,
+                "reference policy": reference * self.whole * stored / share,
+                "critic, its copies and moments": self.critic * (stored + self.copy_bytes + 8) / share,
+                f"KV cache of {rows} rows of {positions:,}": rows * positions * cached,
+            },
+            "update": {
+                "gradients": gradients * stored,
+                f"activations of {tokens:,} tokens": tokens * self.activation_bytes(),
+                "logits of a chunk": 4 * LOGITS_HELD * self.text.vocab_size,
+            },
+            "AdamW": {"gradients in float32": gradients * 4, "temporaries": gradients * 4},
+            "hand over": {"all weights in float32 for the engine": (share > 1) * self.whole * 4},
+        }
+        return {phase: {name: n for name, n in parts.items() if n} for phase, parts in phases.items()}
 
-    written: float
-    """By the policy."""
-    total: float
-    fed: float
-    source: str
-    """Where they are known from."""
+    def activation_bytes(self) -> float:
+        """Bytes a token from forward to backward: what autograd saves, and a layer's gradients."""
+        tokens, layers = 128, self.text.num_hidden_layers
+        weights = {parameter.untyped_storage()._cdata for parameter in self.trunk.parameters()}
+        saved: dict[int, int] = {}
 
+        def save(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes() * (storage._cdata not in weights)
+            return tensor
 
-@dataclass(frozen=True)
-class Rates:
-    """FLOPs a second of products with the model's matrices: of many tokens, and of one a trajectory, which
-    is bound by reading the matrices."""
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        every = sum(saved.values()) / tokens
+        # Gradient checkpointing keeps the input of each layer, and all of one at a time.
+        inputs = hidden[0, 0].nbytes * layers
+        return every / layers + (inputs + every / layers if self.config.gradient_checkpointing else every)
 
-    update: float
-    decode: float
+    def disk(self) -> dict[str, float]:
+        """Bytes of the checkpoints that are there at once: those kept, the best, and one being written."""
+        weights = (self.whole + self.adapters + self.critic) * self.stored_bytes
+        one = weights + (self.trained + self.critic) * (8 + self.copy_bytes)
+        kept = self.config.keep_checkpoints + bool(self.config.eval_every)
+        return {f"{kept} checkpoints": kept * one, "another while it is written": one}
 
+    def seconds(self, lengths: Lengths, rates: Rates) -> dict[str, float]:
+        """Seconds of the parts of a step. A forward costs 2 FLOPs a token and weight, causal attention
+        2 T^2 x heads x head size a layer; its backward twice that, or once where only adapters are trained.
+        """
+        algorithm, (written, total, fed), (update, decode) = self.config.algorithm, lengths, rates
+        width = 2 * self.text.num_hidden_layers * self.text.num_attention_heads * self.head_size
+        head = 2 * self.text.hidden_size * self.text.vocab_size * written
+        trunk = 2 * self.body * total + width * total**2
+        near, again = algorithm.kl_coefficient > 0, self.config.gradient_checkpointing
+        before = (algorithm.updates_per_rollout > 1 or (near and algorithm.kl_in == "reward")) + near
+        in_loss = algorithm.entropy_coefficient or (near and algorithm.kl_in == "loss")
+        fed = 1 if in_loss or algorithm.needs_critic else fed
+        flops = {
+            "reading prompts and observations": (trunk * (1 - written / total), update),
+            "writing": (2 * self.body * written + head + width * total * written, decode),
+            "log-probs before the update": (before * (trunk + head), update),
+            "update of the policy": ((2 + (not self.adapters) + again) * fed * (trunk + head), update),
+            "values, and update of the critic": (algorithm.needs_critic * (4 + again) * trunk, update),
+        }
+        return {name: self.batch * count / rate for name, (count, rate) in flops.items() if count}
 
-@dataclass(frozen=True)
-class Shape:
-    """The policy and what is trained, in numbers of parameters, and in bytes of each."""
+    def measure_rates(self) -> Rates:
+        """Rates on this machine, a row for each trajectory while decoding; takes about a second."""
+        outer = self.text.hidden_size
+        inner = getattr(self.text, "intermediate_size", 4 * outer)
+        # As many matrices as the model has, but no more than it takes to be out of any cache.
+        count = max(1, min(self.body // (outer * inner), 2**27 // (outer * inner * self.dtype.itemsize)))
+        there = {"device": self.device, "dtype": self.dtype}
+        matrices = torch.randn(count, outer, inner, **there).unbind()
 
-    config: Any
-    """Of its text model."""
-    head_size: int
-    """Of one attention head."""
-    whole: int
-    body: int
-    """All that every token is multiplied with, but for the head."""
-    adapters: int
-    critic: int
-    item_bytes: int
-    """Of a weight that is computed with."""
-    stored_bytes: int
-    """Of a weight in training: under fsdp those are in float32."""
-    share: int
-    """Processes among which weights are shared out."""
-    activation_bytes: float
-    """Held a token from forward to backward."""
+        def rate(rows: int) -> float:
+            names = {"tokens": torch.randn(rows, outer, **there), "matrices": matrices}
+            timer = Timer("for m in matrices: tokens @ m", globals=names, num_threads=torch.get_num_threads())
+            best = min(timer.blocked_autorange(min_run_time=0.3).times)  # whatever else runs comes and goes
+            return 2 * rows * outer * inner * count / best
 
-    @property
-    def trained(self) -> int:
-        """Parameters of the policy that are trained."""
-        return self.adapters or self.whole
-
-    @property
-    def state_bytes(self) -> int:
-        """Of a trained weight beside itself: AdamW's moments, and a float32 copy where it is not one."""
-        return 8 + 4 * (self.stored_bytes < 4)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The needs of one process of a run."""
-
-    memory: list[Part]
-    memory_limit: float
-    """Bytes of its device, or its share of the machine."""
-    disk: list[Part]
-    disk_limit: float
-    seconds: dict[str, float]
-    """Of one step."""
-    steps: int
-    lengths: Lengths
-    rates: Rates
-    setting: str
-
-    @property
-    def peak_memory(self) -> float:
-        """Bytes, in the phase that needs the most."""
-        phases = {part.phase for part in self.memory}
-        return max(sum(p.size for p in self.memory if p.phase in ("", phase)) for phase in phases)
-
-
-def estimate(config: TrainConfig, world_size: int = 1, rates: Rates | None = None) -> Estimate:
-    """What `config` needs of each of `world_size` processes. Loads no weights and writes nothing.
-
-    rates: measured here unless given. Raises ConfigError where the policy's shape is not to be found.
-    """
-    device = resolve_device(config.device)
-    cuda = device.startswith("cuda")
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if cuda else "float32"
-    shape = measure_shape(config, getattr(torch, dtype), world_size)
-    limit = length_limit(config, shape)
-    lengths = _seen_lengths(config) or limit
-    batch = -(-config.rollout.questions_per_step // world_size) * config.rollout.group_size
-    rates = rates or measure_rates(shape, min(batch, config.rollout.max_rows), device)
-    memory = memory_parts(config, shape, batch, int(limit.total))
-    if cuda:
-        memory_limit: float = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory_limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory.append(Part("the program itself", held))
-    out = Path(config.out).absolute()
-    return Estimate(
-        memory,
-        memory_limit,
-        disk_parts(config, shape),
-        shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free,
-        step_seconds(config, shape, lengths, batch, rates),
-        config.steps,
-        lengths,
-        rates,
-        f"{dtype} on {device}" + f", each of {world_size} processes" * (world_size > 1),
-    )
-
-
-def measure_shape(config: TrainConfig, dtype: torch.dtype, world_size: int = 1) -> Shape:
-    """The policy's numbers, with its adapters, from its configuration alone."""
-    try:
-        found = AutoConfig.from_pretrained(resolve_policy(config.policy))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"policy = {config.policy!r}: its config.json cannot be read: {reason}") from error
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(found, attn_implementation=_KEEPS)
-        whole, trunk = model.num_parameters(), model.base_model.num_parameters()
-        add_lora(model, config.lora)
-    text, sharded = found.get_text_config(), config.sharding == "fsdp" and world_size > 1
-    return Shape(
-        config=text,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        whole=whole,
-        body=trunk - model.get_input_embeddings().weight.numel(),
-        adapters=model.num_parameters() - whole,
-        critic=(trunk + text.hidden_size + 1) * config.algorithm.needs_critic,
-        item_bytes=dtype.itemsize,
-        stored_bytes=4 if sharded else dtype.itemsize,
-        share=world_size if sharded else 1,
-        activation_bytes=activation_bytes(model.to(dtype).base_model, config.gradient_checkpointing),
-    )
+        return rate(4096 if self.device.startswith("cuda") else 256), rate(self.rows)
 
 
-def activation_bytes(trunk: Any, recompute: bool) -> float:
-    """Bytes a token that a forward and backward pass of a trunk on the meta device holds.
-
-    What autograd saves is counted as it is saved, and once more for one layer: the gradients under way.
-    With `recompute` (gradient checkpointing) that is the input of each layer, and all of one.
-    """
-    tokens, layers = 128, trunk.config.get_text_config().num_hidden_layers
-    weights = {parameter.untyped_storage()._cdata for parameter in trunk.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
-    every = sum(storage.nbytes() for storage in saved.values()) / tokens
-    return (hidden[0, 0].nbytes * layers + every / layers if recompute else every) + every / layers
+def peak(memory: dict[str, dict[str, float]]) -> float:
+    """Bytes in the phase that needs the most."""
+    always, *others = (sum(parts.values()) for parts in memory.values())
+    return always + max(others)
 
 
-def length_limit(config: TrainConfig, shape: Shape) -> Lengths:
-    """The longest trajectory that the protocol and the model's positions allow."""
-    limits = {key: value for key, value in vars(config.protocol).items() if value is not None}
-    named = get_protocol(limits.pop("name", None) or default_protocol(config.policy))
-    protocol = replace(named, **limits)
-    written = (protocol.max_turns + 1) * protocol.max_response_tokens
-    total = min(
-        PROMPT_TOKENS + written + protocol.max_turns * protocol.max_observation_tokens,
-        protocol.max_context_tokens + protocol.max_response_tokens,
-        getattr(shape.config, "max_position_embeddings", None) or 1 << 30,
-    )
-    return Lengths(min(written, total), total, 1.0, f"at most, by the limits of protocol {protocol.name}")
-
-
-def _seen_lengths(config: TrainConfig) -> Lengths | None:
-    """The means of the last steps of a run that is already in `out`."""
-    keys = ("rollout/policy_tokens", "rollout/total_tokens", "rollout/zero_variance_groups")
-    rows = [row for row in read_metrics(config.out) if all(row.get(key) is not None for key in keys)][-10:]
+def seen(out: str) -> tuple[Lengths, float, str] | None:
+    """Lengths and the median seconds of the last steps of the run in `out`, and which; None without any."""
+    keys = [f"rollout/{name}" for name in ("policy_tokens", "total_tokens", "zero_variance_groups")]
+    keys += ["time/step_seconds", "step"]
+    rows = [found for row in read_metrics(out) if None not in (found := [row.get(key) for key in keys])]
     if not rows:
         return None
-    written, total, flat = (sum(row[key] for row in rows) / len(rows) for key in keys)
-    source = f"as in steps {rows[0]['step']} to {rows[-1]['step']} of {config.out}"
-    return Lengths(written, total, 1 - flat, source)
+    written, total, flat, seconds, steps = zip(*rows[-10:], strict=True)
+    lengths = fmean(written), fmean(total), 1 - fmean(flat)
+    return lengths, median(seconds), f"as in steps {steps[0]} to {steps[-1]}"
 
 
-def memory_parts(config: TrainConfig, shape: Shape, batch: int, longest: int) -> list[Part]:
-    """Memory of one process that rolls out `batch` trajectories of at most `longest` tokens.
-
-    Under fsdp the trained weights lie in float32, shared out, and the engine has a whole copy of its own.
-    """
-    text, share, stored = shape.config, shape.share, shape.stored_bytes
-    reference = config.algorithm.kl_coefficient > 0 and not config.lora.rank
-    tokens = max(longest, min(config.micro_batch_tokens, batch * longest))
-    rows = config.rollout.max_rows if config.eval_every else min(batch, config.rollout.max_rows)
-    positions = -(-longest // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS + 1
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    cached_bytes = 2 * text.num_hidden_layers * heads * shape.head_size * shape.item_bytes  # of a token
-    logits = LOGIT_COPIES * 4 * CHUNK_TOKENS * text.vocab_size
-    gradients = (
-        max(shape.trained, shape.critic) / share
-    )  # those of policy and critic are never there together
-    parts = [
-        Part("policy weights", shape.whole * stored / share),
-        Part("adapters", shape.adapters * stored / share),
-        Part("the engine's own weights", (share > 1) * shape.whole * shape.item_bytes),
-        Part("float32 copies of trained weights", (stored < 4) * 4 * shape.trained),
-        Part("AdamW moments", 8 * shape.trained / share),
-        Part("reference policy", reference * shape.whole * stored / share),
-        Part("critic, its copies and moments", shape.critic * (stored + shape.state_bytes) / share),
-        Part(f"KV cache of {rows} rows of {positions:,}", rows * positions * cached_bytes),
-        Part("gradients", gradients * stored, "update"),
-        Part(f"activations of {tokens:,} tokens", tokens * shape.activation_bytes, "update"),
-        Part(f"logits of {CHUNK_TOKENS} tokens", logits, "update"),
-        Part("gradients in float32", gradients * 4, "AdamW"),
-        Part("temporaries", gradients * 4, "AdamW"),
-        Part("all weights in float32 for the engine", (share > 1) * shape.whole * 4, "hand over"),
-    ]
-    return [part for part in parts if part.size]
-
-
-def disk_parts(config: TrainConfig, shape: Shape) -> list[Part]:
-    """The checkpoints that are there at once: those kept, the best, and one being written."""
-    weights = (shape.whole + shape.adapters + shape.critic) * shape.stored_bytes
-    one = weights + (shape.trained + shape.critic) * shape.state_bytes
-    kept = config.keep_checkpoints + bool(config.eval_every)
-    return [Part(f"{kept} checkpoints", kept * one), Part("another while it is written", one)]
-
-
-def step_seconds(
-    config: TrainConfig, shape: Shape, lengths: Lengths, batch: int, rates: Rates
-) -> dict[str, float]:
-    """Seconds of the parts of a step that rolls out `batch` trajectories in this process.
-
-    A forward costs 2 FLOPs a token and weight, and causal attention 2 T^2 x heads x head size a layer;
-    its backward twice that, or once where only adapters are trained.
-    """
-    algorithm, written, total = config.algorithm, lengths.written, lengths.total
-    width = 2 * shape.config.num_hidden_layers * shape.config.num_attention_heads * shape.head_size
-    head = 2 * shape.config.hidden_size * shape.config.vocab_size * written
-    trunk = 2 * shape.body * total + width * total**2
-    near, again = algorithm.kl_coefficient > 0, config.gradient_checkpointing
-    before = (algorithm.updates_per_rollout > 1 or (near and algorithm.kl_in == "reward")) + near
-    all_fed = algorithm.entropy_coefficient or algorithm.needs_critic or (near and algorithm.kl_in == "loss")
-    passes = (2 + (not config.lora.rank) + again) * (1 if all_fed else lengths.fed)
-    flops = {
-        "reading prompts and observations": (trunk * (1 - written / total), rates.update),
-        "writing": (2 * shape.body * written + head + width * total * written, rates.decode),
-        "log-probs before the update": (before * (trunk + head), rates.update),
-        "update of the policy": (passes * (trunk + head), rates.update),
-        "values, and update of the critic": (algorithm.needs_critic * (4 + again) * trunk, rates.update),
-    }
-    return {name: batch * count / rate for name, (count, rate) in flops.items() if count}
-
-
-def measure_rates(shape: Shape, rows: int, device: str) -> Rates:
-    """FLOPs a second on this machine, `rows` of them at once while decoding; takes about a second."""
-    inner = getattr(shape.config, "intermediate_size", None) or 4 * shape.config.hidden_size
-    size = shape.config.hidden_size * inner
-    # As many matrices as the model has, but no more than it takes to be out of any cache.
-    count = max(1, min(shape.body // size, 2**27 // (size * shape.item_bytes)))
-    dtype = torch.bfloat16 if shape.item_bytes == 2 else torch.float32
-    weights = torch.randn(count, shape.config.hidden_size, inner, device=device, dtype=dtype).unbind()
-
-    def rate(rows: int) -> float:
-        left = torch.randn(rows, shape.config.hidden_size, device=device, dtype=dtype)
-        begun, rounds = time.perf_counter(), [math.inf]
-        while len(rounds) < 4 or time.perf_counter() - begun < 0.3:
-            started = time.perf_counter()
-            float(sum((left @ weight)[0, 0] for weight in weights))  # waits for the device
-            rounds.append(time.perf_counter() - started)
-        return 2 * rows * size * count / min(rounds)  # the best: whatever else runs comes and goes
-
-    return Rates(rate(4096 if device.startswith("cuda") else 256), rate(rows))
-
-
-def estimate_text(config: TrainConfig, world_size: int = 1) -> str:
-    """What `sleuth train --dry-run` prints."""
-    return render(estimate(config, world_size))
-
-
-def render(needs: Estimate) -> str:
-    """An estimate as a table for a person to read."""
-    step, lengths, rates = sum(needs.seconds.values()), needs.lengths, needs.rates
+def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) -> str:
+    """What `sleuth train --dry-run` prints. Writes nothing."""
+    needs = Needs(config, world_size)
+    limit, rates = needs.longest(protocol), needs.measure_rates()
+    bound = (limit, 0.0, f"at most, by the limits of protocol {protocol.name}")
+    lengths, measured, source = seen(config.out) or bound
+    memory, disk, seconds = needs.memory(int(limit[1])), needs.disk(), needs.seconds(lengths, rates)
+    if needs.device.startswith("cuda"):
+        room: float = torch.cuda.get_device_properties(needs.device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size
+        memory["always"]["the program itself"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out = Path(config.out).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    step = measured or sum(seconds.values())
+    seconds["a step, " + ("the median measured" if measured else "at least")] = step
+    parts = {f"{phase}: {name}": size for phase, of in memory.items() for name, size in of.items()}
     lines = [
-        f"Memory ({needs.setting})",
-        *(_line(p.name + f" ({p.phase})" * bool(p.phase), _bytes(p.size)) for p in needs.memory),
-        _line("at its peak, of what is there", _of(needs.peak_memory, needs.memory_limit)),
-        "Disk",
-        *(_line(part.name, _bytes(part.size)) for part in needs.disk),
-        _line("in all, of what is free", _of(sum(part.size for part in needs.disk), needs.disk_limit)),
-        f"Time of a step ({rates.update / 1e9:,.0f} GFLOP/s, writing {rates.decode / 1e9:,.0f})",
-        *(_line(name, _duration(seconds)) for name, seconds in needs.seconds.items()),
-        _line("a step", _duration(step)),
-        _line(f"all {needs.steps:,} steps", _duration(step * needs.steps)),
-        f"Trajectories of {lengths.total:,.0f} tokens, {lengths.written:,.0f} written, {lengths.source}.",
-        "Times are of the arithmetic alone. Not counted: searches, evaluations, further sampling rounds.",
+        *_table(f"Memory of each of {world_size} ({needs.dtype}, {needs.device})", parts, peak(memory), room),
+        *_table("Disk", disk, sum(disk.values()), free),
+        f"Time, with {lengths[1]:,.0f} tokens a trajectory, {lengths[0]:,.0f} written ({source})",
+        *(f"  {name:<50}{value:9,.2f} s" for name, value in seconds.items()),
+        f"  {f'all {config.steps:,} steps':<50}{step * config.steps / 3600:9,.2f} h",
+        f"Parts at least: their arithmetic at {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.0f} writing.",
+        "On a CPU real steps took 1.5 to 3.3 times as long; searches and evaluations come on top.",
     ]
     return "\n".join(lines)
 
 
-def _line(name: str, value: str) -> str:
-    return f"  {name:<50}{value}"
+def _table(title: str, parts: dict[str, float], total: float, room: float) -> list[str]:
+    rows = [f"  {name:<50}{size / 1e9:9,.3f} GB" for name, size in (parts | {"at once": total}).items()]
+    return [title, *rows[:-1], f"{rows[-1]} of {room / 1e9:,.2f}{': TOO MUCH' * (total > room)}"]
 
 
-def _of(size: float, limit: float) -> str:
-    return f"{_bytes(size)} of {_bytes(limit).strip()}{': TOO MUCH' if size > limit else ''}"
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+    """Keeps what a flash kernel keeps for its backward pass; on the meta device it computes nothing."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value)[0].transpose(1, 2), None
 
 
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:9,.2f} GB" if size >= 1e9 else f"{size / 1e6:9,.2f} MB"
-
-
-def _duration(seconds: float) -> str:
-    unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * u or u == 1)
-    return f"{seconds / unit:9,.2f} {name}"
-
-
-class _KeepingAttention(torch.autograd.Function):
-    """Keeps what a flash kernel keeps for its backward pass, and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-
-def _keeping_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-    return _KeepingAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore
-
-
-_KEEPS = "sleuth_keeps"
-AttentionInterface.register(_KEEPS, _keeping_attention)
+_META = "sleuth_meta"
+AttentionInterface.register(_META, _attend)

@@ -37,10 +37,11 @@ def main(config: TrainConfig) -> None:
     if config.dry_run:
         from rl.estimate import estimate_text
         from rl.workers import join_workers
+        from scripts.wiring import make_protocol
 
         workers = join_workers()
         if workers.leads:
-            print(estimate_text(config, workers.count))
+            print(estimate_text(config, make_protocol(config.protocol, config.policy), workers.count))
         return workers.leave()
     if train(config).leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")

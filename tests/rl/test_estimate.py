@@ -1,5 +1,6 @@
 """What a dry run says of a tiny model is what the real one then takes."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,30 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
 from agent.engines.hf import RowCache
+from agent.protocol import SEARCH_R1
 from data.errors import ConfigError
 from data.run_dir import RunDir
-from rl.config import AlgorithmConfig, LoraConfig, ProtocolConfig, RolloutConfig, TrainConfig
+from rl.config import AlgorithmConfig, LoraConfig, RolloutConfig, TrainConfig
 from rl.critic import Critic
-from rl.estimate import (
-    Lengths,
-    Rates,
-    disk_parts,
-    estimate,
-    estimate_text,
-    length_limit,
-    measure_rates,
-    measure_shape,
-    memory_parts,
-    render,
-    step_seconds,
-)
+from rl.estimate import Needs, estimate_text, peak, seen
 from rl.lora import add_lora
 from rl.optimizer import Optimizer
 from rl.packing import packed_arguments
 from tests.fakes import tiny_model
 
 VOCABULARY = 300
-GIVEN = Rates(update=1e9, decode=1e8)
+RATES = (1e9, 1e8)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +34,16 @@ def folder(tmp_path_factory):
 
 def configure(folder, **changes):
     config = TrainConfig(policy=str(folder), questions="q", retriever="r", out=str(folder / "out"))
-    return replace(config, device="cpu", **changes)
+    return replace(config, **{"device": "cpu", "rollout": RolloutConfig(1, 8)} | changes)
 
 
-def memory(config, dtype=torch.float32, world_size=1, batch=8, longest=100):
-    parts = memory_parts(config, measure_shape(config, dtype, world_size), batch, longest)
-    return {part.name: part.size for part in parts}
+def memory(config, world_size=1, longest=100):
+    phases = Needs(config, world_size).memory(longest)
+    return {name: size for parts in phases.values() for name, size in parts.items()}
+
+
+def seconds(config, fed=1.0, written=40):
+    return Needs(config).seconds((written, 100, fed), RATES)
 
 
 def kept_by_autograd(model, forward):
@@ -67,24 +61,24 @@ def kept_by_autograd(model, forward):
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_weights_optimiser_and_checkpoint_are_of_the_size_of_the_real_ones(folder, dtype, rank):
-    config = configure(folder, lora=LoraConfig(rank=rank))
-    model = tiny_model("qwen2", VOCABULARY).to(dtype)
+    config = configure(folder, lora=LoraConfig(rank=rank), dtype=dtype)
+    model = tiny_model("qwen2", VOCABULARY).to(getattr(torch, dtype))
     plain = sum(p.nbytes for p in model.parameters())
     add_lora(model, config.lora)
     adapters = sum(p.nbytes for p in model.parameters()) - plain
-    optimizer = Optimizer(model, config.algorithm)
+    optimizer = Optimizer(model, config.algorithm, 1e-3)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.update()
     state = sum(tensor.nbytes for tensor in optimizer.state().values() if tensor.ndim)
-    parts = memory(config, dtype)
+    parts = memory(config)
     assert (parts["policy weights"], parts.get("adapters", 0)) == (plain, adapters)
     assert parts["AdamW moments"] + parts.get("float32 copies of trained weights", 0) == state
-    kept, another = disk_parts(config, measure_shape(config, dtype))
-    assert (kept.size, another.size) == (2 * (plain + adapters + state), plain + adapters + state)
+    one = plain + adapters + state
+    assert Needs(config).disk() == {"2 checkpoints": 2 * one, "another while it is written": one}
 
 
 def test_a_critic_is_of_the_size_of_the_real_one_and_only_gae_has_it(folder):
@@ -105,7 +99,7 @@ def test_a_reference_is_one_more_policy_unless_adapters_can_be_switched_off(fold
 def test_the_cache_is_of_the_size_of_the_engines_at_its_fullest(folder):
     cache = RowCache(tiny_model("qwen2", VOCABULARY), max_rows=6)
     cache.reserve(6, 300)
-    config = configure(folder, rollout=RolloutConfig(max_rows=6))
+    config = configure(folder, rollout=RolloutConfig(1, 8, max_rows=6))
     assert memory(config, longest=300)["KV cache of 6 rows of 513"] == cache.storage.nbytes
 
 
@@ -119,32 +113,28 @@ def test_activations_are_what_autograd_keeps_of_a_packed_micro_batch(tmp_path, k
     def forward():
         trunk(input_ids=ids, use_cache=False, **packed_arguments(trunk, [100, 300]))
 
-    shape = measure_shape(configure(tmp_path), torch.float32)
     with_gradients = kept_by_autograd(model, forward) * 3 / 2  # of one of its two layers
-    assert shape.activation_bytes * 400 == pytest.approx(with_gradients, rel=0.1)
+    assert Needs(configure(tmp_path)).activation_bytes() * 400 == pytest.approx(with_gradients, rel=0.1)
 
 
 def test_checkpointed_activations_are_the_inputs_of_the_layers_and_two_layers_of_activations(folder):
-    once = measure_shape(configure(folder), torch.float32).activation_bytes
-    again = measure_shape(configure(folder, gradient_checkpointing=True), torch.float32).activation_bytes
+    once, again = (
+        Needs(configure(folder, gradient_checkpointing=on)).activation_bytes() for on in (False, True)
+    )
     assert again == pytest.approx(2 * 32 * 4 + once * 2 / 3)
 
 
 def test_fsdp_divides_what_is_trained_but_gives_the_engine_a_whole_copy(folder):
-    alone = memory(configure(folder, sharding="fsdp"), torch.bfloat16)
-    shared = memory(configure(folder, sharding="fsdp"), torch.bfloat16, world_size=4)
+    config = configure(folder, sharding="fsdp", dtype="bfloat16")
+    alone, shared = memory(config), memory(config, world_size=4)
     assert shared["policy weights"] == alone["policy weights"] * 2 / 4  # float32 in place of bfloat16
     assert shared["AdamW moments"] == alone["AdamW moments"] / 4
     assert shared["the engine's own weights"] == alone["policy weights"]
-    assert "the engine's own weights" not in memory(configure(folder), torch.bfloat16, world_size=4)
+    assert "the engine's own weights" not in memory(replace(config, sharding="none"), world_size=4)
 
 
-def test_the_peak_counts_phases_that_exclude_each_other_once(folder):
-    needs = estimate(configure(folder), rates=GIVEN)
-    sums = {phase: 0.0 for phase in ("", "update", "AdamW")}
-    for part in needs.memory:
-        sums[part.phase] += part.size
-    assert needs.peak_memory == sums[""] + max(sums["update"], sums["AdamW"])
+def test_the_peak_counts_phases_that_exclude_each_other_once():
+    assert peak({"always": {"a": 1, "b": 2}, "update": {"c": 5, "d": 1}, "AdamW": {"e": 4}}) == 9
 
 
 @pytest.mark.parametrize(
@@ -157,9 +147,7 @@ def test_the_peak_counts_phases_that_exclude_each_other_once(folder):
     ],
 )
 def test_a_trajectory_is_as_long_as_its_tightest_limit_allows(folder, limits, written, total):
-    config = configure(folder, protocol=ProtocolConfig(name="search_r1", **limits))
-    limit = length_limit(config, measure_shape(config, torch.float32))
-    assert (limit.written, limit.total) == (written, total)
+    assert Needs(configure(folder)).longest(replace(SEARCH_R1, **limits)) == (written, total, 1.0)
 
 
 def test_seconds_are_the_flops_that_torch_counts_over_the_rate(folder):
@@ -167,53 +155,47 @@ def test_seconds_are_the_flops_that_torch_counts_over_the_rate(folder):
     with FlopCounterMode(display=False) as counter:
         ids = torch.zeros(2, tokens, dtype=torch.long)
         model(input_ids=ids, use_cache=False).logits.sum().backward()
-    lengths = Lengths(tokens, tokens, 1.0, "all of them written")
-    config = configure(folder)
-    parts = step_seconds(config, measure_shape(config, torch.float32), lengths, 2, GIVEN)
+    config = configure(folder, rollout=RolloutConfig(1, 2))
+    parts = Needs(config).seconds((tokens, tokens, 1.0), RATES)  # all of them written
     assert parts["update of the policy"] * 1e9 == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert parts["writing"] * 1e8 == pytest.approx(counter.get_total_flops() / 3, rel=0.15)
 
 
 def test_every_pass_over_the_batch_takes_the_time_of_a_forward(folder):
-    def seconds(**algorithm):
-        config = configure(folder, algorithm=AlgorithmConfig(**algorithm))
-        shape = measure_shape(config, torch.float32)
-        return step_seconds(config, shape, Lengths(40, 100, 1.0, "given"), 8, GIVEN)
+    def with_(**algorithm):
+        return seconds(configure(folder, algorithm=AlgorithmConfig(**algorithm)))
 
-    forward = seconds()["update of the policy"] / 3
+    forward = with_()["update of the policy"] / 3
     before = "log-probs before the update"
-    assert before not in seconds()
-    assert seconds(updates_per_rollout=2)[before] == pytest.approx(forward)
-    assert seconds(kl_coefficient=0.1)[before] == pytest.approx(forward)  # the reference's
-    assert seconds(kl_coefficient=0.1, kl_in="reward")[before] == pytest.approx(2 * forward)
-    values = seconds(advantage="gae")["values, and update of the critic"]
-    head = 8 * 2 * 32 * VOCABULARY * 40 / GIVEN.update  # which the critic lacks
+    assert before not in with_()
+    assert with_(updates_per_rollout=2)[before] == pytest.approx(forward)
+    assert with_(kl_coefficient=0.1)[before] == pytest.approx(forward)  # the reference's
+    assert with_(kl_coefficient=0.1, kl_in="reward")[before] == pytest.approx(2 * forward)
+    values = with_(advantage="gae")["values, and update of the critic"]
+    head = 8 * 2 * 32 * VOCABULARY * 40 / RATES[0]  # which the critic lacks
     assert values == pytest.approx(4 * (forward - head))
 
 
 def test_only_what_has_something_to_learn_from_is_fed_unless_a_kl_term_wants_all(folder):
-    def seconds(config, fed):
-        lengths = Lengths(40, 100, fed, "given")
-        shape = measure_shape(config, torch.float32)
-        return step_seconds(config, shape, lengths, 8, GIVEN)["update of the policy"]
-
-    plain = configure(folder)
     near = configure(folder, algorithm=AlgorithmConfig(kl_coefficient=0.001))
-    assert seconds(plain, 0.25) == seconds(plain, 1.0) / 4
-    assert seconds(near, 0.25) == seconds(near, 1.0)
+    update = "update of the policy"
+    assert seconds(configure(folder), 0.25)[update] == seconds(configure(folder))[update] / 4
+    assert seconds(near, 0.25)[update] == seconds(near)[update]
 
 
-def test_a_run_that_has_begun_tells_how_long_its_trajectories_are(folder, tmp_path):
+def test_a_run_that_has_begun_tells_its_lengths_and_seconds(folder, tmp_path):
     config = configure(folder, out=str(tmp_path / "run"))
-    assert estimate(config, rates=GIVEN).lengths.source == "at most, by the limits of protocol search_r1"
+    assert seen(config.out) is None
+    text = estimate_text(config, SEARCH_R1)
+    assert "a step, at least" in text and "(at most, by the limits of protocol search_r1)" in text
     with RunDir(config.out, {}) as run:
-        for step, flat in ((1, 0.5), (2, 0.7)):
-            seen = {"rollout/policy_tokens": 40 + step, "rollout/total_tokens": 200}
-            run.log(step, {**seen, "rollout/zero_variance_groups": flat})
+        for step, flat, taken in ((1, 0.5, 7), (2, 0.7, 8), (3, 0.6, 30)):
+            lengths = {"rollout/policy_tokens": 40 + step, "rollout/total_tokens": 200}
+            run.log(step, {**lengths, "rollout/zero_variance_groups": flat, "time/step_seconds": taken})
             run.log(step, {"dev/em": 0.1})
-    lengths = estimate(config, rates=GIVEN).lengths
-    assert (lengths.written, lengths.total, lengths.fed) == (41.5, 200, pytest.approx(0.4))
-    assert lengths.source == f"as in steps 1 to 2 of {config.out}"
+    assert seen(config.out) == ((42, 200, pytest.approx(0.4)), 8, "as in steps 1 to 3")
+    text = estimate_text(config, SEARCH_R1)
+    assert re.search(r"a step, the median measured +8\.00 s\n  all 100 steps +0\.22 h", text)
 
 
 def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
@@ -225,27 +207,25 @@ def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
         num_key_value_heads=4,
         vocab_size=152064,
     ).save_pretrained(tmp_path)
-    needs = estimate(configure(tmp_path, dtype="bfloat16"), rates=GIVEN)
-    assert needs.memory[0].size == 2 * 7_615_616_512
-    assert "TOO MUCH" in render(replace(needs, memory_limit=1e9))
-    assert "TOO MUCH" not in render(replace(needs, memory_limit=1e15, disk_limit=1e15))
+    config = configure(tmp_path, dtype="bfloat16")
+    assert memory(config)["policy weights"] == 2 * 7_615_616_512
 
 
 def test_the_table_names_every_part_and_nothing_is_written(folder):
     config = configure(folder, algorithm=AlgorithmConfig(advantage="gae", kl_coefficient=0.1), steps=7)
-    text = estimate_text(config, world_size=2)
-    needs = estimate(config, 2, GIVEN)
-    for name in [part.name for part in needs.memory + needs.disk] + list(needs.seconds):
+    text, needs = estimate_text(config, SEARCH_R1, world_size=2), Needs(config, 2)
+    for name in [*memory(config, 2, 4096), *needs.disk(), *seconds(config)]:
         assert name in text
-    assert "float32 on cpu, each of 2 processes" in text and "all 7 steps" in text
+    assert "Memory of each of 2 (torch.float32, cpu)" in text and "all 7 steps" in text
     assert not (folder / "out").exists()
 
 
-def test_rates_are_measured(folder):
-    rates = measure_rates(measure_shape(configure(folder), torch.float32), 4, "cpu")
-    assert 0 < rates.decode < float("inf") and 0 < rates.update < float("inf")
+def test_more_than_there_is_is_marked(folder):
+    assert "TOO MUCH" not in estimate_text(configure(folder), SEARCH_R1)
+    many = configure(folder, keep_checkpoints=10**12)
+    assert estimate_text(many, SEARCH_R1).count("TOO MUCH") == 1
 
 
 def test_a_policy_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^policy = '.*': its config.json cannot be read: "):
-        estimate(configure(tmp_path))
+        Needs(configure(tmp_path))
