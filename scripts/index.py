@@ -1,67 +1,170 @@
-"""`sleuth index`: a corpus in, a BM25 index on disk out."""
+"""`sleuth index`: a corpus in, an index on disk out; or one that is there, verified."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from data.records import Passage
+from data.errors import ConfigError
+
+_KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
+_ONLY_BM25 = {"k1": 0.9, "b": 0.4, "analyzer": "plain", "language": "none", "title_boost": 1}
+_ONLY_ENCODED = {
+    "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
+    "dtype": "float16", "factory": None, "shard": "1/1", "device": "auto",
+}  # fmt: skip
 
 
 def main(
-    corpus: str,
-    out: str,
+    corpus: str | None = None,
+    out: str | None = None,
+    encoder: str | None = None,
+    kind: str | None = None,
     k1: float = 0.9,
     b: float = 0.4,
     analyzer: str = "plain",
     title_boost: int = 1,
+    language: str = "none",
+    dtype: str = "float16",
+    factory: str | None = None,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+    passage_template: str = "{title}\n{text}",
+    max_tokens: int | None = None,
+    shard: str = "1/1",
+    device: str = "auto",
     overwrite: bool = False,
+    verify: str | None = None,
 ) -> None:
-    """Build a BM25 index of a corpus. The same corpus and settings at `out` are reused as they are.
+    """Build an index of a corpus. The same corpus and settings at `out` are reused as they are.
+
+    With --encoder the passages become vectors, shard by shard: a run that was killed goes on when it
+    is started again.
 
     Args:
         corpus: JSON lines file of passages, {"id", "contents"} or {"id", "title", "text"}.
         out: Folder for the index.
-        k1: How much a repeated word counts.
-        b: How much long passages are held back, 0 to 1.
-        analyzer: plain (lower-cased words) or stopwords (without the commonest English ones).
-        title_boost: How many times the title counts.
+        encoder: A sentence-transformers model, dense, sparse or multi-vector: its name or folder.
+        kind: bm25; with an encoder flat or ann (dense), inverted (sparse), maxsim (multi-vector).
+        k1: bm25: how much a repeated word counts.
+        b: bm25: how much long passages are held back, 0 to 1.
+        analyzer: bm25: plain (lower-cased words), stopwords, anserini or multilingual.
+        title_boost: bm25: how many times the title counts.
+        language: bm25: of the stemmer, for the analyzer multilingual.
+        dtype: Of stored vectors: float32, float16 or int8.
+        factory: ann: a string for faiss.index_factory, such as IVF4096,SQ8; by size if not given.
+        query_prompt: Put before every query, such as "query: "; the model's own if not given.
+        passage_prompt: The same for passages.
+        passage_template: The text of a passage, from {title}, {text} and {contents}.
+        max_tokens: Longer texts are cut; the model's own limit if not given.
+        shard: i/n: only encode every n-th shard from the i-th on, beside other machines with the same
+            --out; a run without it then builds the index.
+        device: cpu, cuda or auto.
         overwrite: Replace a different index at `out`.
+        verify: The folder of an index: read every byte of it and of its corpus, and build nothing.
     """
+    given = dict(locals())
+    if verify is not None:
+        from retriever_server.indexes.base import verify_index
+
+        whole = verify_index(verify)
+        print(f"whole: {whole.corpus_count:,} passages in {verify} (generation {whole.generation})")
+    elif not corpus or not out:
+        raise ConfigError("--corpus and --out must be given, or --verify with the folder of an index")
+    elif encoder is None:
+        _build_bm25(given)
+    else:
+        _build_encoded(given)
+
+
+def _build_bm25(given: dict[str, Any]) -> None:
+    if given["kind"] not in (None, "bm25"):
+        raise ConfigError(f"--kind {given['kind']}: needs an --encoder (a sentence-transformers model)")
+    _refuse(given, _ONLY_ENCODED, "--encoder")
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index
 
-    passages = Corpus(Path(corpus))
-    built = False
+    passages = Corpus(Path(given["corpus"]))
+    bar = _Bar("reading passages")
+    settings = {name: given[name] for name in _ONLY_BM25}
+    index = BM25Index.build(
+        passages, given["out"], overwrite=given["overwrite"],
+        progress=lambda items: bar(items, len(passages)), **settings,
+    )  # fmt: skip
+    _say(index, given["out"], bar.shown)
 
-    def shown(items: Iterable[Passage]) -> Iterable[Passage]:
-        nonlocal built
-        built = True
-        return _with_bar(items, len(passages))
 
-    index = BM25Index.build(passages, out, k1, b, analyzer, title_boost, overwrite=overwrite, progress=shown)
+def _build_encoded(given: dict[str, Any]) -> None:
+    _refuse(given, _ONLY_BM25, "--kind bm25")
+    part = _parse_shard(given["shard"])
+    if given["kind"] == "bm25":
+        raise ConfigError("--kind bm25: takes no --encoder")
+    if given["factory"] and given["kind"] != "ann":
+        raise ConfigError(f"--factory {given['factory']}: has a meaning only with --kind ann")
+    settings = {"factory": given["factory"]} if given["factory"] else {}
+    from data.corpus import Corpus
+    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.indexes.base import index_kind
+
+    of = index_kind(given["kind"]) if given["kind"] else None
+    prompts = {name: given[name] for name in ("query_prompt", "passage_prompt", "passage_template")}
+    encoder = load_encoder(
+        given["encoder"], max_tokens=given["max_tokens"], device=given["device"], **prompts
+    )
+    of = of or index_kind(_KIND_OF[encoder.spec.kind])
+    passages, bar = Corpus(Path(given["corpus"])), _Bar("encoding passages")
+    if part != (1, 1):
+        shards, _ = of.plan(passages, Path(given["out"]), encoder, given["dtype"], **settings)
+        shards.encode(part, bar)
+        left = len(shards.missing())
+        then = f"{left} of other parts are missing" if left else "run it without --shard to build the index"
+        print(f"part {given['shard']} is encoded ({len(shards)} shards); {then}")
+        return
+    index = of.build(passages, given["out"], encoder, given["dtype"], given["overwrite"], bar, **settings)
+    _say(index, given["out"], bar.shown)
+    if bar.shown:
+        waste = encoder.padded_tokens / max(1, encoder.real_tokens)
+        print(f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; spec {encoder.spec.hash}")
+
+
+def _say(index: Any, out: str, built: bool) -> None:
     done = "indexed" if built else "already there:"
-    print(f"{done} {len(passages):,} passages in {out} (generation {index.generation})")
+    print(f"{done} {len(index.corpus):,} passages in {out} (generation {index.generation})")
 
 
-def _with_bar(items: Iterable[Passage], total: int) -> Iterable[Passage]:
+def _refuse(given: dict[str, Any], defaults: dict[str, Any], needs: str) -> None:
+    """Options that would change nothing."""
+    for name, default in defaults.items():
+        if given[name] != default:
+            raise ConfigError(f"--{name} {given[name]}: has a meaning only with {needs}")
+
+
+def _parse_shard(shard: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard {shard}: must be i/n with 1 <= i <= n")
+    return int(found[1]), int(found[2])
+
+
+class _Bar:
     """A bar with rate and time left, on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("reading passages"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f}/s" if total else ""),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total)
+    def __init__(self, title: str) -> None:
+        self.title, self.shown = title, False
+
+    def __call__(self, items: Iterable, total: int) -> Iterable:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                return Text(f"{task.speed or 0:,.0f}/s")  # no speed yet at the start
+
+        self.shown = True
+        console = Console(stderr=True)
+        columns = (self.title, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            yield from progress.track(items, total=total)

@@ -7,11 +7,15 @@ its memory if they fit, else blocks are copied there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Of torch.from_numpy: maps are read-only, and nothing here writes to them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 """Of a block as float32: on a CPU what its caches hold."""
@@ -106,11 +110,8 @@ class Rows:
 
 
 def _mapped(folder: Path, name: str) -> list[np.ndarray]:
-    """The arrays of this name, plain views of maps: slicing np.memmap itself is slow.
-
-    Mapped copy-on-write, for nothing writes and torch complains of what it cannot write to.
-    """
-    return [np.load(path, mmap_mode="c").view(np.ndarray) for path in sorted(folder.glob(f"*.{name}.npy"))]
+    """The arrays of this name, plain views of maps: slicing np.memmap itself is slow."""
+    return [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob(f"*.{name}.npy"))]
 
 
 def _tensor(array: Any) -> Any:
@@ -118,7 +119,7 @@ def _tensor(array: Any) -> Any:
 
     if torch.is_tensor(array):
         return array
-    return torch.from_numpy(array if array.flags.aligned and array.flags.writeable else array.copy())
+    return torch.from_numpy(array if array.flags.aligned else array.copy())
 
 
 def _copies_on(device: str, shards: list[np.ndarray]) -> list[Any] | None:

@@ -10,7 +10,8 @@ from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
 from retriever_server.indexes.ann import AnnIndex
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
-from retriever_server.indexes.encoded import EncodedIndex
+from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.encoded import EncodedIndex, open_encoded
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
@@ -231,6 +232,15 @@ def test_the_hash_of_a_spec_is_of_all_but_where_the_model_lies():
     assert EncodingSpec(**{**fields, "query_prompt": "query: "}).hash != spec.hash
     with pytest.raises(ConfigError, match=r"passage_template .*may name"):
         EncodingSpec(**{**fields, "passage_template": "{body}"})
+
+
+def test_options_of_another_kind_are_refused(tmp_path, corpus):
+    FlatIndex.build(corpus, tmp_path / "i", FakeEncoder())
+    with pytest.raises(ConfigError, match="candidates is no option of an index of kind flat"):
+        open_index(tmp_path / "i", encoder=FakeEncoder(), candidates=3)
+    BM25Index.build(corpus, tmp_path / "words")
+    with pytest.raises(ConfigError, match="an index without an encoder has no options"):
+        open_encoded(str(tmp_path / "words"))
 
 
 def test_every_kind_is_in_the_table():

@@ -37,3 +37,9 @@ def test_settings_reach_the_index_and_overwrite_replaces(tmp_path, corpus):
 def test_a_missing_corpus_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         index.main(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
+
+
+def test_the_bar_can_be_drawn_before_there_is_a_speed(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take it for a terminal
+    assert list(index._Bar("reading passages")(["a", "b"], 2)) == ["a", "b"]
+    assert "2/2" in capsys.readouterr().err

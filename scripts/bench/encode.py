@@ -1,0 +1,59 @@
+"""Encoding speed against `SentenceTransformer.encode`, on texts of mixed lengths.
+
+    python -m scripts.bench.encode --model MODEL_FOLDER --corpus corpus.jsonl --count 400
+
+Half of the texts are whole passages, half are cut to sentence length. Both take turns, `rounds` times;
+seconds are of the CPU on a CPU (so that a busy machine matters less), else of the clock.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+
+
+def main(model: str, corpus: str, count: int = 400, rounds: int = 3, device: str = "auto") -> None:
+    """Print seconds of both, their ratio, padded tokens a real one, and the least cosine between them."""
+    from sentence_transformers import SentenceTransformer
+
+    from data.corpus import Corpus
+    from retriever_server.encoders.sentence import choose_device, load_encoder
+    from retriever_server.encoders.vectors import similarities
+
+    device = choose_device(device)
+    texts = mixed_lengths([passage.text for passage in islice(Corpus(corpus), count)])
+    ours, theirs = load_encoder(model, device=device), SentenceTransformer(model, device=device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    found = {}
+    calls: dict[str, Callable] = {
+        "ours": lambda: ours.encode(texts, "passage"),
+        "theirs": lambda: theirs.encode_document(texts),
+    }
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock()
+            found[name] = call()
+            seconds[name].append(clock() - start)
+    mine, other = min(seconds["ours"]), min(seconds["theirs"])
+    print(f"{count} texts on {device}: ours {mine:.2f} s, sentence-transformers {other:.2f} s")
+    print(f"{other / mine:.2f} times as fast, padded/real tokens {ours.padded_tokens / ours.real_tokens:.3f}")
+    print(f"least cosine {float(np.min(similarities(found['ours'], found['theirs']))):.7f}")
+
+
+def mixed_lengths(texts: list[str], seed: int = 0) -> list[str]:
+    """Every other text cut to 20 to 300 characters."""
+    rng = random.Random(seed)
+    return [text[: rng.randint(20, 300)] if i % 2 else text for i, text in enumerate(texts)]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from scripts.command_line import call
+
+    call(main, sys.argv[1:], "python -m scripts.bench.encode")

