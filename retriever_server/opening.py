@@ -32,6 +32,7 @@ from data.errors import ConfigError, SleuthError
 from retriever_server.retriever import Retriever
 
 SHORT_NAMES = {
+    "open_index": "retriever_server.indexes.base",  # the folder of an index, with options for opening it
     "Fuse": "retriever_server.compose",
     "Sharded": "retriever_server.compose",
     "Cached": "retriever_server.compose",
@@ -41,6 +42,8 @@ SHORT_NAMES = {
     "Remote": "retriever_server.remote",
     "Web": "retriever_server.remote",
     "Qdrant": "retriever_server.qdrant",
+    "FaissFile": "retriever_server.indexes.faiss_file",
+    "open_encoded": "retriever_server.indexes.encoded",
 }
 """Name -> module, imported only when a file names it."""
 
@@ -129,14 +132,18 @@ def _checked(
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    allowed = [key for key in inspect.signature(make).parameters if key != "self"]
-    for key in [*arguments, *objects]:
-        if key not in allowed:
+    parameters = inspect.signature(make).parameters.values()
+    allowed = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters)  # checked by whom they are handed on to
+    extra = {key: value for key, value in arguments.items() if key not in allowed}
+    for key in [*extra, *objects]:
+        if key not in allowed and not free:
             raise ConfigError(f"{place}.{key}: unknown key; {name} takes {', '.join(allowed)}")
     add = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
-    add(make, None, skip=set(objects))
+    add(make, None, skip={*objects, *(p.name for p in parameters if p.name not in allowed)})
     try:
-        return dict(vars(parser.parse_object(arguments)))
+        known = {key: value for key, value in arguments.items() if key in allowed}
+        return dict(vars(parser.parse_object(known))) | extra
     except argparse.ArgumentError as error:
         raise ConfigError(f"{place}: {_one_line(str(error))}") from None
 
