@@ -1,107 +1,248 @@
-"""The HTTP server: Search-R1's `POST /retrieve`, `GET /healthz`, `GET /v1/info`.
+"""The HTTP server: `POST /v1/search`, every dialect of `/retrieve`, probes, metrics, reload, search page.
 
-A wrong request is answered with 4xx, a failed search with 500, both as {"detail": reason}. The
-search runs in a thread, so that the server answers others (and `/healthz`) meanwhile.
+A wrong request is answered with 4xx, too many with 429 and Retry-After, a failed search with 503, one
+that took too long with 504: all as {"detail": reason}. Searches run in threads.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
-from starlette.concurrency import run_in_threadpool
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 
 from data.errors import ConfigError, DataError
+from data.records import Hit
+from retriever_server import dialects, schema
+from retriever_server.adapters import add_adapters, add_mcp, make_mcp
+from retriever_server.batching import Batching, Overloaded
+from retriever_server.guard import Guard
+from retriever_server.live import Live
 from retriever_server.retriever import Retriever
-from retriever_server.wire import RetrieveRequest, parse_request, render_hits
+from retriever_server.schema import Model, documented, read, reply
+from retriever_server.service import ClientGone, Limits, Outcome, QueryFailed, Service
+
+__all__ = ["Limits", "create_app"]
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for; more is answered with 4xx."""
-
-    default_top_k: int = 3
-    """Passages a query where the client says `topk: null`."""
-    max_top_k: int = 100
-    max_queries: int = 512
-    max_query_chars: int = 8192
-    max_body_bytes: int = 8 << 20
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ConfigError(f"{name} = {value}: must be >= 1")
-        if self.default_top_k > self.max_top_k:
-            raise ConfigError(
-                f"default_top_k = {self.default_top_k}: must be <= max_top_k = {self.max_top_k}"
-            )
+_PAGE = Path(__file__).with_name("search_page.html")
+_TROUBLE: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Trouble, "description": description}
+    for status, description in {
+        400: "Not JSON",
+        401: "No token",
+        413: "Too large",
+        422: "A wrong value",
+        429: "Too many queries wait; Retry-After says when to come back",
+        503: "The search failed",
+        504: "The deadline has passed",
+    }.items()
+}
 
 
 def create_app(
-    retriever: Retriever, limits: Limits | None = None, info: Mapping[str, Any] | None = None
+    retriever: Retriever | Mapping[str, Live],
+    limits: Limits | None = None,
+    info: Mapping[str, Any] | None = None,
+    *,
+    batching: Batching | None = None,
+    dialect: str = "rllm",
+    token: str | None = None,
+    request_log: Path | None = None,
+    watch_seconds: float = 0.0,
+    with_mcp: bool = False,
+    on_reload: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application that serves `retriever`. `info` joins generation and limits in `/v1/info`."""
+    """The application that serves a retriever, or several by name, of which the first is the default.
+
+    info joins generation and limits in `/v1/info`; dialect answers what two clients ask alike; token
+    guards all but the probes; request_log gets a JSON line a request; watch_seconds: how often to look
+    for a new generation (0: never); with_mcp mounts `/mcp`; on_reload is called after `/admin/reload`
+    has swapped.
+    """
+    if dialect not in dialects.DIALECTS:
+        raise ConfigError(f"dialect {dialect!r}: must be one of {', '.join(dialects.DIALECTS)}")
+    backends = {"default": Live(retriever)} if isinstance(retriever, Retriever) else retriever
     limits = limits or Limits()
+    service = Service(backends, limits, batching or Batching())
+    mcp = make_mcp(service) if with_mcp else None
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.describe)
+        watching = [
+            asyncio.create_task(live.watch(watch_seconds)) for live in backends.values() if watch_seconds
+        ]
+        async with AsyncExitStack() as stack:
+            if mcp is not None:
+                await stack.enter_async_context(mcp.session_manager.run())
+            yield
+        for task in watching:
+            task.cancel()
+        await service.batcher.close()
+
     # No documentation pages: they load scripts from other hosts.
-    app = FastAPI(title="Sleuth retriever", docs_url=None, redoc_url=None)
-
-    @app.post("/retrieve")
-    async def retrieve(request: Request) -> dict[str, Any]:
-        asked = _parse(await _read_body(request, limits.max_body_bytes))
-        _check(asked, limits)
-        try:
-            rankings = await run_in_threadpool(
-                retriever.search, asked.queries, asked.top_k or limits.default_top_k
-            )
-        except Exception as error:
-            _log.exception("search failed")
-            raise HTTPException(500, f"search failed: {type(error).__name__}: {error}") from error
-        return render_hits(rankings, retriever.generation, asked.return_scores)
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok", "generation": retriever.generation}
-
-    @app.get("/v1/info")
-    async def describe() -> dict[str, Any]:
-        return {"generation": retriever.generation, "limits": asdict(limits), **(info or {})}
-
+    app = FastAPI(title="Sleuth retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    app.add_middleware(
+        Guard,
+        metrics=service.metrics,
+        token=token,
+        max_body_bytes=limits.max_body_bytes,
+        request_log=request_log,
+    )
+    for kind, answer in _TROUBLES.items():
+        app.add_exception_handler(kind, answer)
+    _add_search(app, service)
+    _add_dialects(app, service, dialect)
+    _add_administration(app, service, dict(info or {}), on_reload)
+    add_adapters(app, service)
+    if mcp is not None:
+        add_mcp(app, mcp, guarded=token is not None)
     return app
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, read no further than the limit."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise HTTPException(413, f"body: more than {max_bytes} bytes")
-    return bytes(body)
+def _add_search(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/search",
+        responses={200: {"model": schema.SearchReply}, **_TROUBLE},
+        openapi_extra=documented(schema.SearchBody),
+    )
+    async def search(request: Request) -> Response:
+        """The best passages of each query; a query that fails has an error instead of hits."""
+        body = await read(request, schema.SearchBody, service.limits.max_body_bytes)
+        found = await service.search(
+            body.queries, body.top_k, body.where, body.backend, request, body.deadline_seconds
+        )
+        wrong = next((o for o in found.outcomes if isinstance(o, DataError | ConfigError)), None)
+        if wrong is not None:
+            raise QueryFailed(wrong)
+        results = [_result(outcome) for outcome in found.outcomes]
+        return reply({"results": results, "backend": found.backend, "generation": found.generation})
 
 
-def _parse(body: bytes) -> RetrieveRequest:
-    try:
-        return parse_request(json.loads(body))
-    except DataError as error:
-        raise HTTPException(422, str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"body: not JSON ({error})") from error
+def _result(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, Exception):
+        return {"hits": [], "error": str(QueryFailed(outcome))}
+    return {"hits": [_render(hit) for hit in outcome], "error": None}
 
 
-def _check(asked: RetrieveRequest, limits: Limits) -> None:
-    longest = max(map(len, asked.queries), default=0)
-    if len(asked.queries) > limits.max_queries:
-        reason = f"queries: {len(asked.queries)}, at most {limits.max_queries} are allowed"
-    elif longest > limits.max_query_chars:
-        reason = f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed"
-    elif asked.top_k is not None and not 1 <= asked.top_k <= limits.max_top_k:
-        reason = f"topk = {asked.top_k}: must be from 1 to {limits.max_top_k}"
-    else:
-        return
-    raise HTTPException(422, reason)
+def _render(hit: Hit) -> dict[str, Any]:
+    passage = hit.passage
+    fields = {"id": passage.id, "title": passage.title, "text": passage.text, "metadata": passage.metadata}
+    return {**fields, "score": hit.score, "generation": hit.generation}
+
+
+def _add_dialects(app: FastAPI, service: Service, dialect: str) -> None:
+    async def answer(request: Request, asked: dialects.Asked) -> Response:
+        found = await service.search(asked.queries, asked.top_k, request=request)
+        return reply(dialects.SHAPES[asked.shape](asked, found.rankings(), found.generation))
+
+    def add(path: str, model: type[Model], understand: Callable[[Model], dialects.Asked]) -> None:
+        async def endpoint(request: Request) -> Response:
+            return await answer(
+                request, understand(await read(request, model, service.limits.max_body_bytes))
+            )
+
+        summary = f"Search, as the clients of other projects ask for it: {path[1:]}"
+        app.post(path, summary=summary, responses=_TROUBLE, openapi_extra=documented(model))(endpoint)
+
+    add("/retrieve", schema.RetrieveBody, lambda body: dialects.asked_of_retrieve(body, dialect))
+    add("/search", schema.SingleSearchBody, dialects.asked_of_search)
+    add("/batch_search", schema.BatchSearchBody, dialects.asked_of_batch_search)
+
+    @app.post("/access", responses=_TROUBLE, openapi_extra=documented(schema.AccessBody))
+    async def access(request: Request) -> Response:
+        """Pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
+        body = await read(request, schema.AccessBody, service.limits.max_body_bytes)
+        pages = await service.fetch(body.urls[: service.limits.max_queries])
+        shown = [{"contents": page.contents} if page else None for page in pages]
+        return reply({"result": shown})
+
+
+def _add_administration(
+    app: FastAPI, service: Service, info: dict[str, Any], on_reload: Callable[[], None]
+) -> None:
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8")
+
+    @router.get("/healthz")
+    @router.get("/health", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok", "generation": service.default.generation}
+
+    @router.get("/readyz", responses={503: {"model": schema.Trouble}})
+    async def readyz() -> dict[str, Any]:
+        """It can take requests: the queue has room."""
+        waiting = service.batcher.waiting
+        if waiting >= service.batcher.settings.max_waiting:
+            raise HTTPException(503, f"{waiting} queries are waiting")
+        return {"status": "ready", "waiting": waiting}
+
+    @router.get("/v1/info")
+    async def describe() -> Response:
+        """What answers, by name of backend, and the limits of a request."""
+        backends = await asyncio.to_thread(service.describe)
+        about = {"generation": service.default.generation, "limits": asdict(service.limits)}
+        return reply({**about, "backends": backends, **info})
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        await asyncio.to_thread(service.describe)
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.post("/admin/reload", responses={409: {"model": schema.Trouble}})
+    async def reload(backend: str | None = None) -> Response:
+        """Open what lies at the backend's place now, and let it answer if it is another generation."""
+        try:
+            swapped = await asyncio.to_thread(service.reload, backend)
+        except Exception as error:
+            _log.warning("reload failed: %s", error)
+            raise HTTPException(409, f"not swapped: {error}") from error
+        if swapped:
+            on_reload()
+        generations = {name: live.generation for name, live in service.backends.items()}
+        return reply({"swapped": swapped, "generations": generations})
+
+    app.include_router(router)
+
+
+def _trouble(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+    return reply({"detail": reason}, status, headers)
+
+
+def _failed(error: QueryFailed) -> Response:
+    callers = isinstance(error.error, ConfigError | DataError)
+    return _trouble(422, str(error.error)) if callers else _trouble(503, str(error))
+
+
+def _answer_with(make: Callable[[Any], Response]) -> Callable[[Request, Any], Awaitable[Response]]:
+    async def answer(_: Request, error: Any) -> Response:
+        return make(error)
+
+    return answer
+
+
+_TROUBLES: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
+    DataError: _answer_with(lambda error: _trouble(422, str(error))),
+    HTTPException: _answer_with(lambda e: _trouble(e.status_code, str(e.detail), e.headers)),
+    Overloaded: _answer_with(
+        lambda error: _trouble(429, str(error), {"Retry-After": str(error.retry_after_seconds)})
+    ),
+    TimeoutError: _answer_with(lambda error: _trouble(504, str(error))),
+    ClientGone: _answer_with(lambda error: _trouble(499, "the client has gone")),
+    QueryFailed: _answer_with(_failed),
+}

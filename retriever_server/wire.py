@@ -36,24 +36,11 @@ def render_request(request: RetrieveRequest) -> dict[str, Any]:
     }
 
 
-def parse_request(body: Any) -> RetrieveRequest:
-    """The request in a decoded JSON body; raises DataError that names the wrong field."""
-    if not isinstance(body, dict):
-        raise DataError(f"body is a {_json_type(body)}: must be an object with `queries`")
-    queries, top_k = body.get("queries"), body.get("topk")
-    return_scores = body.get("return_scores", False)
-    if not isinstance(queries, list) or not all(isinstance(q, str) for q in queries):
-        raise DataError("queries: must be a list of strings")
-    if top_k is not None and type(top_k) is not int:
-        raise DataError(f"topk = {top_k!r}: must be a whole number or null")
-    if not isinstance(return_scores, bool):
-        raise DataError(f"return_scores = {return_scores!r}: must be true or false")
-    return RetrieveRequest(queries, top_k, return_scores)
-
-
 def render_hits(rankings: list[list[Hit]], generation: str, return_scores: bool) -> dict[str, Any]:
-    """The JSON body of an answer: one row a query."""
-    render = _render_scored if return_scores else _render_document
+    """The JSON body of an answer: one row a query. The hits' own generation, if it is one, is named."""
+    found = {hit.generation for ranking in rankings for hit in ranking}
+    generation = found.pop() if len(found) == 1 else generation
+    render = _render_scored if return_scores else render_document
     rows = [[render(hit) for hit in ranking] for ranking in rankings]
     return {"result": rows, "generation": generation}
 
@@ -70,18 +57,24 @@ def parse_hits(body: Any) -> list[list[Hit]]:
     return [[_parse_hit(item, generation) for item in row] for row in rows]
 
 
-def _render_document(hit: Hit) -> dict[str, str]:
+def render_document(hit: Hit) -> dict[str, Any]:
+    """The passage as its JSON; metadata only where there is any, and its url beside the text."""
     passage = hit.passage
-    return {
+    document: dict[str, Any] = {
         "id": passage.id,
         "title": passage.title,
         "text": passage.text,
         "contents": passage.contents,
     }
+    if passage.metadata:
+        document["metadata"] = passage.metadata
+        if "url" in passage.metadata:
+            document["url"] = passage.metadata["url"]
+    return document
 
 
 def _render_scored(hit: Hit) -> dict[str, Any]:
-    return {"document": _render_document(hit), "score": hit.score}
+    return {"document": render_document(hit), "score": hit.score}
 
 
 def _parse_hit(item: Any, generation: str) -> Hit:
@@ -95,8 +88,11 @@ def _parse_hit(item: Any, generation: str) -> Hit:
         if not isinstance(document.get("contents"), str):
             raise DataError("a document of the answer has neither `text` nor `contents`")
         title, text = _split_contents(document["contents"])
-    passage = Passage(id=str(document.get("id", "")), text=text, title=str(title or ""))
-    return Hit(passage, float(score), generation)
+    metadata = document.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    return Hit(
+        Passage(str(document.get("id", "")), text, str(title or ""), metadata), float(score), generation
+    )
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
@@ -106,8 +102,3 @@ def _split_contents(contents: str) -> tuple[str, str]:
     """
     first, newline, rest = contents.partition("\n")
     return (first.strip().strip('"'), rest) if newline else ("", contents)
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")

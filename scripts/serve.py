@@ -1,61 +1,186 @@
-"""`sleuth serve`: an index behind Search-R1's `POST /retrieve`."""
+"""`sleuth serve`: retrievers over HTTP, in the dialects of other projects' clients, or over MCP."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import multiprocessing.connection
 import os
 import signal
 import socket
 import sys
 import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from data.errors import ConfigError
+from retriever_server.batching import Batching
+
+_log = logging.getLogger(__name__)
 
 
-def main(
-    index: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    topk: int = 3,
-    max_topk: int = 100,
-    max_queries: int = 512,
-    max_query_chars: int = 8192,
-    port_file: str | None = None,
-) -> None:
-    """Serve an index until SIGTERM or Ctrl-C; requests in flight are finished first.
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first.
 
-    Args:
-        index: Folder of the index, made by `sleuth index`.
-        host: Address to listen on. The default is seen by this machine only; there is no password.
-        port: 0 takes a free one.
-        topk: Passages a query where the client does not say.
-        max_topk: The most that a client may ask for.
-        max_queries: The most queries in one request.
-        max_query_chars: The longest query.
-        port_file: File to write the port into once the server listens.
+    SIGHUP opens again what lies at the places of the retrievers, as POST /admin/reload does.
     """
-    from data.jsonl import atomic_write
-    from retriever_server.app import Limits, create_app
-    from retriever_server.indexes.base import open_index
 
-    limits = Limits(topk, max_topk, max_queries, max_query_chars)
-    retriever = open_index(index)
-    manifest = retriever.manifest
-    info = {
-        "kind": manifest.kind,
-        "settings": manifest.settings,
-        "passages": manifest.corpus_count,
-        "corpus_hash": manifest.corpus_hash,
-    }
-    with _listen(host, port) as listener:
+    index: str
+    """Folder of an index, made by `sleuth index`; a YAML file of retrievers; or a server's URL."""
+    others: dict[str, str] = field(default_factory=dict)
+    """More retrievers beside it, by name, for clients that name a backend."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is seen by this machine only."""
+    port: int = 8000
+    """0 takes a free one."""
+    port_file: str | None = None
+    """File to write the port into once the server listens."""
+    workers: int = 1
+    """Processes that share the port and the memory map; a dead one is replaced."""
+    token_file: str | None = None
+    """File with a token that every request but probes must carry: Authorization: Bearer ..."""
+    dialect: str = "rllm"
+    """How to answer what two projects' clients ask alike: rllm, zerosearch, search-r1, skyrl, asearcher."""
+    topk: int = 3
+    """Passages a query where the client does not say."""
+    max_topk: int = 100
+    """The most that a client may ask for."""
+    max_queries: int = 512
+    """The most queries in one request."""
+    max_query_chars: int = 8192
+    """The longest query."""
+    max_body_bytes: int = 8 << 20
+    """The largest request."""
+    max_deadline_seconds: int = 60
+    """The longest that a request may take."""
+    batching: Batching = field(default_factory=Batching)
+    """How the queries of different requests travel together."""
+    watch_seconds: float = 1.0
+    """How often to look for a new generation at the places of the retrievers; 0: never."""
+    request_log: str | None = None
+    """File to which a JSON line a request is appended."""
+    mcp: Literal["off", "http", "stdio"] = "off"
+    """The Model Context Protocol: at /mcp beside the rest, or on stdin and stdout instead of it."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers = {self.workers}: must be >= 1")
+        if self.watch_seconds < 0:
+            raise ConfigError(f"watch_seconds = {self.watch_seconds}: must be >= 0")
+        if "default" in self.others:
+            raise ConfigError("others: `default` is the name of the retriever that index gives")
+
+
+def main(config: ServeConfig) -> None:
+    """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first."""
+    if config.mcp == "stdio":
+        return _speak_mcp(config)
+    app = build_app(config)  # with several workers too: what does not open is refused here, in one line
+    opened = app.state.service.default.current
+    manifest = getattr(opened.retriever, "manifest", None)
+    served = f"{manifest.corpus_count:,} passages ({opened.generation})" if manifest else opened.generation
+    with _listen(config.host, config.port) as listener:
         address, port = listener.getsockname()[:2]
-        if port_file is not None:
-            atomic_write(port_file, f"{port}\n")
         shown = f"[{address}]" if ":" in address else address
-        print(
-            f"serving {manifest.corpus_count:,} passages ({retriever.generation}) at http://{shown}:{port}",
-            flush=True,
-        )
-        _run_until_stopped(create_app(retriever, limits, info), listener)
+        if config.port_file is not None:
+            from data.jsonl import atomic_write
+
+            atomic_write(config.port_file, f"{port}\n")
+        print(f"serving {served} at http://{shown}:{port}", flush=True)
+        if config.workers == 1:
+            _run_until_stopped(app, listener)
+        else:
+            del app, opened
+            _run_workers(config, listener)
+
+
+def build_app(config: ServeConfig) -> Any:
+    """The application, its retrievers opened; SIGHUP reloads them."""
+    from retriever_server.app import create_app
+    from retriever_server.guard import read_token
+
+    limits, backends, info = _limits(config), _open_backends(config), {}
+    if manifest := getattr(backends["default"].current.retriever, "manifest", None):
+        info = {
+            "kind": manifest.kind,
+            "settings": manifest.settings,
+            "passages": manifest.corpus_count,
+            "corpus_hash": manifest.corpus_hash,
+        }
+    app = create_app(
+        backends,
+        limits,
+        info,
+        batching=config.batching,
+        dialect=config.dialect,
+        token=read_token(config.token_file) if config.token_file else None,
+        request_log=Path(config.request_log) if config.request_log else None,
+        watch_seconds=config.watch_seconds,
+        with_mcp=config.mcp == "http",
+        on_reload=_reload_siblings if config.workers > 1 else lambda: None,
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=_reload, args=[app]).start())
+    return app
+
+
+def build_worker(config: ServeConfig) -> Any:
+    """The application of one of several processes, which does not outlive the process that started it."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return build_app(config)
+
+
+def _limits(config: ServeConfig) -> Any:
+    from retriever_server.service import Limits
+
+    return Limits(
+        config.topk,
+        config.max_topk,
+        config.max_queries,
+        config.max_query_chars,
+        config.max_body_bytes,
+        config.max_deadline_seconds,
+    )
+
+
+def _open_backends(config: ServeConfig) -> dict[str, Any]:
+    from retriever_server.live import Live, stamp
+    from retriever_server.opening import open_retriever
+
+    def live(spec: str) -> Live:
+        reopen = functools.partial(open_retriever, spec)
+        return Live(reopen(), reopen, functools.partial(stamp, spec))
+
+    return {name: live(spec) for name, spec in {"default": config.index, **config.others}.items()}
+
+
+def _reload(app: Any) -> None:
+    for name in app.state.service.backends:
+        try:
+            app.state.service.reload(name)
+        except Exception as error:
+            _log.error("%s not swapped: %s", name, error)
+
+
+def _reload_siblings() -> None:
+    os.kill(os.getppid(), signal.SIGHUP)
+
+
+def _speak_mcp(config: ServeConfig) -> None:
+    from retriever_server.adapters import make_mcp
+    from retriever_server.service import Service
+
+    make_mcp(Service(_open_backends(config), _limits(config), config.batching)).run("stdio")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -77,16 +202,41 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run_until_stopped(app: object, listener: socket.socket) -> None:
+def _run_until_stopped(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        log_level="warning",
-        timeout_graceful_shutdown=30,
-    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once it has stopped; being asked to stop is no failure.
         for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _run_workers(config: ServeConfig, listener: socket.socket) -> None:
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    from retriever_server.metrics import forget_process, share_metrics
+
+    class Workers(Multiprocess):
+        def keep_subprocess_alive(self) -> None:
+            before = {process.pid for process in self.processes}
+            super().keep_subprocess_alive()
+            for pid in before - {process.pid for process in self.processes}:
+                forget_process(pid or 0)
+
+        def handle_hup(self) -> None:
+            for process in self.processes:
+                os.kill(process.pid or os.getpid(), signal.SIGHUP)
+
+    settings = uvicorn.Config(
+        functools.partial(build_worker, config),
+        factory=True,
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        timeout_worker_healthcheck=60,
+        workers=config.workers,
+    )
+    with share_metrics():
+        Workers(settings, [listener]).run()

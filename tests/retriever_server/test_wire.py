@@ -7,10 +7,11 @@ import pytest
 
 from data.errors import DataError
 from data.records import Hit, Passage
+from retriever_server.dialects import asked_of_retrieve
+from retriever_server.schema import RetrieveBody, parse
 from retriever_server.wire import (
     RetrieveRequest,
     parse_hits,
-    parse_request,
     render_hits,
     render_request,
 )
@@ -69,29 +70,36 @@ def test_anything_else_is_no_answer(body):
         parse_hits(body)
 
 
-def test_requests_round_trip_and_have_defaults():
+def test_the_server_understands_what_the_client_asks():
     request = RetrieveRequest(["a", "b"], 5, True)
-    assert parse_request(render_request(request)) == request
-    assert parse_request({"queries": ["a"]}) == RetrieveRequest(["a"], None, False)
-    assert parse_request({"queries": ["a"], "topk": None}).top_k is None
+    asked = asked_of_retrieve(parse(RetrieveBody, render_request(request)), "rllm")
+    assert (asked.queries, asked.top_k, asked.return_scores, asked.shape) == (["a", "b"], 5, True, "rows")
+    default = asked_of_retrieve(parse(RetrieveBody, {"queries": ["a"], "topk": None}), "rllm")
+    assert (default.top_k, default.return_scores) == (None, False)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (["a"], "body is a list"),
-        ({}, "queries: must be a list of strings"),
-        ({"queries": "a"}, "queries: must be a list of strings"),
-        ({"queries": [1]}, "queries: must be a list of strings"),
-        ({"queries": [], "topk": "3"}, "topk = '3'"),
-        ({"queries": [], "topk": True}, "topk = True"),
-        ({"queries": [], "topk": 1.5}, "topk = 1.5"),
-        ({"queries": [], "return_scores": 1}, "return_scores = 1"),
+        (["a"], "body: Input should be"),
+        ({"queries": "a"}, "queries: Input should be a valid list"),
+        ({"queries": [1]}, "queries.0: Input should be a valid string"),
+        ({"queries": [], "topk": "3"}, "topk: Input should be a valid integer"),
+        ({"queries": [], "topk": True}, "topk"),
+        ({"queries": [], "topk": 1.5}, "topk"),
+        ({"queries": [], "return_scores": 1}, "return_scores: Input should be a valid boolean"),
     ],
 )
 def test_wrong_requests_name_the_field(body, message):
     with pytest.raises(DataError, match=message):
-        parse_request(body)
+        parse(RetrieveBody, body)
+
+
+def test_metadata_and_url_travel_where_there_are_any():
+    passage = Passage("7", "x", "T", {"url": "https://x.org", "year": 1999})
+    body = render_hits([[Hit(passage, 0.5, "g")]], "", True)
+    assert body["result"][0][0]["document"]["url"] == "https://x.org"
+    assert parse_hits(body) == [[Hit(passage, 0.5, "g")]]  # and the hits' own generation
 
 
 def test_client_and_wire_import_nothing_heavy():

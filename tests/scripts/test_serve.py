@@ -15,6 +15,7 @@ from retriever_server.client import connect
 from retriever_server.indexes.base import open_index
 from retriever_server.wire import parse_hits
 from scripts import serve
+from scripts.serve import ServeConfig
 from tests.retriever_server.running import TEXTS, build_small_index, running_server, start_server
 
 
@@ -111,11 +112,11 @@ def test_a_port_in_use_is_one_clear_line(index, server):
 
 def test_wrong_ports_hosts_and_limits_are_refused(index):
     with pytest.raises(ConfigError, match="port = 70000: must be from 0 to 65535"):
-        serve.main(str(index), port=70000)
+        serve.main(ServeConfig(str(index), port=70000))
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
-        serve.main(str(index), host="192.0.2.1", port=0)
+        serve.main(ServeConfig(str(index), host="192.0.2.1", port=0))
     with pytest.raises(ConfigError, match="default_top_k = 200: must be <= max_top_k = 100"):
-        serve.main(str(index), topk=200)
+        serve.main(ServeConfig(str(index), topk=200))
 
 
 def test_a_request_in_flight_is_finished_before_the_stop(index):

@@ -1,0 +1,215 @@
+"""The same retriever to clients of other servers: TEI, OpenAI's embeddings, and MCP.
+
+Vectors are those of the encoder inside the default retriever, scores those of its reranker; where it
+has none, the routes answer 404 and say so. Texts of different requests are encoded together.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from data.errors import ConfigError, DataError
+from data.records import Passage
+from retriever_server.batching import Overloaded
+from retriever_server.live import Opened
+from retriever_server.schema import EmbedBody, EmbeddingsBody, RerankBody, documented, read, reply
+from retriever_server.service import QueryFailed, Service, check_unicode
+
+
+def add_adapters(app: FastAPI, service: Service) -> None:
+    """Add `/embed`, `/embed_sparse`, `/embed_all`, `/rerank` and `/v1/embeddings`."""
+    most = service.limits.max_body_bytes
+
+    async def embed(request: Request, kind: str) -> Any:
+        body = await read(request, EmbedBody, most)
+        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        role = "query" if body.prompt_name == "query" else "passage"
+        rows = await _encode(service, request, texts, role, kind)
+        return [_shorten(row, body.dimensions, body.normalize) for row in rows] if kind == "dense" else rows
+
+    @app.post("/embed", openapi_extra=documented(EmbedBody))
+    async def embed_dense(request: Request) -> Response:
+        """One vector a text, as TEI."""
+        return reply([row.tolist() for row in await embed(request, "dense")])
+
+    @app.post("/embed_sparse", openapi_extra=documented(EmbedBody))
+    async def embed_sparse(request: Request) -> Response:
+        """The weights above zero of each text, as TEI."""
+        rows = await embed(request, "sparse")
+        return reply([[{"index": i, "value": v} for i, v in _nonzero(row)] for row in rows])
+
+    @app.post("/embed_all", openapi_extra=documented(EmbedBody))
+    async def embed_all(request: Request) -> Response:
+        """One vector a token of each text, as TEI."""
+        return reply([row.tolist() for row in await embed(request, "multi")])
+
+    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
+    async def embeddings(request: Request) -> Response:
+        """One vector a text, as OpenAI."""
+        body = await read(request, EmbeddingsBody, most)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        rows = await _encode(service, request, texts, "query" if body.is_query else "passage", "dense")
+        vectors = [_shorten(row, body.dimensions, body.dimensions is not None) for row in rows]
+        coded = [_base64(v) if body.encoding_format == "base64" else v.tolist() for v in vectors]
+        data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
+        usage = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
+        return reply({"object": "list", "data": data, "model": body.model or "sleuth", "usage": usage})
+
+    @app.post("/rerank", openapi_extra=documented(RerankBody))
+    async def rerank(request: Request) -> Response:
+        """Texts by how well they answer the query: as TEI, or for `queries` as Search-R1's reranker."""
+        body = await read(request, RerankBody, most)
+        if body.queries is not None:
+            return reply(await _rerank_documents(service, request, body, body.queries))
+        if body.query is None:
+            raise DataError("query: must be a string")
+        scores = await _score(service, request, [(body.query, Passage("", text)) for text in body.texts])
+        found = [
+            {
+                "index": i,
+                "score": score if body.raw_scores else _sigmoid(score),
+                **({"text": body.texts[i]} if body.return_text else {}),
+            }
+            for i, score in enumerate(scores)
+        ]
+        return reply(sorted(found, key=lambda item: -item["score"]))
+
+
+async def _encode(service: Service, request: Request, texts: list[str], role: Any, kind: str) -> list[Any]:
+    """A row a text: (D,) dense, a csr row sparse, (tokens, D) multi."""
+    with service.default.current as opened:
+        encoder = _inside(opened, "encoder")
+        if encoder.spec.kind != kind:
+            raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
+        _check_texts(service, texts)
+
+        def work(items: list[str]) -> list[Any]:
+            with opened:
+                vectors = encoder.encode(items, role)
+            return [vectors[[i]] if kind == "sparse" else vectors[i] for i in range(len(items))]
+
+        rows = await service.wait(service.batcher.run((opened, "encode", role), work, texts), request)
+    failed = next((row for row in rows if isinstance(row, Exception)), None)
+    if failed is not None:
+        raise HTTPException(503, f"encoding failed: {type(failed).__name__}: {failed}")
+    return rows
+
+
+async def _score(service: Service, request: Request, pairs: list[tuple[str, Passage]]) -> list[float]:
+    with service.default.current as opened:
+        scorer = _inside(opened, "scorer")
+        _check_texts(service, [query + passage.contents for query, passage in pairs])
+
+        def work(_: list[str]) -> list[Any]:
+            with opened:
+                return [[float(score) for score in scorer.score(pairs)]]
+
+        # A key of its own: the pairs of one request stay together.
+        [scores] = await service.wait(service.batcher.run((object(), "score"), work, ["pairs"]), request)
+    if isinstance(scores, Exception):
+        raise HTTPException(503, f"scoring failed: {type(scores).__name__}: {scores}")
+    return scores
+
+
+async def _rerank_documents(
+    service: Service, request: Request, body: RerankBody, queries: list[str]
+) -> dict[str, Any]:
+    if len(queries) != len(body.documents):
+        raise DataError(f"documents: {len(body.documents)} lists for {len(queries)} queries")
+    pairs = [
+        (query, Passage("", str(_document(item).get("contents", ""))))
+        for query, items in zip(queries, body.documents, strict=True)
+        for item in items
+    ]
+    scores = iter(await _score(service, request, pairs))
+    rows = []
+    for items in body.documents:
+        scored = [{"document": _document(item), "score": next(scores)} for item in items]
+        best = sorted(scored, key=lambda hit: -hit["score"])[: body.rerank_topk]
+        rows.append(best if body.return_scores else [hit["document"] for hit in best])
+    return {"result": rows}
+
+
+def _document(item: dict[str, Any]) -> dict[str, Any]:
+    inner = item.get("document")
+    return inner if isinstance(inner, dict) else item
+
+
+def _inside(opened: Opened, attribute: str) -> Any:
+    if (found := opened.find(attribute)) is None:
+        raise HTTPException(404, f"the retriever has no {attribute}")
+    return found
+
+
+def _check_texts(service: Service, texts: list[str]) -> None:
+    if len(texts) > service.limits.max_queries:
+        raise DataError(f"{len(texts)} texts, at most {service.limits.max_queries} are allowed")
+    check_unicode(texts)
+
+
+def _shorten(row: np.ndarray, dimensions: int | None, normalise: bool) -> np.ndarray:
+    row = np.asarray(row, np.float32)[:dimensions]
+    length = float(np.linalg.norm(row)) if normalise else 0.0
+    return row / length if length else row
+
+
+def _nonzero(row: Any) -> list[tuple[int, float]]:
+    return [(int(i), float(v)) for i, v in zip(row.indices, row.data, strict=True)]
+
+
+def _base64(row: np.ndarray) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def make_mcp(service: Service) -> Any:
+    """An MCP server with the tools `search` and `fetch`."""
+    from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
+
+    server = MCPServer("sleuth", instructions="Search a collection of passages, then fetch one by its id.")
+
+    @server.tool()
+    async def search(query: str, top_k: int | None = None) -> dict[str, Any]:
+        """Passages that answer a query, best first: id, title, url and text of each."""
+        try:
+            [hits] = (await service.search([query], top_k)).rankings()
+        except (DataError, ConfigError, QueryFailed, Overloaded, TimeoutError) as error:
+            raise ToolError(str(error)) from error
+        return {"results": [{**_page(hit.passage), "score": hit.score} for hit in hits]}
+
+    @server.tool()
+    async def fetch(id: str) -> dict[str, Any]:
+        """The page of the collection with this id or url."""
+        [page] = await service.fetch([id])
+        if page is None:
+            raise ToolError(f"no page {id!r} in this collection")
+        return {**_page(page), "metadata": dict(page.metadata)}
+
+    return server
+
+
+def add_mcp(app: FastAPI, server: Any, guarded: bool) -> None:
+    """Mount an MCP server at `/mcp` (streamable HTTP, stateless: any worker answers).
+
+    Not `guarded` by a token, it answers only who calls it by a loopback name, so that no web page can.
+    """
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    security = TransportSecuritySettings(enable_dns_rebinding_protection=False) if guarded else None
+    mounted = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=security)
+    app.router.routes.extend(mounted.routes)
+
+
+def _page(passage: Passage) -> dict[str, Any]:
+    url = str(passage.metadata.get("url") or "")
+    return {"id": passage.id, "title": passage.title, "text": passage.text, "url": url}

@@ -1,0 +1,234 @@
+"""Items of different requests, worked on together: a short window or a full batch, in worker threads.
+
+Who waits is bounded (`Overloaded`); who stopped waiting is left out; who fails, fails alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverRefused,
+    RetrieverTimeout,
+    RetrieverUnavailable,
+)
+
+_log = logging.getLogger(__name__)
+
+Work = Callable[[list[str]], Sequence[Any]]
+"""Items in, one result each, in their order; runs in a worker thread."""
+
+_FAIL_ALIKE = (ConfigError, DataError, RetrieverUnavailable, RetrieverTimeout)
+"""Errors that no smaller batch would avoid: a wrong filter, nobody there."""
+_LONGEST_RETRY_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the queries of different requests travel together."""
+
+    max_batch: int = 64
+    """Queries in one search."""
+    window_seconds: float = 0.002
+    """How long an idle server waits for a batch to fill."""
+    threads: int = 1
+    """Searches at the same time; more help where a search waits for another machine."""
+    max_waiting: int = 4096
+    """Queries that may wait; beyond it requests get 429."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "threads", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 1")
+        if not 0 <= self.window_seconds <= 1:
+            raise ConfigError(f"window_seconds = {self.window_seconds}: must be from 0 to 1")
+
+
+class Overloaded(Exception):
+    """Too many items wait already; `retry_after_seconds` says when to come back."""
+
+    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
+        super().__init__(f"{waiting} queries are waiting; try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Observer(Protocol):
+    """Is told what the batcher does."""
+
+    def note_batch(self, size: int, failed: int, seconds: float, waiting: int) -> None:
+        """A batch of `size` different items took `seconds`; `failed` failed, `waiting` are left."""
+        ...
+
+
+class Batcher:
+    """Puts items with the same key into batches. For one event loop at a time."""
+
+    def __init__(self, settings: Batching, observer: Observer | None = None) -> None:
+        self.settings, self._observer = settings, observer
+        self.waiting = 0
+        """Items that are not yet being worked on."""
+        self._groups: dict[Hashable, deque[_Entry]] = {}
+        """Key -> its items; the key that has waited longest comes first."""
+        self._seconds_per_item = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, key: Hashable, work: Work, items: Sequence[str]) -> list[Any]:
+        """For each item its result, or the exception it met.
+
+        Items of one `key` may be worked on together, by the `work` of any of them. Raises Overloaded.
+        Being cancelled takes those out that still wait.
+        """
+        if not items:
+            return []
+        if self.waiting + len(items) > self.settings.max_waiting:
+            raise Overloaded(self.waiting, self._retry_after())
+        self._start()
+        job = _Job(work, len(items), asyncio.get_running_loop().create_future())
+        self._groups.setdefault(key, deque()).extend(_Entry(job, i, item) for i, item in enumerate(items))
+        self.waiting += len(items)
+        self._arrived.set()
+        if self.waiting >= self.settings.max_batch:
+            self._full.set()
+        try:
+            return await job.future
+        finally:  # nothing of it is left to take, unless it was cancelled
+            self.waiting -= job.untaken
+            job.untaken = 0
+
+    async def close(self) -> None:
+        """Stop working; whoever still waits is told so."""
+        if self._loop is not asyncio.get_running_loop():
+            return
+        self._loop = None
+        for task in self._workers:
+            task.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._pool.shutdown(wait=False)
+        for entry in (entry for group in self._groups.values() for entry in group):
+            entry.job.settle(entry.position, RetrieverUnavailable("the server is stopping"))
+        self._groups.clear()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        self._loop, self._groups, self.waiting = loop, {}, 0
+        self._arrived, self._full = asyncio.Event(), asyncio.Event()
+        self._pool = ThreadPoolExecutor(self.settings.threads, "search")
+        self._workers = [loop.create_task(self._serve()) for _ in range(self.settings.threads)]
+
+    async def _serve(self) -> None:
+        while True:
+            if not self._groups:
+                self._arrived.clear()
+                await self._arrived.wait()
+                await self._wait_for_others()
+            if batch := self._take():
+                try:
+                    await self._work_on(batch)
+                except Exception:
+                    _log.exception("a batch was given up")
+
+    async def _wait_for_others(self) -> None:
+        if self.waiting >= self.settings.max_batch or not self.settings.window_seconds:
+            return
+        self._full.clear()
+        try:
+            async with asyncio.timeout(self.settings.window_seconds):
+                await self._full.wait()
+        except TimeoutError:
+            pass
+
+    def _take(self) -> list[_Entry]:
+        """The next batch: the oldest items of the key that has waited longest; without the abandoned."""
+        if not self._groups:
+            return []
+        key = next(iter(self._groups))
+        group, batch = self._groups.pop(key), []
+        while group and len(batch) < self.settings.max_batch:
+            entry = group.popleft()
+            if not entry.job.future.done():
+                entry.job.untaken -= 1
+                self.waiting -= 1
+                batch.append(entry)
+        if group:
+            self._groups[key] = group  # behind the others
+        return batch
+
+    async def _work_on(self, batch: list[_Entry]) -> None:
+        items = list(dict.fromkeys(entry.item for entry in batch))
+        start = time.perf_counter()
+        outcomes: list[Any] = [RetrieverUnavailable("the server is stopping")] * len(items)
+        try:
+            running = asyncio.get_running_loop()
+            outcomes = await running.run_in_executor(self._pool, run_isolated, batch[0].job.work, items)
+        finally:
+            found = dict(zip(items, outcomes, strict=True))
+            for entry in batch:
+                entry.job.settle(entry.position, found[entry.item])
+        seconds = time.perf_counter() - start
+        self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
+        if self._observer:
+            failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
+            self._observer.note_batch(len(items), failed, seconds, self.waiting)
+
+    def _retry_after(self) -> int:
+        expected = self.waiting * self._seconds_per_item / self.settings.threads
+        return min(max(1, math.ceil(expected)), _LONGEST_RETRY_SECONDS)
+
+
+def run_isolated(work: Work, items: list[str]) -> list[Any]:
+    """For each item its result or its exception: a failed batch is halved until the bad one is alone."""
+    try:
+        results = list(work(items))
+        if len(results) != len(items):
+            raise RetrieverError(f"{len(results)} results for {len(items)} items")
+        return results
+    except _FAIL_ALIKE as error:
+        return [error] * len(items)
+    except Exception as error:
+        if len(items) == 1:
+            if not isinstance(error, RetrieverRefused):
+                _log.exception("failed: %.200r", items[0])
+            return [error]
+    half = len(items) // 2
+    return run_isolated(work, items[:half]) + run_isolated(work, items[half:])
+
+
+@dataclass(slots=True)
+class _Job:
+    """The items of one request."""
+
+    work: Work
+    untaken: int
+    future: asyncio.Future[list[Any]]
+    outcomes: dict[int, Any] | None = None
+    missing: int = 0
+
+    def __post_init__(self) -> None:
+        self.outcomes, self.missing = {}, self.untaken
+
+    def settle(self, position: int, outcome: Any) -> None:
+        assert self.outcomes is not None
+        self.outcomes[position] = outcome
+        self.missing -= 1
+        if not self.missing and not self.future.done():
+            self.future.set_result([self.outcomes[i] for i in range(len(self.outcomes))])
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    job: _Job
+    position: int
+    item: str

@@ -1,0 +1,97 @@
+"""What `/metrics` tells Prometheus. Several workers add up where `share_metrics` was called before."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus-client reads on import
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def share_metrics() -> tempfile.TemporaryDirectory[str]:
+    """A folder through which this process's children add up their numbers; call it before they start."""
+    folder = tempfile.TemporaryDirectory(prefix="sleuth-metrics-")
+    os.environ[_FOLDER] = folder.name
+    return folder
+
+
+def forget_process(pid: int) -> None:
+    """Leave the gauges of a dead process out from now on."""
+    for path in Path(os.environ[_FOLDER]).glob(f"gauge_live*_{pid}.db"):
+        path.unlink(missing_ok=True)
+
+
+class Metrics:
+    """The numbers of one server."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._serving: dict[str, str] = {}
+        self.requests = Counter("sleuth_requests", "Requests.", ["route", "status"], registry=registry)
+        self.request_seconds = Histogram(
+            "sleuth_request_seconds", "Time to answer.", ["route"], registry=registry, buckets=_SECONDS
+        )
+        self.batch_queries = Histogram(
+            "sleuth_batch_queries", "Different queries in one search.", registry=registry, buckets=_SIZES
+        )
+        self.search_seconds = Histogram(
+            "sleuth_search_seconds", "Time of one search.", registry=registry, buckets=_SECONDS
+        )
+        self.failed_queries = Counter("sleuth_failed_queries", "Queries that failed.", registry=registry)
+        self.waiting = self._gauge("sleuth_waiting_queries", "Queries in the queue.")
+        self.generation = self._gauge("sleuth_generation", "Workers that serve it.", "backend", "generation")
+        self.cache_hits = self._gauge("sleuth_cache_hits", "Of caches, since their start.", "backend")
+        self.cache_misses = self._gauge("sleuth_cache_misses", "Of caches, since their start.", "backend")
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="livesum")
+
+    def note_request(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self.requests.labels(route, str(status)).inc()
+        self.request_seconds.labels(route).observe(seconds)
+
+    def note_batch(self, size: int, failed: int, seconds: float, waiting: int) -> None:
+        """A batch was searched; `waiting` queries wait for the next."""
+        self.waiting.set(waiting)
+        self.batch_queries.observe(size)
+        self.search_seconds.observe(seconds)
+        self.failed_queries.inc(failed)
+
+    def note_backend(self, name: str, generation: str, description: Mapping[str, Any]) -> None:
+        """What a backend says of itself."""
+        before = self._serving.get(name, generation)
+        self.generation.labels(name, before).set(0)
+        self.generation.labels(name, generation).set(1)
+        self._serving[name] = generation
+        hits, misses = _cache_counts(description)
+        self.cache_hits.labels(name).set(hits)
+        self.cache_misses.labels(name).set(misses)
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        registry = self._registry
+        if _FOLDER in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+        return generate_latest(registry)
+
+
+def _cache_counts(description: Any) -> tuple[int, int]:
+    """Hits and misses of all caches in what a retriever says of itself, however deep."""
+    if isinstance(description, list):
+        parts = [_cache_counts(part) for part in description]
+    elif isinstance(description, Mapping):
+        parts = [_cache_counts(part) for part in description.values()]
+        if {"hits", "misses"} <= set(description):
+            parts.append((description["hits"], description["misses"]))
+    else:
+        return 0, 0
+    return sum(hits for hits, _ in parts), sum(misses for _, misses in parts)

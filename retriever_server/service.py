@@ -1,0 +1,215 @@
+"""What the server does behind every front: checks, batches, keeps deadlines, lets go of clients that left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from starlette.requests import Request
+
+from data.errors import ConfigError, DataError
+from data.records import Hit, Passage
+from retriever_server.batching import Batcher, Batching
+from retriever_server.filters import parse_filter
+from retriever_server.live import Live, Opened
+from retriever_server.metrics import Metrics
+from retriever_server.pages import Pages
+
+Outcome = list[Hit] | Exception
+DEADLINE_HEADER = "x-deadline-seconds"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; more is answered with 4xx."""
+
+    default_top_k: int = 3
+    """Passages a query where the client says `topk: null`."""
+    max_top_k: int = 100
+    max_queries: int = 512
+    max_query_chars: int = 8192
+    max_body_bytes: int = 8 << 20
+    max_deadline_seconds: int = 60
+    """The longest that a request may take; then it gets 504."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: must be >= 1")
+        if self.default_top_k > self.max_top_k:
+            raise ConfigError(
+                f"default_top_k = {self.default_top_k}: must be <= max_top_k = {self.max_top_k}"
+            )
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of each query, and what answered."""
+
+    outcomes: list[Outcome]
+    backend: str
+    generation: str
+
+    def rankings(self) -> list[list[Hit]]:
+        """The hits of all queries; raises the first error that one of them met."""
+        return [_hits_or_raise(outcome) for outcome in self.outcomes]
+
+
+def _hits_or_raise(outcome: Outcome) -> list[Hit]:
+    if isinstance(outcome, Exception):
+        raise QueryFailed(outcome)
+    return outcome
+
+
+class QueryFailed(Exception):
+    """A query of the request met this error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"search failed: {type(error).__name__}: {error}")
+        self.error = error
+
+
+class Service:
+    """Backends by name (the first answers who names none), and the queue before them."""
+
+    def __init__(self, backends: Mapping[str, Live], limits: Limits, batching: Batching) -> None:
+        if batching.max_waiting < limits.max_queries:
+            raise ConfigError(
+                f"max_waiting = {batching.max_waiting}: must be >= max_queries = {limits.max_queries}"
+            )
+        self.backends, self.limits, self.metrics = dict(backends), limits, Metrics()
+        self.batcher = Batcher(batching, self.metrics)
+        self._pages: WeakKeyDictionary[Opened, Pages] = WeakKeyDictionary()
+        for live in self.backends.values():
+            live.on_swap = self.describe
+
+    @property
+    def default(self) -> Live:
+        """The backend that answers who names none."""
+        return next(iter(self.backends.values()))
+
+    async def search(
+        self,
+        queries: list[str],
+        top_k: int | None,
+        where: Mapping[str, Any] | None = None,
+        backend: str | None = None,
+        request: Request | None = None,
+        deadline_seconds: float | None = None,
+    ) -> Found:
+        """The outcome of every query, all by one generation.
+
+        Raises DataError for a wrong request, Overloaded, TimeoutError, ClientGone.
+        """
+        name, live = self._backend(backend)
+        self._check(queries, top_k, where)
+        k = top_k or self.limits.default_top_k
+        with live.current as opened:
+            key = (opened, k, json.dumps(where, sort_keys=True))
+            searching = self.batcher.run(key, lambda items: opened.search(items, k, where), queries)
+            outcomes = await self.wait(searching, request, deadline_seconds)
+            found = Found(outcomes, name, opened.generation)
+        if request is not None:
+            request.scope.get("facts", {}).update(
+                queries=len(queries), top_k=k, backend=name, generation=found.generation
+            )
+        return found
+
+    async def wait(self, work: Any, request: Request | None, deadline_seconds: float | None = None) -> Any:
+        """What `work` returns; cancelled at the deadline (TimeoutError) or when the client has gone."""
+        seconds = min(_deadline(request, deadline_seconds), self.limits.max_deadline_seconds)
+        working = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_disconnected(request)) if request else None
+        waited_for: set[asyncio.Future[Any]] = {working, leaving} if leaving else {working}
+        try:
+            await asyncio.wait(waited_for, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if leaving and leaving.done():
+                raise ClientGone
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        finally:
+            for future in waited_for:
+                future.cancel()
+
+    async def fetch(self, places: Sequence[str]) -> list[Passage | None]:
+        """The pages of the corpus with these ids or urls; None where there is none such.
+
+        Raises DataError if the default backend has no corpus of its own.
+        """
+        with self.default.current as opened:
+            if (corpus := opened.find("corpus")) is None:
+                raise DataError("this retriever has no corpus of its own to read pages from")
+            pages = self._pages.setdefault(opened, Pages(corpus))
+            return await asyncio.to_thread(lambda: [pages.get(place) for place in places])
+
+    def describe(self) -> dict[str, Any]:
+        """The backends as they describe themselves, noted for the metrics too.
+
+        May ask other machines: call it in a thread.
+        """
+        described = {}
+        for name, live in self.backends.items():
+            opened = live.current
+            about = opened.retriever.describe()
+            described[name] = {**about, "generation": opened.generation}
+            self.metrics.note_backend(name, opened.generation, about)
+        return described
+
+    def reload(self, name: str | None) -> bool:
+        """Whether another generation answers now; for a thread. Raises what opening raises."""
+        return self._backend(name)[1].reload()
+
+    def _backend(self, name: str | None) -> tuple[str, Live]:
+        name = next(iter(self.backends)) if name is None else name
+        if name not in self.backends:
+            raise DataError(f"backend {name!r}: must be one of {', '.join(self.backends)}")
+        return name, self.backends[name]
+
+    def _check(self, queries: list[str], top_k: int | None, where: Mapping[str, Any] | None) -> None:
+        limits, longest = self.limits, max(map(len, queries), default=0)
+        if len(queries) > limits.max_queries:
+            raise DataError(f"queries: {len(queries)}, at most {limits.max_queries} are allowed")
+        if longest > limits.max_query_chars:
+            raise DataError(f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed")
+        if top_k is not None and not 1 <= top_k <= limits.max_top_k:
+            raise DataError(f"topk = {top_k}: must be from 1 to {limits.max_top_k}")
+        check_unicode(queries)
+        if where is not None:
+            parse_filter(where)
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise DataError if one holds half a surrogate pair, which JSON can carry and no encoder reads."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError("not Unicode: half a surrogate pair") from None
+
+
+def _deadline(request: Request | None, asked_seconds: float | None) -> float:
+    """The body's wish, else the header's; DataError where that is no number of seconds."""
+    header = request.headers.get(DEADLINE_HEADER) if request and asked_seconds is None else None
+    try:
+        seconds = float(header) if header is not None else asked_seconds
+    except ValueError:
+        seconds = -1.0
+    if seconds is None:
+        return float("inf")
+    if not seconds > 0:
+        raise DataError(f"{DEADLINE_HEADER}: must be a number of seconds > 0")
+    return seconds
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has gone; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

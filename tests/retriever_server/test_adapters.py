@@ -1,0 +1,197 @@
+"""TEI, OpenAI and MCP clients get from the retriever what they get from the servers they were written for."""
+
+import asyncio
+import base64
+import math
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from scipy.sparse import csr_array
+
+from data.corpus import Corpus
+from data.jsonl import write_jsonl
+from data.records import Hit
+from retriever_server.app import create_app
+from retriever_server.encoders.spec import Encoder, EncodingSpec
+from retriever_server.encoders.vectors import Multi
+from retriever_server.retriever import Retriever
+
+QUERY, PASSAGE = [3.0, 4.0, 0.0], [0.0, 5.0, 12.0]
+
+
+class Fixed(Encoder):
+    """One vector for every query, another for every passage."""
+
+    def __init__(self, kind: str) -> None:
+        self.spec = EncodingSpec("fixed", kind, "f", 3)
+
+    def encode(self, texts, role):
+        if "bad" in texts:
+            raise ZeroDivisionError("bad")
+        rows = np.array([QUERY if role == "query" else PASSAGE] * len(texts), np.float32)
+        if self.spec.kind == "sparse":
+            return csr_array(rows)
+        return rows if self.spec.kind == "dense" else Multi(rows, np.arange(len(texts) + 1))
+
+
+class LengthScorer:
+    def score(self, pairs):
+        return [float(len(passage.contents)) for _, passage in pairs]
+
+
+class Whole(Retriever):
+    """Finds the whole corpus; an encoder or a scorer inside, as in an index or a reranker."""
+
+    generation = "w"
+
+    def __init__(self, corpus=None, encoder=None, scorer=None) -> None:
+        self.corpus, self.encoder, self.scorer = corpus, encoder, scorer
+
+    def search(self, queries, k, where=None):
+        return [[Hit(passage, 1.0, "w") for passage in self.corpus][:k] for _ in queries]
+
+
+class Outer(Retriever):
+    """As a Rerank or Cached: what it has is inside."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever, self.generation = retriever, "outer"
+
+    def search(self, queries, k, where=None):
+        return self.retriever.search(queries, k)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    url = {"url": "https://x.org/paris"}
+    rows = [
+        {"id": "7", "title": "Paris", "text": "A city.", "metadata": url},
+        {"id": "8", "title": "Seine", "text": "A river."},
+        {"id": "9", "title": "Paris", "text": "On the Seine.", "metadata": url},
+    ]
+    path = tmp_path_factory.mktemp("adapters") / "corpus.jsonl"
+    write_jsonl(path, rows)
+    return Corpus(path)
+
+
+def ask(path, body, **parts):
+    with TestClient(create_app(Outer(Whole(**parts)))) as server:
+        answer = server.post(path, json=body)
+    return answer.json() if answer.status_code == 200 else (answer.status_code, answer.json()["detail"])
+
+
+def test_tei_embed():
+    for body in ({"inputs": "a"}, {"inputs": ["a", "b"]}):
+        rows = ask("/embed", body, encoder=Fixed("dense"))
+        assert np.allclose(rows, [np.array(PASSAGE) / 13] * len(rows)) and len(rows) == len(body["inputs"])
+    plain = {"inputs": "a", "normalize": False, "prompt_name": "query"}
+    assert ask("/embed", plain, encoder=Fixed("dense")) == [QUERY]
+
+
+def test_tei_embed_sparse_and_all():
+    expected = [[{"index": 1, "value": 5.0}, {"index": 2, "value": 12.0}]]
+    assert ask("/embed_sparse", {"inputs": "a"}, encoder=Fixed("sparse")) == expected
+    assert ask("/embed_all", {"inputs": ["a"]}, encoder=Fixed("multi")) == [[PASSAGE]]
+
+
+def test_openai_embeddings():
+    body = {"input": ["a", "b"], "model": "m", "is_query": True}
+    answer = ask("/v1/embeddings", body, encoder=Fixed("dense"))
+    assert answer["object"] == "list" and answer["model"] == "m"
+    assert [(item["index"], item["embedding"]) for item in answer["data"]] == [(0, QUERY), (1, QUERY)]
+    coded = ask("/v1/embeddings", {"input": "a", "encoding_format": "base64"}, encoder=Fixed("dense"))
+    decoded = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4")
+    assert decoded.tolist() == PASSAGE
+    short = ask("/v1/embeddings", {"input": "a", "dimensions": 2}, encoder=Fixed("dense"))
+    assert short["data"][0]["embedding"] == [0.0, 1.0]  # cut, and of length 1 again
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "parts", "trouble"),
+    [
+        ("/embed", {"inputs": "a"}, {}, (404, "the retriever has no encoder")),
+        ("/embed", {"inputs": "a"}, {"encoder": Fixed("sparse")}, (404, "the encoder is sparse, not dense")),
+        ("/embed", {"inputs": "bad"}, {"encoder": Fixed("dense")}, (503, "encoding failed: ZeroDivision")),
+        ("/embed", {"inputs": ["a"] * 513}, {"encoder": Fixed("dense")}, (422, "513 texts, at most 512")),
+        ("/rerank", {"query": "q", "texts": ["a"]}, {}, (404, "the retriever has no scorer")),
+        ("/rerank", {"queries": ["q"], "documents": []}, {"scorer": LengthScorer()}, (422, "0 lists for 1")),
+    ],
+)
+def test_what_is_not_there_or_fails_is_said(path, body, parts, trouble):
+    status, reason = ask(path, body, **parts)
+    assert status == trouble[0] and trouble[1] in reason
+
+
+def test_tei_rerank():
+    body = {"query": "q", "texts": ["a", "ccc", "bb"], "return_text": True}
+    ranked = ask("/rerank", body, scorer=LengthScorer())
+    assert [(item["index"], item["text"]) for item in ranked] == [(1, "ccc"), (2, "bb"), (0, "a")]
+    assert math.isclose(ranked[0]["score"], 1 / (1 + math.exp(-3)))
+    raw = ask("/rerank", {**body, "raw_scores": True}, scorer=LengthScorer())
+    assert [item["score"] for item in raw] == [3.0, 2.0, 1.0]
+
+
+def test_search_r1_rerank():
+    documents = [[{"contents": "a"}, {"document": {"contents": "bb"}}], [{"contents": "c"}]]
+    body = {"queries": ["p", "q"], "documents": documents, "rerank_topk": 1, "return_scores": True}
+    assert ask("/rerank", body, scorer=LengthScorer()) == {
+        "result": [
+            [{"document": {"contents": "bb"}, "score": 2.0}],
+            [{"document": {"contents": "c"}, "score": 1.0}],
+        ]
+    }
+
+
+def test_access_returns_pages_of_the_corpus_only(corpus):
+    asked = ["8", "https://x.org/paris", "https://elsewhere.org/", "/etc/passwd"]
+    page = '"Paris"\nA city.\nOn the Seine.'
+    expected = [{"contents": '"Seine"\nA river.'}, {"contents": page}, None, None]
+    assert ask("/access", {"urls": asked}, corpus=corpus) == {"result": expected}
+    assert ask("/access", {"urls": ["8"]})[0] == 422
+
+
+def test_mcp_search_and_fetch(corpus):
+    from mcp import Client
+
+    from retriever_server.adapters import make_mcp
+
+    service = create_app(Whole(corpus)).state.service
+
+    async def use():
+        async with Client(make_mcp(service)) as client:
+            names = {tool.name for tool in (await client.list_tools()).tools}
+            found = await client.call_tool("search", {"query": "paris", "top_k": 1})
+            page = await client.call_tool("fetch", {"id": found.structured_content["results"][0]["id"]})
+            missing = await client.call_tool("fetch", {"id": "404"})
+        await service.batcher.close()
+        return names, found, page, missing
+
+    names, found, page, missing = asyncio.run(use())
+    assert names == {"search", "fetch"}
+    assert found.structured_content["results"][0]["url"] == "https://x.org/paris"
+    assert page.structured_content["text"] == "A city."
+    assert missing.is_error and "no page '404'" in missing.content[0].text
+
+
+def test_mcp_over_http_asks_for_a_loopback_name_or_a_token(corpus):
+    initialize = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "t", "version": "1"},
+        },
+    }
+    accept = {"Accept": "application/json, text/event-stream"}
+    with TestClient(create_app(Whole(corpus), with_mcp=True), base_url="http://127.0.0.1:8000") as server:
+        answer = server.post("/mcp", json=initialize, headers=accept)
+        assert answer.json()["result"]["serverInfo"]["name"] == "sleuth"
+        stranger = server.post("/mcp", json=initialize, headers={**accept, "Host": "evil.example"})
+        assert stranger.status_code == 421
+    with TestClient(create_app(Whole(corpus), with_mcp=True, token="t"), base_url="http://host") as server:
+        assert server.post("/mcp", json=initialize, headers=accept).status_code == 401
+        accept["Authorization"] = "Bearer t"
+        assert server.post("/mcp", json=initialize, headers=accept).status_code == 200

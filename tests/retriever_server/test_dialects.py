@@ -1,0 +1,105 @@
+"""Golden contracts: what each project's client sends, byte for byte, and what it reads from the answer."""
+
+import pytest
+from fastapi.testclient import TestClient
+
+from data.records import Hit, Passage
+from retriever_server.app import create_app
+from retriever_server.retriever import Retriever
+
+PASSAGES = [
+    Passage("7", "A city.\nOn a river.", "Paris", {"url": "https://x.org/paris"}),
+    Passage("8", "A river.", "Seine"),
+]
+CONTENTS = ['"Paris"\nA city.\nOn a river.', '"Seine"\nA river.']
+
+
+class TwoPassages(Retriever):
+    generation = "g1"
+    corpus = None
+
+    def search(self, queries, k, where=None):
+        return [[Hit(p, 0.5 - i / 4, "g1") for i, p in enumerate(PASSAGES[:k])] for _ in queries]
+
+
+def ask(path: str, body, dialect: str = "rllm"):
+    with TestClient(create_app(TwoPassages(), dialect=dialect)) as server:
+        answer = server.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_search_r1_and_verl():
+    answer = ask("/retrieve", {"queries": ["a", "b"], "topk": 2, "return_scores": True})
+    assert [[hit["document"]["contents"] for hit in row] for row in answer["result"]] == [CONTENTS] * 2
+    assert [hit["score"] for hit in answer["result"][0]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_slime_asks_without_scores_which_the_original_server_mistakes(number):
+    answer = ask("/retrieve", {"queries": ["a"] * number, "topk": 1, "return_scores": False})
+    assert [[document["contents"] for document in row] for row in answer["result"]] == [CONTENTS[:1]] * number
+
+
+def test_search_r1_with_reranking_asks_for_what_is_left_after_it():
+    body = {"queries": ["a"], "topk_retrieval": 10, "topk_rerank": 1, "return_scores": True}
+    assert len(ask("/retrieve", body)["result"][0]) == 1
+
+
+def test_skyrl_asks_one_query():
+    answer = ask("/retrieve", {"query": "a", "topk": 2, "return_scores": True})
+    assert [hit["document"]["contents"] for hit in answer["result"][0]] == CONTENTS
+
+
+def test_rllm_reads_results():
+    for body in ({"query": "a", "top_k": 2}, {"query": "a", "top_k": 2, "k": 2}):
+        answer = ask("/retrieve", body)
+        assert (answer["query"], answer["num_results"]) == ("a", 2) and answer["method"]
+        assert [hit["content"] for hit in answer["results"]] == CONTENTS
+        first = answer["results"][0]  # its tool reads id and contents of `document`
+        assert (first["document"]["id"], first["document"]["contents"]) == ("7", CONTENTS[0])
+        assert f"{first['score']:.3f}" == "0.500"
+
+
+def test_rllm_probes_health():
+    with TestClient(create_app(TwoPassages())) as server:
+        assert server.get("/health").status_code == 200
+
+
+def test_zerosearch_reads_a_bare_list_where_the_dialect_says_so():
+    assert ask("/retrieve", {"query": "a", "top_k": 2}, "zerosearch") == [{"text": text} for text in CONTENTS]
+    both = ask("/retrieve", {"query": "a", "top_k": 2, "k": 2}, "zerosearch")
+    assert both["num_results"] == 2  # nobody but rllm sends both
+
+
+def test_the_dialect_search_r1_answers_one_query_in_rows():
+    assert len(ask("/retrieve", {"query": "a", "top_k": 2}, "search-r1")["result"][0]) == 2
+
+
+def test_asearcher_reads_a_url_of_every_document():
+    answer = ask("/retrieve", {"queries": ["a"], "topk": 2, "return_scores": False}, "asearcher")
+    assert [document["contents"] for document in answer["result"][0]] == CONTENTS
+    assert [document["url"] for document in answer["result"][0]] == ["https://x.org/paris", "8"]
+
+
+def test_recall_reads_lists():
+    documents = [{"id": "7", "contents": CONTENTS[0]}, {"id": "8", "contents": CONTENTS[1]}]
+    assert ask("/search", {"query": "a", "top_n": 2}) == documents
+    scored = {"query": "a", "top_n": 2, "return_score": True}
+    assert ask("/search", scored) == [documents, [0.5, 0.25]]
+    assert ask("/batch_search", {"query": ["a", "b"], "top_n": 2}) == [documents] * 2
+    scored["query"] = ["a", "b"]
+    assert ask("/batch_search", scored) == [[documents] * 2, [[0.5, 0.25]] * 2]
+
+
+def test_serper_clients_read_organic_results():
+    answer = ask("/search", {"q": "a", "num": 1})
+    assert answer["organic"] == [
+        {"title": "Paris", "link": "https://x.org/paris", "snippet": PASSAGES[0].text, "position": 1}
+    ]
+
+
+@pytest.mark.parametrize("path", ["/retrieve", "/search", "/batch_search", "/access"])
+def test_what_no_dialect_asks_is_refused(path):
+    with TestClient(create_app(TwoPassages())) as server:
+        assert server.post(path, json={"question": "a"}).status_code == 422
