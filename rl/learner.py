@@ -32,6 +32,7 @@ from rl.lora import (
     training_dropout,
 )
 from rl.optimizer import Optimizer
+from rl.packing import check_packing
 from rl.update import Updater
 from rl.workers import Workers, shard, whole
 
@@ -58,6 +59,8 @@ class Learner:
     ) -> None:
         self.policy, self.config, self.protocol, self.workers = policy, config, protocol, workers
         self.model: PreTrainedModel = policy.model
+        if config.packing:
+            check_packing(self.model.base_model)
         add_lora(self.model, config.lora, config.seed)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
