@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import suppress
 
 import pytest
 from fastapi.testclient import TestClient
@@ -23,12 +24,13 @@ class Anything(Retriever):
 
 
 @pytest.mark.parametrize(
-    "examples", [pytest.param(15, id="few"), pytest.param(800, id="ten-thousand", marks=pytest.mark.slow)]
+    "examples", [pytest.param(15, id="few"), pytest.param(600, id="ten-thousand", marks=pytest.mark.slow)]
 )
 def test_no_request_makes_the_server_fail(examples):
-    """`examples` a route and way of going wrong: about 13 routes, right and wrong ones of each."""
+    """`examples` right ones and as many wrong ones of each route with a body or parameters."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
 
     app = create_app(Anything(), Limits(max_body_bytes=100_000))
     description = schemathesis.openapi.from_asgi("/openapi.json", app)
@@ -54,8 +56,9 @@ def test_no_request_makes_the_server_fail(examples):
                     response = case.call(session=server)
                     assert response.status_code < 500, (case.as_curl_command(), response.text)
 
-                check()
-    assert asked >= examples * 13
+                with suppress(Unsatisfiable):  # a route without parameters cannot be asked wrongly
+                    check()
+    assert asked >= 17 * examples
 
 
 @pytest.mark.slow
