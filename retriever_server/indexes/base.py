@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -86,7 +87,11 @@ def open_index(path: str | Path, **options: Any) -> Index:
     path = Path(path)
     manifest = read_manifest(path)
     check_files(path, manifest.files, manifest.samples)
-    return index_kind(manifest.kind).open(path, manifest, _open_corpus(path, manifest), **options)
+    kind = index_kind(manifest.kind)
+    for name in options:
+        if not any(name in inspect.signature(takes).parameters for takes in (kind.open, kind.__init__)):
+            raise ConfigError(f"{path}: {name} is no option of an index of kind {manifest.kind}")
+    return kind.open(path, manifest, _open_corpus(path, manifest), **options)
 
 
 def verify_index(path: str | Path) -> Manifest:

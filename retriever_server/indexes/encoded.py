@@ -5,7 +5,6 @@ Adding or deleting passages is a new generation: the corpus changes, and is inde
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from abc import abstractmethod
 from pathlib import Path
@@ -25,7 +24,6 @@ from retriever_server.indexes.base import (
     found_at,
     generation_name,
     open_index,
-    read_manifest,
     write_generation,
 )
 from retriever_server.indexes.shards import Progress, Shards, silent
@@ -120,9 +118,6 @@ class EncodedIndex(Index):
         encoder = encoder or load_encoder(spec, device=device)
         if encoder.spec.hash != spec.hash:
             raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")
-        for name in options:
-            if name not in inspect.signature(cls.__init__).parameters:
-                raise ConfigError(f"{path}: {name} is no option of an index of kind {cls.kind}")
         index = cls(path, manifest, corpus, encoder, choose_device(device), **options)
         index.check_encoder(recheck)
         return index
@@ -174,24 +169,6 @@ class EncodedIndex(Index):
         count = min(count, len(self))
         positions = [len(self) * i // count for i in range(count)]
         check_encodes(self.encoder, self.corpus, positions, self.stored, self.path)
-
-
-def open_encoded(
-    path: str,
-    device: str = "auto",
-    recheck: int = 4,
-    candidates: int | None = None,
-    search: str | None = None,
-) -> EncodedIndex:
-    """`open_index` with the options of an index of vectors, for a retriever's YAML file.
-
-    candidates: of ann and maxsim. search: of ann, such as "nprobe=128". Raises as `open_index` does.
-    """
-    if not read_manifest(Path(path)).spec:
-        raise ConfigError(f"{path}: an index without an encoder has no options; name its folder alone")
-    given = {"candidates": candidates, "search": search}
-    options = {name: value for name, value in given.items() if value is not None}
-    return open_index(path, device=device, recheck=recheck, **options)  # type: ignore[return-value]
 
 
 def check_encodes(encoder: Encoder, corpus: Corpus, positions: list[int], stored: Any, path: Path) -> None:

@@ -105,7 +105,10 @@ class Shards:
             sizes = {}
             for name in packed[0]:
                 path = self._file(shard, name)
-                np.save(path, np.concatenate([arrays[name] for arrays in packed]))
+                with open(path, "wb") as file:
+                    np.save(file, np.concatenate([arrays[name] for arrays in packed]))
+                    file.flush()
+                    os.fsync(file.fileno())  # before its marker
                 sizes[path.name] = path.stat().st_size
             write_json(self.folder / f"{shard:05d}.done", sizes)
         except OSError as error:

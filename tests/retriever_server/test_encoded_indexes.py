@@ -11,7 +11,7 @@ from retriever_server.encoders.vectors import Multi
 from retriever_server.indexes.ann import AnnIndex
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.indexes.encoded import EncodedIndex, open_encoded
+from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
@@ -166,6 +166,20 @@ def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, corpus, kind):
     assert encoder.encoded == 4 and again.generation == index.generation
 
 
+def test_a_build_killed_while_it_is_put_together_encodes_nothing_again(tmp_path, corpus, monkeypatch):
+    def write(*_) -> None:
+        raise Killed
+
+    encoder = FakeEncoder()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(FlatIndex, "write", write)
+        FlatIndex.build(corpus, tmp_path / "i", encoder)
+    assert encoder.encoded == 100 and not (tmp_path / "i").exists()
+    FlatIndex.build(corpus, tmp_path / "i", encoder)
+    assert encoder.encoded == 100 + 4  # the check on opening
+    assert {p.name for p in tmp_path.iterdir()} == {"i"}
+
+
 def test_parts_of_the_shards_are_encoded_apart(tmp_path, corpus):
     encoder, out = FakeEncoder(), tmp_path / "i"
     shards, _ = FlatIndex.plan(corpus, out, encoder, "float16", 15)
@@ -239,8 +253,8 @@ def test_options_of_another_kind_are_refused(tmp_path, corpus):
     with pytest.raises(ConfigError, match="candidates is no option of an index of kind flat"):
         open_index(tmp_path / "i", encoder=FakeEncoder(), candidates=3)
     BM25Index.build(corpus, tmp_path / "words")
-    with pytest.raises(ConfigError, match="an index without an encoder has no options"):
-        open_encoded(str(tmp_path / "words"))
+    with pytest.raises(ConfigError, match="device is no option of an index of kind bm25"):
+        open_index(tmp_path / "words", device="cpu")
 
 
 def test_every_kind_is_in_the_table():

@@ -31,7 +31,7 @@ def test_settings_reach_the_index_and_overwrite_replaces(tmp_path, corpus):
         index.main(corpus, out, k1=2.0)
     index.main(corpus, out, k1=2.0, b=0.1, analyzer="stopwords", title_boost=3, overwrite=True)
     settings = {"k1": 2.0, "b": 0.1, "analyzer": "stopwords", "title_boost": 3}
-    assert open_index(out).manifest.settings == settings
+    assert settings.items() <= open_index(out).manifest.settings.items()
 
 
 def test_a_missing_corpus_is_refused(tmp_path):
