@@ -43,7 +43,6 @@ SHORT_NAMES = {
     "Web": "retriever_server.remote",
     "Qdrant": "retriever_server.qdrant",
     "FaissFile": "retriever_server.indexes.faiss_file",
-    "open_encoded": "retriever_server.indexes.encoded",
 }
 """Name -> module, imported only when a file names it."""
 
