@@ -59,7 +59,7 @@ class Remote(Retriever):
 
     def __init__(self, url: str, deadline_seconds: float = 30.0, token_file: str | None = None) -> None:
         """`deadline_seconds` bounds a search with all its retries; `token_file` holds a bearer token."""
-        headers = {"Authorization": f"Bearer {_secret(token_file)}"} if token_file else {}
+        headers = {"Authorization": f"Bearer {read_secret(token_file)}"} if token_file else {}
         self._http = Http(url, deadline_seconds, headers=headers)
         self._threads = _FromThreads(self._http)
         self._last = ""
@@ -162,7 +162,7 @@ class Web(Retriever):
         """`url` without /search; `key_file` holds the API key, sent as X-API-KEY to that address alone."""
         if concurrency < 1:
             raise ConfigError(f"concurrency = {concurrency}: must be >= 1")
-        self._http = _Serper(url.rstrip("/").removesuffix("/search"), deadline_seconds, _secret(key_file))
+        self._http = _Serper(url.rstrip("/").removesuffix("/search"), deadline_seconds, read_secret(key_file))
         self._threads = _FromThreads(self._http)
         self._cache, self._max_age_days, self._concurrency = Path(cache), max_age_days, concurrency
         self.generation = f"web({urlsplit(url).netloc})"
@@ -245,7 +245,7 @@ def _results(kept: dict[str, Any], k: int, generation: str) -> list[Hit]:
     ]
 
 
-def _secret(path: str) -> str:
+def read_secret(path: str) -> str:
     """The one line in a file; no option, since command lines and recipes are seen and kept."""
     try:
         secret = Path(path).read_text(encoding="utf-8").strip()

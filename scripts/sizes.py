@@ -212,8 +212,8 @@ def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None
     if sample:
         console.print(
             f"Recall and latency: measured on {sample:,} {of}, one query at a time on this machine; latency "
-            "scaled up: flat by passages, IVF by their root, HNSW by their logarithm. Batches are faster. IVF "
-            "searches a smaller share of its lists at full size: measure a larger --sample to trust its recall."
+            "scaled up: flat by passages, IVF by their root, HNSW by their logarithm. Batches are faster. "
+            "IVF searches a smaller share of its lists at full size: only a larger --sample tells its recall."
         )
     console.print("Memory is what should stay in the page cache; an index opens with less, and is slower.")
 
