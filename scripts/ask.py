@@ -35,7 +35,7 @@ def main(
     Args:
         question: What to answer.
         policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
-        retriever: URL of a server or folder of an index; none finds nothing.
+        retriever: URL of a server, folder of an index or a .yaml file; none finds nothing.
         protocol: How the policy speaks, and its limits.
         temperature: Of sampling; 0 is greedy.
         seed: Of sampling.

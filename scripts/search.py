@@ -12,7 +12,7 @@ def main(query: str, retriever: str, top_k: int = 3, deadline_seconds: float = 3
 
     Args:
         query: What to search.
-        retriever: URL of a server, or folder of an index.
+        retriever: URL of a server, folder of an index, a .yaml file, none or random:INDEX.
         top_k: How many passages.
         deadline_seconds: How long to wait for a server that does not answer.
     """
