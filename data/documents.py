@@ -205,7 +205,7 @@ def _wikipedia(path: Path) -> Iterator[Section]:
         media = {"file", "image", "category", *(s.name.lower() for s in spaces if s.id in (6, 14) and s.name)}
         for page in dump.pages:
             text = next((revision.text for revision in page), None)
-            if page.namespace == 0 and not page.redirect and text:
+            if page.namespace == 0 and page.title and not page.redirect and text:
                 for heading, plain in _wikitext(text, media):
                     title = f"{page.title}: {heading}" if heading else page.title
                     yield Section(title, plain, {"page_id": page.id}, key=str(page.id))

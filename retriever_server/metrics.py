@@ -49,6 +49,7 @@ class Metrics:
         self.generation = self._gauge("sleuth_generation", "Workers that serve it.", "backend", "generation")
         self.cache_hits = self._gauge("sleuth_cache_hits", "Of caches, since their start.", "backend")
         self.cache_misses = self._gauge("sleuth_cache_misses", "Of caches, since their start.", "backend")
+        self.partial = self._gauge("sleuth_partial_searches", "Answered without a shard.", "backend")
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="livesum")
@@ -71,9 +72,9 @@ class Metrics:
         self.generation.labels(name, before).set(0)
         self.generation.labels(name, generation).set(1)
         self._serving[name] = generation
-        hits, misses = _cache_counts(description)
-        self.cache_hits.labels(name).set(hits)
-        self.cache_misses.labels(name).set(misses)
+        self.cache_hits.labels(name).set(_total(description, "hits"))
+        self.cache_misses.labels(name).set(_total(description, "misses"))
+        self.partial.labels(name).set(_total(description, "partial_searches"))
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
@@ -84,14 +85,11 @@ class Metrics:
         return generate_latest(registry)
 
 
-def _cache_counts(description: Any) -> tuple[int, int]:
-    """Hits and misses of all caches in what a retriever says of itself, however deep."""
+def _total(description: Any, name: str) -> int:
+    """The sum of all counts of this name in what a retriever says of itself, however deep."""
     if isinstance(description, list):
-        parts = [_cache_counts(part) for part in description]
-    elif isinstance(description, Mapping):
-        parts = [_cache_counts(part) for part in description.values()]
-        if {"hits", "misses"} <= set(description):
-            parts.append((description["hits"], description["misses"]))
-    else:
-        return 0, 0
-    return sum(hits for hits, _ in parts), sum(misses for _, misses in parts)
+        return sum(_total(part, name) for part in description)
+    if not isinstance(description, Mapping):
+        return 0
+    own = description.get(name)
+    return (own if isinstance(own, int) else 0) + sum(_total(part, name) for part in description.values())

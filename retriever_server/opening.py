@@ -138,7 +138,7 @@ def _checked(
     for key in [*extra, *objects]:
         if key not in allowed and not free:
             raise ConfigError(f"{place}.{key}: unknown key; {name} takes {', '.join(allowed)}")
-    add = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
+    add: Any = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
     add(make, None, skip={*objects, *(p.name for p in parameters if p.name not in allowed)})
     try:
         known = {key: value for key, value in arguments.items() if key in allowed}

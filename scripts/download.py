@@ -144,7 +144,8 @@ def _bar(url: str) -> Iterator[Any]:
         task = progress.add_task(url.rpartition("/")[2][:40], total=None)
 
         def move(there: int, total: int | None) -> None:
-            known = {} if total is None else {"total": total}
-            progress.update(task, completed=there, **known)
+            progress.update(task, completed=there)
+            if total is not None:
+                progress.update(task, total=total)
 
         yield move

@@ -37,7 +37,7 @@ def main(
     Args:
         policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
         questions: JSONL, parquet, folder or hub name; several separated by commas.
-        retriever: URL of a server or folder of an index; as controls, none (every search finds
+        retriever: URL of a server, folder of an index or .yaml file; as controls, none (every search finds
             nothing) or random:INDEX (passages drawn at random).
         out: Folder for the evaluation.
         protocol: How the policy speaks, and its limits.

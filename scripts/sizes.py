@@ -133,8 +133,8 @@ class _Measure:
         if name == "flat":
             index = FlatIndex.build(self._corpus, out, self._encoder, dtype=how)
         else:
-            settings = {"factory": _scaled_factory(how, len(self._corpus))}
-            index = AnnIndex.build(self._corpus, out, self._encoder, **settings)
+            factory = _scaled_factory(how, len(self._corpus))
+            index = AnnIndex.build(self._corpus, out, self._encoder, factory=factory)
         start = time.perf_counter()
         rankings = [index.rank(query[None], _K)[0][0] for query in self._queries]
         seconds = (time.perf_counter() - start) / len(self._queries)
