@@ -1,11 +1,13 @@
 """The trainer on a policy small enough to watch: it learns, resumes bit for bit, and trains on no failure."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -15,8 +17,10 @@ from data.errors import RetrieverUnavailable, RunStopped
 from data.run_dir import read_metrics, read_run
 from rl import trainer
 from rl.algorithm import AlgorithmConfig, preset_fields
-from rl.config import LoraConfig, RolloutConfig
+from rl.config import LoraConfig, ProtocolConfig, RolloutConfig, SentinelConfig
+from rl.losses import SURROGATES, value_loss
 from rl.rollouts import draw_question
+from rl.sentinel import Sentinel, Verdict
 from rl.update import Updater
 from scripts.train import train
 from scripts.wiring import open_client
@@ -264,3 +268,109 @@ def test_observations_can_be_put_into_the_loss(toy, tmp_path):
         train(toy_config(toy, tmp_path / str(masked), steps=1, mask_observations=masked))
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "True", tmp_path / "False", 1)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda loss: loss * math.nan, lambda loss: loss + math.inf], ids=["nan", "inf"]
+)
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, monkeypatch, caplog, spoil):
+    """Of policy or critic, also where its gradient would be finite; the next step learns again."""
+    steps, update = [], Updater.update
+
+    def spy(self, groups, count, step):
+        steps.append(step)
+        return update(self, groups, count, step)
+
+    def spoiled(loss_of):
+        return lambda *given: spoil(loss_of(*given)) if steps[-1] == 1 else loss_of(*given)
+
+    monkeypatch.setattr(Updater, "update", spy)
+    monkeypatch.setitem(SURROGATES, "ppo", spoiled(SURROGATES["ppo"]))
+    monkeypatch.setattr("rl.update.value_loss", spoiled(value_loss))
+    algorithm = AlgorithmConfig(learning_rate=1e-2, critic_learning_rate=1e-2, **preset_fields("ppo"))
+    train(toy_config(toy, tmp_path, steps=3, save_every=1, keep_checkpoints=3, algorithm=algorithm))
+    folders = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3)]
+    for file in ("model.safetensors", "critic/model.safetensors"):
+        first, second, third = (load_file(folder / file) for folder in folders)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert any(not torch.equal(second[name], third[name]) for name in first)
+        assert all(torch.isfinite(value).all() for value in third.values())
+    assert [row["policy/loss"] is None for row in read_metrics(tmp_path)] == [False, True, False]
+    assert "sentinel: step 2: policy/loss is" in caplog.text
+
+
+COLLAPSE = AlgorithmConfig(learning_rate=50.0)
+"""One update of this size, and the policy writes noise."""
+
+
+def healthy_then_collapsing(toy, out, **sentinel):
+    """The configuration of a run whose first three steps went well, and whose next update is a disaster."""
+    settings = {
+        "algorithm": AlgorithmConfig(learning_rate=1e-3),
+        "sentinel": SentinelConfig(baseline_steps=3, **sentinel),
+        "protocol": ProtocolConfig(max_turns=2, top_k=3, max_response_tokens=12),  # of noise, no more
+        "rollout": RolloutConfig(questions_per_step=2, group_size=3),
+    }
+    config = toy_config(toy, out, steps=3, eval_every=1, keep_checkpoints=9, **settings)
+    train(config)
+    return replace(config, steps=9, algorithm=COLLAPSE, resume=True)
+
+
+@pytest.fixture
+def scripted_evaluation(monkeypatch):
+    """Dev EM by step: the third is the best."""
+
+    async def evaluate(questions, rollout, folder, settings):
+        em = {1: 0.1, 2: 0.2, 3: 0.3}.get(int(folder.name.removeprefix("dev-")), 0.0)
+        return {"em": {"mean": em}, "searches_per_question": 1.0}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+
+
+def test_a_collapse_warns_then_stops_the_run_with_its_numbers_and_its_state(
+    toy, tmp_path, caplog, scripted_evaluation
+):
+    config = healthy_then_collapsing(toy, tmp_path, action="stop", patience=2)
+    assert "sentinel" not in caplog.text
+    for last in (6, 8):  # the same command goes on from there, for as long as the patience is
+        said = rf"step {last}: rollout/valid_format 0 is below 0\.\d+ \(min_valid_share 0\.5, .*saved in"
+        with pytest.raises(RunStopped, match=said):
+            train(config)
+        assert f"sentinel: step {last - 1}: rollout/valid_format 0 is below" in caplog.text
+        assert latest_checkpoint(tmp_path / "checkpoints").step == training_rows(tmp_path)[-1]["step"] == last
+        assert read_run(tmp_path)["status"] == "stopped"
+
+
+def test_a_collapse_goes_back_to_the_best_checkpoint_but_not_for_ever(
+    toy, tmp_path, caplog, scripted_evaluation
+):
+    """Resumed or not: a roll-back is part of the state."""
+    said = "rolled back 2 times already; the state is saved in"
+    for run, killed in ((tmp_path / "whole", []), (tmp_path / "killed", [5, 7])):
+        config = healthy_then_collapsing(toy, run, action="roll_back", patience=1, max_roll_backs=2)
+        for step in killed:
+            with pytest.raises(Killed):
+                train(config, on_step=kill_at(step))
+        with pytest.raises(RunStopped, match=said):
+            train(config)
+        assert [row["step"] for row in training_rows(run)] == list(range(1, 10))
+        best, *back = (weights(run, step) for step in (3, 5, 7))
+        assert all(torch.equal(each[name], value) for each in back for name, value in best.items())
+    assert caplog.text.count("going back to the weights of step 3") == 4
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 9)
+
+
+def test_a_roll_back_without_a_checkpoint_to_go_back_to_stops_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sentinel, "watch", lambda *_: Verdict(["step 1: too much"], "roll_back"))
+    sentinel = SentinelConfig(action="roll_back")
+    with pytest.raises(RunStopped, match="sentinel: step 1: too much; no best checkpoint yet; the state is"):
+        train(toy_config(toy, tmp_path, eval_every=2, sentinel=sentinel))
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 1
+
+
+def test_a_warning_is_a_line_in_the_log_and_changes_nothing(toy, tmp_path, monkeypatch, caplog):
+    train(toy_config(toy, tmp_path / "calm"))
+    monkeypatch.setattr(Sentinel, "watch", lambda _, step, metrics: Verdict([f"step {step}: much"], "warn"))
+    train(toy_config(toy, tmp_path / "warned"))
+    assert "sentinel: step 1: much" in caplog.text and "sentinel: step 2: much" in caplog.text
+    assert_same_weights(tmp_path / "calm", tmp_path / "warned", 2)
