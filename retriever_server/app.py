@@ -63,7 +63,7 @@ def create_app(
 ) -> FastAPI:
     """The application that serves a retriever, or several by name, of which the first is the default.
 
-    info joins generation and limits in `/v1/info`; dialect answers what two clients ask alike; token
+    info joins what `/v1/info` tells; dialect answers what two clients ask alike; token
     guards all but the probes; request_log gets a JSON line a request; watch_seconds: how often to look
     for a new generation (0: never); with_mcp mounts `/mcp`; on_reload is called after `/admin/reload`
     has swapped.
@@ -195,8 +195,8 @@ def _add_administration(
     async def describe() -> Response:
         """What answers, by name of backend, and the limits of a request."""
         backends = await asyncio.to_thread(service.describe)
-        about = {"generation": service.default.generation, "limits": asdict(service.limits)}
-        return reply({**about, "backends": backends, **info})
+        default = next(iter(backends.values()))
+        return reply({**default, "limits": asdict(service.limits), "backends": backends, **info})
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -125,7 +125,11 @@ class Service:
 
     async def wait(self, work: Any, request: Request | None, deadline_seconds: float | None = None) -> Any:
         """What `work` returns; cancelled at the deadline (TimeoutError) or when the client has gone."""
-        seconds = min(_deadline(request, deadline_seconds), self.limits.max_deadline_seconds)
+        try:
+            seconds = min(_deadline(request, deadline_seconds), self.limits.max_deadline_seconds)
+        except DataError:
+            work.close()
+            raise
         working = asyncio.ensure_future(work)
         leaving = asyncio.ensure_future(_disconnected(request)) if request else None
         waited_for: set[asyncio.Future[Any]] = {working, leaving} if leaving else {working}

@@ -101,18 +101,9 @@ def build_app(config: ServeConfig) -> Any:
     from retriever_server.app import create_app
     from retriever_server.guard import read_token
 
-    limits, backends, info = _limits(config), _open_backends(config), {}
-    if manifest := getattr(backends["default"].current.retriever, "manifest", None):
-        info = {
-            "kind": manifest.kind,
-            "settings": manifest.settings,
-            "passages": manifest.corpus_count,
-            "corpus_hash": manifest.corpus_hash,
-        }
     app = create_app(
-        backends,
-        limits,
-        info,
+        _open_backends(config),
+        _limits(config),
         batching=config.batching,
         dialect=config.dialect,
         token=read_token(config.token_file) if config.token_file else None,

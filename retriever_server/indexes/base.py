@@ -78,6 +78,17 @@ class Index(Retriever):
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> Index:
         """The index in the folder `path`; manifest and corpus were checked by `open_index`."""
 
+    def describe(self) -> dict[str, Any]:
+        """What made it."""
+        manifest = self.manifest
+        return {
+            **super().describe(),
+            "kind": manifest.kind,
+            "settings": manifest.settings,
+            "passages": manifest.corpus_count,
+            "corpus_hash": manifest.corpus_hash,
+        }
+
 
 def open_index(path: str | Path, **options: Any) -> Index:
     """The index in the folder `path`, ready to search; `options` are those of `open` of its kind.

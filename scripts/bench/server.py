@@ -166,19 +166,14 @@ def started(command: list[str]) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def serve_peer(index: str) -> None:
-    """Serve a flat index by the procedure of Search-R1's server, on a free port."""
+def peer_app(opened: Any) -> Any:
+    """The application of a server by Search-R1's procedure, over an open flat index."""
     import datasets
     import faiss
     import numpy as np
-    import uvicorn
     from fastapi import FastAPI
     from pydantic import BaseModel
 
-    from retriever_server.indexes.base import open_index
-    from scripts.serve import _listen
-
-    opened: Any = open_index(index)
     flat = faiss.IndexFlatIP(opened.encoder.spec.dimension)
     flat.add(opened.rows[np.arange(len(opened))])
     rows = datasets.load_dataset("json", data_files=str(opened.corpus.path), split="train")
@@ -193,15 +188,25 @@ def serve_peer(index: str) -> None:
         encoded = np.asarray(opened.encoder.encode(ask.queries, "query"), dtype=np.float32)
         scores, found = flat.search(encoded, ask.topk or 3)
         documents = [[rows[int(i)] for i in row] for row in found]
-        scored = [
-            [{"document": d, "score": float(s)} for d, s in zip(*pair, strict=True)]
-            for pair in zip(documents, scores, strict=True)
-        ]
-        return {"result": scored}
+        result = []
+        for row, of_row in zip(documents, scores, strict=True):
+            result.append([{"document": d, "score": float(s)} for d, s in zip(row, of_row, strict=True)])
+        return {"result": result}
 
     # The annotation is a local class: resolved here, not from the module.
     retrieve.__annotations__["ask"] = Ask
     app.post("/retrieve")(retrieve)
+    return app
+
+
+def serve_peer(index: str) -> None:
+    """Serve a flat index by the procedure of Search-R1's server, on a free port."""
+    import uvicorn
+
+    from retriever_server.indexes.base import open_index
+    from scripts.serve import _listen
+
+    app = peer_app(open_index(index))
     with _listen("127.0.0.1", 0) as listener:
         print(f"peer at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
