@@ -139,7 +139,8 @@ def _checked(
         if key not in allowed and not free:
             raise ConfigError(f"{place}.{key}: unknown key; {name} takes {', '.join(allowed)}")
     add: Any = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
-    add(make, None, skip={*objects, *(p.name for p in parameters if p.name not in allowed)})
+    skip = {*objects, *(p.name for p in parameters if p.name not in allowed)}
+    add(make, None, skip=skip, fail_untyped=False)
     try:
         known = {key: value for key, value in arguments.items() if key in allowed}
         return dict(vars(parser.parse_object(known))) | extra

@@ -24,7 +24,7 @@ class Parrot(Retriever):
 
     generation = "parrot"
 
-    def __init__(self, words: int, loud: bool = False) -> None:
+    def __init__(self, words: int, loud=False) -> None:
         self.words, self.loud = words, loud
 
     def search(self, queries, k, where=None) -> list[list[Hit]]:
@@ -90,7 +90,10 @@ def test_a_users_own_class_or_function_plugs_in_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("class_path: Fuze", r"mine.yaml: class_path: 'Fuze' must be one of Fuse, Sharded, .*module.Class"),
+        (
+            "class_path: Fuze",
+            r"mine.yaml: class_path: 'Fuze' must be one of open_index, Fuse, .*module.Class",
+        ),
         ("class_path: nowhere.Fuse", r"class_path: 'nowhere.Fuse' must be .*No module named 'nowhere'"),
         ("class_path: data.records.Hat", r"class_path: 'data.records.Hat' must be"),
         ("class_path: pathlib.Path", r"mine.yaml: class_path: PosixPath is no Retriever"),

@@ -6,6 +6,7 @@ import pytest
 
 from scripts import __main__ as sleuth
 from tests.scripts.test_train import command
+from tests.toy import bigram_policy
 
 FUSED = """
 class_path: Fuse
@@ -36,10 +37,21 @@ def test_training_takes_whatever_opens_as_its_retriever(written, begins, toy, tm
     if written is not None:
         spec = tmp_path / "retriever.yaml"
         spec.write_text(written.format(index=toy / "index"))
-    evaluated = ["--dev_questions", toy / "dev.jsonl", "--eval_every", 1, "--steps", 1]
+    searches = bigram_policy({"</think>": {"<search>": 0.9, "<answer>": 0.1}})  # greedily, too
+    searches.save(tmp_path / "policy", "compact")
+    evaluated = [
+        "--policy",
+        tmp_path / "policy",
+        "--dev_questions",
+        toy / "dev.jsonl",
+        "--eval_every",
+        1,
+        "--steps",
+        1,
+    ]
     assert command(toy, tmp_path / "run", "--retriever", spec, *evaluated) == 0
-    assert all(name.startswith(begins) for name in generations(tmp_path / "run"))
-    assert generations(tmp_path / "run")
+    found = generations(tmp_path / "run")
+    assert found and all(name.startswith(begins) for name in found)
 
 
 def test_a_wrong_retriever_file_is_one_line_before_a_model_loads(toy, tmp_path, capsys):
