@@ -212,14 +212,14 @@ def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) 
     out = Path(config.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     step = measured or sum(seconds.values())
-    seconds["a step, " + ("the median measured" if measured else "at least")] = step
+    seconds["a step, " + ("the median measured" if measured else "if so long, at least")] = step
     parts = {f"{phase}: {name}": size for phase, of in memory.items() for name, size in of.items()}
     lines = [
         *_table(f"Memory of each of {world_size} ({needs.dtype}, {needs.device})", parts, peak(memory), room),
         *_table("Disk", disk, sum(disk.values()), free),
         f"Time, with {lengths[1]:,.0f} tokens a trajectory, {lengths[0]:,.0f} written ({source})",
-        *(f"  {name:<50}{value:9,.2f} s" for name, value in seconds.items()),
-        f"  {f'all {config.steps:,} steps':<50}{step * config.steps / 3600:9,.2f} h",
+        *(f"  {name:<50}{value:11,.2f} s" for name, value in seconds.items()),
+        f"  {f'all {config.steps:,} steps':<50}{step * config.steps / 3600:11,.2f} h",
         f"Parts at least: their arithmetic at {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.0f} writing.",
         "On a CPU real steps took 1.5 to 3.3 times as long; searches and evaluations come on top.",
     ]
@@ -227,8 +227,8 @@ def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) 
 
 
 def _table(title: str, parts: dict[str, float], total: float, room: float) -> list[str]:
-    rows = [f"  {name:<50}{size / 1e9:9,.3f} GB" for name, size in (parts | {"at once": total}).items()]
-    return [title, *rows[:-1], f"{rows[-1]} of {room / 1e9:,.2f}{': TOO MUCH' * (total > room)}"]
+    rows = [f"  {name:<50}{size / 1e6:11,.1f} MB" for name, size in (parts | {"at once": total}).items()]
+    return [title, *rows[:-1], f"{rows[-1]} of {room / 1e6:,.0f}{': TOO MUCH' * (total > room)}"]
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):

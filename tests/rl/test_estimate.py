@@ -187,7 +187,7 @@ def test_a_run_that_has_begun_tells_its_lengths_and_seconds(folder, tmp_path):
     config = configure(folder, out=str(tmp_path / "run"))
     assert seen(config.out) is None
     text = estimate_text(config, SEARCH_R1)
-    assert "a step, at least" in text and "(at most, by the limits of protocol search_r1)" in text
+    assert "a step, if so long, at least" in text and "(at most, by the limits of protocol search_r1)" in text
     with RunDir(config.out, {}) as run:
         for step, flat, taken in ((1, 0.5, 7), (2, 0.7, 8), (3, 0.6, 30)):
             lengths = {"rollout/policy_tokens": 40 + step, "rollout/total_tokens": 200}
