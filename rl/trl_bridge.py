@@ -1,4 +1,4 @@
-"""Our rollouts and rewards for TRL's GRPOTrainer, by `search_environment(...)` (docs/trl.md).
+"""Our rollouts and rewards for TRL's GRPOTrainer, by `SearchEnvironment(...)` (docs/trl.md).
 
 A trajectory goes in as the ledger has it: prompt and completion ids as they were sampled, an `env_mask`
 that is 0 on every token the policy did not write, and the `Trajectory` itself for the reward functions.
@@ -11,8 +11,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
@@ -25,23 +25,19 @@ from data.records import Question
 from retriever_server.client import SearchClient, connect
 from rl.algorithm import require
 from rl.config import JudgeConfig
-from rl.rewards import Reward, check_questions, combine
+from rl.rewards import check_questions, combine
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl.trainer.grpo_trainer import GRPOTrainer
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 RewardFunction = Callable[..., list[float | None]]
 
 _AS_SAMPLED = "the log-probs of the loss are those of the whole vocabulary"
 _REQUIRED: dict[str, tuple[tuple[object, ...], str]] = {
-    "mask_truncated_completions": (
-        (False,),
-        "a trajectory ends at a closing tag, not at eos: all of them would be masked",
-    ),
+    "mask_truncated_completions": ((False,), "a trajectory ends at a closing tag: all would be masked"),
     "use_vllm": ((False,), "the environment samples from the trainer's own model"),
     "top_p": ((1,), _AS_SAMPLED),
     "top_k": ((0, None), _AS_SAMPLED),
@@ -52,23 +48,33 @@ _REQUIRED: dict[str, tuple[tuple[object, ...], str]] = {
 """Fields of GRPOConfig, what they may be, and why."""
 
 
-@dataclass
 class SearchEnvironment:
     """The `dataset`, `reward_funcs(...)` and `rollout_func` of a GRPOTrainer."""
 
-    questions: InitVar[Sequence[Question]]
-    client: SearchClient
-    protocol: Protocol
-    max_rows: int = 128
-    max_failed_share: float = 0.1
-    dataset: Dataset = field(init=False)
-    """One row a question, {"prompt": its text}; what the policy reads is the protocol's prompt."""
-    _questions: dict[str, Question] = field(default_factory=dict, init=False)
-    """By the prompt of their row."""
-    _rollouts: int = field(default=0, init=False)
+    def __init__(
+        self,
+        questions: str | Sequence[Question],
+        retriever: str | SearchClient,
+        protocol: str | Protocol = "search_r1",
+        max_rows: int = 128,
+        max_failed_share: float = 0.1,
+        deadline_seconds: float = 60.0,
+    ) -> None:
+        """Raises ConfigError or DataError.
 
-    def __post_init__(self, questions: Sequence[Question]) -> None:
-        self.dataset = self.add_questions(questions)
+        questions: see `data.questions.load_questions`, or the questions themselves. retriever: URL of a
+        server or index folder. protocol: a name, or a `Protocol` with limits of your own. max_rows:
+        trajectories sampled at once. max_failed_share: of a batch whose searches may fail before training
+        stops; deadline_seconds: how long one is retried before that.
+        """
+        require(max_rows >= 1, "max_rows", max_rows, ">= 1")
+        require(0 <= max_failed_share <= 1, "max_failed_share", max_failed_share, "in [0, 1]")
+        self.client = connect(retriever, deadline_seconds) if isinstance(retriever, str) else retriever
+        self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.max_rows, self.max_failed_share, self._rollouts = max_rows, max_failed_share, 0
+        self._questions: dict[str, Question] = {}  # by the prompt of their row
+        found = load_questions(questions) if isinstance(questions, str) else questions
+        self.dataset = self.add_questions(found)
 
     def add_questions(self, questions: Sequence[Question]) -> Dataset:
         """Make further questions known, such as those of an `eval_dataset`, and return their rows.
@@ -87,31 +93,33 @@ class SearchEnvironment:
     def reward_funcs(self, *names: str, judge: JudgeConfig | None = None) -> list[RewardFunction]:
         """A reward function for each name that the `rewards` of a recipe take (docs/rl.md).
 
-        They read the trajectory, never a text; GRPOConfig.reward_weights says what each counts. Where a
-        search or the judge failed they give None, which TRL leaves out of the mean of the group.
+        They read the trajectory, never a text. Where a search or the judge failed they give None, which
+        TRL leaves out of the mean of the group.
         """
         check_questions(dict.fromkeys(names, 1.0), list(self._questions.values()))
         return [_reward_function(name, judge) for name in names]
 
     def rollout_func(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """One trajectory a prompt, in their order, sampled from the trainer's model as it is now.
+        """One trajectory a prompt (TRL has repeated each for its group), from the trainer's model as it is.
 
-        TRL has repeated each prompt for its group. Returns `prompt_ids`, `completion_ids`, `logprobs` and
-        `env_mask`, and `trajectory` for the reward functions. Raises ConfigError where a setting of the
-        trainer would falsify the loss, RunStopped where too many searches failed.
+        Returns `prompt_ids`, `completion_ids`, `logprobs` and `env_mask`, and `trajectory` for the reward
+        functions. Raises ConfigError where a setting of the trainer would falsify the loss, RunStopped
+        where too many searches failed.
         """
         _check_settings(trainer)
-        questions = [self._question(prompt) for prompt in prompts]
-        trajectories = _run_now(lambda: self._roll_out(questions, trainer))
+        for prompt in prompts:
+            if not isinstance(prompt, str) or prompt not in self._questions:
+                raise ConfigError(f"prompt {str(prompt)[:60]!r}: must be of .dataset or .add_questions(...)")
+        trajectories = _run_now(self._roll_out([self._questions[p] for p in prompts], trainer))
         self._check_failures(trajectories)
-        filler = _tokenizer(trainer).pad_token_id
-        columns = zip(*(_ledger(trajectory, filler) for trajectory in trajectories), strict=True)
+        columns = zip(*(_ledger(t, _tokenizer(trainer).pad_token_id) for t in trajectories), strict=True)
         names = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
         return {**dict(zip(names, map(list, columns), strict=True)), "trajectory": trajectories}
 
     async def _roll_out(self, questions: list[Question], trainer: GRPOTrainer) -> list[Trajectory]:
-        tokenizer, args, step = _tokenizer(trainer), cast(Any, trainer.args), trainer.state.global_step
-        model = cast(Any, trainer.model)
+        tokenizer, step = _tokenizer(trainer), trainer.state.global_step
+        args: Any = trainer.args
+        model: Any = trainer.model
         # A new engine each time: what its cache took is free again while the trainer updates.
         engine = HFEngine(model, tokenizer, self.max_rows)
         await engine.update_weights(None, step)
@@ -128,50 +136,21 @@ class SearchEnvironment:
         finally:
             model.train(training)
 
-    def _question(self, prompt: object) -> Question:
-        if not isinstance(prompt, str) or prompt not in self._questions:
-            raise ConfigError(f"prompt {str(prompt)[:60]!r}: must be of .dataset or .add_questions(...)")
-        return self._questions[prompt]
-
     def _check_failures(self, trajectories: Sequence[Trajectory]) -> None:
         failed = [t for t in trajectories if _search_failed(t)]
-        if not failed:
-            return
-        what = f"{len(failed)} of {len(trajectories)} trajectories lost ({failed[0].searches[-1].error})"
-        if len(failed) > self.max_failed_share * len(trajectories):
-            raise RunStopped(
-                f"{what}; allowed: {self.max_failed_share:.0%}; go on from the last checkpoint with "
-                "trainer.train(resume_from_checkpoint=True)"
-            )
-        _log.warning("%s: they stay out of the loss", what)
-
-
-def search_environment(
-    questions: str | Sequence[Question],
-    retriever: str | SearchClient,
-    protocol: str | Protocol = "search_r1",
-    max_rows: int = 128,
-    max_failed_share: float = 0.1,
-    deadline_seconds: float = 60.0,
-) -> SearchEnvironment:
-    """Questions, a retriever and a protocol as an environment for TRL's GRPOTrainer.
-
-    questions: see `data.questions.load_questions`, or the questions themselves. retriever: URL of a server
-    or index folder. protocol: a name, or a `Protocol` with limits of your own, such as
-    `replace(SEARCH_R1, max_turns=2)`. max_rows: trajectories sampled at once. max_failed_share: of a batch
-    whose searches may fail before training stops; deadline_seconds: how long one is retried before that.
-    Raises ConfigError or DataError.
-    """
-    require(max_rows >= 1, "max_rows", max_rows, ">= 1")
-    require(0 <= max_failed_share <= 1, "max_failed_share", max_failed_share, "in [0, 1]")
-    client = connect(retriever, deadline_seconds) if isinstance(retriever, str) else retriever
-    spoken = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    rows = load_questions(questions) if isinstance(questions, str) else questions
-    return SearchEnvironment(rows, client, spoken, max_rows, max_failed_share)
+        if failed:
+            error = failed[0].searches[-1].error
+            what = f"{len(failed)} of {len(trajectories)} trajectories lost ({error})"
+            if len(failed) > self.max_failed_share * len(trajectories):
+                raise RunStopped(
+                    f"{what}; allowed: {self.max_failed_share:.0%}; go on from the last checkpoint with "
+                    "trainer.train(resume_from_checkpoint=True)"
+                )
+            _log.warning("%s: they stay out of the loss", what)
 
 
 def _check_settings(trainer: GRPOTrainer) -> None:
-    args = cast(Any, trainer.args)
+    args: Any = trainer.args
     for name, (allowed, why) in _REQUIRED.items():
         value = getattr(args, name)
         if value not in allowed:
@@ -185,20 +164,20 @@ def _reward_function(name: str, judge: JudgeConfig | None) -> RewardFunction:
     earned = combine({name: 1.0}, judge or JudgeConfig())
 
     def reward(trajectory: Sequence[Trajectory], log_metric: Any = None, **_: Any) -> list[float | None]:
-        if log_metric is not None:  # TRL averages what several functions log
-            count = len(trajectory)
-            log_metric("rollout/searches", sum(len(t.searches) for t in trajectory) / count)
-            log_metric("rollout/valid_format", sum(t.valid_format for t in trajectory) / count)
-            log_metric("stop/search_failed", sum(map(_search_failed, trajectory)) / count)
+        logged = {
+            "rollout/searches": [len(t.searches) for t in trajectory],
+            "rollout/valid_format": [t.valid_format for t in trajectory],
+            "stop/search_failed": [_search_failed(t) for t in trajectory],
+        }
+        for key, values in logged.items() if log_metric else ():
+            log_metric(key, fmean(values))  # TRL averages what several functions log
         rewards = iter(earned([t for t in trajectory if not _search_failed(t)]))
-        return [None if _search_failed(t) else _value(next(rewards)) for t in trajectory]
+        found = [None if _search_failed(t) else next(rewards) for t in trajectory]
+        # TRL has no advantage of a turn: one sum a trajectory.
+        return [None if r is None or r.error else r.total for r in found]
 
     reward.__name__ = name  # TRL logs it as rewards/<name>
     return reward
-
-
-def _value(reward: Reward) -> float | None:
-    return None if reward.error else reward.total  # one a trajectory: TRL has no advantage of a turn
 
 
 def _search_failed(trajectory: Trajectory) -> bool:
@@ -222,11 +201,11 @@ def _tokenizer(trainer: GRPOTrainer) -> Any:
     return getattr(processing, "tokenizer", processing)  # that of a processor, where it is one
 
 
-def _run_now(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """The coroutine's result, awaited here; in a thread where an event loop runs already (a notebook)."""
+def _run_now(work: Coroutine[Any, Any, list[Trajectory]]) -> list[Trajectory]:
+    """Its result, awaited here; in a thread where an event loop runs already (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work())
+        return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(work())).result()
+        return thread.submit(asyncio.run, work).result()

@@ -16,7 +16,7 @@ from agent.trajectory import StopReason
 from data.errors import ConfigError, RetrieverUnavailable, RunStopped
 from data.records import Question
 from retriever_server.client import SearchClient
-from rl.trl_bridge import search_environment
+from rl.trl_bridge import SearchEnvironment
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.toy import TAGS, bigram_policy
 
@@ -49,7 +49,7 @@ class Down:
 
 def environment(toy, **changes):
     values = {"questions": str(toy / "train.jsonl"), "retriever": str(toy / "index"), "protocol": TOY}
-    return search_environment(**values | changes)
+    return SearchEnvironment(**values | changes)
 
 
 def trainer(env, folder, policy=None, eval_dataset=None, peft_config=None, rewards=("em",), **settings):
@@ -200,7 +200,7 @@ def test_questions_of_one_text_are_told_apart(toy):
     twins = [Question("nq/1", "Who?", ("A",)), Question("tqa/1", "Who?", ("B",))]
     env = environment(toy, questions=twins)
     assert env.dataset["prompt"] == ["Who?", "Who? (tqa/1)"]
-    assert [env._question(prompt) for prompt in env.dataset["prompt"]] == twins
+    assert [env._questions[prompt] for prompt in env.dataset["prompt"]] == twins
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,6 @@ def test_what_the_environment_does_not_know_is_refused(toy, tmp_path):
     with pytest.raises(ConfigError, match="must be one of"):
         env.reward_funcs("emm")
     with pytest.raises(ConfigError, match=r"prompt 'Why\?': must be of .dataset"):
-        env._question("Why?")
+        env.rollout_func(["Why?"], trainer(env, tmp_path))
     with pytest.raises(ConfigError, match=r"max_failed_share = 2: must be in"):
         environment(toy, max_failed_share=2)
