@@ -45,9 +45,15 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, cache: Path | None = None) -> None:
         """Raises ConfigError where the URL is missing or wrong, or the key cannot be read."""
-        self.config, self.cache = config, cache
+        self.config, self.cache, self._headers = config, cache, {"Content-Type": "application/json"}
         self._url = f"{_checked_url(config.url)}/chat/completions"
-        self._headers = {"Content-Type": "application/json", **_authorization(config.api_key_file)}
+        if config.api_key_file is not None:
+            try:
+                key = Path(config.api_key_file).read_text(encoding="ascii").split("\n")[0].strip()
+            except (OSError, ValueError) as error:
+                name = f"judge.api_key_file = {config.api_key_file!r}"
+                raise ConfigError(f"{name}: cannot be read: {error}") from error
+            self._headers["Authorization"] = f"Bearer {key}"
         records = read_jsonl(cache, tolerate_cut_tail=True) if cache and cache.exists() else ()
         self._known: dict[str, float] = {record["key"]: record["score"] for record in records}
         self._calls, self._lock = len(self._known), threading.Lock()
@@ -55,13 +61,15 @@ class Judge:
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """A verdict on the answer of each; one that is missing or empty is wrong without asking."""
         requests = [_request(self.config.model, t) if t.answer else b"" for t in trajectories]
-        new = [request for request in dict.fromkeys(requests) if request and _key(request) not in self._known]
+        verdicts: dict[bytes, Verdict] = {b"": 0.0}
+        verdicts |= {r: self._known[_key(r)] for r in requests if _key(r) in self._known}
+        new = list(dict.fromkeys(r for r in requests if r not in verdicts))
         # No proxy from the environment: nothing but the configuration decides where an answer goes.
         client = httpx.Client(timeout=self.config.timeout_seconds, headers=self._headers, trust_env=False)
         with client, ThreadPoolExecutor(self.config.max_concurrent) as pool:
-            asked = dict(zip(new, pool.map(lambda request: self._settle(client, request), new), strict=True))
-        asked[b""] = 0.0
-        return [asked[r] if r in asked else self._known[_key(r)] for r in requests]
+            asked = pool.map(lambda request: self._settle(client, request), new)
+            verdicts |= dict(zip(new, asked, strict=True))
+        return [verdicts[request] for request in requests]
 
     def _settle(self, client: httpx.Client, request: bytes) -> Verdict:
         """Ask until there is a verdict, and keep it."""
@@ -73,12 +81,12 @@ class Judge:
                     return f"judge: all {self.config.max_calls} requests of judge.max_calls are spent"
                 self._calls += 1
             try:
-                score = _parse(self._ask(client, request))
-            except _Refused as error:
-                return f"judge {self._url}: {error}"
+                score = self._ask(client, request)
             except httpx.HTTPError as error:
                 reason = f"{type(error).__name__}: {error}"
                 continue
+            except ValueError as error:  # asking the same again would be useless
+                return f"judge {self._url}: {error}"
             with self._lock:
                 self._known[_key(request)] = score
                 if self.cache:
@@ -86,8 +94,8 @@ class Judge:
             return score
         return f"judge {self._url}: {_TRIES} tries failed ({reason})"
 
-    def _ask(self, client: httpx.Client, request: bytes) -> bytes:
-        """The body of the reply; HTTPError where another try may help, else _Refused."""
+    def _ask(self, client: httpx.Client, request: bytes) -> float:
+        """1.0 or 0.0, as the reply says after any thought; HTTPError may be tried again, ValueError not."""
         end, reply = time.monotonic() + self.config.timeout_seconds, b""
         with client.stream("POST", self._url, content=request) as response:
             for chunk in response.iter_bytes():  # the client's own timeout is for each chunk
@@ -98,20 +106,20 @@ class Judge:
         if status >= 500 or status in (408, 429):
             raise httpx.HTTPError(f"answered {status}")
         if status != 200:
-            raise _Refused(f"answered {status}: {reply[:200].decode(errors='replace')}")
-        return reply
-
-
-class _Refused(Exception):
-    """Asking the same again would be useless."""
+            raise ValueError(f"answered {status}: {reply[:200].decode(errors='replace')}")
+        try:
+            said = str(json.loads(reply)["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"not a chat completion: {reply[:100]!r}") from None
+        match = _VERDICT.match(said.rpartition("</think>")[2])
+        if match is None:
+            raise ValueError(f"neither YES nor NO: {said[:100]!r}")
+        return float(match[1].lower() == "yes")
 
 
 def _request(model: str, trajectory: Trajectory) -> bytes:
-    case = {
-        "question": trajectory.question.text,
-        "gold_answers": trajectory.question.gold_answers,
-        "answer": (trajectory.answer or "")[:_MAX_ANSWER_CHARACTERS],
-    }
+    asked, answer = trajectory.question, (trajectory.answer or "")[:_MAX_ANSWER_CHARACTERS]
+    case = {"question": asked.text, "gold_answers": asked.gold_answers, "answer": answer}
     content = INSTRUCTION.replace("{case}", json.dumps(case, ensure_ascii=False, indent=1))
     messages = [{"role": "user", "content": content}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": _MAX_REPLY_TOKENS}
@@ -120,18 +128,6 @@ def _request(model: str, trajectory: Trajectory) -> bytes:
 
 def _key(request: bytes) -> str:
     return hashlib.sha256(request).hexdigest()
-
-
-def _parse(reply: bytes) -> float:
-    """1.0 or 0.0, as the reply says after any thought; _Refused where it says neither."""
-    try:
-        said = str(json.loads(reply)["choices"][0]["message"]["content"])
-    except (ValueError, LookupError, TypeError):
-        raise _Refused(f"not a chat completion: {reply[:100]!r}") from None
-    match = _VERDICT.match(said.rpartition("</think>")[2])
-    if match is None:
-        raise _Refused(f"neither YES nor NO: {said[:100]!r}")
-    return float(match[1].lower() == "yes")
 
 
 def _checked_url(url: str | None) -> str:
@@ -143,13 +139,3 @@ def _checked_url(url: str | None) -> str:
     if not url or not valid:
         raise ConfigError(f"judge.url = {url!r}: the reward judge needs one like http://127.0.0.1:8001/v1")
     return url.rstrip("/").removesuffix("/chat/completions")
-
-
-def _authorization(key_file: str | None) -> dict[str, str]:
-    if key_file is None:
-        return {}
-    try:
-        key = Path(key_file).read_text(encoding="ascii").split("\n")[0].strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"judge.api_key_file = {key_file!r}: cannot be read: {error}") from error
-    return {"Authorization": f"Bearer {key}"}
