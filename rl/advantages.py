@@ -30,11 +30,6 @@ class Episodes:
         """Which trajectory each token belongs to (N,)."""
         return torch.arange(self.counts.numel(), device=self.counts.device).repeat_interleave(self.counts)
 
-    @property
-    def returns(self) -> Tensor:
-        """Sum of each trajectory's rewards (B,)."""
-        return self.rewards.new_zeros(self.counts.numel()).index_add(0, self.row, self.rewards)
-
 
 def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence[Sequence[int]]) -> Tensor:
     """Rewards by token (N,): each turn's on the last policy token of the turn.
@@ -45,15 +40,13 @@ def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence
     """
     flat: list[float] = []
     for rewards, lengths in zip(turn_rewards, turn_tokens, strict=True):
-        tokens: list[float] = []
-        waiting = 0.0
+        first, waiting = len(flat), 0.0
         for reward, length in zip(rewards, lengths, strict=True):
-            tokens += [0.0] * length
+            flat += [0.0] * length
             waiting += reward
-            if tokens:
-                tokens[-1] += waiting
+            if len(flat) > first:
+                flat[-1] += waiting
                 waiting = 0.0
-        flat += tokens
     return torch.tensor(flat)
 
 
@@ -61,8 +54,7 @@ def gae(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over policy tokens (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     The step after a policy token is the next *policy* token, however long the observation between them;
-    after the last there is nothing (value 0, also where a trajectory was cut short). Advantage + value
-    is the critic's target. Raises ValueError without values.
+    after the last, the value is 0. Advantage + value is the critic's target.
     """
     values = episodes.values
     if values is None:
@@ -79,30 +71,25 @@ def reinforce_pp(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
 
 
 def grpo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
-    """A trajectory's return against its group's mean, over the group's spread (Shao et al. 2024, arXiv
-    2402.03300, section 4.1.2); the same for all its tokens.
+    """A trajectory's return against its group's mean, over the group's spread, for all its tokens (Shao et
+    al. 2024, arXiv 2402.03300, section 4.1.2).   [1, 0, 0, 1] -> [.866, -.866, -.866, .866]
 
     The spread is the sample standard deviation + 1e-4, as in TRL; a group of equal returns gives
     exactly 0. Trajectories without policy tokens are not in the mean.
-    [1, 0, 0, 1] -> [.866, -.866, -.866, .866]
     """
     return _by_trajectory(episodes, _scale)
 
 
 def centred(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
     """A trajectory's return less its group's mean: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2)
-    and, whitened after, REINFORCE++-baseline (arXiv 2501.03262).
-
-    [1, 0, 0, 1] -> [.5, -.5, -.5, .5]
+    and, whitened after, REINFORCE++-baseline (2501.03262).   [1, 0, 0, 1] -> [.5, -.5, -.5, .5]
     """
     return _by_trajectory(episodes, lambda differences, count: differences)
 
 
 def rloo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
-    """A trajectory's return less the mean of the others' (leave one out; Ahmadian et al. 2024, arXiv
-    2402.14740): G / (G - 1) times the difference from the whole group's mean.
-
-    [1, 0, 0, 1] -> [.667, -.667, -.667, .667]
+    """A trajectory's return less the mean of the others' (Ahmadian et al. 2024, arXiv 2402.14740):
+    G / (G - 1) times that from the whole group's.   [1, 0, 0, 1] -> [.667, -.667, -.667, .667]
     """
     return _by_trajectory(episodes, lambda differences, count: differences * count / (count - 1).clamp(min=1))
 
@@ -110,14 +97,12 @@ def rloo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
 def turn(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
     """The return from a turn on against the group's at the same turn, over its spread; for all its tokens.
 
-    Turn-level credit as in MT-GRPO (Zeng et al. 2025, arXiv 2505.11821), in a variant for any number of
-    turns: instead of adding a normalised turn reward to a normalised outcome, it sums the rewards of the
-    turn and the later ones, discounted by gamma a turn, and normalises the sum as grpo does, over those
-    of the group that got as far. With a reward at the end only and gamma 1 it is grpo a turn.
+    A variant of MT-GRPO (Zeng et al. 2025, arXiv 2505.11821) for any number of turns: it normalises, as
+    grpo does, the sum of the rewards of the turn and the later ones, discounted by gamma a turn, over
+    those of the group that got as far. With a reward at the end only and gamma 1 it is grpo a turn.
     """
     row, turns = episodes.row, episodes.turns
-    width = int(turns.max()) + 1 if turns.numel() else 1
-    shape = (episodes.counts.numel(), width)
+    shape = (episodes.counts.numel(), int(turns.max()) + 1 if turns.numel() else 1)
     rewards = episodes.rewards.new_zeros(shape).index_put((row, turns), episodes.rewards, accumulate=True)
     present = torch.zeros(shape, dtype=torch.bool, device=row.device)
     present[row, turns] = True
@@ -144,8 +129,7 @@ def whiten(advantages: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: 
     total: adds up a small tensor over the processes; every process calls it once, whatever its N.
     """
     exact = advantages.double()
-    ones = torch.ones_like(exact)
-    count, first, second = total(torch.stack([ones.sum(), exact.sum(), exact.square().sum()]))
+    count, first, second = total(torch.stack([(exact**power).sum() for power in range(3)]))
     mean = first / count.clamp(min=1)
     variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
     return ((exact - mean) * (variance + 1e-8).rsqrt()).to(advantages.dtype)
@@ -161,9 +145,10 @@ def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:
 
 
 def _by_trajectory(episodes: Episodes, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    present = (episodes.counts > 0).unsqueeze(1)
-    returns = episodes.returns.unsqueeze(1)
-    return _against_group(returns, present, episodes.group_size, scale).squeeze(1)[episodes.row]
+    returns = episodes.rewards.new_zeros(episodes.counts.numel())
+    returns = returns.index_add(0, episodes.row, episodes.rewards)[:, None]
+    present = episodes.counts[:, None] > 0
+    return _against_group(returns, present, episodes.group_size, scale)[episodes.row, 0]
 
 
 def _against_group(

@@ -45,10 +45,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
     allowed = f"all-linear, or some of {','.join(known)}"
     require(set(targets) <= set(known), "lora.target_modules", config.target_modules, allowed)
     adapters = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float will do
-        lora_dropout=config.dropout,
-        target_modules=targets,
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,36 +72,29 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout on the adapters' input, inside: the model itself stays in evaluation mode.
-
-    It draws from torch's generator, which the caller seeds. No adapters, no dropout.
-    """
-    dropouts = [layer.lora_dropout for layer in _adapted(model).values()]
-    for dropout in dropouts:
-        dropout.train()
+    """Dropout on the adapters' input, inside, by torch's generator; the model stays in evaluation mode."""
+    dropouts = nn.ModuleList(layer.lora_dropout for layer in _adapted(model).values())
+    dropouts.train()
     try:
         yield
     finally:
-        for dropout in dropouts:
-            dropout.eval()
+        dropouts.eval()
 
 
 def merged_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's state dict as it would be without LoRA: W + alpha/rank B A under W's own name.
+    """The state dict as it would be without LoRA: W + alpha/rank B A, in float32 and rounded once.
 
-    state: the model's state dict where it lies elsewhere (gathered from shards; may be empty). The sum
-    is taken in float32 and rounded once. The model is not touched; weights without an adapter are the
-    tensors given, not copies.
+    state: the model's where it lies elsewhere (gathered from shards; may be empty). Nothing given is
+    changed; weights without an adapter are not copied.
     """
     state = model.state_dict() if state is None else state
     merged = {n.replace(".base_layer.", "."): w.detach() for n, w in state.items() if ".lora_" not in n}
     for name, layer in _adapted(model).items():
-        key = f"{name}.weight"
-        if key in merged:
+        if (weight := merged.get(f"{name}.weight")) is not None:
             low, high = (state[f"{name}.lora_{side}.{ADAPTER}.weight"].detach().float() for side in "AB")
             change = (high @ low) * layer.scaling[ADAPTER]
-            change = change.T if layer.fan_in_fan_out else change
-            merged[key] = (merged[key].float() + change).to(merged[key].dtype)
+            total = weight.float() + (change.T if layer.fan_in_fan_out else change)
+            merged[f"{name}.weight"] = total.to(weight.dtype)
     return merged
 
 
