@@ -181,15 +181,14 @@ def sleuth(command: str, options: dict[str, Any], log: Path) -> None:
 def table(runs: Sequence[Run]) -> str:
     """The results as Markdown, the starting policy first."""
     start = runs[0].out / "start" / "test"
-    head = ("preset", "seed", "steps to .5", "minutes to .5", "minutes in all", "EM two-hop", "EM all")
-    rows = [[*head, "difference, all", "searches", "valid format"], ["---", *["---:"] * 9]]
-    rows.append(["start", *[""] * 4, *final_cells(start, start)])
+    head = ("preset", "seed", "steps", "steps to .5", "minutes to .5", "minutes", "EM two-hop", "EM all")
+    rows = [[*head, "difference, all", "searches", "valid format"], ["---", *["---:"] * 10]]
+    rows.append(["start", *[""] * 5, *final_cells(start, start)])
     for run in runs:
         step = run.reached()
         to_goal = ("never", "") if step is None else (str(step), f"{run.minutes(step):.1f}")
-        rows.append(
-            [run.preset, str(run.seed), *to_goal, f"{run.minutes():.1f}", *final_cells(run.test, start)]
-        )
+        trained = [f"{run.minutes():.1f}", *final_cells(run.test, start)]
+        rows.append([run.preset, str(run.seed), str(max(run.curve())), *to_goal, *trained])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
