@@ -148,6 +148,8 @@ class Updater:
         scale = self.workers.count if self.sharded else 1
         for each in self._micro_batches(batch, rows):
             loss = loss_of(each) if each.rows else idle(each).sum() * 0
+            if not loss.isfinite():  # its gradient may be: as it is now, no process takes this update
+                loss = loss * torch.nan
             (loss * scale).backward()
             total += float(loss.detach())
         return total
