@@ -27,9 +27,8 @@ from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question
 from data.run_dir import describe_difference
+from data.significance import RESAMPLES, SEED, bootstrap
 
-RESAMPLES = 10_000
-SEED = 0
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
 Record = Mapping[str, Any]
@@ -125,36 +124,6 @@ def paired_difference(before: Iterable[Record], after: Iterable[Record]) -> dict
         kind: _difference([pair for pair in pairs if _kind(pair[0]) == kind]) for kind in _kinds(old.values())
     }
     return _difference(pairs) | {"by_kind": by_kind}
-
-
-def bootstrap(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
-    """95 % percentile intervals of the means of `values` under resampling of whole clusters.
-
-    values (N, M), clusters (N,) -> (2, M): lower and upper ends. A mean is that of all questions
-    of the clusters drawn, so a large cluster weighs as much as it has questions.
-    """
-    names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    size = len(names)  # C clusters
-    columns = np.column_stack([values, np.ones(len(values))])
-    sums = np.zeros((size, columns.shape[1]))  # (C, M + 1), the last column counts questions
-    np.add.at(sums, index, columns)
-    generator = np.random.default_rng(SEED)
-    rows = max(1, 2_000_000 // size)  # bounds the memory of a block of resamples
-    means = []
-    for start in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - start)
-        drawn = generator.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
-        totals = weights @ sums
-        means.append(totals[:, :-1] / totals[:, -1:])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-
-
-def format_estimate(estimate: Mapping[str, Any]) -> str:
-    """An estimate for people.   {"mean": .617, "low": .53, "high": .687} -> "0.617 [0.530, 0.687]" """
-    if estimate["low"] is None:
-        return f"{estimate['mean']:.3f}"
-    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def _judge(record: Record) -> list[float]:

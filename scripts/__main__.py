@@ -39,6 +39,7 @@ COMMANDS = {
     "warm-start": Command("scripts.warm_start", "fine-tune a policy on demonstrations"),
     "train": Command("scripts.train", "train a policy by reinforcement learning"),
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
+    "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),
 }
 QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")
@@ -90,7 +91,7 @@ def dispatch(argv: list[str]) -> int:
 
 def usage() -> str:
     """What `sleuth --help` prints."""
-    rows = "\n".join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<20}{command.help}" for name, command in COMMANDS.items())
     return (
         "usage: sleuth COMMAND [--config FILE.yaml] [--key value ...]\n\n"
         "Train language models to search.\n\n"

@@ -46,6 +46,11 @@ def stopwords(text: str) -> list[str]:
     return [word for word in plain(text) if word not in ENGLISH_STOP_WORDS]
 
 
+def english(text: str) -> list[str]:
+    """As `stopwords`, each word stemmed by Snowball.   "The rivers' ends" -> ["river", "end"]"""
+    return list(map(_stemmer("english"), stopwords(text)))
+
+
 def anserini(text: str) -> list[str]:
     """The terms of Anserini's DefaultEnglishAnalyzer.   "The dog's running." -> ["dog", "run"]"""
     return [term for term in map(_english_term, segment(text)) if term]
@@ -71,6 +76,7 @@ def multilingual(text: str, language: str = "none") -> list[str]:
 ANALYZERS: dict[str, Analyzer] = {
     "plain": plain,
     "stopwords": stopwords,
+    "english": english,
     "anserini": anserini,
     "multilingual": multilingual,
 }

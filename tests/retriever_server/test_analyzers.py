@@ -32,6 +32,7 @@ def test_plain_words_are_folded_to_normal_form(text, tokens):
 
 def test_stop_words_are_left_out():
     assert stopwords("The end of THE river") == ["end", "river"]
+    assert analyzers.english("The rivers' ends") == ["river", "end"]
     assert len(analyzers.ENGLISH_STOP_WORDS) == 33
 
 
@@ -194,7 +195,11 @@ def test_stemmers_are_safe_in_threads():
 @pytest.mark.parametrize(
     ("name", "language", "message"),
     [
-        ("porter", "none", "analyzer = porter: must be one of plain, stopwords, anserini, multilingual"),
+        (
+            "porter",
+            "none",
+            "analyzer = porter: must be one of plain, stopwords, english, anserini, multilingual",
+        ),
         ("multilingual", "klingon", "language = klingon: must be none or one of arabic"),
         ("plain", "german", "language = german: only the analyzer multilingual"),
     ],

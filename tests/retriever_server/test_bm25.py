@@ -192,7 +192,7 @@ def test_an_index_of_the_first_layout_is_refused(tmp_path):
         ({"b": 1.5}, r"b = 1.5: must be in \[0, 1\]"),
         (
             {"analyzer": "porter"},
-            "analyzer = porter: must be one of plain, stopwords, anserini, multilingual",
+            "analyzer = porter: must be one of plain, stopwords, english, anserini, multilingual",
         ),
         ({"title_boost": -1}, "title_boost = -1: must be >= 0"),
     ],

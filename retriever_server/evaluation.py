@@ -1,0 +1,146 @@
+"""How good a retriever is: rank metrics against qrels, gold answers in the passages, two side by side."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+
+from data.errors import ConfigError, DataError
+from data.jsonl import atomic_write
+from data.qrels import Qrels
+from data.records import Hit, Question
+from data.significance import bootstrap, randomisation_p
+from retriever_server.retriever import Retriever
+
+METRICS = "nDCG@10,R@10,R@100,RR@10,AP,P@10"
+ANSWER_CUTOFFS = (1, 5, 20, 100)
+_OTHER_NAMES = {"mrr": "RR", "map": "AP", "recall": "R"}
+_QUERIES_AT_ONCE = 64
+
+Rankings = dict[str, list[Hit]]
+"""Query id -> its hits, best first."""
+Values = dict[str, dict[str, float]]
+"""Metric -> query id -> value."""
+
+
+def rank_all(
+    retriever: Retriever,
+    queries: Sequence[Question],
+    top_k: int,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Rankings:
+    """The best `top_k` hits of every query, asked in batches; `progress` wraps the batches."""
+    batches = [queries[i : i + _QUERIES_AT_ONCE] for i in range(0, len(queries), _QUERIES_AT_ONCE)]
+    rankings: Rankings = {}
+    for batch in progress(batches):
+        found = retriever.search([query.text for query in batch], top_k)
+        rankings |= {query.id: hits for query, hits in zip(batch, found, strict=True)}
+    return rankings
+
+
+def parse_metrics(names: str, top_k: int) -> list[Any]:
+    """The ir-measures of names with commas between them; recall@k, MRR@k and MAP are understood too.
+
+    Raises ConfigError for a name that is none, and for a cutoff that lies beyond `top_k`.
+    """
+    import ir_measures
+
+    measures = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        known = re.sub(r"^\w+", lambda word: _OTHER_NAMES.get(word[0].lower(), word[0]), name)
+        try:
+            measure = ir_measures.parse_measure(known)
+        except (NameError, ValueError, SyntaxError, TypeError, KeyError):
+            allowed = "nDCG@k, recall@k, MRR@k, MAP, P@k or another name of ir-measures"
+            raise ConfigError(f"metric {name!r}: must be {allowed}") from None
+        if measure.params.get("cutoff", 1) > top_k:
+            raise ConfigError(f"metric {name!r}: looks at more than top_k = {top_k} hits")
+        measures.append(measure)
+    return measures
+
+
+def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
+    """What each measure gives for each query that has qrels; one without hits gets 0.
+
+    Hits count in their order, whatever their scores. Raises DataError where no query has qrels.
+    """
+    import ir_measures
+
+    judged = {id_: qrels[id_] for id_ in rankings if id_ in qrels}
+    if not judged:
+        example = f"{next(iter(rankings), '')!r} and {next(iter(qrels), '')!r}"
+        raise DataError(f"none of the {len(rankings)} queries has qrels: their ids are such as {example}")
+    run = {
+        id_: {hit.passage.id: -float(rank) for rank, hit in reversed(list(enumerate(rankings[id_])))}
+        for id_ in judged
+    }
+    values: Values = {str(measure): dict.fromkeys(judged, 0.0) for measure in measures}
+    for found in ir_measures.iter_calc(measures, judged, run):
+        values[str(found.measure)][found.query_id] = found.value
+    return values
+
+
+def judge_answers(rankings: Rankings, queries: Sequence[Question], top_k: int) -> Values:
+    """DPR's accuracy, answer@k: 1 where one of the best k passages holds a gold answer.
+
+    Karpukhin et al. 2020; only queries with gold answers count. Raises DataError where none has.
+    """
+    answerable = [query for query in queries if query.gold_answers]
+    if not answerable:
+        raise DataError(f"none of the {len(queries)} queries has gold answers")
+    first = {query.id: _first_with_answer(rankings[query.id], query.gold_answers) for query in answerable}
+    cutoffs = [k for k in ANSWER_CUTOFFS if k <= top_k]
+    return {f"answer@{k}": {id_: float(rank < k) for id_, rank in first.items()} for k in cutoffs}
+
+
+def has_answer(text: str, gold_answers: Iterable[str]) -> bool:
+    """Whether the words of a gold answer stand side by side in the text, as DPR looks for them."""
+    words = f" {' '.join(_words(text))} "
+    return any(bool(gold := _words(answer)) and f" {' '.join(gold)} " in words for answer in gold_answers)
+
+
+def means(values: Values) -> dict[str, float]:
+    """The mean of each metric over its queries."""
+    return {metric: float(np.mean(list(of.values()))) for metric, of in values.items()}
+
+
+def compare(ours: Values, other: Values) -> dict[str, dict[str, float]]:
+    """Ours minus the other's for each metric: mean, 95 % interval (bootstrap), p (paired randomisation)."""
+    compared = {}
+    for metric in ours:
+        ids = list(ours[metric])
+        differences = np.array([[ours[metric][id_] - other[metric][id_]] for id_ in ids])
+        low, high = bootstrap(differences, ids)[:, 0].tolist()
+        p = float(randomisation_p(differences)[0])
+        compared[metric] = {"difference": float(differences.mean()), "low": low, "high": high, "p": p}
+    return compared
+
+
+def write_run(path: str | Path, rankings: Mapping[str, Sequence[Hit]], name: str) -> None:
+    """Write the rankings as a TREC run: query Q0 passage rank score name."""
+    lines = (
+        f"{id_} Q0 {hit.passage.id} {rank} {hit.score!r} {name}\n"
+        for id_, hits in rankings.items()
+        for rank, hit in enumerate(hits, start=1)
+    )
+    atomic_write(path, "".join(lines))
+
+
+def _first_with_answer(hits: Sequence[Hit], gold_answers: Sequence[str]) -> float:
+    """The rank, from 0, of the first passage that holds an answer; infinity without one."""
+    ranks = (rank for rank, hit in enumerate(hits) if has_answer(hit.passage.text, gold_answers))
+    return next(ranks, float("inf"))
+
+
+@lru_cache(1 << 14)
+def _words(text: str) -> list[str]:
+    """DPR's words: runs of letters, digits and marks, and every other sign but spaces; decomposed, lower."""
+    decomposed = unicodedata.normalize("NFD", text)
+    return [word.lower() for word in regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", decomposed)]

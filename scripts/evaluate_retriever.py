@@ -1,0 +1,121 @@
+"""`sleuth evaluate-retriever`: how good a retriever is on a test collection, alone or beside another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError
+from data.records import FORMAT_VERSION, Question
+
+
+def main(
+    retriever: str,
+    queries: str,
+    qrels: str | None = None,
+    metrics: str = "nDCG@10,R@10,R@100,RR@10,AP,P@10",
+    answers: bool = False,
+    compare: str | None = None,
+    top_k: int = 100,
+    out: str | None = None,
+) -> None:
+    """Score a retriever against relevance judgements, gold answers, or both.
+
+    Args:
+        retriever: Folder of an index, URL of a server, YAML file, none, or random:INDEX.
+        queries: JSON lines of {"id", "question", "golden_answers"}, or a table of id and text.
+        qrels: Table of query-id, corpus-id and score, or TREC's qrels.
+        metrics: Names of ir-measures with commas between them; recall@k, MRR@k and MAP too.
+        answers: Count queries that have a gold answer in one of the best k passages (answer@k).
+        compare: A second retriever; the differences are tested for significance.
+        top_k: How many passages a query is asked for.
+        out: Folder for scores.json, queries.jsonl and the runs in TREC's format.
+    """
+    if qrels is None and not answers:
+        raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
+    if top_k < 1:
+        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+    from data.qrels import load_qrels, load_queries
+    from retriever_server.evaluation import compare as compare_values
+    from retriever_server.evaluation import judge, judge_answers, means, parse_metrics
+
+    measures = parse_metrics(metrics, top_k)
+    asked, judgements = load_queries(queries), load_qrels(qrels) if qrels else None
+    runs = []
+    for spec in filter(None, (retriever, compare)):
+        rankings = _rank(spec, asked, top_k)
+        values = judge(rankings, judgements, measures) if judgements else {}
+        runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
+    differences = compare_values(runs[0][1], runs[1][1]) if compare else {}
+    scores = {
+        metric: {"queries": len(of), "mean": means({metric: of})[metric], **differences.get(metric, {})}
+        for metric, of in runs[0][1].items()
+    }
+    settings = {
+        "retriever": retriever,
+        "compare": compare,
+        "queries": queries,
+        "qrels": qrels,
+        "top_k": top_k,
+    }
+    if out:
+        _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
+    _show(scores, retriever if not compare else f"{retriever} against {compare}")
+
+
+def _rank(spec: str, queries: Sequence[Question], top_k: int) -> Any:
+    from retriever_server.evaluation import rank_all
+    from retriever_server.opening import open_retriever
+
+    opened = open_retriever(spec)
+    try:
+        return rank_all(opened, queries, top_k, _with_bar)
+    finally:
+        opened.close()
+
+
+def _with_bar(batches: Iterable[Any]) -> Iterable[Any]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(batches, "searching", console=console, disable=not console.is_terminal)
+
+
+def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs: list[Any]) -> None:
+    from data.jsonl import write_json, write_jsonl
+    from retriever_server.evaluation import write_run
+
+    names = ("scores", "compared")
+    rows = [
+        {"id": query.id, "question": query.text}
+        | {
+            name: {metric: of[query.id] for metric, of in values.items() if query.id in of}
+            for name, (_, values) in zip(names, runs, strict=False)
+        }
+        for query in queries
+    ]
+    write_jsonl(out / "queries.jsonl", rows)
+    for name, (rankings, _) in zip(("run.trec", "compared.trec"), runs, strict=False):
+        hits = next(filter(None, rankings.values()), None)
+        write_run(out / name, rankings, hits[0].generation if hits else "none")
+    write_json(out / "scores.json", summary)
+
+
+def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    compared = any("p" in row for row in scores.values())
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("metric", "queries", "mean", *(("difference [95 %]", "p") if compared else ())):
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    for metric, row in scores.items():
+        cells = [metric, str(row["queries"]), f"{row['mean']:.4f}"]
+        if compared:
+            cells += [f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p']:.4f}"]
+        table.add_row(*cells)
+    Console().print(table)

@@ -1,0 +1,185 @@
+"""Evaluating a retriever: metrics, DPR's answers, significance, the files it reads, the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import read_jsonl, write_jsonl
+from data.qrels import load_qrels, load_queries
+from data.records import Hit, Passage, Question
+from data.significance import randomisation_p
+from retriever_server.evaluation import (
+    compare,
+    has_answer,
+    judge,
+    judge_answers,
+    means,
+    parse_metrics,
+    rank_all,
+)
+from retriever_server.indexes.bm25 import BM25Index
+from scripts.__main__ import main
+
+IR = Path(__file__).parents[2].parent / "shared/data/ir"
+
+
+def hits(*ids: str, texts: tuple[str, ...] = ()) -> list[Hit]:
+    texts = texts or ("text",) * len(ids)
+    return [Hit(Passage(id_, text), 1.0, "g") for id_, text in zip(ids, texts, strict=True)]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_hits_are_judged_in_their_order_and_a_query_without_hits_gets_0():
+    rankings = {"1": hits("x", "b", "a"), "2": [], "unjudged": hits("a")}
+    qrels = {"1": {"a": 2, "b": 1, "c": 0}, "2": {"a": 1}, "other": {"a": 1}}
+    values = judge(rankings, qrels, parse_metrics("MRR@10, map, recall@2, P@3, nDCG@3", 100))
+    assert values["RR@10"] == {"1": 0.5, "2": 0.0}
+    assert values["AP"]["1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert (values["R@2"]["1"], values["P@3"]["1"]) == (0.5, pytest.approx(2 / 3))
+    gain, ideal = 1 / np.log2(3) + 2 / np.log2(4), 2 + 1 / np.log2(3)
+    assert means(values)["nDCG@3"] == pytest.approx(gain / ideal / 2)
+
+
+@pytest.mark.parametrize("name", ["accuracy@3", "R@x", "nDCG@101"])
+def test_wrong_metrics_are_refused(name):
+    with pytest.raises(
+        ConfigError, match=f"metric '{name}': (must be nDCG@k, recall|looks at more than top_k = 100)"
+    ):
+        parse_metrics(f"P@3,{name}", 100)
+
+
+def test_ids_that_do_not_meet_are_said():
+    with pytest.raises(
+        DataError, match="none of the 1 queries has qrels: their ids are such as '1' and 'q1'"
+    ):
+        judge({"1": []}, {"q1": {"a": 1}}, parse_metrics("P@3", 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "found"),
+    [
+        ("It was Élan Vital's end.", ["elan", "ÉLAN vital"], True),
+        ("A party of 1,000", ["art"], False),
+        ("A party of 1,000", ["1,000"], True),
+        ("red fox", ["fox red"], False),
+        ("anything", ["", "  "], False),
+    ],
+)
+def test_an_answer_is_found_as_whole_words_in_any_case(text, golds, found):
+    assert has_answer(text, golds) is found
+
+
+def test_answers_count_from_the_rank_of_the_first_passage_that_holds_one():
+    queries = [Question("1", "?", ("fox",)), Question("2", "?", ("sea",)), Question("3", "?", ())]
+    rankings = {"1": hits("a", "b", texts=("sea", "a fox")), "2": hits("a", texts=("fox",)), "3": []}
+    values = judge_answers(rankings, queries, 5)
+    assert values == {"answer@1": {"1": 0.0, "2": 0.0}, "answer@5": {"1": 1.0, "2": 0.0}}
+    with pytest.raises(DataError, match="none of the 1 queries has gold answers"):
+        judge_answers(rankings, queries[2:], 5)
+
+
+def test_the_randomisation_equals_all_sign_flips():
+    differences = np.array([[0.3], [0.1], [0.2], [-0.05], [0.4], [0.0], [0.25]])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 7)).reshape(7, -1)
+    exact = (np.abs(differences[:, 0] @ signs) >= abs(differences.sum()) - 1e-12).mean()
+    assert randomisation_p(differences)[0] == pytest.approx(exact, abs=0.01)
+
+
+def test_two_retrievers_are_compared_query_by_query():
+    ids = [str(i) for i in range(40)]
+    ours, other = {"P@1": {i: 1.0 for i in ids}}, {"P@1": {i: float(int(i) % 2) for i in ids}}
+    found = compare(ours, other)["P@1"]
+    assert (
+        found["difference"] == 0.5 and 0.3 < found["low"] < 0.5 < found["high"] < 0.7 and found["p"] < 0.001
+    )
+    assert compare(ours, ours)["P@1"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text", ["query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n", "1 0 a 2\n\n1 0 b 0\n", "1 a 2\n1 b 0\n"]
+)
+def test_qrels_are_read_in_both_forms(tmp_path, text):
+    assert load_qrels(write(tmp_path / "qrels", text)) == {"1": {"a": 2, "b": 0}}
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "text", "message"),
+    [
+        (load_qrels, "q.tsv", "1 a 2\n1 b\n", "q.tsv:2: 2 fields, expected 3"),
+        (load_qrels, "q.tsv", "1 a 2\n1 b x\n", "q.tsv:2: relevance 'x': must be a whole number"),
+        (load_qrels, "q.tsv", "query-id corpus-id score\n", "q.tsv: no judgements"),
+        (load_queries, "q.tsv", "1\tfox\n2\n", "q.tsv:2: no text"),
+        (load_queries, "q.jsonl", '{"question": "fox"}\n', "q.jsonl:1: no id"),
+        (load_queries, "q.tsv", "1\tfox\n1\tsea\n", "q.tsv:2: id '1' stands there twice"),
+        (load_queries, "q.jsonl", '{"id": 1, "text": 3}\n', "q.jsonl:1: the query must be a string"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, load, name, text, message):
+    with pytest.raises(DataError, match=message):
+        load(write(tmp_path / name, text))
+
+
+def test_queries_are_read_as_json_lines_and_as_a_table(tmp_path):
+    beir = load_queries(write(tmp_path / "a.jsonl", '{"_id": 1, "text": "fox", "answers": "x"}\n'))
+    table = load_queries(write(tmp_path / "a.tsv", "1\tfox\n"))
+    assert beir == [Question("1", "fox", ("x",))]
+    assert table == [Question("1", "fox", ())]
+
+
+def test_the_command_scores_compares_and_writes_all(tmp_path, capsys):
+    write_jsonl(
+        tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in (("a", "red fox"), ("b", "blue sea"))]
+    )
+    BM25Index.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "index")
+    write_jsonl(
+        tmp_path / "q.jsonl",
+        [{"id": "1", "question": "fox?", "golden_answers": ["red"]}, {"id": "2", "question": "sea"}],
+    )
+    write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\t1\n")
+    arguments = {
+        **{"retriever": tmp_path / "index", "queries": tmp_path / "q.jsonl", "qrels": tmp_path / "qrels.tsv"},
+        **{"answers": "true", "compare": "none", "metrics": "RR@10", "out": tmp_path / "out"},
+    }
+    assert main(["evaluate-retriever", *(f"--{name}={value}" for name, value in arguments.items())]) == 0
+    assert "+1.0000" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "out/scores.json").read_text())["scores"]
+    assert (scores["RR@10"]["mean"], scores["RR@10"]["difference"], scores["answer@1"]["queries"]) == (
+        1.0,
+        1.0,
+        1,
+    )
+    rows = list(read_jsonl(tmp_path / "out/queries.jsonl"))
+    assert rows[1] == {"id": "2", "question": "sea", "scores": {"RR@10": 1.0}, "compared": {"RR@10": 0.0}}
+    line = (tmp_path / "out/run.trec").read_text().splitlines()[0].split()
+    assert (line[:4], line[5].split("-")[0]) == (["1", "Q0", "a", "1"], "bm25")
+    assert (
+        main(["evaluate-retriever", f"--retriever={tmp_path / 'index'}", f"--queries={tmp_path / 'q.jsonl'}"])
+        == 2
+    )
+    assert "nothing to judge by: give --qrels FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("collection", "analyzer", "ndcg"),
+    [("cranfield", "plain", 0.366), ("vaswani", "english", 0.441), ("vaswani", "anserini", 0.436)],
+)
+def test_bm25_reaches_its_scores_on_the_classic_collections(tmp_path, collection, analyzer, ndcg):
+    folder = IR / collection
+    if not folder.exists():
+        pytest.skip("shared/data is not here")
+    with_text = [
+        row for row in read_jsonl(folder / "corpus.jsonl") if row["id"] not in ("cran_471", "cran_995")
+    ]
+    write_jsonl(tmp_path / "corpus.jsonl", with_text)
+    index = BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index", analyzer=analyzer)
+    rankings = rank_all(index, load_queries(folder / "queries.jsonl"), 10)
+    values = judge(rankings, load_qrels(folder / "qrels.tsv"), parse_metrics("nDCG@10", 10))
+    assert round(means(values)["nDCG@10"], 3) >= ndcg
