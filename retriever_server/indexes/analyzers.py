@@ -2,6 +2,7 @@
 
 plain         lower-cased words in normal form KC
 stopwords     as plain, without Lucene's 33 English stop words
+english       as stopwords, stemmed by Snowball's English stemmer
 anserini      Lucene's English analysis, as Anserini's default: words by UAX #29, no possessive 's,
               lower case, the 33 stop words taken out, Porter's stemmer
 multilingual  words by UAX #29, case folded in normal form KC, stemmed by the Snowball stemmer of a
