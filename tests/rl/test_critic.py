@@ -14,8 +14,8 @@ from data.errors import DataError
 from rl.batch import micro_batches
 from rl.config import LoraConfig
 from rl.critic import Critic
-from rl.losses import explained_variance, value_loss
 from rl.lora import add_lora
+from rl.losses import explained_variance, value_loss
 from tests.fakes import question, tiny_model
 
 VOCABULARY = 64

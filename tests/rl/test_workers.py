@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from data.run_dir import read_metrics
 from tests.rl.one_update import CASES
 
-
 REPO = Path(__file__).parents[2]
 
 
