@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,7 +60,7 @@ class Learner:
         self.policy, self.config, self.protocol, self.workers = policy, config, protocol, workers
         self.model: PreTrainedModel = policy.model
         if config.packing:
-            check_packing(self.model.base_model)
+            check_packing(cast(PreTrainedModel, self.model.base_model))
         add_lora(self.model, config.lora, config.seed)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()

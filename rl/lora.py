@@ -44,7 +44,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
     targets = known if asked == ["all-linear"] else asked
     allowed = f"all-linear, or some of {','.join(known)}"
     require(set(targets) <= set(known), "lora.target_modules", config.target_modules, allowed)
-    adapters = peft.LoraConfig(
+    adapters = peft.LoraConfig(  # type: ignore[arg-type]
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
     )
     with torch.random.fork_rng(devices=[]):

@@ -120,7 +120,7 @@ def show_scores(scores: dict[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from agent.evaluate import format_estimate
+    from data.significance import format_estimate
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("questions")

@@ -209,7 +209,8 @@ def show_results(run: Path, seconds: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from agent.evaluate import format_estimate, paired_difference, read_records
+    from agent.evaluate import paired_difference, read_records
+    from data.significance import format_estimate
 
     folders = [run / "evaluations" / name for name in ("before", "after")]
     before, after = (read_json(folder / "scores.json") for folder in folders)

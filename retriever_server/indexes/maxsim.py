@@ -34,7 +34,7 @@ class FixedEncoding:
         rng = np.random.default_rng(seed)
         self.bits = bits
         self.planes = rng.standard_normal((repetitions, dimension, bits)).astype(np.float32)
-        signs = rng.choice(np.float32([-1, 1]), (repetitions, dimension, projection))
+        signs = rng.choice(np.array([-1, 1], np.float32), (repetitions, dimension, projection))
         self.signs = signs / np.float32(np.sqrt(projection))
         codes = np.arange(2**bits)
         self._distances = np.array([[bin(a ^ b).count("1") for b in codes] for a in codes])

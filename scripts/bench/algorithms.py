@@ -27,11 +27,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from agent.evaluate import format_estimate, paired_difference, read_records
+from agent.evaluate import paired_difference, read_records
 from data.checkpoint import latest_checkpoint
 from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json, read_jsonl, write_jsonl
 from data.run_dir import read_metrics
+from data.significance import format_estimate
 from rl.algorithm import PRESETS
 from scripts.quickstart import RECIPE, build_world
 
