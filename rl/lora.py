@@ -45,7 +45,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
     allowed = f"all-linear, or some of {','.join(known)}"
     require(set(targets) <= set(known), "lora.target_modules", config.target_modules, allowed)
     adapters = peft.LoraConfig(  # type: ignore[arg-type]
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float will do
+        lora_dropout=config.dropout,
+        target_modules=targets,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
