@@ -44,7 +44,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
     targets = known if asked == ["all-linear"] else asked
     allowed = f"all-linear, or some of {','.join(known)}"
     require(set(targets) <= set(known), "lora.target_modules", config.target_modules, allowed)
-    adapters = peft.LoraConfig(  # type: ignore[arg-type]
+    adapters = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float will do
         lora_dropout=config.dropout,
