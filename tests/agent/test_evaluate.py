@@ -6,19 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from agent.evaluate import (
-    RESAMPLES,
-    bootstrap,
-    evaluate,
-    evaluation_record,
-    format_estimate,
-    paired_difference,
-    read_records,
-    score,
-)
+from agent.evaluate import evaluate, evaluation_record, paired_difference, read_records, score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, DataError, RetrieverError, RunStopped
 from data.records import Hit, Passage, Question
+from data.significance import RESAMPLES, bootstrap, format_estimate
 
 SETTINGS = {"policy": "p", "protocol": "compact", "retriever": "g1", "sampling": {"temperature": 0.0}}
 
