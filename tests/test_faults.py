@@ -38,9 +38,9 @@ def trained(monkeypatch):
     """Every trajectory that reaches the updater."""
     seen, update = [], Updater.update
 
-    def spy(self, trajectories, advantages):
-        seen.extend(trajectories)
-        return update(self, trajectories, advantages)
+    def spy(self, groups, *rest):
+        seen.extend(trajectory for group in groups for trajectory in group.trajectories)
+        return update(self, groups, *rest)
 
     monkeypatch.setattr(Updater, "update", spy)
     return seen
@@ -140,7 +140,7 @@ def test_a_retriever_that_stays_away_stops_the_run_with_its_state_saved(toy, tmp
         _, error_output = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     line = complaint(error_output)
-    assert "searches failed in" in line and "start the same command again to go on" in line
+    assert "searches or rewards failed in" in line and "start the same command again to go on" in line
     assert "asking again for up to 0.5 s" in error_output
     assert read_run(out)["status"] == "stopped"
     done = steps_of(out)
