@@ -106,7 +106,10 @@ def _open_yaml(path: Path) -> Retriever:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}, line {line}: not YAML: {error.problem}") from None
-    return _as_retriever(build(node, f"{path}: "), path)
+    try:
+        return _as_retriever(build(node, f"{path}: "), path)
+    except RecursionError:
+        raise ConfigError(f"{path}: names itself, or a file that names it") from None
 
 
 def _build_value(value: Any, hint: Any, place: str) -> Any:

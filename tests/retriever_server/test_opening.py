@@ -160,3 +160,10 @@ def test_the_examples_say_what_their_classes_take(path, index, monkeypatch):
 def test_an_index_can_be_opened_with_options_of_its_kind(tmp_path, index):
     opened = open_yaml(tmp_path, f"class_path: open_index\ninit_args: {{path: {index}}}")
     assert isinstance(opened, BM25Index)
+
+
+def test_a_file_that_names_itself_is_refused(tmp_path):
+    file = tmp_path / "loop.yaml"
+    file.write_text(f"class_path: Cached\ninit_args:\n  retriever: {file}\n")
+    with pytest.raises(ConfigError, match=r"loop\.yaml: names itself"):
+        open_retriever(str(file))
