@@ -19,6 +19,9 @@ from retriever_server.batching import Batching
 
 _log = logging.getLogger(__name__)
 
+KEEP_ALIVE_SECONDS = 300
+"""A trainer asks again after its update: a connection closed meanwhile would break under its request."""
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -196,7 +199,12 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run_until_stopped(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once it has stopped; being asked to stop is no failure.
         for stop in (signal.SIGTERM, signal.SIGINT):
@@ -226,6 +234,7 @@ def _run_workers(config: ServeConfig, listener: socket.socket) -> None:
         factory=True,
         log_level="warning",
         timeout_graceful_shutdown=30,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_worker_healthcheck=60,
         workers=config.workers,
     )
