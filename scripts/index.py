@@ -13,7 +13,7 @@ _KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _ONLY_BM25 = {"k1": 0.9, "b": 0.4, "analyzer": "plain", "language": "none", "title_boost": 1}
 _ONLY_ENCODED = {
     "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
-    "dtype": "float16", "factory": None, "shard": "1/1", "device": "auto",
+    "dtype": "float16", "factory": None, "shard": "1/1", "ray": None, "device": "auto",
 }  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def main(
     passage_template: str = "{title}\n{text}",
     max_tokens: int | None = None,
     shard: str = "1/1",
+    ray: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     verify: str | None = None,
@@ -61,6 +62,8 @@ def main(
         max_tokens: Longer texts are cut; the model's own limit if not given.
         shard: i/n: only encode every n-th shard from the i-th on, beside other machines with the same
             --out; a run without it then builds the index.
+        ray: Encode the shards on a Ray cluster whose machines share the folders: HOST:PORT of its head,
+            auto, or local for one on this machine.
         device: cpu, cuda or auto.
         overwrite: Replace a different index at `out`.
         verify: The folder of an index: read every byte of it and of its corpus, and build nothing.
@@ -99,6 +102,8 @@ def _build_bm25(given: dict[str, Any]) -> None:
 def _build_encoded(given: dict[str, Any]) -> None:
     _refuse(given, _ONLY_BM25, "--kind bm25")
     part = _parse_shard(given["shard"])
+    if given["ray"] and part != (1, 1):
+        raise ConfigError(f"--shard {given['shard']}: has no meaning with --ray, which gives out all shards")
     if given["kind"] == "bm25":
         raise ConfigError("--kind bm25: takes no --encoder")
     if given["factory"] and given["kind"] != "ann":
@@ -122,11 +127,24 @@ def _build_encoded(given: dict[str, Any]) -> None:
         then = f"{left} of other parts are missing" if left else "run it without --shard to build the index"
         print(f"part {given['shard']} is encoded ({len(shards)} shards); {then}")
         return
+    if given["ray"]:
+        _encode_on_ray(of, passages, encoder, settings, given, bar)
     index = of.build(passages, given["out"], encoder, given["dtype"], given["overwrite"], bar, **settings)
     _say(index, given["out"], bar.shown)
-    if bar.shown:
+    if bar.shown and not given["ray"]:
         waste = encoder.padded_tokens / max(1, encoder.real_tokens)
         print(f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; spec {encoder.spec.hash}")
+
+
+def _encode_on_ray(of: Any, passages: Any, encoder: Any, settings: dict, given: dict, bar: _Bar) -> None:
+    from retriever_server.indexes.base import found_at, generation_name
+    from scripts.encode_on_ray import encode_on_ray
+
+    out = Path(given["out"])
+    shards, settings = of.plan(passages, out, encoder, given["dtype"], **settings)
+    name = generation_name(of.kind, settings, passages.content_hash)
+    if found_at(out, name, given["overwrite"]) is None:
+        encode_on_ray(shards, given["ray"], given["device"], bar)
 
 
 def _say(index: Any, out: str, built: bool) -> None:
