@@ -6,6 +6,9 @@ its corpus. A folder without a manifest is no index: an interrupted build leaves
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import glob
 import hashlib
 import importlib
 import inspect
@@ -14,7 +17,8 @@ import os
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +100,29 @@ def open_index(path: str | Path, **options: Any) -> Index:
     Raises ConfigError where there is no index, DataError where it or its corpus has changed.
     """
     path = Path(path)
+    while True:
+        found = _identity(path)
+        try:
+            index = _open(path, options)
+        except (SleuthError, OSError, ValueError):
+            if _identity(path) == found:
+                raise
+        else:
+            if _identity(path) == found:
+                return index
+            index.close()  # another one came meanwhile: some files may be of the new one
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Another value once another index has taken the place."""
+    try:
+        status = (path / MANIFEST).stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _open(path: Path, options: dict[str, Any]) -> Index:
     manifest = read_manifest(path)
     check_files(path, manifest.files, manifest.samples)
     kind = index_kind(manifest.kind)
@@ -169,23 +196,51 @@ def write_generation(
     generation = generation_name(kind, settings, corpus.content_hash)
     if (found := found_at(out, generation, overwrite)) is not None:
         return found
-    building: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.building-", dir=out.parent))
-        building.chmod(0o755)  # mkdtemp makes it private
-        write(building)
-        manifest = _describe(building, out, kind, settings, corpus, generation, spec, dtype)
-        write_json(building / MANIFEST, asdict(manifest))
-        _move_into_place(building, out)
+        with _folder_beside(out) as building:
+            write(building)
+            manifest = _describe(building, out, kind, settings, corpus, generation, spec, dtype)
+            write_json(building / MANIFEST, asdict(manifest))
+            _move_into_place(building, out)
     except SleuthError:
         raise
     except OSError as error:
         raise StorageError(f"{out}: the index could not be written ({error})") from error
-    finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
     return manifest
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """An empty folder to build in, locked until it goes at the end; those that killed builds left go too."""
+    prefix = f".{out.name}.building-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with _locked(out.parent):  # until it is locked itself, nobody may take it for a left one
+            for left in out.parent.glob(glob.escape(prefix) + "*"):
+                with suppress(OSError), _locked(left, fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+            held.enter_context(_locked(folder))
+        try:
+            folder.chmod(0o755)  # mkdtemp makes it private
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Locked for others until the block or the process ends. With LOCK_NB raises OSError if it is already."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+        except OSError:
+            if flags:  # else a file system without locks, where nothing is swept
+                raise
+        yield
+    finally:
+        os.close(file)
 
 
 def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> str:
@@ -258,10 +313,18 @@ def _describe(
 
 
 def _move_into_place(building: Path, out: Path) -> None:
-    if out.exists():
+    """At no moment is `out` missing; what was there (a server may have it mapped) is at `building` then."""
+    if not out.exists():
+        os.rename(building, out)
+    elif not _exchange(building, out):  # not Linux, or a file system that cannot: missing for a moment
         old = building.with_name(building.name + ".old")
-        os.rename(out, old)  # a server that has it mapped keeps reading it
+        os.rename(out, old)
         os.rename(building, out)
         shutil.rmtree(old)
-    else:
-        os.rename(building, out)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether the two folders have changed places, which Linux can do at once (renameat2)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and not rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
