@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from data.errors import ConfigError, DataError
 from data.records import Hit
@@ -120,13 +121,14 @@ def _add_search(app: FastAPI, service: Service) -> None:
         """The best passages of each query; a query that fails has an error instead of hits."""
         body = await read(request, schema.SearchBody, service.limits.max_body_bytes)
         found = await service.search(
-            body.queries, body.top_k, body.where, body.backend, request, body.deadline_seconds
+            body.queries, body.top_k, body.where, body.backend, request, body.deadline_seconds, body.stages
         )
         wrong = next((o for o in found.outcomes if isinstance(o, DataError | ConfigError)), None)
         if wrong is not None:
             raise QueryFailed(wrong)
         results = [_result(outcome) for outcome in found.outcomes]
-        return reply({"results": results, "backend": found.backend, "generation": found.generation})
+        named = {"backend": found.backend, "generation": found.generation}
+        return reply({"results": results, **named, **({"stages": found.stages} if body.stages else {})})
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:
@@ -243,6 +245,8 @@ _TROUBLES: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] 
         lambda error: _trouble(429, str(error), {"Retry-After": str(error.retry_after_seconds)})
     ),
     TimeoutError: _answer_with(lambda error: _trouble(504, str(error))),
-    ClientGone: _answer_with(lambda error: _trouble(499, "the client has gone")),
+    **dict.fromkeys(
+        (ClientGone, ClientDisconnect), _answer_with(lambda error: _trouble(499, "the client has gone"))
+    ),
     QueryFailed: _answer_with(_failed),
 }

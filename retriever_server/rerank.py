@@ -39,19 +39,30 @@ class Rerank(Retriever):
     @property
     def generation(self) -> str:
         """The retriever behind, the scorer, and how deep it looks."""
-        return self._name(self.retriever.generation)
+        return self.name_of(self.retriever.generation)
 
-    def _name(self, generation: str) -> str:
-        return f"rerank({generation}, {self.scorer.name}, {self.depth})"
+    @property
+    def reranker(self) -> Rerank:
+        """Itself: for who looks inside a retriever for one."""
+        return self
+
+    def name_of(self, generation: str, depth: int | None = None) -> str:
+        """What its hits are named after, where this generation found what it orders."""
+        return f"rerank({generation}, {self.scorer.name}, {depth or self.depth})"
 
     def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The `k` best of the first hits (`depth`, or k if that is more); ties in their first order."""
-        rankings = self.retriever.search(queries, max(k, self.depth), where)
+        return self.reorder(queries, self.retriever.search(queries, max(k, self.depth), where), k)
+
+    def reorder(
+        self, queries: list[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
+    ) -> list[list[Hit]]:
+        """The `k` best of these hits; `depth`: how many there were to be, where another found them."""
         pairs = [(query, hit.passage) for query, hits in zip(queries, rankings, strict=True) for hit in hits]
         with self._one_at_a_time:
             scores = iter(self.scorer.score(pairs) if pairs else [])
         scored = [
-            [Hit(hit.passage, next(scores), self._name(hit.generation)) for hit in ranking]
+            [Hit(hit.passage, next(scores), self.name_of(hit.generation, depth)) for hit in ranking]
             for ranking in rankings
         ]
         return [sorted(ranking, key=lambda hit: -hit.score)[:k] for ranking in scored]

@@ -23,6 +23,15 @@ class Body(BaseModel):
 Model = TypeVar("Model", bound=Body)
 
 
+class Stage(Body):
+    """One stage of a search: `retrieve` comes first, once; each `rerank` orders what the one before gave."""
+
+    model_config = ConfigDict(extra="forbid")
+    retrieve: str | None = Field(default=None, description="The backend that finds, by its name in /v1/info.")
+    rerank: str | None = Field(default=None, description="The backend whose reranker orders anew.")
+    k: int | None = Field(default=None, description="Hits that it gives; null: what the next looks at.")
+
+
 class SearchBody(Body):
     """What `POST /v1/search` asks."""
 
@@ -31,6 +40,10 @@ class SearchBody(Body):
             "examples": [
                 {"queries": ["longest river in France", "north sea"], "top_k": 3},
                 {"queries": ["river"], "top_k": 1, "where": {"year": {"gte": 1990}}, "deadline_seconds": 2},
+                {
+                    "queries": ["river"],
+                    "stages": [{"retrieve": "default", "k": 50}, {"rerank": "reranked", "k": 3}],
+                },
             ]
         }
     )
@@ -40,6 +53,9 @@ class SearchBody(Body):
         None, description='Filter on metadata: {"f": v}, {"f": {"in": [v]}}, {"f": {"gte": a, "lt": b}}.'
     )
     backend: str | None = Field(None, description="Which retriever, by its name in /v1/info.")
+    stages: list[Stage] | None = Field(
+        None, min_length=1, max_length=4, description="Instead of backend: who finds, and who orders it anew."
+    )
     deadline_seconds: float | None = Field(None, gt=0, description="Answer 504 if it takes longer.")
 
 
@@ -61,12 +77,22 @@ class QueryResult(BaseModel):
     error: str | None
 
 
+class StageReport(BaseModel):
+    """What a stage was: its backend, how many hits it gave at most, and the generation of these."""
+
+    retrieve: str | None = None
+    rerank: str | None = None
+    k: int
+    generation: str
+
+
 class SearchReply(BaseModel):
-    """One result a query, in their order."""
+    """One result a query, in their order; `stages` where some were asked for."""
 
     results: list[QueryResult]
     backend: str
     generation: str
+    stages: list[StageReport] | None = None
 
 
 class RetrieveBody(Body):
@@ -165,8 +191,16 @@ def parse(model: type[Model], body: Any) -> Model:
 
 def documented(model: type[Body]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads `model`."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})  # a reference would be looked for in the whole description
+    inlined = json.loads(json.dumps(schema), object_hook=lambda node: _inline(node, parts))
+    content = {"application/json": {"schema": inlined}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _inline(node: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """What a `{"$ref": "#/$defs/NAME"}` names."""
+    return parts[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
 
 async def read(request: Request, model: type[Model], max_bytes: int) -> Model:

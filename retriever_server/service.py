@@ -18,6 +18,8 @@ from retriever_server.filters import parse_filter
 from retriever_server.live import Live, Opened
 from retriever_server.metrics import Metrics
 from retriever_server.pages import Pages
+from retriever_server.schema import Stage
+from retriever_server.stages import Staged
 
 Outcome = list[Hit] | Exception
 DEADLINE_HEADER = "x-deadline-seconds"
@@ -57,6 +59,8 @@ class Found:
     outcomes: list[Outcome]
     backend: str
     generation: str
+    stages: Sequence[Mapping[str, Any]]
+    """What each stage was, as JSON."""
 
     def rankings(self) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
@@ -104,19 +108,25 @@ class Service:
         backend: str | None = None,
         request: Request | None = None,
         deadline_seconds: float | None = None,
+        stages: Sequence[Stage] | None = None,
     ) -> Found:
-        """The outcome of every query, all by one generation.
+        """The outcome of every query, all by one generation; `stages` stand instead of a `backend`.
 
         Raises DataError for a wrong request, Overloaded, TimeoutError, ClientGone.
         """
-        name, live = self._backend(backend)
+        if stages and backend is not None:
+            raise DataError("backend: with stages it is what `retrieve` names")
+        stages = stages or [Stage(retrieve=self._backend(backend)[0])]
         self._check(queries, top_k, where)
         k = top_k or self.limits.default_top_k
-        with live.current as opened:
-            key = (opened, k, json.dumps(where, sort_keys=True))
-            searching = self.batcher.run(key, lambda items: opened.search(items, k, where), queries)
+        staged = Staged(stages, lambda name: self._backend(name)[1].current, k, self.limits.max_top_k)
+        with staged:
+            key = (staged.key, json.dumps(where, sort_keys=True))
+            searching = self.batcher.run(key, lambda items: staged.search(items, where), queries)
             outcomes = await self.wait(searching, request, deadline_seconds)
-            found = Found(outcomes, name, opened.generation)
+            report = staged.report()
+        name, k = str(stages[0].retrieve), staged.k[-1]
+        found = Found(outcomes, name, report[-1]["generation"], report)
         if request is not None:
             request.scope.get("facts", {}).update(
                 queries=len(queries), top_k=k, backend=name, generation=found.generation
