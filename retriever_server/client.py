@@ -46,6 +46,11 @@ class Backend(Protocol):
     window_seconds: float
     """How long a batch stays open for queries to join it."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether it asks another machine, as `Retriever.waits`."""
+        ...
+
     async def ask(self, queries: list[str], k: int) -> Sequence[Outcome]:
         """The hits of each query, or the error that this query alone met."""
         ...
@@ -66,6 +71,11 @@ class SearchClient:
             raise ConfigError(f"max_batch = {max_batch}: must be >= 1")
         self._backend, self._max_batch = backend, max_batch
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a search asks another machine: what comes back, and when, is then not repeatable."""
+        return self._backend.waits
 
     async def search(self, query: str, k: int) -> list[Hit]:
         """The best `k` hits, best first; raises a RetrieverError if nobody could answer."""
@@ -163,9 +173,14 @@ class InProcess:
     def __init__(self, retriever: Retriever) -> None:
         self.retriever = retriever
 
+    @property
+    def waits(self) -> bool:
+        """What the retriever says."""
+        return self.retriever.waits
+
     async def ask(self, queries: list[str], k: int) -> Sequence[Outcome]:
         """The hits of each query."""
-        if self.retriever.waits:
+        if self.waits:
             return await asyncio.to_thread(self.retriever.search, queries, k)
         return self.retriever.search(queries, k)
 
@@ -175,6 +190,8 @@ class InProcess:
 
 class Http:
     """Asks a Search-R1 server; `deadline_seconds` bounds a request with all its retries."""
+
+    waits = True
 
     def __init__(
         self,

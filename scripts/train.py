@@ -116,8 +116,6 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
 
     combine(config.rewards, config.judge)
     check_questions(config.rewards, questions)
-    if config.deterministic and config.retriever.startswith("http"):
-        raise ConfigError(f"deterministic: needs an index folder as retriever, not {config.retriever}")
 
 
 def _open_run(config: TrainConfig) -> RunDir:
@@ -151,12 +149,18 @@ async def _train(
     from agent.policy import load_policy
     from rl.learner import Learner
     from rl.trainer import Trainer
-    from scripts.wiring import open_agent
+    from scripts.wiring import open_agent, open_client
 
+    rollout = config.rollout
+    if client is None:
+        client = open_client(config.retriever, rollout.retriever_deadline_seconds)
+        if config.deterministic and client.waits:
+            raise ConfigError(
+                f"deterministic: {config.retriever} waits for a server; needs an index in process"
+            )
     if config.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
-    rollout = config.rollout
     opened = open_agent(
         config.policy,
         config.retriever,

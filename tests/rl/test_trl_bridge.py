@@ -37,7 +37,7 @@ class Watched(GRPOTrainer):
 class Down:
     """A retriever that nobody answers for."""
 
-    window_seconds = 0.0
+    window_seconds, waits = 0.0, True
 
     async def ask(self, queries, k):
         """An error for each query."""

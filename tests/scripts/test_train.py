@@ -54,7 +54,8 @@ def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
         (["--questions", "{tmp}/empty.jsonl"], "empty.jsonl: no rows"),
         (["--dev_questions", "{tmp}/malformed.jsonl"], "malformed.jsonl:2: not valid JSON"),
         (["--retriever", "no/index"], "retriever 'no/index': must be an http(s) URL or the folder"),
-        (["--deterministic", "true", "--retriever", "http://127.0.0.1:1"], "deterministic: needs an index"),
+        (["--deterministic", "true", "--retriever", "http://127.0.0.1:1"], "http://127.0.0.1:1 waits for a"),
+        (["--deterministic", "true", "--retriever", "{tmp}/remote.yaml"], "remote.yaml waits for a server"),
         (["--policy", "no/such/one"], "policy = 'no/such/one': neither a policy folder"),
         (["--protocol.name", "morse"], "protocol = 'morse': must be one of search_r1, compact, hermes"),
         (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
@@ -67,6 +68,8 @@ def test_what_is_wrong_is_said_in_one_line_and_can_be_mended(
 ):
     (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
     (tmp_path / "empty.jsonl").write_text("")
+    inside = "{class_path: Cached, init_args: {retriever: 'http://127.0.0.1:1'}}"
+    (tmp_path / "remote.yaml").write_text(f"class_path: Fuse\ninit_args: {{parts: [none, {inside}]}}\n")
     with monkeypatch.context() as patch:
         patch.setattr(
             AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
