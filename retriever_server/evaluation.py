@@ -17,7 +17,7 @@ from data.jsonl import atomic_write
 from data.qrels import Qrels
 from data.records import Hit, Question
 from data.significance import bootstrap, randomisation_p
-from retriever_server.retriever import Retriever
+from retriever_server.retriever import Filter, Retriever
 
 METRICS = "nDCG@10,R@10,R@100,RR@10,AP,P@10"
 ANSWER_CUTOFFS = (1, 5, 20, 100)
@@ -35,12 +35,13 @@ def rank_all(
     queries: Sequence[Question],
     top_k: int,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    where: Filter | None = None,
 ) -> Rankings:
-    """The best `top_k` hits of every query, asked in batches; `progress` wraps the batches."""
+    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the batches."""
     batches = [queries[i : i + _QUERIES_AT_ONCE] for i in range(0, len(queries), _QUERIES_AT_ONCE)]
     rankings: Rankings = {}
     for batch in progress(batches):
-        found = retriever.search([query.text for query in batch], top_k)
+        found = retriever.search([query.text for query in batch], top_k, where)
         rankings |= {query.id: hits for query, hits in zip(batch, found, strict=True)}
     return rankings
 

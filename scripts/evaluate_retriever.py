@@ -18,6 +18,7 @@ def main(
     answers: bool = False,
     compare: str | None = None,
     top_k: int = 100,
+    where: dict[str, Any] | None = None,
     out: str | None = None,
 ) -> None:
     """Score a retriever against relevance judgements, gold answers, or both.
@@ -30,6 +31,7 @@ def main(
         answers: Count queries that have a gold answer in one of the best k passages (answer@k).
         compare: A second retriever; the differences are tested for significance.
         top_k: How many passages a query is asked for.
+        where: Only passages whose metadata agree, as JSON: {"year": {"gte": 1990}, "lang": "de"}.
         out: Folder for scores.json, queries.jsonl and the runs in TREC's format.
     """
     if qrels is None and not answers:
@@ -39,12 +41,14 @@ def main(
     from data.qrels import load_qrels, load_queries
     from retriever_server.evaluation import compare as compare_values
     from retriever_server.evaluation import judge, judge_answers, means, parse_metrics
+    from retriever_server.filters import parse_filter
 
+    parse_filter(where or {})
     measures = parse_metrics(metrics, top_k)
     asked, judgements = load_queries(queries), load_qrels(qrels) if qrels else None
     runs = []
     for spec in filter(None, (retriever, compare)):
-        rankings = _rank(spec, asked, top_k)
+        rankings = _rank(spec, asked, top_k, where)
         values = judge(rankings, judgements, measures) if judgements else {}
         runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
     differences = compare_values(runs[0][1], runs[1][1]) if compare else {}
@@ -58,19 +62,20 @@ def main(
         "queries": queries,
         "qrels": qrels,
         "top_k": top_k,
+        "where": where,
     }
     if out:
         _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
     _show(scores, retriever if not compare else f"{retriever} against {compare}")
 
 
-def _rank(spec: str, queries: Sequence[Question], top_k: int) -> Any:
+def _rank(spec: str, queries: Sequence[Question], top_k: int, where: dict[str, Any] | None) -> Any:
     from retriever_server.evaluation import rank_all
     from retriever_server.opening import open_retriever
 
     opened = open_retriever(spec)
     try:
-        return rank_all(opened, queries, top_k, _with_bar)
+        return rank_all(opened, queries, top_k, _with_bar, where)
     finally:
         opened.close()
 

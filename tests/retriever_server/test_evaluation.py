@@ -167,6 +167,22 @@ def test_the_command_scores_compares_and_writes_all(tmp_path, capsys):
     assert "nothing to judge by: give --qrels FILE" in capsys.readouterr().err
 
 
+def test_where_leaves_out_what_it_does_not_allow(tmp_path, capsys):
+    rows = [{"id": i, "text": "red fox", "metadata": {"year": y}} for i, y in (("a", 1990), ("b", 2001))]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    BM25Index.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "index")
+    queries, qrels = write(tmp_path / "q.tsv", "1\tfox\n"), write(tmp_path / "qrels.tsv", "1 b 1\n")
+    files = (f"--retriever={tmp_path / 'index'}", f"--queries={queries}", f"--qrels={qrels}")
+    asked = ["evaluate-retriever", *files]
+    for where, found in (('{"year": {"gte": 2000}}', 1.0), ('{"year": 1990}', 0.0)):
+        out = tmp_path / f"out{found}"
+        assert main([*asked, "--metrics=RR", f"--where={where}", f"--out={out}"]) == 0
+        written = json.loads((out / "scores.json").read_text())
+        assert (written["scores"]["RR"]["mean"], written["where"]) == (found, json.loads(where))
+    assert main([*asked, '--where={"year": {"near": 1}}']) == 2
+    assert "filter on 'year'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("collection", "analyzer", "ndcg"),
     [("cranfield", "plain", 0.366), ("vaswani", "english", 0.441), ("vaswani", "anserini", 0.436)],
