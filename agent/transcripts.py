@@ -87,6 +87,7 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
             "id": hit.passage.id,
             "title": hit.passage.title,
             "text": hit.passage.text,
+            **({"metadata": dict(hit.passage.metadata)} if hit.passage.metadata else {}),
             "score": hit.score,
             "generation": hit.generation,
         }
@@ -103,7 +104,11 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
 
 def _search(record: Mapping[str, Any]) -> SearchRecord:
     hits = [
-        Hit(Passage(hit["id"], hit["text"], hit["title"]), hit["score"], hit["generation"])
+        Hit(
+            Passage(hit["id"], hit["text"], hit["title"], hit.get("metadata") or {}),
+            hit["score"],
+            hit["generation"],
+        )
         for hit in record["hits"]
     ]
     return SearchRecord(record["query"], hits, record["seconds"], record["error"], record.get("turn", 0))

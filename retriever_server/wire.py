@@ -90,6 +90,8 @@ def _parse_hit(item: Any, generation: str) -> Hit:
         title, text = _split_contents(document["contents"])
     metadata = document.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
+    if isinstance(document.get("url"), str):
+        metadata = {"url": document["url"], **metadata}
     return Hit(
         Passage(str(document.get("id", "")), text, str(title or ""), metadata), float(score), generation
     )

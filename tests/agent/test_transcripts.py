@@ -24,7 +24,8 @@ def segments(draw):
     return Segment(kind, ids, draw(text), logprobs, draw(st.integers(0, 9)))
 
 
-hits = st.builds(Hit, st.builds(Passage, text, text, text), number, text)
+metadata = st.dictionaries(text, json_value, max_size=2)
+hits = st.builds(Hit, st.builds(Passage, text, text, text, metadata), number, text)
 trajectories = st.builds(
     Trajectory,
     question=st.builds(
@@ -32,7 +33,7 @@ trajectories = st.builds(
         text,
         text,
         st.lists(text, max_size=3).map(tuple),
-        st.dictionaries(text, json_value, max_size=2),
+        metadata,
     ),
     segments=st.lists(segments(), max_size=3),
     stop_reason=st.sampled_from(StopReason),
