@@ -187,11 +187,10 @@ def _add_administration(
 
     @router.get("/readyz", responses={503: {"model": schema.Trouble}})
     async def readyz() -> dict[str, Any]:
-        """It can take requests: the queue has room."""
-        waiting = service.batcher.waiting
-        if waiting >= service.batcher.settings.max_waiting:
-            raise HTTPException(503, f"{waiting} queries are waiting")
-        return {"status": "ready", "waiting": waiting}
+        """It can take requests: the queue has room, and it is not about to stop."""
+        if reason := service.unready:
+            raise HTTPException(503, reason)
+        return {"status": "ready", "waiting": service.batcher.waiting}
 
     @router.get("/v1/info")
     async def describe() -> Response:

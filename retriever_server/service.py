@@ -91,9 +91,19 @@ class Service:
             )
         self.backends, self.limits, self.metrics = dict(backends), limits, Metrics()
         self.batcher = Batcher(batching, self.metrics)
+        self.stopping = False
+        """Set when it is about to stop: new clients should go elsewhere."""
         self._pages: WeakKeyDictionary[Opened, Pages] = WeakKeyDictionary()
         for live in self.backends.values():
             live.on_swap = self.describe
+
+    @property
+    def unready(self) -> str:
+        """Why no new client should come now; "" if it may."""
+        if self.stopping:
+            return "the server is stopping"
+        waiting = self.batcher.waiting
+        return f"{waiting} queries are waiting" if waiting >= self.batcher.settings.max_waiting else ""
 
     @property
     def default(self) -> Live:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,17 @@ _log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 300
 """A trainer asks again after its update: a connection closed meanwhile would break under its request."""
+_GRACE_SECONDS = 30
+"""For requests in flight at a stop."""
+_LAST_SECONDS = 2
+"""For all else at a stop: a search that hangs in its thread is not waited for."""
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first.
 
+    After SIGTERM /readyz says 503 while searches go on for `drain_seconds`; Ctrl-C does not wait for that.
     SIGHUP opens again what lies at the places of the retrievers, as POST /admin/reload does.
     """
 
@@ -62,6 +68,8 @@ class ServeConfig:
     """How the queries of different requests travel together."""
     watch_seconds: float = 1.0
     """How often to look for a new generation at the places of the retrievers; 0: never."""
+    drain_seconds: float = 2.0
+    """How long SIGTERM leaves others to see at /readyz that this server goes, before it refuses requests."""
     request_log: str | None = None
     """File to which a JSON line a request is appended."""
     mcp: Literal["off", "http", "stdio"] = "off"
@@ -70,8 +78,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers = {self.workers}: must be >= 1")
-        if self.watch_seconds < 0:
-            raise ConfigError(f"watch_seconds = {self.watch_seconds}: must be >= 0")
+        for name in ("watch_seconds", "drain_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 0")
         if "default" in self.others:
             raise ConfigError("others: `default` is the name of the retriever that index gives")
 
@@ -93,7 +102,7 @@ def main(config: ServeConfig) -> None:
             atomic_write(config.port_file, f"{port}\n")
         print(f"serving {served} at http://{shown}:{port}", flush=True)
         if config.workers == 1:
-            _run_until_stopped(app, listener)
+            _run_until_stopped(app, listener, config.drain_seconds)
         else:
             del app, opened
             _run_workers(config, listener)
@@ -131,7 +140,32 @@ def build_worker(config: ServeConfig) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
-    return build_app(config)
+    return _drain_first(build_app(config), config.drain_seconds)
+
+
+def _drain_first(app: Any, seconds: float) -> Any:
+    """The application; SIGTERM from now on makes it unready at once, and uvicorn stop `seconds` later."""
+    service, stop = app.state.service, signal.getsignal(signal.SIGTERM)
+
+    def drain(*signal_and_frame: Any) -> None:
+        if not service.stopping and callable(stop):
+            service.stopping = True
+            _later(seconds, stop, *signal_and_frame)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, drain)
+    return app
+
+
+def _leave(*_: Any) -> None:
+    _later(_LAST_SECONDS, os._exit, 0)
+    sys.exit(0)
+
+
+def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
+    timer = threading.Timer(seconds, act, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def _limits(config: ServeConfig) -> Any:
@@ -196,19 +230,20 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run_until_stopped(app: Any, listener: socket.socket) -> None:
+def _run_until_stopped(app: Any, listener: socket.socket, drain_seconds: float) -> None:
     import uvicorn
 
     config = uvicorn.Config(
-        app,
+        functools.partial(_drain_first, app, drain_seconds),  # called when uvicorn's handlers are set
+        factory=True,
         log_level="warning",
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once it has stopped; being asked to stop is no failure.
         for stop in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(stop, lambda *_: sys.exit(0))
+            signal.signal(stop, _leave)
     uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -233,7 +268,7 @@ def _run_workers(config: ServeConfig, listener: socket.socket) -> None:
         functools.partial(build_worker, config),
         factory=True,
         log_level="warning",
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_worker_healthcheck=60,
         workers=config.workers,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import uvicorn
 
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
@@ -25,6 +31,46 @@ def build_small_index(folder: Path) -> Path:
     write_jsonl(folder / "corpus.jsonl", rows)
     BM25Index.build(Corpus(folder / "corpus.jsonl"), folder / "index")
     return folder / "index"
+
+
+NUMBERED = 40
+
+
+def write_numbered_corpus(folder: Path, number: int) -> Path:
+    """Passages that say `number`; passage "7" alone holds the word w7, at another place in every corpus."""
+    order = random.Random(number).sample(range(NUMBERED), NUMBERED)
+    rows = [{"id": str(i), "title": f"T{i}", "text": f"w{i} of {number}"} for i in order]
+    write_jsonl(folder / f"{number}.jsonl", rows)
+    return folder / f"{number}.jsonl"
+
+
+def build_numbered_index(folder: Path, number: int) -> str:
+    """Put a numbered corpus into the place of whatever index is in `folder`/index; its generation."""
+    corpus = Corpus(write_numbered_corpus(folder, number))
+    return BM25Index.build(corpus, folder / "index", overwrite=True).generation
+
+
+def checked_number(answer: dict[str, Any], ids: list[int]) -> tuple[str, int]:
+    """Generation and number of a /v1/search for w<id> of each id: one of each, and the right passages."""
+    hits = [result["hits"][0] for result in answer["results"]]
+    assert [hit["id"] for hit in hits] == list(map(str, ids)), answer
+    [number] = {int(hit["text"].rpartition(" ")[2]) for hit in hits}
+    [generation] = {answer["generation"], *(hit["generation"] for hit in hits)}
+    return generation, number
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """The address at which a thread of this process serves an application by HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
 
 
 @dataclass
@@ -46,12 +92,13 @@ class RunningServer:
         return self.process.wait(timeout=20)
 
 
-def start_server(index: Path, *options: str, port: int = 0) -> RunningServer:
-    """Start it and wait for its line."""
+def start_server(index: Path, *options: str, port: int = 0, log: Path | None = None) -> RunningServer:
+    """Start it and wait for its line; `log` gets what it writes to stderr."""
     process = subprocess.Popen(
-        [*COMMAND, "--index", str(index), "--port", str(port), *options],
+        [*COMMAND, "--index", str(index), "--port", str(port), "--drain_seconds", "0", *options],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
+        stderr=log.open("a") if log else None,
         text=True,
     )
     assert process.stdout is not None
@@ -62,9 +109,11 @@ def start_server(index: Path, *options: str, port: int = 0) -> RunningServer:
 
 
 @contextmanager
-def running_server(index: Path, *options: str, port: int = 0) -> Iterator[RunningServer]:
+def running_server(
+    index: Path, *options: str, port: int = 0, log: Path | None = None
+) -> Iterator[RunningServer]:
     """A server that is killed at the end, if it still runs."""
-    server = start_server(index, *options, port=port)
+    server = start_server(index, *options, port=port, log=log)
     try:
         yield server
     finally:

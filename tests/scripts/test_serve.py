@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from data.errors import ConfigError
 from retriever_server.client import connect
 from retriever_server.indexes.base import open_index
+from retriever_server.retriever import Retriever
 from retriever_server.wire import parse_hits
 from scripts import serve
 from scripts.serve import ServeConfig
@@ -134,6 +136,45 @@ def test_a_request_in_flight_is_finished_before_the_stop(index):
             connection.sendall(body[5:])
             assert b"200 OK" in connection.recv(65536)
         assert server.process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_sigterm_says_unready_at_once_and_searches_go_on_until_the_stop(index, workers):
+    with running_server(index, "--drain_seconds", "2", "--workers", workers) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            assert client.get("/readyz").status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)  # as when a whole group is told, and workers twice
+            while client.get("/readyz").status_code == 200:
+                assert server.process.poll() is None
+            searched = 0
+            with pytest.raises(httpx.TransportError):  # new clients, until nobody listens
+                while True:
+                    answer = httpx.post(f"{server.url}/retrieve", json={"queries": ["fox"]})
+                    searched += answer.raise_for_status().is_success
+                    assert httpx.get(f"{server.url}/healthz").status_code == 200
+                    assert httpx.get(f"{server.url}/readyz").json() == {"detail": "the server is stopping"}
+            assert searched
+        assert server.process.wait(timeout=20) == 0
+
+
+class Hanging(Retriever):
+    """Never answers who looks for `hang`."""
+
+    generation = "hanging"
+
+    def search(self, queries, k, where=None):
+        while "hang" in queries:
+            time.sleep(1)
+        return [[] for _ in queries]
+
+
+def test_a_search_that_hangs_does_not_hold_up_the_stop(tmp_path):
+    (tmp_path / "hanging.yaml").write_text("class_path: tests.scripts.test_serve.Hanging\n")
+    with running_server(tmp_path / "hanging.yaml") as server:
+        body = {"queries": ["hang"], "deadline_seconds": 0.1}
+        assert httpx.post(f"{server.url}/v1/search", json=body).status_code == 504
+        assert server.stop() == 0
 
 
 def test_small_answers_are_sent_at_once():
