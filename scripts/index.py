@@ -184,5 +184,5 @@ class _Bar:
         self.shown = True
         console = Console(stderr=True)
         columns = (self.title, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with Progress(*columns, console=console, disable=not (total and console.is_terminal)) as progress:
             yield from progress.track(items, total=total)
