@@ -196,6 +196,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Checkpoints kept beside the best."""
+    keep_rollouts_every: int = 0
+    """Steps between those whose trajectories stay on disk, in rollouts/step-NUMBER-PROCESS.jsonl; 0: none."""
     micro_batch_tokens: int = 16384
     """Tokens of one forward and backward pass."""
     packing: bool = True
@@ -222,6 +224,7 @@ class TrainConfig:
         require(self.eval_limit is None or self.eval_limit >= 1, "eval_limit", self.eval_limit, ">= 1")
         require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
+        require(self.keep_rollouts_every >= 0, "keep_rollouts_every", self.keep_rollouts_every, ">= 0")
         require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, ">= 1")
         require(
             self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),

@@ -18,15 +18,16 @@ from pathlib import Path
 from agent.engines.base import Engine, Sampling
 from agent.evaluate import evaluate
 from agent.rollout import Agent
+from agent.transcripts import to_record
 from data.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
 from data.errors import RunStopped
-from data.jsonl import read_json, write_json
+from data.jsonl import read_json, write_json, write_jsonl
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
 from rl.learner import Learner
 from rl.rewards import combine
-from rl.rollouts import Rollouts, averages
+from rl.rollouts import Collected, Rollouts, averages
 from rl.sentinel import Sentinel
 from rl.workers import Workers
 
@@ -108,6 +109,8 @@ class Trainer:
         rollout_seconds = time.monotonic() - started
         learned = self.learner.learn(collected, self.step)
         self.step += 1
+        if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
+            self._keep(collected)
         await self.engine.update_weights(self.learner.weights_for_engine(), self.step)
         seconds = time.monotonic() - started
         metrics = averages(self.workers.gather({**collected.totals, **learned}))
@@ -123,6 +126,15 @@ class Trainer:
         if self.run_dir is not None:
             self.run_dir.log(self.step, metrics)
         await self._heed(metrics)
+
+    def _keep(self, collected: Collected) -> None:
+        """What this step learned from, without its tokens: read it, or see which generations answered."""
+        rows = [
+            {**to_record(trajectory, tokens=False), "reward": reward.total, "group": group.number}
+            for group in collected.groups
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True)
+        ]
+        write_jsonl(self.path / "rollouts" / f"step-{self.step:06d}-{self.workers.rank}.jsonl", rows)
 
     async def _heed(self, metrics: dict[str, float]) -> None:
         """Warn, stop or go back where the sentinel sees a collapse; the leading process decides."""

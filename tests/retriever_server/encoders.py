@@ -50,14 +50,23 @@ class FakeEncoder(Encoder):
 
 
 def tiny_model(folder: Path, kind: str) -> str:
-    """A saved sentence-transformers model of this kind: two layers of 32, a vocabulary of characters."""
+    """A saved sentence-transformers model of this kind: two layers of 32, a vocabulary of characters.
+
+    kind: dense, sparse or multi; cross is a cross-encoder.
+    """
     import sentence_transformers as st
     import torch
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
     from sentence_transformers.sentence_transformer.modules import Pooling
     from sentence_transformers.sparse_encoder.modules import SpladePooling
-    from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertForSequenceClassification,
+        BertModel,
+        BertTokenizerFast,
+    )
 
     torch.manual_seed(0)
     pieces = [*"abcdefghijklmnopqrstuvwxyz.:,", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
@@ -66,11 +75,13 @@ def tiny_model(folder: Path, kind: str) -> str:
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, initializer_range=0.5,
+        intermediate_size=64, max_position_embeddings=64, initializer_range=0.5, num_labels=1,
     )  # fmt: skip
-    of = BertForMaskedLM if kind == "sparse" else BertModel
+    of = {"sparse": BertForMaskedLM, "cross": BertForSequenceClassification}.get(kind, BertModel)
     of(config).save_pretrained(folder)
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    if kind == "cross":
+        return str(folder)
     prompts = {"query": "query: ", "document": "passage: "}
     name = str(folder)
     if kind == "dense":
