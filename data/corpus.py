@@ -13,7 +13,7 @@ import mmap
 import operator
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Corpus:
         passage without text.
         """
         self.path = Path(path)
+        self._sidecar_folder = sidecar_folder
         self._bytes, stamp = _map(self.path)
         places = _sidecar_places(self.path, sidecar_folder)
         table = next((t for t in map(_load_sidecar, places) if _is_fresh(t, stamp)), None)
@@ -58,6 +59,9 @@ class Corpus:
         self._starts, self._hashes, self._positions = np.split(  # (P + 1,), (P,), (P,)
             table[_HEADER:], [count + 1, 2 * count + 1]
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus, (self.path, self._sidecar_folder)  # another process maps the file itself
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -83,6 +87,12 @@ class Corpus:
             if (passage := self[int(self._positions[slot])]).id == passage_id:
                 return passage
         return None
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """The position of each id, -1 for one that none has. (N,), int64; goes by 64 bits of hash alone."""
+        wanted = np.array([_hash_id(passage_id) for passage_id in ids], dtype=np.uint64)
+        slots = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
+        return np.where(self._hashes[slots] == wanted, self._positions[slots].astype(np.int64), -1)
 
 
 def parse_passage(record: Mapping[str, Any]) -> Passage:

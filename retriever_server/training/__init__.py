@@ -1,0 +1,1 @@
+"""How the retrievers are trained: examples and mining, model builders, recipes over sentence-transformers."""

@@ -1,0 +1,328 @@
+"""What a retriever learns from: queries with the ids of good and of bad passages; JSON lines, one a line.
+
+    {"query_id": "q1", "query": "capital of Italy", "positives": ["0"], "negatives": ["7", "3"],
+     "scores": {"0": 9.1, "7": 2.5}, "answers": ["Rome"], "provenance": {"corpus": "f00d..."}}
+
+Only query and positives must be there. Texts stay in the corpus and are read when a batch needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import mmap
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import parse_line
+from data.records import Passage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["tuple", "pair", "list"]
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query, the ids of passages that answer it, and the ids of passages that do not."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    scores: Mapping[str, float] | None = None
+    """A teacher's score of passages, by id; higher is better, comparable for one query."""
+    query_id: str = ""
+    answers: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), ..."""
+
+    def as_record(self) -> dict[str, Any]:
+        """The object of its line; what is empty is left out."""
+        lists = {"positives": self.positives, "negatives": self.negatives, "answers": self.answers}
+        record: dict[str, Any] = {"query_id": self.query_id, "query": self.query}
+        record |= {name: list(ids) for name, ids in lists.items()}
+        record |= {"scores": dict(self.scores or {}), "provenance": dict(self.provenance)}
+        return {name: value for name, value in record.items() if value or name in ("query", "positives")}
+
+
+def parse_example(record: Mapping[str, Any]) -> Example:
+    """The example in one record; ValueError says what is wrong with it."""
+    if unknown := set(record) - set(Example.__dataclass_fields__):
+        raise ValueError(f'unknown key "{min(unknown)}"; allowed: {", ".join(Example.__dataclass_fields__)}')
+    query = record.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError('no "query", or an empty one')
+    example = Example(
+        query=query,
+        positives=_strings(record, "positives"),
+        negatives=_strings(record, "negatives"),
+        scores=_object(record, "scores", of_numbers=True) or None,
+        query_id=str(record.get("query_id") or ""),
+        answers=_strings(record, "answers"),
+        provenance=_object(record, "provenance"),
+    )
+    if not example.positives:
+        raise ValueError(f"query {query[:40]!r} has no positive")
+    if both := set(example.positives) & set(example.negatives):
+        raise ValueError(f"passage {min(both)!r} is a positive and a negative of query {query[:40]!r}")
+    return example
+
+
+class Examples(Sequence[Example]):
+    """The examples of a file, by offset through a memory map, checked against their corpus."""
+
+    def __init__(self, path: str | Path, corpus: Corpus, on_error: OnError = "stop") -> None:
+        """Open and check `path`. on_error="skip" leaves wrong examples out and counts them in `skipped`.
+
+        Raises DataError "FILE:LINE: what is wrong": no positive, an empty query, a query_id twice, a passage
+        twice or not in the corpus; and, whatever on_error says, a line that is not JSON, and a
+        `provenance.corpus` that is not the hash of this corpus. Queries with the text of another stay, and
+        are counted in `repeated`: their batches should be sampled without duplicates.
+        """
+        self.path, self.corpus, self.on_error = Path(path), corpus, on_error
+        self.skipped = self.repeated = 0
+        self._bytes = _map(self.path)
+        self._starts, self._lines = array("Q"), array("Q")
+        first = self._scan()
+        if self.skipped:
+            logger.warning("%d examples left out, the first: %s", self.skipped, first)
+        if self.repeated:
+            logger.warning("%s: %d queries have the text of another", path, self.repeated)
+        if not self._starts:
+            raise DataError(f"{path}: holds no examples{f'; {first}' if first else ''}")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The example at an index, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        end = self._bytes.find(b"\n", start)
+        return parse_example(parse_line(self._bytes[start : end if end >= 0 else None]))
+
+    def __reduce__(self) -> Any:
+        return Examples, (self.path, self.corpus, self.on_error)  # another process maps the file itself
+
+    def place(self, index: int) -> str:
+        """FILE:LINE of an example, for messages."""
+        return f"{self.path}:{self._lines[index]}"
+
+    def _scan(self) -> str:
+        """Note where the good lines start; what is wrong with the first that is left out."""
+        first, ids, queries, start = "", set(), set(), 0
+        for number, line in enumerate(iter(self._bytes.readline, b""), start=1):
+            if not line.isspace():
+                try:
+                    record = parse_line(line)
+                except ValueError as error:
+                    raise DataError(f"{self.path}:{number}: {error}") from error
+                self._check_corpus(record, number)
+                try:
+                    self._check(example := parse_example(record), ids)
+                except ValueError as error:
+                    if self.on_error == "stop":
+                        raise DataError(f"{self.path}:{number}: {error}") from error
+                    self.skipped, first = self.skipped + 1, first or f"{self.path}:{number}: {error}"
+                else:
+                    self._starts.append(start)
+                    self._lines.append(number)
+                    ids.add(example.query_id)
+                    self.repeated += hash(example.query) in queries
+                    queries.add(hash(example.query))
+            start += len(line)
+        return first
+
+    def _check_corpus(self, record: Mapping[str, Any], number: int) -> None:
+        provenance = record.get("provenance")
+        of = provenance.get("corpus") if isinstance(provenance, dict) else None
+        if of not in (None, self.corpus.content_hash):
+            raise DataError(
+                f"{self.path}:{number}: made from a corpus of hash {of}, but {self.corpus.path} has "
+                f"{self.corpus.content_hash}: another corpus, or changed since; mine or convert again"
+            )
+
+    def _check(self, example: Example, seen_ids: set[str]) -> None:
+        if example.query_id and example.query_id in seen_ids:
+            raise ValueError(f"query_id {example.query_id!r} stands there twice")
+        ids = (*example.positives, *example.negatives)
+        twice = [id_ for id_, count in Counter(ids).items() if count > 1]
+        if twice:
+            raise ValueError(f"passage {twice[0]!r} stands there twice")
+        positions = self.corpus.positions(ids)
+        if positions.min() < 0:
+            missing = ids[int(positions.argmin())]
+            raise ValueError(f"passage {missing!r} is not in {self.corpus.path}")
+
+
+def title_and_text(passage: Passage) -> str:
+    """The text of a passage where no `EncodingSpec` says another."""
+    return f"{passage.title}\n{passage.text}".strip()
+
+
+def as_dataset(
+    examples: Examples,
+    render: Callable[[Passage], str] = title_and_text,
+    negatives: int = 0,
+    form: Form = "tuple",
+    labels: bool = False,
+    draws: int = 1,
+    seed: int = 0,
+    max_characters: int = 100_000,
+) -> Dataset:
+    """The examples as a data set for the trainers of sentence-transformers; texts are read batch by batch.
+
+    form     tuple   anchor, positive, negative_1 .. negative_n; with `labels`, label: the 1 + n scores
+             pair    query, passage, label: 1 or 0, with `labels` the passage's score; 1 + n rows a draw
+             list    query, docs, label: lists of at most 1 + n passages and their labels
+    render   the text of a passage: `EncodingSpec.render` of what will serve
+    draws    how often an example stands there. Each time another positive comes up and other negatives, in
+             their order; without `negatives` it is the first of each.
+    max_characters   longer texts are cut before the tokenizer sees them
+
+    Where a tuple without labels lacks negatives, random passages fill it. Where scores are due and too few
+    passages have one, the example is left out, which is logged. Raises DataError if none is left.
+    """
+    from datasets import Dataset
+
+    if negatives < 0 or draws < 1:
+        raise ConfigError(f"negatives = {negatives}, draws = {draws}: must be >= 0 and >= 1")
+    make = {"tuple": _tuples, "pair": _pairs, "list": _lists}
+    if form not in make:
+        raise ConfigError(f"form = {form!r}: must be one of {', '.join(make)}")
+    rng = np.random.default_rng(seed)
+    columns: dict[str, list] = {}
+    left_out = 0
+    for draw in range(draws):
+        for index, example in enumerate(examples):
+            chosen = _draw(example, negatives, draw, labels)
+            if labels and (not chosen or (form == "tuple" and len(chosen) <= negatives)):
+                left_out += 1
+                continue
+            for row in make[form](examples.corpus, example, chosen, negatives, labels, rng):
+                for name, value in ({_QUERY[form]: index} | row).items():
+                    columns.setdefault(name, []).append(value)
+    if left_out:
+        what = f"{left_out // draws} of {len(examples)} examples have too few passages with a score"
+        logger.warning("%s: %s, and are left out", examples.path, what)
+    if not columns:
+        raise DataError(f"{examples.path}: no example has a score for a positive and {negatives} negatives")
+    return Dataset.from_dict(columns).with_transform(_Resolve(examples, render, max_characters))
+
+
+_QUERY = {"tuple": "anchor", "pair": "query", "list": "query"}
+
+
+def _draw(example: Example, negatives: int, draw: int, scored: bool) -> list[str]:
+    """The ids of one positive and at most so many negatives; none where scores are due and missing."""
+    good, bad = list(example.positives), list(example.negatives)
+    if scored:
+        good, bad = ([id_ for id_ in ids if id_ in (example.scores or {})] for ids in (good, bad))
+    if not good:
+        return []
+    start = draw * negatives % max(1, len(bad))
+    return [good[draw % len(good)], *(bad[start:] + bad[:start])[:negatives]]
+
+
+def _tuples(
+    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
+) -> Iterator[dict[str, Any]]:
+    positions = corpus.positions(chosen).tolist()
+    if len(positions) <= negatives:
+        never = {*corpus.positions((*example.positives, *example.negatives)).tolist()}
+        if len(never) + 1 + negatives - len(positions) > len(corpus):
+            raise DataError(f"{corpus.path}: {len(corpus)} passages are too few for {negatives} negatives")
+        while len(positions) <= negatives:
+            position = int(rng.integers(len(corpus)))
+            if position not in never:
+                never.add(position)
+                positions.append(position)
+    row = {"positive": positions[0]}
+    row |= {f"negative_{i}": position for i, position in enumerate(positions[1:], start=1)}
+    scores = example.scores or {}
+    yield row | ({"label": [float(scores[id_]) for id_ in chosen]} if labels else {})
+
+
+def _pairs(
+    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
+) -> Iterator[dict[str, Any]]:
+    for row in _lists(corpus, example, chosen, negatives, labels, rng):
+        for position, label in zip(row["docs"], row["label"], strict=True):
+            yield {"passage": position, "label": label}
+
+
+def _lists(
+    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
+) -> Iterator[dict[str, Any]]:
+    scores = example.scores or {}
+    values = [float(scores[id_]) if labels else float(rank == 0) for rank, id_ in enumerate(chosen)]
+    yield {"docs": corpus.positions(chosen).tolist(), "label": values}
+
+
+@dataclass(frozen=True)
+class _Resolve:
+    """Positions in, texts out: the transform of a data set, which keeps its columns' names."""
+
+    examples: Examples
+    render: Callable[[Passage], str]
+    max_characters: int
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        return {name: [self._value(name, value) for value in values] for name, values in batch.items()}
+
+    def _value(self, name: str, value: Any) -> Any:
+        if name == "label":
+            return value
+        if name in _QUERY.values():
+            return self.examples[value].query[: self.max_characters]
+        if isinstance(value, list):
+            return [self._text(position) for position in value]
+        return self._text(value)
+
+    def _text(self, position: int) -> str:
+        return self.render(self.examples.corpus[position])[: self.max_characters]
+
+
+def _map(path: Path) -> mmap.mmap:
+    if path.suffix == ".gz":
+        raise DataError(f"{path}: compressed examples cannot be mapped; gunzip them first")
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # an empty file has no map
+        raise DataError(f"{path}: holds no examples") from error
+
+
+def _strings(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    values = record.get(name) or []
+    good = isinstance(values, list) and all(isinstance(v, str | int) and v != "" for v in values)
+    if not good or any(isinstance(value, bool) for value in values):
+        raise ValueError(f'"{name}" must be a list of strings, found {json.dumps(values)[:40]}')
+    return tuple(map(str, values))
+
+
+def _object(record: Mapping[str, Any], name: str, of_numbers: bool = False) -> dict[str, Any]:
+    value = {} if record.get(name) is None else record[name]
+    numbers = isinstance(value, dict) and all(
+        isinstance(v, int | float) and math.isfinite(v) for v in value.values()
+    )
+    if not isinstance(value, dict) or (of_numbers and not numbers):
+        what = "an object of ids and numbers" if of_numbers else "an object"
+        raise ValueError(f'"{name}" must be {what}, found {json.dumps(value)[:40]}')
+    return value
