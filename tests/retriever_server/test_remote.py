@@ -1,17 +1,25 @@
 """Remote and Web against a small real server that says what it was asked."""
 
+import asyncio
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
+from data.corpus import Corpus
 from data.errors import ConfigError, RetrieverError, RetrieverRefused, RetrieverTimeout, RetrieverUnavailable
+from data.jsonl import write_jsonl
 from data.records import Hit, Passage
+from retriever_server.app import create_app
+from retriever_server.client import connect
 from retriever_server.compose import Cached
+from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.remote import Remote, Web
 from retriever_server.wire import render_hits
+from tests.retriever_server.running import serving
 
 
 class Answering(ThreadingHTTPServer):
@@ -185,3 +193,26 @@ def test_a_key_file_must_hold_one_line(content, tmp_path):
         path.write_text(content)
     with pytest.raises(ConfigError, match="key"):
         Remote("http://127.0.0.1:1", token_file=str(path))
+
+
+def test_metadata_and_url_travel_over_http_to_every_client_of_ours(tmp_path):
+    page = {"url": "https://example.org/oslo", "year": 1999, "tags": ["a", "b"]}
+    rows = [{"id": "1", "text": "Oslo lies by the sea", "metadata": page}, {"id": "2", "text": "a red sea"}]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    index = BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index")
+    with serving(create_app(index)) as url:
+        body = {"queries": ["oslo sea"], "topk": 2, "return_scores": True}
+        first, second = httpx.post(f"{url}/retrieve", json=body).json()["result"][0]
+        assert (first["document"]["metadata"], first["document"]["url"]) == (page, page["url"])
+        assert not {"metadata", "url"} & set(second["document"])
+        remote = Remote(url)
+        for where, many in ((None, 2), ({"year": {"gte": 1990}}, 1)):
+            hits = remote.search(["oslo sea"], 2, where)[0]
+            assert [hit.passage.metadata for hit in hits] == [page, {}][:many]
+        remote.close()
+
+        async def ask() -> list[Hit]:
+            async with connect(url) as client:
+                return await client.search("oslo sea", 2)
+
+        assert asyncio.run(ask()) == index.search(["oslo sea"], 2)[0]

@@ -47,8 +47,8 @@ def test_documents_of_stock_servers_are_understood():
     assert parse_hits(dense) == [[Hit(passage, 1.0, "")]]
     unscored = {"result": [[{"id": "7", "contents": contents}], []]}
     assert parse_hits(unscored) == [[Hit(passage, 0.0, "")], []]
-    web = {"result": [[{"document": {"contents": "no title here"}}]]}
-    assert parse_hits(web)[0][0].passage == Passage("", "no title here")
+    web = {"result": [[{"document": {"contents": "no title here", "url": "http://a"}}]]}
+    assert parse_hits(web)[0][0].passage == Passage("", "no title here", metadata={"url": "http://a"})
 
 
 @pytest.mark.parametrize(
