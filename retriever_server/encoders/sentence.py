@@ -204,8 +204,10 @@ def _saved_kind(model: str) -> str:
         path = load_file_path(model, "config_sentence_transformers.json")
     except OSError as error:
         raise _not_loaded(model, error) from error
-    saved = json.loads(Path(path).read_text()).get("model_type") if path else None
-    return next((kind for kind, name in _CLASSES.items() if name == saved), "dense")
+    saved = json.loads(Path(path).read_text()) if path else {}
+    if saved.get("model_type") == "ColBERT" or saved.get("similarity_fn_name") == "MaxSim":
+        return "multi"  # saved by PyLate
+    return next((kind for kind, name in _CLASSES.items() if name == saved.get("model_type")), "dense")
 
 
 def _load_model(model: str, kind: str, device: str, dtype: str) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +181,12 @@ def test_minilm_has_the_vectors_of_sentence_transformers():
     theirs = st.SentenceTransformer(folder, device="cpu").encode(texts)
     assert similarities(encoder.encode(texts, "passage"), theirs).min() > 0.99999
     assert (encoder.spec.dimension, encoder.spec.similarity, encoder.spec.normalise) == (384, "cosine", True)
+
+
+@pytest.mark.parametrize("saved", [{"model_type": "ColBERT"}, {"similarity_fn_name": "MaxSim"}])
+def test_a_model_of_pylate_is_multi_vector(saved, models, tmp_path):
+    folder = Path(shutil.copytree(models["multi"], tmp_path / "model"))
+    config = json.loads((folder / "config_sentence_transformers.json").read_text())
+    config = {key: value for key, value in config.items() if key != "model_type"} | saved
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    assert load_encoder(str(folder), device="cpu").spec.kind == "multi"
