@@ -81,7 +81,10 @@ class AnnIndex(FlatIndex):
             raise ConfigError(f"{given} ({reason})") from error
         for start in range(0, len(rows), _ADDED_TOGETHER):
             index.add(rows[np.arange(start, min(start + _ADDED_TOGETHER, len(rows)))])  # type: ignore[call-arg]
-        faiss.write_index(index, str(folder / _FILE))
+        try:
+            faiss.write_index(index, str(folder / _FILE))
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[-1]) from error
 
     def rank(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`.   queries (Q, D)"""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.records import Passage
+from retriever_server.indexes.integrity import save_array
 
 BLOCK_TOKENS = 1 << 22
 """Tokens counted in memory at once: about 150 MB."""
@@ -82,4 +83,4 @@ def _write_block(file: Path, tokens: array, lengths: array) -> None:
     passages = np.repeat(np.arange(first, len(sizes), dtype=np.uint64), sizes[first:])
     terms = np.array(tokens, np.uint64)
     keys, occurrences = np.unique(terms << np.uint64(32) | passages, return_counts=True)
-    np.save(file, np.stack([keys, occurrences.astype(np.uint64)]))
+    save_array(file, np.stack([keys, occurrences.astype(np.uint64)]))

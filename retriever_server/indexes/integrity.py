@@ -1,13 +1,26 @@
-"""Whether the files of an index are the ones that were built: sampled on opening, whole on `--verify`."""
+"""Files of an index: written whole, and still the ones that were built? Sampled on opening or all bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+
+import numpy as np
 
 from data.errors import DataError
 
 _BLOCKS, _BLOCK_BYTES = 16, 4096
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As np.save, which may lose the last bytes on a full disk without a word; raises OSError then."""
+    array = np.ascontiguousarray(array)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sample_hash(path: Path) -> str:

@@ -11,7 +11,8 @@ from data.corpus import Corpus
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Vectors
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.postings import Postings, best
+from retriever_server.indexes.integrity import save_array
+from retriever_server.indexes.postings import Postings, best, map_postings
 from retriever_server.indexes.shards import Shards
 
 
@@ -39,11 +40,8 @@ class InvertedIndex(EncodedIndex):
         terms = shards.encoder.spec.dimension
         counts = sum(np.bincount(shards.load(i, "terms"), minlength=terms) for i in range(len(shards)))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        np.save(folder / "starts.npy", starts)
-        positions, weights = (
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (int(starts[-1]),))
-            for name, dtype in (("positions", np.int32), ("weights", np.float32))
-        )
+        save_array(folder / "starts.npy", starts)
+        positions, weights = map_postings(folder, int(starts[-1]))
         free = starts[:-1].copy()
         for shard in range(len(shards)):
             order = np.argsort(shards.load(shard, "terms"), kind="stable")

@@ -16,6 +16,7 @@ from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
+from retriever_server.indexes.integrity import save_array
 from retriever_server.indexes.rows import Rows
 from retriever_server.indexes.shards import Shards, quantise
 
@@ -104,7 +105,7 @@ class MaxSimIndex(EncodedIndex):
                 start, end = end, end + int(offsets[-1])
                 parts.append(encoding.encode(Multi(tokens.span(start, end), offsets), is_query=False))
             for name, array in quantise(np.concatenate(parts), "int8", "fde").items():
-                np.save(folder / f"{shard:05d}.{name}.npy", array)
+                save_array(folder / f"{shard:05d}.{name}.npy", array)
 
     def rank(self, queries: Multi, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`."""

@@ -5,8 +5,10 @@ What BM25 and learned sparse vectors share: a search is a sum over the postings 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -34,6 +36,25 @@ class Postings:
             weights = [w * float(factor) for w, factor in zip(weights, term_weights, strict=True)]
         positions = np.concatenate([self.positions[span] for span in spans])
         return np.bincount(positions, weights=np.concatenate(weights), minlength=self.count)
+
+
+def map_postings(folder: Path, count: int) -> list[np.memmap]:
+    """positions.npy and weights.npy for so many postings, mapped to be written. Raises OSError.
+
+    Their disk space is taken at once: who writes into a map when the disk is full is killed (SIGBUS).
+    """
+    maps = []
+    for name, dtype in (("positions", np.int32), ("weights", np.float32)):
+        with open(folder / f"{name}.npy", "wb") as file:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            size = max(1, count * np.dtype(dtype).itemsize)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), file.tell(), size)
+            else:  # macOS
+                file.truncate(file.tell() + size)
+        maps.append(np.lib.format.open_memmap(file.name, "r+"))
+    return maps
 
 
 def best(scores: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:

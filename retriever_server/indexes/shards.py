@@ -24,6 +24,7 @@ from data.errors import ConfigError, DataError, StorageError
 from data.jsonl import read_json, write_json
 from retriever_server.encoders.spec import Encoder
 from retriever_server.encoders.vectors import Multi, Vectors
+from retriever_server.indexes.integrity import save_array
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,7 @@ class Shards:
             sizes = {}
             for name in packed[0]:
                 path = self._file(shard, name)
-                with open(path, "wb") as file:
-                    np.save(file, np.concatenate([arrays[name] for arrays in packed]))
-                    file.flush()
-                    os.fsync(file.fileno())  # before its marker
+                save_array(path, np.concatenate([arrays[name] for arrays in packed]))
                 sizes[path.name] = path.stat().st_size
             write_json(self.folder / f"{shard:05d}.done", sizes)
         except OSError as error:
