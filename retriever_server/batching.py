@@ -41,7 +41,7 @@ class Batching:
     max_batch: int = 64
     """Queries in one search."""
     window_seconds: float = 0.002
-    """How long an idle server waits for a batch to fill."""
+    """How long a search waits for others to join it; more where searches are slow: see `Batcher`."""
     threads: int = 1
     """Searches at the same time; more help where a search waits for another machine."""
     max_waiting: int = 4096
@@ -71,8 +71,15 @@ class Observer(Protocol):
         ...
 
 
+_WINDOW_SHARE = 0.05
+"""Of the seconds of a batch: clients that were answered together get the time to come back together."""
+
+
 class Batcher:
-    """Puts items with the same key into batches. For one event loop at a time."""
+    """Puts items with the same key into batches. For one event loop at a time.
+
+    A batch that is not full waits for `window_seconds`, or for a twentieth of what the last ones took.
+    """
 
     def __init__(self, settings: Batching, observer: Observer | None = None) -> None:
         self.settings, self._observer = settings, observer
@@ -80,7 +87,7 @@ class Batcher:
         """Items that are not yet being worked on."""
         self._groups: dict[Hashable, deque[_Entry]] = {}
         """Key -> its items; the key that has waited longest comes first."""
-        self._seconds_per_item = 0.0
+        self._seconds_per_item = self._seconds_per_batch = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, key: Hashable, work: Work, items: Sequence[str]) -> list[Any]:
@@ -133,7 +140,7 @@ class Batcher:
             if not self._groups:
                 self._arrived.clear()
                 await self._arrived.wait()
-                await self._wait_for_others()
+            await self._wait_for_others()
             if batch := self._take():
                 try:
                     await self._work_on(batch)
@@ -145,7 +152,8 @@ class Batcher:
             return
         self._full.clear()
         try:
-            async with asyncio.timeout(self.settings.window_seconds):
+            share = _WINDOW_SHARE * self._seconds_per_batch
+            async with asyncio.timeout(max(self.settings.window_seconds, share)):
                 await self._full.wait()
         except TimeoutError:
             pass
@@ -179,6 +187,7 @@ class Batcher:
                 entry.job.settle(entry.position, found[entry.item])
         seconds = time.perf_counter() - start
         self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
+        self._seconds_per_batch += 0.2 * (seconds - self._seconds_per_batch)
         if self._observer:
             failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
             self._observer.note_batch(len(items), failed, seconds, self.waiting)

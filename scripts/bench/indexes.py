@@ -15,26 +15,30 @@ import re
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from data.corpus import Corpus
-from data.jsonl import write_jsonl
+from data.jsonl import read_json, write_json, write_jsonl
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
 
 NOISE = 0.5
 
 
 class Given(Encoder):
-    """Vectors that are made up already: a passage's title is its row, a query is the number of one."""
+    """Vectors that are made up already: a passage's title is its row, a query is the number of one.
+
+    Under the model's spec, so that `sleuth serve` opens the index with the model itself (with `recheck: 0`,
+    as it would not make these vectors of these passages).
+    """
 
     def __init__(self, folder: Path) -> None:
         rows = {"passage": "vectors.npy", "query": "queries.npy"}
         self.rows = {role: np.load(folder / name, mmap_mode="r") for role, name in rows.items()}
-        dimension = self.rows["query"].shape[1]
-        self.spec = EncodingSpec("given", "dense", "given", dimension, passage_template="{title}")
+        self.spec = EncodingSpec(**read_json(folder / "spec.json"))
 
     def encode(self, texts: list[str], role: Role) -> np.ndarray:
         """The rows that the texts name."""
@@ -76,7 +80,7 @@ def main(
 
 
 def make_vectors(folder: Path, corpus: str, model: str, count: int, encoded: int, queries: int) -> None:
-    """Write vectors.npy (count, D) and queries.npy (queries, D)."""
+    """Write vectors.npy (count, D), queries.npy (queries, D) and spec.json."""
     from retriever_server.encoders.sentence import load_encoder
 
     encoder = load_encoder(model)
@@ -90,6 +94,7 @@ def make_vectors(folder: Path, corpus: str, model: str, count: int, encoded: int
         vectors[start : start + 100_000] = mixtures(real, min(100_000, count - start), rng)
     vectors.flush()
     np.save(folder / "queries.npy", mixtures(real, queries, rng))
+    write_json(folder / "spec.json", asdict(replace(encoder.spec, passage_template="{title}")))
 
 
 def mixtures(real: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

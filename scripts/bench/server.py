@@ -7,7 +7,7 @@ loads   single   64 clients, each asks one query after the other, all different
         batch    4 clients, requests of 64 queries
         many     500 clients of single queries; a 429 is asked again after its Retry-After, for 30 s at most
 peer    the procedure of Search-R1's server (its retrieval_server.py), written anew: a thread a request,
-        one encoder call and one IndexFlatIP search a request, rows of a `datasets` table looked up one by
+        one padded encoder call (mean pooling) and one IndexFlatIP search a request, rows of a `datasets` table looked up one by
         one, nothing batched across requests; on the vectors and with the encoder of INDEX (kind flat)
 
 With --index the servers are started here, one after the other, each alone on the machine.
@@ -171,13 +171,21 @@ def peer_app(opened: Any) -> Any:
     import datasets
     import faiss
     import numpy as np
+    import torch
     from fastapi import FastAPI
     from pydantic import BaseModel
 
     flat = faiss.IndexFlatIP(opened.encoder.spec.dimension)
     flat.add(opened.rows[np.arange(len(opened))])
     rows = datasets.load_dataset("json", data_files=str(opened.corpus.path), split="train")
-    app = FastAPI()
+    app, model = FastAPI(), opened.encoder._model
+
+    @torch.no_grad()
+    def encode(queries: list[str]) -> np.ndarray:  # padded to the longest of the request, mean pooling
+        inputs = model.tokenizer(queries, max_length=256, padding=True, truncation=True, return_tensors="pt")
+        hidden = model[0].auto_model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).numpy()
 
     class Ask(BaseModel):
         queries: list[str]
@@ -185,8 +193,7 @@ def peer_app(opened: Any) -> Any:
         return_scores: bool = False
 
     def retrieve(ask: Ask):  # no `async`: FastAPI gives it a thread of its own
-        encoded = np.asarray(opened.encoder.encode(ask.queries, "query"), dtype=np.float32)
-        scores, found = flat.search(encoded, ask.topk or 3)
+        scores, found = flat.search(encode(ask.queries), ask.topk or 3)
         documents = [[rows[int(i)] for i in row] for row in found]
         result = []
         for row, of_row in zip(documents, scores, strict=True):
@@ -203,10 +210,10 @@ def serve_peer(index: str) -> None:
     """Serve a flat index by the procedure of Search-R1's server, on a free port."""
     import uvicorn
 
-    from retriever_server.indexes.base import open_index
+    from retriever_server.opening import open_retriever
     from scripts.serve import _listen
 
-    app = peer_app(open_index(index))
+    app = peer_app(open_retriever(index))
     with _listen("127.0.0.1", 0) as listener:
         print(f"peer at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
@@ -228,7 +235,7 @@ def main(
     Args:
         questions: File of queries, one a line.
         urls: Servers that run already, by name.
-        index: Folder of an index to serve here.
+        index: Folder of an index to serve here, or a YAML file that names one.
         peer: Drive the peer's procedure on that index too.
         loads: Some of single, batch, many; all without.
         seconds: How long each load asks.

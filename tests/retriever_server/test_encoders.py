@@ -12,6 +12,7 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from retriever_server.encoders.packing import fill_rows
 from retriever_server.encoders.sentence import load_encoder, token_budget_batches
 from retriever_server.encoders.spec import EncodingSpec, self_test
 from retriever_server.encoders.vectors import Multi, concatenate, rows_of, similarities, take
@@ -92,6 +93,28 @@ def test_batches_hold_a_budget_of_tokens_and_every_text_once():
     padded = [lengths[batch].max() * len(batch) for batch in batches]
     assert max(padded) <= 1000 and sum(padded) < 1.2 * lengths.sum()
     assert [len(b) for b in token_budget_batches(np.array([5000, 10]), 1000)] == [1, 1]
+
+
+def test_short_texts_share_rows():
+    rows, columns, count = fill_rows(np.array([5, 3, 2, 2]))
+    assert (rows.tolist(), columns.tolist(), count) == ([0, 1, 1, 2], [0, 0, 3, 0], 3)
+    lengths = np.sort(RNG.integers(5, 30, 64))[::-1]
+    rows, columns, count = fill_rows(lengths)
+    places = {(row, column + i) for row, column, n in zip(rows, columns, lengths, strict=True) for i in range(n)}
+    assert len(places) == lengths.sum() and max(column for _, column in places) < lengths[0]
+    assert count * lengths[0] < 1.1 * lengths.sum() < lengths[0] * len(lengths) / 1.3
+    [batch] = token_budget_batches(lengths, int(lengths.sum()), packed=True)
+    assert len(batch) == 64
+
+
+def test_packing_changes_no_vector(models):
+    encoder = load_encoder(models["dense"], device="cpu")
+    assert encoder._packs
+    packed = encoder.encode(TEXTS, "query")
+    assert encoder.padded_tokens < 1.15 * encoder.real_tokens
+    encoder._packs = False
+    np.testing.assert_allclose(packed, encoder.encode(TEXTS, "query"), atol=1e-6)
+    encoder._packs = True
 
 
 def test_ragged_vectors_are_joined_and_picked():
