@@ -1,0 +1,143 @@
+"""Contrast within the batch and a teacher's scores in one loss, for dense, sparse and multi-vector models.
+
+sentence-transformers has each alone; with both (BGE, SPLADE-v3, ColBERTv2) its losses would encode twice.
+Both terms see only a matrix of scores, so that one class serves all kinds of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import embed_columns, embed_columns_padded
+from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+from torch import Tensor, nn
+
+_SIMILARITIES = {"cosine": cos_sim, "dot": dot_score}
+
+
+def contrastive(scores: Tensor, first: int = 0) -> Tensor:
+    """InfoNCE: minus the mean log-softmax of each query's positive among all passages of the batch.
+
+    scores (B, G, N), already over the temperature: query i against passage n of group j; n = 0 is the
+    positive of query j. Query i belongs to group first + i (its place when groups are gathered).
+    """
+    own = torch.arange(len(scores), device=scores.device) + first
+    return F.cross_entropy(scores.flatten(1), own * scores.shape[2])
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(teacher) || softmax(student / T)) x T^2, mean over queries (Hinton et al. 2015).
+
+    student and teacher (B, N): over the passages of the query's own group. The teacher's temperature is
+    its own affair: divide before.
+    """
+    log_student = F.log_softmax(student / temperature, dim=1)
+    target = F.softmax(teacher.detach(), dim=1)
+    return F.kl_div(log_student, target, reduction="batchmean") * temperature**2
+
+
+def own_group(scores: Tensor, first: int = 0) -> Tensor:
+    """Each query's scores of its own positive and negatives.   (B, G, N) -> (B, N)"""
+    rows = torch.arange(len(scores), device=scores.device)
+    return scores[rows, rows + first]
+
+
+class ContrastiveDistillation(CachedLossMixin, nn.Module):
+    """contrastive_weight x InfoNCE + distill_weight x KL to the teacher's scores of the own group.
+
+    Columns (anchor, positive, negative_1..n, label (n + 1 teacher scores)); without labels the first
+    term alone. temperature divides the student's scores in both terms, as BGE does; teacher_temperature
+    the labels. similarity: cosine or dot (of dense or sparse vectors), maxsim (of a MultiVectorEncoder).
+    mini_batch_size: encode so many texts at once and keep gradients of vectors only (GradCache; not with
+    maxsim). gather_across_devices: the passages of all processes are negatives.
+    May stand inside SpladeLoss, which adds FLOPS.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        similarity: str = "cosine",
+        temperature: float = 0.02,
+        teacher_temperature: float = 1.0,
+        contrastive_weight: float = 1.0,
+        distill_weight: float = 1.0,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        allowed = (*_SIMILARITIES, "maxsim")
+        if similarity not in allowed:
+            raise ValueError(f"similarity {similarity!r}: must be one of {', '.join(allowed)}")
+        if similarity == "maxsim" and (mini_batch_size or gather_across_devices):
+            raise ValueError("similarity maxsim: takes no mini_batch_size and no gather_across_devices")
+        if temperature <= 0 or teacher_temperature <= 0:
+            raise ValueError(f"temperatures {temperature}, {teacher_temperature}: must be > 0")
+        self.model, self.similarity = model, similarity
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.contrastive_weight, self.distill_weight = contrastive_weight, distill_weight
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.gather_across_devices = gather_across_devices
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch, a scalar."""
+        features = [dict(each) for each in sentence_features]
+        if self.similarity == "maxsim":
+            return self._of_scores(maxsim_scores(self.model, features), labels)
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, labels)
+        return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of vectors, one tensor (B, D) a column."""
+        queries, passages = embeddings[0], embeddings[1:]
+        first = 0
+        if self.gather_across_devices:
+            passages = [all_gather_with_grad(each) for each in passages]
+            first = get_rank() * len(queries)
+        of = _SIMILARITIES[self.similarity]
+        scores = torch.stack([of(queries, each) for each in passages], dim=2)
+        return self._of_scores(scores, labels, first)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """What GradCache calls, with the vectors of all mini-batches."""
+        loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+    def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
+        scores = scores / self.temperature
+        loss = self.contrastive_weight * contrastive(scores, first)
+        if labels is None or labels.ndim != 2:  # the collator of a set without scores gives none or zeros
+            return loss
+        teacher = labels / self.teacher_temperature
+        return loss + self.distill_weight * distillation(own_group(scores, first), teacher)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of it."""
+        names = ("similarity", "temperature", "teacher_temperature", "contrastive_weight", "distill_weight")
+        return {name: getattr(self, name) for name in names}
+
+
+def maxsim_scores(model: Any, features: list[dict[str, Any]]) -> Tensor:
+    """MaxSim of every query with every passage of the batch; what the masks leave out counts nowhere.
+
+    features of the columns (anchor, positive, negative_1..) -> (B, B, N)
+    """
+    from sentence_transformers.multi_vector_encoder.scoring import colbert_scores
+    from sentence_transformers.util.tensor import stack_padded_token_embeddings
+
+    queries = model(features[0], task="query")
+    columns = embed_columns_padded(model, features[1:], task_default="document")
+    passages, mask = stack_padded_token_embeddings(*columns)
+    of = queries["token_embeddings"]
+    scores = colbert_scores(of, passages, queries["attention_mask"].bool(), mask)  # (B, B * N)
+    return scores.view(len(of), len(passages), -1)
