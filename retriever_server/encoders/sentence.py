@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from data.errors import ConfigError, DataError
+from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
 
@@ -56,7 +57,7 @@ def load_encoder(
     if isinstance(model, EncodingSpec):
         shared = _LOADED.get((model.hash, device, dtype))
         return shared or _load_by_spec(model, device, dtype)
-    loaded = _load_model(model, kind or _saved_kind(model), device, dtype)
+    loaded = load_model(model, kind, device, dtype)
     if max_tokens is not None:
         loaded.max_seq_length = max_tokens
     if dimension is not None:
@@ -89,6 +90,7 @@ class SentenceEncoder(Encoder):
         self.spec = spec
         self._model = model.eval()
         self._lock = threading.Lock()  # fast tokenizers refuse a second thread
+        self._packs = spec.kind == "dense" and packable(model)
         self.batch_tokens = _BATCH_TOKENS.get(model.device.type, 8192)
         if spec.kind == "sparse" and model.device.type != "cpu":
             self.batch_tokens //= 8  # every token has a logit for each word of the vocabulary
@@ -114,7 +116,7 @@ class SentenceEncoder(Encoder):
                     for key, value in features.items()
                 }
                 order.append(rows)
-                parts.append(self._vectors(self._model(on_device, task=_TASKS[role])))
+                parts.append(self._vectors(self._forward(on_device, role)))
         if not texts:
             return no_vectors(self.spec.kind, self.spec.dimension)
         return take(concatenate(parts), np.argsort(np.concatenate(order)))
@@ -134,12 +136,19 @@ class SentenceEncoder(Encoder):
             used = used | expanded.bool()
         lengths = used.sum(1).numpy()
         padded_left = bool(used[:, -1].all())
-        for rows in token_budget_batches(lengths, self.batch_tokens):
+        for rows in token_budget_batches(lengths, self.batch_tokens, self._packs):
             width = int(lengths[rows].max())
             self.real_tokens += int(lengths[rows].sum())
-            self.padded_tokens += width * len(rows)
             columns = slice(mask.shape[1] - width, None) if padded_left else slice(0, width)
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
+
+    def _forward(self, features: dict[str, Any], role: Role) -> dict[str, Any]:
+        if self._packs:
+            out, computed = packed_forward(self._model, features)
+        else:
+            out, computed = self._model(features, task=_TASKS[role]), features["input_ids"].numel()
+        self.padded_tokens += computed
+        return out
 
     def _vectors(self, out: dict[str, Any]) -> Vectors:
         if self.spec.kind == "multi":
@@ -160,14 +169,23 @@ class SentenceEncoder(Encoder):
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def token_budget_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Positions, longest first, in batches of at most `budget` tokens with padding, at least one text."""
+def token_budget_batches(lengths: np.ndarray, budget: int, packed: bool = False) -> Iterator[np.ndarray]:
+    """Positions, longest first, in batches of at most `budget` tokens, at least one text in each.
+
+    Padding counts, unless the texts of a batch will be packed.
+    """
     order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
     start = 0
     while start < len(order):
-        end = start + max(1, budget // max(1, int(lengths[order[start]])))
-        yield order[start:end]
-        start = end
+        first = int(lengths[order[start]])
+        fits = (
+            np.searchsorted(ends, ends[start] - first + budget, "right") - start
+            if packed
+            else budget // max(1, first)
+        )
+        yield order[start : start + max(1, int(fits))]
+        start += max(1, int(fits))
 
 
 def keep_largest(weights: np.ndarray, limit: int | None) -> np.ndarray:
@@ -210,11 +228,16 @@ def _saved_kind(model: str) -> str:
     return next((kind for kind, name in _CLASSES.items() if name == saved.get("model_type")), "dense")
 
 
-def _load_model(model: str, kind: str, device: str, dtype: str) -> Any:
+def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The model of sentence-transformers by name or folder, of the kind it was saved as if None.
+
+    Raises ConfigError.
+    """
     import sentence_transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    kind = kind or _saved_kind(model)
     if kind not in _CLASSES:
         raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(_CLASSES)}")
     kind_of_model = getattr(sentence_transformers, _CLASSES[kind])

@@ -7,8 +7,9 @@ loads   single   64 clients, each asks one query after the other, all different
         batch    4 clients, requests of 64 queries
         many     500 clients of single queries; a 429 is asked again after its Retry-After, for 30 s at most
 peer    the procedure of Search-R1's server (its retrieval_server.py), written anew: a thread a request,
-        one padded encoder call (mean pooling) and one IndexFlatIP search a request, rows of a `datasets` table looked up one by
-        one, nothing batched across requests; on the vectors and with the encoder of INDEX (kind flat)
+        one padded encoder call (mean pooling) and one IndexFlatIP search a request, rows of a `datasets`
+        table looked up one by one, nothing batched across requests; on the vectors and with the model of
+        INDEX (kind flat)
 
 With --index the servers are started here, one after the other, each alone on the machine.
 """
