@@ -21,15 +21,23 @@ def main(
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
+    A test collection of BEIR's or BRIGHT's form gives its passages as they are.
+
     Args:
-        source: A file, or a folder that is read with all its subfolders (other files are passed over).
+        source: A file, or a folder that is read with all its subfolders (other files are passed over);
+            FOLDER or FOLDER:DOMAIN of a test collection.
         out: JSON lines file to write; one that exists is replaced when all is done.
         words: About how many words a passage has; it ends with a sentence.
         overlap: About how many words a passage repeats of the one before, in whole sentences.
         on_error: What to do with a file that cannot be read: stop, or skip it and say so.
     """
+    from data.benchmarks import benchmark_passages, is_benchmark
     from data.jsonl import write_jsonl
 
+    if is_benchmark(source):
+        write_jsonl(out, benchmark_passages(source))
+        print(f"the passages of {source} are in {out}")
+        return
     if not 0 <= overlap < words:
         raise ConfigError(f"words = {words}, overlap = {overlap}: must be 0 <= overlap < words")
     files, root = _files(Path(source))

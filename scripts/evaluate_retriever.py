@@ -12,44 +12,55 @@ from data.records import FORMAT_VERSION, Question
 
 def main(
     retriever: str,
-    queries: str,
+    queries: str | None = None,
     qrels: str | None = None,
+    benchmark: str | None = None,
     metrics: str = "nDCG@10,R@10,R@100,RR@10,AP,P@10",
     answers: bool = False,
     compare: str | None = None,
     top_k: int = 100,
     where: dict[str, Any] | None = None,
+    query_template: str = "{query}",
     out: str | None = None,
+    run_out: str | None = None,
 ) -> None:
     """Score a retriever against relevance judgements, gold answers, or both.
 
     Args:
-        retriever: Folder of an index, URL of a server, YAML file, none, or random:INDEX.
+        retriever: Folder of an index, URL of a server, YAML file, none, random:INDEX, or a TREC run (.run,
+            .trec).
         queries: JSON lines of {"id", "question", "golden_answers"}, or a table of id and text.
         qrels: Table of query-id, corpus-id and score, or TREC's qrels.
+        benchmark: Instead of both: FOLDER or FOLDER:SPLIT of BEIR's form, FOLDER:DOMAIN of BRIGHT's.
         metrics: Names of ir-measures with commas between them; recall@k, MRR@k and MAP too.
         answers: Count queries that have a gold answer in one of the best k passages (answer@k).
         compare: A second retriever; the differences are tested for significance.
         top_k: How many passages a query is asked for.
         where: Only passages whose metadata agree, as JSON: {"year": {"gte": 1990}, "lang": "de"}.
+        query_template: What is searched for a query: may name {query} and {instruction} (BRIGHT's).
         out: Folder for scores.json, queries.jsonl and the runs in TREC's format.
+        run_out: File for the retriever's run alone, in TREC's format.
     """
-    if qrels is None and not answers:
+    if (benchmark is None) == (queries is None):
+        raise ConfigError("either --queries FILE or --benchmark FOLDER must be given")
+    if benchmark is not None and qrels is not None:
+        raise ConfigError(f"--qrels {qrels}: has no meaning with --benchmark, which has its own")
+    if benchmark is None and qrels is None and not answers:
         raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
     if top_k < 1:
         raise ConfigError(f"top_k = {top_k}: must be >= 1")
-    from data.qrels import load_qrels, load_queries
     from retriever_server.evaluation import compare as compare_values
-    from retriever_server.evaluation import judge, judge_answers, means, parse_metrics
+    from retriever_server.evaluation import judge, judge_answers, means, parse_metrics, write_run
     from retriever_server.filters import parse_filter
 
     parse_filter(where or {})
     measures = parse_metrics(metrics, top_k)
-    asked, judgements = load_queries(queries), load_qrels(qrels) if qrels else None
+    collection = _collection(benchmark, queries, qrels)
+    asked = collection.queries
     runs = []
     for spec in filter(None, (retriever, compare)):
-        rankings = _rank(spec, asked, top_k, where)
-        values = judge(rankings, judgements, measures) if judgements else {}
+        rankings = _rank(spec, collection, top_k, where, query_template)
+        values = judge(rankings, collection.qrels, measures) if collection.qrels else {}
         runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
     differences = compare_values(runs[0][1], runs[1][1]) if compare else {}
     scores = {
@@ -61,23 +72,61 @@ def main(
         "compare": compare,
         "queries": queries,
         "qrels": qrels,
+        "benchmark": benchmark,
         "top_k": top_k,
         "where": where,
+        "query_template": query_template,
     }
+    if run_out:
+        write_run(run_out, runs[0][0], _generation(runs[0][0]))
     if out:
         _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
     _show(scores, retriever if not compare else f"{retriever} against {compare}")
 
 
-def _rank(spec: str, queries: Sequence[Question], top_k: int, where: dict[str, Any] | None) -> Any:
+def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -> Any:
+    from data.benchmarks import Benchmark, load_benchmark
+    from data.qrels import load_qrels, load_queries
+
+    if benchmark is not None:
+        return load_benchmark(benchmark)
+    return Benchmark(load_queries(queries or ""), load_qrels(qrels) if qrels else {})
+
+
+def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str) -> Any:
+    """The rankings of a retriever, or of the file of a run, without what is excluded."""
+    from data.benchmarks import load_run, without_excluded
+    from data.records import Question
     from retriever_server.evaluation import rank_all
     from retriever_server.opening import open_retriever
 
+    if spec.endswith((".run", ".trec")):
+        run = load_run(spec)
+        rankings = {query.id: run.get(query.id, []) for query in collection.queries}
+        return without_excluded(rankings, collection.excluded, top_k)
+    try:
+        texts = [
+            template.format(query=query.text, instruction=collection.instruction)
+            for query in collection.queries
+        ]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"query_template {template!r}: may name {{query}} and {{instruction}}") from error
+    asked = [
+        Question(query.id, text, query.gold_answers)
+        for query, text in zip(collection.queries, texts, strict=True)
+    ]
     opened = open_retriever(spec)
     try:
-        return rank_all(opened, queries, top_k, _with_bar, where)
+        more = max(map(len, collection.excluded.values()), default=0)
+        rankings = rank_all(opened, asked, top_k + more, _with_bar, where)
     finally:
         opened.close()
+    return without_excluded(rankings, collection.excluded, top_k)
+
+
+def _generation(rankings: Any) -> str:
+    hits = next(filter(None, rankings.values()), None)
+    return hits[0].generation if hits else "none"
 
 
 def _with_bar(batches: Iterable[Any]) -> Iterable[Any]:
@@ -104,8 +153,7 @@ def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs
     ]
     write_jsonl(out / "queries.jsonl", rows)
     for name, (rankings, _) in zip(("run.trec", "compared.trec"), runs, strict=False):
-        hits = next(filter(None, rankings.values()), None)
-        write_run(out / name, rankings, hits[0].generation if hits else "none")
+        write_run(out / name, rankings, _generation(rankings))
     write_json(out / "scores.json", summary)
 
 

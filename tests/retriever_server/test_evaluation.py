@@ -183,6 +183,29 @@ def test_where_leaves_out_what_it_does_not_allow(tmp_path, capsys):
     assert "filter on 'year'" in capsys.readouterr().err
 
 
+def test_a_benchmark_goes_from_its_folder_to_scores_and_a_run_that_scores_the_same(tmp_path, capsys):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    rows = [
+        {"_id": i, "title": "", "text": t} for i, t in (("1", "red fox"), ("a", "a fox"), ("b", "blue sea"))
+    ]
+    write_jsonl(folder / "corpus.jsonl", rows)
+    write_jsonl(folder / "queries.jsonl", [{"_id": "1", "text": "red fox"}, {"_id": "2", "text": "sea"}])
+    write(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\t1\n")
+    corpus, index, run = (str(tmp_path / name) for name in ("c.jsonl", "index", "a.run"))
+    assert main(["corpus", f"--source={folder}", f"--out={corpus}"]) == 0
+    assert main(["index", f"--corpus={corpus}", f"--out={index}"]) == 0
+    asked = ["evaluate-retriever", f"--benchmark={folder}", "--metrics=RR@1", "--top_k=1"]
+    for retriever, out in ((index, "live"), (run, "from_file")):
+        files = (f"--retriever={retriever}", f"--out={tmp_path / out}", f"--run_out={run}")
+        assert main([*asked, *files, "--query_template={query} {instruction}"]) == 0
+        scores = json.loads((tmp_path / out / "scores.json").read_text())["scores"]
+        assert scores["RR@1"]["mean"] == 1.0  # the passage 1, the query 1 itself, is left out
+    assert main([*asked, f"--retriever={index}", "--query_template={text}"]) == 2
+    assert main([*asked, f"--retriever={index}", "--queries=q.jsonl"]) == 2
+    assert "may name {query} and {instruction}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("collection", "analyzer", "ndcg"),
     [("cranfield", "plain", 0.366), ("vaswani", "english", 0.441), ("vaswani", "anserini", 0.436)],
