@@ -10,7 +10,9 @@ from typing import Any
 from data.errors import ConfigError
 
 _KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
-_ONLY_BM25 = {"k1": 0.9, "b": 0.4, "analyzer": "plain", "language": "none", "title_boost": 1}
+_ONLY_BM25 = {
+    "k1": 0.9, "b": 0.4, "analyzer": "plain", "language": "none", "title_boost": 1, "scoring": "bm25",
+}  # fmt: skip
 _ONLY_ENCODED = {
     "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
     "dtype": "float16", "factory": None, "shard": "1/1", "ray": None, "device": "auto",
@@ -27,6 +29,7 @@ def main(
     analyzer: str = "plain",
     title_boost: int = 1,
     language: str = "none",
+    scoring: str = "bm25",
     dtype: str = "float16",
     factory: str | None = None,
     query_prompt: str | None = None,
@@ -54,6 +57,7 @@ def main(
         analyzer: bm25: plain (lower-cased words), stopwords, anserini or multilingual.
         title_boost: bm25: how many times the title counts.
         language: bm25: of the stemmer, for the analyzer multilingual.
+        scoring: bm25: bm25, or tfidf (a cosine; without k1 and b).
         dtype: Of stored vectors: float32, float16 or int8.
         factory: ann: a string for faiss.index_factory, such as IVF4096,SQ8; by size if not given.
         query_prompt: Put before every query, such as "query: "; the model's own if not given.
@@ -115,9 +119,8 @@ def _build_encoded(given: dict[str, Any]) -> None:
 
     of = index_kind(given["kind"]) if given["kind"] else None
     prompts = {name: given[name] for name in ("query_prompt", "passage_prompt", "passage_template")}
-    encoder = load_encoder(
-        given["encoder"], max_tokens=given["max_tokens"], device=given["device"], **prompts
-    )
+    device = "auto" if given["ray"] else given["device"]  # the GPUs may be those of other machines
+    encoder = load_encoder(given["encoder"], max_tokens=given["max_tokens"], device=device, **prompts)
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
     passages, bar = Corpus(Path(given["corpus"])), _Bar("encoding passages")
     if part != (1, 1):

@@ -1,9 +1,10 @@
-"""BM25: a sum over the postings of a query's terms, memory-mapped.
+"""BM25 and TF-IDF: a sum over the postings of a query's terms, memory-mapped.
 
     terms.npy        (V,) sorted hashes of the terms: a search for a term is a search in this array
-    starts.npy positions.npy weights.npy   see `Postings`; a weight is that of Lucene's BM25
+    starts.npy positions.npy weights.npy   see `Postings`; a weight is that of Lucene's BM25, or
+                     (1 + ln tf) ln(N / df) over the length of the passage's vector of these
 
-The weights equal those of bm25s. The building is ours because bm25s holds all passages in memory.
+BM25's weights equal those of bm25s. The building is ours because bm25s holds all passages in memory.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from data.records import Hit, Passage
 from retriever_server.filters import allowed
 from retriever_server.indexes.analyzers import load_analyzer
 from retriever_server.indexes.base import Index, Manifest, open_index, write_generation
-from retriever_server.indexes.counting import count_terms, lucene_length
-from retriever_server.indexes.postings import Postings, best
+from retriever_server.indexes.counting import TermCounts, count_terms, lucene_length
+from retriever_server.indexes.integrity import save_array
+from retriever_server.indexes.postings import Postings, best, map_postings
 from retriever_server.retriever import Filter, Query
 
 _LAYOUT = 2  # of the files; 1 was that of bm25s
@@ -31,8 +33,10 @@ _LAYOUT = 2  # of the files; 1 was that of bm25s
 class BM25Index(Index):
     """Lexical search with Lucene's BM25: idf = ln(1 + (N - df + .5) / (df + .5)), no factor k1 + 1.
 
-    A word that a query repeats counts as often as it stands there. Passages that share no word with
-    the query are no hits; equal scores are ranked in corpus order. Scores are sums in float64.
+    A word that a query repeats counts as often as it stands there. With `scoring` tfidf the score is the
+    cosine of query and passage, both weighted by (1 + ln tf) ln(N / df) (Manning et al. 2008). Passages
+    that share no word with the query are no hits; equal scores are ranked in corpus order. Scores are
+    sums in float64.
     """
 
     def __init__(self, path: Path, manifest: Manifest, corpus: Corpus) -> None:
@@ -41,6 +45,7 @@ class BM25Index(Index):
         if settings.get("layout") != _LAYOUT:
             raise DataError(f"{path}: built by an older version of this program; build the index again")
         self._analyze = load_analyzer(settings["analyzer"], settings["language"])
+        self._cosine = settings.get("scoring") == "tfidf"
         # Plain array views of the memory maps: slicing np.memmap costs more than the sum itself.
         self._terms, starts, positions, weights = (
             np.load(path / f"{name}.npy", mmap_mode="r").view(np.ndarray)
@@ -63,17 +68,19 @@ class BM25Index(Index):
         analyzer: str = "plain",
         title_boost: int = 1,
         language: str = "none",
+        scoring: str = "bm25",
         overwrite: bool = False,
         progress: Callable[[Iterable[Passage]], Iterable[Passage]] = iter,
     ) -> BM25Index:
         """Index title (`title_boost` times) and text of all passages into the folder `out`; opened.
 
-        k1=.9, b=.4 are Anserini's defaults; analyzer and language: see `analyzers`. With `anserini`
-        lengths are rounded as Lucene stores them, in a byte. `progress` wraps the passages as they are
-        read. Memory is bounded but for the vocabulary. Raises ConfigError for a wrong setting,
+        k1=.9, b=.4 are Anserini's defaults, and mean nothing to `scoring` tfidf, the other being bm25;
+        analyzer and language: see `analyzers`. With `anserini` lengths are rounded as Lucene stores them,
+        in a byte. `progress` wraps the passages as they are read. Memory is bounded but for the
+        vocabulary. Raises ConfigError for a wrong setting,
         DataError for a corpus without words.
         """
-        settings = _checked_settings(k1, b, analyzer, title_boost, language)
+        settings = _checked_settings(k1, b, analyzer, title_boost, language, scoring)
 
         def write(folder: Path) -> None:
             write_postings(folder, corpus, settings, progress)
@@ -92,8 +99,16 @@ class BM25Index(Index):
         terms = self._known(self._analyze(query))
         if not len(terms):
             return []
-        scores = self._postings.scores(terms)
+        scores = self._postings.scores(terms) if not self._cosine else self._cosines(terms)
         return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in best(scores, k, mask)]
+
+    def _cosines(self, terms: list[int]) -> np.ndarray:
+        """The cosine of every passage with a query of these terms.   -> (P,)"""
+        rows, counts = np.unique(terms, return_counts=True)
+        frequencies = self._postings.starts[rows + 1] - self._postings.starts[rows]
+        weights = (1 + np.log(counts)) * np.log(len(self.corpus) / frequencies)
+        length = np.linalg.norm(weights)
+        return self._postings.scores(rows.tolist(), (weights / (length or 1)).tolist())
 
     def _known(self, words: list[str]) -> list[int]:
         """The rows of those words that the corpus has."""
@@ -112,39 +127,54 @@ def write_postings(folder: Path, corpus: Corpus, settings: dict[str, Any], progr
         hashes = np.fromiter(map(_hash, counts.vocabulary), np.uint64, len(counts.vocabulary))
         by_hash = np.argsort(hashes)
         row_of = np.argsort(by_hash)  # of each term in the vocabulary's order
-        frequencies = counts.document_frequencies()[by_hash]
-        starts = np.concatenate([[0], np.cumsum(frequencies)]).astype(np.int64)
-        np.save(folder / "terms.npy", hashes[by_hash])
-        np.save(folder / "starts.npy", starts)
-        positions, weights = (
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (int(starts[-1]),))
-            for name, dtype in (("positions", np.int32), ("weights", np.float32))
-        )
-        lucene = settings["analyzer"] == "anserini"
-        idf, norms = _lucene_bm25(counts.lengths, frequencies, settings["k1"], settings["b"], lucene)
+        frequencies = counts.document_frequencies()
+        starts = np.concatenate([[0], np.cumsum(frequencies[by_hash])]).astype(np.int64)
+        save_array(folder / "terms.npy", hashes[by_hash])
+        save_array(folder / "starts.npy", starts)
+        positions, weights = map_postings(folder, int(starts[-1]))
+        weigh = _SCORINGS[settings.get("scoring", "bm25")](counts, frequencies, settings)
         free = starts[:-1].copy()
         for terms, passages, occurrences in counts.blocks():
             order = np.argsort(row_of[terms], kind="stable")
             rows, passages, occurrences = row_of[terms][order], passages[order], occurrences[order]
             target = free[rows] + np.arange(len(rows)) - np.searchsorted(rows, rows)
             positions[target] = passages
-            weights[target] = idf[rows] * occurrences / (occurrences + norms[passages])
+            weights[target] = weigh(terms[order], passages, occurrences)
             free += np.bincount(rows, minlength=len(free))
         positions.flush()
         weights.flush()
 
 
-def _lucene_bm25(
-    lengths: np.ndarray, frequencies: np.ndarray, k1: float, b: float, lucene: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """idf of each term (V,) and k1 * (1 - b + b * length / average) of each passage (P,).
+Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Terms in the vocabulary's order, passages, and how often one stands in the other -> weights. (N,) each"""
 
-    lucene: as Lucene counts, passages without a term are none, and lengths lose what a byte cannot hold.
+
+def _lucene_bm25(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]) -> Weigh:
+    """idf * tf / (tf + k1 * (1 - b + b * length / average)).
+
+    Analyzed as anserini, as Lucene counts: passages without a term are none, and lengths lose what a
+    byte cannot hold.
     """
+    k1, b, lengths, lucene = settings["k1"], settings["b"], counts.lengths, settings["analyzer"] == "anserini"
     count = np.count_nonzero(lengths) if lucene else len(lengths)
     stored = lucene_length(lengths) if lucene else lengths
     idf = np.log(1 + (count - frequencies + 0.5) / (frequencies + 0.5))
-    return idf, k1 * (1 - b + b * stored / (lengths.sum() / count))
+    norms = k1 * (1 - b + b * stored / (lengths.sum() / count))
+    return lambda terms, passages, occurrences: idf[terms] * occurrences / (occurrences + norms[passages])
+
+
+def _tfidf(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]) -> Weigh:
+    """(1 + ln tf) ln(N / df), over the length of the vector of these of the passage."""
+    idf = np.log(len(counts.lengths) / frequencies)
+    squares = np.zeros(len(counts.lengths))
+    for terms, passages, occurrences in counts.blocks():
+        weights = (1 + np.log(occurrences)) * idf[terms]
+        squares += np.bincount(passages, weights**2, minlength=len(squares))
+    lengths = np.sqrt(np.where(squares > 0, squares, 1))  # words that every passage has weigh nothing
+    return lambda terms, passages, occurrences: (1 + np.log(occurrences)) * idf[terms] / lengths[passages]
+
+
+_SCORINGS = {"bm25": _lucene_bm25, "tfidf": _tfidf}
 
 
 def _hash(term: str) -> int:
@@ -152,7 +182,9 @@ def _hash(term: str) -> int:
     return int.from_bytes(digest)
 
 
-def _checked_settings(k1: float, b: float, analyzer: str, title_boost: int, language: str) -> dict:
+def _checked_settings(
+    k1: float, b: float, analyzer: str, title_boost: int, language: str, scoring: str
+) -> dict[str, Any]:
     load_analyzer(analyzer, language)
     for ok, name, value, must_be in (
         (k1 >= 0, "k1", k1, ">= 0"),
@@ -161,5 +193,11 @@ def _checked_settings(k1: float, b: float, analyzer: str, title_boost: int, lang
     ):
         if not ok:
             raise ConfigError(f"{name} = {value}: must be {must_be}")
-    numbers = {"k1": float(k1), "b": float(b), "title_boost": int(title_boost)}
-    return {**numbers, "analyzer": analyzer, "language": language, "layout": _LAYOUT}
+    if scoring not in _SCORINGS:
+        raise ConfigError(f"scoring {scoring!r}: must be one of {', '.join(_SCORINGS)}")
+    common = {"title_boost": int(title_boost), "analyzer": analyzer, "language": language, "layout": _LAYOUT}
+    if scoring == "bm25":  # not named in the settings: indexes are older than the choice
+        return {"k1": float(k1), "b": float(b), **common}
+    if (k1, b) != (0.9, 0.4):
+        raise ConfigError(f"k1 = {k1}, b = {b}: mean nothing to scoring {scoring}")
+    return {"scoring": scoring, **common}

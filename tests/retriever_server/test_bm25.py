@@ -210,3 +210,31 @@ def test_a_corpus_without_words_and_a_k_below_one_are_refused(tmp_path):
     index = BM25Index.build(corpus_of(tmp_path, "fox"), tmp_path / "index")
     with pytest.raises(ConfigError, match="k = 0: must be >= 1"):
         index.search(["fox"], 0)
+
+
+def test_tfidf_is_the_cosine_of_both_weighted_by_log_tf_times_log_idf(tmp_path, monkeypatch):
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    monkeypatch.setattr(counting, "BLOCK_TOKENS", 40)
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(30)]
+    texts = [" ".join(["every", *rng.choices(words, k=rng.randint(1, 20))]) for _ in range(40)]
+    index = BM25Index.build(corpus_of(tmp_path, *texts), tmp_path / "index", scoring="tfidf")
+    theirs = text.TfidfVectorizer(analyzer=plain, sublinear_tf=True, smooth_idf=False)
+    theirs.fit(texts)
+    theirs.idf_ = theirs.idf_ - 1  # scikit-learn adds 1
+    for query in ("w1 w2 w2 w7", "every w3 unknown", "w4"):
+        expected = (theirs.transform(texts) @ theirs.transform([query]).T).toarray()[:, 0]
+        hits = index.search([query], 40)[0]
+        found = {int(hit.passage.id): hit.score for hit in hits}
+        assert [hit.score for hit in hits] == sorted(found.values(), reverse=True)
+        assert found.keys() == set(np.flatnonzero(expected > 0).tolist())
+        np.testing.assert_allclose([found[i] for i in sorted(found)], expected[sorted(found)], rtol=1e-6)
+    assert index.search(["every", "unknown"], 3) == [[], []]
+
+
+def test_tfidf_takes_no_k1_and_scoring_is_one_of_two(tmp_path):
+    corpus = corpus_of(tmp_path, "a fox")
+    with pytest.raises(ConfigError, match=r"k1 = 1\.2, b = 0\.4: mean nothing to scoring tfidf"):
+        BM25Index.build(corpus, tmp_path / "index", k1=1.2, scoring="tfidf")
+    with pytest.raises(ConfigError, match="scoring 'lm': must be one of bm25, tfidf"):
+        BM25Index.build(corpus, tmp_path / "index", scoring="lm")
