@@ -41,7 +41,7 @@ class Batching:
     max_batch: int = 64
     """Queries in one search."""
     window_seconds: float = 0.002
-    """How long a search waits for others to join it; more where searches are slow: see `Batcher`."""
+    """A search waits for others as long as one more comes within this time (at most a fifth of a batch)."""
     threads: int = 1
     """Searches at the same time; more help where a search waits for another machine."""
     max_waiting: int = 4096
@@ -71,15 +71,12 @@ class Observer(Protocol):
         ...
 
 
-_WINDOW_SHARE = 0.05
-"""Of the seconds of a batch: clients that were answered together get the time to come back together."""
+_WAITED_SHARE = 0.2
+"""Of what a batch takes: clients that were answered together come back together, but not at once."""
 
 
 class Batcher:
-    """Puts items with the same key into batches. For one event loop at a time.
-
-    A batch that is not full waits for `window_seconds`, or for a twentieth of what the last ones took.
-    """
+    """Puts items with the same key into batches. For one event loop at a time."""
 
     def __init__(self, settings: Batching, observer: Observer | None = None) -> None:
         self.settings, self._observer = settings, observer
@@ -148,15 +145,18 @@ class Batcher:
                     _log.exception("a batch was given up")
 
     async def _wait_for_others(self) -> None:
-        if self.waiting >= self.settings.max_batch or not self.settings.window_seconds:
-            return
+        """Until the batch is full, nobody has come for `window_seconds`, or a share of a batch's time is over."""
+        window = self.settings.window_seconds
+        end = time.perf_counter() + max(window, _WAITED_SHARE * self._seconds_per_batch)
         self._full.clear()
-        try:
-            share = _WINDOW_SHARE * self._seconds_per_batch
-            async with asyncio.timeout(max(self.settings.window_seconds, share)):
-                await self._full.wait()
-        except TimeoutError:
-            pass
+        waiting = 0
+        while window and waiting < self.waiting < self.settings.max_batch and time.perf_counter() < end:
+            waiting = self.waiting
+            try:
+                async with asyncio.timeout(window):
+                    await self._full.wait()
+            except TimeoutError:
+                pass
 
     def _take(self) -> list[_Entry]:
         """The next batch: the oldest items of the key that has waited longest; without the abandoned."""
