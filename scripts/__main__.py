@@ -40,6 +40,7 @@ COMMANDS = {
     "train": Command("scripts.train", "train a policy by reinforcement learning"),
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
+    "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),
 }
 QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")

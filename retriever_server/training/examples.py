@@ -133,7 +133,7 @@ class Examples(Sequence[Example]):
                     raise DataError(f"{self.path}:{number}: {error}") from error
                 self._check_corpus(record, number)
                 try:
-                    self._check(example := parse_example(record), ids)
+                    check_example(example := parse_example(record), self.corpus, ids)
                 except ValueError as error:
                     if self.on_error == "stop":
                         raise DataError(f"{self.path}:{number}: {error}") from error
@@ -156,17 +156,18 @@ class Examples(Sequence[Example]):
                 f"{self.corpus.content_hash}: another corpus, or changed since; mine or convert again"
             )
 
-    def _check(self, example: Example, seen_ids: set[str]) -> None:
-        if example.query_id and example.query_id in seen_ids:
-            raise ValueError(f"query_id {example.query_id!r} stands there twice")
-        ids = (*example.positives, *example.negatives)
-        twice = [id_ for id_, count in Counter(ids).items() if count > 1]
-        if twice:
-            raise ValueError(f"passage {twice[0]!r} stands there twice")
-        positions = self.corpus.positions(ids)
-        if positions.min() < 0:
-            missing = ids[int(positions.argmin())]
-            raise ValueError(f"passage {missing!r} is not in {self.corpus.path}")
+
+def check_example(example: Example, corpus: Corpus, seen_ids: set[str]) -> None:
+    """Raise ValueError if its query_id is among `seen_ids`, or a passage twice there or not in the corpus."""
+    if example.query_id and example.query_id in seen_ids:
+        raise ValueError(f"query_id {example.query_id!r} stands there twice")
+    ids = (*example.positives, *example.negatives)
+    twice = [id_ for id_, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"passage {twice[0]!r} stands there twice")
+    positions = corpus.positions(ids)
+    if positions.min() < 0:
+        raise ValueError(f"passage {ids[int(positions.argmin())]!r} is not in {corpus.path}")
 
 
 def title_and_text(passage: Passage) -> str:

@@ -1,0 +1,142 @@
+"""Training data of other projects, from and to ours: a corpus, and examples of ids (`examples.py`).
+
+`readers.py` lists the formats. Empty passages, repetitions, and negatives that are positives of the same
+query are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from data.records import Passage
+from retriever_server.training.examples import Example, Examples, OnError, check_example
+from retriever_server.training.readers import READERS, text_id
+from retriever_server.training.writers import WRITERS, one_text
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came out, and what was left out on the way."""
+
+    corpus: Corpus
+    examples: Path
+    count: int
+    left_out: Counter[str]
+
+
+def convert_from(
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    corpus: str | Path | None = None,
+    split: str = "train",
+    on_error: OnError = "stop",
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Converted:
+    """Write `out`/examples.jsonl and, unless the passages are those of `corpus`, `out`/corpus.jsonl.
+
+    In a given corpus passages are found by their id or, where the format has none, by their text. `split`
+    is for qrels. Raises DataError "FILE:LINE: what is wrong"; with on_error="skip" examples without a
+    positive, with dangling ids or a query_id that was there are left out and counted.
+    """
+    if name not in READERS:
+        raise ConfigError(f"format {name!r}: must be one of {', '.join(READERS)}")
+    source, out, left_out = Path(source), Path(out), Counter()
+    if not source.exists():
+        raise ConfigError(f"source = {source}: no such file or folder")
+    if corpus is None:
+        if name == "questions":
+            raise ConfigError("format 'questions': names passages of a corpus, which must be given")
+        write_jsonl(out / "corpus.jsonl", _distinct(progress(READERS[name](source, split)), left_out))
+    passages = Corpus(corpus or out / "corpus.jsonl")
+    rename = _ids_by_text(passages) if corpus and name in ("bge", "sentence-transformers") else {}
+    items = progress(READERS[name](source, split))
+    rows = _checked(
+        items, passages, rename, {"corpus": passages.content_hash, "from": name}, on_error, left_out
+    )
+    written = Counter()
+    write_jsonl(out / "examples.jsonl", _counted(rows, written))
+    if not written["rows"]:
+        raise DataError(f"{source}: holds no examples")
+    return Converted(passages, out / "examples.jsonl", written["rows"], left_out)
+
+
+def convert_to(name: str, examples: Examples, out: str | Path) -> None:
+    """Write the examples, with the texts of their corpus where the format wants them, to a file or folder."""
+    if name not in WRITERS:
+        raise ConfigError(f"format {name!r}: must be one of {', '.join(WRITERS)}")
+    WRITERS[name](examples, Path(out))
+
+
+def _distinct(items: Iterable[tuple[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a corpus: each passage once; DataError where an id comes with another text."""
+    seen: dict[str, int] = {}
+    for place, item in items:
+        if not isinstance(item, Passage):
+            continue
+        if not item.text.strip():
+            left_out["empty passages"] += 1
+            continue
+        content = hash((item.title, item.text))
+        if item.id not in seen:
+            seen[item.id] = content
+            row = {"id": item.id, "title": item.title, "text": item.text}
+            yield row | ({"metadata": dict(item.metadata)} if item.metadata else {})
+        elif seen[item.id] != content:
+            raise DataError(f"{place}: passage {item.id!r} came with another text before")
+
+
+def _ids_by_text(corpus: Corpus) -> dict[str, str]:
+    ids = {text_id("", passage.text): passage.id for passage in corpus}
+    return ids | {text_id("", one_text(passage)): passage.id for passage in corpus}
+
+
+def _checked(
+    items: Iterable[tuple[str, Any]], corpus: Corpus, rename: Mapping[str, str], provenance: dict[str, Any],
+    on_error: OnError, left_out: Counter[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    seen: set[str] = set()
+    for place, item in items:
+        if isinstance(item, Passage):
+            continue
+        example = _tidy(replace(item, provenance=provenance), rename, left_out)
+        try:
+            if not example.query.strip():
+                raise ValueError("the query is empty")
+            if not example.positives:
+                raise ValueError(f"query {example.query[:40]!r} has no positive")
+            check_example(example, corpus, seen)
+        except ValueError as error:
+            if on_error == "stop":
+                raise DataError(f"{place}: {error}") from error
+            left_out["examples"] += 1
+            continue
+        seen.add(example.query_id)
+        yield example.as_record()
+
+
+def _tidy(example: Example, rename: Mapping[str, str], left_out: Counter[str]) -> Example:
+    """Without repetitions, and without negatives that are positives."""
+    named = {id_: rename.get(id_, id_) for id_ in (*example.positives, *example.negatives)}
+    positives = tuple(dict.fromkeys(named[id_] for id_ in example.positives))
+    negatives = tuple(dict.fromkeys(named[id_] for id_ in example.negatives))
+    good = tuple(id_ for id_ in negatives if id_ not in positives)
+    left_out["negatives that are positives"] += len(negatives) - len(good)
+    left_out["repetitions"] += (
+        len(example.positives) - len(positives) + len(example.negatives) - len(negatives)
+    )
+    scores = {named[id_]: score for id_, score in (example.scores or {}).items() if id_ in named}
+    return replace(example, positives=positives, negatives=good, scores=scores or None)
+
+
+def _counted(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        counts["rows"] += 1
+        yield row
