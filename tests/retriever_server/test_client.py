@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from itertools import count
+from types import SimpleNamespace
 
 import httpx  # noqa: F401  # the first import takes part of a short deadline
 import pytest
@@ -85,6 +88,14 @@ class FlakyServer:
 
 def echoed(queries: list[str]) -> dict:
     return render_hits([[Hit(Passage("1", q), 1.0, "g")] for q in queries], "g", True)
+
+
+@contextmanager
+def a_look_takes_100_seconds():
+    """For the client, each time it looks at its clock: deadlines pass however fast or busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retriever_server.client.time", SimpleNamespace(monotonic=count(0, 100).__next__))
+        yield
 
 
 def ask_server(server: FlakyServer, *queries: str, deadline_seconds: float = 10.0) -> list:
@@ -175,9 +186,10 @@ def test_what_may_pass_is_retried_and_never_an_empty_result(failure):
     server = FlakyServer(failure, failure)
     assert [texts(hits) for hits in ask_server(server, "a")] == [["a"]]
     assert len(server.requests) == 3
-    [error] = ask_server(FlakyServer(*[failure] * 50), "a", deadline_seconds=0.4)
+    with a_look_takes_100_seconds():  # one at the start, two an attempt
+        [error] = ask_server(FlakyServer(*[failure] * 50), "a", deadline_seconds=350)
     assert isinstance(error, RetrieverUnavailable)
-    assert "http://127.0.0.1:" in str(error) and "attempts" in str(error)
+    assert "http://127.0.0.1:" in str(error) and "2 attempts" in str(error)
 
 
 def test_retry_after_is_honoured():
@@ -194,7 +206,7 @@ def test_retry_after_is_honoured():
 def test_a_server_that_hangs_is_a_timeout():
     [error] = ask_server(FlakyServer(60.0), "a", deadline_seconds=0.2)
     assert isinstance(error, RetrieverTimeout)
-    assert "no answer within 0.2 s" in str(error)
+    assert re.search(r"no answer within \d+\.\d s", str(error))
 
 
 def test_a_dead_server_is_unavailable_within_the_deadline():
@@ -203,10 +215,13 @@ def test_a_dead_server_is_unavailable_within_the_deadline():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
 
     async def run():
-        async with connect(url, deadline_seconds=0.5) as client:
+        async with connect(url, deadline_seconds=350) as client:
             await client.search("a", 1)
 
-    with pytest.raises(RetrieverUnavailable, match=rf"{url}: gave up after .* s.*ConnectError"):
+    with (
+        a_look_takes_100_seconds(),
+        pytest.raises(RetrieverUnavailable, match=rf"{url}: gave up after .* s.*ConnectError"),
+    ):
         asyncio.run(run())
 
 
@@ -270,7 +285,8 @@ def test_closing_fails_those_who_wait_and_the_client_can_be_used_again():
         async with server.running():
             client = SearchClient(Http(server.url))
             waiting = asyncio.ensure_future(client.search("a", 1))
-            await asyncio.sleep(0.05)
+            while not server.requests:  # until it is on its way
+                await asyncio.sleep(0.001)
             await client.close()
             with pytest.raises(RetrieverUnavailable, match="closed"):
                 await waiting
