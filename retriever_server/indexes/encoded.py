@@ -40,6 +40,8 @@ class EncodedIndex(Index):
     vectors: ClassVar[str]
     """The kind of encoder it needs."""
     passages_per_shard: ClassVar[int] = 50_000
+    whole: bool = True
+    """False where only the largest entries of a vector are stored."""
 
     def __init__(
         self, path: Path, manifest: Manifest, corpus: Corpus, encoder: Encoder, device: str = "cpu"
@@ -168,17 +170,23 @@ class EncodedIndex(Index):
             raise DataError(f"{self.path}: {len(self)} passages, its corpus has {len(self.corpus)}")
         count = min(count, len(self))
         positions = [len(self) * i // count for i in range(count)]
-        check_encodes(self.encoder, self.corpus, positions, self.stored, self.path)
+        check_encodes(self.encoder, self.corpus, positions, self.stored, self.path, self.whole)
 
 
-def check_encodes(encoder: Encoder, corpus: Corpus, positions: list[int], stored: Any, path: Path) -> None:
-    """DataError unless the encoder makes of these passages what `stored(position)` gives."""
+def check_encodes(
+    encoder: Encoder, corpus: Corpus, positions: list[int], stored: Any, path: Path, whole: bool = True
+) -> None:
+    """DataError unless the encoder makes of these passages what `stored(position)` gives.
+
+    Where the vectors are not `whole`, only what is stored of them counts.
+    """
     if not positions:
         return
     passages = [corpus[position] for position in positions]
     again = encoder.encode([encoder.spec.render(passage) for passage in passages], "passage")
     for i, position in enumerate(positions):
-        least = float(similarities(rows_of(again, i), stored(position)).min())
+        here, there = rows_of(again, i), stored(position)
+        least = float(similarities(here if whole else here * (there != 0), there).min())
         if not least > 0.999:
             raise DataError(
                 f"{path}: passage {passages[i].id!r} is stored with another vector than "

@@ -1,4 +1,7 @@
-"""Learned sparse vectors (SPLADE and its kin), searched exactly through their postings, as BM25 is."""
+"""Learned sparse vectors (SPLADE and its kin), searched exactly through their postings, as BM25 is.
+
+What they weigh on disk can be cut: the largest `terms_per_passage` alone, and weights (impacts) of 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
+from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Vectors
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
@@ -28,27 +32,49 @@ class InvertedIndex(EncodedIndex):
             for name in ("starts", "positions", "weights")
         )
         self.postings = Postings(starts, positions, weights, self.manifest.corpus_count)
+        scale = self.path / "scale.npy"
+        self.scale = float(np.load(scale)[0]) if scale.exists() else 1.0
+        self.whole = "terms_per_passage" not in self.manifest.settings
 
     @classmethod
-    def checked_settings(cls, corpus: Corpus, spec: EncodingSpec) -> dict[str, Any]:
-        """It has none."""
-        return {}
+    def checked_settings(
+        cls, corpus: Corpus, spec: EncodingSpec, terms_per_passage: int | None = None
+    ) -> dict[str, Any]:
+        """terms_per_passage: so many of the largest weights are kept of each passage; None keeps all."""
+        if terms_per_passage is None:
+            return {}
+        if terms_per_passage < 1:
+            raise ConfigError(f"terms_per_passage = {terms_per_passage}: must be >= 1")
+        return {"terms_per_passage": terms_per_passage}
 
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
-        """The shards, sorted by term through the disk; weights are float32 whatever the dtype."""
+        """The shards, sorted by term through the disk.
+
+        Weights are float32, or with dtype int8 of 8 bits: 1 to 255 times one scale for all.
+        """
         terms = shards.encoder.spec.dimension
-        counts = sum(np.bincount(shards.load(i, "terms"), minlength=terms) for i in range(len(shards)))
+        limit, eight_bits = settings.get("terms_per_passage"), settings["dtype"] == "int8"
+        counts, largest = np.zeros(terms, np.int64), np.float32(0)
+        for shard in range(len(shards)):
+            of_term, _, impacts = _largest(shards, shard, limit)
+            counts += np.bincount(of_term, minlength=terms)
+            largest = max(largest, impacts.max(initial=0))
+        scale = np.full(1, largest / 255, np.float32)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         save_array(folder / "starts.npy", starts)
-        positions, weights = map_postings(folder, int(starts[-1]))
+        if eight_bits:
+            save_array(folder / "scale.npy", scale)
+        positions, weights = map_postings(folder, int(starts[-1]), np.uint8 if eight_bits else np.float32)
         free = starts[:-1].copy()
         for shard in range(len(shards)):
-            order = np.argsort(shards.load(shard, "terms"), kind="stable")
-            of_term = shards.load(shard, "terms")[order]
-            passages = np.repeat(np.array(shards.positions(shard)), shards.load(shard, "lengths"))
+            of_term, passages, impacts = _largest(shards, shard, limit)
+            order = np.argsort(of_term, kind="stable")
+            of_term = of_term[order]
             target = free[of_term] + np.arange(len(order)) - np.searchsorted(of_term, of_term)
-            positions[target], weights[target] = passages[order], shards.load(shard, "weights")[order]
+            if eight_bits:
+                impacts = np.clip(np.rint(impacts / scale), 1, 255)
+            positions[target], weights[target] = passages[order], impacts[order]
             free += np.bincount(of_term, minlength=terms)
         positions.flush()
         weights.flush()
@@ -57,7 +83,7 @@ class InvertedIndex(EncodedIndex):
         """As `EncodedIndex.rank`.   queries csr (Q, V)"""
         rankings = []
         for start, end in zip(queries.indptr[:-1], queries.indptr[1:], strict=True):
-            scores = self.postings.scores(queries.indices[start:end], queries.data[start:end])
+            scores = self.postings.scores(queries.indices[start:end], queries.data[start:end] * self.scale)
             found = best(scores, k, mask)
             rankings.append((found, scores[found]))
         return rankings
@@ -68,8 +94,21 @@ class InvertedIndex(EncodedIndex):
         for term, (start, end) in enumerate(zip(postings.starts[:-1], postings.starts[1:], strict=True)):
             at = start + np.searchsorted(postings.positions[start:end], position)
             if at < end and postings.positions[at] == position:
-                row[0, term] = postings.weights[at]
+                row[0, term] = postings.weights[at] * self.scale
         return row
 
     def __len__(self) -> int:
         return self.postings.count
+
+
+def _largest(shards: Shards, shard: int, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Terms, passages and weights of a shard, the `limit` largest weights of each passage."""
+    lengths = np.array(shards.load(shard, "lengths"))
+    terms, weights = (np.array(shards.load(shard, name)) for name in ("terms", "weights"))
+    passages = np.repeat(np.array(shards.positions(shard)), lengths)
+    if limit is None:
+        return terms, passages, weights
+    by_weight = np.lexsort((-weights, passages))
+    rank = np.arange(len(weights)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    kept = np.sort(by_weight[rank < limit])
+    return terms[kept], passages[kept], weights[kept]

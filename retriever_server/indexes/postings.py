@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,17 +39,17 @@ class Postings:
         return np.bincount(positions, weights=np.concatenate(weights), minlength=self.count)
 
 
-def map_postings(folder: Path, count: int) -> list[np.memmap]:
-    """positions.npy and weights.npy for so many postings, mapped to be written. Raises OSError.
+def map_postings(folder: Path, count: int, dtype: Any = np.float32) -> list[np.memmap]:
+    """positions.npy and weights.npy (of `dtype`) for so many postings, mapped to be written. Raises OSError.
 
     Their disk space is taken at once: who writes into a map when the disk is full is killed (SIGBUS).
     """
     maps = []
-    for name, dtype in (("positions", np.int32), ("weights", np.float32)):
+    for name, of in (("positions", np.int32), ("weights", dtype)):
         with open(folder / f"{name}.npy", "wb") as file:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count,)}
+            header = {"descr": np.dtype(of).str, "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(file, header)
-            size = max(1, count * np.dtype(dtype).itemsize)
+            size = max(1, count * np.dtype(of).itemsize)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), file.tell(), size)
             else:  # macOS

@@ -109,6 +109,35 @@ def test_ann_finds_what_flat_finds(tmp_path):
             AnnIndex.build(corpus, tmp_path / "wrong", encoder, **setting)
 
 
+def test_a_pruned_inverted_index_keeps_the_largest_weights_of_each_passage(tmp_path, corpus):
+    encoder = FakeEncoder("sparse", dimension=64)
+    vectors = encoder.encode(TEXTS, "passage").toarray()
+    built = {"dtype": "float32", "passages_per_shard": 33}
+    index = InvertedIndex.build(corpus, tmp_path / "i", encoder, terms_per_passage=3, **built)
+    for position in (0, 32, 33, 99):
+        kept, whole = index.stored(position)[0], vectors[position]
+        assert (kept > 0).sum() == min(3, (whole > 0).sum())
+        np.testing.assert_array_equal(kept[kept > 0], whole[kept > 0])
+        assert kept[kept > 0].min() >= whole[kept == 0].max()
+    open_index(tmp_path / "i", encoder=encoder)  # what was cut away is no other encoder
+    with pytest.raises(DataError, match="stored with another vector"):
+        other = FakeEncoder("sparse", dimension=64)
+        other._counts = lambda words: np.ones(64, np.float32)  # type: ignore[method-assign]
+        open_index(tmp_path / "i", encoder=other)
+    with pytest.raises(ConfigError, match="terms_per_passage = 0: must be >= 1"):
+        InvertedIndex.build(corpus, tmp_path / "wrong", encoder, terms_per_passage=0)
+
+
+def test_impacts_of_eight_bits_are_within_half_a_step_and_take_a_quarter(tmp_path, corpus):
+    encoder = FakeEncoder("sparse", dimension=64)
+    vectors = encoder.encode(TEXTS, "passage").toarray()
+    index = InvertedIndex.build(corpus, tmp_path / "i", encoder, "int8")
+    assert index.postings.weights.dtype == np.uint8
+    for position in range(100):
+        np.testing.assert_allclose(index.stored(position)[0], vectors[position], atol=vectors.max() / 509)
+    assert verify_index(tmp_path / "i").corpus_count == 100
+
+
 def test_fixed_encodings_of_the_passages_find_most_of_the_best(tmp_path, corpus):
     encoder = FakeEncoder("multi")
     index = MaxSimIndex.build(corpus, tmp_path / "i", encoder, repetitions=20, passages_per_shard=40)
