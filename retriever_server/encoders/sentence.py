@@ -242,12 +242,21 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
         raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(_CLASSES)}")
     kind_of_model = getattr(sentence_transformers, _CLASSES[kind])
     try:
-        loaded = kind_of_model(model, device=device, model_kwargs={"dtype": dtype})
+        loaded = kind_of_model._load_with_module_classes(
+            model, _own_modules(), device=device, model_kwargs={"dtype": dtype}
+        )
     except (OSError, ValueError) as error:
         raise _not_loaded(model, error) from error
     if hasattr(loaded[0], "unpad_inputs"):
         loaded[0].unpad_inputs = False  # our batches are rectangles with little padding
     return loaded
+
+
+def _own_modules() -> dict[str, Any]:
+    """The modules of ours that a saved model may name: these alone load without trust_remote_code."""
+    from retriever_server.encoders.token_weights import TokenWeights
+
+    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights,)}
 
 
 def _not_loaded(model: str, error: Exception) -> ConfigError:
@@ -270,7 +279,7 @@ def _read_spec(name: str, model: Any, passage_template: str) -> EncodingSpec:
         passage_prompt=next(iter(saved_prompts), "") or "",
         passage_template=passage_template,
         max_tokens=model.max_seq_length,
-        pooling=" > ".join(map(_describe_module, list(model)[1:])),
+        pooling=_describe(list(model), getattr(model, "max_active_dims", None)),
         normalise=(kind == "dense" and similarity == "cosine") or _ends_normalised(model),
         similarity=similarity,
     )
@@ -280,6 +289,14 @@ def _dimension(model: Any, kind: str) -> int:
     if kind == "sparse":  # what it says of itself is right only after its first text
         return int(model.encode(["a text"]).shape[1])
     return int(getattr(model, "truncate_dim", None) or model.get_embedding_dimension())
+
+
+def _describe(modules: list[Any], limit: int | None = None) -> str:
+    """What comes after the first module, of each route where it is a Router, and how much is kept."""
+    routes = getattr(modules[0], "sub_modules", {}) if modules else {}
+    parts = [f"{route}({_describe(list(of))})" for route, of in routes.items()]
+    parts += map(_describe_module, modules[1:])
+    return " > ".join([*parts, *([f"largest {limit}"] if limit else [])])
 
 
 def _describe_module(module: Any) -> str:

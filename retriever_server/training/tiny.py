@@ -1,0 +1,113 @@
+"""Tiny random transformers with a tokenizer of their own, for tests and benchmarks: nothing is downloaded.
+
+Where a recipe names a base model, `{config: {model_type: bert, ...}, corpus: FILE}` makes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import ConfigError
+from data.gguf import make_once
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path.home() / ".cache" / "sleuth" / "tiny"
+"""Where they are kept for the next time, under a hash of what they were made from."""
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+_PASSAGES_READ = 20_000
+_MASKED = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+_MASKED |= {"mask_token": "[MASK]"}
+_CAUSAL = {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+
+
+def tiny_base(
+    config: Mapping[str, Any],
+    corpus: str,
+    vocabulary: int = 4000,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> str:
+    """The folder of a random model of `config` with a tokenizer trained on `corpus`; made once.
+
+    config: model_type (bert, llama, qwen3, ...) and what of its configuration differs from two layers
+    of 64. vocabulary: at most so many tokens. It is saved with its language model head, from which all
+    builders load what they need. The same arguments give the same weights. Raises ConfigError.
+    """
+    settings = {**SMALL, **config}
+    passages = Corpus(corpus)
+    if folder is None:
+        made_from = json.dumps([settings, passages.content_hash, vocabulary, seed], sort_keys=True)
+        folder = CACHE / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    return str(
+        make_once(Path(folder), lambda building: _write(settings, passages, vocabulary, seed, building))
+    )
+
+
+def _write(settings: dict[str, Any], passages: Corpus, vocabulary: int, seed: int, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    name = settings.pop("model_type", None)
+    try:
+        kind = type(AutoConfig.for_model(name))
+    except ValueError as error:
+        raise ConfigError(f"config: model_type {name!r}: must be bert, llama, qwen3 or another") from error
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING
+    texts = (passage.contents for passage in islice(passages, _PASSAGES_READ))
+    tokenizer = (_word_pieces if masked else _byte_pairs)(texts, vocabulary)
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(name, **{**ids, **settings, "vocab_size": len(tokenizer)})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        of: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        of.from_config(config).save_pretrained(folder)
+    tokenizer.model_max_length = min(getattr(config, "max_position_embeddings", 512), 512)
+    tokenizer.save_pretrained(folder)
+    logger.info("a random %s with %d tokens is in %s", name, len(tokenizer), folder)
+
+
+def _word_pieces(texts: Iterator[str], vocabulary: int) -> Any:
+    """A lower-casing WordPiece tokenizer as BERT's, which puts [CLS] before and [SEP] after."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    specials = list(_MASKED.values())
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **_MASKED,
+    )
+
+
+def _byte_pairs(texts: Iterator[str], vocabulary: int) -> Any:
+    """A tokenizer of byte pairs as GPT-2's, which adds no tokens of its own to a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(_CAUSAL.values()), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **_CAUSAL)
