@@ -123,5 +123,6 @@ def _connect(address: str) -> Any:
         raise ConfigError(f"--ray {address}: needs Ray: pip install 'sleuth-rl[ray]'") from error
     except (OSError, OverflowError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--ray {address}: no Ray cluster answers there ({reason})") from error
+        hint = "; one with a token is asked with RAY_AUTH_MODE=token" if "connect to Ray" in reason else ""
+        raise ConfigError(f"--ray {address}: no Ray cluster answers there ({reason}){hint}") from error
     return ray

@@ -52,10 +52,10 @@ def test_a_cluster_that_there_is_not_is_one_line(options, message, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of one CPU each."""
+    """Two nodes of one CPU each, and a GPU for those that ask."""
     utils = pytest.importorskip("ray.cluster_utils")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    two = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    two = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     two.add_node(num_cpus=1)
     yield two
     two.shutdown()
@@ -128,3 +128,18 @@ def failing_once_in_three(plan, shard, encode=encode_on_ray.encode_shard) -> Non
         (Path(plan.folder) / f"{os.urandom(4).hex()}.tried").touch()
         raise OSError("broken disk")
     encode(plan, shard)
+
+
+@pytest.mark.slow
+def test_a_task_takes_a_gpu_where_the_cluster_has_one(cluster, tmp_path, monkeypatch):
+    def only_say_where(plan, shard):
+        import ray
+
+        raise OSError(f"device {plan.device}, GPUs {ray.get_gpu_ids()}")
+
+    monkeypatch.setattr(encode_on_ray, "encode_shard", only_say_where)
+    corpus, model = write_corpus(tmp_path / "c.jsonl"), tiny_model(tmp_path / "m", "dense")
+    with pytest.raises(RunStopped, match=r"OSError: device cuda, GPUs \[0\]"):
+        command.main(corpus, str(tmp_path / "i"), model, ray=cluster.address)
+    with pytest.raises(RunStopped, match=r"OSError: device cpu, GPUs \[\]"):
+        command.main(corpus, str(tmp_path / "i"), model, ray=cluster.address, device="cpu")
