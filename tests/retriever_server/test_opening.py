@@ -1,15 +1,11 @@
 """What --retriever accepts: every kind opens, a YAML file nests, and what is wrong is said in one line."""
 
 import asyncio
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from data.errors import ConfigError
 from data.records import Hit
-from retriever_server import opening
 from retriever_server.client import connect
 from retriever_server.compose import Cached, Fuse
 from retriever_server.indexes.bm25 import BM25Index
@@ -142,19 +138,6 @@ def test_the_client_searches_whatever_opens(tmp_path, index):
 
     hits = asyncio.run(ask())
     assert len(hits) == 2 and hits[0].generation.startswith("fuse-")
-
-
-CONFIGS = Path(__file__).parents[2] / "scripts/configs/retrievers"
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_examples_say_what_their_classes_take(path, index, monkeypatch):
-    model = SimpleNamespace(CrossEncoder=lambda *_, **__: None)
-    monkeypatch.setitem(sys.modules, "sentence_transformers", model)
-    monkeypatch.setattr("retriever_server.indexes.base.open_index", lambda path: open_retriever("none"))
-    opened_here = opening.open_retriever
-    monkeypatch.setattr(opening, "open_retriever", lambda spec: opened_here("none"))
-    assert isinstance(opened_here(str(path)), Retriever)
 
 
 def test_an_index_can_be_opened_with_options_of_its_kind(tmp_path, index):

@@ -39,7 +39,9 @@ class Answering(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         server: Answering = self.server  # type: ignore[assignment]
-        body = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"null")
+        sent = self.rfile.read(int(self.headers.get("content-length") or 0)) or b"null"
+        lines = [json.loads(line) for line in sent.splitlines()]
+        body = lines if "ndjson" in self.headers.get("content-type", "") else lines[0]
         server.seen.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
         route = server.routes.get(self.path)
         status, content = (404, {}) if route is None else route(body)
