@@ -30,7 +30,11 @@ def main(url: str, out: str, sha256: str | None = None, attempts: int = 10) -> N
         raise ConfigError(f"url = {url!r}: must be http(s) addresses with commas between")
     if sha256 is not None and (len(sha256) != 64 or set(sha256.lower()) - set("0123456789abcdef")):
         raise ConfigError(f"sha256 = {sha256!r}: must be 64 hexadecimal digits")
+    if attempts < 1:
+        raise ConfigError(f"attempts = {attempts}: must be >= 1")
     path = Path(out)
+    if path.is_dir():
+        raise ConfigError(f"out = {out}: is a folder, must be the file to write")
     if path.exists():
         _check_digest(path, sha256)
         print(f"already there: {path} ({path.stat().st_size:,} bytes)")
@@ -76,7 +80,9 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
                 if _fetch_rest(session, url, part, state, progress):
                     return
                 reason = "it ended early"
-            except httpx.TransportError as error:
+            except httpx.InvalidURL as error:
+                raise ConfigError(f"url = {url}: {error}") from error
+            except httpx.RequestError as error:
                 reason = f"{type(error).__name__}: {error}"
             failures = 0 if part.stat().st_size > have else failures + 1
             time.sleep(min(2.0**failures / 10, 30.0) if failures else 0.0)
@@ -95,6 +101,9 @@ def _fetch_rest(session: Any, url: str, part: Path, state: dict[str, Any], progr
         status, length = answer.status_code, int(answer.headers.get("content-length") or -1)
         if status == 416 and answer.headers.get("content-range", "").endswith(f"/{have}"):
             return True
+        if status == 416 and have:  # the file is another, and shorter
+            os.truncate(part, state["start"])
+            return False
         if status >= 500 or status in (408, 429):
             return False
         if status not in (200, 206):

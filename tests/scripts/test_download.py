@@ -1,8 +1,12 @@
 """`sleuth download`: it goes on where it stopped, joins parts, and gives no broken file its name."""
 
 import hashlib
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ class Files(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.breaks, self.ranges, self.honours_ranges = {"/f": CONTENT}, [], [], True
+        self.stalls, self.tags = [], True
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -43,10 +48,14 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("etag", tag)
+        if server.tags:
+            self.send_header("etag", tag)
         self.send_header("content-length", str(len(content) - start))
         self.end_headers()
         end = start + server.breaks.pop(0) if server.breaks else len(content)
+        if server.stalls:
+            self.wfile.write(content[start : server.stalls.pop()])
+            time.sleep(60)  # until the client is killed
         self.wfile.write(content[start:end])
 
     def log_message(self, format, *args) -> None:
@@ -100,6 +109,30 @@ def test_parts_become_one_file(server, tmp_path):
     assert server.ranges.count(None) == 2  # neither part was asked for twice from its beginning
 
 
+def test_a_file_that_became_shorter_is_fetched_anew(server, tmp_path):
+    server.breaks, server.tags = [2_000_000, 0], False
+    assert download(f"{server.url}/f", tmp_path / "f", "--attempts", "1") == 2
+    server.files["/f"] = CONTENT[:1_000_000]
+    assert download(f"{server.url}/f", tmp_path / "f", "--attempts", "2") == 0
+    assert (tmp_path / "f").read_bytes() == CONTENT[:1_000_000]
+
+
+def test_a_killed_download_goes_on(server, tmp_path):
+    server.stalls = [2_000_000]
+    command = [sys.executable, "-m", "scripts", "download", f"{server.url}/f", "--out", str(tmp_path / "f")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    part = tmp_path / "f.part"
+    while not (part.exists() and part.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    have = part.stat().st_size
+    assert 0 < have <= 2_000_000
+    assert download(f"{server.url}/f", tmp_path / "f", "--sha256", DIGEST) == 0
+    assert server.ranges == [None, f"bytes={have}-"]
+
+
 @pytest.mark.parametrize("honours_ranges", [True, False])
 def test_a_file_that_changed_meanwhile_is_fetched_anew(honours_ranges, server, tmp_path):
     server.breaks, server.honours_ranges = [2_000_000, 0], honours_ranges
@@ -116,6 +149,9 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(honours_ranges, server, t
         ("{}/absent", [], "/absent: answered 404 Not Found"),
         ("{}/f", ["--sha256", "xyz"], "must be 64 hexadecimal digits"),
         ("ftp://x", [], "url = 'ftp://x': must be http(s) addresses"),
+        ("http://:bad/", [], "url = http://:bad/: Invalid port"),
+        ("{}/f", ["--attempts", "0"], "attempts = 0: must be >= 1"),
+        ("{}/f", ["--out", "."], "out = .: is a folder"),
     ],
 )
 def test_what_went_wrong_is_said_in_one_line(url, options, said, server, tmp_path, capsys):
