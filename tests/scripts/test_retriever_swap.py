@@ -80,7 +80,8 @@ def test_the_recipe_of_the_embedded_world_takes_each_kind_by_one_line(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert sleuth.main(["atlas", "--out", "runs/atlas"]) == 0
     build_all(Path("runs/atlas/corpus.jsonl"), tmp_path)
-    few = ["--steps=2", "--eval_every=0", "--keep_rollouts_every=1", "--rollout.questions_per_step=4"]
+    few = ["--steps=2", "--eval_every=0", "--keep_rollouts_every=1"]
+    few += ["--rollout.questions_per_step=2", "--rollout.group_size=4"]
     for name in BEGINS:
         recipe = re.sub("(?m)^retriever: .*$", f"retriever: {name}", ATLAS.read_text())
         Path("recipe.yaml").write_text(recipe)
