@@ -38,9 +38,11 @@ COMMANDS = {
     "ask": Command("scripts.ask", "watch a policy search and answer a question", "question"),
     "warm-start": Command("scripts.warm_start", "fine-tune a policy on demonstrations"),
     "train": Command("scripts.train", "train a policy by reinforcement learning"),
+    "train-retriever": Command("scripts.train_retriever", "train a retriever or a reranker on examples"),
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
+    "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),
 }
 QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")

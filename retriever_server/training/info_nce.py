@@ -1,0 +1,142 @@
+"""InfoNCE as Qwen3-Embedding trains by it: more kinds of negatives, without those that may be positives.
+
+sentence-transformers has the directions (MultipleNegativesRankingLoss), and GIST filters by a guide model;
+a margin over the model's own score of the positive, and repeated texts by their tokens, it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_doc")
+"""As sentence-transformers names them; the first is always in."""
+
+
+class Qwen3InfoNCE(CachedLossMixin, nn.Module):
+    """-log of e^{s(q, d+)/T} over its sum with every negative; cosine similarities (Zhang et al. 2025).
+
+    Negatives of query i: all other passages of the batch, its own hard ones among them; the other queries
+    (query_to_query); and for its positive the passages of other queries (doc_to_doc). One is left out
+    where its similarity is above s(q_i, d_i+) + margin, or where it is, or belongs to, the same text:
+    it might be a positive that nobody marked. margin None: nothing is left out, as in
+    MultipleNegativesRankingLoss with these directions.
+
+    Columns (anchor, positive, negative_1..n). mini_batch_size: encode so many texts at once and keep the
+    gradients of vectors only (GradCache). gather_across_devices: texts of all processes are negatives.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        temperature: float = 0.02,
+        margin: float | None = 0.1,
+        directions: tuple[str, ...] = DIRECTIONS,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0 or (margin is not None and margin < 0):
+            raise ValueError(f"temperature = {temperature}, margin = {margin}: must be > 0 and >= 0")
+        if "query_to_doc" not in directions or not set(directions) <= set(DIRECTIONS):
+            raise ValueError(f"directions {directions}: query_to_doc, and any of {', '.join(DIRECTIONS[1:])}")
+        self.model, self.temperature, self.margin = model, temperature, margin
+        self.directions, self.gather_across_devices = tuple(directions), gather_across_devices
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
+        self.uses_gradient_cache = mini_batch_size is not None
+        self._texts: list[Tensor] = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch, a scalar."""
+        features = [dict(each) for each in sentence_features]
+        self._texts = [text_keys(each["input_ids"], each["attention_mask"]) for each in features]
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, labels)
+        return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """What GradCache calls, with the vectors of all mini-batches."""
+        loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of vectors, one tensor (B, D) a column."""
+        rows, texts = slice(0, len(embeddings[0])), self._texts
+        if self.gather_across_devices:
+            first = get_rank() * len(embeddings[0])
+            rows = slice(first, first + len(embeddings[0]))
+            embeddings = [all_gather_with_grad(each) for each in embeddings]
+            texts = [all_gather(each) for each in texts]
+        return qwen3_info_nce(embeddings, texts, rows, self.temperature, self.margin, self.directions)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of it."""
+        return {name: getattr(self, name) for name in ("temperature", "margin", "directions")}
+
+
+def qwen3_info_nce(
+    columns: list[Tensor],
+    texts: list[Tensor],
+    rows: slice,
+    temperature: float,
+    margin: float | None,
+    directions: tuple[str, ...],
+) -> Tensor:
+    """The mean loss of the queries `rows` against the texts of all columns.
+
+    columns: vectors (B, D) of queries, positives, and negatives; texts: keys (B,) of each, equal where
+    the texts are.
+    """
+    columns = [normalize(each, dim=1) for each in columns]
+    queries, passages = columns[0], torch.cat(columns[1:])
+    size, per_query = len(queries), len(columns) - 1
+    own = torch.eye(size, dtype=torch.bool, device=queries.device)[rows]  # (R, B)
+    own_passages = own.repeat(1, per_query)
+    positives = (queries[rows] * columns[1][rows]).sum(1)  # (R,)
+    same_query = _same(texts[0], texts[0], rows)
+    same_passage = _same(texts[1], torch.cat(texts[1:]), rows)
+    shared = _same(texts[1], texts[1], rows)  # the other query's positive is this one's, too
+    of = {  # similarities, what is no negative, what may be a positive
+        "query_to_doc": (queries[rows] @ passages.T, _only(own, per_query), same_passage),
+        "query_to_query": (queries[rows] @ queries.T, own, same_query | shared),
+        "doc_to_doc": (columns[1][rows] @ passages.T, own_passages, same_passage),
+    }
+    negatives = []
+    for direction in directions:
+        similarities, excluded, doubtful = of[direction]
+        if margin is not None:
+            excluded = excluded | doubtful | (similarities.detach() > positives.detach()[:, None] + margin)
+        negatives.append((similarities / temperature).masked_fill(excluded, -torch.inf))
+    positive = positives / temperature
+    return (torch.logsumexp(torch.cat([positive[:, None], *negatives], 1), 1) - positive).mean()
+
+
+def _only(own: Tensor, per_query: int) -> Tensor:
+    """The own positive, but not the own hard negatives, which follow it.   (R, B) -> (R, B * N)"""
+    return torch.cat([own, own.new_zeros(len(own), own.shape[1] * (per_query - 1))], 1)
+
+
+def _same(a: Tensor, b: Tensor, rows: slice) -> Tensor:
+    return a[rows][:, None] == b[None]
+
+
+def text_keys(ids: Tensor, mask: Tensor) -> Tensor:
+    """A number for each text, the same for the same tokens wherever the padding is.   (B, T) -> (B,) int64
+
+    A polynomial of the tokens over their places, modulo 2**64.
+    """
+    places = mask.long().cumsum(1) * mask
+    weights = (places * -7046029254386353131).bitwise_xor(places * 2862933555777941757 + 3037000493)
+    return ((ids.long() + 1) * weights * mask).sum(1)
