@@ -7,10 +7,13 @@ into passages of about so many words. Libraries read the formats: the optional e
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +21,9 @@ from typing import IO, Any, NamedTuple
 
 from data.errors import ConfigError, DataError
 
-# A word is a run of letters and digits; where a script writes no spaces, a character.
+# A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
 _WORD = re.compile(
-    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff])\w)+"
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff])\w){1,100}"
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=\S)|(?<=[。！？])|\n+")
 
@@ -34,15 +37,22 @@ class Section(NamedTuple):
     key: str = ""
 
 
-def passages_of(path: Path, root: Path, words: int = 100, overlap: int = 0) -> Iterator[dict[str, Any]]:
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def passages_of(
+    path: Path, root: Path, words: int = 100, overlap: int = 0, open_file: Callable[[Path], IO[bytes]] = _open
+) -> Iterator[dict[str, Any]]:
     """The passages in one file, as lines of a corpus: {"id", "title", "text", "metadata"}.
 
     The id is the path under `root` (of a dump, the id of the page) and the number of the passage: the
-    same file gives the same ids. Raises DataError "FILE: what is wrong" where it cannot be read.
+    same file gives the same ids. `open_file` opens a dump, and so may watch how far it is read.
+    Raises DataError "FILE: what is wrong" where it cannot be read.
     """
     name = path.relative_to(root).as_posix()
     numbers: dict[str, int] = {}
-    for section in read_sections(path):
+    for section in read_sections(path, open_file):
         key = section.key or name
         for text in chunk(section.text, words, overlap):
             number = numbers[key] = numbers.get(key, -1) + 1
@@ -50,22 +60,23 @@ def passages_of(path: Path, root: Path, words: int = 100, overlap: int = 0) -> I
             yield {"id": f"{key}#{number}", "title": section.title, "text": text, "metadata": metadata}
 
 
-def read_sections(path: Path) -> Iterator[Section]:
+def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:
     """The sections of a file, by the end of its name; DataError where they cannot be read."""
     read = READERS.get("".join(path.suffixes[-1:]).lower())
     if path.name.endswith((".xml", ".xml.bz2", ".xml.gz")):
-        read = _wikipedia
+        read = partial(_wikipedia, open_file=open_file)
     if read is None:
         raise DataError(f"{path}: must end in {', '.join([*READERS, '.xml, .xml.bz2, .xml.gz'])}")
     try:
         yield from read(path)
-    except (DataError, ConfigError):
+    except ConfigError:
         raise
     except ModuleNotFoundError as error:
         needs = f"needs the package {error.name}: pip install 'sleuth-rl[corpus]'"
         raise ConfigError(f"{path}: {needs}") from error
     except Exception as error:  # parsers raise what they like on files that are not what they say
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        named = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or named
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
 
@@ -104,14 +115,14 @@ def _sentences(text: str, words: int) -> Iterator[str]:
 
 
 def _text(path: Path) -> Iterator[Section]:
-    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    text = _decode(path.read_bytes())
     yield Section(path.stem, re.sub(r"(?<!\n)\n(?!\s*\n)", " ", text), {})  # paragraphs end in an empty line
 
 
 def _markdown(path: Path) -> Iterator[Section]:
     from markdown_it import MarkdownIt
 
-    text = path.read_bytes().decode("utf-8-sig")
+    text = _decode(path.read_bytes())
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # front matter
     return _html_sections(MarkdownIt().render(text), path.stem)
 
@@ -119,12 +130,25 @@ def _markdown(path: Path) -> Iterator[Section]:
 def _html(path: Path) -> Iterator[Section]:
     raw = path.read_bytes()
     declared = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
-    return _html_sections(raw.decode(declared[1].decode() if declared else "utf-8-sig"), path.stem)
+    try:
+        html = raw.decode(declared[1].decode()) if declared else _decode(raw)
+    except (DataError, LookupError, UnicodeDecodeError):  # as browsers do
+        html = raw.decode("windows-1252", "replace")
+    return _html_sections(html, path.stem)
+
+
+def _decode(raw: bytes) -> str:
+    """UTF-8, or UTF-16 with its mark; lines end in newlines. DataError for another encoding."""
+    try:
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return raw.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 from byte {error.start} on; iconv makes it of other encodings") from error
 
 
 def _html_sections(html: str, name: str) -> Iterator[Section]:
     parser = _Sections(name)
-    parser.feed(html)
+    parser.feed(re.sub(r"<!\[[^>]*>?", " ", html))  # <![if ...]> and such, which the parser cannot bear
     parser.close()
     return iter(parser.finish())
 
@@ -196,10 +220,10 @@ def _pdf(path: Path) -> Iterator[Section]:
         yield Section(title, text.replace("\n", " "), {"page": number})
 
 
-def _wikipedia(path: Path) -> Iterator[Section]:
+def _wikipedia(path: Path, open_file: Callable[[Path], IO[bytes]]) -> Iterator[Section]:
     import mwxml
 
-    with _unpacked(path) as file:
+    with open_file(path) as packed, _unpacked(packed, path.suffix) as file:
         dump = mwxml.Dump.from_file(file)
         spaces = dump.site_info.namespaces or []
         media = {"file", "image", "category", *(s.name.lower() for s in spaces if s.id in (6, 14) and s.name)}
@@ -232,9 +256,9 @@ def _wikitext(text: str, media: set[str]) -> Iterator[tuple[str, str]]:
             yield heading, plain
 
 
-def _unpacked(path: Path) -> IO[str]:
-    openers = {".bz2": bz2.open, ".gz": gzip.open}
-    return openers.get(path.suffix, open)(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+def _unpacked(file: IO[bytes], suffix: str) -> IO[str]:
+    unpack: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
+    return io.TextIOWrapper(unpack[suffix](file) if suffix in unpack else file, encoding="utf-8")
 
 
 READERS = {".txt": _text, ".md": _markdown, ".html": _html, ".htm": _html, ".pdf": _pdf}

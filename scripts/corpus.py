@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +45,9 @@ def main(
     counts = {"passages": 0, "skipped": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
-        for path in _with_bar(files):
+        for path, open_file in _with_bar(files):
             try:
-                for row in _passages(path, root, words, overlap):
+                for row in _passages(path, root, words, overlap, open_file):
                     counts["passages"] += 1
                     yield row
             except DataError as error:
@@ -54,16 +55,18 @@ def main(
                     raise DataError(f"{error} (--on_error skip leaves such files out)") from error
                 counts["skipped"] += 1
                 logger.warning("skipped: %s", error)
+        if not counts["passages"]:
+            raise DataError(f"source = {source}: no text in {len(files):,} files")
 
     write_jsonl(out, rows())
     skipped = f", {counts['skipped']} files skipped" if counts["skipped"] else ""
     print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}")
 
 
-def _passages(path: Path, root: Path, words: int, overlap: int) -> Iterator[dict[str, Any]]:
+def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) -> Iterator[dict[str, Any]]:
     from data.documents import passages_of
 
-    passages = passages_of(path, root, words, overlap)
+    passages = passages_of(path, root, words, overlap, open_file)
     # A file that breaks half-way gives nothing; a dump is too large to wait for its end.
     return passages if ".xml" in path.suffixes else iter(list(passages))
 
@@ -83,10 +86,16 @@ def _files(source: Path) -> tuple[list[Path], Path]:
     return files, source
 
 
-def _with_bar(files: list[Path]) -> Iterator[Path]:
-    """A bar with rate and time left, on stderr, where that is a terminal."""
+def _with_bar(files: list[Path]) -> Iterator[tuple[Path, Any]]:
+    """Each file and what opens it; a bar of bytes with rate and time left, on stderr, on a terminal."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    return iter(track(files, "reading files", console=console, disable=not console.is_terminal))
+    columns = ("reading files", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        ends = list(accumulate(path.stat().st_size for path in files))
+        task = progress.add_task("", total=ends[-1])
+        for path, end in zip(files, ends, strict=True):
+            yield path, lambda path: progress.wrap_file(path.open("rb"), ends[-1], task_id=task)
+            progress.update(task, completed=end)

@@ -1,6 +1,7 @@
 """Documents to passages: whole sentences, stable ids, titles from headings, errors that name the file."""
 
 import bz2
+import codecs
 from itertools import pairwise
 
 import pytest
@@ -78,6 +79,25 @@ def test_html_leaves_out_what_is_no_text(tmp_path):
     assert sections(tmp_path, "b.htm", latin) == [("Café", "crème")]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", codecs.BOM_UTF16_LE + "crème".encode("utf-16-le")),
+        ("a.md", codecs.BOM_UTF16_BE + "crème".encode("utf-16-be")),
+        ("a.html", "<p>cr\xe8me".encode("latin-1")),
+        ("b.html", '<meta charset="klingon"><p>cr\xe8me'.encode("latin-1")),
+        ("c.html", "<p><![if gte mso 9]>crème<![endif]> &#xFFFFFFF;".encode()),
+    ],
+)
+def test_other_encodings_and_odd_markup_are_read(tmp_path, name, content):
+    [(_, text)] = sections(tmp_path, name, content)
+    assert text.rstrip(" \ufffd") == "crème"
+
+
+def test_a_run_of_characters_without_end_is_cut():
+    assert [len(piece) for piece in chunk("x" * 1000, words=4)] == [400, 400, 200]
+
+
 def test_plain_text_is_titled_by_its_name(tmp_path):
     assert sections(tmp_path, "notes.txt", "\ufeffA\nb.\n\nC.") == [("notes", "A b. C.")]
 
@@ -137,7 +157,7 @@ def test_passages_make_a_corpus_with_the_same_ids_every_time(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"\xff\xfe\x00", r"a.txt: cannot be read: UnicodeDecodeError"),
+        ("a.txt", b"\xff\xfc\x00", r"a.txt: cannot be read: not UTF-8 from byte 0 on; iconv"),
         ("a.pdf", b"no pdf", r"a.pdf: cannot be read: "),
         ("a.xml", b"<html>no dump</html>", r"a.xml: cannot be read: "),
         ("a.docx", b"", r"a.docx: must end in .txt, .md, .html, .htm, .pdf, .xml"),

@@ -1,9 +1,13 @@
 """`sleuth corpus` as a command: a folder of documents becomes a corpus that indexes."""
 
+import bz2
+import gzip
+
 import pytest
 
 from data.corpus import Corpus
 from scripts import __main__ as sleuth
+from tests.data.test_documents import DUMP
 
 
 @pytest.fixture
@@ -41,11 +45,28 @@ def test_an_unreadable_file_stops_or_is_skipped(folder, tmp_path, capsys):
         (["absent"], "source = absent: no such file or folder"),
         (["{docs}", "--words", "5", "--overlap", "5"], "must be 0 <= overlap < words"),
         (["{docs}", "--on_error", "pass"], "on_error: got 'pass', expected one of 'stop', 'skip'"),
+        (["{docs}/blank"], "blank: no text in 1 files"),
         (["{docs}/empty"], "holds no file that ends in .txt, .md"),
     ],
 )
 def test_wrong_options_are_refused(options, said, folder, tmp_path, capsys):
     (folder / "empty").mkdir()
+    (folder / "blank").mkdir()
+    (folder / "blank" / "a.txt").touch()
     argv = [option.format(docs=folder) for option in options]
     assert sleuth.main(["corpus", *argv, "--out", str(tmp_path / "c.jsonl")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_bar_follows_how_far_a_dump_is_read(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("mwxml")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take it for a terminal
+    for name, pack in {"a.xml.bz2": bz2.compress, "b.xml.gz": gzip.compress, "c.xml": bytes}.items():
+        (tmp_path / name).write_bytes(pack(DUMP.encode().replace(b"<id>7<", b"<id>7%d<" % ord(name[0]))))
+    read = []
+    monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, advance=1: read.append(advance))
+    assert sleuth.main(["corpus", str(tmp_path), "--out", str(tmp_path / "c.jsonl")]) == 0
+    said = capsys.readouterr()
+    assert "6 passages from 3 files" in said.out and "reading files" in said.err
+    size = sum((tmp_path / name).stat().st_size for name in ("a.xml.bz2", "b.xml.gz", "c.xml"))
+    assert sum(read) == size
