@@ -41,6 +41,7 @@ COMMANDS = {
     "train-retriever": Command("scripts.train_retriever", "train a retriever or a reranker on examples"),
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
+    "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),

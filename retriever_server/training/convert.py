@@ -54,17 +54,15 @@ def convert_from(
     if corpus is None:
         if name == "questions":
             raise ConfigError("format 'questions': names passages of a corpus, which must be given")
-        write_jsonl(out / "corpus.jsonl", _distinct(progress(READERS[name](source, split)), left_out))
+        rows = _distinct(progress(READERS[name](source, split)), left_out)
+        write_jsonl(out / "corpus.jsonl", _some(rows, f"{source}: holds no passages of the format {name}"))
     passages = Corpus(corpus or out / "corpus.jsonl")
     rename = _ids_by_text(passages) if corpus and name in ("bge", "sentence-transformers") else {}
     items = progress(READERS[name](source, split))
     rows = _checked(
         items, passages, rename, {"corpus": passages.content_hash, "from": name}, on_error, left_out
     )
-    written = Counter()
-    write_jsonl(out / "examples.jsonl", _counted(rows, written))
-    if not written["rows"]:
-        raise DataError(f"{source}: holds no examples")
+    write_jsonl(out / "examples.jsonl", _some(rows, f"{source}: holds no examples", written := Counter()))
     return Converted(passages, out / "examples.jsonl", written["rows"], left_out)
 
 
@@ -103,10 +101,10 @@ def _checked(
     on_error: OnError, left_out: Counter[str],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     seen: set[str] = set()
-    for place, item in items:
-        if isinstance(item, Passage):
-            continue
-        example = _tidy(replace(item, provenance=provenance), rename, left_out)
+    found = ((place, item) for place, item in items if isinstance(item, Example))
+    for number, (place, example) in enumerate(found):
+        named = replace(example, provenance=provenance, query_id=example.query_id or str(number))
+        example = _tidy(named, rename, left_out)
         try:
             if not example.query.strip():
                 raise ValueError("the query is empty")
@@ -136,7 +134,13 @@ def _tidy(example: Example, rename: Mapping[str, str], left_out: Counter[str]) -
     return replace(example, positives=positives, negatives=good, scores=scores or None)
 
 
-def _counted(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _some(
+    rows: Iterable[dict[str, Any]], complaint: str, counts: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows, counted; DataError where there are none, so that no empty file is written."""
+    counts = Counter() if counts is None else counts
     for row in rows:
         counts["rows"] += 1
         yield row
+    if not counts["rows"]:
+        raise DataError(complaint)

@@ -169,7 +169,7 @@ def test_repetitions_empty_passages_and_false_negatives_are_left_out_and_counted
         ("bge", '{"query": "q", "pos": ["x"], "pos_scores": [1, 2]}', r"theirs:2: 2 scores for 1 passages"),
         ("sentence-transformers", '{"q": "q", "p": "x", "label": 0}', r"theirs:2: label 0: a pair"),
         ("sentence-transformers", '{"q": "q"}', r"theirs:2: columns q: must be two or more"),
-        ("tevatron", '{"query": "b", "positive_passages": [{"docid": "1", "text": "b"}]}', r"theirs:2: passage"),
+        ("tevatron", '{"query":"b","positive_passages": [{"docid":"1","text":"b"}]}', r"rs:2: passage '1'"),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_named(tmp_path, name, line, message):

@@ -1,0 +1,257 @@
+"""Hard negatives: what a retriever finds for a query that is not one of its positives.
+
+Killed and started again, `mine` goes on with the next whole batch; the file comes out as if never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import append_jsonl, read_jsonl
+from data.records import Hit, Passage
+from retriever_server.evaluation import has_answer
+from retriever_server.rerank import Scorer
+from retriever_server.retriever import Retriever
+from retriever_server.training.examples import Example
+
+Progress = Callable[[Any], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which of the passages found become negatives. Ranks count from 1 and leave positives out."""
+
+    first_rank: int = 1
+    last_rank: int = 100
+    per_query: int = 15
+    """At most so many a query."""
+    pick: Literal["top", "random"] = "top"
+    """The first of those allowed, or a random choice of them (BGE), the same in every run."""
+    margin: float | None = None
+    """A negative scores at least so much below the worst positive."""
+    relative_margin: float | None = None
+    """The same as a share of that positive's score: .05 is NV-Retriever's TopK-PercPos of 95 %."""
+    keep_answers: bool = False
+    """Keep passages that hold one of the query's answers; without it they are no negatives."""
+    seed: int = 0
+
+    @property
+    def keeps_margin(self) -> bool:
+        """Whether scores decide."""
+        return self.margin is not None or self.relative_margin is not None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first_rank <= self.last_rank:
+            ranks = f"first_rank = {self.first_rank}, last_rank = {self.last_rank}"
+            raise ConfigError(f"{ranks}: must be 1 <= first <= last")
+        if self.per_query < 1:
+            raise ConfigError(f"per_query = {self.per_query}: must be >= 1")
+        if self.pick not in ("top", "random"):
+            raise ConfigError(f"pick = {self.pick!r}: must be top or random")
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What a file of mined examples holds."""
+
+    examples: int
+    negatives: int
+    without: int
+    """Examples that got no negative."""
+
+
+def mine(
+    examples: Sequence[Example],
+    retriever: Retriever,
+    corpus: Corpus,
+    out: str | Path,
+    rules: Rules | None = None,
+    teacher: Scorer | Retriever | None = None,
+    progress: Progress = iter,
+    queries_at_once: int = 64,
+) -> Mined:
+    """Write the examples to `out` with mined negatives and with scores.
+
+    The scores, which are kept and held against the margins, are the teacher's: a scorer's of all passages, a
+    second retriever's of those that it finds; without a teacher the retriever's own. A positive that no
+    retriever found scores below all that it found: nothing keeps a margin to it. A passage with the text of
+    a positive is no negative.
+
+    Raises ConfigError where `out` comes from other queries or settings, DataError for a hit that is not in
+    the corpus, or has another text there, and where the retriever changes meanwhile.
+    """
+    rules = rules or Rules()
+    generation = retriever.generation
+    differing = {key: value for key, value in asdict(rules).items() if value != getattr(Rules, key)}
+    provenance = {"corpus": corpus.content_hash, "generation": generation, "rules": differing}
+    provenance["scores"] = _name(teacher) if teacher else generation
+
+    def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        rankings = search_checked(retriever, batch, rules.last_rank, corpus, generation)
+        goods = [[corpus_passage(corpus, id_) for id_ in example.positives] for example in batch]
+        found = [_candidates(*each, rules) for each in zip(batch, rankings, goods, strict=True)]
+        if isinstance(teacher, Scorer) and not rules.keeps_margin:  # no need to score them all
+            found = [_pick(example, passages, rules) for example, passages in zip(batch, found, strict=True)]
+        scores = _scores(batch, rankings, goods, found, teacher, rules.last_rank)
+        for example, passages, of in zip(batch, found, scores, strict=True):
+            if rules.keeps_margin:
+                limit = _limit(example, of, rules)
+                passages = [passage for passage in passages if of.get(passage.id, -math.inf) <= limit]
+            chosen = tuple(passage.id for passage in _pick(example, passages, rules))
+            kept = {id_: round(of[id_], 6) for id_ in (*example.positives, *chosen) if id_ in of}
+            mined = replace(example, negatives=chosen, scores=kept or None)
+            yield replace(mined, provenance={**example.provenance, **provenance}).as_record()
+
+    return write_in_batches(examples, rows, Path(out), provenance, progress, queries_at_once)
+
+
+def search_checked(
+    retriever: Retriever, examples: Sequence[Example], depth: int, corpus: Corpus, generation: str
+) -> list[list[Hit]]:
+    """The best hits of each query: `depth` besides its positives; raises as `mine` does."""
+    k = depth + max(len(example.positives) for example in examples)
+    rankings = retriever.search([example.query for example in examples], k)
+    if retriever.generation != generation:
+        raise DataError(f"the retriever changed from {generation} to {retriever.generation} meanwhile")
+    for hit in {hit.passage.id: hit for ranking in rankings for hit in ranking}.values():
+        if corpus_passage(corpus, hit.passage.id).text != hit.passage.text:
+            where = f"passage {hit.passage.id!r} of {generation}"
+            raise DataError(f"{where} has another text in {corpus.path}: one of the two has changed")
+    return rankings
+
+
+def corpus_passage(corpus: Corpus, passage_id: str) -> Passage:
+    """The passage of this id; DataError where there is none."""
+    passage = corpus.get(passage_id)
+    if passage is None:
+        raise DataError(f"passage {passage_id!r} is not in {corpus.path}: is it the retriever's corpus?")
+    return passage
+
+
+def _candidates(
+    example: Example, hits: Sequence[Hit], positives: Sequence[Passage], rules: Rules
+) -> list[Passage]:
+    """What was found between the ranks, each text once, without positives and what has their text."""
+    others = [hit.passage for hit in hits if hit.passage.id not in example.positives]
+    seen = {_same(passage) for passage in positives}
+    found = []
+    for passage in others[rules.first_rank - 1 : rules.last_rank]:
+        answers = not rules.keep_answers and has_answer(passage.text, example.answers)
+        if not answers and _same(passage) not in seen:
+            seen.add(_same(passage))
+            found.append(passage)
+    return found
+
+
+def _same(passage: Passage) -> str:
+    return " ".join(passage.text.lower().split())
+
+
+def _scores(
+    batch: Sequence[Example],
+    rankings: Sequence[Sequence[Hit]],
+    goods: Sequence[Sequence[Passage]],
+    found: Sequence[Sequence[Passage]],
+    teacher: Scorer | Retriever | None,
+    depth: int,
+) -> list[dict[str, float]]:
+    """The scores by which each query's passages are judged, by id."""
+    if isinstance(teacher, Scorer):
+        asked = [[*good, *passages] for good, passages in zip(goods, found, strict=True)]
+        pairs = [(e.query, passage) for e, passages in zip(batch, asked, strict=True) for passage in passages]
+        values = iter(teacher.score(pairs))
+        return [{passage.id: float(next(values)) for passage in passages} for passages in asked]
+    if teacher:
+        k = depth + max(len(example.positives) for example in batch)
+        rankings = teacher.search([example.query for example in batch], k)
+    return [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
+
+
+def _limit(example: Example, scores: Mapping[str, float], rules: Rules) -> float:
+    """What a negative may score at most: so much below the worst positive."""
+    worst = min(scores.get(id_, -math.inf) for id_ in example.positives)
+    if math.isinf(worst):
+        return -math.inf if scores else math.inf
+    return min(worst - (rules.margin or 0.0), worst - abs(worst) * (rules.relative_margin or 0.0))
+
+
+def _pick(example: Example, found: Sequence[Passage], rules: Rules) -> Sequence[Passage]:
+    if rules.pick == "top" or len(found) <= rules.per_query:
+        return found[: rules.per_query]
+    rng = random.Random(f"{rules.seed} {example.query_id} {example.query}")
+    return [found[i] for i in sorted(rng.sample(range(len(found)), rules.per_query))]
+
+
+def write_in_batches(
+    examples: Sequence[Example],
+    rows: Callable[[Sequence[Example]], Iterable[dict[str, Any]]],
+    out: Path,
+    settings: Mapping[str, Any],
+    progress: Progress = iter,
+    size: int = 64,
+) -> Mined:
+    """Write a row an example, batch by batch, into `out`.part, which becomes `out` when all are there.
+
+    Started again it goes on after the last whole batch, so that each batch is asked for together, as in a
+    run that was never stopped. A finished `out` of the same examples and settings is left as it is.
+    """
+    run = _run_name(examples, settings, size)
+    if out.exists():
+        _check_run(out, run)
+        return _summary(out)
+    part = out.with_name(f"{out.name}.part")
+    if part.exists():
+        _check_run(part, run)
+    done = _keep_whole_batches(part, size)
+    for start in progress(range(done, len(examples), size)):
+        batch = [examples[i] for i in range(start, min(start + size, len(examples)))]
+        append_jsonl(part, [{**row, "provenance": {**row["provenance"], "run": run}} for row in rows(batch)])
+    os.replace(part, out)
+    return _summary(out)
+
+
+def _run_name(examples: Sequence[Example], settings: Mapping[str, Any], size: int) -> str:
+    digest = hashlib.sha256(json.dumps([size, settings], sort_keys=True).encode())
+    for example in examples:
+        digest.update(json.dumps(example.as_record(), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_run(path: Path, run: str) -> None:
+    first = next(read_jsonl(path, tolerate_cut_tail=True), None)
+    if first is not None and (first.get("provenance") or {}).get("run") != run:
+        raise ConfigError(
+            f"{path}: comes from other queries, another retriever or other settings; "
+            "remove it, or give another --out"
+        )
+
+
+def _keep_whole_batches(part: Path, size: int) -> int:
+    """Cut the file after its last whole batch; how many lines stay."""
+    if not part.exists():
+        return 0
+    with open(part, "rb+") as file:
+        whole = sum(line.endswith(b"\n") for line in file) // size * size
+        file.seek(0)
+        file.truncate(sum(len(line) for line in islice(file, whole)))
+    return whole
+
+
+def _summary(path: Path) -> Mined:
+    counts = [len(record.get("negatives") or ()) for record in read_jsonl(path)]
+    return Mined(len(counts), sum(counts), counts.count(0))
+
+
+def _name(teacher: Scorer | Retriever) -> str:
+    return teacher.name if isinstance(teacher, Scorer) else teacher.generation
