@@ -146,13 +146,14 @@ def probe(kind: str, folder: Path, queries: int) -> tuple[str, list[list[str]]]:
         index.search(asked[i : i + 64], 10)
     rate = len(asked) / (time.perf_counter() - start)
     p50, p95 = np.percentile(times, [50, 95])
-    return f"{opened:.1f} | {p50:.1f} | {p95:.1f} | {rate:.0f} | {resident('Anon')} | {resident('File')}", found
+    memory = f"{resident('Anon'):,} | {resident('File'):,}"
+    return f"{opened:.1f} | {p50:.1f} | {p95:.1f} | {rate:.0f} | {memory}", found
 
 
-def resident(of: str) -> str:
+def resident(of: str) -> int:
     """Megabytes in memory now: Anon, of this process alone, or File, of maps, which may be dropped again."""
-    status = Path("/proc/self/status").read_text()
-    return f"{int(re.findall(rf'Rss{of}:\s+(\d+) kB', status)[0]) // 1024:,}"
+    [kilobytes] = re.findall(rf"Rss{of}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) // 1024
 
 
 def overlap(found: list[list[str]], exact: list[list[str]]) -> float:
