@@ -149,10 +149,11 @@ class YesNo(Scorer):
         return scores
 
     def _prompt(self, query: Query, passage: Passage) -> list[int]:
-        head = self._tokens(f"{self._before}{query}{self._between}")
+        whole = self._tokens(f"{self._before}{query}{self._between}{passage.contents}{self._after}")
+        if len(whole) <= self.max_length:
+            return whole
         tail = self._tokens(self._after)
-        room = max(0, self.max_length - len(head) - len(tail))
-        return [*head, *self._tokens(passage.contents)[:room], *tail]
+        return [*whole[: max(0, self.max_length - len(tail))], *tail]  # what is cut is the passage
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

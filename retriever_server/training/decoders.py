@@ -122,7 +122,8 @@ def yes_no_reranker(
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.modules import LogitScore
 
-    of: Any = {"message": {"method": "forward", "method_output_name": "logits", "format": "flat"}}
+    read: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
+    of: Any = {"text": read, "message": {**read, "format": "flat"}}
     transformer = _transformer(
         base, max_tokens, dtype, transformer_task="text-generation", modality_config=of,
         module_output_name="causal_logits",
