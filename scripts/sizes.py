@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _K, _QUERIES, _CANDIDATES = 10, 64, 100
 _BYTES_A_WORD = 6.2  # of English text in JSON lines; title and keys are little beside it
 _POSTING_BYTES = 8
+_TERM_BYTES = 16
 _TOKENS_A_WORD, _TOKEN_DIMENSION, _FIXED_ENCODING_BYTES = 1.3, 128, 2560
+_SCALE_BYTES = 4  # of each vector in int8, and of each count of tokens
 _SPARSE_TERMS = 120  # of a passage by SPLADE
 
 
@@ -72,11 +74,14 @@ def dense_rows(passages: int, dimension: int, sample: int, given: np.ndarray | N
     from retriever_server.indexes.ann import default_factory, default_search
 
     ann = default_factory(passages)
-    kinds = [("flat float32", 4), ("flat float16", 2), ("flat int8", 1)]
-    rows = [
-        Row(kind, passages * dimension * size, passages * dimension * size, None, 1.0 if size == 4 else None)
-        for kind, size in kinds
-    ]
+    scaled = passages * (dimension + _SCALE_BYTES)
+    kinds = {
+        "flat float32": 4 * passages * dimension,
+        "flat float16": 2 * passages * dimension,
+        "flat int8": scaled,
+    }
+    exact = {"flat float32": 1.0}
+    rows = [Row(kind, size, size, None, exact.get(kind)) for kind, size in kinds.items()]
     stored = passages * dimension * 2
     for factory, size in ((ann, dimension), ("HNSW32", 4 * dimension + 4 * 64)):
         note = f"{default_search(factory)}, re-scored from float16 on disk"
@@ -96,10 +101,12 @@ def dense_rows(passages: int, dimension: int, sample: int, given: np.ndarray | N
 
 def other_rows(passages: int, words: int) -> list[Row]:
     """The kinds whose size depends on the text: calculated."""
+    terms = 50 * math.sqrt(passages * words)  # Heaps' law
     bm25 = passages * 0.7 * words * _POSTING_BYTES  # most words of a passage stand there once
+    bm25 += terms * _TERM_BYTES
     sparse = passages * _SPARSE_TERMS * _POSTING_BYTES
-    fixed = passages * _FIXED_ENCODING_BYTES
-    multi = passages * _TOKENS_A_WORD * words * _TOKEN_DIMENSION
+    fixed = passages * (_FIXED_ENCODING_BYTES + 2 * _SCALE_BYTES)
+    multi = passages * _TOKENS_A_WORD * words * (_TOKEN_DIMENSION + _SCALE_BYTES)
     text = passages * (words * _BYTES_A_WORD + 24)
     return [
         Row("bm25", bm25, bm25, None, None, "another ranking, nothing to approximate"),
@@ -191,8 +198,9 @@ def _load(path: str, sample: int) -> np.ndarray:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a .npy file of vectors ({error})") from error
-    if stored.ndim != 2 or len(stored) < 1000:
-        raise DataError(f"{path}: has shape {stored.shape}, expected at least 1000 vectors (N, D)")
+    if stored.ndim != 2 or len(stored) < 1000 or not stored.shape[1] or stored.dtype.kind not in "fiu":
+        found = f"{stored.dtype} of shape {stored.shape}"
+        raise DataError(f"{path}: holds {found}, expected numbers, at least 1000 vectors (N, D)")
     rows = np.random.default_rng(0).permutation(len(stored))[: (sample or 0) + _QUERIES]
     return stored[rows].astype(np.float32)
 
