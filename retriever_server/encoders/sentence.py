@@ -208,10 +208,15 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 def choose_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu."""
+    """auto -> cuda where there is one, else cpu. Raises ConfigError for a device that there is not."""
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = device.partition(":")[0]
+    if name not in ("cpu", "cuda", "mps") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device = {device}: must be auto, cpu, or cuda where torch has it")
+    return device
 
 
 def _saved_kind(model: str) -> str:
