@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,7 +19,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from data.errors import ConfigError, DataError
+from data.jsonl import read_json, write_json
+from data.records import FORMAT_VERSION
 from retriever_server.encoders.packing import packable, packed_forward
+from retriever_server.encoders.proofs import describe_first, prove
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
 
@@ -29,6 +32,9 @@ _CLASSES = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": 
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the order of sentence-transformers
 _TASKS = {"query": "query", "passage": "document"}
 _TEXTS_TOKENISED_TOGETHER = 8192
+DEFAULT_TEMPLATE = "{title}\n{text}"
+SPEC_FILE = "encoding_spec.json"
+"""Beside a model that was trained here: the spec it was trained under."""
 # On a CPU what fits its caches is fastest; a GPU wants to be filled.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
 _LOADED: WeakValueDictionary[tuple[str, str, str], SentenceEncoder] = WeakValueDictionary()
@@ -39,7 +45,7 @@ def load_encoder(
     kind: str | None = None,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
-    passage_template: str = "{title}\n{text}",
+    passage_template: str = DEFAULT_TEMPLATE,
     max_tokens: int | None = None,
     dimension: int | None = None,
     device: str = "auto",
@@ -50,8 +56,8 @@ def load_encoder(
     What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
     None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
     A spec decides everything but device and dtype; an encoder that is loaded already is shared.
-    Raises ConfigError if no such model loads, DataError if it is not the model of the spec, or its
-    vectors depend on their batch.
+    Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
+    DataError if it is not the model of the spec, or its vectors depend on their batch.
     """
     device = choose_device(device)
     if isinstance(model, EncodingSpec):
@@ -62,9 +68,15 @@ def load_encoder(
         loaded.max_seq_length = max_tokens
     if dimension is not None:
         loaded.truncate_dim = dimension
-    spec = _read_spec(model, loaded, passage_template)
+    trained = saved_spec(model)
+    if trained and passage_template == DEFAULT_TEMPLATE:
+        passage_template = trained.passage_template
+    spec = read_spec(model, loaded, passage_template)
     prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
     spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
+    if trained:
+        _check_trained(spec, trained, dimension)
+    prove(loaded)
     encoder = SentenceEncoder(loaded, spec)
     self_test(encoder)
     _LOADED[spec.hash, device, dtype] = encoder
@@ -81,6 +93,37 @@ def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncode
             f"{spec.model}: is another encoder than was asked for ({encoder.spec.differences(spec)})"
         )
     return encoder
+
+
+def save_spec(spec: EncodingSpec, folder: str | Path) -> None:
+    """Put the spec that a model was trained under beside it."""
+    write_json(Path(folder) / SPEC_FILE, {"format_version": FORMAT_VERSION, **asdict(spec), "model": ""})
+
+
+def saved_spec(model: str) -> EncodingSpec | None:
+    """The spec that the model in a folder was trained under, None where none is there."""
+    path = Path(model) / SPEC_FILE
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    fields.pop("format_version", None)
+    try:
+        return EncodingSpec(**fields)
+    except TypeError as error:
+        raise DataError(f"{path}: not an encoding spec ({error})") from error
+
+
+def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | None) -> None:
+    """A model serves under the spec it was trained under; only its vectors may be cut, and its texts."""
+    if dimension is not None:
+        spec = replace(spec, dimension=trained.dimension, normalise=trained.normalise)
+    if spec.max_tokens != trained.max_tokens:
+        logger.warning(
+            "%s: trained with texts of %s tokens, here %s", spec.model, trained.max_tokens, spec.max_tokens
+        )
+        spec = replace(spec, max_tokens=trained.max_tokens)
+    if spec.hash != trained.hash:
+        raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({spec.differences(trained)})")
 
 
 class SentenceEncoder(Encoder):
@@ -199,7 +242,10 @@ def keep_largest(weights: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def _cut(value: Any, rows: np.ndarray, columns: slice, shape: Any) -> Any:
-    return value[rows][:, columns] if getattr(value, "shape", None) == shape else value
+    of = getattr(value, "shape", ())
+    if of == shape:
+        return value[rows][:, columns]
+    return value[rows] if len(of) > 1 and of[0] == shape[0] else value  # what else there is of each text
 
 
 def _numpy(tensor: Any) -> np.ndarray:
@@ -259,9 +305,11 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
 
 def _own_modules() -> dict[str, Any]:
     """The modules of ours that a saved model may name: these alone load without trust_remote_code."""
+    from retriever_server.encoders.m3 import M3Heads
+    from retriever_server.encoders.promptreps import PromptReps
     from retriever_server.encoders.token_weights import TokenWeights
 
-    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights,)}
+    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights, M3Heads, PromptReps)}
 
 
 def _not_loaded(model: str, error: Exception) -> ConfigError:
@@ -269,12 +317,14 @@ def _not_loaded(model: str, error: Exception) -> ConfigError:
     return ConfigError(f"encoder {model!r}: no sentence-transformers model loads from there ({reason})")
 
 
-def _read_spec(name: str, model: Any, passage_template: str) -> EncodingSpec:
-    kind = next(kind for kind, of in _CLASSES.items() if type(model).__name__ == of)
+def read_spec(name: str, model: Any, passage_template: str = DEFAULT_TEMPLATE) -> EncodingSpec:
+    """What a loaded model of sentence-transformers says of itself, as the spec that will serve."""
+    kind = next(k for k, of in _CLASSES.items() if of in [each.__name__ for each in type(model).__mro__])
     similarity = model.similarity_fn_name
     if similarity not in ("cosine", "dot", "maxsim"):
         raise ConfigError(f"encoder {name!r}: similarity {similarity!r}; supported: cosine, dot, maxsim")
     saved_prompts = [model.prompts[key] for key in _PASSAGE_PROMPTS if key in model.prompts]
+    modules = _describe(list(model), getattr(model, "max_active_dims", None))
     return EncodingSpec(
         model=str(name),
         kind=kind,
@@ -284,7 +334,7 @@ def _read_spec(name: str, model: Any, passage_template: str) -> EncodingSpec:
         passage_prompt=next(iter(saved_prompts), "") or "",
         passage_template=passage_template,
         max_tokens=model.max_seq_length,
-        pooling=_describe(list(model), getattr(model, "max_active_dims", None)),
+        pooling=" > ".join(filter(None, [*describe_first(model), modules])),
         normalise=(kind == "dense" and similarity == "cosine") or _ends_normalised(model),
         similarity=similarity,
     )
@@ -297,15 +347,19 @@ def _dimension(model: Any, kind: str) -> int:
 
 
 def _describe(modules: list[Any], limit: int | None = None) -> str:
-    """What comes after the first module, of each route where it is a Router, and how much is kept."""
-    routes = getattr(modules[0], "sub_modules", {}) if modules else {}
-    parts = [f"{route}({_describe(list(of))})" for route, of in routes.items()]
-    parts += map(_describe_module, modules[1:])
-    return " > ".join([*parts, *([f"largest {limit}"] if limit else [])])
+    """The modules after the transformer, of both towers where there are two; how many entries are kept."""
+    kept = [f"largest {limit}"] if limit else []
+    parts = [_describe_module(module) for module in modules[1:]]
+    if routes := getattr(modules[0], "sub_modules", None):
+        inner = [f"{name}: {' > '.join(map(_describe_module, tower))}" for name, tower in routes.items()]
+        parts.insert(0, f"({'; '.join(inner)})")
+    return " > ".join(parts + kept)
 
 
 def _describe_module(module: Any) -> str:
     mode = getattr(module, "pooling_mode", None) or getattr(module, "pooling_strategy", None)
+    if mode and not getattr(module, "include_prompt", True):
+        mode = f"{mode}, without prompt"
     return type(module).__name__ + (f"({mode})" if mode else "")
 
 

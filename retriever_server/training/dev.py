@@ -1,0 +1,100 @@
+"""How good a model is while it is trained: on dev queries, by the index and metrics that serve later."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import ConfigError
+from data.jsonl import write_jsonl
+from data.qrels import Qrels, load_qrels, load_queries
+from data.records import Question
+from retriever_server.encoders.sentence import SentenceEncoder, read_spec
+from retriever_server.evaluation import judge, means, parse_metrics, rank_all
+from retriever_server.rerank import Pair, Rerank, Scorer
+from retriever_server.retriever import Retriever
+from retriever_server.training.recipe import DevConfig
+
+_INDEX_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
+_TOP_K, _RERANKED = 100, 20
+
+
+class DevSet:
+    """Queries, their relevant passages among others, and a folder of its own for what is made of them."""
+
+    def __init__(self, config: DevConfig, corpus: str, folder: Path) -> None:
+        """Read all, and write the corpus that is searched. Raises ConfigError or DataError."""
+        if config.queries is None or config.qrels is None:
+            raise ConfigError("dev.queries and dev.qrels: must be given")
+        self.measures = parse_metrics(config.metrics, _TOP_K)
+        if not self.measures:
+            raise ConfigError(f"dev.metrics = {config.metrics!r}: names none")
+        qrels = load_qrels(config.qrels)
+        asked = [query for query in load_queries(config.queries) if query.id in qrels]
+        self.queries: Sequence[Question] = asked[: config.limit]
+        self.qrels: Qrels = {query.id: qrels[query.id] for query in self.queries}
+        if not self.queries:
+            raise ConfigError(f"dev.queries {config.queries}: none has judgements in {config.qrels}")
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        self.corpus = _sample(Corpus(config.corpus or corpus), self.qrels, config.passages, folder)
+
+    def score(self, open_retriever: Callable[[Path], Retriever]) -> dict[str, float]:
+        """Metric -> mean over the queries, of the retriever opened over an empty folder."""
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        try:
+            retriever = open_retriever(place / "index")
+            values = judge(rank_all(retriever, self.queries, _TOP_K), self.qrels, self.measures)
+            retriever.close()
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return means(values)
+
+    def score_encoder(self, model: Any, passage_template: str) -> dict[str, float]:
+        """The metrics of an encoder, by an exact index of its vectors in float32."""
+        from retriever_server.indexes.base import index_kind
+
+        encoder = SentenceEncoder(model, read_spec("the model in training", model, passage_template))
+        of = index_kind(_INDEX_OF[encoder.spec.kind])
+        return self.score(lambda place: of.build(self.corpus, place, encoder, "float32"))
+
+    def score_reranker(self, model: Any) -> dict[str, float]:
+        """The metrics of a cross-encoder that orders the first hits of BM25 anew."""
+        from retriever_server.indexes.bm25 import BM25Index
+
+        def build(place: Path) -> Retriever:
+            first = BM25Index.build(self.corpus, place, analyzer="stopwords")
+            return Rerank(first, _Reader(model.eval()), _RERANKED)
+
+        return self.score(build)
+
+
+class _Reader(Scorer):
+    """A cross-encoder that is in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self.name, self._model = "the model in training", model
+
+    def score(self, pairs: list[Pair]) -> list[float]:
+        """The model's own number for each pair."""
+        texts = [(query, passage.contents) for query, passage in pairs]
+        return self._model.predict(texts, show_progress_bar=False).tolist()
+
+
+def _sample(corpus: Corpus, qrels: Qrels, size: int, folder: Path) -> Corpus:
+    """The corpus, or of a larger one all relevant passages and others evenly, as a file in `folder`."""
+    folder.mkdir(parents=True)
+    relevant = {id_ for of in qrels.values() for id_, grade in of.items() if grade > 0}
+    if size == 0 or len(corpus) <= size:
+        return corpus
+    step = max(1, len(corpus) // max(1, size - len(relevant)))
+    evenly = [corpus[position] for position in range(0, len(corpus), step)]
+    wanted = {passage.id: passage for passage in evenly}
+    wanted |= {id_: found for id_ in relevant if (found := corpus.get(id_)) is not None}
+    rows = ({"id": id_, "title": each.title, "text": each.text} for id_, each in sorted(wanted.items()))
+    write_jsonl(folder / "corpus.jsonl", rows)
+    return Corpus(folder / "corpus.jsonl")

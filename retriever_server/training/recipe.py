@@ -1,0 +1,183 @@
+"""What the training of a retriever is told: frozen dataclasses, whose field docstrings are the help.
+
+Nothing heavy is imported here, so that a wrong key is refused before any model loads. Models and losses
+go by class_path and init_args; a name without a dot is looked up in `retriever_server.training` (models,
+then other modules of ours) and among the losses of sentence-transformers for that kind of model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data.errors import ConfigError
+from retriever_server.encoders.spec import EncodingSpec
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ConfigError unless `ok`: what was given, what is allowed."""
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+
+
+Component = dict[str, Any]
+"""{class_path: a name, init_args: {...}}; an argument may be such a mapping again."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One set of examples (docs/training-retrievers.md has the format)."""
+
+    corpus: str
+    """The passages that the ids name."""
+    examples: str | None = None
+    """JSON lines of {query, positives, negatives, scores}, by id; none where form is text."""
+    negatives: int = 0
+    """Hard negatives a query; random passages where an example has too few."""
+    labels: bool = False
+    """Hand the teacher's scores to the loss; examples without are left out."""
+    form: Literal["tuple", "pair", "list", "text"] = "tuple"
+    """What a row is: query, positive, negatives; query, passage, label; query, passages, labels; or a passage."""
+    draws: int = 1
+    """How often an example comes up in an epoch, with other positives and negatives each time."""
+    weight: float = 1.0
+    """Share of batches, among several sets."""
+    query_prompt: str | None = None
+    """Put before the queries of this set while training; the model's own if not given."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a wrong example does."""
+
+    def __post_init__(self) -> None:
+        given = (self.examples is None) == (self.form == "text")
+        require(given, "train.examples", self.examples, "a file, but for form text (passages of the corpus)")
+        require(self.negatives >= 0, "train.negatives", self.negatives, ">= 0")
+        require(self.draws >= 1, "train.draws", self.draws, ">= 1")
+        require(self.weight > 0, "train.weight", self.weight, "> 0")
+
+
+@dataclass(frozen=True)
+class DevConfig:
+    """What the model is scored on at every checkpoint; off without queries."""
+
+    queries: str | None = None
+    """JSON lines or table of queries, as for `sleuth evaluate-retriever`."""
+    qrels: str | None = None
+    """Which passages are relevant to them."""
+    corpus: str | None = None
+    """Where they are looked for; the first train corpus if not given."""
+    metrics: str = "nDCG@10,recall@100,MRR@10"
+    """Names of ir-measures; the first decides which checkpoint is best."""
+    limit: int = 500
+    """Queries used, the first ones."""
+    passages: int = 10_000
+    """Size of the corpus searched: the relevant ones and others evenly drawn; 0: all."""
+
+    def __post_init__(self) -> None:
+        both = (self.queries is None) == (self.qrels is None)
+        require(both, "dev.qrels", self.qrels, "given together with dev.queries")
+        require(self.limit >= 1, "dev.limit", self.limit, ">= 1")
+        require(self.passages >= 0, "dev.passages", self.passages, ">= 0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), merged into the model that is saved."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains all weights."""
+    alpha: int = 32
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapters' input while training."""
+    target_modules: str = "all-linear"
+    """Layers that get an adapter: all-linear, or names separated by commas, such as q_proj,v_proj."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, ">= 0")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Tracking with Weights & Biases, off unless a project is named."""
+
+    project: str | None = None
+    """Project to log to; none: no tracking."""
+    mode: Literal["online", "offline"] = "online"
+    """offline keeps the run on this disk."""
+
+
+@dataclass(frozen=True)
+class RetrieverRecipe:
+    """How a retriever or a reranker is trained."""
+
+    model: Component
+    """class_path of what builds it (dense, two_towers, splade, colbert, cross_encoder, pretrained, ...) and
+    init_args; one of these by --model.init_args.base VALUE."""
+    loss: Component
+    """class_path of a loss of sentence-transformers or ours, and init_args; it gets the model."""
+    train: list[DataConfig]
+    """Sets of examples; a batch comes from one of them."""
+    out: str = "runs/retriever"
+    """Run folder; OUT/model is the trained model."""
+    passage_template: str = "{title}\n{text}"
+    """The text of a passage, from {title}, {text} and {contents}; saved with the model."""
+    steps: int | None = None
+    """Updates; by `epochs` if not given."""
+    epochs: float = 1.0
+    """Passes over the examples."""
+    batch_size: int = 32
+    """Examples a process and micro-batch: the in-batch negatives."""
+    accumulate: int = 1
+    """Micro-batches an update. Adds no in-batch negatives: for these take a Cached... loss."""
+    learning_rate: float = 2e-5
+    """Peak."""
+    warmup: float = 0.1
+    """Share of the updates in which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are shortened; 0: never."""
+    matryoshka: list[int] = field(default_factory=list)
+    """Dimensions whose prefixes of a vector are trained, too, such as [256, 128, 64]."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights stay as the builder loads them."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them."""
+    no_duplicates: bool = True
+    """No text twice in a batch, where it would be its own negative."""
+    serves: str | None = None
+    """Folder of the index that this model is to replace: prompts, pooling and the rest must be its own."""
+    dev: DevConfig = field(default_factory=DevConfig)
+    save_every: int = 500
+    """Updates between checkpoints, and between scores on dev."""
+    keep: int = 2
+    """Checkpoints kept beside the best."""
+    export: Literal["best", "last"] = "best"
+    """Which checkpoint becomes OUT/model; best by the first dev metric, the last without dev."""
+    log_every: int = 10
+    """Updates between lines of metrics."""
+    seed: int = 0
+    """Of weights that are made, of the order of examples and of dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    resume: bool = False
+    """Go on although the configuration has changed. The same one goes on by itself."""
+
+    def __post_init__(self) -> None:
+        require(len(self.train) >= 1, "train", self.train, "a list of at least one set of examples")
+        for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
+        require(self.epochs > 0, "epochs", self.epochs, "> 0")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, ">= 0")
+        require(all(size >= 1 for size in self.matryoshka), "matryoshka", self.matryoshka, "sizes >= 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        EncodingSpec("template", "dense", "", 1, passage_template=self.passage_template)  # it can be rendered

@@ -1,0 +1,250 @@
+"""A recipe carried out: model, data, guards, training, and the folder that serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, set_seed
+
+from data.checkpoint import best_checkpoint, latest_checkpoint
+from data.corpus import Corpus
+from data.errors import ConfigError
+from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.training.components import build_loss, build_model, kind_of
+from retriever_server.training.dev import DevSet
+from retriever_server.training.examples import Examples, as_dataset
+from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
+from retriever_server.training.llm2vec import passages_as_dataset
+from retriever_server.training.recipe import LoraConfig, RetrieverRecipe
+from retriever_server.training.trainer import Reporter, Scores, trainer_class
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[int, Mapping[str, float]], None]
+Progress = Callable[[int, int], None]
+
+
+def train(
+    recipe: RetrieverRecipe,
+    log: Log = lambda step, metrics: None,
+    progress: Progress = lambda step, steps: None,
+    on_start: Callable[[int], None] = lambda step: None,
+) -> Path | None:
+    """Train, or go on after the last checkpoint of `recipe.out`; the folder of the model that serves.
+
+    log gets the metrics of a step, progress the step and their number, on_start the step that is resumed.
+    Of several processes only the first saves; the others give None. Raises ConfigError and DataError
+    before anything is trained, RunStopped at a loss that is no number.
+    """
+    trainer, spec = build_trainer(recipe, log, progress)
+    out = Path(recipe.out)
+    latest = latest_checkpoint(out / "checkpoints")
+    on_start(latest.step if latest else 0)
+    if trainer.evaluator is not None and latest is None:
+        trainer.evaluate()  # what the model can before it is trained
+    trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
+    if not trainer.args.should_save:
+        return None
+    best = best_checkpoint(out / "checkpoints") if recipe.export == "best" else None
+    if best and best[0].step != trainer.state.global_step:
+        logger.info("exporting step %d, the best (%s %.4f)", best[0].step, trainer.best_metric, best[1])
+        trainer._load_from_checkpoint(str(best[0].path))
+    return export(trainer.accelerator.unwrap_model(trainer.model), spec, out / "model")
+
+
+def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tuple[Any, EncodingSpec | None]:
+    """The trainer that is ready to train, all guards passed, and the spec of what it trains."""
+    _quiet()
+    set_seed(recipe.seed)
+    corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}
+    examples = [
+        Examples(each.examples, corpora[each.corpus], each.on_error)
+        if each.examples
+        else corpora[each.corpus]
+        for each in recipe.train
+    ]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as every launcher tells
+    model = build_model(recipe)
+    kind = kind_of(model)
+    spec = None if kind == "cross" else training_spec(model, recipe.passage_template)
+    if spec is None and recipe.passage_template != "{contents}":
+        raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
+    args = _arguments(recipe, kind, model, [len(each) for each in examples])
+    model.to(args.device)
+    loss = build_loss(recipe, model, processes)
+    if spec is not None:
+        check_before(model, loss, spec, recipe.serves)
+    if recipe.lora.rank:
+        _add_adapters(model, recipe.lora)
+    if recipe.gradient_checkpointing:
+        model.transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
+    of, _ = trainer_class(kind)
+    trainer = of(
+        model=model, args=args, loss=loss, train_dataset=_data(recipe, examples, spec),
+        evaluator=_evaluator(recipe, spec), callbacks=[Reporter(log, progress)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.best_metric, trainer.keep = _first_metric(recipe), recipe.keep
+    return trainer, spec
+
+
+def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
+    """Write the model that serves, adapters merged, to `folder`, whole or not at all; it is loaded once.
+
+    Raises DataError where what loads from there gives other vectors.
+    """
+    merge_adapters(model)
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval()
+    if spec is None:
+        model.save_pretrained(str(partial), create_model_card=False)
+    else:
+        save_encoder(model, spec, partial)
+        check_saved(SentenceEncoder(model, training_spec(model, spec.passage_template)), partial)
+        for name, part in getattr(model[-1], "parts", lambda _: {})(model).items():  # M3 is three encoders
+            save_encoder(part, training_spec(part, spec.passage_template), partial / name)
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def merge_adapters(model: Any) -> None:
+    """Add what LoRA adapters have learned to the weights they stand beside, and take them away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                setattr(parent, name, layer.get_base_layer())
+    inner = model.transformers_model
+    if getattr(inner, "_hf_peft_config_loaded", False):
+        inner._hf_peft_config_loaded = False
+        del inner.peft_config
+
+
+def _add_adapters(model: Any, lora: LoraConfig) -> None:
+    from peft import LoraConfig as Adapter
+
+    names = lora.target_modules
+    targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
+    adapter = Adapter(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+    )
+    try:
+        model.add_adapter(adapter)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules = {names!r}: {str(error).partition('.')[0]}") from error
+
+
+def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int]) -> Any:
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
+    bfloat = recipe.precision == "bfloat16"
+    prompts = {} if kind == "cross" else _prompts(recipe, model)
+    cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
+    return trainer_class(kind)[1](
+        output_dir=recipe.out,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type=recipe.schedule,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=bfloat,
+        use_cpu=cpu,
+        seed=recipe.seed,
+        batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else "batch_sampler",
+        prompts=prompts,
+        router_mapping={} if kind == "cross" else roles,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        eval_strategy="steps" if recipe.dev.queries else "no",
+        eval_steps=recipe.save_every,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        **({"ddp_backend": "gloo"} if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
+    )
+
+
+def _columns(recipe: RetrieverRecipe) -> list[str]:
+    most = max(each.negatives for each in recipe.train)
+    return ["anchor", "positive", *(f"negative_{i}" for i in range(1, most + 1))]
+
+
+def _prompts(recipe: RetrieverRecipe, model: Any) -> dict[str, Any]:
+    """Column -> prompt, as the model will put it before queries and passages; per set where they differ."""
+    spec = training_spec(model, recipe.passage_template)
+
+    def of(query_prompt: str) -> dict[str, str]:
+        texts = {c: query_prompt if c == "anchor" else spec.passage_prompt for c in _columns(recipe)}
+        return {column: text for column, text in texts.items() if text}
+
+    if all(each.query_prompt is None for each in recipe.train):
+        return of(spec.query_prompt)
+    given = [spec.query_prompt if each.query_prompt is None else each.query_prompt for each in recipe.train]
+    if len(given) == 1:
+        raise ConfigError(
+            f"train.query_prompt = {given[0]!r}: of a single set it is the model's own "
+            "(model.init_args.query_prompt), which is saved with it"
+        )
+    return {_set_name(i): of(prompt) for i, prompt in enumerate(given)}
+
+
+def _set_name(number: int) -> str:
+    return f"set-{number + 1}"
+
+
+def _data(recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None) -> Any:
+    render = spec.render if spec is not None else lambda passage: passage.contents
+    sets = [
+        passages_as_dataset(each, render)
+        if of.form == "text"
+        else as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
+        for each, of in zip(examples, recipe.train, strict=True)
+    ]
+    if len(sets) == 1:
+        return sets[0]
+    return {_set_name(i): each for i, each in enumerate(sets)}
+
+
+def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None) -> Scores | None:
+    if recipe.dev.queries is None:
+        return None
+    dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev")
+    if spec is None:
+        return Scores(dev.score_reranker)
+    return Scores(lambda model: dev.score_encoder(model, spec.passage_template))
+
+
+def _first_metric(recipe: RetrieverRecipe) -> str | None:
+    from retriever_server.evaluation import parse_metrics
+
+    return str(parse_metrics(recipe.dev.metrics, 100)[0]) if recipe.dev.queries else None
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("sentence_transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,183 @@
+"""The trainers of sentence-transformers with checkpoints that are whole or not there, and a stop at NaN.
+
+Data, losses, GradCache, optimiser, mixed precision and processes are theirs, and so is the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import TrainerCallback
+
+from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
+from data.errors import DataError, RunStopped
+
+WEIGHTS = "weights.safetensors"
+"""In a checkpoint: all that is trained, and buffers; what is frozen comes from the base again."""
+
+
+class Training:
+    """Mixed into a trainer of sentence-transformers: see `trainer_class`."""
+
+    args: Any
+    model: Any
+    loss: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    best_metric: str | None = None
+    keep: int = 2
+
+    def add_model_card_callback(self, default_args_dict: Any) -> None:
+        """No model card: its statistics would tokenise the data before the first step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; a loss that is no number stops the run before the optimiser sees its gradient."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {float(loss)}")
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        if norm is not None and not math.isfinite(norm):
+            self._stop(f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        raise RunStopped(
+            f"step {self.state.global_step + 1}: {what}; the last checkpoint is kept in {self._folder}: "
+            "lower the learning rate, or train in float32"
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir) / "checkpoints"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The folder step-N, written by the first process, with the random states of all."""
+        states = Path(self.args.output_dir) / ".random-states"
+        states.mkdir(parents=True, exist_ok=True)
+        self._save_rng_state(str(states))  # type: ignore[attr-defined]
+        self._wait()
+        if self.args.should_save:
+            save_checkpoint(
+                self._folder, self.state.global_step, lambda to: self._write(to, states), self.keep
+            )
+            self._mark_best()
+        self._wait()
+
+    def _write(self, folder: Path, states: Path) -> None:
+        save_file(self._trained(), folder / WEIGHTS)
+        self._save_optimizer_and_scheduler(str(folder))  # type: ignore[attr-defined]
+        self._save_scaler(str(folder))  # type: ignore[attr-defined]
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        for state in states.iterdir():
+            state.rename(folder / state.name)
+        states.rmdir()
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        """Put the weights of a checkpoint into the model and the loss."""
+        state = load_file(Path(checkpoint_path) / WEIGHTS)
+        ours = {name: value for name, value in self._tensors().items()}
+        if set(ours) != set(state):
+            odd = min(set(ours) ^ set(state))
+            raise DataError(f"{checkpoint_path}: of another model ({odd} is only in one of them)")
+        with torch.no_grad():
+            for name, value in state.items():
+                ours[name].copy_(value)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().contiguous().clone() for name, value in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name, and the buffers; each once, whatever wraps the model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
+        named |= {f"model.{name}": value for name, value in model.named_buffers()}
+        known = {id(value) for value in model.parameters()}
+        own = ((name, value) for name, value in self.loss.named_parameters() if id(value) not in known)
+        return named | {f"loss.{name}": value for name, value in own if value.requires_grad}
+
+    def _mark_best(self) -> None:
+        latest = [row for row in self.state.log_history if f"eval_{self.best_metric}" in row]
+        if not latest or latest[-1]["step"] != self.state.global_step:
+            return
+        score, best = latest[-1][f"eval_{self.best_metric}"], best_checkpoint(self._folder)
+        if best is None or score > best[1]:
+            mark_best(self._folder, self.state.global_step, score)
+
+    def _wait(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class Reporter(TrainerCallback):
+    """Hands the numbers of a trainer on under `group/name`, and says how far it is."""
+
+    def __init__(
+        self, log: Callable[[int, Mapping[str, float]], None], progress: Callable[[int, int], None]
+    ) -> None:
+        self._log, self._progress = log, progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Log before a checkpoint, too: nothing is lost that a resumed run does not log again."""
+        self._progress(state.global_step, state.max_steps)
+        if state.global_step % args.save_steps == 0:
+            control.should_log = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line of metrics."""
+        found = {
+            name: value
+            for key, value in (logs or {}).items()
+            if isinstance(value, int | float) and (name := _NAMES.get(key, _name(key))) is not None
+        }
+        if state.is_world_process_zero and found:
+            self._log(state.global_step, found)
+
+
+_NAMES = {"total_flos": None, "train_loss": None, "eval_runtime": None, "eval_samples_per_second": None}
+_NAMES |= {"eval_steps_per_second": None, "train_samples_per_second": "speed/examples_per_second"}
+_NAMES |= {
+    "train_steps_per_second": None,
+    "train_runtime": "speed/seconds",
+    "eval_model_preparation_time": None,
+}
+
+
+def _name(key: str) -> str:
+    return f"dev/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+
+
+class Scores(BaseEvaluator):
+    """An evaluator of sentence-transformers out of a function of the model."""
+
+    def __init__(self, score: Callable[[Any], dict[str, float]]) -> None:
+        super().__init__()
+        self._score = score
+
+    def __call__(self, model: Any, output_path: Any = None, epoch: Any = -1, steps: int = -1) -> Any:
+        """Metric -> value; the model is left as it was."""
+        training = model.training
+        try:
+            return self._score(model)
+        finally:
+            model.train(training)
+
+
+def trainer_class(kind: str) -> tuple[Any, Any]:
+    """The trainer of a kind of model (dense, sparse, multi, cross) with `Training`, and its arguments."""
+    import sentence_transformers as st
+
+    name = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": "MultiVectorEncoder"}
+    base = getattr(st, f"{name.get(kind, 'CrossEncoder')}Trainer")
+    return type(base.__name__, (Training, base), {}), base.training_args_class

@@ -1,0 +1,80 @@
+"""`sleuth train-retriever`: examples in, a retriever (or a reranker) that serves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from retriever_server.training.recipe import RetrieverRecipe
+
+logger = logging.getLogger(__name__)
+
+_CONSOLE_KEYS = ("train/loss", "train/learning_rate", "dev/nDCG@10", "dev/R@100", "dev/RR@10")
+
+
+def main(config: RetrieverRecipe) -> None:
+    """Train a dense, sparse or multi-vector retriever, or a reranker, on examples.
+
+    scripts/configs/retriever/ holds a recipe a method. OUT/model is what `sleuth index --encoder` takes;
+    the same command again resumes after the last checkpoint. `accelerate launch --num_processes N -m
+    scripts train-retriever ...` trains in N processes.
+    """
+    leads = os.environ.get("RANK", "0") == "0"  # as every launcher tells
+    with ExitStack() as stack:
+        run, progress = _open_run(config, stack) if leads else (None, _silent)
+        from retriever_server.training.run import train
+
+        try:
+            folder = train(
+                config,
+                run.log if run else (lambda step, metrics: None),
+                progress,
+                (lambda step: run.rewind(step + 1)) if run else (lambda step: None),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; the last checkpoint is kept in {config.out}: "
+                "start the same command again to go on"
+            ) from None
+    if leads:
+        print(f"trained: {folder} (`sleuth index --encoder {folder} ...` builds an index with it)")
+
+
+def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[[int, int], None]]:
+    from data.run_dir import RunDir
+
+    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
+    on_line, progress = _bar(stack)
+    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), on_line, _CONSOLE_KEYS))
+    if config.wandb.project:
+        from data.trackers import WandbTracker
+
+        name = run.path.name
+        run.tracker = WandbTracker(run.path, config.wandb.project, name, name, settings, config.wandb.mode)
+    return run, progress
+
+
+def _bar(stack: ExitStack) -> tuple[Callable[[str], None], Callable[[int, int], None]]:
+    """Where lines go, and a bar with rate and time left below them where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return logger.info, _silent
+    columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = stack.enter_context(Progress(*columns, console=console))
+    task = bar.add_task("training", total=None)
+
+    def move(step: int, steps: int) -> None:
+        bar.update(task, completed=step, total=steps)
+
+    return lambda line: console.print(line, highlight=False), move
+
+
+def _silent(step: int, steps: int) -> None:
+    """Where no terminal shows a bar."""
