@@ -94,3 +94,39 @@ def test_questions_find_their_passages_among_distractors(tmp_path, passages, que
     settings = {"analyzer": "multilingual", "language": language}
     assert found_share(folders[1], texts, queries, 3, **settings) >= 0.9  # stricter than recall@10
     assert found_share(folders[0], texts, queries, 3, analyzer="plain") < 0.9
+
+
+OTHERS = {
+    "japanese": (
+        "none",
+        "富士山は日本で一番高い山です。|京都には多くの寺があります。|寿司は酢飯と魚で作られます。|"
+        "新幹線は東京と大阪を結びます。|桜は春に咲きます。",
+        "日本一高い山|京都の寺|魚の寿司|東京から大阪への新幹線|春に咲く桜",
+    ),
+    "korean": (
+        "none",
+        "한라산은 제주도에 있는 산이다.|김치는 배추로 만든 발효 음식이다.|서울은 대한민국의 수도이다.|"
+        "세종대왕은 한글을 만들었다.|태권도는 한국의 무술이다.",
+        "제주도의 산|배추 김치|한국의 수도 서울|한글을 누가 만들었나|무술 태권도",
+    ),
+    "arabic": (
+        "arabic",
+        "النيل أطول نهر في أفريقيا.|القاهرة عاصمة مصر.|كتب الطالب الرسائل إلى المدرسة.|"
+        "القمر يدور حول الأرض.|البرتقال فاكهة غنية بالفيتامينات.",
+        "نهر النيل|ما هي عاصمة مصر|رسائل الطالب|دوران القمر حول الارض|فاكهة البرتقال",
+    ),
+    "thai": (
+        "none",
+        "กรุงเทพเป็นเมืองหลวงของประเทศไทย|ช้างเป็นสัตว์ขนาดใหญ่|ข้าวผัดทำจากข้าวและไข่|"
+        "แม่น้ำโขงไหลผ่านหลายประเทศ|มวยไทยเป็นกีฬาประจำชาติ",
+        "เมืองหลวงของไทย|สัตว์ขนาดใหญ่|ข้าวผัดไข่|แม่น้ำโขง|กีฬามวยไทย",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_scripts_find_their_passages_first(tmp_path, name):
+    language, passages, questions = OTHERS[name]
+    queries = {question: i for i, question in enumerate(questions.split("|"))}
+    settings = {"analyzer": "multilingual", "language": language}
+    assert found_share(tmp_path, passages.split("|"), queries, 1, **settings) == 1
