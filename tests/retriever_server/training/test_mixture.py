@@ -47,9 +47,8 @@ def test_batches_are_homogeneous_and_every_example_comes_up(of):
     mixed = mixture(of, weights=[1, 1])
     batches = list(mixed)
     assert len(batches) == len(mixed) == 3 + 7
-    of_first = [
-        index for batch, n in zip(batches, sources(batches), strict=True) if n == 0 for index in batch
-    ]
+    drawn = zip(batches, sources(batches), strict=True)
+    of_first = [index for batch, number in drawn if number == 0 for index in batch]
     assert set(of_first) == set(range(10)) and Counter(of_first).most_common(1)[0][1] <= 3
 
 
@@ -88,12 +87,9 @@ def test_the_order_of_one_set_needs_no_history_either():
     again = Shuffled(data, 4, True, seed=1)
     again.set_epoch(1)
     assert list(again) == second != first
-    assert [len(batch) for batch in first] == [4, 4] and [len(b) for b in Shuffled(data, 4, False)] == [
-        4,
-        4,
-        2,
-    ]
-    assert sorted(sum(Shuffled(data, 4, False), [])) == list(range(10))
+    unequal = list(Shuffled(data, 4, False))
+    assert [len(batch) for batch in first] == [4, 4] and [len(batch) for batch in unequal] == [4, 4, 2]
+    assert sorted(index for batch in unequal for index in batch) == list(range(10))
 
 
 def test_processes_side_by_side_get_batches_of_the_same_set():
