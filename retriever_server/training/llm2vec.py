@@ -6,15 +6,20 @@ learn to use it; then unsupervised SimCSE; then supervised pairs. The first two 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
+from data.corpus import Corpus
 from data.errors import ConfigError
+from data.records import Passage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class MaskedNextToken(nn.Module):
@@ -119,3 +124,15 @@ class SimCSE(nn.Module):
         features = next(iter(sentence_features))
         twice = [self.model(dict(features))["sentence_embedding"] for _ in range(2)]
         return self.of_pairs.compute_loss_from_embeddings(twice, labels)  # type: ignore[arg-type]
+
+
+def passages_as_dataset(
+    corpus: Corpus, render: Callable[[Passage], str], max_characters: int = 100_000
+) -> Dataset:
+    """The passages of a corpus as a data set of one column, read batch by batch."""
+    from datasets import Dataset
+
+    def resolve(batch: dict[str, list[int]]) -> dict[str, list[str]]:
+        return {"text": [render(corpus[position])[:max_characters] for position in batch["text"]]}
+
+    return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(resolve)

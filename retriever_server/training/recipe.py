@@ -37,7 +37,7 @@ class DataConfig:
     labels: bool = False
     """Hand the teacher's scores to the loss; examples without are left out."""
     form: Literal["tuple", "pair", "list", "text"] = "tuple"
-    """What a row is: query, positive, negatives; query, passage, label; query, passages, labels; or a passage."""
+    """What a row is: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
     draws: int = 1
     """How often an example comes up in an epoch, with other positives and negatives each time."""
     weight: float = 1.0
