@@ -29,7 +29,7 @@ from tests.retriever_server.running import (
 
 ROOT = Path(__file__).parents[2]
 IDS = list(range(NUMBERED))
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600
 
 BUILD_ON_AND_ON = """
 import sys
