@@ -1,0 +1,428 @@
+"""The rows of `scripts.bench.retrievers`: model, loss, examples, steps, and what each is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.records import Question
+from retriever_server.retriever import Retriever
+from retriever_server.training.recipe import Component, LoraConfig
+from scripts.bench.retriever_world import COLLECTIONS, Training, Work, minilm, smollm2
+from scripts.bench.retrievers import Row
+
+Make = Callable[[Work, str], Retriever]
+SMALL = tuple(f"{name}-small" for name in COLLECTIONS)
+TOKENS = 96
+"""Of passages, for tiny models."""
+ROWS: dict[str, Row] = {}
+
+
+# ---- losses and models -------------------------------------------------------------------------------
+
+
+def contrast(temperature: float = 0.05, similarity: str = "cosine", distill: float = 0.0) -> Component:
+    """InfoNCE in the batch, and so much of KL to the teacher's scores."""
+    given = {"similarity": similarity, "temperature": temperature, "distill_weight": distill}
+    return Component("ContrastiveDistillation", given)
+
+
+def tiny(work: Work, builder: str, decoder: bool = False, **options: Any) -> Component:
+    """A builder over a tiny random transformer."""
+    return Component(builder, {"base": work.base(decoder), **options})
+
+
+def dense(work: Work, examples: str = "pairs", loss: Component | None = None, **more: Any) -> Training:
+    """The tiny dense model that the comparisons of data and losses share."""
+    model = tiny(work, "dense", pooling="mean", max_tokens=TOKENS)
+    return Training(model, loss or contrast(), examples, **more)
+
+
+def after(work: Work, name: str, steps: Callable[[Work], Training]) -> Component:
+    """The model that another training ended with."""
+    return Component("pretrained", {"base": str(work.trained(name, steps(work)))})
+
+
+# ---- trainings ---------------------------------------------------------------------------------------
+
+
+def dpr(work: Work) -> Training:
+    negatives(work)
+    model = tiny(work, "two_towers", pooling="mean", normalise=True, max_tokens=TOKENS)
+    return Training(model, contrast(), "pairs_bm25", 200, 48, data={"negatives": 1})
+
+
+def splade(work: Work) -> Training:
+    loss = Component("splade_loss", {"passage_weight": 3e-3, "query_weight": 3e-3})
+    return Training(tiny(work, "splade", max_tokens=TOKENS), loss, options={"save_every": 60, "keep": 10})
+
+
+def unicoil(work: Work) -> Training:
+    return Training(tiny(work, "unicoil", max_tokens=TOKENS), contrast(1.0, "dot"))
+
+
+def deepimpact(work: Work) -> Training:
+    return Training(tiny(work, "deepimpact", max_tokens=TOKENS), contrast(1.0, "dot"))
+
+
+def colbert(work: Work) -> Training:
+    model = tiny(work, "colbert", dimension=32, query_tokens=32, passage_tokens=TOKENS)
+    return Training(model, contrast(1.0, "maxsim"), steps=200, batch_size=32)
+
+
+def cross_encoder(work: Work) -> Training:
+    negatives(work)
+    data = {"negatives": 4, "form": "pair"}
+    options = {"passage_template": "{contents}"}
+    model = tiny(work, "cross_encoder", max_tokens=TOKENS + 32)
+    return Training(model, Component("BinaryCrossEntropyLoss"), "pairs_bm25", 400, 64, 1e-3, options, data)
+
+
+def decoder(work: Work, two_way: bool, dropout: float = 0.0) -> Component:
+    return tiny(work, "decoder", True, pooling="mean", two_way=two_way, dropout=dropout, max_tokens=TOKENS)
+
+
+def causal(work: Work) -> Training:
+    return Training(decoder(work, False), contrast())
+
+
+def two_way(work: Work) -> Training:
+    return Training(decoder(work, True), contrast())
+
+
+def mntp(work: Work) -> Training:
+    texts(work)
+    loss = Component("MaskedNextToken", {"mask_token": "<|mask|>"})
+    return Training(decoder(work, True, 0.1), loss, "texts", 300, 64)
+
+
+def simcse(work: Work) -> Training:
+    texts(work)
+    return Training(after(work, "llm2vec-mntp", mntp), Component("SimCSE"), "texts", 150, 64, 5e-4)
+
+
+def supervised(work: Work) -> Training:
+    return Training(after(work, "llm2vec-simcse", simcse), contrast())
+
+
+def no_negatives(work: Work) -> Training:
+    taught(work)
+    return dense(work, "squad_taught", steps=200, batch_size=32)
+
+
+def bm25_negatives(work: Work) -> Training:
+    taught(work)
+    return dense(work, "squad_bm25", steps=200, batch_size=32, data={"negatives": 3})
+
+
+def minilm_negatives(work: Work) -> Training:
+    taught(work)
+    return dense(work, "squad_taught", steps=200, batch_size=32, data={"negatives": 3})
+
+
+def distilled(work: Work) -> Training:
+    taught(work)
+    loss = Component("ContrastiveDistillation", {"temperature": 0.05, "teacher_temperature": 0.05})
+    data = {"negatives": 3, "labels": True}
+    return dense(work, "squad_taught", loss, steps=200, batch_size=32, data=data)
+
+
+def single_teacher(number: int) -> Callable[[Work], Training]:
+    def of(work: Work) -> Training:
+        dragon_labels(work)
+        return dense(work, f"dragon/teacher_{number}", steps=240, data={"negatives": 1, "draws": 3})
+
+    return of
+
+
+def dragon(stage: int) -> Callable[[Work], Training]:
+    def of(work: Work) -> Training:
+        dragon_labels(work)
+        training = dense(work, f"dragon/stage_{stage}", steps=80, data={"negatives": 1, "draws": 3})
+        if stage == 1:
+            return training
+        return replace(training, model=after(work, f"dragon-{stage - 1}", dragon(stage - 1)))
+
+    return of
+
+
+def tuned_minilm(work: Work) -> Training:
+    model = Component("pretrained", {"base": minilm()})
+    return Training(model, contrast(), "pairs", 200, 32, 3e-5, {"save_every": 50})
+
+
+def repllama(work: Work) -> Training:
+    model = Component("decoder", {
+        "base": smollm2(), "pooling": "eos", "query_prompt": "query: ", "passage_prompt": "passage: ",
+        "max_tokens": TOKENS,
+    })  # fmt: skip
+    negatives(work)
+    options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25}
+    data = {"negatives": 1}
+    return Training(model, contrast(0.02), "pairs_bm25", 150, 8, 1e-4, options, data)
+
+
+def promptreps(representation: str) -> Callable[[Work], Training]:
+    def of(work: Work) -> Training:
+        given = {"base": smollm2(), "representation": representation, "max_tokens": 64 + TOKENS}
+        return Training(Component("promptreps", given), contrast())
+
+    return of
+
+
+# ---- examples ----------------------------------------------------------------------------------------
+
+
+def negatives(work: Work) -> None:
+    """pairs_bm25: the pairs with hard negatives of BM25."""
+    work.mined("pairs_bm25", work.pairs(), "train", work.bm25("train"), 4)
+
+
+def taught(work: Work) -> None:
+    """squad_bm25 and squad_taught: squad's pairs with negatives of BM25, and of MiniLM with its scores."""
+    work.mined("squad_bm25", work.squad_pairs(), "squad", work.bm25("squad"), 3)
+    work.mined("squad_taught", work.squad_pairs(), "squad", frozen(work, "squad"), 3)
+
+
+def texts(work: Work) -> None:
+    """texts: the passages of the training corpus as queries, for what learns from texts alone."""
+    path = work.folder / "examples" / "texts.jsonl"
+    if not path.exists():
+        rows = [{"query": p.text[:600], "positives": [p.id]} for p in work.corpus("train")]
+        write_jsonl(path, rows)
+
+
+def dragon_labels(work: Work) -> None:
+    """dragon/: crops of squad's passages, labelled by BM25, MiniLM and the tiny SPLADE."""
+    from retriever_server.training.teachers import crops, label
+
+    teachers = [work.bm25("squad"), frozen(work, "squad"), learned("splade", splade)(work, "squad")]
+    queries = [Question(each.query_id, each.query, ()) for each in crops(work.corpus("squad"))]
+    label(queries, teachers, work.corpus("squad"), work.folder / "examples" / "dragon")
+
+
+# ---- retrievers --------------------------------------------------------------------------------------
+
+
+def learned(name: str, training: Callable[[Work], Training]) -> Make:
+    return lambda work, on: work.encoded(work.trained(name, training(work)), on, name)
+
+
+def untrained(name: str, training: Callable[[Work], Training]) -> Make:
+    return lambda work, on: work.encoded(work.untrained(name, training(work)), on, f"untrained-{name}")
+
+
+def frozen(work: Work, on: str) -> Retriever:
+    return work.encoded(minilm(), on, "minilm")
+
+
+def reranked(folder: Callable[[Work], Path]) -> Make:
+    def make(work: Work, on: str) -> Retriever:
+        from retriever_server.rerank import CrossEncoder, Rerank
+
+        return Rerank(work.bm25(on), CrossEncoder(str(folder(work))), depth=20)
+
+    return make
+
+
+def fused(*parts: Make) -> Make:
+    def make(work: Work, on: str) -> Retriever:
+        from retriever_server.compose import Fuse
+
+        return Fuse([part(work, on) for part in parts], "convex", normalize="min-max")
+
+    return make
+
+
+def row(name: str, make: Make, table: str = "b", against: tuple[str, ...] = (), **more: Any) -> None:
+    """Add a row to the table."""
+    ROWS[name] = Row(table, make, against=against, **more)
+
+
+def trains(name: str, training: Callable[[Work], Training], *against: str, **more: Any) -> None:
+    """Add a trained encoder, its untrained control, and other rows to hold it against."""
+    row(f"untrained-{name}", untrained(name, training))
+    row(name, learned(name, training), against=(f"untrained-{name}", *against), **more)
+
+
+# ---- what is measured besides ------------------------------------------------------------------------
+
+
+def sparsity(work: Work) -> dict[str, Any]:
+    """Terms a passage and MRR@10 of each checkpoint of SPLADE, while FLOPS warms up."""
+    from safetensors.torch import load_file
+
+    from retriever_server.encoders.sentence import SentenceEncoder, read_spec
+    from retriever_server.evaluation import judge, means, parse_metrics, rank_all
+    from retriever_server.indexes.inverted import InvertedIndex
+    from retriever_server.training.components import build_model
+
+    found = {}
+    asked, qrels = work.questions("squad")
+    recipe = work.recipe("splade", splade(work))
+    for folder in sorted((work.folder / "models" / "splade" / "checkpoints").glob("step-*")):
+        model = build_model(recipe)
+        weights = load_file(folder / "weights.safetensors")
+        known = {name.removeprefix("model."): value for name, value in weights.items()}
+        model.load_state_dict(known, strict=False)
+        encoder = SentenceEncoder(model, read_spec(folder.name, model, "{title}\n{text}"))
+        passages = [encoder.spec.render(work.corpus("squad")[i]) for i in range(0, 4500, 30)]
+        terms = encoder.encode(passages, "passage").nnz / len(passages)
+        index = InvertedIndex.build(
+            work.corpus("squad"), work.folder / "indexes" / f"splade-{folder.name}", encoder, overwrite=True
+        )
+        measured = judge(rank_all(index, asked[:200], 10), qrels, parse_metrics("RR@10", 10))
+        found[folder.name] = f"{terms:.0f} terms a passage, MRR@10 {means(measured)['RR@10']:.3f}"
+    return found
+
+
+PEER = Training(Component("none"), contrast(), steps=60, batch_size=32, learning_rate=3e-5)
+
+
+def peer(work: Work) -> dict[str, Any]:
+    """Two trainings of MiniLM by sentence-transformers' own trainer and by the recipe, in turns, once."""
+    path = work.folder / "models" / "peer.json"
+    if not path.exists():
+        work.pairs()
+        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+        for number in range(2):
+            for name, train in (("plain", _train_plainly), ("ours", _train_recipe)):
+                start = time.process_time()
+                inner = train(work, work.folder / "models" / f"peer-{name}-{number}")
+                seconds[name].append(inner)
+                seconds.setdefault(f"{name}, all", []).append(time.process_time() - start)
+        write_json(path, seconds)
+    return read_json(path)
+
+
+def _train_plainly(work: Work, out: Path) -> float:
+    """What the documentation of sentence-transformers shows; CPU seconds of `trainer.train`."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import set_seed
+
+    set_seed(0)
+    corpus = work.corpus("train")
+    rows = list(read_jsonl(work.pairs()))
+    found = [corpus.get(each["positives"][0]) for each in rows]
+    texts = [f"{p.title}\n{p.text}".strip() for p in found if p is not None]
+    data = Dataset.from_dict({"anchor": [each["query"] for each in rows], "positive": texts})
+    model = SentenceTransformer(minilm(), device="cpu")
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(out), max_steps=PEER.steps, per_device_train_batch_size=PEER.batch_size,
+        learning_rate=PEER.learning_rate, warmup_steps=0.1, batch_sampler="no_duplicates", use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    loss = MultipleNegativesRankingLoss(model, scale=20.0)
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+    start = time.process_time()
+    trainer.train()
+    spent = time.process_time() - start
+    model.save_pretrained(str(out / "model"))
+    return spent
+
+
+def _train_recipe(work: Work, out: Path) -> float:
+    """The recipe of the same; CPU seconds from its first step to its last."""
+    import shutil
+
+    from retriever_server.training.run import train
+
+    shutil.rmtree(out, ignore_errors=True)
+    loss = Component("MultipleNegativesRankingLoss", {"scale": 20.0})
+    training = replace(PEER, model=Component("pretrained", {"base": minilm()}), loss=loss)
+    recipe = work.recipe(out.name, training)
+    times: list[float] = []
+    train(recipe, on_start=lambda step: times.append(time.process_time()),
+          progress=lambda step, steps: times.append(time.process_time()))  # fmt: skip
+    return times[-1] - times[0]
+
+
+def peer_model(name: str) -> Make:
+    def make(work: Work, on: str) -> Retriever:
+        peer(work)
+        return work.encoded(work.folder / "models" / f"peer-{name}-0" / "model", on, f"peer-{name}")
+
+    return make
+
+
+def speed(work: Work) -> dict[str, Any]:
+    """Steps a CPU second, ours over theirs."""
+    found = peer(work)
+    plain, ours = min(found["plain"]), min(found["ours"])
+    return {"training speed": f"{plain / ours:.3f} x ({ours:.1f} s against {plain:.1f} s of CPU)"}
+
+
+# ---- the tables --------------------------------------------------------------------------------------
+
+row("bm25", lambda work, on: work.bm25(on), "a", on=COLLECTIONS)
+row("minilm", frozen, "a", ("bm25",), on=COLLECTIONS)
+row("minilm-tuned", learned("minilm-tuned", tuned_minilm), "a", ("minilm", "bm25"), on=COLLECTIONS)
+
+trains("dense", lambda work: dense(work))
+trains("dpr", dpr)
+trains("splade", splade, note=sparsity)
+trains("unicoil", unicoil)
+trains("deepimpact", deepimpact)
+trains("colbert", colbert, "dense")
+row("untrained-cross-encoder", reranked(lambda work: work.untrained("cross-encoder", cross_encoder(work))))
+row(
+    "cross-encoder",
+    reranked(lambda work: work.trained("cross-encoder", cross_encoder(work))),
+    against=("untrained-cross-encoder", "bm25"),
+)
+trains("causal", causal)
+trains("two-way", two_way, "causal")
+trains("llm2vec-mntp", mntp)
+row("llm2vec-simcse", learned("llm2vec-simcse", simcse), against=("untrained-llm2vec-mntp", "llm2vec-mntp"))
+row(
+    "llm2vec", learned("llm2vec", supervised), against=("untrained-llm2vec-mntp", "llm2vec-simcse", "two-way")
+)
+row("no-negatives", learned("no-negatives", no_negatives))
+row("bm25-negatives", learned("bm25-negatives", bm25_negatives), against=("no-negatives",))
+row(
+    "minilm-negatives",
+    learned("minilm-negatives", minilm_negatives),
+    against=("no-negatives", "bm25-negatives"),
+)
+row("distilled", learned("distilled", distilled), against=("minilm-negatives", "no-negatives"))
+for _number, _teacher in enumerate(("bm25", "minilm", "splade"), start=1):
+    row(f"taught-by-{_teacher}", learned(f"taught-by-{_teacher}", single_teacher(_number)))
+row(
+    "dragon",
+    learned("dragon-3", dragon(3)),
+    against=("taught-by-bm25", "taught-by-minilm", "taught-by-splade"),
+)
+_parts = (learned("dense", lambda work: dense(work)), learned("splade", splade))
+row("dense+splade", fused(*_parts), against=("dense", "splade"))
+row("dense+bm25", fused(_parts[0], lambda work, on: work.bm25(on)), against=("dense", "bm25"))
+
+row("bm25-small", lambda work, on: work.bm25(on), "c", on=SMALL)
+row("minilm-small", frozen, "c", ("bm25-small",), on=SMALL)
+row(
+    "minilm-tuned-small", learned("minilm-tuned", tuned_minilm), "c", ("minilm-small", "bm25-small"), on=SMALL
+)
+for _kind in ("dense", "sparse"):
+    row(
+        f"promptreps-{_kind}",
+        untrained(f"promptreps-{_kind}", promptreps(_kind)),
+        "c",
+        ("bm25-small",),
+        on=SMALL,
+    )
+_parts = tuple(untrained(f"promptreps-{kind}", promptreps(kind)) for kind in ("dense", "sparse"))
+row("promptreps-hybrid", fused(*_parts), "c", ("promptreps-dense", "promptreps-sparse"), on=SMALL)
+row("untrained-repllama", untrained("repllama", repllama), "c", on=SMALL)
+row("repllama", learned("repllama", repllama), "c", ("untrained-repllama", "bm25-small"), on=SMALL)
+
+row("sentence-transformers", peer_model("plain"), "peer")
+row("ours", peer_model("ours"), "peer", ("sentence-transformers",), note=speed)
