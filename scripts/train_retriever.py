@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
+from data.errors import ConfigError
 from retriever_server.training.recipe import RetrieverRecipe
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,24 @@ def main(config: RetrieverRecipe) -> None:
             ) from None
     if leads:
         print(f"trained: {folder} (`sleuth index --encoder {folder} ...` builds an index with it)")
+
+
+def expand(argv: list[str]) -> list[str]:
+    """argv with `--model.init_args.KEY VALUE` and `--loss...` gathered in `--changes`."""
+    kept: list[str] = []
+    changes: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        option, joined, value = word.partition("=")
+        if option.startswith(("--model.", "--loss.")):
+            text = value if joined else next(words, "")
+            try:
+                changes[option[2:]] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{option}: got {text!r}, which is no YAML") from error
+        else:
+            kept.append(word)
+    return [*kept, *([f"--changes={json.dumps(changes)}"] if changes else [])]
 
 
 def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[[int, int], None]]:
