@@ -44,6 +44,7 @@ COMMANDS = {
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
+    "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),
 }
 QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")
