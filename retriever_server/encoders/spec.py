@@ -34,7 +34,7 @@ class EncodingSpec:
     passage_prompt: str = ""
     """Put before the text, and where the model says so left out of the pooling."""
     passage_template: str = "{title}\n{text}"
-    """The text of a passage; may name {title}, {text} and {contents}."""
+    """The text of a passage; may name {title}, {text}, {contents}, {expansion} (of its metadata)."""
     max_tokens: int | None = None
     pooling: str = ""
     normalise: bool = False
@@ -48,7 +48,7 @@ class EncodingSpec:
         try:
             self.render(Passage("", "text", "title"))
         except (KeyError, IndexError, ValueError) as error:
-            allowed = "may name {title}, {text} and {contents}"
+            allowed = "may name {title}, {text}, {contents} and {expansion}"
             raise ConfigError(f"passage_template {self.passage_template!r}: {allowed}") from error
 
     @property
@@ -60,6 +60,7 @@ class EncodingSpec:
     def render(self, passage: Passage) -> str:
         """The text of a passage that is encoded, without the prompt."""
         fields = {"title": passage.title, "text": passage.text, "contents": passage.contents}
+        fields["expansion"] = str(passage.metadata.get("expansion", ""))
         return self.passage_template.format(**fields).strip()
 
     def differences(self, other: EncodingSpec) -> str:

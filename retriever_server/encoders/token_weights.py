@@ -7,14 +7,32 @@ occurrences. DeepImpact (Mallia et al. 2021): an MLP, read at the first occurren
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 
-class TokenWeights(Module):
+class WeightedModule(Module):
+    """A module with weights: what it is made from stands in `config_keys`."""
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write config and weights into a folder."""
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
+        """The module that `save` wrote."""
+        hub = ("token", "cache_folder", "revision", "local_files_only")
+        of = {"subfolder": subfolder, **{key: kwargs[key] for key in hub if key in kwargs}}
+        module = cls(**cls.load_config(model_name_or_path, **of))
+        cls.load_torch_weights(model_name_or_path, model=module, **of)
+        return module
+
+
+class TokenWeights(WeightedModule):
     """Token vectors in, a sparse vector over the vocabulary out.
 
     hidden_size of the token vectors; vocabulary_size of the tokenizer; layers of the head: 1 is linear
@@ -64,19 +82,6 @@ class TokenWeights(Module):
     def get_embedding_dimension(self) -> int:
         """The size of the vocabulary."""
         return self.vocabulary_size
-
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write config and weights into a folder."""
-        self.save_config(output_path)
-        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
-
-    @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> TokenWeights:
-        """The module that `save` wrote."""
-        hub = ("token", "cache_folder", "revision", "local_files_only")
-        of = {"subfolder": subfolder, **{key: kwargs[key] for key in hub if key in kwargs}}
-        module = cls(**cls.load_config(model_name_or_path, **of))
-        return cls.load_torch_weights(model_name_or_path, model=module, **of)  # type: ignore[return-value]
 
 
 def pool_impacts(

@@ -72,8 +72,8 @@ class ContrastiveDistillation(CachedLossMixin, nn.Module):
         allowed = (*_SIMILARITIES, "maxsim")
         if similarity not in allowed:
             raise ValueError(f"similarity {similarity!r}: must be one of {', '.join(allowed)}")
-        if similarity == "maxsim" and (mini_batch_size or gather_across_devices):
-            raise ValueError("similarity maxsim: takes no mini_batch_size and no gather_across_devices")
+        if similarity == "maxsim" and mini_batch_size:
+            raise ValueError("similarity maxsim: takes no mini_batch_size")
         if temperature <= 0 or teacher_temperature <= 0:
             raise ValueError(f"temperatures {temperature}, {teacher_temperature}: must be > 0")
         self.model, self.similarity = model, similarity
@@ -87,7 +87,9 @@ class ContrastiveDistillation(CachedLossMixin, nn.Module):
         """The loss of a batch, a scalar."""
         features = [dict(each) for each in sentence_features]
         if self.similarity == "maxsim":
-            return self._of_scores(maxsim_scores(self.model, features), labels)
+            scores = maxsim_scores(self.model, features, self.gather_across_devices)
+            first = get_rank() * len(scores) if self.gather_across_devices else 0
+            return self._of_scores(scores, labels, first)
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
@@ -116,7 +118,7 @@ class ContrastiveDistillation(CachedLossMixin, nn.Module):
     def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
         scores = scores / self.temperature
         loss = self.contrastive_weight * contrastive(scores, first)
-        if labels is None or labels.ndim != 2:  # the collator of a set without scores gives none or zeros
+        if labels is None or self.distill_weight == 0:
             return loss
         teacher = labels / self.teacher_temperature
         return loss + self.distill_weight * distillation(own_group(scores, first), teacher)
@@ -127,17 +129,21 @@ class ContrastiveDistillation(CachedLossMixin, nn.Module):
         return {name: getattr(self, name) for name in names}
 
 
-def maxsim_scores(model: Any, features: list[dict[str, Any]]) -> Tensor:
+def maxsim_scores(model: Any, features: list[dict[str, Any]], gather: bool = False) -> Tensor:
     """MaxSim of every query with every passage of the batch; what the masks leave out counts nowhere.
 
-    features of the columns (anchor, positive, negative_1..) -> (B, B, N)
+    features of the columns (anchor, positive, negative_1..) -> (B, G, N); G = B, or B of every process.
     """
     from sentence_transformers.multi_vector_encoder.scoring import colbert_scores
+    from sentence_transformers.util import all_gather_padded
     from sentence_transformers.util.tensor import stack_padded_token_embeddings
 
     queries = model(features[0], task="query")
     columns = embed_columns_padded(model, features[1:], task_default="document")
+    if gather:
+        gathered = [all_gather_padded(e, m, with_grad=True) for e, m in zip(*columns, strict=True)]
+        columns = tuple(map(list, zip(*gathered, strict=True)))
     passages, mask = stack_padded_token_embeddings(*columns)
     of = queries["token_embeddings"]
-    scores = colbert_scores(of, passages, queries["attention_mask"].bool(), mask)  # (B, B * N)
+    scores = colbert_scores(of, passages, queries["attention_mask"].bool(), mask)  # (B, G * N)
     return scores.view(len(of), len(passages), -1)

@@ -53,13 +53,15 @@ def splade_loss(
     teacher_temperature: float = 1.0,
     contrastive_weight: float = 0.0,
     mini_batch_size: int | None = None,
+    gather_across_devices: bool = False,
 ) -> Any:
     """SPLADE's loss: an objective plus FLOPS of queries and passages, sum_j (mean_b |w_bj|)^2 each.
 
     The weights of FLOPS rise as the square of the step over the first third of training
     (sentence-transformers' callback). query_weight: None for inference-free queries. objective:
     contrastive within the batch; margin_mse of teacher scores (SPLADE++ ED); kl to them, with
-    contrastive_weight x the contrast (SPLADE-v3). mini_batch_size: GradCache.
+    contrastive_weight x the contrast (SPLADE-v3). mini_batch_size: GradCache. The rest as in
+    `ContrastiveDistillation`.
     """
     from sentence_transformers.sparse_encoder import losses
 
@@ -72,6 +74,7 @@ def splade_loss(
         inner = ContrastiveDistillation(
             model, "dot", temperature, teacher_temperature,
             contrastive_weight=1.0 if alone else contrastive_weight, distill_weight=0.0 if alone else 1.0,
+            gather_across_devices=gather_across_devices,
         )  # fmt: skip
     weights = {"document_regularizer_weight": passage_weight, "query_regularizer_weight": query_weight}
     if mini_batch_size is not None:

@@ -1,0 +1,107 @@
+"""Document expansion: an injected generator writes more words for every passage, once, into a new corpus.
+
+A generator takes passages and gives a text for each, such as the queries that it might answer (docT5query,
+Nogueira and Lin 2019). The text of a passage, and so what a reader sees, stays as it was: the expansion is
+`metadata.expansion`, and a passage_template with {expansion} puts it before the encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import append_jsonl, read_jsonl
+from data.records import Passage
+from retriever_server.training.mining import _keep_whole_batches
+
+Generator = Callable[[Sequence[Passage]], Sequence[str]]
+Progress = Callable[[range], Iterable[int]]
+
+
+class Seq2SeqQueries:
+    """Queries that a passage might answer, by a sequence-to-sequence model such as a docT5query.
+
+    count: how many are sampled (of the `top` most probable words each time); the order of the texts and
+    seed decide them.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        count: int = 10,
+        top: int = 10,
+        max_tokens: int = 64,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(model).to(device).eval()
+        self.count, self.top, self.max_tokens, self.seed = count, top, max_tokens, seed
+
+    def __call__(self, passages: Sequence[Passage]) -> list[str]:
+        """The queries of each passage, joined by spaces."""
+        import torch
+
+        given = self.tokenizer(
+            [f"{each.title} {each.text}".strip() for each in passages],
+            return_tensors="pt", padding=True, truncation=True, max_length=512,
+        ).to(self.model.device)  # fmt: skip
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(self.seed)
+            ids: Any = self.model.generate(
+                **given, do_sample=True, top_k=self.top, max_new_tokens=self.max_tokens,
+                num_return_sequences=self.count,
+            )  # fmt: skip
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(texts[i : i + self.count]) for i in range(0, len(texts), self.count)]
+
+
+def expand(
+    corpus: Corpus,
+    generate: Generator,
+    out: str | Path,
+    passages_at_once: int = 32,
+    progress: Progress = iter,
+) -> Path:
+    """Write the corpus with the expansions to `out`; one that is there already stays as it is.
+
+    Killed, it goes on after the last whole batch. Raises ConfigError where `out` is of another corpus,
+    DataError where the generator gives not one text a passage.
+    """
+    out = Path(out)
+    part = out.with_name(f"{out.name}.part")
+    for path in (out, part):
+        _check_of(corpus, path)
+    if out.exists():
+        return out
+    for start in progress(range(_keep_whole_batches(part, passages_at_once), len(corpus), passages_at_once)):
+        passages = [corpus[i] for i in range(start, min(start + passages_at_once, len(corpus)))]
+        texts = list(generate(passages))
+        if len(texts) != len(passages):
+            raise DataError(f"the generator gave {len(texts)} texts for {len(passages)} passages")
+        append_jsonl(part, map(_row, passages, texts))
+    os.replace(part, out)
+    return out
+
+
+def _row(passage: Passage, text: str) -> dict[str, Any]:
+    row = {"id": passage.id, "title": passage.title, "text": passage.text}
+    return {**row, "metadata": {**passage.metadata, "expansion": text}}
+
+
+def _check_of(corpus: Corpus, path: Path) -> None:
+    """ConfigError unless the rows of a file, where there is one, are the corpus' first ones."""
+    if not path.exists():
+        return
+    for position, row in enumerate(read_jsonl(path, tolerate_cut_tail=True)):
+        passage = corpus[position] if position < len(corpus) else None
+        if passage is None or (row.get("id"), row.get("text")) != (passage.id, passage.text):
+            raise ConfigError(
+                f"{path}: line {position + 1} is of another corpus; remove it, or give another out"
+            )

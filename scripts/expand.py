@@ -1,0 +1,35 @@
+"""`sleuth expand`: a corpus in, the same with what a generator adds to each passage out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int = 32) -> None:
+    """Expand the passages of a corpus once, for sparse retrievers. Killed, it goes on when started again.
+
+    The expansion is kept in the metadata of a passage, whose text stays as it was; `passage_template`
+    "{title}\\n{text} {expansion}" puts it before an encoder.
+
+    Args:
+        corpus: JSON lines of passages.
+        out: File for the expanded ones.
+        generator: class_path and init_args of what is called with passages and gives a text for each, such
+            as {class_path: retriever_server.training.expansion.Seq2SeqQueries, init_args: {model: NAME}}.
+        passages_at_once: How many the generator is given in one call.
+    """
+    from data.corpus import Corpus
+    from retriever_server.opening import build
+    from retriever_server.training.expansion import expand
+
+    expand(Corpus(corpus), build(generator, "generator: "), out, passages_at_once, _with_bar)
+    print(f"expanded passages in {out}")
+
+
+def _with_bar(starts: range) -> Iterable[int]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(starts, "expanding", console=console, disable=not console.is_terminal)

@@ -1,0 +1,75 @@
+"""Expansion: written once, gone on with when killed, before the encoder and never before the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from data.records import Passage
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.training.expansion import expand
+from scripts.__main__ import main
+
+
+class Shout:
+    """Gives the text in capitals; dies after so many passages."""
+
+    def __init__(self, dies_after: int = 1000) -> None:
+        self.left, self.asked = dies_after, 0
+
+    def __call__(self, passages: Sequence[Passage]) -> list[str]:
+        self.left -= len(passages)
+        if self.left < 0:
+            raise KeyboardInterrupt
+        self.asked += len(passages)
+        return [passage.text.upper() for passage in passages]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    rows = [{"id": str(i), "title": "t", "text": f"word {i}", "metadata": {"n": i}} for i in range(10)]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    return Corpus(tmp_path / "c.jsonl")
+
+
+def test_killed_it_goes_on_and_ends_as_if_it_had_not_been(corpus: Corpus, tmp_path: Path) -> None:
+    whole = expand(corpus, Shout(), tmp_path / "whole.jsonl", 3)
+    with pytest.raises(KeyboardInterrupt):
+        expand(corpus, Shout(dies_after=7), tmp_path / "out.jsonl", 3)
+    with open(tmp_path / "out.jsonl.part", "a") as file:
+        file.write('{"id": "6", "te')  # killed in mid-line
+    again = Shout()
+    expand(corpus, again, tmp_path / "out.jsonl", 3)
+    assert again.asked == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == whole.read_bytes()
+    assert expand(corpus, Shout(dies_after=0), tmp_path / "out.jsonl", 3)  # nothing is asked twice
+
+
+def test_the_encoder_reads_the_expansion_and_the_text_stays(corpus: Corpus, tmp_path: Path) -> None:
+    passage = Corpus(expand(corpus, Shout(), tmp_path / "out.jsonl"))[4]
+    assert (passage.text, passage.metadata) == ("word 4", {"n": 4, "expansion": "WORD 4"})
+    spec = EncodingSpec("m", "sparse", "", 1, passage_template="{title}\n{text} {expansion}")
+    assert spec.render(passage) == "t\nword 4 WORD 4"
+    assert spec.render(corpus[4]) == "t\nword 4"
+
+
+def test_a_file_of_another_corpus_and_a_wrong_generator_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    expand(corpus, Shout(), tmp_path / "out.jsonl")
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "0", "text": "word 0"}, {"id": "1", "text": "other"}])
+    with pytest.raises(ConfigError, match="line 2 is of another corpus"):
+        expand(Corpus(tmp_path / "d.jsonl"), Shout(), tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match="gave 1 texts for 10 passages"):
+        expand(corpus, lambda passages: ["one"], tmp_path / "new.jsonl")
+
+
+def test_the_command_expands(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out.jsonl"
+    generator = "{class_path: tests.retriever_server.training.test_expansion.Shout}"
+    assert main(["expand", "--corpus", str(corpus.path), "--out", str(out), "--generator", generator]) == 0
+    assert "expanded passages in" in capsys.readouterr().out
+    assert Corpus(out)[0].metadata["expansion"] == "WORD 0"
