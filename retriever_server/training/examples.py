@@ -61,7 +61,8 @@ class Example:
 def parse_example(record: Mapping[str, Any]) -> Example:
     """The example in one record; ValueError says what is wrong with it."""
     if unknown := set(record) - set(Example.__dataclass_fields__):
-        raise ValueError(f'unknown key "{min(unknown)}"; allowed: {", ".join(Example.__dataclass_fields__)}')
+        allowed = f"{', '.join(Example.__dataclass_fields__)} (`sleuth convert` reads other formats)"
+        raise ValueError(f'unknown key "{min(unknown)}"; allowed: {allowed}')
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
         raise ValueError('no "query", or an empty one')

@@ -85,8 +85,8 @@ def mine(
 
     The scores, which are kept and held against the margins, are the teacher's: a scorer's of all passages, a
     second retriever's of those that it finds; without a teacher the retriever's own. A positive that no
-    retriever found scores below all that it found: nothing keeps a margin to it. A passage with the text of
-    a positive is no negative.
+    retriever found scores below all that it found: nothing keeps a margin to it. No negative is a positive of
+    an example that asks the same, or has the text of one.
 
     Raises ConfigError where `out` comes from other queries or settings, DataError for a hit that is not in
     the corpus, or has another text there, and where the retriever changes meanwhile.
@@ -96,14 +96,19 @@ def mine(
     differing = {key: value for key, value in asdict(rules).items() if value != getattr(Rules, key)}
     provenance = {"corpus": corpus.content_hash, "generation": generation, "rules": differing}
     provenance["scores"] = _name(teacher) if teacher else generation
+    positives: dict[str, dict[str, None]] = {}  # of all examples that ask the same
+    for example in examples:
+        positives.setdefault(_words(example.query), {}).update(dict.fromkeys(example.positives))
 
     def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        rankings = search_checked(retriever, batch, rules.last_rank, corpus, generation)
-        goods = [[corpus_passage(corpus, id_) for id_ in example.positives] for example in batch]
+        known = [positives[_words(example.query)] for example in batch]
+        depth = rules.last_rank + max(map(len, known))
+        rankings = search_checked(retriever, batch, depth, corpus, generation)
+        goods = [[corpus_passage(corpus, id_) for id_ in ids] for ids in known]
         found = [_candidates(*each, rules) for each in zip(batch, rankings, goods, strict=True)]
         if isinstance(teacher, Scorer) and not rules.keeps_margin:  # no need to score them all
             found = [_pick(example, passages, rules) for example, passages in zip(batch, found, strict=True)]
-        scores = _scores(batch, rankings, goods, found, teacher, rules.last_rank)
+        scores = _scores(batch, rankings, goods, found, teacher, depth)
         for example, passages, of in zip(batch, found, scores, strict=True):
             if rules.keeps_margin:
                 limit = _limit(example, of, rules)
@@ -119,11 +124,13 @@ def mine(
 def search_checked(
     retriever: Retriever, examples: Sequence[Example], depth: int, corpus: Corpus, generation: str
 ) -> list[list[Hit]]:
-    """The best hits of each query: `depth` besides its positives; raises as `mine` does."""
-    k = depth + max(len(example.positives) for example in examples)
-    rankings = retriever.search([example.query for example in examples], k)
+    """The best `depth` hits of each query; raises as `mine` does."""
+    rankings = retriever.search([example.query for example in examples], depth)
     if retriever.generation != generation:
         raise DataError(f"the retriever changed from {generation} to {retriever.generation} meanwhile")
+    own = getattr(retriever, "corpus", None)
+    if isinstance(own, Corpus) and own.content_hash == corpus.content_hash:
+        return rankings
     for hit in {hit.passage.id: hit for ranking in rankings for hit in ranking}.values():
         if corpus_passage(corpus, hit.passage.id).text != hit.passage.text:
             where = f"passage {hit.passage.id!r} of {generation}"
@@ -143,19 +150,20 @@ def _candidates(
     example: Example, hits: Sequence[Hit], positives: Sequence[Passage], rules: Rules
 ) -> list[Passage]:
     """What was found between the ranks, each text once, without positives and what has their text."""
-    others = [hit.passage for hit in hits if hit.passage.id not in example.positives]
-    seen = {_same(passage) for passage in positives}
+    ids = {passage.id for passage in positives}
+    others = [hit.passage for hit in hits if hit.passage.id not in ids]
+    seen = {_words(passage.text) for passage in positives}
     found = []
     for passage in others[rules.first_rank - 1 : rules.last_rank]:
         answers = not rules.keep_answers and has_answer(passage.text, example.answers)
-        if not answers and _same(passage) not in seen:
-            seen.add(_same(passage))
+        if not answers and (words := _words(passage.text)) not in seen:
+            seen.add(words)
             found.append(passage)
     return found
 
 
-def _same(passage: Passage) -> str:
-    return " ".join(passage.text.lower().split())
+def _words(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _scores(
@@ -173,8 +181,7 @@ def _scores(
         values = iter(teacher.score(pairs))
         return [{passage.id: float(next(values)) for passage in passages} for passages in asked]
     if teacher:
-        k = depth + max(len(example.positives) for example in batch)
-        rankings = teacher.search([example.query for example in batch], k)
+        rankings = teacher.search([example.query for example in batch], depth)
     return [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
 
 

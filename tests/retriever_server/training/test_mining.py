@@ -48,6 +48,15 @@ def test_texts_of_a_positive_and_repeated_texts_are_no_negatives(tmp_path):
     assert mined(tmp_path, {"last_rank": 4}, texts=texts)[0]["0"] == ("2", "4")
 
 
+def test_a_positive_of_a_repeated_query_is_no_negative(tmp_path):
+    corpus = write_corpus(tmp_path)
+    rows = [{"query": "7", "positives": ["7"]}, {"query": "7 ", "positives": ["8"]}]
+    write_jsonl(tmp_path / "examples.jsonl", rows)
+    examples = Examples(tmp_path / "examples.jsonl", corpus)
+    mine(examples, Numbered(str(corpus.path)), corpus, tmp_path / "out.jsonl", Rules(last_rank=2))
+    assert [e.negatives for e in Examples(tmp_path / "out.jsonl", corpus)] == [("9", "10"), ("9", "10")]
+
+
 def test_passages_with_the_answer_are_no_negatives(tmp_path):
     assert mined(tmp_path, {"last_rank": 3}, answers=["number 2"])[0]["0"] == ("1", "3")
     other = tmp_path / "kept"
