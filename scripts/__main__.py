@@ -43,6 +43,7 @@ COMMANDS = {
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
+    "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
     "report": Command("scripts.report", "write report.html of a run folder", "run"),
