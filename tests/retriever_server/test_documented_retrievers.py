@@ -39,6 +39,8 @@ def world(tmp_path_factory):
     BM25Index.build(corpus, at / "runs/atlas/index")
     encoder = load_encoder(tiny_model(at / "dense", "dense"), device="cpu")
     index_kind("flat").build(corpus, at / "runs/atlas/flat", encoder)
+    for kind in ("dense", "sparse"):
+        shutil.copytree(at / "runs/atlas/flat", at / f"runs/promptreps/{kind}-index")
     tiny_model(at / RERANKER, "cross")
     write_jsonl(at / "runs/wiki-18.jsonl", rows)
     shutil.copytree(tiny_model(at / "e5", "dense"), at / "intfloat/e5-base-v2")
