@@ -6,6 +6,7 @@ query are left out and counted.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from data.records import Passage
 from retriever_server.training.examples import Example, Examples, OnError, check_example
 from retriever_server.training.readers import READERS, text_id
 from retriever_server.training.writers import WRITERS, one_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def _checked(
         except ValueError as error:
             if on_error == "stop":
                 raise DataError(f"{place}: {error}") from error
+            if not left_out["examples"]:
+                logger.warning("left out: %s: %s (the first; others are only counted)", place, error)
             left_out["examples"] += 1
             continue
         seen.add(example.query_id)
