@@ -15,7 +15,8 @@ _ONLY_BM25 = {
 }  # fmt: skip
 _ONLY_ENCODED = {
     "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
-    "dtype": "float16", "factory": None, "shard": "1/1", "ray": None, "device": "auto",
+    "dtype": "float16", "factory": None, "terms_per_passage": None, "shard": "1/1", "ray": None,
+    "device": "auto",
 }  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def main(
     scoring: str = "bm25",
     dtype: str = "float16",
     factory: str | None = None,
+    terms_per_passage: int | None = None,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
     passage_template: str = "{title}\n{text}",
@@ -58,8 +60,9 @@ def main(
         title_boost: bm25: how many times the title counts.
         language: bm25: of the stemmer, for the analyzer multilingual.
         scoring: bm25: bm25, or tfidf (a cosine; without k1 and b).
-        dtype: Of stored vectors: float32, float16 or int8.
+        dtype: Of stored vectors: float32, float16 or int8 (inverted: weights of 8 bits, or float32).
         factory: ann: a string for faiss.index_factory, such as IVF4096,SQ8; by size if not given.
+        terms_per_passage: inverted: keep so many of the largest weights of a passage; all if not given.
         query_prompt: Put before every query, such as "query: "; the model's own if not given.
         passage_prompt: The same for passages.
         passage_template: The text of a passage, from {title}, {text} and {contents}.
@@ -110,9 +113,9 @@ def _build_encoded(given: dict[str, Any]) -> None:
         raise ConfigError(f"--shard {given['shard']}: has no meaning with --ray, which gives out all shards")
     if given["kind"] == "bm25":
         raise ConfigError("--kind bm25: takes no --encoder")
-    if given["factory"] and given["kind"] != "ann":
+    settings = {key: given[key] for key in ("factory", "terms_per_passage") if given[key] is not None}
+    if settings.get("factory") and given["kind"] != "ann":
         raise ConfigError(f"--factory {given['factory']}: has a meaning only with --kind ann")
-    settings = {"factory": given["factory"]} if given["factory"] else {}
     from data.corpus import Corpus
     from retriever_server.encoders.sentence import load_encoder
     from retriever_server.indexes.base import index_kind
@@ -122,6 +125,8 @@ def _build_encoded(given: dict[str, Any]) -> None:
     device = "auto" if given["ray"] else given["device"]  # the GPUs may be those of other machines
     encoder = load_encoder(given["encoder"], max_tokens=given["max_tokens"], device=device, **prompts)
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
+    if "terms_per_passage" in settings and of.kind != "inverted":
+        raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
     passages, bar = Corpus(Path(given["corpus"])), _Bar("encoding passages")
     if part != (1, 1):
         shards, _ = of.plan(passages, Path(given["out"]), encoder, given["dtype"], **settings)
