@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from retriever_server.training.dev import DevSet
 from retriever_server.training.examples import Examples, as_dataset
 from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
 from retriever_server.training.llm2vec import passages_as_dataset
+from retriever_server.training.mixture import Mixture, Shuffled
 from retriever_server.training.recipe import LoraConfig, RetrieverRecipe
 from retriever_server.training.trainer import Reporter, Scores, trainer_class
 
@@ -49,7 +52,11 @@ def train(
     on_start(latest.step if latest else 0)
     if trainer.evaluator is not None and latest is None:
         trainer.evaluate()  # what the model can before it is trained
-    trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
+    if latest and latest.step >= _steps(trainer, recipe):  # the loop would do one more
+        trainer._load_from_checkpoint(str(latest.path))
+        trainer.state.global_step = latest.step
+    else:
+        trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
     if not trainer.args.should_save:
         return None
     best = best_checkpoint(out / "checkpoints") if recipe.export == "best" else None
@@ -57,6 +64,12 @@ def train(
         logger.info("exporting step %d, the best (%s %.4f)", best[0].step, trainer.best_metric, best[1])
         trainer._load_from_checkpoint(str(best[0].path))
     return export(trainer.accelerator.unwrap_model(trainer.model), spec, out / "model")
+
+
+def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
+    """How many updates the recipe asks for."""
+    an_epoch = max(1, -(-len(trainer.get_train_dataloader()) // recipe.accumulate))
+    return recipe.steps or math.ceil(recipe.epochs * an_epoch)
 
 
 def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tuple[Any, EncodingSpec | None]:
@@ -170,7 +183,8 @@ def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int])
         bf16=bfloat,
         use_cpu=cpu,
         seed=recipe.seed,
-        batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else "batch_sampler",
+        batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else Shuffled,
+        multi_dataset_batch_sampler=partial(Mixture, weights=[each.weight for each in recipe.train]),
         prompts=prompts,
         router_mapping={} if kind == "cross" else roles,
         save_strategy="steps",
