@@ -129,6 +129,7 @@ def colbert(
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Dense, Normalize
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from tokenizers import AddedToken
 
     expansion: Any = {"strategy": "fixed", "length": query_tokens, "attend": attend_to_expansion}
     transformer = _transformer(
@@ -141,6 +142,9 @@ def colbert(
         "" if text.startswith("[unused") and text.strip() not in known else text
         for text in (query_prompt, passage_prompt)
     ]
+    markers = [text.strip() for text in prompts if text.strip() in known]
+    whole = [AddedToken(each, normalized=False, special=True) for each in markers]  # or it falls to pieces
+    transformer.tokenizer.add_special_tokens({"additional_special_tokens": whole})
     project = Dense(
         transformer.get_embedding_dimension(), dimension, bias=False, module_input_name="token_embeddings",
         activation_function=torch.nn.Identity(),

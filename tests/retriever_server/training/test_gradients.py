@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses as dense
@@ -19,6 +21,7 @@ from retriever_server.training.distill import ContrastiveDistillation
 from retriever_server.training.models import colbert
 from retriever_server.training.models import dense as dense_model
 from retriever_server.training.sparse import splade_loss, unicoil
+from retriever_server.training.tiny import tiny_base
 
 TEXTS = [f"passage {i} of the {'long ' * (i % 4)}river" for i in range(18)]
 TEACHER = torch.tensor([[3.0, 1.0], [0.0, 2.0], [1.0, 1.0], [5.0, 4.0], [2.0, 0.5], [0.3, 0.1]])
@@ -165,3 +168,22 @@ def test_queries_are_filled_up_with_masks_that_count(tmp_path: Path) -> None:
         passage["input_ids"][0][passage["attention_mask"][0].bool()]
     )
     assert not {",", "!"} & set(pieces)
+
+
+def test_a_marker_is_one_token_before_and_after_saving(tmp_path: Path) -> None:
+    """BERT's [unused0] falls into five pieces where it stands in a text and nobody says what it is."""
+    folder = tiny_base(**base(tmp_path))
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for spare, word in zip(
+        ("[unused0]", "[unused1]"), sorted(vocabulary, key=vocabulary.get)[-2:], strict=True
+    ):
+        vocabulary[spare] = vocabulary.pop(word)
+    file.write_text(json.dumps(tokenizer))
+    model = colbert(folder, dimension=8, query_tokens=16)
+    model.save(str(tmp_path / "saved"))
+    for each in (model, MultiVectorEncoder(str(tmp_path / "saved"), device="cpu")):
+        assert each.prompts["query"] == "[unused0] "
+        ids = each.preprocess(["river"], prompt=each.prompts["query"], task="query")["input_ids"][0]
+        assert each.tokenizer.convert_ids_to_tokens(ids[:3].tolist()) == ["[CLS]", "[unused0]", "river"]
