@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.jsonl import read_json, read_jsonl, write_json
 from data.records import Question
 from retriever_server.retriever import Retriever
 from retriever_server.training.recipe import Component, LoraConfig
@@ -25,15 +25,20 @@ ROWS: dict[str, Row] = {}
 # ---- losses and models -------------------------------------------------------------------------------
 
 
+def part(class_path: str, init_args: dict[str, Any] | None = None) -> Component:
+    """A model or a loss of a recipe."""
+    return {"class_path": class_path, "init_args": init_args or {}}
+
+
 def contrast(temperature: float = 0.05, similarity: str = "cosine", distill: float = 0.0) -> Component:
     """InfoNCE in the batch, and so much of KL to the teacher's scores."""
     given = {"similarity": similarity, "temperature": temperature, "distill_weight": distill}
-    return Component("ContrastiveDistillation", given)
+    return part("ContrastiveDistillation", given)
 
 
 def tiny(work: Work, builder: str, decoder: bool = False, **options: Any) -> Component:
     """A builder over a tiny random transformer."""
-    return Component(builder, {"base": work.base(decoder), **options})
+    return part(builder, {"base": work.base(decoder), **options})
 
 
 def dense(work: Work, examples: str = "pairs", loss: Component | None = None, **more: Any) -> Training:
@@ -44,7 +49,7 @@ def dense(work: Work, examples: str = "pairs", loss: Component | None = None, **
 
 def after(work: Work, name: str, steps: Callable[[Work], Training]) -> Component:
     """The model that another training ended with."""
-    return Component("pretrained", {"base": str(work.trained(name, steps(work)))})
+    return part("pretrained", {"base": str(work.trained(name, steps(work)))})
 
 
 # ---- trainings ---------------------------------------------------------------------------------------
@@ -57,7 +62,7 @@ def dpr(work: Work) -> Training:
 
 
 def splade(work: Work) -> Training:
-    loss = Component("splade_loss", {"passage_weight": 3e-3, "query_weight": 3e-3})
+    loss = part("splade_loss", {"passage_weight": 3e-3, "query_weight": 3e-3})
     return Training(tiny(work, "splade", max_tokens=TOKENS), loss, options={"save_every": 60, "keep": 10})
 
 
@@ -79,7 +84,7 @@ def cross_encoder(work: Work) -> Training:
     data = {"negatives": 4, "form": "pair"}
     options = {"passage_template": "{contents}"}
     model = tiny(work, "cross_encoder", max_tokens=TOKENS + 32)
-    return Training(model, Component("BinaryCrossEntropyLoss"), "pairs_bm25", 400, 64, 1e-3, options, data)
+    return Training(model, part("BinaryCrossEntropyLoss"), "pairs_bm25", 400, 64, 1e-3, options, data)
 
 
 def decoder(work: Work, two_way: bool, dropout: float = 0.0) -> Component:
@@ -94,15 +99,19 @@ def two_way(work: Work) -> Training:
     return Training(decoder(work, True), contrast())
 
 
+TEXTS: dict[str, Any] = {"form": "text"}
+ALONE = {"no_duplicates": False}
+
+
 def mntp(work: Work) -> Training:
-    texts(work)
-    loss = Component("MaskedNextToken", {"mask_token": "<|mask|>"})
-    return Training(decoder(work, True, 0.1), loss, "texts", 300, 64)
+    loss = part("MaskedNextToken", {"mask_token": "<|mask|>"})
+    return Training(decoder(work, True), loss, None, 300, 64, options=ALONE, data=TEXTS)
 
 
 def simcse(work: Work) -> Training:
-    texts(work)
-    return Training(after(work, "llm2vec-mntp", mntp), Component("SimCSE"), "texts", 150, 64, 5e-4)
+    base = str(work.trained("llm2vec-mntp", mntp(work)))
+    given = {"base": base, "pooling": "mean", "two_way": True, "dropout": 0.3, "max_tokens": TOKENS}
+    return Training(part("decoder", given), part("SimCSE"), None, 150, 64, 5e-4, ALONE, TEXTS)
 
 
 def supervised(work: Work) -> Training:
@@ -126,7 +135,7 @@ def minilm_negatives(work: Work) -> Training:
 
 def distilled(work: Work) -> Training:
     taught(work)
-    loss = Component("ContrastiveDistillation", {"temperature": 0.05, "teacher_temperature": 0.05})
+    loss = part("ContrastiveDistillation", {"temperature": 0.05, "teacher_temperature": 0.05})
     data = {"negatives": 3, "labels": True}
     return dense(work, "squad_taught", loss, steps=200, batch_size=32, data=data)
 
@@ -151,12 +160,12 @@ def dragon(stage: int) -> Callable[[Work], Training]:
 
 
 def tuned_minilm(work: Work) -> Training:
-    model = Component("pretrained", {"base": minilm()})
+    model = part("pretrained", {"base": minilm()})
     return Training(model, contrast(), "pairs", 200, 32, 3e-5, {"save_every": 50})
 
 
 def repllama(work: Work) -> Training:
-    model = Component("decoder", {
+    model = part("decoder", {
         "base": smollm2(), "pooling": "eos", "query_prompt": "query: ", "passage_prompt": "passage: ",
         "max_tokens": TOKENS,
     })  # fmt: skip
@@ -169,7 +178,7 @@ def repllama(work: Work) -> Training:
 def promptreps(representation: str) -> Callable[[Work], Training]:
     def of(work: Work) -> Training:
         given = {"base": smollm2(), "representation": representation, "max_tokens": 64 + TOKENS}
-        return Training(Component("promptreps", given), contrast())
+        return Training(part("promptreps", given), contrast())
 
     return of
 
@@ -186,14 +195,6 @@ def taught(work: Work) -> None:
     """squad_bm25 and squad_taught: squad's pairs with negatives of BM25, and of MiniLM with its scores."""
     work.mined("squad_bm25", work.squad_pairs(), "squad", work.bm25("squad"), 3)
     work.mined("squad_taught", work.squad_pairs(), "squad", frozen(work, "squad"), 3)
-
-
-def texts(work: Work) -> None:
-    """texts: the passages of the training corpus as queries, for what learns from texts alone."""
-    path = work.folder / "examples" / "texts.jsonl"
-    if not path.exists():
-        rows = [{"query": p.text[:600], "positives": [p.id]} for p in work.corpus("train")]
-        write_jsonl(path, rows)
 
 
 def dragon_labels(work: Work) -> None:
@@ -280,7 +281,7 @@ def sparsity(work: Work) -> dict[str, Any]:
     return found
 
 
-PEER = Training(Component("none"), contrast(), steps=60, batch_size=32, learning_rate=3e-5)
+PEER = Training(part("none"), contrast(), steps=60, batch_size=32, learning_rate=3e-5)
 
 
 def peer(work: Work) -> dict[str, Any]:
@@ -338,8 +339,8 @@ def _train_recipe(work: Work, out: Path) -> float:
     from retriever_server.training.run import train
 
     shutil.rmtree(out, ignore_errors=True)
-    loss = Component("MultipleNegativesRankingLoss", {"scale": 20.0})
-    training = replace(PEER, model=Component("pretrained", {"base": minilm()}), loss=loss)
+    loss = part("MultipleNegativesRankingLoss", {"scale": 20.0})
+    training = replace(PEER, model=part("pretrained", {"base": minilm()}), loss=loss)
     recipe = work.recipe(out.name, training)
     times: list[float] = []
     train(recipe, on_start=lambda step: times.append(time.process_time()),

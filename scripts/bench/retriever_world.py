@@ -45,7 +45,8 @@ class Training:
 
     model: Component
     loss: Component
-    examples: str = "pairs"
+    examples: str | None = "pairs"
+    """None: the passages of the corpus alone."""
     steps: int = 300
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -58,10 +59,10 @@ class Training:
 class Work:
     """The work folder: makes what is asked for, unless it is there."""
 
-    def __init__(self, folder: Path, data: Path, questions: int = 500) -> None:
+    def __init__(self, folder: Path, data: Path, questions: int = 500, steps: int = 10_000) -> None:
         if not (data / "squad" / "corpus.jsonl").is_file():
             raise ConfigError(f"data = {data}: must hold squad/, squad_sentences/, hotpotqa/, ir/cranfield/")
-        self.folder, self.data, self.limit = folder, data, questions
+        self.folder, self.data, self.limit, self.most_steps = folder, data, questions, steps
         self.opened: dict[str, Corpus] = {}
 
     def corpus(self, name: str) -> Corpus:
@@ -160,7 +161,7 @@ class Work:
         encoder = load_encoder(str(model), **options)
         kind = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}[encoder.spec.kind]
         out = self.folder / "indexes" / f"{tag}-{name}"
-        return index_kind(kind).build(self.corpus(name), out, encoder)
+        return index_kind(kind).build(self.corpus(name), out, encoder, overwrite=True)
 
     def base(self, decoder: bool = False, **config: Any) -> dict[str, Any]:
         """A tiny random transformer whose tokenizer knows the training corpus."""
@@ -169,14 +170,15 @@ class Work:
 
     def recipe(self, name: str, training: Training) -> RetrieverRecipe:
         """The recipe of a training; its run folder is models/NAME."""
-        squads = training.examples.startswith(("squad", "dragon"))
-        corpus = str(self.corpus("squad" if squads else "train").path)
-        examples = str(self.folder / "examples" / f"{training.examples}.jsonl")
-        options: dict[str, Any] = {"save_every": training.steps, **(training.options or {})}
+        name_of = training.examples or "train"
+        corpus = str(self.corpus("squad" if name_of.startswith(("squad", "dragon")) else "train").path)
+        examples = str(self.folder / "examples" / f"{name_of}.jsonl") if training.examples else None
+        steps = min(training.steps, self.most_steps)
+        options: dict[str, Any] = {"save_every": steps, **(training.options or {})}
         return RetrieverRecipe(
             model=training.model, loss=training.loss,
             train=[DataConfig(examples=examples, corpus=corpus, **(training.data or {}))],
-            out=str(self.folder / "models" / name), steps=training.steps, batch_size=training.batch_size,
+            out=str(self.folder / "models" / name), steps=steps, batch_size=training.batch_size,
             learning_rate=training.learning_rate, device="cpu", **options,
         )  # fmt: skip
 

@@ -54,6 +54,7 @@ def main(
     only: list[str] | None = None,
     tables: list[str] | None = None,
     questions: int = 500,
+    steps: int = 10_000,
     rows: bool = False,
     table: bool = False,
     again: bool = False,
@@ -66,6 +67,7 @@ def main(
         only: These rows alone, and those that they are compared with.
         tables: The rows of these tables alone: a, b, c, peer.
         questions: At most so many of each collection.
+        steps: At most so many of a training: to try the script.
         rows: Only list the rows.
         table: Only print what there is.
         again: Run the rows named by `only` although they have a result.
@@ -83,7 +85,7 @@ def main(
             )
         )
         return
-    of = Work(Path(work), Path(data), questions)
+    of = Work(Path(work), Path(data), questions, steps)
     if not table:
         needed = dict.fromkeys(each for name in wanted for each in (*ROWS[name].against, name))
         failed = [error for name in needed if (error := _run(of, name, ROWS[name], again and name in wanted))]
