@@ -178,7 +178,10 @@ def _scores(
     if isinstance(teacher, Scorer):
         asked = [[*good, *passages] for good, passages in zip(goods, found, strict=True)]
         pairs = [(e.query, passage) for e, passages in zip(batch, asked, strict=True) for passage in passages]
-        values = iter(teacher.score(pairs))
+        given = teacher.score(pairs)
+        if wrong := [pair for pair, value in zip(pairs, given, strict=True) if not math.isfinite(value)]:
+            raise DataError(f"{teacher.name}: gives no number for query {wrong[0][0][:60]!r}")
+        values = iter(given)
         return [{passage.id: float(next(values)) for passage in passages} for passages in asked]
     if teacher:
         rankings = teacher.search([example.query for example in batch], depth)

@@ -96,6 +96,13 @@ def test_a_scorer_judges_positives_and_negatives(tmp_path):
     assert found[2].provenance["scores"] == "numbers"
 
 
+def test_a_teacher_without_a_number_is_an_error(tmp_path):
+    scorer = Lengths()
+    scorer.score = lambda pairs: [float("nan")] * len(pairs)  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="numbers: gives no number for query '0'"):
+        mined(tmp_path, {}, scorer)
+
+
 def test_without_margins_only_what_is_kept_is_scored(tmp_path):
     scorer = Lengths()
     mined(tmp_path, {"last_rank": 20, "per_query": 2}, scorer)
