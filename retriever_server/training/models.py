@@ -144,7 +144,7 @@ def colbert(
     ]
     markers = [text.strip() for text in prompts if text.strip() in known]
     whole = [AddedToken(each, normalized=False, special=True) for each in markers]  # or it falls to pieces
-    transformer.tokenizer.add_special_tokens({"additional_special_tokens": whole})
+    transformer.tokenizer.add_tokens(whole, special_tokens=True)
     project = Dense(
         transformer.get_embedding_dimension(), dimension, bias=False, module_input_name="token_embeddings",
         activation_function=torch.nn.Identity(),
