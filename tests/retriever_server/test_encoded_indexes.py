@@ -8,7 +8,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
-from retriever_server.indexes.ann import AnnIndex
+from retriever_server.indexes.ann import AnnIndex, default_search
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.encoded import EncodedIndex
@@ -95,12 +95,13 @@ def test_int8_is_within_half_a_scale():
 
 
 def test_ann_finds_what_flat_finds(tmp_path):
+    assert default_search("IVF4096_HNSW32,SQ8") == "nprobe=256"
     texts = [f"w{i % 50} v{i % 61} u{i}" for i in range(2000)]
     write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
     corpus, encoder = Corpus(tmp_path / "c.jsonl"), FakeEncoder(dimension=24)
     queries = encoder.encode([f"w{i} v{i + 3} u{i * 9}" for i in range(40)], "query")
     flat = FlatIndex.build(corpus, tmp_path / "flat", encoder, "int8").rank(queries, 10)
-    for name, settings in {"hnsw": {}, "ivf": {"factory": "IVF64,SQ8", "search": "nprobe=32"}}.items():
+    for name, settings in {"hnsw": {}, "ivf": {"factory": "IVF64,SQ8"}, "sq": {"factory": "SQ8"}}.items():
         found = AnnIndex.build(corpus, tmp_path / name, encoder, "int8", **settings).rank(queries, 10)
         recall = np.mean([len(set(a[0]) & set(b[0])) / 10 for a, b in zip(found, flat, strict=True)])
         assert recall >= 0.95, name
