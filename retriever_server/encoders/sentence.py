@@ -342,7 +342,7 @@ def read_spec(name: str, model: Any, passage_template: str = DEFAULT_TEMPLATE) -
 
 def _dimension(model: Any, kind: str) -> int:
     if kind == "sparse":  # what it says of itself is right only after its first text
-        return int(model.encode(["a text"]).shape[1])
+        return int(model.encode(["a text"], show_progress_bar=False).shape[1])
     return int(getattr(model, "truncate_dim", None) or model.get_embedding_dimension())
 
 

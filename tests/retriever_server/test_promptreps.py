@@ -101,10 +101,11 @@ def test_a_long_text_is_cut_and_the_prompt_after_it_is_not(base):
 
 
 def test_it_serves_as_dense_as_sparse_and_as_both(base, tmp_path, world_corpus):
-    folders = {}
-    for kind in ("dense", "sparse"):
-        folders[kind] = str(tmp_path / kind)
-        promptreps(base, kind, max_tokens=400).save(folders[kind])
+    command = ["promptreps", "--base", base, "--out", str(tmp_path / "out"), "--max_tokens", "400"]
+    assert main(command) == 0
+    assert main(command) == 2  # is there
+    folders = {kind: str(tmp_path / "out" / kind) for kind in ("dense", "sparse")}
+    for kind in folders:
         out = str(tmp_path / f"{kind}-index")
         assert main(["index", "--corpus", str(world_corpus), "--encoder", folders[kind], "--out", out]) == 0
         index = open_index(out)
