@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def sparsity(work: Work) -> dict[str, Any]:
         known = {name.removeprefix("model."): value for name, value in weights.items()}
         model.load_state_dict(known, strict=False)
         encoder = SentenceEncoder(model, read_spec(folder.name, model, "{title}\n{text}"))
-        passages = [encoder.spec.render(work.corpus("squad")[i]) for i in range(0, 4500, 30)]
+        passages = [encoder.spec.render(passage) for passage in islice(work.corpus("squad"), 0, None, 30)]
         terms = encoder.encode(passages, "passage").nnz / len(passages)
         index = InvertedIndex.build(
             work.corpus("squad"), work.folder / "indexes" / f"splade-{folder.name}", encoder, overwrite=True

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,6 @@ def main(
 
 def _run(work: Work, name: str, row: Row, again: bool) -> str | None:
     """Ask a row the questions of its collections, unless that is done; what went wrong, or None."""
-    from data.errors import SleuthError
     from retriever_server.evaluation import judge, judge_answers, parse_metrics, rank_all
 
     path = work.folder / "results" / f"{name}.json"
@@ -117,8 +117,9 @@ def _run(work: Work, name: str, row: Row, again: bool) -> str | None:
                 values[collection] |= judge_answers(rankings, asked, row.depth)
             retriever.close()
         note = row.note(work) if row.note else {}
-    except SleuthError as error:
-        return f"{name}: {error}"
+    except Exception as error:  # the other rows can go on
+        traceback.print_exc()
+        return f"{name}: {type(error).__name__}: {error}"
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     write_json(path, {"row": name, **seconds, "note": note, "values": values})
     print(f"{name}: {seconds['seconds']:.0f} s", file=sys.stderr, flush=True)
