@@ -18,6 +18,7 @@ from sentence_transformers.util import dot_score
 
 from data.jsonl import write_jsonl
 from retriever_server.training.distill import ContrastiveDistillation
+from retriever_server.training.info_nce import Qwen3InfoNCE
 from retriever_server.training.models import colbert
 from retriever_server.training.models import dense as dense_model
 from retriever_server.training.sparse import splade_loss, unicoil
@@ -100,7 +101,7 @@ def test_the_analytic_gradient_is_the_slope_of_the_loss(tmp_path: Path) -> None:
     )
 
 
-KINDS = ("InfoNCE", "contrast and distillation", "maxsim")
+KINDS = ("InfoNCE", "Qwen3 InfoNCE", "contrast and distillation", "maxsim")
 
 
 def process(rank: int, folder: str) -> None:
@@ -110,7 +111,7 @@ def process(rank: int, folder: str) -> None:
     for kind in KINDS:
         model, loss = gathered(Path(folder), kind, True)
         batch = columns_of(kind, model, slice(3 * rank, 3 * rank + 3))
-        labels = TEACHER[3 * rank : 3 * rank + 3] if kind != "InfoNCE" else None
+        labels = TEACHER[3 * rank : 3 * rank + 3] if "InfoNCE" not in kind else None
         value = loss([dict(each) for each in batch], labels).item()
         mine = gradient(model, partial(loss, batch, labels))
         torch.distributed.all_reduce(mine)
@@ -126,6 +127,8 @@ def gathered(folder: Path, kind: str, gather: bool) -> tuple[Any, Any]:
     model = dense_model(base(folder)).double().eval()
     if kind == "InfoNCE":
         return model, dense.MultipleNegativesRankingLoss(model, 10.0, dot_score, gather_across_devices=gather)
+    if kind == "Qwen3 InfoNCE":
+        return model, Qwen3InfoNCE(model, 0.1, gather_across_devices=gather)
     return model, ContrastiveDistillation(model, "dot", 0.1, gather_across_devices=gather)
 
 
@@ -145,7 +148,7 @@ def test_two_processes_that_gather_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
     for kind in KINDS:
         model, loss = gathered(tmp_path, kind, False)
-        batch, labels = columns_of(kind, model, slice(0, 6)), TEACHER if kind != "InfoNCE" else None
+        batch, labels = columns_of(kind, model, slice(0, 6)), TEACHER if "InfoNCE" not in kind else None
         whole = loss([dict(each) for each in batch], labels).item()
         slope = gradient(model, partial(loss, batch, labels))
         halves = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(2)]
