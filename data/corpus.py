@@ -42,8 +42,8 @@ class Corpus:
 
         The sidecar goes into `sidecar_folder`; without one, beside the corpus or else into the
         user's cache. Where none can be written it stays in memory. Raises DataError
-        "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id, and a
-        passage without text.
+        "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id. Passages
+        without text are kept; a warning counts them.
         """
         self.path = Path(path)
         self._sidecar_folder = sidecar_folder
@@ -106,15 +106,12 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         if contents is None:
             raise ValueError('neither "contents" nor "text"')
         title, text = _split_contents(_checked_string("contents", contents), title)
-    passage = Passage(
+    return Passage(
         id=_checked_id(record.get("id")),
         text=_checked_string("text", text).strip(),
         title=_checked_string("title", title or "").strip(),
         metadata=_checked_metadata(record.get("metadata")),
     )
-    if not passage.text:
-        raise ValueError(f"passage {passage.id!r} has no text")
-    return passage
 
 
 def _split_contents(contents: str, title: Any) -> tuple[Any, str]:
@@ -171,18 +168,23 @@ def _build_table(path: Path, mapped: mmap.mmap, stamp: tuple[int, int, int]) -> 
     and the position that each of these belongs to (P,).
     """
     logger.info("%s: reading all passages once to note where they start", path)
-    starts, hashes, sha, offset = array("Q"), array("Q"), hashlib.sha256(), 0
+    starts, hashes, sha, offset, empty = array("Q"), array("Q"), hashlib.sha256(), 0, []
     for number, line in enumerate(iter(mapped.readline, b""), start=1):
         sha.update(line)
         if not line.isspace():
             try:
-                hashes.append(_hash_id(parse_passage(parse_line(line)).id))
+                passage = parse_passage(parse_line(line))
             except ValueError as error:
                 raise DataError(f"{path}:{number}: {error}") from error
+            hashes.append(_hash_id(passage.id))
             starts.append(offset)
+            if not passage.text:
+                empty.append(number)
         offset += len(line)
     if not starts:
         raise DataError(f"{path}: holds no passages")
+    if empty:
+        logger.warning("%s: %d passages without text, the first on line %d", path, len(empty), empty[0])
     starts.append(offset)
     id_hashes = np.frombuffer(hashes, dtype=np.uint64)
     order = np.argsort(id_hashes, kind="stable")

@@ -81,8 +81,6 @@ def test_blank_lines_a_mark_and_no_last_newline_change_nothing(tmp_path):
         ('{"id": "x"}', 'neither "contents" nor "text"'),
         ('{"id": "x", "text": 3}', '"text" must be a string, found 3'),
         ('{"id": "x", "contents": ["a"]}', '"contents" must be a string'),
-        ('{"id": "x", "text": "  "}', "passage 'x' has no text"),
-        ('{"id": "x", "contents": "\\"Title\\"\\n"}', "passage 'x' has no text"),
         ('{"id": "p0", "text": "again"}', "id 'p0' stands on line 2 already"),
     ],
 )
@@ -93,6 +91,15 @@ def test_wrong_line_is_named(tmp_path, line, wrong):
         Corpus(path)
     assert f"corpus.jsonl:4: {wrong}" in str(caught.value)
     assert os.listdir(tmp_path) == ["corpus.jsonl"]
+
+
+def test_passages_without_text_are_counted_and_kept(tmp_path, caplog):
+    """As in Cranfield: they find nothing, and judgements may name them."""
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"id": "a", "text": "x"}\n{"id": "b", "contents": "\\"T\\"\\n"}\n'
+    )
+    assert [(p.title, p.text) for p in Corpus(tmp_path / "corpus.jsonl")] == [("", "x"), ("T", "")]
+    assert "corpus.jsonl: 1 passages without text, the first on line 2" in caplog.text
 
 
 def test_file_that_cannot_be_a_corpus_is_said(tmp_path):
