@@ -92,7 +92,7 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     args = _arguments(recipe, kind, model, [len(each) for each in examples])
     model.to(args.device)
     loss = build_loss(recipe, model, processes)
-    if spec is not None:
+    if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:
         _add_adapters(model, recipe.lora)

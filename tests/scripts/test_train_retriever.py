@@ -1,0 +1,124 @@
+"""`sleuth train-retriever` as a process: resumed after a kill, in two processes, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from data.run_dir import read_metrics, read_run
+from scripts import __main__ as sleuth
+from tests.retriever_server.training.recipes import base, component, settings, world
+
+COMMAND = [sys.executable, "-m", "scripts", "train-retriever", "--config"]
+
+
+@pytest.fixture(scope="module")
+def rivers(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("rivers"))
+
+
+def write(path, fields):
+    path.write_text(yaml.safe_dump(fields))
+    return str(path)
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_path, capsys):
+    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv")}
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=4, dev=dev))
+    command = ["train-retriever", "--config", config, "--model.init_args.pooling", "cls"]
+    assert sleuth.main(command) == 0
+    assert f"trained: {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+    resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert resolved["model"]["init_args"]["pooling"] == "cls" and resolved["changes"] == {}
+    rows = read_metrics(tmp_path / "run")
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(rows[1])
+    assert [row["step"] for row in rows if "dev/nDCG@10" in row] == [0, 2, 4]
+    assert read_run(tmp_path / "run")["status"] == "finished"
+    assert sleuth.main([*command, "--steps", "6"]) == 2
+    assert "another configuration (steps: 4 -> 6)" in capsys.readouterr().err
+    assert sleuth.main([*command, "--steps", "6", "--resume", "true"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batchsize", "3"], "unknown key batchsize; did you mean batch_size"),
+        (["--batch_size", "many"], "batch_size: got 'many', expected"),
+        (
+            ["--model.init_args.poolin", "cls"],
+            "init_args.poolin: unknown key; dense takes base",
+        ),
+        (["--train", "[]"], "train = []: must be a list of at least one set of examples"),
+        (["--serves", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_status_2(words, says, rivers, tmp_path, capsys):
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run"))
+    assert sleuth.main(["train-retriever", "--config", config, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in error
+
+
+def test_examples_of_a_corpus_that_has_changed_are_refused_before_a_model_loads(rivers, tmp_path, capsys):
+    rows = [json.loads(line) for line in (rivers / "examples.jsonl").read_text().splitlines()]
+    mined = tmp_path / "mined.jsonl"
+    mined.write_text("".join(json.dumps({**row, "provenance": {"corpus": "0" * 16}}) + "\n" for row in rows))
+    train = [{"examples": str(mined), "corpus": str(rivers / "corpus.jsonl")}]
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", train=train, model=component("x")))
+    assert sleuth.main(["train-retriever", "--config", config]) == 2
+    assert "another corpus, or changed since" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_by_the_kernel_and_started_again_equals_unbroken(rivers, tmp_path):
+    for name in ("whole", "broken"):
+        write(tmp_path / f"{name}.yaml", settings(rivers, tmp_path / name, steps=40, save_every=5))
+    subprocess.run([*COMMAND, str(tmp_path / "whole.yaml")], check=True)
+    broken = subprocess.Popen([*COMMAND, str(tmp_path / "broken.yaml")])
+    while not list((tmp_path / "broken").glob("checkpoints/step-*/checkpoint.json")):
+        assert broken.poll() is None
+        time.sleep(0.01)
+    os.kill(broken.pid, signal.SIGKILL)
+    broken.wait()
+    assert not (tmp_path / "broken/model").exists()
+    subprocess.run([*COMMAND, str(tmp_path / "broken.yaml")], check=True)
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    numbers = [
+        [(row["step"], row.get("train/loss")) for row in read_metrics(tmp_path / name)][:-1]
+        for name in ("whole", "broken")
+    ]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_twice_the_batch(rivers, tmp_path):
+    still = base(rivers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = component("dense", base=still, max_tokens=24)
+    common = {"model": model, "no_duplicates": False, "steps": 3, "save_every": 3}
+    one = settings(rivers, tmp_path / "one", **{**common, "batch_size": 16})
+    two = settings(rivers, tmp_path / "two", **{**common, "batch_size": 8})
+    subprocess.run([*COMMAND, write(tmp_path / "one.yaml", one)], check=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts"]
+    command = [sys.executable, *launch, "train-retriever", "--config", write(tmp_path / "two.yaml", two)]
+    subprocess.run(command, check=True)
+    start = load_file(f"{still['folder']}/model.safetensors")
+    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = max(float((alone[n] - start[f"bert.{n}"]).abs().max()) for n in alone if f"bert.{n}" in start)
+    apart = max(float((alone[name] - together[name]).abs().max()) for name in alone)
+    assert moved > 1e-3
+    assert apart < 1e-5
