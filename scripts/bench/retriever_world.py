@@ -10,7 +10,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -54,6 +54,22 @@ class Training:
     """More fields of the recipe."""
     data: Mapping[str, Any] | None = None
     """More fields of its data."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A retriever of the tables."""
+
+    table: str
+    """a, b, c or peer."""
+    make: Callable[[Work, str], Retriever]
+    """Gives it over a collection."""
+    on: tuple[str, ...] = ("squad",)
+    against: tuple[str, ...] = ()
+    """Rows that it is compared with."""
+    depth: int = 20
+    note: Callable[[Work], dict[str, Any]] | None = None
+    """What else there is to say of it, measured after it was asked."""
 
 
 class Work:
@@ -167,6 +183,50 @@ class Work:
         """A tiny random transformer whose tokenizer knows the training corpus."""
         made = {**(TINY_DECODER if decoder else TINY), **config}
         return {"config": made, "corpus": str(self.corpus("train").path), "vocabulary": 4000}
+
+    def warmed_up(self, steps: int = 300) -> str:
+        """The folder of the tiny transformer after a warm-up of its language model head, for SPLADE.
+
+        A real SPLADE starts from BERT, whose head knows the word it stands on and lets few others have a
+        positive logit. This one learns to give back each word of a passage, three in ten of them masked,
+        and its bias is shifted, which changes no probability, so that one logit in 200 is positive.
+        """
+        import torch
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        from retriever_server.training.tiny import tiny_base
+
+        out = self.folder / "models" / "warmed-up"
+        if out.exists():
+            return str(out)
+        base = tiny_base(**self.base())
+        tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        model: Any = AutoModelForMaskedLM.from_pretrained(base)
+        texts = [passage.contents for passage in self.corpus("train")]
+        random.Random(0).shuffle(texts)
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        steps = min(steps, self.most_steps)
+        for step in range(steps + 1):
+            chosen = [texts[(32 * step + i) % len(texts)] for i in range(32)]
+            given = tokenizer(chosen, truncation=True, max_length=96, padding=True, return_tensors="pt")
+            ids, real = given["input_ids"], given["attention_mask"].bool()
+            masked = ids.masked_fill(real & (torch.rand(ids.shape) < 0.3), tokenizer.mask_token_id)
+            if step == steps:
+                break
+            labels = ids.masked_fill(~real, -100)
+            model(input_ids=masked, attention_mask=given["attention_mask"], labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad()
+        with torch.inference_mode():
+            logits = model(**given).logits[real].flatten()
+            model.get_output_embeddings().bias -= logits.kthvalue(int(0.995 * len(logits))).values
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        return str(out)
 
     def recipe(self, name: str, training: Training) -> RetrieverRecipe:
         """The recipe of a training; its run folder is models/NAME."""

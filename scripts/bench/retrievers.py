@@ -19,34 +19,16 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
 from data.jsonl import read_json, write_json
-from retriever_server.retriever import Retriever
-from scripts.bench.retriever_world import Work
+from scripts.bench.retriever_rows import ROWS
+from scripts.bench.retriever_world import Row, Work
 
 METRICS = "nDCG@10,R@10,R@20,RR@10"
 SHOWN = "nDCG@10"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A retriever of the tables."""
-
-    table: str
-    """a, b, c or peer."""
-    make: Callable[[Work, str], Retriever]
-    """Gives it over a collection."""
-    on: tuple[str, ...] = ("squad",)
-    against: tuple[str, ...] = ()
-    """Rows that it is compared with."""
-    depth: int = 20
-    note: Callable[[Work], dict[str, Any]] | None = None
-    """What else there is to say of it, measured after it was asked."""
 
 
 def main(
@@ -73,8 +55,6 @@ def main(
         table: Only print what there is.
         again: Run the rows named by `only` although they have a result.
     """
-    from scripts.bench.retriever_rows import ROWS
-
     for name in only or ():
         if name not in ROWS:
             raise ConfigError(f"only: {name!r} is none of {', '.join(ROWS)}")
