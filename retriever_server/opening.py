@@ -23,6 +23,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -45,6 +46,8 @@ SHORT_NAMES = {
     "FaissFile": "retriever_server.indexes.faiss_file",
 }
 """Name -> module, imported only when a file names it."""
+
+_OPENING: ContextVar[tuple[Path, ...]] = ContextVar("files that are being opened", default=())
 
 ALLOWED = "an http(s) URL or the folder of an index, a .yaml file, none, or random:INDEX"
 
@@ -106,10 +109,13 @@ def _open_yaml(path: Path) -> Retriever:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}, line {line}: not YAML: {error.problem}") from None
+    if path.resolve() in _OPENING.get():
+        raise ConfigError(f"{path}: names itself, or a file that names it")
+    token = _OPENING.set((*_OPENING.get(), path.resolve()))
     try:
         return _as_retriever(build(node, f"{path}: "), path)
-    except RecursionError:
-        raise ConfigError(f"{path}: names itself, or a file that names it") from None
+    finally:
+        _OPENING.reset(token)
 
 
 def _build_value(value: Any, hint: Any, place: str) -> Any:
@@ -156,6 +162,7 @@ def _one_line(message: str) -> str:
     if found := re.match(r'(?s)Parser key "(.+?)":\s+Expected an? (.+)\. Got value: (.*)', message):
         key, expected, given = found.groups()
         expected = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
+        expected = re.sub(r"^Literal\[(.+)\]$", r"one of \1", expected)
         return f"{key}: got {given!r}, expected {expected}"
     return " ".join(message.split()).replace("the following arguments are required:", "missing:")
 
