@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
+
+_log = logging.getLogger(__name__)
 
 
 def main(url: str, out: str, sha256: str | None = None, attempts: int = 10) -> None:
@@ -85,6 +88,8 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
             except httpx.RequestError as error:
                 reason = f"{type(error).__name__}: {error}"
             failures = 0 if part.stat().st_size > have else failures + 1
+            if 0 < failures < attempts:
+                _log.warning("%s: %s; attempt %d of %d follows", url, reason, failures + 1, attempts)
             time.sleep(min(2.0**failures / 10, 30.0) if failures else 0.0)
     raise DataError(f"{url}: gave up after {attempts} attempts ({reason}); the same command goes on")
 
