@@ -133,6 +133,8 @@ def explain(message: str, parser: ArgumentParser, argv: list[str]) -> str:
     """A message of jsonargparse as one line: where, which key, what was given, what is allowed."""
     if found := re.match(r"unrecognized arguments: --([^\s=]+)", message):
         return unknown_key(found[1], parser, argv)
+    if message.startswith("unrecognized arguments: "):
+        return f"{message} (a value of several words stands in quotes)"
     if found := re.match(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'(?: is|$)", message):
         return unknown_key(".".join(filter(None, found.groups())), parser, argv)
     if found := re.match(r'(?s)Parser key "(.+?)":\s+Expected an? (.+)\. Got value: (.*)', message):
@@ -140,6 +142,14 @@ def explain(message: str, parser: ArgumentParser, argv: list[str]) -> str:
         expected = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
         expected = re.sub(r"^Literal\[(.+)\]$", r"one of \1", expected)
         return f"{place(key, argv)}{key}: got {given!r}, expected {expected}"
+    if found := re.match(
+        r'(?s)Parser key "(.+?)":.+Subtypes: \[(.+?)\]\s+Errors:.+Given value: (.*)', message
+    ):
+        key, expected, given = found.groups()
+        expected = re.sub(
+            r"<class '(.+?)'>", r"\1", expected.replace("typing.", "").replace("NoneType", "null")
+        )
+        return f"{place(key, argv)}{key}: got {given!r}, expected one of {expected}"
     if found := re.match(r"the following arguments are required: (.+)", message):
         missing = ", ".join(f"--{key}" for key in found[1].split(", "))
         return f"missing: {missing} (see {parser.prog} --help)"
