@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_SAY_SECONDS = 60.0
 
 _KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _ONLY_BM25 = {
@@ -56,7 +61,7 @@ def main(
         kind: bm25; with an encoder flat or ann (dense), inverted (sparse), maxsim (multi-vector).
         k1: bm25: how much a repeated word counts.
         b: bm25: how much long passages are held back, 0 to 1.
-        analyzer: bm25: plain (lower-cased words), stopwords, anserini or multilingual.
+        analyzer: bm25: plain (lower-cased words), stopwords, english, anserini or multilingual.
         title_boost: bm25: how many times the title counts.
         language: bm25: of the stemmer, for the analyzer multilingual.
         scoring: bm25: bm25, or tfidf (a cosine; without k1 and b).
@@ -175,7 +180,7 @@ def _parse_shard(shard: str) -> tuple[int, int]:
 
 
 class _Bar:
-    """A bar with rate and time left, on stderr, where that is a terminal."""
+    """A bar with rate and time left, on stderr, where that is a terminal; elsewhere a line a minute."""
 
     def __init__(self, title: str) -> None:
         self.title, self.shown = title, False
@@ -191,6 +196,18 @@ class _Bar:
 
         self.shown = True
         console = Console(stderr=True)
+        if not console.is_terminal:
+            yield from self._say_each_minute(items, total)
+            return
         columns = (self.title, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not (total and console.is_terminal)) as progress:
+        with Progress(*columns, console=console, disable=not total) as progress:
             yield from progress.track(items, total=total)
+
+    def _say_each_minute(self, items: Iterable, total: int) -> Iterable:
+        start = said = time.monotonic()
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if now - said >= _SAY_SECONDS:
+                said = now
+                _log.info("%s: %s of %s, %.0f/s", self.title, f"{done:,}", f"{total:,}", done / (now - start))
+            yield item
