@@ -206,12 +206,13 @@ def _load(path: str, sample: int) -> np.ndarray:
 
 
 def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("kind", "disk", "memory", "ms a query", "recall@10", ""):
-        table.add_column(name, justify="left" if name in ("kind", "") else "right")
+        table.add_column(name, justify="left" if name in ("kind", "") else "right", no_wrap=name != "")
     for row in rows:
         table.add_row(*_cells(row))
     console = Console()
@@ -223,15 +224,15 @@ def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None
             "scaled up: flat by passages, IVF by their root, HNSW by their logarithm. Batches are faster. "
             "IVF searches a smaller share of its lists at full size: only a larger --sample tells its recall."
         )
-    console.print("Memory is what should stay in the page cache; an index opens with less, and is slower.")
+    console.print("-: not measured. Memory: what should stay in the page cache; with less, it is slower.")
 
 
 def _cells(row: Row) -> Iterator[str]:
     yield row.kind
     yield _size(row.disk_bytes)
     yield _size(row.memory_bytes)
-    yield "not measured" if row.seconds is None else f"{row.seconds * 1000:,.1f}"
-    yield "not measured" if row.recall is None else f"{row.recall:.3f}"
+    yield "-" if row.seconds is None else f"{row.seconds * 1000:,.1f}"
+    yield "-" if row.recall is None else f"{row.recall:.3f}"
     yield row.note
 
 
