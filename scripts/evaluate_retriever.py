@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
 from data.records import FORMAT_VERSION, Question
+
+_log = logging.getLogger(__name__)
 
 
 def main(
@@ -61,6 +64,7 @@ def main(
     for spec in filter(None, (retriever, compare)):
         rankings = _rank(spec, collection, top_k, where, query_template)
         values = judge(rankings, collection.qrels, measures) if collection.qrels else {}
+        _warn_of_strangers(spec, rankings, collection.qrels)
         runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
     differences = compare_values(runs[0][1], runs[1][1]) if compare else {}
     scores = {
@@ -122,6 +126,17 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     finally:
         opened.close()
     return without_excluded(rankings, collection.excluded, top_k)
+
+
+def _warn_of_strangers(spec: str, rankings: Any, qrels: Any) -> None:
+    """Say so where hits and judgements have no passage in common: most likely not the same ids."""
+    found = [hit.passage.id for hits in rankings.values() for hit in hits]
+    judged = {passage for query in rankings for passage in qrels.get(query, {})}
+    if found and judged and judged.isdisjoint(found):
+        example = f"hits are such as {found[0]!r}, judgements such as {min(judged)!r}"
+        _log.warning(
+            "%s: no passage found is judged; do qrels and corpus have the same ids? %s", spec, example
+        )
 
 
 def _generation(rankings: Any) -> str:
