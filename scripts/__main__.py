@@ -125,6 +125,7 @@ def configure_process() -> None:
     )
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # prints by itself, so once is enough
     # Read by OpenMP when torch is first imported: a waiting thread must not spin on a core that
     # the retriever server beside it could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -284,6 +284,8 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
 
     Raises ConfigError.
     """
+    if model.startswith((".", "/")) and not Path(model).is_dir():
+        raise ConfigError(f"encoder {model!r}: no such folder")  # at once, not after seconds of imports
     import sentence_transformers
     from transformers.utils.logging import disable_progress_bar
 
