@@ -51,8 +51,9 @@ def _train_plainly(work: Work, out: Path) -> float:
     data = Dataset.from_dict({"anchor": [each["query"] for each in rows], "positive": texts})
     model = SentenceTransformer(minilm(), device="cpu")
     args = SentenceTransformerTrainingArguments(
-        output_dir=str(out), max_steps=PEER.steps, per_device_train_batch_size=PEER.batch_size,
-        learning_rate=PEER.learning_rate, warmup_steps=0.1, batch_sampler="no_duplicates", use_cpu=True,
+        output_dir=str(out), max_steps=min(PEER.steps, work.most_steps),
+        per_device_train_batch_size=PEER.batch_size, learning_rate=PEER.learning_rate, warmup_steps=0.1,
+        batch_sampler="no_duplicates", use_cpu=True,
         save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
     )  # fmt: skip
     loss = MultipleNegativesRankingLoss(model, scale=20.0)
