@@ -3,21 +3,23 @@
 import asyncio
 import threading
 from itertools import islice
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
+from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from retriever_server.app import create_app
 from retriever_server.batching import Batching
+from retriever_server.encoders.sentence import load_encoder
+from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
 from retriever_server.service import Limits
 from scripts.bench.server import LOADS, drive, make_bodies, peer_app
 from scripts.serve import _listen
+from tests.retriever_server.encoders import WORDS, tiny_model
 
 
 class Echo(Retriever):
@@ -48,20 +50,13 @@ def test_no_query_is_asked_twice():
     assert len(set(islice(make_bodies(["a", "b"], 1, 3), 20))) == 20
 
 
-def test_the_peer_ranks_by_inner_product(tmp_path):
-    write_jsonl(tmp_path / "corpus.jsonl", [{"id": str(i), "text": f"passage {i}"} for i in range(4)])
-
-    class Index:
-        encoder = SimpleNamespace(
-            spec=SimpleNamespace(dimension=2), encode=lambda texts, role: [[0.0, 1.0]] * len(texts)
-        )
-        rows = np.array([[0, 1], [0, 3], [0, 2], [1, 0]], np.float32)
-        corpus = SimpleNamespace(path=tmp_path / "corpus.jsonl")
-
-        def __len__(self):
-            return 4
-
-    with TestClient(peer_app(Index())) as server:
-        answer = server.post("/retrieve", json={"queries": ["a", "b"], "topk": 2, "return_scores": True})
-    for row in answer.json()["result"]:
-        assert [(hit["document"]["id"], hit["score"]) for hit in row] == [("1", 3.0), ("2", 2.0)]
+def test_the_peer_finds_what_flat_finds(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": str(i), "text": word} for i, word in enumerate(WORDS[:9])])
+    encoder = load_encoder(tiny_model(tmp_path / "model", "dense"), query_prompt="", device="cpu")
+    index = FlatIndex.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "flat", encoder, "float32")
+    queries = [f"{WORDS[3]} {WORDS[5]}", WORDS[7]]
+    with TestClient(peer_app(index)) as server:
+        answer = server.post("/retrieve", json={"queries": queries, "topk": 2, "return_scores": True})
+    for row, hits in zip(answer.json()["result"], index.search(queries, 2), strict=True):
+        assert [each["document"]["id"] for each in row] == [hit.passage.id for hit in hits]
+        assert [each["score"] for each in row] == pytest.approx([hit.score for hit in hits], abs=1e-5)
