@@ -145,7 +145,7 @@ class Batcher:
                     _log.exception("a batch was given up")
 
     async def _wait_for_others(self) -> None:
-        """Until the batch is full, nobody has come for `window_seconds`, or a share of a batch's time is over."""
+        """Until the batch is full, nobody came for `window_seconds`, or a share of a batch's time is over."""
         window = self.settings.window_seconds
         end = time.perf_counter() + max(window, _WAITED_SHARE * self._seconds_per_batch)
         self._full.clear()

@@ -14,7 +14,7 @@ import numpy as np
 
 def packable(model: Any) -> bool:
     """Whether the trunk of a sentence-transformers model is a BERT: MiniLM, BGE, E5, GTE and more."""
-    trunk = getattr(model[0], "auto_model", None)
+    trunk: Any = getattr(model[0], "auto_model", None)
     return type(trunk).__name__ == "BertModel" and not trunk.config.is_decoder
 
 

@@ -100,7 +100,8 @@ def test_short_texts_share_rows():
     assert (rows.tolist(), columns.tolist(), count) == ([0, 1, 1, 2], [0, 0, 3, 0], 3)
     lengths = np.sort(RNG.integers(5, 30, 64))[::-1]
     rows, columns, count = fill_rows(lengths)
-    places = {(row, column + i) for row, column, n in zip(rows, columns, lengths, strict=True) for i in range(n)}
+    texts = zip(rows, columns, lengths, strict=True)
+    places = {(row, column + i) for row, column, length in texts for i in range(length)}
     assert len(places) == lengths.sum() and max(column for _, column in places) < lengths[0]
     assert count * lengths[0] < 1.1 * lengths.sum() < lengths[0] * len(lengths) / 1.3
     [batch] = token_budget_batches(lengths, int(lengths.sum()), packed=True)
