@@ -36,6 +36,7 @@ class SearchBody(Body):
     """What `POST /v1/search` asks."""
 
     model_config = ConfigDict(
+        extra="forbid",  # our own route: a misspelt `top_k` is no default
         json_schema_extra={
             "examples": [
                 {"queries": ["longest river in France", "north sea"], "top_k": 3},

@@ -148,6 +148,7 @@ def test_a_query_that_fails_is_an_error_beside_the_others(server):
         ({"backend": "x"}, "backend 'x': must be one of default"),
         ({"deadline_seconds": 0}, "deadline_seconds: Input should be greater than 0"),
         ({"top_k": "3"}, "top_k: Input should be a valid integer"),
+        ({"topk": 3}, "topk: Extra inputs are not permitted"),
     ],
 )
 def test_a_wrong_native_search_is_answered_with_a_reason(server, change, reason):
