@@ -46,7 +46,7 @@ class SearchBody(Body):
                     "stages": [{"retrieve": "default", "k": 50}, {"rerank": "reranked", "k": 3}],
                 },
             ]
-        }
+        },
     )
     queries: list[str]
     top_k: int | None = Field(None, description="Passages a query; null: the server's default.")

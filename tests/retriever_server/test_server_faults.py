@@ -104,9 +104,10 @@ def test_an_encoder_that_fails_on_one_query_fails_that_alone(tmp_path):
     index = FlatIndex.build(Corpus(write_numbered_corpus(tmp_path, 1)), tmp_path / "index", encoder)
     app = create_app(index, batching=Batching(max_batch=4, window_seconds=1))
     asked = [("/retrieve", ["w1"]), ("/retrieve", ["bad"]), ("/v1/search", ["w2", "bad"])]
+    one = {"/retrieve": {"topk": 1}, "/v1/search": {"top_k": 1}}
     with serving(app) as url, ThreadPoolExecutor(3) as clients:
         while ["bad", "w1", "w2"] not in encoder.batches:  # until they travel together
-            answers = clients.map(lambda each: post(url, each[0], queries=each[1], topk=1, top_k=1), asked)
+            answers = clients.map(lambda each: post(url, each[0], queries=each[1], **one[each[0]]), asked)
             good, bad, native = answers
             assert good.status_code == 200 and good.json()["result"][0][0]["id"] == "1"
             assert bad.status_code == 503 and "ZeroDivisionError: no vector" in bad.json()["detail"]
