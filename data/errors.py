@@ -53,3 +53,9 @@ class EngineError(SleuthError):
 
 class RunStopped(SleuthError):
     """The run stopped before its end with its state saved; the message says how to go on."""
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ConfigError unless `ok`: what was given, what is allowed."""
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: must be {allowed}")

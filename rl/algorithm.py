@@ -8,17 +8,11 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
-from data.errors import ConfigError
+from data.errors import require
 
 Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "turn"]
 Surrogate = Literal["ppo", "gspo", "cispo", "reinforce"]
 Averaging = Literal["token", "trajectory", "constant"]
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Refuse a value of a configuration, naming what is allowed."""
-    if not ok:
-        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rl.algorithm import AlgorithmConfig, require
+from data.errors import require
+from data.settings import LoraConfig, WandbConfig
+from rl.algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -71,25 +73,6 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), merged into the policy that is exported."""
-
-    rank: int = 0
-    """Of the adapters; 0 trains all weights."""
-    alpha: float = 32.0
-    """The adapters' output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """On the adapters' input while training."""
-    target_modules: str = "all-linear"
-    """Layers that get an adapter: all-linear, or names separated by commas, such as q_proj,v_proj."""
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", self.rank, ">= 0")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
-
-
-@dataclass(frozen=True)
 class SentinelConfig:
     """What counts as a collapse, and what is then done. Compared with the run's own first steps."""
 
@@ -141,16 +124,6 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "max_concurrent", "max_calls"):
             require(getattr(self, name) > 0, f"judge.{name}", getattr(self, name), "> 0")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Tracking with Weights & Biases, off unless a project is named."""
-
-    project: str | None = None
-    """Project to log to; none: no tracking."""
-    mode: Literal["online", "offline"] = "online"
-    """offline keeps the run on this disk."""
 
 
 @dataclass(frozen=True)

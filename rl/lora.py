@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data.errors import DataError
-from rl.algorithm import require
+from data.errors import DataError, require
 from rl.workers import copy_whole
 
 if TYPE_CHECKING:
-    from rl.config import LoraConfig
+    from data.settings import LoraConfig
 
 ADAPTER = "default"
 """The name that peft gives an adapter."""

@@ -19,11 +19,10 @@ from agent.engines.hf import HFEngine
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from agent.trajectory import StopReason, Trajectory
-from data.errors import ConfigError, RunStopped
+from data.errors import ConfigError, RunStopped, require
 from data.questions import load_questions
 from data.records import Question
 from retriever_server.client import SearchClient, connect
-from rl.algorithm import require
 from rl.config import JudgeConfig
 from rl.rewards import check_questions, combine
 

@@ -44,16 +44,8 @@ def main(
         out: Folder for scores.json, queries.jsonl and the runs in TREC's format.
         run_out: File for the retriever's run alone, in TREC's format.
     """
-    if (benchmark is None) == (queries is None):
-        raise ConfigError("either --queries FILE or --benchmark FOLDER must be given")
-    if benchmark is not None and qrels is not None:
-        raise ConfigError(f"--qrels {qrels}: has no meaning with --benchmark, which has its own")
-    if benchmark is None and qrels is None and not answers:
-        raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
-    if top_k < 1:
-        raise ConfigError(f"top_k = {top_k}: must be >= 1")
-    from retriever_server.evaluation import compare as compare_values
-    from retriever_server.evaluation import judge, judge_answers, means, parse_metrics, write_run
+    _check_given(queries, qrels, benchmark, answers, top_k)
+    from retriever_server.evaluation import judge, judge_answers, parse_metrics, write_run
     from retriever_server.filters import parse_filter
 
     parse_filter(where or {})
@@ -66,26 +58,40 @@ def main(
         values = judge(rankings, collection.qrels, measures) if collection.qrels else {}
         _warn_of_strangers(spec, rankings, collection.qrels)
         runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
-    differences = compare_values(runs[0][1], runs[1][1]) if compare else {}
-    scores = {
-        metric: {"queries": len(of), "mean": means({metric: of})[metric], **differences.get(metric, {})}
-        for metric, of in runs[0][1].items()
-    }
+    scores = _scores([values for _, values in runs])
     settings = {
-        "retriever": retriever,
-        "compare": compare,
-        "queries": queries,
-        "qrels": qrels,
-        "benchmark": benchmark,
-        "top_k": top_k,
-        "where": where,
-        "query_template": query_template,
-    }
+        "retriever": retriever, "compare": compare, "queries": queries, "qrels": qrels,
+        "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
+    }  # fmt: skip
     if run_out:
         write_run(run_out, runs[0][0], _generation(runs[0][0]))
     if out:
         _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
     _show(scores, retriever if not compare else f"{retriever} against {compare}")
+
+
+def _check_given(
+    queries: str | None, qrels: str | None, benchmark: str | None, answers: bool, top_k: int
+) -> None:
+    if (benchmark is None) == (queries is None):
+        raise ConfigError("either --queries FILE or --benchmark FOLDER must be given")
+    if benchmark is not None and qrels is not None:
+        raise ConfigError(f"--qrels {qrels}: has no meaning with --benchmark, which has its own")
+    if benchmark is None and qrels is None and not answers:
+        raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
+    if top_k < 1:
+        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+
+
+def _scores(values: list[Any]) -> dict[str, dict[str, Any]]:
+    """Of each metric the number of queries and the mean; of a second retriever the difference, too."""
+    from retriever_server.evaluation import compare, means
+
+    differences = compare(*values) if len(values) > 1 else {}
+    return {
+        metric: {"queries": len(of), "mean": means({metric: of})[metric], **differences.get(metric, {})}
+        for metric, of in values[0].items()
+    }
 
 
 def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -> Any:

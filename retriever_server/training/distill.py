@@ -46,7 +46,23 @@ def own_group(scores: Tensor, first: int = 0) -> Tensor:
     return scores[rows, rows + first]
 
 
-class ContrastiveDistillation(CachedLossMixin, nn.Module):
+class GradCached(CachedLossMixin, nn.Module):
+    """A loss that gives `compute_loss_from_embeddings`, for sentence-transformers' GradCache."""
+
+    compute_loss_from_embeddings: Any
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """What GradCache calls, with the vectors of all mini-batches."""
+        loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+
+class ContrastiveDistillation(GradCached):
     """contrastive_weight x InfoNCE + distill_weight x KL to the teacher's scores of the own group.
 
     Columns (anchor, positive, negative_1..n, label (n + 1 teacher scores)); without labels the first
@@ -104,16 +120,6 @@ class ContrastiveDistillation(CachedLossMixin, nn.Module):
         of = _SIMILARITIES[self.similarity]
         scores = torch.stack([of(queries, each) for each in passages], dim=2)
         return self._of_scores(scores, labels, first)
-
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
-        """What GradCache calls, with the vectors of all mini-batches."""
-        loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
-        if not with_backward:
-            return loss
-        loss.backward()
-        return loss.detach()
 
     def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
         scores = scores / self.temperature

@@ -10,17 +10,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
+
+from retriever_server.training.distill import GradCached
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_doc")
 """As sentence-transformers names them; the first is always in."""
 
 
-class Qwen3InfoNCE(CachedLossMixin, nn.Module):
+class Qwen3InfoNCE(GradCached):
     """-log of e^{s(q, d+)/T} over its sum with every negative; cosine similarities (Zhang et al. 2025).
 
     Negatives of query i: all other passages of the batch, its own hard ones among them; the other queries
@@ -60,16 +61,6 @@ class Qwen3InfoNCE(CachedLossMixin, nn.Module):
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
-
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
-        """What GradCache calls, with the vectors of all mini-batches."""
-        loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
-        if not with_backward:
-            return loss
-        loss.backward()
-        return loss.detach()
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of vectors, one tensor (B, D) a column."""

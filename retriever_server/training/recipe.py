@@ -10,15 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.errors import ConfigError
+from data.errors import require
+from data.settings import LoraConfig, WandbConfig
 from retriever_server.encoders.spec import EncodingSpec
-
-
-def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ConfigError unless `ok`: what was given, what is allowed."""
-    if not ok:
-        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
-
 
 Component = dict[str, Any]
 """{class_path: a name, init_args: {...}}; an argument may be such a mapping again."""
@@ -77,35 +71,6 @@ class DevConfig:
         require(both, "dev.qrels", self.qrels, "given together with dev.queries")
         require(self.limit >= 1, "dev.limit", self.limit, ">= 1")
         require(self.passages >= 0, "dev.passages", self.passages, ">= 0")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), merged into the model that is saved."""
-
-    rank: int = 0
-    """Of the adapters; 0 trains all weights."""
-    alpha: int = 32
-    """The adapters' output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """On the adapters' input while training."""
-    target_modules: str = "all-linear"
-    """Layers that get an adapter: all-linear, or names separated by commas, such as q_proj,v_proj."""
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, "lora.rank", self.rank, ">= 0")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "> 0")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Tracking with Weights & Biases, off unless a project is named."""
-
-    project: str | None = None
-    """Project to log to; none: no tracking."""
-    mode: Literal["online", "offline"] = "online"
-    """offline keeps the run on this disk."""
 
 
 @dataclass(frozen=True)

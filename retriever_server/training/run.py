@@ -17,6 +17,7 @@ from transformers import PrinterCallback, set_seed
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
 from data.errors import ConfigError
+from data.settings import LoraConfig
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.components import build_loss, build_model, kind_of
@@ -25,7 +26,7 @@ from retriever_server.training.examples import Examples, as_dataset
 from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
 from retriever_server.training.llm2vec import passages_as_dataset
 from retriever_server.training.mixture import Mixture, Shuffled
-from retriever_server.training.recipe import LoraConfig, RetrieverRecipe
+from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.trainer import Reporter, Scores, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,11 @@ def _add_adapters(model: Any, lora: LoraConfig) -> None:
     names = lora.target_modules
     targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
     adapter = Adapter(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
     )
     try:
         model.add_adapter(adapter)

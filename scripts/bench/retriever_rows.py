@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data.records import Question
+from data.settings import LoraConfig
 from retriever_server.retriever import Retriever
-from retriever_server.training.recipe import Component, LoraConfig
+from retriever_server.training.recipe import Component
 from scripts.bench.retriever_peer import peer_model, speed
 from scripts.bench.retriever_world import COLLECTIONS, Row, Training, Work, minilm, smollm2
 
@@ -55,31 +56,37 @@ def after(work: Work, name: str, steps: Callable[[Work], Training]) -> Component
 
 
 def dpr(work: Work) -> Training:
+    """Two towers, in-batch and BM25 negatives."""
     negatives(work)
     model = tiny(work, "two_towers", pooling="mean", normalise=True, max_tokens=TOKENS)
     return Training(model, contrast(), "pairs_bm25", 200, 48, data={"negatives": 1})
 
 
 def splade(work: Work) -> Training:
+    """From a head that was warmed up."""
     loss = part("splade_loss", {"passage_weight": 3e-3, "query_weight": 3e-3})
     model = part("splade", {"base": work.warmed_up(), "max_tokens": TOKENS})
     return Training(model, loss, options={"save_every": 60, "keep": 10})
 
 
 def unicoil(work: Work) -> Training:
+    """One weight a token."""
     return Training(tiny(work, "unicoil", max_tokens=TOKENS), contrast(1.0, "dot"))
 
 
 def deepimpact(work: Work) -> Training:
+    """An impact for each term of a passage."""
     return Training(tiny(work, "deepimpact", max_tokens=TOKENS), contrast(1.0, "dot"))
 
 
 def colbert(work: Work) -> Training:
+    """Late interaction."""
     model = tiny(work, "colbert", dimension=32, query_tokens=32, passage_tokens=TOKENS)
     return Training(model, contrast(1.0, "maxsim"), steps=200, batch_size=32)
 
 
 def cross_encoder(work: Work) -> Training:
+    """Pairs with BM25 negatives, right or wrong."""
     negatives(work)
     data = {"negatives": 4, "form": "pair"}
     options = {"passage_template": "{contents}"}
@@ -88,14 +95,17 @@ def cross_encoder(work: Work) -> Training:
 
 
 def decoder(work: Work, two_way: bool, dropout: float = 0.0) -> Component:
+    """A tiny decoder, mean pooling."""
     return tiny(work, "decoder", True, pooling="mean", two_way=two_way, dropout=dropout, max_tokens=TOKENS)
 
 
 def causal(work: Work) -> Training:
+    """A decoder that sees what came before."""
     return Training(decoder(work, False), contrast())
 
 
 def two_way(work: Work) -> Training:
+    """The same with two-way attention."""
     return Training(decoder(work, True), contrast())
 
 
@@ -104,36 +114,43 @@ ALONE = {"no_duplicates": False}
 
 
 def mntp(work: Work) -> Training:
+    """LLM2Vec's first step."""
     loss = part("MaskedNextToken", {"mask_token": "<|mask|>"})
     return Training(decoder(work, True), loss, None, 300, 64, options=ALONE, data=TEXTS)
 
 
 def simcse(work: Work) -> Training:
+    """LLM2Vec's second step."""
     base = str(work.trained("llm2vec-mntp", mntp(work)))
     given = {"base": base, "pooling": "mean", "two_way": True, "dropout": 0.3, "max_tokens": TOKENS}
     return Training(part("decoder", given), part("SimCSE"), None, 150, 64, 5e-4, ALONE, TEXTS)
 
 
 def supervised(work: Work) -> Training:
+    """LLM2Vec's last step."""
     return Training(after(work, "llm2vec-simcse", simcse), contrast())
 
 
 def no_negatives(work: Work) -> Training:
+    """In-batch negatives alone."""
     taught(work)
     return dense(work, "squad_taught", steps=200, batch_size=32)
 
 
 def bm25_negatives(work: Work) -> Training:
+    """Three negatives of BM25."""
     taught(work)
     return dense(work, "squad_bm25", steps=200, batch_size=32, data={"negatives": 3})
 
 
 def minilm_negatives(work: Work) -> Training:
+    """Three negatives of MiniLM."""
     taught(work)
     return dense(work, "squad_taught", steps=200, batch_size=32, data={"negatives": 3})
 
 
 def distilled(work: Work) -> Training:
+    """The same, with MiniLM's scores."""
     taught(work)
     loss = part("ContrastiveDistillation", {"temperature": 0.05, "teacher_temperature": 0.05})
     data = {"negatives": 3, "labels": True}
@@ -141,6 +158,8 @@ def distilled(work: Work) -> Training:
 
 
 def single_teacher(number: int) -> Callable[[Work], Training]:
+    """On the labels of one teacher alone."""
+
     def of(work: Work) -> Training:
         dragon_labels(work)
         return dense(work, f"dragon/teacher_{number}", steps=240, data={"negatives": 1, "draws": 3})
@@ -149,6 +168,8 @@ def single_teacher(number: int) -> Callable[[Work], Training]:
 
 
 def dragon(stage: int) -> Callable[[Work], Training]:
+    """On the labels of the first teachers, after the stage before."""
+
     def of(work: Work) -> Training:
         dragon_labels(work)
         training = dense(work, f"dragon/stage_{stage}", steps=80, data={"negatives": 1, "draws": 3})
@@ -160,11 +181,13 @@ def dragon(stage: int) -> Callable[[Work], Training]:
 
 
 def tuned_minilm(work: Work) -> Training:
+    """MiniLM, trained further."""
     model = part("pretrained", {"base": minilm()})
     return Training(model, contrast(), "pairs", 200, 32, 3e-5, {"save_every": 50})
 
 
 def repllama(work: Work) -> Training:
+    """SmolLM2 with LoRA, EOS pooling."""
     model = part("decoder", {
         "base": smollm2(), "pooling": "eos", "query_prompt": "query: ", "passage_prompt": "passage: ",
         "max_tokens": TOKENS,
@@ -176,6 +199,8 @@ def repllama(work: Work) -> Training:
 
 
 def promptreps(representation: str) -> Callable[[Work], Training]:
+    """SmolLM2 as it is."""
+
     def of(work: Work) -> Training:
         given = {"base": smollm2(), "representation": representation, "max_tokens": 64 + TOKENS}
         return Training(part("promptreps", given), contrast())
@@ -210,18 +235,23 @@ def dragon_labels(work: Work) -> None:
 
 
 def learned(name: str, training: Callable[[Work], Training]) -> Make:
+    """A trained encoder over a collection."""
     return lambda work, on: work.encoded(work.trained(name, training(work)), on, name)
 
 
 def untrained(name: str, training: Callable[[Work], Training]) -> Make:
+    """What the training starts from."""
     return lambda work, on: work.encoded(work.untrained(name, training(work)), on, f"untrained-{name}")
 
 
 def frozen(work: Work, on: str) -> Retriever:
+    """MiniLM as it is."""
     return work.encoded(minilm(), on, "minilm")
 
 
 def reranked(folder: Callable[[Work], Path]) -> Make:
+    """BM25's first 20, ordered by a cross-encoder."""
+
     def make(work: Work, on: str) -> Retriever:
         from retriever_server.rerank import CrossEncoder, Rerank
 
@@ -231,6 +261,8 @@ def reranked(folder: Callable[[Work], Path]) -> Make:
 
 
 def fused(*parts: Make) -> Make:
+    """The convex sum of several."""
+
     def make(work: Work, on: str) -> Retriever:
         from retriever_server.compose import Fuse
 

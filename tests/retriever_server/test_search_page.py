@@ -4,17 +4,14 @@ import json
 import os
 import shutil
 import subprocess
-import threading
-from contextlib import contextmanager
 
 import pytest
-import uvicorn
 
 from data.records import Hit, Passage
 from retriever_server.app import create_app
 from retriever_server.live import Live
 from retriever_server.retriever import Retriever
-from scripts.serve import _listen
+from tests.retriever_server.running import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -31,19 +28,6 @@ class Named(Retriever):
             raise ZeroDivisionError("oops")
         texts = [f"<b>{i}</b> of {self.generation}" for i in range(min(k, 3))]
         return [[Hit(Passage(t, t, f"{q} {t}"), 1.0, self.generation) for t in texts] for q in queries]
-
-
-@contextmanager
-def serving(app):
-    with _listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=[[listener]])
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
 
 
 class Browser:

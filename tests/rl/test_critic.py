@@ -11,8 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
+from data.settings import LoraConfig
 from rl.batch import micro_batches
-from rl.config import LoraConfig
 from rl.critic import Critic
 from rl.lora import add_lora
 from rl.losses import explained_variance, value_loss

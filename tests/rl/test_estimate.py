@@ -13,7 +13,8 @@ from agent.engines.hf import RowCache
 from agent.protocol import SEARCH_R1
 from data.errors import ConfigError
 from data.run_dir import RunDir
-from rl.config import AlgorithmConfig, LoraConfig, RolloutConfig, TrainConfig
+from data.settings import LoraConfig
+from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.critic import Critic
 from rl.estimate import Needs, estimate_text, peak, seen
 from rl.lora import add_lora

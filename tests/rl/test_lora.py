@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import ConfigError, DataError
-from rl.config import LoraConfig
+from data.settings import LoraConfig
 from rl.lora import (
     adapter_state,
     add_lora,

@@ -15,9 +15,10 @@ from agent.trajectory import StopReason
 from data.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints
 from data.errors import RetrieverUnavailable, RunStopped
 from data.run_dir import read_metrics, read_run
+from data.settings import LoraConfig
 from rl import trainer
 from rl.algorithm import AlgorithmConfig, preset_fields
-from rl.config import LoraConfig, ProtocolConfig, RolloutConfig, SentinelConfig
+from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig
 from rl.losses import SURROGATES, value_loss
 from rl.rollouts import draw_question
 from rl.sentinel import Sentinel, Verdict

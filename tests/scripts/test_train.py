@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from data.run_dir import read_metrics, read_run
-from rl.config import WandbConfig
+from data.settings import WandbConfig
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.data.test_run_dir import read_wandb_history

@@ -67,7 +67,8 @@ def settings(folder: Path, out: Path | str, **changes: Any) -> dict[str, Any]:
 
 def recipe(folder: Path, out: Path | str, **changes: Any) -> RetrieverRecipe:
     """The recipe of `settings`."""
-    from retriever_server.training.recipe import DataConfig, DevConfig, LoraConfig
+    from data.settings import LoraConfig
+    from retriever_server.training.recipe import DataConfig, DevConfig
 
     fields = settings(folder, out, **changes)
     fields["train"] = [DataConfig(**each) for each in fields["train"]]
