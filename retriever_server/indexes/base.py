@@ -218,14 +218,20 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         with _locked(out.parent):  # until it is locked itself, nobody may take it for a left one
             for left in out.parent.glob(glob.escape(prefix) + "*"):
                 with suppress(OSError), _locked(left, fcntl.LOCK_NB):
-                    shutil.rmtree(left)
+                    _discard(left)
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
             held.enter_context(_locked(folder))
         try:
             folder.chmod(0o755)  # mkdtemp makes it private
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """The manifest goes first: killed in between, what is left is no index."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -320,7 +326,7 @@ def _move_into_place(building: Path, out: Path) -> None:
         old = building.with_name(building.name + ".old")
         os.rename(out, old)
         os.rename(building, out)
-        shutil.rmtree(old)
+        _discard(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -200,6 +200,21 @@ def test_what_killed_builds_left_goes_with_the_next_but_not_what_others_build_no
     assert list(tmp_path.glob(".index*")) == []
 
 
+def test_a_killed_removal_leaves_no_index_with_missing_files(tmp_path, monkeypatch):
+    build_numbered_index(tmp_path, 0)
+    remove = shutil.rmtree
+
+    def remove_others(path, **options) -> None:
+        if ".index.building-" not in Path(path).name:  # there it is killed
+            remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_others)
+    build_numbered_index(tmp_path, 1)
+    [left] = tmp_path.glob(".index.building-*")
+    with pytest.raises(ConfigError, match="manifest.json"):
+        open_index(left)
+
+
 SLEUTH = """
 import sys, time
 from retriever_server.encoders import sentence
