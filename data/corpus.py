@@ -14,6 +14,7 @@ import operator
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Corpus:
     """The passages of a JSON lines file; `corpus[i]` is that on its i-th line that is not blank.
 
     A line is {"id", "contents"} as in Search-R1 (title on the first line, in double quotes, then
-    the text), {"id", "title", "text"}, or a mixture; "metadata", an object, may stand beside them.
+    the text), {"id", "title", "text"}, or a mixture; "metadata", an object, may stand beside them, and
+    "image", a file (or a page of one, "report.pdf#page=3") whose path starts at the corpus's folder.
     Reading is safe from many threads.
     """
 
@@ -43,7 +45,7 @@ class Corpus:
         The sidecar goes into `sidecar_folder`; without one, beside the corpus or else into the
         user's cache. Where none can be written it stays in memory. Raises DataError
         "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id. Passages
-        without text are kept; a warning counts them.
+        without text and image are kept; a warning counts them.
         """
         self.path = Path(path)
         self._sidecar_folder = sidecar_folder
@@ -72,7 +74,8 @@ class Corpus:
         if not 0 <= position < len(self):
             raise IndexError(f"passage {position} of {len(self)} in {self.path}")
         start, end = self._starts[position : position + 2].tolist()
-        return parse_passage(parse_line(self._bytes[start:end]))
+        passage = parse_passage(parse_line(self._bytes[start:end]))
+        return replace(passage, image=str(self.path.parent / passage.image)) if passage.image else passage
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[position] for position in range(len(self)))
@@ -101,16 +104,18 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
+    image = _checked_string("image", record.get("image") or "")
     if text is None:
-        contents = record.get("contents")
+        contents = record.get("contents", "" if image else None)
         if contents is None:
-            raise ValueError('neither "contents" nor "text"')
+            raise ValueError('neither "contents" nor "text" nor "image"')
         title, text = _split_contents(_checked_string("contents", contents), title)
     return Passage(
         id=_checked_id(record.get("id")),
         text=_checked_string("text", text).strip(),
         title=_checked_string("title", title or "").strip(),
         metadata=_checked_metadata(record.get("metadata")),
+        image=image,
     )
 
 
@@ -178,7 +183,7 @@ def _build_table(path: Path, mapped: mmap.mmap, stamp: tuple[int, int, int]) -> 
                 raise DataError(f"{path}:{number}: {error}") from error
             hashes.append(_hash_id(passage.id))
             starts.append(offset)
-            if not passage.text:
+            if not passage.text and not passage.image:
                 empty.append(number)
         offset += len(line)
     if not starts:

@@ -12,20 +12,36 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Passage:
-    """One retrievable unit of text. `id` is unique in its corpus.
+    """One retrievable unit: text, an image, or both. `id` is unique in its corpus.
 
-    metadata: free JSON values, for filters.
+    metadata: free JSON values, for filters. image: a file, or a page of one ("report.pdf#page=3", from 1).
     """
 
     id: str
     text: str
     title: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    image: str = ""
 
     @property
     def contents(self) -> str:
         """Search-R1's single field: the quoted title, a newline, the text."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is encoded, asked or judged where it is not a text alone: an image, or an image and its text.
+
+    image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `data.images` reads it.
+    """
+
+    image: str | bytes
+    text: str = ""
+
+
+Input = str | Item
+"""A text, or what holds an image."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class _Joined(Retriever):
     def _name(self, generations: Sequence[str]) -> str:
         return f"{self._label}({'+'.join(generations)})"
 
-    def _ask(self, queries: list[Query], k: int, where: Filter | None) -> list[Future[Rankings]]:
+    def _ask(self, queries: Sequence[Query], k: int, where: Filter | None) -> list[Future[Rankings]]:
         return [
             _start(part, gate, queries, k, where) for part, gate in zip(self.parts, self._gates, strict=True)
         ]
@@ -91,7 +91,7 @@ class Fuse(_Joined):
         super().__init__(parts, [method, how, self.weights, depth])
         self.method, self.rrf_k, self.normalize, self.depth = method, rrf_k, normalize, depth
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> Rankings:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> Rankings:
         """The `k` passages of each query with the best joined score."""
         futures = self._ask(queries, max(k, self.depth), where)
         found = [future.result() for future in futures]  # part, query, rank
@@ -141,7 +141,7 @@ class Sharded(_Joined):
         super().__init__(parts, [])
         self.deadline_seconds, self.allow_partial, self.partial_searches = deadline_seconds, allow_partial, 0
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> Rankings:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> Rankings:
         """The best `k` of all parts for each query; raises RetrieverTimeout or RetrieverUnavailable."""
         futures = self._ask(queries, k, where)
         wait(futures, timeout=self.deadline_seconds)
@@ -201,7 +201,7 @@ class Cached(Retriever):
         """That of the retriever behind: the cache changes no ranking."""
         return self.retriever.generation
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> Rankings:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> Rankings:
         """What the retriever behind finds, or found when it was last asked the same."""
         generation, asked = self.generation, (k, json.dumps(where, sort_keys=True))
         with self._lock:
@@ -239,7 +239,7 @@ class Cached(Retriever):
 
 
 def _start(
-    part: Retriever, gate: threading.Semaphore, queries: list[Query], k: int, where: Filter | None
+    part: Retriever, gate: threading.Semaphore, queries: Sequence[Query], k: int, where: Filter | None
 ) -> Future[Rankings]:
     """The search of one part, under way in a thread that does not keep the process alive."""
     future: Future[Rankings] = Future()

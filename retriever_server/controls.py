@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class NoPassages(Retriever):
 
     generation = "none"
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """An empty ranking for each query."""
         return [[] for _ in queries]
 
@@ -28,13 +29,13 @@ class RandomPassages(Retriever):
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.generation = corpus, f"random-{corpus.content_hash[:12]}"
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """`k` different passages of the corpus for each query, each with score 0."""
         drawn_from = np.flatnonzero(allowed(self.corpus, where)) if where else range(len(self.corpus))
         return [
             [
                 Hit(self.corpus[int(drawn_from[i])], 0.0, self.generation)
-                for i in random.Random(query).sample(range(len(drawn_from)), min(k, len(drawn_from)))
+                for i in random.Random(str(query)).sample(range(len(drawn_from)), min(k, len(drawn_from)))
             ]
             for query in queries
         ]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Opened:
     def __exit__(self, *_: object) -> None:
         self._leave(1, False)
 
-    def search(self, queries: list[Query], k: int, where: Filter | None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None) -> list[list[Hit]]:
         """As the retriever does; for worker threads."""
         with self:
             rankings = self.retriever.search(queries, k, where)

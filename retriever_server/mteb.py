@@ -152,7 +152,7 @@ class MTEBEncoder:
     def _rendered(self, batch: Mapping[str, Any]) -> list[str]:
         bodies = batch.get("body") or batch["text"]
         titles = batch.get("title") or [""] * len(bodies)
-        render = self.encoder.spec.render
+        render = self.encoder.spec.render_text
         return [
             render(Passage("", body.strip(), (title or "").strip()))
             for title, body in zip(titles, bodies, strict=True)

@@ -66,7 +66,7 @@ class Qdrant(Retriever):
         self._local = threading.Lock() if path is not None else None
         self.generation = self._count()
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The `k` nearest points of each query; raises RetrieverUnavailable where Qdrant does not answer."""
         from qdrant_client import models
 

@@ -12,6 +12,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from data.errors import ConfigError, DataError, RetrieverError
 from data.jsonl import read_json, write_json
 from data.records import Hit, Passage
 from retriever_server.client import Http
-from retriever_server.retriever import Filter, Query, Retriever
+from retriever_server.retriever import Filter, Query, Retriever, texts_of
 
 _STALE_SECONDS = 1.0
 """How long a server's generation is believed."""
@@ -38,7 +39,7 @@ class _FromThreads:
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def ask(self, http: Http, queries: list[Query], k: int) -> list[list[Hit]]:
+    def ask(self, http: Http, queries: list[str], k: int) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
         outcomes = self.run(http.ask(queries, k))
         for outcome in outcomes:
@@ -89,12 +90,12 @@ class Remote(Retriever):
         except (httpx.TransportError, ValueError, AttributeError):
             return ""
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """What the server finds; raises a RetrieverError where it does not, at the latest at the deadline."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
         http = self._http if where is None else _Filtered(self._http, where)
-        rankings = self._threads.ask(http, queries, k) if queries else []
+        rankings = self._threads.ask(http, texts_of(queries, self._unnamed), k) if queries else []
         self._last = next((hit.generation for ranking in rankings for hit in ranking), self._last)
         return [
             [hit if hit.generation else replace(hit, generation=self._unnamed) for hit in ranking]
@@ -167,19 +168,20 @@ class Web(Retriever):
         self._cache, self._max_age_days, self._concurrency = Path(cache), max_age_days, concurrency
         self.generation = f"web({urlsplit(url).netloc})"
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The first `k` results of each query, from the cache or the endpoint; raises a RetrieverError."""
         if where is not None or k < 1:
             raise ConfigError(f"web search: k = {k} must be >= 1, filter {where} must be none")
-        files = {query: self._file(query, k) for query in queries}
+        asked = texts_of(queries, self.generation)
+        files = {query: self._file(query, k) for query in asked}
         missing = [query for query, file in files.items() if not self._is_fresh(file)]
         self._threads.run(self._fetch(missing, k, files))
-        return [_results(read_json(files[query]), k, self.generation) for query in queries]
+        return [_results(read_json(files[query]), k, self.generation) for query in asked]
 
-    async def _fetch(self, queries: list[Query], k: int, files: dict[Query, Path]) -> None:
+    async def _fetch(self, queries: Sequence[str], k: int, files: dict[str, Path]) -> None:
         gate = asyncio.Semaphore(self._concurrency)
 
-        async def one(query: Query) -> None:
+        async def one(query: str) -> None:
             async with gate:
                 organic = await self._http.organic(query, k)
             write_json(files[query], {"query": query, "k": k, "organic": organic})
@@ -188,7 +190,7 @@ class Web(Retriever):
             if failure is not None:
                 raise failure
 
-    def _file(self, query: Query, k: int) -> Path:
+    def _file(self, query: str, k: int) -> Path:
         name = hashlib.sha256(json.dumps([self._http.url, query, k]).encode()).hexdigest()
         return self._cache / name[:2] / f"{name[:32]}.json"
 
@@ -209,7 +211,7 @@ class _Serper(Http):
     def __init__(self, url: str, deadline_seconds: float, key: str) -> None:
         super().__init__(url, deadline_seconds, headers={"X-API-KEY": key})
 
-    async def organic(self, query: Query, k: int) -> list[dict[str, Any]]:
+    async def organic(self, query: str, k: int) -> list[dict[str, Any]]:
         """The results as the endpoint sent them; raises a RetrieverError."""
         [outcome] = await self.ask([query], k)
         if isinstance(outcome, RetrieverError):

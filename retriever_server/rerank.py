@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from data.errors import ConfigError
 from data.records import Hit, Passage
-from retriever_server.retriever import Filter, Query, Retriever
+from retriever_server.retriever import Filter, Query, Retriever, texts_of
 
-Pair = tuple[Query, Passage]
+Pair = tuple[str, Passage]
 
 
 class Scorer(ABC):
@@ -50,15 +51,16 @@ class Rerank(Retriever):
         """What its hits are named after, where this generation found what it orders."""
         return f"rerank({generation}, {self.scorer.name}, {depth or self.depth})"
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The `k` best of the first hits (`depth`, or k if that is more); ties in their first order."""
         return self.reorder(queries, self.retriever.search(queries, max(k, self.depth), where), k)
 
     def reorder(
-        self, queries: list[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
+        self, queries: Sequence[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
     ) -> list[list[Hit]]:
         """The `k` best of these hits; `depth`: how many there were to be, where another found them."""
-        pairs = [(query, hit.passage) for query, hits in zip(queries, rankings, strict=True) for hit in hits]
+        asked = texts_of(queries, self.scorer.name)
+        pairs = [(query, hit.passage) for query, hits in zip(asked, rankings, strict=True) for hit in hits]
         with self._one_at_a_time:
             scores = iter(self.scorer.score(pairs) if pairs else [])
         scored = [

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.records import Hit
+from data.errors import DataError
+from data.records import Hit, Input
 
-Query = str
-"""What is searched. Text today; images join it as another modality of the same argument."""
+Query = Input
+"""What is searched: a text, an image, or both."""
 
 Filter = Mapping[str, Any]
 """Which passages may be hits, by their metadata, as JSON; several fields must all agree (see `filters`).
 
     {"year": 1999, "lang": {"in": ["de", "fr"]}, "pages": {"gte": 10, "lt": 20}}
 """
+
+
+def texts_of(queries: Sequence[Query], what: str) -> list[str]:
+    """The queries of what reads text alone; DataError naming it if one holds an image."""
+    if any(not isinstance(query, str) for query in queries):
+        raise DataError(f"{what}: reads text only, a query with an image was given")
+    return list(map(str, queries))
 
 
 class Retriever(ABC):
@@ -28,7 +36,7 @@ class Retriever(ABC):
     """Whether a search waits for another machine, so that it must not hold up an event loop."""
 
     @abstractmethod
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query among those that `where` allows, best first.
 
         queries (Q,) -> Q lists of at most k hits, fewer only where fewer match. One return type,

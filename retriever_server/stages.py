@@ -39,7 +39,7 @@ class Staged:
         """Equal for searches that may travel together."""
         return (*self._opened, *self.k)
 
-    def search(self, queries: list[Query], where: Filter | None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], where: Filter | None) -> list[list[Hit]]:
         """The hits that the last stage gives; for worker threads."""
         with self:
             rankings = self._opened[0].search(queries, self.k[0], where)

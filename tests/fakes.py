@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -89,7 +91,7 @@ class DictRetriever(Retriever):
         self.passages = [Passage(str(i), text, title) for i, (title, text) in enumerate(texts.items())]
         self.queries: list[Query] = []
 
-    def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int) -> list[list[Hit]]:
         """The first k passages that hold each query."""
         self.queries += queries
         return [

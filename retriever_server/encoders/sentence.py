@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ import numpy as np
 
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, write_json
-from data.records import FORMAT_VERSION
+from data.records import FORMAT_VERSION, Input
 from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.proofs import describe_first, prove
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
+from retriever_server.retriever import texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +142,9 @@ class SentenceEncoder(Encoder):
         """Tokens of texts encoded so far, and `padded_tokens` what was computed for them."""
         self.padded_tokens = 0
 
-    def encode(self, texts: list[str], role: Role) -> Vectors:
+    def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
         """As `Encoder.encode`."""
+        texts = texts_of(inputs, self.spec.model)
         starts = range(0, len(texts), _TEXTS_TOKENISED_TOGETHER) or [0]
         with self._lock:
             parts = [self._encode(texts[i : i + _TEXTS_TOKENISED_TOGETHER], role) for i in starts]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 
 from data.errors import ConfigError, DataError
-from data.records import Passage
+from data.records import Input, Item, Passage
 from retriever_server.encoders.vectors import Vectors, rows_of, similarities
 
 Role = Literal["query", "passage"]
 KINDS = ("dense", "sparse", "multi")
+INPUTS = ("text", "image", "text+image")
 
 
 @dataclass(frozen=True)
@@ -41,24 +43,40 @@ class EncodingSpec:
     """Whether vectors have length 1, whatever the model leaves."""
     similarity: str = "dot"
     """cosine (of vectors of length 1), dot or maxsim."""
+    inputs: str = "text"
+    """What of a passage is encoded: its text, its image, or text+image (what it has of both)."""
+    image_processor: str = ""
+    """What becomes of an image before the model sees it: processor, pixels, patches, tokens."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(KINDS)}")
+        if self.inputs not in INPUTS:
+            raise ConfigError(f"encoder inputs {self.inputs!r}: must be one of {', '.join(INPUTS)}")
         try:
-            self.render(Passage("", "text", "title"))
+            self.render_text(Passage("", "text", "title"))
         except (KeyError, IndexError, ValueError) as error:
             allowed = "may name {title}, {text}, {contents} and {expansion}"
             raise ConfigError(f"passage_template {self.passage_template!r}: {allowed}") from error
 
     @property
     def hash(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all fields but `model`."""
-        fields = {key: value for key, value in asdict(self).items() if key != "model"}
+        """First 16 hexadecimal digits of the SHA-256 of all fields that decide vectors."""
+        unused = ("model",) if self.inputs != "text" else ("model", "inputs", "image_processor")
+        fields = {key: value for key, value in asdict(self).items() if key not in unused}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
-    def render(self, passage: Passage) -> str:
-        """The text of a passage that is encoded, without the prompt."""
+    def render(self, passage: Passage) -> Input:
+        """What of a passage is encoded, without the prompt. DataError if it has nothing of that."""
+        if self.inputs == "text":
+            return self.render_text(passage)
+        if self.inputs == "image" and not passage.image:
+            raise DataError(f"passage {passage.id!r} has no image, and {self.model} encodes nothing else")
+        text = self.render_text(passage) if self.inputs == "text+image" else ""
+        return Item(passage.image, text) if passage.image else text
+
+    def render_text(self, passage: Passage) -> str:
+        """The text of a passage that is encoded."""
         fields = {"title": passage.title, "text": passage.text, "contents": passage.contents}
         fields["expansion"] = str(passage.metadata.get("expansion", ""))
         return self.passage_template.format(**fields).strip()
@@ -74,13 +92,16 @@ class EncodingSpec:
 
 
 class Encoder(ABC):
-    """Texts in, vectors out. Thread-safe."""
+    """Texts, and what holds images, in; vectors out. Thread-safe."""
 
     spec: EncodingSpec
 
     @abstractmethod
-    def encode(self, texts: list[str], role: Role) -> Vectors:
-        """The vectors of N texts, without NaN, in the representation of `spec.kind`."""
+    def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
+        """The vectors of N inputs, without NaN, in the representation of `spec.kind`.
+
+        Raises DataError for an image that cannot be read, or one for an encoder of texts.
+        """
 
 
 def self_test(encoder: Encoder) -> None:

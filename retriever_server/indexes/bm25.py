@@ -10,7 +10,7 @@ BM25's weights equal those of bm25s. The building is ours because bm25s holds al
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from retriever_server.indexes.base import Index, Manifest, open_index, write_gen
 from retriever_server.indexes.counting import TermCounts, count_terms, lucene_length
 from retriever_server.indexes.integrity import save_array
 from retriever_server.indexes.postings import Postings, best, map_postings
-from retriever_server.retriever import Filter, Query
+from retriever_server.retriever import Filter, Query, texts_of
 
 _LAYOUT = 2  # of the files; 1 was that of bm25s
 
@@ -88,14 +88,14 @@ class BM25Index(Index):
         write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
         return open_index(out)  # type: ignore[return-value]
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query, best first; none where it has no known word."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
         mask = allowed(self.corpus, where) if where else None
-        return [self._search_one(query, k, mask) for query in queries]
+        return [self._search_one(query, k, mask) for query in texts_of(queries, self.generation)]
 
-    def _search_one(self, query: Query, k: int, mask: np.ndarray | None) -> list[Hit]:
+    def _search_one(self, query: str, k: int, mask: np.ndarray | None) -> list[Hit]:
         terms = self._known(self._analyze(query))
         if not len(terms):
             return []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -146,7 +147,7 @@ class EncodedIndex(Index):
     def __len__(self) -> int:
         """Passages indexed."""
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query among those that `where` allows, best first."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")

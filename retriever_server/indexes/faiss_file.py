@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class FaissFile(Retriever):
         made_of = f"{sample_hash(path)} {self.corpus.content_hash} {encoder.spec.hash}"
         self.generation = f"faiss-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
-    def search(self, queries: list[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The best `k` passages of each query among those that `where` allows, best first."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")

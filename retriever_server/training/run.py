@@ -233,7 +233,7 @@ def _set_name(number: int) -> str:
 
 
 def _data(recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None) -> Any:
-    render = spec.render if spec is not None else lambda passage: passage.contents
+    render = spec.render_text if spec is not None else lambda passage: passage.contents
     sets = [
         passages_as_dataset(each, render)
         if of.form == "text"

@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
@@ -22,6 +23,7 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.jsonl import read_json, write_json, write_jsonl
+from data.records import Input
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
 
 NOISE = 0.5
@@ -39,9 +41,9 @@ class Given(Encoder):
         self.rows = {role: np.load(folder / name, mmap_mode="r") for role, name in rows.items()}
         self.spec = EncodingSpec(**read_json(folder / "spec.json"))
 
-    def encode(self, texts: list[str], role: Role) -> np.ndarray:
+    def encode(self, texts: Sequence[Input], role: Role) -> np.ndarray:
         """The rows that the texts name."""
-        return np.array(self.rows[role][[int(text) for text in texts]])
+        return np.array(self.rows[role][[int(str(text)) for text in texts]])
 
 
 def main(
@@ -84,7 +86,7 @@ def make_vectors(folder: Path, corpus: str, model: str, count: int, encoded: int
     from retriever_server.encoders.sentence import load_encoder
 
     encoder = load_encoder(model)
-    texts = [encoder.spec.render(passage) for passage in islice(Corpus(corpus), encoded)]
+    texts = [encoder.spec.render_text(passage) for passage in islice(Corpus(corpus), encoded)]
     real = encoder.encode(texts, "passage")
     rng = np.random.default_rng(0)
     shape = (count, real.shape[1])

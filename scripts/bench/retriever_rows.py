@@ -303,7 +303,9 @@ def sparsity(work: Work) -> dict[str, Any]:
         known = {name.removeprefix("model."): value for name, value in weights.items()}
         model.load_state_dict(known, strict=False)
         encoder = SentenceEncoder(model, read_spec(folder.name, model, "{title}\n{text}"))
-        passages = [encoder.spec.render(passage) for passage in islice(work.corpus("squad"), 0, None, 30)]
+        passages = [
+            encoder.spec.render_text(passage) for passage in islice(work.corpus("squad"), 0, None, 30)
+        ]
         terms = encoder.encode(passages, "passage").nnz / len(passages)
         index = InvertedIndex.build(
             work.corpus("squad"), work.folder / "indexes" / f"splade-{folder.name}", encoder, overwrite=True

@@ -84,10 +84,13 @@ class CannedPassages(Retriever):
         chunks = [" ".join(words[i * PASSAGE_WORDS : (i + 1) * PASSAGE_WORDS]) for i in range(count)]
         self.passages = [Passage(str(i), text, text.split(" ", 2)[1]) for i, text in enumerate(chunks)]
 
-    def search(self, queries: list[Query], k: int) -> list[list[Hit]]:
+    def search(self, queries: Sequence[Query], k: int) -> list[list[Hit]]:
         """Any `k` passages; the same for the same query."""
         return [
-            [Hit(passage, 1.0, self.generation) for passage in random.Random(query).sample(self.passages, k)]
+            [
+                Hit(passage, 1.0, self.generation)
+                for passage in random.Random(str(query)).sample(self.passages, k)
+            ]
             for query in queries
         ]
 

@@ -211,7 +211,7 @@ def test_a_killed_removal_leaves_no_index_with_missing_files(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "rmtree", remove_others)
     build_numbered_index(tmp_path, 1)
     [left] = tmp_path.glob(".index.building-*")
-    with pytest.raises(ConfigError, match="manifest.json"):
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
         open_index(left)
 
 
