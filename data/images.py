@@ -1,0 +1,198 @@
+"""Images out of files, PDF pages and bytes, with limits: what is broken or too large is refused by name.
+
+Pillow reads the images and pypdfium2 the pages: the optional extra `images`. Nothing is ever fetched: a
+source is a file of this machine or the bytes themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL.Image import Image
+    from pypdfium2 import PdfDocument
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read, by its own first bytes and never by its name; of several frames the first."""
+
+_SCALE = 2
+PAGE_DPI = 72 * _SCALE
+"""Dots an inch at which a page of a PDF is drawn: a letter page is 1224 x 1584 pixels."""
+
+_PAGE = re.compile(r"(?P<file>.+)#page=(?P<page>\d{1,9})", re.DOTALL)
+_pdfium = threading.Lock()  # the library is not made for several threads
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may take before it is refused, unread or undecoded.
+
+    max_bytes: of the file (not of a PDF, whose pages are read one by one). max_pixels: width times height.
+    max_side: width and height, in pixels.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 64_000_000
+    max_side: int = 16_384
+
+
+LIMITS = ImageLimits()
+
+
+def read_image(source: str | bytes, limits: ImageLimits = LIMITS) -> Image:
+    """The picture in a file, on a page of a PDF ("report.pdf#page=3", from 1) or in bytes; RGB, upright.
+
+    Turned as its EXIF says; what is transparent becomes white. Raises DataError "SOURCE: what is wrong"
+    for one that is missing, truncated, no image, beyond `limits`, or a page that is not there.
+    """
+    with needs_images("images"):
+        if isinstance(source, str):
+            file, page = split_page(source)
+            if page is not None:
+                return _page(file, page, source, limits)
+        return _decode(*_bytes_of(source, limits), limits)
+
+
+def split_page(source: str) -> tuple[str, int | None]:
+    """The file, and the page that is meant: "a.pdf#page=3" -> ("a.pdf", 3); "a.png" -> ("a.png", None)."""
+    match = _PAGE.fullmatch(source)
+    return (match["file"], int(match["page"])) if match else (source, None)
+
+
+def count_pages(path: str | Path) -> int:
+    """How many pages a PDF has; DataError naming it where it cannot be read."""
+    with needs_images(str(path)), _open_pdf(str(path), str(path)) as document:
+        return len(document)
+
+
+def thumbnail(image: Image, side: int) -> bytes:
+    """A JPEG file of the picture, shrunk so that neither width nor height is over `side` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+def png(image: Image) -> bytes:
+    """A PNG file of the picture: the same pixels give the same bytes."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+@contextmanager
+def needs_images(what: str) -> Iterator[None]:
+    """Within it, a package of the extra `images` that is not installed is a ConfigError that says so."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        needs = f"needs the package {error.name}: pip install 'sleuth-rl[images]'"
+        raise ConfigError(f"{what}: {needs}") from error
+
+
+def _bytes_of(source: str | bytes, limits: ImageLimits) -> tuple[bytes, str]:
+    """The bytes of the source, no more than are allowed, and its name in messages."""
+    name = source if isinstance(source, str) else f"image of {len(source)} bytes"
+    if isinstance(source, str):
+        try:
+            if Path(source).exists() and not Path(source).is_file():
+                raise DataError(f"{name}: not a file")
+            with open(source, "rb") as file:
+                source = file.read(limits.max_bytes + 1)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            if isinstance(error, DataError):
+                raise
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise DataError(f"{name}: {reason}") from error
+    if len(source) > limits.max_bytes:
+        raise DataError(f"{name}: over {limits.max_bytes:,} bytes")
+    return source, name
+
+
+def _decode(content: bytes, name: str, limits: ImageLimits) -> Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if content.startswith(b"%PDF"):
+        raise DataError(f'{name}: a PDF; one of its pages is named as in "report.pdf#page=1"')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's own limit of pixels, and of odd metadata
+            image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the head alone
+            _check_size(*image.size, name, limits)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: no image of a kind that is read: {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: over {limits.max_pixels:,} pixels") from error
+    except Exception as error:  # decoders raise what they like on files that are not what they say
+        raise DataError(f"{name}: a broken image: {error or type(error).__name__}") from error
+
+
+def _check_size(width: float, height: float, name: str, limits: ImageLimits) -> None:
+    if max(width, height) > limits.max_side:
+        raise DataError(f"{name}: {width:.0f} x {height:.0f} pixels, over {limits.max_side:,} on a side")
+    if width * height > limits.max_pixels:
+        raise DataError(f"{name}: {width:.0f} x {height:.0f} pixels, over {limits.max_pixels:,}")
+    if min(width, height) < 1:
+        raise DataError(f"{name}: has no pixels")
+
+
+def _rgb(image: Image) -> Image:
+    """The picture in RGB, on white where it is transparent; 16 bits a pixel become 8."""
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        from PIL import Image
+
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+@contextmanager
+def _open_pdf(path: str, name: str) -> Iterator[PdfDocument]:
+    """The document, while no other thread uses the library."""
+    import pypdfium2
+
+    if not Path(path).is_file():
+        raise DataError(f"{name}: {'not a file' if Path(path).exists() else 'no such file'}")
+    with _pdfium:
+        try:
+            document = pypdfium2.PdfDocument(path)
+        except (pypdfium2.PdfiumError, OSError) as error:
+            raise DataError(f"{name}: a broken PDF, or no PDF: {error}") from error
+        try:
+            yield document
+        finally:
+            document.close()
+
+
+def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
+    import pypdfium2
+
+    with _open_pdf(path, name) as document:
+        if not 1 <= page <= len(document):
+            raise DataError(f"{name}: the PDF has {len(document)} pages")
+        try:
+            opened = document[page - 1]
+            width, height = (side * _SCALE for side in opened.get_size())
+            _check_size(width, height, name, limits)
+            return opened.render(scale=_SCALE).to_pil().convert("RGB")
+        except pypdfium2.PdfiumError as error:
+            raise DataError(f"{name}: a broken page: {error}") from error
