@@ -89,7 +89,7 @@ def _mine(
 
     mined = mine(Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, _with_bar)
     print(
-        f"{mined.examples:,} examples in {out}, {mined.negatives / mined.examples:.1f} negatives each; "
+        f"{mined.examples:,} examples in {out}, {mined.negatives / max(1, mined.examples):.1f} negatives each; "
         f"{mined.without:,} have none"
     )
 

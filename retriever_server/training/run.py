@@ -84,7 +84,6 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
         else corpora[each.corpus]
         for each in recipe.train
     ]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as every launcher tells
     model = build_model(recipe)
     kind = kind_of(model)
     spec = None if kind == "cross" else training_spec(model, recipe.passage_template)
@@ -92,7 +91,7 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
         raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
     args = _arguments(recipe, kind, model, [len(each) for each in examples])
     model.to(args.device)
-    loss = build_loss(recipe, model, processes)
+    loss = build_loss(recipe, model, _processes())
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:
@@ -189,7 +188,9 @@ def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int])
         use_cpu=cpu,
         seed=recipe.seed,
         batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else Shuffled,
-        multi_dataset_batch_sampler=partial(Mixture, weights=[each.weight for each in recipe.train]),
+        multi_dataset_batch_sampler=partial(
+            Mixture, weights=[each.weight for each in recipe.train], together=_processes()
+        ),
         prompts=prompts,
         router_mapping={} if kind == "cross" else roles,
         save_strategy="steps",
@@ -200,8 +201,13 @@ def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int])
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
-        **({"ddp_backend": "gloo"} if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}),
+        **({"ddp_backend": "gloo"} if cpu and _processes() > 1 else {}),
     )
+
+
+def _processes() -> int:
+    """As every launcher tells."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _columns(recipe: RetrieverRecipe) -> list[str]:
