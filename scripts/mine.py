@@ -88,10 +88,8 @@ def _mine(
     from retriever_server.training.mining import mine
 
     mined = mine(Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, _with_bar)
-    print(
-        f"{mined.examples:,} examples in {out}, {mined.negatives / max(1, mined.examples):.1f} negatives each; "
-        f"{mined.without:,} have none"
-    )
+    each = mined.negatives / max(1, mined.examples)
+    print(f"{mined.examples:,} examples in {out}, {each:.1f} negatives each; {mined.without:,} have none")
 
 
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:

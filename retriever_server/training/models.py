@@ -25,7 +25,7 @@ def resolve_base(base: Base) -> str:
     if isinstance(base, Mapping):
         from retriever_server.training.tiny import tiny_base
 
-        if not {"config", "corpus"} <= set(base) <= {"config", "corpus", "vocabulary", "seed", "folder"}:
+        if not {"config"} <= set(base) <= {"config", "corpus", "vocabulary", "seed", "folder"}:
             raise ConfigError(
                 f"base: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
             )

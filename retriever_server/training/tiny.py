@@ -16,6 +16,7 @@ from typing import Any
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.gguf import make_once
+from retriever_server.training.tiny_vision import write_vit, write_vlm
 
 logger = logging.getLogger(__name__)
 
@@ -30,40 +31,61 @@ _CAUSAL = {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>", "mask_token": "
 
 def tiny_base(
     config: Mapping[str, Any],
-    corpus: str,
+    corpus: str | None = None,
     vocabulary: int = 4000,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> str:
     """The folder of a random model of `config` with a tokenizer trained on `corpus`; made once.
 
-    config: model_type (bert, llama, qwen3, ...) and what of its configuration differs from two layers
-    of 64. vocabulary: at most so many tokens. It is saved with its language model head, from which all
-    builders load what they need. The same arguments give the same weights. Raises ConfigError.
+    config: model_type (bert, llama, qwen3, ...; idefics3 or vit for images, see `tiny_vision.py`) and what
+    of its configuration differs from two layers of 64. vocabulary: at most so many tokens. It is saved
+    with its language model head, from which all builders load what they need. The same arguments give
+    the same weights. Raises ConfigError.
     """
     settings = {**SMALL, **config}
-    passages = Corpus(corpus)
+    reads_text = settings.get("model_type") != "vit"
+    if reads_text and corpus is None:
+        raise ConfigError("base: corpus: missing; the tokenizer is trained on it")
+    passages = Corpus(corpus) if corpus is not None and reads_text else None
     if folder is None:
-        made_from = json.dumps([settings, passages.content_hash, vocabulary, seed], sort_keys=True)
+        source = passages.content_hash if passages is not None else ""
+        made_from = json.dumps([settings, source, vocabulary, seed], sort_keys=True)
         folder = CACHE / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    return str(
-        make_once(Path(folder), lambda building: _write(settings, passages, vocabulary, seed, building))
-    )
+
+    def write(building: Path) -> None:
+        _write(settings, passages, vocabulary, seed, building)
+
+    return str(make_once(Path(folder), write))
 
 
-def _write(settings: dict[str, Any], passages: Corpus, vocabulary: int, seed: int, folder: Path) -> None:
+def _write(
+    settings: dict[str, Any], passages: Corpus | None, vocabulary: int, seed: int, folder: Path
+) -> None:
+    name = settings.pop("model_type", None)
+    texts = (passage.contents for passage in islice(passages or [], _PASSAGES_READ))
+    if name == "vit":
+        write_vit(settings, seed, folder)
+    elif name == "idefics3":
+        write_vlm(settings, texts, vocabulary, seed, folder)
+    else:
+        _write_text_model(name, settings, texts, vocabulary, seed, folder)
+    logger.info("a random %s is in %s", name, folder)
+
+
+def _write_text_model(
+    name: Any, settings: dict[str, Any], texts: Iterator[str], vocabulary: int, seed: int, folder: Path
+) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    name = settings.pop("model_type", None)
     try:
         kind = type(AutoConfig.for_model(name))
     except ValueError as error:
         raise ConfigError(f"config: model_type {name!r}: must be bert, llama, qwen3 or another") from error
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING
-    texts = (passage.contents for passage in islice(passages, _PASSAGES_READ))
-    tokenizer = (_word_pieces if masked else _byte_pairs)(texts, vocabulary)
+    tokenizer = (_word_pieces if masked else byte_pairs)(texts, vocabulary)
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
     config = AutoConfig.for_model(name, **{**ids, **settings, "vocab_size": len(tokenizer)})
     with torch.random.fork_rng():
@@ -72,7 +94,6 @@ def _write(settings: dict[str, Any], passages: Corpus, vocabulary: int, seed: in
         of.from_config(config).save_pretrained(folder)
     tokenizer.model_max_length = min(getattr(config, "max_position_embeddings", 512), 512)
     tokenizer.save_pretrained(folder)
-    logger.info("a random %s with %d tokens is in %s", name, len(tokenizer), folder)
 
 
 def _word_pieces(texts: Iterator[str], vocabulary: int) -> Any:
@@ -96,7 +117,7 @@ def _word_pieces(texts: Iterator[str], vocabulary: int) -> Any:
     )
 
 
-def _byte_pairs(texts: Iterator[str], vocabulary: int) -> Any:
+def byte_pairs(texts: Iterator[str], vocabulary: int) -> Any:
     """A tokenizer of byte pairs as GPT-2's, which adds no tokens of its own to a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
