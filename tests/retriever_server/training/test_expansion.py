@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,3 +74,29 @@ def test_the_command_expands(corpus: Corpus, tmp_path: Path, capsys: pytest.Capt
     assert main(["expand", "--corpus", str(corpus.path), "--out", str(out), "--generator", generator]) == 0
     assert "expanded passages in" in capsys.readouterr().out
     assert Corpus(out)[0].metadata["expansion"] == "WORD 0"
+
+
+def test_queries_of_a_sequence_to_sequence_model_are_as_many_as_asked_for(corpus: Corpus, tmp_path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "t", "word", *map(str, range(10))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(tmp_path / "t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=len(words), decoder_start_token_id=0, **sizes)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    arguments = {"model": str(tmp_path / "t5"), "count": 3, "top": 5, "max_tokens": 4}
+    of = "retriever_server.training.expansion.Seq2SeqQueries"
+    generator = json.dumps({"class_path": of, "init_args": arguments})
+    written = []
+    for name in ("one", "again"):
+        options = [f"--corpus={corpus.path}", f"--out={tmp_path / name}", f"--generator={generator}"]
+        assert main(["expand", *options]) == 0
+        written.append([passage.metadata["expansion"] for passage in Corpus(tmp_path / name)])
+    assert written[0] == written[1] and len(set(written[0])) > 1
+    assert max(len(text.split()) for text in written[0]) <= 3 * 4
