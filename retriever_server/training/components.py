@@ -10,7 +10,7 @@ from typing import Any
 from data.errors import ConfigError, SleuthError
 from retriever_server.training.recipe import RetrieverRecipe
 
-_OURS = ("models", "sparse", "decoders", "distill", "info_nce", "m3", "llm2vec")
+_OURS = ("models", "vision", "sparse", "decoders", "distill", "info_nce", "m3", "llm2vec")
 _LOSSES = {
     "dense": "sentence_transformers.sentence_transformer.losses",
     "sparse": "sentence_transformers.sparse_encoder.losses",

@@ -67,7 +67,7 @@ def _write(
     if name == "vit":
         write_vit(settings, seed, folder)
     elif name == "idefics3":
-        write_vlm(settings, texts, vocabulary, seed, folder)
+        write_vlm(settings, byte_pairs(texts, vocabulary), seed, folder)
     else:
         _write_text_model(name, settings, texts, vocabulary, seed, folder)
     logger.info("a random %s is in %s", name, folder)

@@ -1,0 +1,223 @@
+"""Model builders for pages: DSE, ColPali and GME from a vision-language model, and two small towers.
+
+As in `models.py`: what a recipe's `model.class_path` names, and what takes `(base, **options)`. What is
+encoded may be a text, an image, or (not with two towers) both together.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from data.errors import ConfigError
+from retriever_server.encoders.eos import append_eos
+from retriever_server.training.models import Base, _assemble, _similarity, _transformer
+
+_PICTURES = {
+    model_type: "<|vision_start|><|image_pad|><|vision_end|>"
+    for model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+}
+"""How an image is written where it is more than the image token of the processor."""
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Template = Literal["plain", "own"]
+
+
+def dse(
+    base: Base,
+    pooling: Literal["eos", "mean"] = "eos",
+    normalise: bool = True,
+    query_prompt: str = "",
+    passage_prompt: str = "What is shown in this image?",
+    template: Template = "plain",
+    images: dict[str, Any] | None = None,
+    eos: str | None = None,
+    max_tokens: int | None = None,
+    attention: Attention = "sdpa",
+    dtype: str = "float32",
+) -> Any:
+    """One vector an item from a vision-language model: the EOS token behind it (Ma et al. 2024, DSE).
+
+    template: plain puts images first, then the prompt and the text (so that a text that is too long is cut,
+    and no image); own is the chat template of the model. images: what of its image processor differs, such
+    as {size: {longest_edge: 512}}. Raises ConfigError for a model that reads no images.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    transformer = _vision_language(base, template, images, 0, eos, max_tokens, attention, dtype)
+    mode = "lasttoken" if pooling == "eos" else pooling
+    pool: Any = Pooling(transformer.get_embedding_dimension(), mode)  # type: ignore[arg-type]
+    modules = [transformer, pool, *([Normalize()] if normalise else [])]
+    return _assemble(SentenceTransformer, modules, query_prompt, passage_prompt, _similarity(normalise))
+
+
+def gme(
+    base: Base,
+    instruction: str = "Find a page that answers the question.",
+    images: dict[str, Any] | None = None,
+    template: Template = "plain",
+    max_tokens: int | None = None,
+    attention: Attention = "sdpa",
+    dtype: str = "float32",
+) -> Any:
+    """One space for texts, images and both together; `instruction` on the query (Zhang et al. 2024, GME)."""
+    return dse(
+        base, "eos", True, f"{instruction} " if instruction else "", "", template, images,
+        max_tokens=max_tokens, attention=attention, dtype=dtype,
+    )  # fmt: skip
+
+
+def colpali(
+    base: Base,
+    dimension: int = 128,
+    augmentation: int = 10,
+    only_patches: bool = False,
+    query_prompt: str = "",
+    passage_prompt: str = "",
+    template: Template = "plain",
+    images: dict[str, Any] | None = None,
+    max_tokens: int | None = None,
+    attention: Attention = "sdpa",
+    dtype: str = "float32",
+) -> Any:
+    """A vector of `dimension` a token and patch, scored by MaxSim (Faysse et al. 2024, ColPali).
+
+    augmentation: so many EOS tokens behind every query (template plain). only_patches: of a passage with
+    an image nothing else is kept; where passages are texts, too, they would have no vectors.
+    """
+    import torch
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    transformer = _vision_language(
+        base, template, images, augmentation, None, max_tokens, attention, dtype, appended=False
+    )
+    project = Dense(
+        transformer.get_embedding_dimension(), dimension, bias=False, module_input_name="token_embeddings",
+        activation_function=torch.nn.Identity(),
+    )  # fmt: skip
+    kept = [_image_token(transformer.processor)[1]] if only_patches else None
+    modules: list[Any] = [transformer, project, MultiVectorMask(keep_only_token_ids=kept)]
+    modules.append(Normalize("token_embeddings"))
+    return _assemble(MultiVectorEncoder, modules, query_prompt, passage_prompt, None)
+
+
+def two_tower_pages(
+    base: Base,
+    image_base: Base,
+    vectors: Literal["one", "many"] = "one",
+    dimension: int = 128,
+    text_pooling: str = "mean",
+    image_pooling: str = "mean",
+    query_prompt: str = "",
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+) -> Any:
+    """A text tower and a vision tower (ViT, SigLIP's, ...) that meet in `dimension`: small DSE or ColPali.
+
+    vectors: one a text and image, of length 1; or many, one a token and patch, scored by MaxSim. An item
+    that is an image and a text has no tower. Raises ConfigError for an image_base that reads none.
+    """
+    import sentence_transformers as st
+    from sentence_transformers.base.modules import Normalize, Router
+
+    text, image = _transformer(base, max_tokens, dtype), _transformer(image_base, None, dtype)
+    if "image" not in image.modality_config:
+        raise ConfigError(f"image_base: a {image.config.model_type} model reads no images")
+    many = vectors == "many"
+    tower = _late_tower if many else _pooled_tower
+    towers = {
+        "text": tower(text, text_pooling, dimension),
+        "image": tower(image, image_pooling, dimension),
+    }
+    router = Router(towers, route_mappings={(None, name): name for name in towers})
+    modules = [router, Normalize("token_embeddings") if many else Normalize()]
+    of = st.MultiVectorEncoder if many else st.SentenceTransformer
+    return _assemble(of, modules, query_prompt, "", None if many else "cosine")
+
+
+def _pooled_tower(transformer: Any, pooling: str, dimension: int) -> list[Any]:
+    import torch
+    from sentence_transformers.base.modules import Dense
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if pooling not in Pooling.POOLING_MODES:
+        raise ConfigError(f"pooling {pooling!r}: must be one of {', '.join(Pooling.POOLING_MODES)}")
+    size = transformer.get_embedding_dimension()
+    pool: Any = Pooling(size, pooling)  # type: ignore[arg-type]
+    return [transformer, pool, Dense(size, dimension, activation_function=torch.nn.Identity())]
+
+
+def _late_tower(transformer: Any, pooling: str, dimension: int) -> list[Any]:
+    import torch
+    from sentence_transformers.base.modules import Dense
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    from retriever_server.encoders.patches import PatchMask
+
+    size, none = transformer.get_embedding_dimension(), torch.nn.Identity()
+    project = Dense(
+        size, dimension, bias=False, module_input_name="token_embeddings", activation_function=none
+    )
+    reads_text = "text" in transformer.modality_config
+    return [transformer, project, MultiVectorMask() if reads_text else PatchMask()]
+
+
+def _vision_language(
+    base: Base,
+    template: Template,
+    images: dict[str, Any] | None,
+    augmentation: int,
+    eos: str | None,
+    max_tokens: int | None,
+    attention: Attention,
+    dtype: str,
+    appended: bool = True,
+) -> Any:
+    """The transformer of a vision-language model with its template; `appended`: EOS behind every item."""
+    transformer = _transformer(base, max_tokens, dtype, model_kwargs={"attn_implementation": attention})
+    processor, tokenizer = transformer.processor, transformer.tokenizer
+    if not {"image", "message"} <= set(transformer.modality_config):
+        raise ConfigError(f"base: a {transformer.config.model_type} model reads no images beside texts")
+    if images:
+        processor.image_processor = type(processor.image_processor).from_dict(
+            {**processor.image_processor.to_dict(), **images}
+        )
+    tokenizer.padding_side = "right"
+    if appended:
+        append_eos(tokenizer, eos)
+    if template == "plain":
+        token, _ = _image_token(processor)
+        picture = _PICTURES.get(transformer.config.model_type, token)
+        processor.chat_template = plain_template(picture, token, tokenizer.eos_token, augmentation)
+        transformer.input_formatter.message_format = "structured"
+    return transformer
+
+
+def _image_token(processor: Any) -> tuple[str, int]:
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise ConfigError(f"base: {type(processor).__name__} has no image token; use template: own")
+    token = getattr(token, "content", token)
+    return token, processor.tokenizer.convert_tokens_to_ids(token)
+
+
+def plain_template(picture: str, token: str, eos: str, augmentation: int = 0) -> str:
+    """A chat template that writes a conversation's images, then its texts, and nothing around them.
+
+    picture: what is written for an image; token: its image token, which texts cannot name. Behind a query
+    come `augmentation` tokens `eos`.
+    """
+    parts = "{%- for message in messages if message.content is not string -%}{%- for part in message.content "
+    shown = f"if part.type == 'image' -%}}{{{{- {json.dumps(picture)} -}}}}{{%- endfor -%}}{{%- endfor -%}}"
+    said = (
+        "{%- for message in messages -%}{%- if message.content is string -%}"
+        f"{{{{- message.content | replace({json.dumps(token)}, '') -}}}}{{%- else -%}}"
+        "{%- for part in message.content if part.type == 'text' -%}"
+        f"{{{{- part.text | replace({json.dumps(token)}, '') -}}}}"
+        "{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    )
+    behind = f"{{%- if task == 'query' -%}}{{{{- {json.dumps(eos * augmentation)} -}}}}{{%- endif -%}}"
+    return parts + shown + said + (behind if augmentation else "")
