@@ -14,12 +14,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
 
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverTimeout, RetrieverUnavailable
-from data.records import Hit
+from data.records import Hit, Item, Passage
 from retriever_server.retriever import Filter, Query, Retriever
 
 _log = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class _Joined(Retriever):
     def _name(self, generations: Sequence[str]) -> str:
         return f"{self._label}({'+'.join(generations)})"
 
-    def _ask(self, queries: Sequence[Query], k: int, where: Filter | None) -> list[Future[Rankings]]:
-        return [
-            _start(part, gate, queries, k, where) for part, gate in zip(self.parts, self._gates, strict=True)
-        ]
+    def _ask(self, asked: Sequence[Sequence[Query]], k: int, where: Filter | None) -> list[Future[Rankings]]:
+        """The search of each part for what it is asked, under way."""
+        each = zip(self.parts, self._gates, asked, strict=True)
+        return [_start(part, gate, queries, k, where) for part, gate, queries in each]
 
     def describe(self) -> dict[str, Any]:
         """What it is made of."""
@@ -70,6 +71,9 @@ class Fuse(_Joined):
     convex: the sum of weight * score, the scores of each part brought to one scale over its `depth` hits:
     `min-max` to [0, 1], `z-score` to mean 0 and spread 1. What a part did not find counts as its last hit.
     Ties keep the order of the parts. Raises DataError where an id means different passages, or is empty.
+
+    A text index and an index of screenshots go together: a text is asked of both, an image of the parts
+    that take images. An id may name a text in one corpus and its image in another.
     """
 
     def __init__(
@@ -93,19 +97,34 @@ class Fuse(_Joined):
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> Rankings:
         """The `k` passages of each query with the best joined score."""
-        futures = self._ask(queries, max(k, self.depth), where)
-        found = [future.result() for future in futures]  # part, query, rank
+        taken = [self._taken(part, queries) for part in self.parts]
+        if not all(any(part) for part in zip(*taken, strict=True)):
+            raise DataError("none of the retrievers that are fused takes images, and a query holds one")
+        asked = [list(compress(queries, part)) for part in taken]
+        futures = self._ask(asked, max(k, self.depth), where)
+        found = [future.result() for future in futures]  # part, query that it took, rank
         generation = self._name([_answered(*pair) for pair in zip(self.parts, found, strict=True)])
-        return [self._join(rankings, k, generation) for rankings in zip(*found, strict=True)]
+        rows = [_spread(rankings, part) for rankings, part in zip(found, taken, strict=True)]
+        return [self._join(rankings, k, generation) for rankings in zip(*rows, strict=True)]
+
+    def takes_images(self) -> bool:
+        """Whether one of the parts does."""
+        return any(part.takes_images() for part in self.parts)
+
+    @staticmethod
+    def _taken(part: Retriever, queries: Sequence[Query]) -> list[bool]:
+        """Whether each query is asked of the part."""
+        holds = [isinstance(query, Item) for query in queries]
+        refuses = any(holds) and not part.takes_images()
+        return [not (refuses and held) for held in holds]
 
     def _join(self, rankings: Sequence[list[Hit]], k: int, generation: str) -> list[Hit]:
         passages, scores = {}, {}
         for ranking, weight in zip(rankings, self.weights, strict=True):
             worth, unfound = self._worth(ranking)
             for hit, value in zip(ranking, worth, strict=True):
-                first = passages.setdefault(hit.passage.id, hit.passage)
-                if not first.id or first.text.split() != hit.passage.text.split():
-                    raise DataError(f"id {first.id!r} is not one passage to all parts: they differ in corpus")
+                first = _one_passage(passages.get(hit.passage.id, hit.passage), hit.passage)
+                passages[first.id] = first
                 scores[first.id] = scores.get(first.id, 0.0) + weight * (value - unfound)
         best = sorted(scores, key=lambda passage_id: -scores[passage_id])[:k]
         return [Hit(passages[passage_id], scores[passage_id], generation) for passage_id in best]
@@ -143,7 +162,7 @@ class Sharded(_Joined):
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> Rankings:
         """The best `k` of all parts for each query; raises RetrieverTimeout or RetrieverUnavailable."""
-        futures = self._ask(queries, k, where)
+        futures = self._ask([queries] * len(self.parts), k, where)
         wait(futures, timeout=self.deadline_seconds)
         found, names, failures = [], [], []
         for number, (part, future) in enumerate(zip(self.parts, futures, strict=True), start=1):
@@ -157,6 +176,10 @@ class Sharded(_Joined):
             self._report(failures, everything=not found)
         generation = self._name(names)
         return [_merge(rankings, k, generation) for rankings in zip(*found, strict=True)]
+
+    def takes_images(self) -> bool:
+        """Whether all parts do."""
+        return all(part.takes_images() for part in self.parts)
 
     def _failure(self, number: int, part: Retriever, future: Future) -> RetrieverError | None:
         where = f"part {number} of {len(self.parts)} ({part.generation})"
@@ -205,7 +228,8 @@ class Cached(Retriever):
         """What the retriever behind finds, or found when it was last asked the same."""
         generation, asked = self.generation, (k, json.dumps(where, sort_keys=True))
         with self._lock:
-            known = {query: self._recall((generation, query, *asked)) for query in dict.fromkeys(queries)}
+            keys = {query: (generation, _short(query), *asked) for query in queries}
+            known = {query: self._recall(key) for query, key in keys.items()}
             missing = [query for query, ranking in known.items() if ranking is None]
             hits = sum(known[query] is not None for query in queries)
             self.hits, self.misses = self.hits + hits, self.misses + len(queries) - hits
@@ -218,10 +242,14 @@ class Cached(Retriever):
             with self._lock:
                 for query, ranking in zip(missing, fresh, strict=True):
                     if ranking:
-                        self._kept[(generation, query, *asked)] = ranking
+                        self._kept[keys[query]] = ranking
                 while len(self._kept) > self.size:
                     self._kept.popitem(last=False)
         return [list(known[query] or []) for query in queries]
+
+    def takes_images(self) -> bool:
+        """As the retriever behind."""
+        return self.retriever.takes_images()
 
     def _recall(self, key: tuple) -> list[Hit] | None:
         if key in self._kept:
@@ -236,6 +264,29 @@ class Cached(Retriever):
     def close(self) -> None:
         """Close the retriever behind."""
         self.retriever.close()
+
+
+def _short(query: Query) -> Query:
+    """Equal for equal queries: an image is remembered by its hash alone."""
+    if isinstance(query, str) or isinstance(query.image, str):
+        return query
+    return replace(query, image=hashlib.sha256(query.image).digest())
+
+
+def _spread(rankings: Rankings, taken: Sequence[bool]) -> Rankings:
+    """A ranking a query: an empty one where the part was not asked."""
+    each = iter(rankings)
+    return [next(each) if asked else [] for asked in taken]
+
+
+def _one_passage(first: Passage, other: Passage) -> Passage:
+    """What two parts know of a passage: one its text, another its image. DataError if they differ."""
+    same = first.text.split() == other.text.split()
+    apart = not (first.text and other.text) and (first.image or other.image)
+    if not first.id or not (same or apart):
+        raise DataError(f"id {first.id!r} is not one passage to all parts: they differ in corpus")
+    told, shown = (first, other) if first.text else (other, first)
+    return told if told.image or not shown.image else replace(told, image=shown.image)
 
 
 def _start(

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from data.errors import ConfigError, DataError, RetrieverError
 from data.jsonl import read_json, write_json
 from data.records import Hit, Passage
-from retriever_server.client import Http
+from retriever_server.http import Http
 from retriever_server.retriever import Filter, Query, Retriever, texts_of
+from retriever_server.wire import carried
 
 _STALE_SECONDS = 1.0
 """How long a server's generation is believed."""
@@ -39,7 +40,7 @@ class _FromThreads:
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def ask(self, http: Http, queries: list[str], k: int) -> list[list[Hit]]:
+    def ask(self, http: Http, queries: list[Query], k: int) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
         outcomes = self.run(http.ask(queries, k))
         for outcome in outcomes:
@@ -65,6 +66,7 @@ class Remote(Retriever):
         self._threads = _FromThreads(self._http)
         self._last = ""
         self._asked_at, self._says_generation = -math.inf, True
+        self._takes_images: tuple[str, bool] | None = None  # of a generation
 
     @property
     def generation(self) -> str:
@@ -90,12 +92,38 @@ class Remote(Retriever):
         except (httpx.TransportError, ValueError, AttributeError):
             return ""
 
+    def takes_images(self) -> bool:
+        """What the server says in its /v1/info; True where it is not there: let the search tell."""
+        generation = self.generation
+        if self._takes_images is None or self._takes_images[0] != generation:
+            if (says := self._threads.run(self._ask_takes_images())) is None:
+                return True
+            self._takes_images = generation, says
+        return self._takes_images[1]
+
+    async def _ask_takes_images(self) -> bool | None:
+        import httpx
+
+        try:
+            answer = await self._http._session().get(f"{self._http.url}/v1/info", timeout=_HEALTH_SECONDS)
+            if answer.status_code == 404:
+                return False
+            return "image" in answer.json()["accepts"] if answer.status_code == 200 else None
+        except httpx.TransportError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return False  # another project's, or older than images
+
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """What the server finds; raises a RetrieverError where it does not, at the latest at the deadline."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        http = self._http if where is None else _Filtered(self._http, where)
-        rankings = self._threads.ask(http, texts_of(queries, self._unnamed), k) if queries else []
+        http = self._http
+        if where is not None:
+            http = Http(http.url, http.deadline_seconds, headers=http.headers, where=where)
+            http._sessions = self._http._sessions  # the same connections
+        asked = [carried(query) for query in queries]
+        rankings = self._threads.ask(http, asked, k) if queries else []
         self._last = next((hit.generation for ranking in rankings for hit in ranking), self._last)
         return [
             [hit if hit.generation else replace(hit, generation=self._unnamed) for hit in ranking]
@@ -105,41 +133,6 @@ class Remote(Retriever):
     def close(self) -> None:
         """Close the connections."""
         self._threads.close()
-
-
-class _Filtered(Http):
-    """Asks our own `POST /v1/search`, which knows filters, over the connections of another Http."""
-
-    def __init__(self, http: Http, where: Filter) -> None:
-        super().__init__(http.url, http.deadline_seconds, headers=http.headers)
-        self._sessions, self._where = http._sessions, where
-
-    async def _ask_once(self, queries: list[str], k: int) -> list:
-        body = {"queries": queries, "top_k": k, "where": self._where}
-        found = await self._post("/v1/search", body, _parse_results)
-        if len(found) != len(queries):
-            raise RetrieverError(f"{self.url}: {len(found)} results for {len(queries)} queries")
-        return found
-
-
-def _parse_results(answer: Any) -> list[list[Hit] | RetrieverError]:
-    """The hits, or the error, of each query in an answer of `/v1/search`."""
-    try:
-        return [
-            RetrieverError(result["error"])
-            if result["error"]
-            else [
-                Hit(
-                    Passage(hit["id"], hit["text"], hit["title"], hit["metadata"]),
-                    hit["score"],
-                    hit["generation"],
-                )
-                for hit in result["hits"]
-            ]
-            for result in answer["results"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"no answer of /v1/search ({error!r})") from error
 
 
 class Web(Retriever):

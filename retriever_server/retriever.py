@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.errors import DataError
-from data.records import Hit, Input
+from data.records import Hit, Input, Item
 
 Query = Input
 """What is searched: a text, an image, or both."""
@@ -17,6 +17,11 @@ Filter = Mapping[str, Any]
 
     {"year": 1999, "lang": {"in": ["de", "fr"]}, "pages": {"gte": 10, "lt": 20}}
 """
+
+
+def text_in(query: Query) -> str:
+    """The text of a query; "" where it is an image alone."""
+    return query if isinstance(query, str) else query.text
 
 
 def texts_of(queries: Sequence[Query], what: str) -> list[str]:
@@ -42,6 +47,14 @@ class Retriever(ABC):
         queries (Q,) -> Q lists of at most k hits, fewer only where fewer match. One return type,
         always. Thread-safe. Raises DataError for a filter that is none.
         """
+
+    def takes_images(self) -> bool:
+        """Whether a query may be an image, or hold one. May ask another machine."""
+        return False
+
+    def accepts(self, query: Query) -> bool:
+        """Whether it can search this: every text, and images where it takes them."""
+        return not isinstance(query, Item) or self.takes_images()
 
     def describe(self) -> dict[str, Any]:
         """What `/v1/info` tells of it, as JSON."""

@@ -1,4 +1,4 @@
-"""The JSON of Search-R1's `POST /retrieve`, both ends.
+"""The JSON of Search-R1's `POST /retrieve`, both ends; of our own `POST /v1/search`, as a client needs it.
 
     {"queries": ["..."], "topk": 3 | null, "return_scores": false}
     return_scores true  -> {"result": [[{"document": {...}, "score": 0.83}, ...], ...]}
@@ -6,16 +6,25 @@
 
 One row a query, in their order, whatever their number. A document has id, title, text and
 contents: the quoted title and the text in one field, which is all that some servers send. Ours
-names the `generation` beside the result; clients that do not know it pass over it.
+names the `generation` beside the result, and where a passage is a picture the link to its `thumbnail`;
+clients that do not know them pass over them. A picture travels as bytes, in base64: no file and no URL of
+one end is ever opened by the other because the wire says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from data.errors import DataError
-from data.records import Hit, Passage
+from data.errors import DataError, RetrieverError
+from data.records import Hit, Input, Item, Passage
+
+THUMBNAIL = "/v1/thumbnail/"
+"""Where a server shows the picture of a passage: followed by its id."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,67 @@ def render_hits(rankings: list[list[Hit]], generation: str, return_scores: bool)
     return {"result": rows, "generation": generation}
 
 
-def parse_hits(body: Any) -> list[list[Hit]]:
+def parse_hits(body: Any, url: str = "") -> list[list[Hit]]:
     """The hits in a decoded JSON answer, of ours or of any Search-R1 server, in either score mode.
 
-    Score 0.0 and generation "" where the server sends none. Raises DataError for anything else.
+    Score 0.0 and generation "" where the server sends none. The image of a passage that has one is the
+    address of its thumbnail at `url`, the server's. Raises DataError for anything else.
     """
     rows = body.get("result") if isinstance(body, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise DataError("the answer has no `result` that is a list of rows")
     generation = str(body.get("generation", ""))
-    return [[_parse_hit(item, generation) for item in row] for row in rows]
+    return [[_parse_hit(item, generation, url) for item in row] for row in rows]
+
+
+def render_search(queries: Sequence[Input], k: int, where: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The JSON body that asks `/v1/search`; images must be bytes (`carried`)."""
+    body = {"queries": [_render_query(query) for query in queries], "top_k": k}
+    return body if where is None else {**body, "where": where}
+
+
+def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError]:
+    """The hits, or the error, of each query in an answer of `/v1/search`; images as in `parse_hits`."""
+    try:
+        return [
+            RetrieverError(result["error"])
+            if result["error"]
+            else [Hit(_found_passage(hit, url), hit["score"], hit["generation"]) for hit in result["hits"]]
+            for result in answer["results"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"no answer of /v1/search ({error!r})") from error
+
+
+def carried(query: Input) -> Input:
+    """The query with the bytes of its image in it, read here: what can travel. DataError naming the file."""
+    if isinstance(query, str) or isinstance(query.image, bytes):
+        return query
+    from data.images import png, read_image, split_page
+
+    file, page = split_page(query.image)
+    try:
+        content = Path(file).read_bytes() if page is None else png(read_image(query.image))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from error
+    return replace(query, image=content)
+
+
+def thumbnail_link(passage: Passage) -> str:
+    """The path at which a server shows the picture of the passage."""
+    return THUMBNAIL + quote(passage.id, safe="")
+
+
+def _render_query(query: Input) -> str | dict[str, str]:
+    if isinstance(query, str):
+        return query
+    assert isinstance(query, Item) and isinstance(query.image, bytes)
+    return {"text": query.text, "image": base64.b64encode(query.image).decode()}
+
+
+def _found_passage(hit: Mapping[str, Any], url: str) -> Passage:
+    passage = Passage(hit["id"], hit["text"], hit["title"], hit["metadata"])
+    return replace(passage, image=url + thumbnail_link(passage)) if hit.get("thumbnail") else passage
 
 
 def render_document(hit: Hit) -> dict[str, Any]:
@@ -70,6 +130,8 @@ def render_document(hit: Hit) -> dict[str, Any]:
         document["metadata"] = passage.metadata
         if "url" in passage.metadata:
             document["url"] = passage.metadata["url"]
+    if passage.image:
+        document["thumbnail"] = thumbnail_link(passage)
     return document
 
 
@@ -77,7 +139,7 @@ def _render_scored(hit: Hit) -> dict[str, Any]:
     return {"document": render_document(hit), "score": hit.score}
 
 
-def _parse_hit(item: Any, generation: str) -> Hit:
+def _parse_hit(item: Any, generation: str, url: str) -> Hit:
     document, score = item, 0.0
     if isinstance(item, dict) and "document" in item:
         document, score = item["document"], item.get("score", 0.0)
@@ -92,9 +154,10 @@ def _parse_hit(item: Any, generation: str) -> Hit:
     metadata = metadata if isinstance(metadata, dict) else {}
     if isinstance(document.get("url"), str):
         metadata = {"url": document["url"], **metadata}
-    return Hit(
-        Passage(str(document.get("id", "")), text, str(title or ""), metadata), float(score), generation
-    )
+    passage = Passage(str(document.get("id", "")), text, str(title or ""), metadata)
+    if document.get("thumbnail"):
+        passage = replace(passage, image=url + thumbnail_link(passage))
+    return Hit(passage, float(score), generation)
 
 
 def _split_contents(contents: str) -> tuple[str, str]:

@@ -160,6 +160,10 @@ class EncodedIndex(Index):
             for ranked in rankings
         ]
 
+    def takes_images(self) -> bool:
+        """Whether the encoder reads images."""
+        return self.encoder.spec.inputs != "text"
+
     def describe(self) -> dict[str, Any]:
         """As `Retriever.describe`."""
         of = {"generation": self.generation, "passages": len(self), "dtype": self.manifest.dtype}

@@ -94,7 +94,7 @@ def echoed(queries: list[str]) -> dict:
 def a_look_takes_100_seconds():
     """For the client, each time it looks at its clock: deadlines pass however fast or busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retriever_server.client.time", SimpleNamespace(monotonic=count(0, 100).__next__))
+        patch.setattr("retriever_server.http.time", SimpleNamespace(monotonic=count(0, 100).__next__))
         yield
 
 
