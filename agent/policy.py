@@ -12,12 +12,15 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from agent.packaged import atlas_policy, smollm2_policy
+from agent.vision import Vision, reads_pictures
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, write_json
 
@@ -28,10 +31,11 @@ SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": 
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model and its tokenizer."""
+    """A causal language model and its tokenizer; one that also reads pictures has `vision`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    vision: Vision | None = None
 
     def save(self, folder: Path, protocol: str, state: dict[str, Tensor] | None = None) -> None:
         """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is.
@@ -40,7 +44,7 @@ class Policy:
         they are not those of the model as it is (adapters merged, shards gathered).
         """
         self.model.save_pretrained(folder, state_dict=state)
-        self.tokenizer.save_pretrained(folder)
+        (self.vision.processor if self.vision else self.tokenizer).save_pretrained(folder)
         write_json(folder / PROTOCOL_FILE, {"protocol": protocol})
 
 
@@ -73,16 +77,22 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     if Path(source).exists() and not (Path(source) / "config.json").exists():
         raise ConfigError(f"policy = {name!r}: {source} holds no config.json, so it is no policy folder")
     try:
-        AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        model: Any = model_class(config).from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"policy = {name!r}: neither a policy folder, a short name ({', '.join(SHORT_NAMES)}) "
             f"nor a hub name that can be reached: {reason}"
         ) from error
-    return Policy(model.to(device).eval(), tokenizer)
+    vision = Vision.load(source, config) if reads_pictures(config) else None
+    return Policy(model.to(device).eval(), tokenizer, vision)
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The auto class that loads a policy of this configuration: one that reads pictures, or text alone."""
+    return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
 
 
 def resolve_device(device: str) -> str:

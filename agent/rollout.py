@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,17 @@ from typing import Protocol as Interface
 
 from agent.engines.base import Engine, Sampling
 from agent.protocol import Answer, Invalid, Protocol, Search
-from agent.search_tool import Neutraliser, render_hits
-from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data.errors import RetrieverError
+from agent.search_tool import PICTURE, Neutraliser, render_hits
+from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from agent.vision import Vision
+
+logger = logging.getLogger(__name__)
 
 MIN_OBSERVATION_TOKENS = 32
 """With less room than this an observation would be a wrapper around nothing: the trajectory ends."""
@@ -48,6 +53,8 @@ class Agent:
     sampling: Sampling = field(default_factory=Sampling)
     max_live: int = 256
     """Trajectories alive at once; the engine may admit fewer."""
+    vision: Vision | None = None
+    """The eyes of a policy that is shown the pictures of passages; without, it reads what is written of them."""
 
     @cached_property
     def neutralise(self) -> Neutraliser:
@@ -91,9 +98,21 @@ def encode_prompt(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerB
     """A prompt as it begins a trajectory, text and token ids: in the chat template where there is one."""
     if not (protocol.chat and tokenizer.chat_template):
         return text, tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return text, tokenizer.encode(text, add_special_tokens=False)
+    for content in (text, [{"type": "text", "text": text}]):  # the second as models that see want it
+        messages = [{"role": "user", "content": content}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if text.strip() in prompt:
+            return prompt, tokenizer.encode(prompt, add_special_tokens=False)
+    raise ConfigError(f"protocol {protocol.name}: the policy's chat template drops what the user says")
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """What a policy is shown, as text for people and as tokens."""
+
+    text: str
+    token_ids: list[int]
+    pictures: tuple[Picture, ...] = ()
 
 
 class _Episode:
@@ -106,6 +125,7 @@ class _Episode:
         self.protocol = agent.protocol
         self.segments: list[Segment] = []
         self.token_ids: list[int] = []
+        self.pictures: list[Picture] = []
         self.searches: list[SearchRecord] = []
         self.turns: list[str] = []
         self.invalid_actions = 0
@@ -137,8 +157,9 @@ class _Episode:
                     observation = self._observation(record.hits)
                 case Invalid():
                     self.invalid_actions += 1
-                    observation = self.protocol.invalid
-            self._append(SegmentKind.OBSERVATION, observation, self._encode(observation))
+                    observation = self._lay_out(self.protocol.invalid, [])
+            shown = observation.pictures
+            self._append(SegmentKind.OBSERVATION, observation.text, observation.token_ids, pictures=shown)
         raise AssertionError("the last turn always returns")
 
     async def _complete(self, trajectory_id: str, turn: int) -> str:
@@ -148,7 +169,8 @@ class _Episode:
             stop=self.protocol.stop,
             seed=(self.seed + turn) % 2**63,
         )
-        completion = await self.agent.engine.generate(self.token_ids, sampling, trajectory_id)
+        shown = (self.pictures,) if self.pictures else ()
+        completion = await self.agent.engine.generate(self.token_ids, sampling, trajectory_id, *shown)
         text = str(self.agent.tokenizer.decode(completion.token_ids, skip_special_tokens=False))
         self._append(
             SegmentKind.POLICY,
@@ -164,7 +186,8 @@ class _Episode:
         started = time.monotonic()
         try:
             hits, error = await self.agent.searcher.search(query, self.protocol.top_k), None
-        except RetrieverError as failure:
+            self._see(hits)
+        except (RetrieverError, DataError) as failure:
             hits, error = [], f"{type(failure).__name__}: {failure}"
         self.searches.append(
             SearchRecord(query, hits, time.monotonic() - started, error, len(self.turns) - 1)
@@ -175,9 +198,38 @@ class _Episode:
     def _room(self) -> int:
         return self.protocol.max_context_tokens - len(self.token_ids)
 
-    def _observation(self, hits: list[Hit]) -> str:
+    def _see(self, hits: list[Hit]) -> list[str]:
+        """The pictures that a policy with eyes is shown; DataError naming one that cannot be read."""
+        vision = self.agent.vision
+        sources = [hit.passage.image for hit in hits if hit.passage.image] if vision else []
+        for source in sources:
+            vision.see(source)  # type: ignore[union-attr]
+        return sources
+
+    def _observation(self, hits: list[Hit]) -> _Observation:
         budget = min(self.protocol.max_observation_tokens, self._room)
-        return render_hits(hits, self.protocol, self.agent.neutralise, self._encode, budget)
+        sources = self._see(hits)
+
+        def encode(text: str) -> list[int]:
+            return self._lay_out(text, sources).token_ids
+
+        neutralise, sees = self.agent.neutralise, bool(sources)
+        text = render_hits(hits, self.protocol, neutralise, encode, budget, sees)
+        if text.count(PICTURE) < len(sources):
+            logger.warning("an observation of %d tokens has no room for every picture found", budget)
+        return self._lay_out(text, sources)
+
+    def _lay_out(self, text: str, sources: Sequence[str]) -> _Observation:
+        """The observation with the tokens of a picture at each `PICTURE`."""
+        if not sources:
+            return _Observation(text, self._encode(text))
+        first, *others = text.split(PICTURE)
+        token_ids, pictures = self._encode(first), []
+        for source, after in zip(sources, others, strict=False):
+            shown = self.agent.vision.see(source).token_ids  # type: ignore[union-attr]
+            pictures.append(Picture(source, len(token_ids), len(shown)))
+            token_ids = token_ids + shown + self._encode(after)
+        return _Observation(text.replace(PICTURE, "[picture]"), token_ids, tuple(pictures))
 
     def _encode(self, text: str) -> list[int]:
         return self.agent.tokenizer.encode(text, add_special_tokens=False)
@@ -189,8 +241,11 @@ class _Episode:
         token_ids: list[int],
         logprobs: list[float] | None = None,
         weights_version: int = 0,
+        pictures: tuple[Picture, ...] = (),
     ) -> None:
-        self.segments.append(Segment(kind, token_ids, text, logprobs, weights_version))
+        self.segments.append(Segment(kind, token_ids, text, logprobs, weights_version, pictures))
+        start = len(self.token_ids)
+        self.pictures += [replace(picture, start=start + picture.start) for picture in pictures]
         self.token_ids = self.token_ids + token_ids
         self.on_segment(self.segments[-1])
 

@@ -1,5 +1,7 @@
 """Passages -> observation: rendered, harmless, within its budget.
 
+A passage that is a picture is shown as what was written about it or, to a policy with eyes, as itself.
+
 Retrieved text cannot speak the protocol. Whatever in a passage looks like a control tag, or is a
 special token of the tokenizer, loses its brackets before it enters an observation, so a passage can
 neither close the observation, nor answer, nor change the speaker.
@@ -16,6 +18,10 @@ from data.records import Hit, Passage
 
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
+
+PICTURE = "\ufffc"
+"""Stands for a picture in a rendered observation (Unicode's object replacement character)."""
+UNREADABLE = "[a picture without a description]"
 
 
 class Neutraliser:
@@ -43,19 +49,37 @@ class Neutraliser:
         return defused if defused != found else f"{found[0]} {found[1:]}" if found[1:] else " "
 
 
+def readable(passage: Passage) -> str:
+    """What a policy that only reads is told of a passage: its text, else `caption` or `text` of its metadata.
+
+    A picture that nobody described says so: an empty passage would look like a search gone wrong.
+    """
+    if passage.text.strip() or not passage.image:
+        return passage.text
+    told = (passage.metadata.get(key) for key in ("caption", "text"))
+    return next((text for text in told if isinstance(text, str) and text.strip()), UNREADABLE)
+
+
 def render_hits(
     hits: list[Hit],
     protocol: Protocol,
     neutralise: Neutraliser,
     encode: Encode,
     budget_tokens: int,
+    sees: bool = False,
 ) -> str:
     """The observation for these hits, at most `budget_tokens` long; passage text is cut to fit.
 
-    The wrapper around the passages is always whole. An empty ranking gives an empty wrapper.
+    The wrapper around the passages is always whole. An empty ranking gives an empty wrapper. With `sees`
+    each image is a `PICTURE` before its passage's text, which `encode` must count; it is kept or left out
+    as a whole.
     """
+
+    def harmless(text: str) -> str:
+        return neutralise(text.replace(PICTURE, " "))
+
     passages = protocol.render_passages(
-        [Passage(h.passage.id, neutralise(h.passage.text), neutralise(h.passage.title)) for h in hits]
+        [Passage(h.passage.id, _shown(h.passage, harmless, sees), harmless(h.passage.title)) for h in hits]
     )
 
     def observe(length: int) -> str:
@@ -68,3 +92,9 @@ def render_hits(
         return observe(len(passages))
     # Passage text is cut by characters, never by tokens that would then be decoded and encoded again.
     return observe(bisect_right(range(len(passages)), budget_tokens, key=tokens) - 1)
+
+
+def _shown(passage: Passage, harmless: Callable[[str], str], sees: bool) -> str:
+    if not (sees and passage.image):
+        return harmless(readable(passage))
+    return f"{PICTURE} {harmless(passage.text)}".rstrip()

@@ -6,7 +6,7 @@ stored nowhere else, and no text is ever encoded again: the tokens sampled are t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from data.records import Hit, Question
@@ -34,6 +34,17 @@ class StopReason(StrEnum):
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture among tokens. `source` names it as a passage's `image` does."""
+
+    source: str
+    start: int
+    """Where its tokens begin."""
+    tokens: int
+    """How many stand for it, the markup around it included."""
+
+
+@dataclass(frozen=True)
 class Segment:
     """One span of a trajectory. `text` is for people; training reads `token_ids` only."""
 
@@ -43,6 +54,8 @@ class Segment:
     logprobs: list[float] | None = None
     """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY."""
     weights_version: int = 0
+    pictures: tuple[Picture, ...] = ()
+    """What a policy with eyes was shown; `start` counts in this segment."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,15 @@ class Trajectory:
             for segment in self.segments
             for value in (segment.logprobs or [0.0] * len(segment.token_ids))
         ]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All pictures in order; `start` counts in `token_ids`."""
+        found, offset = [], 0
+        for segment in self.segments:
+            found += [replace(picture, start=offset + picture.start) for picture in segment.pictures]
+            offset += len(segment.token_ids)
+        return found
 
     @property
     def policy_text(self) -> str:

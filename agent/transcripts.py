@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.records import FORMAT_VERSION, Hit, Passage, Question
 
@@ -68,6 +68,8 @@ def _segment_record(segment: Segment, tokens: bool) -> dict[str, Any]:
         record |= {"token_ids": segment.token_ids, "logprobs": segment.logprobs}
     else:
         record["tokens"] = len(segment.token_ids)
+    if segment.pictures:
+        record["pictures"] = [vars(picture) for picture in segment.pictures]
     return record | {"weights_version": segment.weights_version}
 
 
@@ -78,6 +80,7 @@ def _segment(record: Mapping[str, Any]) -> Segment:
         text=record["text"],
         logprobs=None if record["logprobs"] is None else list(record["logprobs"]),
         weights_version=record["weights_version"],
+        pictures=tuple(Picture(**picture) for picture in record.get("pictures", ())),
     )
 
 
@@ -88,6 +91,7 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
             "title": hit.passage.title,
             "text": hit.passage.text,
             **({"metadata": dict(hit.passage.metadata)} if hit.passage.metadata else {}),
+            **({"image": hit.passage.image} if hit.passage.image else {}),
             "score": hit.score,
             "generation": hit.generation,
         }
@@ -105,7 +109,7 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
 def _search(record: Mapping[str, Any]) -> SearchRecord:
     hits = [
         Hit(
-            Passage(hit["id"], hit["text"], hit["title"], hit.get("metadata") or {}),
+            Passage(hit["id"], hit["text"], hit["title"], hit.get("metadata") or {}, hit.get("image", "")),
             hit["score"],
             hit["generation"],
         )

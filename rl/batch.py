@@ -7,14 +7,15 @@ the first trajectory, then those of the second, and so on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from agent.trajectory import Trajectory
+    from agent.trajectory import Picture, Trajectory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class MicroBatch:
     loss_mask: Tensor  # (R, T) bool, True where the token is trained
     sampler_logprobs: Tensor  # (N,), 0 where not sampled (observations, if trained)
     counts: Tensor  # (B,) long, trained tokens of each trajectory
+    pictures: list[Picture] = field(default_factory=list)
+    """What policies with eyes were shown; `start` counts in the flattened rows."""
 
     @property
     def row(self) -> Tensor:
@@ -102,6 +105,12 @@ def _micro_batch(
         for value, trained in zip(t.logprobs, mask, strict=True)
         if trained
     ]
+    starts = accumulate(lengths, initial=0) if packing else range(0, len(rows) * max(lengths), max(lengths))
+    pictures = [
+        replace(picture, start=start + picture.start)
+        for t, start in zip(chosen, starts, strict=False)
+        for picture in t.pictures
+    ]
     return MicroBatch(
         rows,
         token_ids=lay([t.token_ids for t in chosen]),
@@ -111,6 +120,7 @@ def _micro_batch(
         loss_mask=lay(masks, torch.bool),
         sampler_logprobs=torch.tensor(sampled, dtype=torch.float32),
         counts=torch.tensor([sum(mask) for mask in masks]),
+        pictures=pictures,
     )
 
 

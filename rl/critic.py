@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from agent.vision import Vision
 from data.errors import DataError
 from rl.logprobs import hidden_states
 from rl.lora import copy_state, merged_copy
@@ -41,20 +42,20 @@ class Critic(nn.Module):
     whether or not the policy has adapters.
     """
 
-    def __init__(self, trunk: PreTrainedModel) -> None:
+    def __init__(self, trunk: PreTrainedModel, vision: Vision | None = None) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.vision = trunk, vision
         size = trunk.config.get_text_config().hidden_size
         self.head = ValueHead(size, 1, device=trunk.device, dtype=trunk.dtype)
 
     @classmethod
-    def from_policy(cls, model: PreTrainedModel) -> Critic:
+    def from_policy(cls, model: PreTrainedModel, vision: Vision | None = None) -> Critic:
         """A critic whose trunk is a copy of the policy's (adapters merged): same dtype, device and mode."""
-        return cls(merged_copy(model.base_model)).train(model.training)
+        return cls(merged_copy(model.base_model), vision).train(model.training)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Values (N,) in float32 of the states before each trained token of a micro-batch."""
-        return self.head(hidden_states(self.trunk, batch))
+        return self.head(hidden_states(self.trunk, batch, self.vision))
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trunk as `AutoModel.from_pretrained` reads it, and the head beside it.

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig
 
 from agent.engines.hf import CACHE_BLOCK_TOKENS
-from agent.policy import resolve_device, resolve_policy
+from agent.policy import model_class, resolve_device, resolve_policy
 from agent.protocol import Protocol
+from agent.vision import text_trunk
 from data.errors import ConfigError
 from data.run_dir import read_metrics
 from rl.config import TrainConfig
@@ -55,7 +56,7 @@ class Needs:
             why = str(error).strip().splitlines()[0]
             raise ConfigError(f"policy = {config.policy!r}: its config.json cannot be read: {why}") from error
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(found, attn_implementation=_META)
+            model: Any = model_class(found).from_config(found, attn_implementation=_META)
             self.whole, trunk = model.num_parameters(), model.base_model.num_parameters()
             add_lora(model, config.lora)
         self.text: Any = found.get_text_config()
@@ -69,7 +70,7 @@ class Needs:
         self.share = world_size if config.sharding == "fsdp" else 1
         self.stored_bytes = 4 if self.share > 1 else self.dtype.itemsize
         self.copy_bytes = 4 * (self.stored_bytes < 4)  # of the optimiser's own, in float32
-        self.trunk = model.to(self.dtype).base_model
+        self.trunk = text_trunk(model.to(self.dtype).base_model)
         self.batch = -(-config.rollout.questions_per_step // world_size) * config.rollout.group_size
         self.rows = min(self.batch, config.rollout.max_rows)
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from agent.vision import text_trunk
+from data.errors import ConfigError
 from rl.critic import Critic
 from rl.logprobs import Scorer
 from rl.lora import (
@@ -59,15 +61,19 @@ class Learner:
     ) -> None:
         self.policy, self.config, self.protocol, self.workers = policy, config, protocol, workers
         self.model: PreTrainedModel = policy.model
+        vision = policy.vision
+        self.sharded = workers.count > 1 and config.sharding == "fsdp"
+        if self.sharded and vision:  # a process that was shown no picture would hold up the others
+            raise ConfigError("sharding = 'fsdp': not with a policy that reads pictures; allowed: none")
         if config.packing:
-            check_packing(cast(PreTrainedModel, self.model.base_model))
+            check_packing(cast(PreTrainedModel, text_trunk(self.model.base_model)))
         add_lora(self.model, config.lora, config.seed)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.critic = Critic.from_policy(self.model) if config.algorithm.needs_critic else None
-        self.scorer = Scorer(self.model, config.rollout)
-        kept_near = self.scorer if config.lora.rank else reference and Scorer(reference.model, config.rollout)
-        self.sharded = workers.count > 1 and config.sharding == "fsdp"
+        self.critic = Critic.from_policy(self.model, vision) if config.algorithm.needs_critic else None
+        self.scorer = Scorer(self.model, config.rollout, vision=vision)
+        near = reference and Scorer(reference.model, config.rollout, vision=vision)
+        kept_near = self.scorer if config.lora.rank else near
         if self.sharded:
             for module in {self.scorer, self.critic, kept_near} - {None}:
                 _shard(module, config.dtype)

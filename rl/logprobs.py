@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from agent.engines.drawing import kept_tokens
+from agent.vision import Vision, text_trunk
 from rl.packing import packed_arguments
 
 if TYPE_CHECKING:
@@ -29,16 +30,25 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor  # (N,), in nats
 
 
-def hidden_states(trunk: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """The trunk's last hidden states (N, H) at the positions before the trained tokens."""
+def hidden_states(trunk: PreTrainedModel, batch: MicroBatch, vision: Vision | None = None) -> Tensor:
+    """The trunk's last hidden states (N, H) at the positions before the trained tokens.
+
+    vision: of a policy with eyes; the trunk reads the pixels that the sampler read, with their gradient.
+    """
     device = trunk.device
+    inputs = {"input_ids": batch.token_ids.to(device)}
+    if vision is not None:
+        inputs = {"inputs_embeds": vision.embed(trunk, inputs["input_ids"], batch.pictures)}
+        trunk = text_trunk(trunk)
+    elif batch.pictures:
+        raise ValueError("hidden_states: trajectories with pictures need the policy's vision")
     masking = (
         packed_arguments(trunk, batch.lengths)
         if batch.attention_mask is None
         else {"attention_mask": batch.attention_mask.to(device)}
     )
     hidden = trunk(
-        input_ids=batch.token_ids.to(device),
+        **inputs,
         position_ids=batch.position_ids.to(device),
         use_cache=False,
         **masking,
@@ -60,13 +70,19 @@ class Scorer(nn.Module):
     sampler and trainer round differently at the edge.
     """
 
-    def __init__(self, model: PreTrainedModel, rollout: RolloutConfig, chunk_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rollout: RolloutConfig,
+        chunk_tokens: int = 256,
+        vision: Vision | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.rollout, self.chunk_tokens = model, rollout, chunk_tokens
+        self.model, self.rollout, self.chunk_tokens, self.vision = model, rollout, chunk_tokens, vision
 
     def forward(self, batch: MicroBatch, entropy_gradient: bool = False) -> TokenLogprobs:
         """Log-probs of the trained tokens given all before them, and the entropy at each of them."""
-        hidden = hidden_states(self.model.base_model, batch)  # type: ignore[arg-type]  # (N, H)
+        hidden = hidden_states(self.model.base_model, batch, self.vision)  # type: ignore[arg-type]  # (N, H)
         taken = batch.token_ids.flatten()[_trained(batch)].to(hidden.device)
         chunks = zip(hidden.split(self.chunk_tokens), taken.split(self.chunk_tokens), strict=True)
         scores = [

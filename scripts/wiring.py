@@ -62,8 +62,9 @@ def open_agent(
     client = client or open_client(retriever, deadline_seconds)
     spoken = make_protocol(protocol or ProtocolConfig(), policy)
     loaded = load_policy(policy, device, dtype)
-    engine = HFEngine(loaded.model, loaded.tokenizer, max_rows)
-    agent = Agent(engine, loaded.tokenizer, client, spoken, sampling, max_live=2 * max_rows)
+    engine = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=loaded.vision)
+    live = 2 * max_rows
+    agent = Agent(engine, loaded.tokenizer, client, spoken, sampling, live, loaded.vision)
     return OpenedAgent(agent, loaded, client)
 
 

@@ -6,6 +6,7 @@ inside a token, that token stays as it was sampled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,8 @@ from data.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from agent.trajectory import Picture
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,17 @@ class Completion:
 class Engine(Protocol):
     """Serves many trajectories at once; each awaits only its own completion."""
 
-    async def generate(self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str) -> Completion:
-        """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache."""
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        trajectory_id: str,
+        pictures: Sequence[Picture] = (),
+    ) -> Completion:
+        """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache.
+
+        pictures: those among the tokens, for a policy with eyes.
+        """
         ...
 
     async def release(self, trajectory_id: str) -> None:

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,10 @@ from transformers.cache_utils import Cache
 
 from agent.engines.base import Completion, FinishReason, Sampling
 from agent.engines.drawing import draw
+from agent.engines.pictures import Pictures, shared_with_pictures
 from agent.engines.stopping import StopFinder
+from agent.trajectory import Picture
+from agent.vision import Vision
 from data.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,7 @@ class _Row:
 
     index: int
     cached_ids: list[int] = field(default_factory=list)
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(eq=False)
@@ -51,6 +56,7 @@ class _Request:
     sampling: Sampling
     future: asyncio.Future[Completion]
     uniform: random.Random
+    pictures: tuple[Picture, ...] = ()
     tail: str = ""
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -124,6 +130,7 @@ class HFEngine:
         tokenizer: PreTrainedTokenizerBase,
         max_rows: int = 128,
         max_prefill_tokens: int = 16384,
+        vision: Vision | None = None,
     ) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -138,6 +145,7 @@ class HFEngine:
         self.weights_version = 0
         self._window = config.sliding_window if "sliding_attention" in kinds else None
         self._cache = RowCache(model, max_rows)
+        self._pictures = Pictures(model, vision)
         self._rows: dict[str, _Row] = {}
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
         self._writing: dict[int, _Request] = {}  # by row index
@@ -146,12 +154,19 @@ class HFEngine:
         self._task: asyncio.Task[None] | None = None
         self._prefill_due = 0
 
-    async def generate(self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str) -> Completion:
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        trajectory_id: str,
+        pictures: Sequence[Picture] = (),
+    ) -> Completion:
         """Continue the trajectory; only tokens that its row has not seen are fed."""
         if not prompt_ids:
             raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        request = _Request(trajectory_id, list(prompt_ids), sampling, future, random.Random(sampling.seed))
+        uniform, shown = random.Random(sampling.seed), tuple(pictures)
+        request = _Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)
         if len(prompt_ids) >= self.max_length:
             return self._completion(request, FinishReason.LENGTH)
         self._waiting.append(request)
@@ -183,6 +198,7 @@ class HFEngine:
         if state is not None:
             self.model.load_state_dict(state)
         self.weights_version = version
+        self._pictures.forget()
         for row in self._rows.values():
             row.cached_ids.clear()
 
@@ -231,6 +247,8 @@ class HFEngine:
         for request in ready:
             row = self._rows[request.trajectory_id]
             shared = _common_prefix(row.cached_ids, request.prompt_ids[:-1])
+            shared = shared_with_pictures(shared, row.pictures, request.pictures)
+            row.pictures = request.pictures
             del row.cached_ids[shared:]
             fresh[id(request)] = request.prompt_ids[shared:]
         ready = sorted(ready, key=lambda r: len(fresh[id(r)]))
@@ -262,7 +280,8 @@ class HFEngine:
         width = max(map(len, new))
         starts = torch.tensor([len(row.cached_ids) for row in rows])
         counts = torch.tensor([len(ids) for ids in new])
-        length = int((starts + counts).max())
+        ends = starts + counts
+        length = int(ends.max())
         self._cache.reserve(len(self._rows), length)
         offsets = torch.arange(width) - (width - counts[:, None])  # (R, T); negative is padding
         positions = starts[:, None] + offsets
@@ -272,8 +291,9 @@ class HFEngine:
         positions = positions.masked_fill(padding, 0).to(device)
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in new], device=device)
         self._cache.touch([row.index for row in rows], write_at, length)
+        shown = [(len(r.cached_ids), end, r.pictures) for r, end in zip(rows, ends.tolist(), strict=True)]
         logits = self.model(
-            input_ids=input_ids,
+            **self._pictures.inputs(input_ids, shown),
             attention_mask=self._mask(positions, length),
             position_ids=positions,
             past_key_values=self._cache,

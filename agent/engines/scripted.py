@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agent.engines.base import Completion, FinishReason, Sampling
 from agent.engines.stopping import StopFinder
+from agent.trajectory import Picture
 
 
 class ScriptedEngine:
@@ -27,7 +28,13 @@ class ScriptedEngine:
         self.released: list[str] = []
         self._turns: dict[str, int] = {}
 
-    async def generate(self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str) -> Completion:
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        trajectory_id: str,
+        pictures: Sequence[Picture] = (),
+    ) -> Completion:
         """The next scripted turn, up to its first stop string or `max_tokens`."""
         self.prompts.append(list(prompt_ids))
         turn = self._turns[trajectory_id] = self._turns.get(trajectory_id, -1) + 1

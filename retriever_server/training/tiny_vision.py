@@ -75,7 +75,10 @@ def write_vlm(settings: Mapping[str, Any], tokenizer: Any, seed: int, folder: Pa
         Idefics3ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.model_max_length = text["max_position_embeddings"]
     images = Idefics3ImageProcessorPil(
-        do_image_splitting=False, size={"longest_edge": side}, max_image_size={"longest_edge": side}, **_PIXELS
+        do_image_splitting=False,
+        size={"longest_edge": side},
+        max_image_size={"longest_edge": side},
+        **_PIXELS,
     )
     tokens = (side // vision["patch_size"] // scale) ** 2
     Idefics3Processor(images, tokenizer, image_seq_len=tokens, chat_template=_CHAT).save_pretrained(folder)

@@ -85,6 +85,18 @@ def colbert(work: Work) -> Training:
     return Training(model, contrast(1.0, "maxsim"), steps=200, batch_size=32)
 
 
+def m3(work: Work) -> Training:
+    """BGE-M3's three heads, taught by their ensemble."""
+    return Training(
+        tiny(work, "m3", dimension=32, max_tokens=TOKENS), part("M3Loss"), steps=200, batch_size=32
+    )
+
+
+def head(kind: str) -> Make:
+    """One of the three encoders of `m3`."""
+    return lambda work, on: work.encoded(work.trained("m3", m3(work)) / kind, on, f"m3-{kind}")
+
+
 def cross_encoder(work: Work) -> Training:
     """Pairs with BM25 negatives, right or wrong."""
     negatives(work)
@@ -358,6 +370,10 @@ row(
 _parts = (learned("dense", lambda work: dense(work)), learned("splade", splade))
 row("dense+splade", fused(*_parts), against=("dense", "splade"))
 row("dense+bm25", fused(_parts[0], lambda work, on: work.bm25(on)), against=("dense", "bm25"))
+
+for _kind in ("dense", "sparse", "multi"):
+    row(f"m3-{_kind}", head(_kind))
+row("m3", fused(*map(head, ("dense", "sparse", "multi"))), against=("m3-dense", "m3-sparse", "m3-multi"))
 
 row("bm25-small", lambda work, on: work.bm25(on), "c", on=SMALL)
 row("minilm-small", frozen, "c", ("bm25-small",), on=SMALL)

@@ -36,7 +36,7 @@ def main(
     work: str = "runs/retrievers",
     only: list[str] | None = None,
     tables: list[str] | None = None,
-    questions: int = 500,
+    questions: int = 2000,
     steps: int = 10_000,
     rows: bool = False,
     table: bool = False,
