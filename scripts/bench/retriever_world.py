@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,11 @@ class Work:
         encoder = load_encoder(str(model), **options)
         kind = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}[encoder.spec.kind]
         out = self.folder / "indexes" / f"{tag}-{name}"
-        return index_kind(kind).build(self.corpus(name), out, encoder, overwrite=True)
+        build = partial(index_kind(kind).build, self.corpus(name), out, encoder)
+        try:
+            return build()
+        except ConfigError:  # another model's
+            return build(overwrite=True)
 
     def base(self, decoder: bool = False, **config: Any) -> dict[str, Any]:
         """A tiny random transformer whose tokenizer knows the training corpus."""
