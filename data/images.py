@@ -70,10 +70,17 @@ def split_page(source: str) -> tuple[str, int | None]:
     return (match["file"], int(match["page"])) if match else (source, None)
 
 
-def count_pages(path: str | Path) -> int:
-    """How many pages a PDF has; DataError naming it where it cannot be read."""
+def read_pdf(path: str | Path) -> tuple[str, list[str]]:
+    """The title of a PDF and the text on each of its pages, "" on a scan; DataError naming the file."""
     with needs_images(str(path)), _open_pdf(str(path), str(path)) as document:
-        return len(document)
+        title = document.get_metadata_dict(skip_empty=True).get("Title", "")
+        texts = []
+        for number in range(len(document)):
+            try:
+                texts.append(document[number].get_textpage().get_text_bounded().replace("\r\n", "\n").strip())
+            except _pdf_error() as error:
+                raise DataError(f"{path}#page={number + 1}: a broken page: {error}") from error
+        return title.strip(), texts
 
 
 def thumbnail(image: Image, side: int) -> bytes:
@@ -183,9 +190,13 @@ def _open_pdf(path: str, name: str) -> Iterator[PdfDocument]:
             document.close()
 
 
-def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
+def _pdf_error() -> type[Exception]:
     import pypdfium2
 
+    return pypdfium2.PdfiumError
+
+
+def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
     with _open_pdf(path, name) as document:
         if not 1 <= page <= len(document):
             raise DataError(f"{name}: the PDF has {len(document)} pages")
@@ -194,5 +205,5 @@ def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
             width, height = (side * _SCALE for side in opened.get_size())
             _check_size(width, height, name, limits)
             return opened.render(scale=_SCALE).to_pil().convert("RGB")
-        except pypdfium2.PdfiumError as error:
+        except _pdf_error() as error:
             raise DataError(f"{name}: a broken page: {error}") from error
