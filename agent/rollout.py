@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
@@ -54,7 +54,7 @@ class Agent:
     max_live: int = 256
     """Trajectories alive at once; the engine may admit fewer."""
     vision: Vision | None = None
-    """The eyes of a policy that is shown the pictures of passages; without, it reads what is written of them."""
+    """Of a policy that is shown the pictures of passages; without, it reads what is written about them."""
 
     @cached_property
     def neutralise(self) -> Neutraliser:
@@ -216,7 +216,7 @@ class _Episode:
         neutralise, sees = self.agent.neutralise, bool(sources)
         text = render_hits(hits, self.protocol, neutralise, encode, budget, sees)
         if text.count(PICTURE) < len(sources):
-            logger.warning("an observation of %d tokens has no room for every picture found", budget)
+            _warn_of_pictures_left_out()
         return self._lay_out(text, sources)
 
     def _lay_out(self, text: str, sources: Sequence[str]) -> _Observation:
@@ -260,3 +260,8 @@ class _Episode:
             invalid_actions=self.invalid_actions,
             valid_format=answer is not None and well_formed,
         )
+
+
+@cache
+def _warn_of_pictures_left_out() -> None:
+    logger.warning("no room for every picture found: raise protocol.max_observation_tokens (said once)")

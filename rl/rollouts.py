@@ -153,6 +153,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
     def average(values: Sequence[float]) -> tuple[float, float]:
         return float(sum(values)), float(len(values))
 
+    shown = any(t.pictures for t in trajectories)
     stops = Counter(t.stop_reason for t in trajectories)
     scored = [reward for _, reward in pairs if not reward.error]
     right = [t for t in trajectories if exact_match(t.answer, t.question.gold_answers)]
@@ -168,6 +169,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
         "rollout/invalid_actions": average([t.invalid_actions for t in trajectories]),
         "rollout/policy_tokens": average([sum(t.loss_mask) for t in trajectories]),
         "rollout/total_tokens": average([len(t.token_ids) for t in trajectories]),
+        **({"rollout/pictures": average([len(t.pictures) for t in trajectories])} if shown else {}),
         **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
         "policy/correct_logprob": average([logprob for t in right for logprob in _written(t)]),
     }
