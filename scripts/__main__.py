@@ -30,6 +30,7 @@ COMMANDS = {
     "quickstart": Command("scripts.quickstart", "corpus to trained policy, end to end, on a CPU"),
     "atlas": Command("scripts.atlas", "write the embedded corpus and its questions to a folder"),
     "corpus": Command("scripts.corpus", "cut documents into the passages of a corpus", "source"),
+    "render": Command("scripts.render", "draw passages, PDF and HTML pages as pictures", "source"),
     "download": Command("scripts.download", "fetch a file, going on where it stopped", "url"),
     "sizes": Command("scripts.sizes", "what each kind of index costs for a corpus size"),
     "index": Command("scripts.index", "build an index from a corpus"),

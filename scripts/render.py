@@ -1,0 +1,78 @@
+"""`sleuth render`: passages, PDF and HTML pages or images in, pictures and a corpus that names them out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from data.errors import ConfigError
+
+
+def main(
+    source: str,
+    out: str,
+    layouts: str = "page",
+    fonts: str | None = None,
+    width: int = 800,
+    height: int = 1000,
+    font_size: int = 20,
+    shows: Literal["both", "title", "text"] = "both",
+    max_side: int = 0,
+    processes: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> None:
+    """Draw passages, or the pages of PDF and HTML files, as PNG files with a corpus that names them.
+
+    The same source and options give the same bytes; a run that was killed goes on when it is started again.
+
+    Args:
+        source: A corpus (.jsonl), a PDF, HTML or image file, or a folder of those with all its subfolders.
+        out: Folder for corpus.jsonl and pages/.
+        layouts: page, columns, slide, card, note, night; of several, with commas between, a passage has one.
+        fonts: Font files, with commas between; Pillow's own (English letters only) if not given.
+        width: Of drawn passages, in pixels.
+        height: The same.
+        font_size: Of drawn text, in pixels; it is drawn smaller where it would not fit.
+        shows: What of a passage is drawn: both, its title, or its text.
+        max_side: Shrink images and pages of PDFs until no side is longer; 0 leaves them as they are.
+        processes: How many draw; one a core if not given.
+        on_error: What to do with what cannot be read or drawn: stop, or skip it and say so.
+    """
+    from data.page_sources import find_pages
+    from data.rendering import Style, render
+
+    chosen = tuple(filter(None, (fonts or "").split(",")))
+    style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)
+    if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
+        raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
+    passages, skipped = find_pages(source, Path(out) / "html", on_error, _bar("reading files"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    start = time.monotonic()
+    done = render(passages, out, style, processes or cores, on_error, _bar("drawing pages"))
+    rate = len(passages) / max(1e-9, time.monotonic() - start)
+    left_out = f"; skipped {skipped} files and {done.skipped} pages" if skipped or done.skipped else ""
+    print(f"{done.count:,} pages in {done.corpus} ({rate:,.0f}/s){left_out}")
+
+
+def _bar(title: str) -> Any:
+    """A bar with count, time gone and time left, on stderr, where that is a terminal."""
+
+    def shown(items: Iterable[Any], total: int) -> Iterator[Any]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        columns = (title, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            yield from progress.track(items, total=total)
+
+    return shown
