@@ -1,13 +1,15 @@
 """The same retriever to clients of other servers: TEI, OpenAI's embeddings, and MCP.
 
 Vectors are those of the encoder inside the default retriever, scores those of its reranker; where it
-has none, the routes answer 404 and say so. Texts of different requests are encoded together.
+has none, the routes answer 404 and say so. Texts of different requests are encoded together. Where the
+encoder reads images, {"image": base64, "text": "..."} may stand for a text.
 """
 
 from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from data.errors import ConfigError, DataError
 from data.records import Passage
 from retriever_server.batching import Overloaded
 from retriever_server.live import Opened
-from retriever_server.schema import EmbedBody, EmbeddingsBody, RerankBody, documented, read, reply
+from retriever_server.pictures import text_of
+from retriever_server.schema import EmbedBody, EmbeddingsBody, Pictured, RerankBody, documented, read, reply
 from retriever_server.service import QueryFailed, Service, check_unicode
 
 
@@ -28,9 +31,9 @@ def add_adapters(app: FastAPI, service: Service) -> None:
 
     async def embed(request: Request, kind: str) -> Any:
         body = await read(request, EmbedBody, most)
-        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
         role = "query" if body.prompt_name == "query" else "passage"
-        rows = await _encode(service, request, texts, role, kind)
+        rows = await _encode(service, request, inputs, role, kind)
         return [_shorten(row, body.dimensions, body.normalize) for row in rows] if kind == "dense" else rows
 
     @app.post("/embed", openapi_extra=documented(EmbedBody))
@@ -53,8 +56,8 @@ def add_adapters(app: FastAPI, service: Service) -> None:
     async def embeddings(request: Request) -> Response:
         """One vector a text, as OpenAI."""
         body = await read(request, EmbeddingsBody, most)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        rows = await _encode(service, request, texts, "query" if body.is_query else "passage", "dense")
+        inputs = body.input if isinstance(body.input, list) else [body.input]
+        rows = await _encode(service, request, inputs, "query" if body.is_query else "passage", "dense")
         vectors = [_shorten(row, body.dimensions, body.dimensions is not None) for row in rows]
         coded = [_base64(v) if body.encoding_format == "base64" else v.tolist() for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
@@ -81,21 +84,19 @@ def add_adapters(app: FastAPI, service: Service) -> None:
         return reply(sorted(found, key=lambda item: -item["score"]))
 
 
-async def _encode(service: Service, request: Request, texts: list[str], role: Any, kind: str) -> list[Any]:
-    """A row a text: (D,) dense, a csr row sparse, (tokens, D) multi."""
+async def _encode(
+    service: Service, request: Request, inputs: Sequence[str | Pictured], role: Any, kind: str
+) -> list[Any]:
+    """A row an input: (D,) dense, a csr row sparse, (tokens, D) multi."""
     with service.default.current as opened:
         encoder = _inside(opened, "encoder")
         if encoder.spec.kind != kind:
             raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
-        _check_texts(service, texts)
-
-        def work(items: list[str]) -> list[Any]:
-            with opened:
-                vectors = encoder.encode(items, role)
-            return [vectors[[i]] if kind == "sparse" else vectors[i] for i in range(len(items))]
-
-        rows = await service.wait(service.batcher.run((opened, "encode", role), work, texts), request)
+        _check_texts(service, [text_of(each) for each in inputs])
+        rows = await service.wait(service.encode(opened, inputs, role), request)
     failed = next((row for row in rows if isinstance(row, Exception)), None)
+    if isinstance(failed, DataError):
+        raise failed
     if failed is not None:
         raise HTTPException(503, f"encoding failed: {type(failed).__name__}: {failed}")
     return rows

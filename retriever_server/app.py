@@ -13,13 +13,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit
 from retriever_server import dialects, schema
 from retriever_server.adapters import add_adapters, add_mcp, make_mcp
@@ -29,6 +31,7 @@ from retriever_server.live import Live
 from retriever_server.retriever import Retriever
 from retriever_server.schema import Model, documented, read, reply
 from retriever_server.service import ClientGone, Limits, Outcome, QueryFailed, Service
+from retriever_server.wire import thumbnail_link
 
 __all__ = ["Limits", "create_app"]
 
@@ -43,6 +46,7 @@ _TROUBLE: dict[int | str, dict[str, Any]] = {
         413: "Too large",
         422: "A wrong value",
         429: "Too many queries wait; Retry-After says when to come back",
+        501: "A package that reads images or forms is not installed",
         503: "The search failed",
         504: "The deadline has passed",
     }.items()
@@ -88,7 +92,7 @@ def create_app(
             yield
         for task in watching:
             task.cancel()
-        await service.batcher.close()
+        await service.close()
 
     # No documentation pages: they load scripts from other hosts.
     app = FastAPI(title="Sleuth retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -119,27 +123,46 @@ def _add_search(app: FastAPI, service: Service) -> None:
     )
     async def search(request: Request) -> Response:
         """The best passages of each query; a query that fails has an error instead of hits."""
-        body = await read(request, schema.SearchBody, service.limits.max_body_bytes)
+        body = await schema.read_search(request, service.limits.max_body_bytes)
         found = await service.search(
             body.queries, body.top_k, body.where, body.backend, request, body.deadline_seconds, body.stages
         )
         wrong = next((o for o in found.outcomes if isinstance(o, DataError | ConfigError)), None)
         if wrong is not None:
             raise QueryFailed(wrong)
-        results = [_result(outcome) for outcome in found.outcomes]
+        of = "" if found.backend == next(iter(service.backends)) else f"?backend={quote(found.backend)}"
+        results = [_result(outcome, of) for outcome in found.outcomes]
         named = {"backend": found.backend, "generation": found.generation}
         return reply({"results": results, **named, **({"stages": found.stages} if body.stages else {})})
 
+    @app.get(
+        "/v1/thumbnail/{passage_id:path}",
+        response_class=Response,
+        responses={200: {"content": {"image/jpeg": {}}}, 404: {"model": schema.Trouble}, **_TROUBLE},
+    )
+    async def thumbnail(
+        request: Request, passage_id: str, side: int = 256, backend: str | None = None
+    ) -> Response:
+        """The picture of a passage of the corpus, at most `side` pixels wide and high; nothing else."""
+        made = await service.wait(service.thumbnail(passage_id, side, backend), request)
+        if made is None:
+            raise HTTPException(404, f"no picture of a passage {passage_id[:80]!r}")
+        headers = {"Cache-Control": "private, max-age=300", "X-Content-Type-Options": "nosniff"}
+        return Response(made, media_type="image/jpeg", headers=headers)
 
-def _result(outcome: Outcome) -> dict[str, Any]:
+
+def _result(outcome: Outcome, of: str) -> dict[str, Any]:
+    """of: what the link to a picture ends with."""
     if isinstance(outcome, Exception):
         return {"hits": [], "error": str(QueryFailed(outcome))}
-    return {"hits": [_render(hit) for hit in outcome], "error": None}
+    return {"hits": [_render(hit, of) for hit in outcome], "error": None}
 
 
-def _render(hit: Hit) -> dict[str, Any]:
+def _render(hit: Hit, of: str) -> dict[str, Any]:
     passage = hit.passage
     fields = {"id": passage.id, "title": passage.title, "text": passage.text, "metadata": passage.metadata}
+    if passage.image:
+        fields["thumbnail"] = thumbnail_link(passage) + of
     return {**fields, "score": hit.score, "generation": hit.generation}
 
 
@@ -239,10 +262,13 @@ def _answer_with(make: Callable[[Any], Response]) -> Callable[[Request, Any], Aw
 
 _TROUBLES: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
     DataError: _answer_with(lambda error: _trouble(422, str(error))),
+    ConfigError: _answer_with(lambda error: _trouble(501, str(error))),
+    RequestValidationError: _answer_with(lambda error: _trouble(422, schema.first_of(error.errors()))),
     HTTPException: _answer_with(lambda e: _trouble(e.status_code, str(e.detail), e.headers)),
     Overloaded: _answer_with(
         lambda error: _trouble(429, str(error), {"Retry-After": str(error.retry_after_seconds)})
     ),
+    RetrieverError: _answer_with(lambda error: _trouble(503, str(error))),
     TimeoutError: _answer_with(lambda error: _trouble(504, str(error))),
     **dict.fromkeys(
         (ClientGone, ClientDisconnect), _answer_with(lambda error: _trouble(499, "the client has gone"))

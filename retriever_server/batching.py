@@ -23,14 +23,15 @@ from data.errors import (
     RetrieverTimeout,
     RetrieverUnavailable,
 )
+from data.records import Item
 
 _log = logging.getLogger(__name__)
 
-Work = Callable[[list[str]], Sequence[Any]]
+Work = Callable[[list[Any]], Sequence[Any]]
 """Items in, one result each, in their order; runs in a worker thread."""
 
 _FAIL_ALIKE = (ConfigError, DataError, RetrieverUnavailable, RetrieverTimeout)
-"""Errors that no smaller batch would avoid: a wrong filter, nobody there."""
+"""Errors that no smaller batch of texts would avoid: a wrong filter, nobody there."""
 _LONGEST_RETRY_SECONDS = 10
 
 
@@ -87,7 +88,7 @@ class Batcher:
         self._seconds_per_item = self._seconds_per_batch = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def run(self, key: Hashable, work: Work, items: Sequence[str]) -> list[Any]:
+    async def run(self, key: Hashable, work: Work, items: Sequence[Hashable]) -> list[Any]:
         """For each item its result, or the exception it met.
 
         Items of one `key` may be worked on together, by the `work` of any of them. Raises Overloaded.
@@ -197,19 +198,21 @@ class Batcher:
         return min(max(1, math.ceil(expected)), _LONGEST_RETRY_SECONDS)
 
 
-def run_isolated(work: Work, items: list[str]) -> list[Any]:
+def run_isolated(work: Work, items: list[Any]) -> list[Any]:
     """For each item its result or its exception: a failed batch is halved until the bad one is alone."""
     try:
         results = list(work(items))
         if len(results) != len(items):
             raise RetrieverError(f"{len(results)} results for {len(items)} items")
         return results
-    except _FAIL_ALIKE as error:
-        return [error] * len(items)
     except Exception as error:
+        # An image may be at fault alone where a text is not.
+        pictured = isinstance(error, DataError) and any(isinstance(item, Item) for item in items)
+        if isinstance(error, _FAIL_ALIKE) and not (pictured and len(items) > 1):
+            return [error] * len(items)
         if len(items) == 1:
             if not isinstance(error, RetrieverRefused):
-                _log.exception("failed: %.200r", items[0])
+                _log.exception("failed: %.200r", getattr(items[0], "text", items[0]))
             return [error]
     half = len(items) // 2
     return run_isolated(work, items[:half]) + run_isolated(work, items[half:])
@@ -240,4 +243,4 @@ class _Job:
 class _Entry:
     job: _Job
     position: int
-    item: str
+    item: Any

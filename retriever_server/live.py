@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ class Opened:
 
     def find(self, attribute: str) -> Any:
         """Such as its `encoder`: of the retriever or of the first one inside it that has one, or None."""
-        return _find(self.retriever, attribute)
+        return next(iter(self.find_all(attribute)), None)
+
+    def find_all(self, attribute: str) -> list[Any]:
+        """As `find`: all of them, the outermost first."""
+        found = (getattr(part, attribute, None) for part in _inside(self.retriever))
+        return [each for each in found if each]
 
     def __enter__(self) -> Opened:
         with self._lock:
@@ -63,10 +68,12 @@ class Opened:
             self.retriever.close()
 
 
-def _find(retriever: Any, attribute: str) -> Any:
-    found = getattr(retriever, attribute, None)
-    inside = [getattr(retriever, "retriever", None), *getattr(retriever, "parts", ())]
-    return found or next((hit for part in inside if part and (hit := _find(part, attribute))), None)
+def _inside(retriever: Any) -> Iterator[Any]:
+    """A retriever and all that it is made of, the outer before the inner."""
+    yield retriever
+    for part in (getattr(retriever, "retriever", None), *getattr(retriever, "parts", ())):
+        if part:
+            yield from _inside(part)
 
 
 class Live:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from data.errors import ConfigError, DataError, RetrieverError
+from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused
 from data.jsonl import read_json, write_json
 from data.records import Hit, Passage
 from retriever_server.http import Http
@@ -129,6 +129,13 @@ class Remote(Retriever):
             [hit if hit.generation else replace(hit, generation=self._unnamed) for hit in ranking]
             for ranking in rankings
         ]
+
+    def thumbnail_of(self, passage_id: str, side: int) -> bytes | None:
+        """The picture of a passage as the server shows it; None where it has none."""
+        try:
+            return self._threads.run(self._http.picture(Passage(passage_id, ""), side))
+        except RetrieverRefused:
+            return None
 
     def close(self) -> None:
         """Close the connections."""

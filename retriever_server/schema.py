@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
 from data.errors import DataError
+from data.images import needs_images
 
 
 class Body(BaseModel):
@@ -32,6 +36,36 @@ class Stage(Body):
     k: int | None = Field(default=None, description="Hits that it gives; null: what the next looks at.")
 
 
+class Pictured(Body):
+    """What holds an image, or may: asked of /v1/search, given to /embed."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: str | None = Field(
+        None, description="A PNG, JPEG, WebP, GIF, BMP or TIFF file in base64, or as data: URL; no other URL."
+    )
+    text: str = Field("", description="What is said with the image, or alone.")
+
+
+def _kind(value: Any) -> str:
+    return "item" if isinstance(value, dict | Pictured) else "text"
+
+
+def _kind_or_list(value: Any) -> str:
+    return "list" if isinstance(value, list) else _kind(value)
+
+
+TextOrImage = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Pictured, Tag("item")],
+    Discriminator(_kind),
+]
+OneOrMore = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Pictured, Tag("item")]
+    | Annotated[list[TextOrImage], Tag("list")],
+    Discriminator(_kind_or_list),
+]
+
+
 class SearchBody(Body):
     """What `POST /v1/search` asks."""
 
@@ -45,10 +79,11 @@ class SearchBody(Body):
                     "queries": ["river"],
                     "stages": [{"retrieve": "default", "k": 50}, {"rerank": "reranked", "k": 3}],
                 },
+                {"queries": ["river", {"text": "a chart of its depth"}], "top_k": 1},
             ]
         },
     )
-    queries: list[str]
+    queries: list[TextOrImage]
     top_k: int | None = Field(None, description="Passages a query; null: the server's default.")
     where: dict[str, Any] | None = Field(
         None, description='Filter on metadata: {"f": v}, {"f": {"in": [v]}}, {"f": {"gte": a, "lt": b}}.'
@@ -67,6 +102,7 @@ class FoundPassage(BaseModel):
     title: str
     text: str
     metadata: dict[str, Any]
+    thumbnail: str | None = Field(None, description="Where its picture is, if it has one.")
     score: float
     generation: str
 
@@ -145,7 +181,7 @@ class AccessBody(Body):
 class EmbedBody(Body):
     """TEI's `/embed`, `/embed_sparse` and `/embed_all`."""
 
-    inputs: str | list[str]
+    inputs: OneOrMore
     normalize: bool = True
     prompt_name: str | None = Field(None, description='"query" for queries; otherwise passages.')
     dimensions: int | None = Field(None, ge=1)
@@ -167,7 +203,7 @@ class RerankBody(Body):
 class EmbeddingsBody(Body):
     """OpenAI's `/v1/embeddings`; `is_query` as PyLate sends it."""
 
-    input: str | list[str]
+    input: OneOrMore
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
@@ -185,9 +221,13 @@ def parse(model: type[Model], body: Any) -> Model:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "body"
-        raise DataError(f"{place}: {first['msg']}") from None
+        raise DataError(first_of(error.errors(include_url=False, include_input=False))) from None
+
+
+def first_of(errors: Sequence[Any]) -> str:
+    """The first of a validator's errors: "field: what is wrong"."""
+    place = ".".join(map(str, errors[0]["loc"])) or "body"
+    return f"{place}: {errors[0]['msg']}"
 
 
 def documented(model: type[Body]) -> dict[str, Any]:
@@ -196,6 +236,8 @@ def documented(model: type[Body]) -> dict[str, Any]:
     parts = schema.pop("$defs", {})  # a reference would be looked for in the whole description
     inlined = json.loads(json.dumps(schema), object_hook=lambda node: _inline(node, parts))
     content = {"application/json": {"schema": inlined}}
+    if model is SearchBody:
+        content["multipart/form-data"] = {"schema": _form_of(inlined)}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -204,18 +246,75 @@ def _inline(node: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
     return parts[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
 
+def _form_of(search: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the same search as a form: `queries` are its images, each with its text."""
+    fields = {name: field for name, field in search["properties"].items() if name != "queries"}
+    image = {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "Files."}
+    text = {"type": "string", "description": "A query, or what is said with each image."}
+    return {"type": "object", "properties": {"image": image, "text": text, **fields}}
+
+
+async def read_search(request: Request, max_bytes: int) -> SearchBody:
+    """What /v1/search is asked, in JSON or as a form with files."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return await read(request, SearchBody, max_bytes)
+    body = await _read_bytes(request, max_bytes)
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    with needs_images("a form"):
+        import python_multipart  # noqa: F401  # what Starlette reads forms with
+    try:
+        form = await MultiPartParser(request.headers, stream(), max_part_size=max_bytes).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"body: {error.message}") from error
+    try:
+        return parse(SearchBody, await _search_in(form))
+    finally:
+        await form.close()
+
+
+async def _search_in(form: FormData) -> dict[str, Any]:
+    """The body that says the same as a form; other fields than `text` and `backend` are JSON."""
+    body, text, images = {}, "", []
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile) != (name == "image") or name == "queries":
+            raise DataError(f"{name[:40]}: a form asks by `image`, a file, and `text`")
+        if isinstance(value, UploadFile):
+            coded = base64.b64encode(await value.read()).decode()
+            images.append(f"data:{value.content_type or ''};base64,{coded}")
+        elif name == "text":
+            text = value
+        else:
+            body[name] = value if name == "backend" else _json_or_text(value)
+    pictured = [{"image": image, "text": text} for image in images]
+    return {**body, "queries": pictured or ([text] if text else [])}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 async def read(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The body as `model`, read no further than the limit, whatever its Content-Type says."""
+    try:
+        content = json.loads(await _read_bytes(request, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"body: not JSON ({error})") from error
+    return parse(model, content)
+
+
+async def _read_bytes(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
             raise HTTPException(413, f"body: more than {max_bytes} bytes")
-    try:
-        content = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"body: not JSON ({error})") from error
-    return parse(model, content)
+    return bytes(body)
 
 
 def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -12,13 +12,14 @@ from weakref import WeakKeyDictionary
 from starlette.requests import Request
 
 from data.errors import ConfigError, DataError
-from data.records import Hit, Passage
+from data.records import Hit, Input, Item, Passage
 from retriever_server.batching import Batcher, Batching
 from retriever_server.filters import parse_filter
 from retriever_server.live import Live, Opened
 from retriever_server.metrics import Metrics
 from retriever_server.pages import Pages
-from retriever_server.schema import Stage
+from retriever_server.pictures import Pictures, text_of
+from retriever_server.schema import Pictured, Stage
 from retriever_server.stages import Staged
 
 Outcome = list[Hit] | Exception
@@ -37,6 +38,12 @@ class Limits:
     max_body_bytes: int = 8 << 20
     max_deadline_seconds: int = 60
     """The longest that a request may take; then it gets 504."""
+    max_images: int = 16
+    """In one request."""
+    max_image_bytes: int = 4 << 20
+    """Of an image's file; in base64 it is a third longer."""
+    max_image_pixels: int = 20_000_000
+    """Width times height."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -91,6 +98,7 @@ class Service:
             )
         self.backends, self.limits, self.metrics = dict(backends), limits, Metrics()
         self.batcher = Batcher(batching, self.metrics)
+        self.pictures = Pictures(limits.max_images, limits.max_image_bytes, limits.max_image_pixels)
         self.stopping = False
         """Set when it is about to stop: new clients should go elsewhere."""
         self._pages: WeakKeyDictionary[Opened, Pages] = WeakKeyDictionary()
@@ -112,7 +120,7 @@ class Service:
 
     async def search(
         self,
-        queries: list[str],
+        queries: Sequence[str | Pictured],
         top_k: int | None,
         where: Mapping[str, Any] | None = None,
         backend: str | None = None,
@@ -131,8 +139,7 @@ class Service:
         k = top_k or self.limits.default_top_k
         staged = Staged(stages, lambda name: self._backend(name)[1].current, k, self.limits.max_top_k)
         with staged:
-            key = (staged.key, json.dumps(where, sort_keys=True))
-            searching = self.batcher.run(key, lambda items: staged.search(items, where), queries)
+            searching = self._search(staged, queries, where)
             outcomes = await self.wait(searching, request, deadline_seconds)
             report = staged.report()
         name, k = str(stages[0].retrieve), staged.k[-1]
@@ -142,6 +149,37 @@ class Service:
                 queries=len(queries), top_k=k, backend=name, generation=found.generation
             )
         return found
+
+    async def _search(
+        self, staged: Staged, queries: Sequence[str | Pictured], where: Mapping[str, Any] | None
+    ) -> list[Outcome]:
+        asked = await self.pictures.read(queries, "queries")
+        pictured = any(isinstance(query, Item) for query in asked)
+        if pictured and not await asyncio.to_thread(staged.takes_images):
+            raise DataError("queries: one holds an image, and what is asked reads text only")
+        # Texts do not wait for the images of others.
+        key = (staged.key, json.dumps(where, sort_keys=True), pictured)
+        return await self.batcher.run(key, lambda items: staged.search(items, where), asked)
+
+    async def encode(self, opened: Opened, inputs: Sequence[str | Pictured], role: Any) -> list[Any]:
+        """What the encoder inside makes of each input (one row of its vectors), or the exception it met."""
+        encoder, asked = opened.find("encoder"), await self.pictures.read(inputs, "inputs")
+        pictured = any(isinstance(each, Item) for each in asked)
+        if pictured and encoder.spec.inputs == "text":
+            raise DataError("inputs: one holds an image, and the encoder reads text only")
+
+        def work(items: list[Input]) -> list[Any]:
+            with opened:
+                vectors = encoder.encode(items, role)
+            sparse = encoder.spec.kind == "sparse"
+            return [vectors[[i]] if sparse else vectors[i] for i in range(len(items))]
+
+        return await self.batcher.run((opened, "encode", role, pictured), work, asked)
+
+    async def close(self) -> None:
+        """Stop working; whoever still waits is told so."""
+        await self.batcher.close()
+        await self.pictures.batcher.close()
 
     async def wait(self, work: Any, request: Request | None, deadline_seconds: float | None = None) -> Any:
         """What `work` returns; cancelled at the deadline (TimeoutError) or when the client has gone."""
@@ -184,7 +222,8 @@ class Service:
         for name, live in self.backends.items():
             opened = live.current
             about = opened.retriever.describe()
-            described[name] = {**about, "generation": opened.generation}
+            accepts = ["text", "image"] if opened.retriever.takes_images() else ["text"]
+            described[name] = {**about, "generation": opened.generation, "accepts": accepts}
             self.metrics.note_backend(name, opened.generation, about)
         return described
 
@@ -198,15 +237,23 @@ class Service:
             raise DataError(f"backend {name!r}: must be one of {', '.join(self.backends)}")
         return name, self.backends[name]
 
-    def _check(self, queries: list[str], top_k: int | None, where: Mapping[str, Any] | None) -> None:
-        limits, longest = self.limits, max(map(len, queries), default=0)
+    async def thumbnail(self, passage_id: str, side: int, backend: str | None) -> bytes | None:
+        """A JPEG of the picture of a passage in a backend's corpus; None where there is none."""
+        with self._backend(backend)[1].current as opened:
+            return await self.pictures.thumbnail(opened, passage_id, side)
+
+    def _check(
+        self, queries: Sequence[str | Pictured], top_k: int | None, where: Mapping[str, Any] | None
+    ) -> None:
+        texts = [text_of(query) for query in queries]
+        limits, longest = self.limits, max(map(len, texts), default=0)
         if len(queries) > limits.max_queries:
             raise DataError(f"queries: {len(queries)}, at most {limits.max_queries} are allowed")
         if longest > limits.max_query_chars:
             raise DataError(f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed")
         if top_k is not None and not 1 <= top_k <= limits.max_top_k:
             raise DataError(f"topk = {top_k}: must be from 1 to {limits.max_top_k}")
-        check_unicode(queries)
+        check_unicode(texts)
         if where is not None:
             parse_filter(where)
 

@@ -34,6 +34,10 @@ class Staged:
         ]
         self.k = _hits_of_each(stages, [reranker.depth for reranker in self._rerankers], top_k, max_k)
 
+    def takes_images(self) -> bool:
+        """Whether a query may hold an image: of who finds it, since rerankers read texts."""
+        return not self._rerankers and self._opened[0].retriever.takes_images()
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for searches that may travel together."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 
-from data.records import Hit
+from data.errors import ConfigError
+from data.records import Hit, Input, Item
 
 
-def main(query: str, retriever: str, top_k: int = 3, deadline_seconds: float = 30.0) -> None:
-    """Print the best passages for a query.
+def main(
+    retriever: str, query: str = "", image: str = "", top_k: int = 3, deadline_seconds: float = 30.0
+) -> None:
+    """Print the best passages for a query: a text, an image, or an image and what is said with it.
 
     Args:
         query: What to search.
+        image: A picture to search with: a file, or a page of one such as report.pdf#page=3.
         retriever: URL of a server, folder of an index, a .yaml file, none or random:INDEX.
         top_k: How many passages.
         deadline_seconds: How long to wait for a server that does not answer.
     """
-    hits = asyncio.run(_search(query, retriever, top_k, deadline_seconds))
-    _show(query, hits)
+    if not query and not image:
+        raise ConfigError("query: must be given, or an --image")
+    asked = Item(image, query) if image else query
+    _show(query or image, asyncio.run(_search(asked, retriever, top_k, deadline_seconds)))
 
 
-async def _search(query: str, retriever: str, top_k: int, deadline_seconds: float) -> list[Hit]:
+async def _search(query: Input, retriever: str, top_k: int, deadline_seconds: float) -> list[Hit]:
     from retriever_server.client import connect
 
     async with connect(retriever, deadline_seconds) as client:
@@ -40,4 +46,6 @@ def _show(query: str, hits: list[Hit]) -> None:
         head.append(hit.passage.title or hit.passage.id, style="bold")
         head.append(f"  {hit.score:.3f}  {hit.passage.id}", style="dim")
         console.print(head)
+        if hit.passage.image:
+            console.print(Text(hit.passage.image, style="dim"))
         console.print(Text(f"{hit.passage.text}\n"))

@@ -64,6 +64,12 @@ class ServeConfig:
     """The largest request."""
     max_deadline_seconds: int = 60
     """The longest that a request may take."""
+    max_images: int = 16
+    """The most images in one request."""
+    max_image_bytes: int = 4 << 20
+    """The largest image, as a file."""
+    max_image_pixels: int = 20_000_000
+    """The largest image, width times height."""
     batching: Batching = field(default_factory=Batching)
     """How the queries of different requests travel together."""
     watch_seconds: float = 1.0
@@ -178,6 +184,9 @@ def _limits(config: ServeConfig) -> Any:
         config.max_query_chars,
         config.max_body_bytes,
         config.max_deadline_seconds,
+        config.max_images,
+        config.max_image_bytes,
+        config.max_image_pixels,
     )
 
 

@@ -6,12 +6,17 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
+from data.corpus import Corpus
+from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from retriever_server.app import create_app
+from retriever_server.indexes.flat import FlatIndex
 from retriever_server.live import Live
 from retriever_server.retriever import Retriever
 from tests.retriever_server.running import serving
+from tests.retriever_server.test_pictures import Colours
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -124,3 +129,28 @@ def test_a_token_is_asked_for_where_one_is_needed(browser):
         browser.evaluate("document.getElementById('token').value = 't'")
         browser.type("river")
         browser.wait_for(f"{STATUS}.startsWith('3 passages')")
+
+
+def test_pages_are_shown_and_a_picture_is_searched_with(browser, tmp_path):
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (400, 300), colour).save(tmp_path / f"{name}.png")
+    write_jsonl(tmp_path / "c.jsonl", [{"id": n, "title": n, "image": f"{n}.png"} for n in ("red", "blue")])
+    index = FlatIndex.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "flat", Colours())
+    with serving(create_app({"flat": Live(index), "text": Live(Named("g1"))}, token="t")) as url:
+        browser.call("Page.navigate", url=url)
+        browser.wait_for("document.getElementById('token')?.hidden === false")
+        browser.evaluate("document.getElementById('token').value = 't'")
+        browser.type("red")
+        browser.wait_for(f"{STATUS}.startsWith('2 passages')")
+        browser.wait_for("[...document.querySelectorAll('#hits img')].every(i => i.naturalWidth == 400)")
+        assert browser.evaluate(TITLES) == ["1. red", "2. blue"]
+        assert browser.evaluate("document.getElementById('pick').hidden") is False
+        browser.call("DOM.getDocument")
+        place = browser.call("Runtime.evaluate", expression="document.getElementById('image')")["result"]
+        browser.call("DOM.setFileInputFiles", files=[str(tmp_path / "blue.png")], objectId=place["objectId"])
+        browser.wait_for("document.querySelector('#preview img')?.naturalWidth == 400")
+        browser.type("nothing")
+        browser.wait_for(f"{TITLES}[0] == '1. blue'")
+        select = "document.getElementById('backend')"
+        browser.evaluate(f"{select}.value = 'text'; {select}.dispatchEvent(new Event('change'))")
+        assert browser.evaluate("document.getElementById('pick').hidden") is True
