@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
 from agent.engines.base import Engine, Sampling
+from agent.observation import Observation, find_pictures, lay_out
 from agent.protocol import Answer, Invalid, Protocol, Search
 from agent.search_tool import PICTURE, Neutraliser, render_hits
 from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
@@ -106,15 +107,6 @@ def encode_prompt(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerB
     raise ConfigError(f"protocol {protocol.name}: the policy's chat template drops what the user says")
 
 
-@dataclass(frozen=True)
-class _Observation:
-    """What a policy is shown, as text for people and as tokens."""
-
-    text: str
-    token_ids: list[int]
-    pictures: tuple[Picture, ...] = ()
-
-
 class _Episode:
     """The state of one rollout: the ledger so far."""
 
@@ -126,6 +118,7 @@ class _Episode:
         self.segments: list[Segment] = []
         self.token_ids: list[int] = []
         self.pictures: list[Picture] = []
+        self.sources: list[str] = []  # of the pictures that the last search found
         self.searches: list[SearchRecord] = []
         self.turns: list[str] = []
         self.invalid_actions = 0
@@ -157,7 +150,7 @@ class _Episode:
                     observation = self._observation(record.hits)
                 case Invalid():
                     self.invalid_actions += 1
-                    observation = self._lay_out(self.protocol.invalid, [])
+                    observation = Observation(self.protocol.invalid, self._encode(self.protocol.invalid))
             shown = observation.pictures
             self._append(SegmentKind.OBSERVATION, observation.text, observation.token_ids, pictures=shown)
         raise AssertionError("the last turn always returns")
@@ -186,7 +179,7 @@ class _Episode:
         started = time.monotonic()
         try:
             hits, error = await self.agent.searcher.search(query, self.protocol.top_k), None
-            self._see(hits)
+            self.sources = await find_pictures(hits, self.agent.vision, self.agent.searcher)
         except (RetrieverError, DataError) as failure:
             hits, error = [], f"{type(failure).__name__}: {failure}"
         self.searches.append(
@@ -198,38 +191,20 @@ class _Episode:
     def _room(self) -> int:
         return self.protocol.max_context_tokens - len(self.token_ids)
 
-    def _see(self, hits: list[Hit]) -> list[str]:
-        """The pictures that a policy with eyes is shown; DataError naming one that cannot be read."""
-        vision = self.agent.vision
-        sources = [hit.passage.image for hit in hits if hit.passage.image] if vision else []
-        for source in sources:
-            vision.see(source)  # type: ignore[union-attr]
-        return sources
-
-    def _observation(self, hits: list[Hit]) -> _Observation:
+    def _observation(self, hits: list[Hit]) -> Observation:
         budget = min(self.protocol.max_observation_tokens, self._room)
-        sources = self._see(hits)
 
         def encode(text: str) -> list[int]:
-            return self._lay_out(text, sources).token_ids
+            return self._lay_out(text).token_ids
 
-        neutralise, sees = self.agent.neutralise, bool(sources)
+        neutralise, sees = self.agent.neutralise, bool(self.sources)
         text = render_hits(hits, self.protocol, neutralise, encode, budget, sees)
-        if text.count(PICTURE) < len(sources):
+        if text.count(PICTURE) < len(self.sources):
             _warn_of_pictures_left_out()
-        return self._lay_out(text, sources)
+        return self._lay_out(text)
 
-    def _lay_out(self, text: str, sources: Sequence[str]) -> _Observation:
-        """The observation with the tokens of a picture at each `PICTURE`."""
-        if not sources:
-            return _Observation(text, self._encode(text))
-        first, *others = text.split(PICTURE)
-        token_ids, pictures = self._encode(first), []
-        for source, after in zip(sources, others, strict=False):
-            shown = self.agent.vision.see(source).token_ids  # type: ignore[union-attr]
-            pictures.append(Picture(source, len(token_ids), len(shown)))
-            token_ids = token_ids + shown + self._encode(after)
-        return _Observation(text.replace(PICTURE, "[picture]"), token_ids, tuple(pictures))
+    def _lay_out(self, text: str) -> Observation:
+        return lay_out(text, self.sources, self._encode, self.agent.vision)
 
     def _encode(self, text: str) -> list[int]:
         return self.agent.tokenizer.encode(text, add_special_tokens=False)

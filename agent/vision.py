@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -45,7 +47,23 @@ class Vision:
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
         self.processor, self.image_token_id = processor, image_token_id
+        self._folder: TemporaryDirectory[str] | None = None
+        self._kept: dict[str, Path] = {}
         self.see = lru_cache(REMEMBERED_PICTURES)(self._see)
+
+    def keep(self, source: str, content: bytes) -> None:
+        """From here on `source`, which is no file of this machine, is a picture with these bytes."""
+        if source in self._kept:
+            return
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="sleuth-pictures-")
+        path = Path(self._folder.name) / str(len(self._kept))
+        path.write_bytes(content)
+        self._kept[source] = path
+
+    def has(self, source: str) -> bool:
+        """Whether `keep` was given this picture."""
+        return source in self._kept
 
     @classmethod
     def load(cls, source: str, config: PretrainedConfig) -> Vision:
@@ -64,13 +82,13 @@ class Vision:
         return cls(processor, token_id)
 
     def _see(self, source: str) -> Seen:
-        """The tokens and pixels of a picture; `source` is what `data.images.read_image` takes.
+        """The tokens and pixels of a picture: one that is kept, or what `data.images.read_image` takes.
 
         Raises DataError naming the source where it cannot be read.
         """
         out = self.processor(
             text=[self.processor.image_token],
-            images=[[read_image(source)]],
+            images=[[read_image(str(self._kept.get(source, source)))]],
             add_special_tokens=False,
             return_tensors="pt",
         )

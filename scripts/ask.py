@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from data.errors import RetrieverError
-from data.records import Hit, Question
+from data.records import Hit, Passage, Question
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class _WatchedSearcher:
         hits = await self._searcher.search(query, k)
         self._view.show_hits(hits)
         return hits
+
+    async def picture(self, passage: Passage) -> bytes:
+        """As the searcher has it."""
+        return await self._searcher.picture(passage)  # type: ignore[attr-defined]
 
 
 class _View:

@@ -246,3 +246,21 @@ def test_only_what_the_policy_wrote_is_sampled_after_a_picture(policy, pages):
     trajectory, _ = roll(policy, PageSearcher(pages), "<search>0</search>", "<answer>x</answer>")
     kinds = [segment.kind for segment in trajectory.segments if segment.pictures]
     assert kinds == [SegmentKind.OBSERVATION]
+
+
+def test_a_servers_picture_is_asked_of_its_client_once_and_kept(policy, pages):
+    class Served(PageSearcher):
+        asked = 0
+
+        async def picture(self, passage):
+            self.asked += 1
+            return Path(pages[1]).read_bytes()
+
+    searcher, turns = Served(["http://server/v1/thumbnail/a"]), ("<search>0</search>", "<search>0</search>")
+    trajectory, _ = roll(policy, searcher, *turns, "<answer>x</answer>")
+    assert searcher.asked == 1
+    assert {p.source for p in trajectory.pictures} == {"http://server/v1/thumbnail/a@pages"}
+    pixels = policy.vision.see("http://server/v1/thumbnail/a@pages").pixels
+    torch.testing.assert_close(pixels, policy.vision.see(pages[1]).pixels, atol=0, rtol=0)
+    trajectory, _ = roll(policy, PageSearcher(["http://other/v1/thumbnail/a"]), "<search>0</search>")
+    assert "fetches no pictures" in str(trajectory.searches[0].error)

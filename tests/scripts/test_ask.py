@@ -21,7 +21,7 @@ def ask(tmp_path, monkeypatch, capsys):
         policy = Policy(tiny_model("qwen2", 258), byte_tokenizer())
         monkeypatch.setattr(wiring, "load_policy", lambda *_: policy)
         monkeypatch.setattr(
-            wiring, "HFEngine", lambda model, tokenizer, rows: ScriptedEngine(tokenizer, turns)
+            wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
         )
         argv = ["Which fox?", "--policy", str(tmp_path), "--retriever", str(retriever or index), *options]
         status = sleuth.main(["ask", *argv, "--protocol.name", "compact"])

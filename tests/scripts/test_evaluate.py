@@ -39,7 +39,9 @@ def scripted(monkeypatch):
     from agent.engines.scripted import ScriptedEngine
 
     turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
-    monkeypatch.setattr(wiring, "HFEngine", lambda model, tokenizer, rows: ScriptedEngine(tokenizer, turns))
+    monkeypatch.setattr(
+        wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+    )
 
 
 def evaluate(folder, out, *options, retriever=None):
