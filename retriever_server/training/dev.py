@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from data.qrels import Qrels, load_qrels, load_queries
-from data.records import Question
-from retriever_server.encoders.sentence import SentenceEncoder, read_spec
+from data.records import Passage, Question
+from retriever_server.encoders.identity import read_spec
+from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.rerank import Pair, Rerank, Scorer
 from retriever_server.retriever import Retriever
@@ -54,11 +56,12 @@ class DevSet:
             shutil.rmtree(place, ignore_errors=True)
         return means(values)
 
-    def score_encoder(self, model: Any, passage_template: str) -> dict[str, float]:
+    def score_encoder(self, model: Any, passage_template: str, inputs: str | None = None) -> dict[str, float]:
         """The metrics of an encoder, by an exact index of its vectors in float32."""
         from retriever_server.indexes.base import index_kind
 
-        encoder = SentenceEncoder(model, read_spec("the model in training", model, passage_template))
+        spec = read_spec("the model in training", model, passage_template, inputs)
+        encoder = SentenceEncoder(model, spec)
         of = index_kind(_INDEX_OF[encoder.spec.kind])
         return self.score(lambda place: of.build(self.corpus, place, encoder, "float32"))
 
@@ -95,6 +98,11 @@ def _sample(corpus: Corpus, qrels: Qrels, size: int, folder: Path) -> Corpus:
     evenly = [corpus[position] for position in range(0, len(corpus), step)]
     wanted = {passage.id: passage for passage in evenly}
     wanted |= {id_: found for id_ in relevant if (found := corpus.get(id_)) is not None}
-    rows = ({"id": id_, "title": each.title, "text": each.text} for id_, each in sorted(wanted.items()))
-    write_jsonl(folder / "corpus.jsonl", rows)
+    write_jsonl(folder / "corpus.jsonl", map(_record, sorted(wanted.items())))
     return Corpus(folder / "corpus.jsonl")
+
+
+def _record(numbered: tuple[str, Passage]) -> dict[str, str]:
+    id_, passage = numbered
+    image = {"image": os.path.abspath(passage.image)} if passage.image else {}
+    return {"id": id_, "title": passage.title, "text": passage.text, **image}

@@ -3,7 +3,8 @@
     {"query_id": "q1", "query": "capital of Italy", "positives": ["0"], "negatives": ["7", "3"],
      "scores": {"0": 9.1, "7": 2.5}, "answers": ["Rome"], "provenance": {"corpus": "f00d..."}}
 
-Only query and positives must be there. Texts stay in the corpus and are read when a batch needs them.
+Only query (or "query_image", a file) and positives must be there. Texts and images stay where they are and
+are read when a batch needs them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import math
 import mmap
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import parse_line
-from data.records import Passage
+from data.records import Input, Item, Passage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,24 +50,33 @@ class Example:
     answers: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), ..."""
+    query_image: str = ""
+    """What is asked with or instead of a text: a file, or a page of one; where it is written down its path
+    starts at the folder of the examples."""
+
+    @property
+    def asked(self) -> Input:
+        """The query: its text, its image, or both."""
+        return Item(self.query_image, self.query) if self.query_image else self.query
 
     def as_record(self) -> dict[str, Any]:
         """The object of its line; what is empty is left out."""
         lists = {"positives": self.positives, "negatives": self.negatives, "answers": self.answers}
         record: dict[str, Any] = {"query_id": self.query_id, "query": self.query}
+        record["query_image"] = self.query_image and os.path.abspath(self.query_image)
         record |= {name: list(ids) for name, ids in lists.items()}
         record |= {"scores": dict(self.scores or {}), "provenance": dict(self.provenance)}
         return {name: value for name, value in record.items() if value or name in ("query", "positives")}
 
 
-def parse_example(record: Mapping[str, Any]) -> Example:
-    """The example in one record; ValueError says what is wrong with it."""
+def parse_example(record: Mapping[str, Any], folder: str | Path = "") -> Example:
+    """The example in one record of a file in `folder`; ValueError says what is wrong with it."""
     if unknown := set(record) - set(Example.__dataclass_fields__):
         allowed = f"{', '.join(Example.__dataclass_fields__)} (`sleuth convert` reads other formats)"
         raise ValueError(f'unknown key "{min(unknown)}"; allowed: {allowed}')
-    query = record.get("query")
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError('no "query", or an empty one')
+    query, image = record.get("query") or "", record.get("query_image") or ""
+    if not isinstance(query, str) or not isinstance(image, str) or not (query.strip() or image):
+        raise ValueError('no "query" and no "query_image", or an empty one')
     example = Example(
         query=query,
         positives=_strings(record, "positives"),
@@ -74,6 +85,7 @@ def parse_example(record: Mapping[str, Any]) -> Example:
         query_id=str(record.get("query_id") or ""),
         answers=_strings(record, "answers"),
         provenance=_object(record, "provenance"),
+        query_image=os.path.join(folder, image) if image else "",
     )
     if not example.positives:
         raise ValueError(f"query {query[:40]!r} has no positive")
@@ -114,7 +126,8 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = self._starts[index]
         end = self._bytes.find(b"\n", start)
-        return parse_example(parse_line(self._bytes[start : end if end >= 0 else None]))
+        line = self._bytes[start : end if end >= 0 else None]
+        return parse_example(parse_line(line), self.path.parent)
 
     def __reduce__(self) -> Any:
         return Examples, (self.path, self.corpus, self.on_error)  # another process maps the file itself
@@ -134,7 +147,7 @@ class Examples(Sequence[Example]):
                     raise DataError(f"{self.path}:{number}: {error}") from error
                 self._check_corpus(record, number)
                 try:
-                    check_example(example := parse_example(record), self.corpus, ids)
+                    check_example(example := parse_example(record, self.path.parent), self.corpus, ids)
                 except ValueError as error:
                     if self.on_error == "stop":
                         raise DataError(f"{self.path}:{number}: {error}") from error
@@ -143,8 +156,8 @@ class Examples(Sequence[Example]):
                     self._starts.append(start)
                     self._lines.append(number)
                     ids.add(example.query_id)
-                    self.repeated += hash(example.query) in queries
-                    queries.add(hash(example.query))
+                    self.repeated += hash(example.asked) in queries
+                    queries.add(hash(example.asked))
             start += len(line)
         return first
 
@@ -178,7 +191,7 @@ def title_and_text(passage: Passage) -> str:
 
 def as_dataset(
     examples: Examples,
-    render: Callable[[Passage], str] = title_and_text,
+    render: Callable[[Passage], Input] = title_and_text,
     negatives: int = 0,
     form: Form = "tuple",
     labels: bool = False,
@@ -191,7 +204,7 @@ def as_dataset(
     form     tuple   anchor, positive, negative_1 .. negative_n; with `labels`, label: the 1 + n scores
              pair    query, passage, label: 1 or 0, with `labels` the passage's score; 1 + n rows a draw
              list    query, docs, label: lists of at most 1 + n passages and their labels
-    render   the text of a passage: `EncodingSpec.render` of what will serve
+    render   what of a passage is encoded: `EncodingSpec.render` of what will serve; images stay unread
     draws    how often an example stands there. Each time another positive comes up and other negatives, in
              their order; without `negatives` it is the first of each.
     max_characters   longer texts are cut before the tokenizer sees them
@@ -277,10 +290,10 @@ def _lists(
 
 @dataclass(frozen=True)
 class _Resolve:
-    """Positions in, texts out: the transform of a data set, which keeps its columns' names."""
+    """Positions in, items out: the transform of a data set, which keeps its columns' names."""
 
     examples: Examples
-    render: Callable[[Passage], str]
+    render: Callable[[Passage], Input]
     max_characters: int
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -290,13 +303,18 @@ class _Resolve:
         if name == "label":
             return value
         if name in _QUERY.values():
-            return self.examples[value].query[: self.max_characters]
+            return self._cut(self.examples[value].asked)
         if isinstance(value, list):
-            return [self._text(position) for position in value]
-        return self._text(value)
+            return [self._passage(position) for position in value]
+        return self._passage(value)
 
-    def _text(self, position: int) -> str:
-        return self.render(self.examples.corpus[position])[: self.max_characters]
+    def _passage(self, position: int) -> Input:
+        return self._cut(self.render(self.examples.corpus[position]))
+
+    def _cut(self, item: Input) -> Input:
+        if isinstance(item, str):
+            return item[: self.max_characters]
+        return Item(item.image, item.text[: self.max_characters])
 
 
 def _map(path: Path) -> mmap.mmap:

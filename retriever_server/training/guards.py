@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.sentence import (
-    SentenceEncoder,
-    fingerprint,
-    load_encoder,
-    read_spec,
-    save_spec,
-)
+from retriever_server.encoders.identity import fingerprint, read_spec
+from retriever_server.encoders.sentence import SentenceEncoder, load_encoder, save_spec
 from retriever_server.encoders.spec import EncodingSpec, self_test
 from retriever_server.encoders.vectors import rows_of, similarities
 
 _TEXTS = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
 
 
-def training_spec(model: Any, passage_template: str) -> EncodingSpec:
-    """The spec that a model is trained under: its own, with the template of the passages."""
-    return read_spec("the model", model, passage_template)
+def training_spec(model: Any, passage_template: str, inputs: str | None = None) -> EncodingSpec:
+    """The spec that a model is trained under: its own, with the template and the inputs of the passages."""
+    return read_spec("the model", model, passage_template, inputs)
 
 
 def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) -> None:

@@ -57,7 +57,7 @@ class Qwen3InfoNCE(GradCached):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch, a scalar."""
         features = [dict(each) for each in sentence_features]
-        self._texts = [text_keys(each["input_ids"], each["attention_mask"]) for each in features]
+        self._texts = [item_keys(each) for each in features]
         if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
         return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
@@ -131,3 +131,26 @@ def text_keys(ids: Tensor, mask: Tensor) -> Tensor:
     places = mask.long().cumsum(1) * mask
     weights = (places * -7046029254386353131).bitwise_xor(places * 2862933555777941757 + 3037000493)
     return ((ids.long() + 1) * weights * mask).sum(1)
+
+
+def item_keys(features: dict[str, Tensor]) -> Tensor:
+    """A number for each item of a batch, the same for the same tokens and pixels.   -> (B,) int64
+
+    Of a text alone it is that of `text_keys`. Images come as a tensor an item, or as rows of patches with
+    `image_grid_thw` and `num_images_per_sample` (Qwen2-VL); what comes otherwise is the same for no two.
+    """
+    pixels = features.get("pixel_values")
+    keys = text_keys(features["input_ids"], features["attention_mask"]) if "input_ids" in features else None
+    if pixels is None:
+        assert keys is not None, "neither tokens nor pixels"
+        return keys
+    bits = pixels.flatten(1).float().contiguous().view(torch.int32).long()
+    odd = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
+    rows = (bits * odd * -7046029254386353131).sum(1)
+    of, grid = features.get("num_images_per_sample"), features.get("image_grid_thw")
+    if keys is None or len(rows) == len(keys):
+        return rows if keys is None else keys + rows
+    if of is None or grid is None:
+        return torch.randint(-(2**62), 2**62, keys.shape, device=keys.device)
+    item = torch.arange(len(keys), device=keys.device).repeat_interleave(of)
+    return keys.index_add(0, item.repeat_interleave(grid.prod(1)), rows)

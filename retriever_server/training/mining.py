@@ -22,7 +22,7 @@ from data.jsonl import append_jsonl, read_jsonl
 from data.records import Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.rerank import Scorer
-from retriever_server.retriever import Retriever
+from retriever_server.retriever import Retriever, texts_of
 from retriever_server.training.examples import Example
 
 Progress = Callable[[Any], Iterable[int]]
@@ -96,12 +96,12 @@ def mine(
     differing = {key: value for key, value in asdict(rules).items() if value != getattr(Rules, key)}
     provenance = {"corpus": corpus.content_hash, "generation": generation, "rules": differing}
     provenance["scores"] = _name(teacher) if teacher else generation
-    positives: dict[str, dict[str, None]] = {}  # of all examples that ask the same
+    positives: dict[Any, dict[str, None]] = {}  # of all examples that ask the same
     for example in examples:
-        positives.setdefault(_words(example.query), {}).update(dict.fromkeys(example.positives))
+        positives.setdefault(_asked(example), {}).update(dict.fromkeys(example.positives))
 
     def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        known = [positives[_words(example.query)] for example in batch]
+        known = [positives[_asked(example)] for example in batch]
         depth = rules.last_rank + max(map(len, known))
         rankings = search_checked(retriever, batch, depth, corpus, generation)
         goods = [[corpus_passage(corpus, id_) for id_ in ids] for ids in known]
@@ -125,7 +125,7 @@ def search_checked(
     retriever: Retriever, examples: Sequence[Example], depth: int, corpus: Corpus, generation: str
 ) -> list[list[Hit]]:
     """The best `depth` hits of each query; raises as `mine` does."""
-    rankings = retriever.search([example.query for example in examples], depth)
+    rankings = retriever.search([example.asked for example in examples], depth)
     if retriever.generation != generation:
         raise DataError(f"the retriever changed from {generation} to {retriever.generation} meanwhile")
     own = getattr(retriever, "corpus", None)
@@ -152,18 +152,26 @@ def _candidates(
     """What was found between the ranks, each text once, without positives and what has their text."""
     ids = {passage.id for passage in positives}
     others = [hit.passage for hit in hits if hit.passage.id not in ids]
-    seen = {_words(passage.text) for passage in positives}
+    seen = {_shown(passage) for passage in positives}
     found = []
     for passage in others[rules.first_rank - 1 : rules.last_rank]:
         answers = not rules.keep_answers and has_answer(passage.text, example.answers)
-        if not answers and (words := _words(passage.text)) not in seen:
-            seen.add(words)
+        if not answers and (shown := _shown(passage)) not in seen:
+            seen.add(shown)
             found.append(passage)
     return found
 
 
 def _words(text: str) -> str:
     return " ".join(text.lower().split())
+
+
+def _asked(example: Example) -> tuple[str, str]:
+    return _words(example.query), example.query_image
+
+
+def _shown(passage: Passage) -> tuple[str, str]:
+    return _words(passage.text), passage.image
 
 
 def _scores(
@@ -177,14 +185,15 @@ def _scores(
     """The scores by which each query's passages are judged, by id."""
     if isinstance(teacher, Scorer):
         asked = [[*good, *passages] for good, passages in zip(goods, found, strict=True)]
-        pairs = [(e.query, passage) for e, passages in zip(batch, asked, strict=True) for passage in passages]
+        texts = texts_of([example.asked for example in batch], teacher.name)
+        pairs = [(text, passage) for text, each in zip(texts, asked, strict=True) for passage in each]
         given = teacher.score(pairs)
         if wrong := [pair for pair, value in zip(pairs, given, strict=True) if not math.isfinite(value)]:
             raise DataError(f"{teacher.name}: gives no number for query {wrong[0][0][:60]!r}")
         values = iter(given)
         return [{passage.id: float(next(values)) for passage in passages} for passages in asked]
     if teacher:
-        rankings = teacher.search([example.query for example in batch], depth)
+        rankings = teacher.search([example.asked for example in batch], depth)
     return [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
 
 

@@ -36,6 +36,9 @@ class DataConfig:
     """How often an example comes up in an epoch, with other positives and negatives each time."""
     weight: float = 1.0
     """Share of batches, among several sets."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Within the set: weights of kinds of pairs, such as {"text > image": 2, "text > text": 1}; by their
+    number if not given. A batch holds one kind alone."""
     query_prompt: str | None = None
     """Put before the queries of this set while training; the model's own if not given."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -47,6 +50,7 @@ class DataConfig:
         require(self.negatives >= 0, "train.negatives", self.negatives, ">= 0")
         require(self.draws >= 1, "train.draws", self.draws, ">= 1")
         require(self.weight > 0, "train.weight", self.weight, "> 0")
+        require(all(share > 0 for share in self.shares.values()), "train.shares", self.shares, "all > 0")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class RetrieverRecipe:
     """Run folder; OUT/model is the trained model."""
     passage_template: str = "{title}\n{text}"
     """The text of a passage, from {title}, {text} and {contents}; saved with the model."""
+    inputs: Literal["text", "image", "text+image"] | None = None
+    """What of a passage is encoded: its text, its image, or what it has of both; saved with the model. If not
+    given the image where the model reads images, else the text."""
     steps: int | None = None
     """Updates; by `epochs` if not given."""
     epochs: float = 1.0
@@ -130,6 +137,8 @@ class RetrieverRecipe:
     """Updates between lines of metrics."""
     seed: int = 0
     """Of weights that are made, of the order of examples and of dropout."""
+    workers: int = 0
+    """Processes that read, decode and tokenise batches ahead; 0: the training one does it in between."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     wandb: WandbConfig = field(default_factory=WandbConfig)
     resume: bool = False
@@ -151,6 +160,7 @@ class RetrieverRecipe:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, ">= 0")
         require(all(size >= 1 for size in self.matryoshka), "matryoshka", self.matryoshka, "sizes >= 1")
+        require(self.workers >= 0, "workers", self.workers, ">= 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         EncodingSpec("template", "dense", "", 1, passage_template=self.passage_template)  # it can be rendered
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
 from data.settings import LoraConfig
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
@@ -24,6 +25,7 @@ from retriever_server.training.components import build_loss, build_model, kind_o
 from retriever_server.training.dev import DevSet
 from retriever_server.training.examples import Examples, as_dataset
 from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
+from retriever_server.training.items import Opening, Pairs, without_absent_images
 from retriever_server.training.llm2vec import passages_as_dataset
 from retriever_server.training.mixture import Mixture, Shuffled
 from retriever_server.training.recipe import RetrieverRecipe
@@ -57,7 +59,10 @@ def train(
         trainer._load_from_checkpoint(str(latest.path))
         trainer.state.global_step = latest.step
     else:
-        trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
+        except DataError as error:  # from a worker it comes with its traceback in the message
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from error
     if not trainer.args.should_save:
         return None
     best = best_checkpoint(out / "checkpoints") if recipe.export == "best" else None
@@ -86,10 +91,11 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     ]
     model = build_model(recipe)
     kind = kind_of(model)
-    spec = None if kind == "cross" else training_spec(model, recipe.passage_template)
+    spec = None if kind == "cross" else training_spec(model, recipe.passage_template, recipe.inputs)
     if spec is None and recipe.passage_template != "{contents}":
         raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
-    args = _arguments(recipe, kind, model, [len(each) for each in examples])
+    sets = _data(recipe, examples, spec, model)
+    args = _arguments(recipe, kind, spec, sets)
     model.to(args.device)
     loss = build_loss(recipe, model, _processes())
     if spec is not None and args.should_save:  # only the first of several processes can write a model
@@ -99,10 +105,14 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     if recipe.gradient_checkpointing:
         model.transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
     of, _ = trainer_class(kind)
+    data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
     trainer = of(
-        model=model, args=args, loss=loss, train_dataset=_data(recipe, examples, spec),
-        evaluator=_evaluator(recipe, spec), callbacks=[Reporter(log, progress)],
+        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec),
+        callbacks=[Reporter(log, progress)],
     )  # fmt: skip
+    if spec is not None:
+        trainer.data_collator.preprocess_fn = Opening(model)
+        without_absent_images(model)
     trainer.remove_callback(PrinterCallback)
     trainer.best_metric, trainer.keep = _first_metric(recipe), recipe.keep
     return trainer, spec
@@ -121,9 +131,10 @@ def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
         model.save_pretrained(str(partial), create_model_card=False)
     else:
         save_encoder(model, spec, partial)
-        check_saved(SentenceEncoder(model, training_spec(model, spec.passage_template)), partial)
+        saved = training_spec(model, spec.passage_template, spec.inputs)
+        check_saved(SentenceEncoder(model, saved), partial)
         for name, part in getattr(model[-1], "parts", lambda _: {})(model).items():  # M3 is three encoders
-            save_encoder(part, training_spec(part, spec.passage_template), partial / name)
+            save_encoder(part, training_spec(part, spec.passage_template, spec.inputs), partial / name)
     old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -166,11 +177,11 @@ def _add_adapters(model: Any, lora: LoraConfig) -> None:
         raise ConfigError(f"lora.target_modules = {names!r}: {str(error).partition('.')[0]}") from error
 
 
-def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int]) -> Any:
+def _arguments(recipe: RetrieverRecipe, kind: str, spec: EncodingSpec | None, sets: list[TrainSet]) -> Any:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
     bfloat = recipe.precision == "bfloat16"
-    prompts = {} if kind == "cross" else _prompts(recipe, model)
+    prompts = {} if spec is None else _prompts(recipe, spec, sets)
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
     return trainer_class(kind)[1](
@@ -189,10 +200,11 @@ def _arguments(recipe: RetrieverRecipe, kind: str, model: Any, sizes: list[int])
         seed=recipe.seed,
         batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else Shuffled,
         multi_dataset_batch_sampler=partial(
-            Mixture, weights=[each.weight for each in recipe.train], together=_processes()
+            Mixture, weights=[each.weight for each in sets], together=_processes()
         ),
         prompts=prompts,
         router_mapping={} if kind == "cross" else roles,
+        dataloader_num_workers=recipe.workers,
         save_strategy="steps",
         save_steps=recipe.save_every,
         eval_strategy="steps" if recipe.dev.queries else "no",
@@ -215,9 +227,8 @@ def _columns(recipe: RetrieverRecipe) -> list[str]:
     return ["anchor", "positive", *(f"negative_{i}" for i in range(1, most + 1))]
 
 
-def _prompts(recipe: RetrieverRecipe, model: Any) -> dict[str, Any]:
+def _prompts(recipe: RetrieverRecipe, spec: EncodingSpec, sets: list[TrainSet]) -> dict[str, Any]:
     """Column -> prompt, as the model will put it before queries and passages; per set where they differ."""
-    spec = training_spec(model, recipe.passage_template)
 
     def of(query_prompt: str) -> dict[str, str]:
         texts = {c: query_prompt if c == "anchor" else spec.passage_prompt for c in _columns(recipe)}
@@ -231,24 +242,39 @@ def _prompts(recipe: RetrieverRecipe, model: Any) -> dict[str, Any]:
             f"train.query_prompt = {given[0]!r}: of a single set it is the model's own "
             "(model.init_args.query_prompt), which is saved with it"
         )
-    return {_set_name(i): of(prompt) for i, prompt in enumerate(given)}
+    return {each.name: of(given[each.number]) for each in sets}
 
 
-def _set_name(number: int) -> str:
-    return f"set-{number + 1}"
+@dataclass(frozen=True)
+class TrainSet:
+    """What a batch comes from: examples of `recipe.train[number]`, all of one kind of pair."""
+
+    name: str
+    number: int
+    dataset: Any
+    weight: float
 
 
-def _data(recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None) -> Any:
-    render = spec.render_text if spec is not None else lambda passage: passage.contents
-    sets = [
-        passages_as_dataset(each, render)
-        if of.form == "text"
-        else as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
-        for each, of in zip(examples, recipe.train, strict=True)
-    ]
-    if len(sets) == 1:
-        return sets[0]
-    return {_set_name(i): each for i, each in enumerate(sets)}
+def _data(
+    recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None, model: Any
+) -> list[TrainSet]:
+    pictures = spec is not None and "image" in model.modalities
+    if spec is None and recipe.inputs not in (None, "text"):
+        raise ConfigError(f"inputs = {recipe.inputs!r}: a reranker reads no images")
+    render: Any = spec.render if spec is not None else lambda passage: passage.contents
+    sets: list[TrainSet] = []
+    for i, (each, of) in enumerate(zip(examples, recipe.train, strict=True)):
+        name = f"set-{i + 1}"
+        if of.form == "text":
+            sets.append(TrainSet(name, i, passages_as_dataset(each, render), of.weight))
+            continue
+        data = as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
+        if pictures and of.form == "tuple":
+            kinds = Pairs(each, render).split(data, of.shares, of.weight)
+            sets += [TrainSet(f"{name} {kind}", i, *found) for kind, found in kinds.items()]
+        else:
+            sets.append(TrainSet(name, i, data, of.weight))
+    return sets
 
 
 def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None) -> Scores | None:
@@ -257,7 +283,7 @@ def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None) -> Scores | N
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev")
     if spec is None:
         return Scores(dev.score_reranker)
-    return Scores(lambda model: dev.score_encoder(model, spec.passage_template))
+    return Scores(lambda model: dev.score_encoder(model, spec.passage_template, spec.inputs))
 
 
 def _first_metric(recipe: RetrieverRecipe) -> str | None:
