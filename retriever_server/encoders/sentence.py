@@ -2,14 +2,14 @@
 
 Texts are tokenised together, sorted by their number of tokens and cut into batches of about as many
 tokens each, padding included: so that a batch of short texts is large and one of long texts is small.
+Images are read by threads ahead of the model, and cut into batches of about as many pixels each.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,23 +21,33 @@ import numpy as np
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, write_json
 from data.records import FORMAT_VERSION, Input
+from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
+from retriever_server.encoders.loading import load_model
 from retriever_server.encoders.packing import packable, packed_forward
-from retriever_server.encoders.proofs import describe_first, prove
-from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
+from retriever_server.encoders.pictures import (
+    as_model_input,
+    kind_of,
+    one_ahead,
+    patch_token,
+    picture_batches,
+    placeholders,
+    uncut,
+    what_it_takes,
+)
+from retriever_server.encoders.proofs import prove
+from retriever_server.encoders.spec import INPUTS, Encoder, EncodingSpec, Role, self_test
+from retriever_server.encoders.token_pooling import TokenPooling
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
-from retriever_server.retriever import texts_of
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": "MultiVectorEncoder"}
-_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the order of sentence-transformers
 _TASKS = {"query": "query", "passage": "document"}
 _TEXTS_TOKENISED_TOGETHER = 8192
-DEFAULT_TEMPLATE = "{title}\n{text}"
 SPEC_FILE = "encoding_spec.json"
 """Beside a model that was trained here: the spec it was trained under."""
 # On a CPU what fits its caches is fastest; a GPU wants to be filled.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+_BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 27}  # numbers, three a pixel
 _LOADED: WeakValueDictionary[tuple[str, str, str], SentenceEncoder] = WeakValueDictionary()
 
 
@@ -51,11 +61,15 @@ def load_encoder(
     dimension: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    inputs: str | None = None,
+    token_pooling: str = "",
 ) -> SentenceEncoder:
     """The encoder of a sentence-transformers model by name or folder, or the one that a spec describes.
 
     What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
     None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
+    inputs: what of a passage is encoded, text, image or text+image; by default what it was trained with
+    here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
     A spec decides everything but device and dtype; an encoder that is loaded already is shared.
     Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
     DataError if it is not the model of the spec, or its vectors depend on their batch.
@@ -72,7 +86,10 @@ def load_encoder(
     trained = saved_spec(model)
     if trained and passage_template == DEFAULT_TEMPLATE:
         passage_template = trained.passage_template
-    spec = read_spec(model, loaded, passage_template)
+    spec = read_spec(model, loaded, passage_template, inputs or (trained.inputs if trained else None))
+    if TokenPooling.parse(token_pooling) and spec.kind != "multi":
+        raise ConfigError(f"token_pooling {token_pooling!r}: {model} makes no vectors of tokens")
+    spec = replace(spec, token_pooling=token_pooling)
     prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
     spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
     if trained:
@@ -88,6 +105,7 @@ def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncode
     encoder = load_encoder(
         spec.model, spec.kind, spec.query_prompt, spec.passage_prompt, spec.passage_template,
         spec.max_tokens, spec.dimension if spec.kind == "dense" else None, device, dtype,
+        spec.inputs, spec.token_pooling,
     )  # fmt: skip
     if encoder.spec.hash != spec.hash:
         raise DataError(
@@ -115,7 +133,12 @@ def saved_spec(model: str) -> EncodingSpec | None:
 
 
 def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | None) -> None:
-    """A model serves under the spec it was trained under; only its vectors may be cut, and its texts."""
+    """A model serves under the spec it was trained under; only its vectors may be cut or pooled, its texts
+    cut, and what of a passage is encoded chosen."""
+    spec = replace(spec, token_pooling=trained.token_pooling)
+    if spec.inputs != trained.inputs:
+        logger.warning("%s: trained with passages of %s, here %s", spec.model, trained.inputs, spec.inputs)
+        spec = replace(spec, inputs=trained.inputs)
     if dimension is not None:
         spec = replace(spec, dimension=trained.dimension, normalise=trained.normalise)
     if spec.max_tokens != trained.max_tokens:
@@ -135,43 +158,64 @@ class SentenceEncoder(Encoder):
         self._model = model.eval()
         self._lock = threading.Lock()  # fast tokenizers refuse a second thread
         self._packs = spec.kind == "dense" and packable(model)
+        self.takes = what_it_takes(model)
+        self._placeholders, self._patch = placeholders(model), patch_token(model)
+        self._token_pooling = TokenPooling.parse(spec.token_pooling)
         self.batch_tokens = _BATCH_TOKENS.get(model.device.type, 8192)
+        self.batch_pixels = _BATCH_PIXELS.get(model.device.type, 1 << 22)
         if spec.kind == "sparse" and model.device.type != "cpu":
             self.batch_tokens //= 8  # every token has a logit for each word of the vocabulary
         self.real_tokens = 0
         """Tokens of texts encoded so far, and `padded_tokens` what was computed for them."""
         self.padded_tokens = 0
+        self.images = 0
+        """Images encoded so far; the model worked `model_seconds` and waited `waited_seconds` for them."""
+        self.model_seconds = self.waited_seconds = 0.0
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
         """As `Encoder.encode`."""
-        texts = texts_of(inputs, self.spec.model)
-        starts = range(0, len(texts), _TEXTS_TOKENISED_TOGETHER) or [0]
+        kinds = np.array([kind_of(each) for each in inputs])
+        for kind in sorted({*kinds.tolist()} - self.takes):
+            raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
+        groups = [rows for kind in INPUTS if len(rows := np.flatnonzero(kinds == kind))]
+        if not groups:
+            return no_vectors(self.spec.kind, self.spec.dimension)
         with self._lock:
-            parts = [self._encode(texts[i : i + _TEXTS_TOKENISED_TOGETHER], role) for i in starts]
-        return concatenate(parts)
+            parts = [self._encode([inputs[int(i)] for i in rows], role) for rows in groups]
+        return parts[0] if len(parts) == 1 else take(concatenate(parts), np.argsort(np.concatenate(groups)))
 
-    def _encode(self, texts: list[str], role: Role) -> Vectors:
+    def _encode(self, inputs: list[Input], role: Role) -> Vectors:
+        """The vectors of texts alone, of images alone or of both together, at least one."""
+        if kind_of(inputs[0]) != "text":
+            return self._in_order(self._picture_batches(inputs, role), role)
+        size = _TEXTS_TOKENISED_TOGETHER
+        parts = [inputs[i : i + size] for i in range(0, len(inputs), size)]
+        return concatenate([self._in_order(self._batches(part, role), role) for part in parts])
+
+    def _in_order(self, batches: Iterator[tuple[np.ndarray, dict[str, Any]]], role: Role) -> Vectors:
         import torch
 
         order, parts = [], []
         with torch.inference_mode():
-            for rows, features in self._batches(texts, role):
+            for rows, features in batches:
                 on_device = {
                     key: value.to(self._model.device) if torch.is_tensor(value) else value
                     for key, value in features.items()
                 }
                 order.append(rows)
-                parts.append(self._vectors(self._forward(on_device, role)))
-        if not texts:
-            return no_vectors(self.spec.kind, self.spec.dimension)
+                parts.append(self._vectors(self._forward(on_device, role), role))
         return take(concatenate(parts), np.argsort(np.concatenate(order)))
 
-    def _batches(self, texts: list[str], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """Positions of texts, and the features of these, trimmed to the longest of them."""
-        if not texts:
-            return
+    def _preprocess(self, inputs: list[Any], role: Role, **options: Any) -> dict[str, Any]:
         prompt = self.spec.query_prompt if role == "query" else self.spec.passage_prompt
-        features = self._model.preprocess(texts, prompt=prompt or None, task=_TASKS[role])
+        return self._model.preprocess(inputs, prompt=prompt or None, task=_TASKS[role], **options)
+
+    def _batches(self, texts: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Positions of texts, and the features of these, trimmed to the longest of them."""
+        wrapped: list[Any] = texts
+        if self.takes != {"text"}:
+            wrapped = [as_model_input(text, placeholders=self._placeholders) for text in texts]
+        features = self._preprocess(wrapped, role)
         mask = features.get("attention_mask")
         if mask is None or mask.ndim != 2:  # bags of words have no padding
             yield np.arange(len(texts)), features
@@ -187,19 +231,40 @@ class SentenceEncoder(Encoder):
             columns = slice(mask.shape[1] - width, None) if padded_left else slice(0, width)
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
 
+    def _picture_batches(self, items: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Positions of items that hold images, and the features of these, made while the model works."""
+
+        def process(items: list[Input], pictures: list[Any]) -> dict[str, Any]:
+            each = zip(items, pictures, strict=True)
+            given = [as_model_input(item, picture, self._placeholders) for item, picture in each]
+            return uncut(self._model, given, lambda inputs, **k: self._preprocess(inputs, role, **k))
+
+        batches, began = one_ahead(picture_batches(items, process, self.batch_pixels)), time.monotonic()
+        for rows, features in batches:
+            ready = time.monotonic()
+            self.waited_seconds += ready - began
+            yield rows, features
+            began = time.monotonic()
+            self.model_seconds += began - ready
+            self.images += len(rows)
+
     def _forward(self, features: dict[str, Any], role: Role) -> dict[str, Any]:
         if self._packs:
             out, computed = packed_forward(self._model, features)
         else:
-            out, computed = self._model(features, task=_TASKS[role]), features["input_ids"].numel()
+            tokens = features.get("input_ids")  # a vision tower alone has none
+            out, computed = self._model(features, task=_TASKS[role]), 0 if tokens is None else tokens.numel()
         self.padded_tokens += computed
         return out
 
-    def _vectors(self, out: dict[str, Any]) -> Vectors:
+    def _vectors(self, out: dict[str, Any], role: Role) -> Vectors:
         if self.spec.kind == "multi":
-            kept = [e[m] for e, m in zip(out["token_embeddings"], out["attention_mask"].bool(), strict=True)]
-            offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
-            return Multi(self._finish(np.concatenate([_numpy(vectors) for vectors in kept])), offsets)
+            masks = out["attention_mask"].bool()  # padding has no vector: a zero one would win every maximum
+            kept = [self._finish(_numpy(e[m])) for e, m in zip(out["token_embeddings"], masks, strict=True)]
+            if self._token_pooling and role == "passage":
+                patches = self._are_patches(out, masks)
+                kept = [self._token_pooling.pool(*each) for each in zip(kept, patches, strict=True)]
+            return Multi(np.concatenate(kept), np.cumsum([0, *map(len, kept)], dtype=np.int64))
         vectors = _numpy(out["sentence_embedding"])
         if self.spec.kind == "sparse":
             from scipy.sparse import csr_array
@@ -207,6 +272,13 @@ class SentenceEncoder(Encoder):
             limit = getattr(self._model, "max_active_dims", None)
             return csr_array(keep_largest(vectors, limit))
         return self._finish(vectors[:, : self.spec.dimension])
+
+    def _are_patches(self, out: dict[str, Any], masks: Any) -> list[np.ndarray]:
+        """Of each vector that is kept, whether it is of a patch of an image."""
+        if "input_ids" not in out:  # a vision tower alone
+            return [np.ones(int(mask.sum()), bool) for mask in masks]
+        of = out["input_ids"] == (-1 if self._patch is None else self._patch)
+        return [row[mask].cpu().numpy() for row, mask in zip(of, masks, strict=True)]
 
     def _finish(self, vectors: np.ndarray) -> np.ndarray:
         if not self.spec.normalise:
@@ -265,121 +337,3 @@ def choose_device(device: str) -> str:
     if name not in ("cpu", "cuda", "mps") or (name == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device = {device}: must be auto, cpu, or cuda where torch has it")
     return device
-
-
-def _saved_kind(model: str) -> str:
-    """The kind that the model was saved as; dense where it does not say."""
-    from sentence_transformers.util import load_file_path
-
-    try:
-        path = load_file_path(model, "config_sentence_transformers.json")
-    except OSError as error:
-        raise _not_loaded(model, error) from error
-    saved = json.loads(Path(path).read_text()) if path else {}
-    if saved.get("model_type") == "ColBERT" or saved.get("similarity_fn_name") == "MaxSim":
-        return "multi"  # saved by PyLate
-    return next((kind for kind, name in _CLASSES.items() if name == saved.get("model_type")), "dense")
-
-
-def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """The model of sentence-transformers by name or folder, of the kind it was saved as if None.
-
-    Raises ConfigError.
-    """
-    if model.startswith((".", "/")) and not Path(model).is_dir():
-        raise ConfigError(f"encoder {model!r}: no such folder")  # at once, not after seconds of imports
-    import sentence_transformers
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    kind = kind or _saved_kind(model)
-    if kind not in _CLASSES:
-        raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(_CLASSES)}")
-    kind_of_model = getattr(sentence_transformers, _CLASSES[kind])
-    try:
-        loaded = kind_of_model._load_with_module_classes(
-            model, _own_modules(), device=device, model_kwargs={"dtype": dtype}
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(model, error) from error
-    if hasattr(loaded[0], "unpad_inputs"):
-        loaded[0].unpad_inputs = False  # our batches are rectangles with little padding
-    return loaded
-
-
-def _own_modules() -> dict[str, Any]:
-    """The modules of ours that a saved model may name: these alone load without trust_remote_code."""
-    from retriever_server.encoders.m3 import M3Heads
-    from retriever_server.encoders.promptreps import PromptReps
-    from retriever_server.encoders.token_weights import TokenWeights
-
-    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights, M3Heads, PromptReps)}
-
-
-def _not_loaded(model: str, error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ConfigError(f"encoder {model!r}: no sentence-transformers model loads from there ({reason})")
-
-
-def read_spec(name: str, model: Any, passage_template: str = DEFAULT_TEMPLATE) -> EncodingSpec:
-    """What a loaded model of sentence-transformers says of itself, as the spec that will serve."""
-    kind = next(k for k, of in _CLASSES.items() if of in [each.__name__ for each in type(model).__mro__])
-    similarity = model.similarity_fn_name
-    if similarity not in ("cosine", "dot", "maxsim"):
-        raise ConfigError(f"encoder {name!r}: similarity {similarity!r}; supported: cosine, dot, maxsim")
-    saved_prompts = [model.prompts[key] for key in _PASSAGE_PROMPTS if key in model.prompts]
-    modules = _describe(list(model), getattr(model, "max_active_dims", None))
-    return EncodingSpec(
-        model=str(name),
-        kind=kind,
-        fingerprint=fingerprint(model),
-        dimension=_dimension(model, kind),
-        query_prompt=model.prompts.get("query") or "",
-        passage_prompt=next(iter(saved_prompts), "") or "",
-        passage_template=passage_template,
-        max_tokens=model.max_seq_length,
-        pooling=" > ".join(filter(None, [*describe_first(model), modules])),
-        normalise=(kind == "dense" and similarity == "cosine") or _ends_normalised(model),
-        similarity=similarity,
-    )
-
-
-def _dimension(model: Any, kind: str) -> int:
-    if kind == "sparse":  # what it says of itself is right only after its first text
-        return int(model.encode(["a text"], show_progress_bar=False).shape[1])
-    return int(getattr(model, "truncate_dim", None) or model.get_embedding_dimension())
-
-
-def _describe(modules: list[Any], limit: int | None = None) -> str:
-    """The modules after the transformer, of both towers where there are two; how many entries are kept."""
-    kept = [f"largest {limit}"] if limit else []
-    parts = [_describe_module(module) for module in modules[1:]]
-    if routes := getattr(modules[0], "sub_modules", None):
-        inner = [f"{name}: {' > '.join(map(_describe_module, tower))}" for name, tower in routes.items()]
-        parts.insert(0, f"({'; '.join(inner)})")
-    return " > ".join(parts + kept)
-
-
-def _describe_module(module: Any) -> str:
-    mode = getattr(module, "pooling_mode", None) or getattr(module, "pooling_strategy", None)
-    if mode and not getattr(module, "include_prompt", True):
-        mode = f"{mode}, without prompt"
-    return type(module).__name__ + (f"({mode})" if mode else "")
-
-
-def _ends_normalised(model: Any) -> bool:
-    return type(list(model)[-1]).__name__ == "Normalize" and getattr(model, "truncate_dim", None) is None
-
-
-def fingerprint(model: Any) -> str:
-    """Short hash of at most 256 values of each weight, rounded to bfloat16, and of the vocabulary."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    vocabulary = getattr(model.tokenizer, "get_vocab", dict)()
-    digest.update(json.dumps(sorted(vocabulary.items())).encode())
-    return digest.hexdigest()[:16]

@@ -47,6 +47,8 @@ class EncodingSpec:
     """What of a passage is encoded: its text, its image, or text+image (what it has of both)."""
     image_processor: str = ""
     """What becomes of an image before the model sees it: processor, pixels, patches, tokens."""
+    token_pooling: str = ""
+    """How the token vectors of a passage are pooled before they are stored, such as rows:4; "" not at all."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,8 +64,9 @@ class EncodingSpec:
     @property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all fields that decide vectors."""
-        unused = ("model",) if self.inputs != "text" else ("model", "inputs", "image_processor")
-        fields = {key: value for key, value in asdict(self).items() if key not in unused}
+        later = {"inputs": "text", "image_processor": "", "token_pooling": ""}  # hashed where they say more
+        fields = {key: value for key, value in asdict(self).items() if later.get(key) != value}
+        del fields["model"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def render(self, passage: Passage) -> Input:
@@ -95,6 +98,8 @@ class Encoder(ABC):
     """Texts, and what holds images, in; vectors out. Thread-safe."""
 
     spec: EncodingSpec
+    takes: frozenset[str] = frozenset({"text"})
+    """What it encodes: of `INPUTS`. Queries may be any of these, passages are what the spec says."""
 
     @abstractmethod
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
@@ -106,18 +111,33 @@ class Encoder(ABC):
 
 def self_test(encoder: Encoder) -> None:
     """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""
-    texts = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
     for role in ("query", "passage"):
-        together = encoder.encode(texts, role)
-        alone = [encoder.encode([text], role) for text in texts]
-        for i, text in enumerate(texts):
-            least = float(similarities(rows_of(alone[i], 0), rows_of(together, i)).min())
+        inputs = _samples(encoder, role)
+        together = encoder.encode(inputs, role)
+        for i, each in enumerate(inputs):
+            alone = rows_of(encoder.encode([each], role), 0)
+            least = float(similarities(alone, rows_of(together, i)).min())
             if not least > 0.999:
+                shown = repr(each[:20]) if isinstance(each, str) else f"an image and {each.text[:20]!r}"
                 raise DataError(
                     f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
-                    f"(cosine {least:.4f} for {text[:20]!r} alone and in a batch)"
+                    f"(cosine {least:.4f} for {shown} alone and in a batch)"
                 )
-            _check_fits(encoder.spec, rows_of(alone[i], 0))
+            _check_fits(encoder.spec, alone)
+
+
+def _samples(encoder: Encoder, role: str) -> list[Input]:
+    """Texts, and where the encoder is given images in this role, two of these, with and without texts."""
+    texts = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
+    inputs = encoder.spec.inputs if role == "passage" else ""
+    if "image" not in encoder.takes or inputs == "text":
+        return list(texts)
+    from retriever_server.encoders.pictures import sample_pictures
+
+    images = sample_pictures()
+    if role == "query" or inputs == "image":
+        return [*(texts if "text" in encoder.takes and role == "query" else []), *images]
+    return [*texts, *images, *(Item(item.image, text) for item, text in zip(images, texts, strict=False))]
 
 
 def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:

@@ -1,0 +1,73 @@
+"""Models of sentence-transformers from a folder or the hub, of the kind they were saved as."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError
+
+CLASSES = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": "MultiVectorEncoder"}
+"""Kind of vectors -> class of sentence-transformers."""
+
+
+def _saved_kind(model: str) -> str:
+    """The kind that the model was saved as; dense where it does not say."""
+    from sentence_transformers.util import load_file_path
+
+    try:
+        path = load_file_path(model, "config_sentence_transformers.json")
+    except OSError as error:
+        raise _not_loaded(model, error) from error
+    saved = json.loads(Path(path).read_text()) if path else {}
+    if not path and (config := load_file_path(model, "config.json")):
+        names = json.loads(Path(config).read_text()).get("architectures") or []
+        if any(name.endswith("ForRetrieval") for name in names):
+            return "multi"  # ColPali, ColQwen2 and theirs, as transformers saves them
+    if saved.get("model_type") == "ColBERT" or saved.get("similarity_fn_name") == "MaxSim":
+        return "multi"  # saved by PyLate
+    return next((kind for kind, name in CLASSES.items() if name == saved.get("model_type")), "dense")
+
+
+def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The model of sentence-transformers by name or folder, of the kind it was saved as if None.
+
+    Raises ConfigError.
+    """
+    if model.startswith((".", "/")) and not Path(model).is_dir():
+        raise ConfigError(f"encoder {model!r}: no such folder")  # at once, not after seconds of imports
+    import sentence_transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    kind = kind or _saved_kind(model)
+    if kind not in CLASSES:
+        raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(CLASSES)}")
+    kind_of_model = getattr(sentence_transformers, CLASSES[kind])
+    try:
+        loaded = kind_of_model._load_with_module_classes(
+            model, _own_modules(), device=device, model_kwargs={"dtype": dtype}
+        )
+    except ImportError as error:  # a processor that needs what we do not: torchvision, timm, ...
+        raise ConfigError(f"encoder {model!r}: {' '.join(str(error).split())[:200]}") from error
+    except (OSError, ValueError) as error:
+        raise _not_loaded(model, error) from error
+    if hasattr(loaded[0], "unpad_inputs"):
+        loaded[0].unpad_inputs = False  # our batches are rectangles with little padding
+    return loaded
+
+
+def _own_modules() -> dict[str, Any]:
+    """The modules of ours that a saved model may name: these alone load without trust_remote_code."""
+    from retriever_server.encoders.m3 import M3Heads
+    from retriever_server.encoders.patches import PatchMask
+    from retriever_server.encoders.promptreps import PromptReps
+    from retriever_server.encoders.token_weights import TokenWeights
+
+    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights, M3Heads, PromptReps, PatchMask)}
+
+
+def _not_loaded(model: str, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(f"encoder {model!r}: no sentence-transformers model loads from there ({reason})")

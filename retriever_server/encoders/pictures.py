@@ -1,0 +1,192 @@
+"""Images on their way into an encoder: read ahead of it, and wrapped so that no text is taken for one.
+
+sentence-transformers takes a text that looks like a path or URL of an image for that image, and fetches it:
+whatever goes into a model that reads images is a mapping that says which is which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.images import read_image
+from data.records import Input, Item
+
+READERS = max(1, min(4, os.cpu_count() or 1))
+"""Threads that read and decode images: Pillow leaves the interpreter to others meanwhile."""
+
+_DECIDE = (
+    "size", "max_image_size", "crop_size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size",
+    "merge_size", "do_image_splitting", "do_resize", "do_center_crop", "do_pad", "do_normalize", "resample",
+    "rescale_factor", "image_mean", "image_std", "num_image_tokens", "image_seq_len", "image_seq_length",
+)  # fmt: skip
+"""What of an image processor decides the pixels and tokens of an image."""
+
+
+def processors(model: Any) -> list[Any]:
+    """The processors of a model of sentence-transformers, of both towers where there are two."""
+    return [module.processor for module in model.modules() if getattr(module, "processor", None) is not None]
+
+
+def what_it_takes(model: Any) -> frozenset[str]:
+    """What a model of sentence-transformers encodes: of "text", "image" and "text+image"."""
+    known = {"text": "text", "image": "image", "text+image": ("image", "text")}
+    return frozenset(name for name, modality in known.items() if model.supports(modality))
+
+
+def kind_of(given: Input) -> str:
+    """ "text", "image" or "text+image"."""
+    if isinstance(given, str):
+        return "text"
+    return "text+image" if given.text else "image"
+
+
+def as_model_input(given: Input, picture: Any = None, placeholders: Sequence[str] = ()) -> dict[str, Any]:
+    """What a model that reads images is given: {"text"}, {"image"} or both, the image first.
+
+    picture: that of the item, read. placeholders: what stands for an image in this model's text, and must
+    not stand in the text itself.
+    """
+    text = given if isinstance(given, str) else given.text
+    for token in placeholders:
+        text = text.replace(token, "")
+    shown = {} if isinstance(given, str) else {"image": picture}
+    return {**shown, "text": text} if text or not shown else shown
+
+
+def placeholders(model: Any) -> list[str]:
+    """The tokens that stand for an image (or a video, a sound) in what the model reads."""
+    names = ("image_token", "video_token", "audio_token")
+    found = [getattr(processor, name, None) for processor in processors(model) for name in names]
+    return [getattr(token, "content", token) for token in found if token]
+
+
+def patch_token(model: Any) -> int | None:
+    """The id of the token that a patch of an image has among those of texts; None if there is none."""
+    for processor in processors(model):
+        if (token := getattr(processor, "image_token", None)) and hasattr(processor, "tokenizer"):
+            return int(processor.tokenizer.convert_tokens_to_ids(getattr(token, "content", token)))
+    return None
+
+
+def describe_images(model: Any) -> str:
+    """The line of an `EncodingSpec` on images: processor, pixels, patches, tokens, template; "" for texts.
+
+    -> 'Idefics3ImageProcessor {"do_resize": true, ..., "size": {"longest_edge": 512}} template 1c5e91a0'
+    """
+    return " + ".join(filter(None, map(_describe_processor, processors(model))))
+
+
+def _describe_processor(processor: Any) -> str:
+    images = getattr(processor, "image_processor", processor)
+    if "pixel_values" not in getattr(images, "model_input_names", ()):
+        return ""
+    known = {**images.to_dict(), **{name: getattr(processor, name, None) for name in _DECIDE[-3:]}}
+    decide = {name: known[name] for name in _DECIDE if known.get(name) is not None}
+    name = type(images).__name__.removesuffix("Pil").removesuffix("Fast")  # whichever library it works with
+    line = f"{name} {json.dumps(decide, sort_keys=True, default=int)}"
+    if template := getattr(processor, "chat_template", None):
+        line += f" template {hashlib.sha256(json.dumps(template).encode()).hexdigest()[:8]}"
+    return line
+
+
+def read_ahead(items: Iterable[Input], threads: int = READERS) -> Iterator[Any]:
+    """The pictures of items, in order, read by threads that are a few images ahead. Raises DataError."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                assert isinstance(item, Item)
+                waiting.append(pool.submit(read_image, item.image))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, none of them None; the next is made by a thread while one is at work."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def picture_batches(
+    items: Sequence[Input], process: Callable[[list[Input], list[Any]], dict[str, Any]], budget: int
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Positions of items, and what `process` makes of these and their pictures.
+
+    As many in a batch as fit into `budget` numbers of pixels, going by the last one; at most twice as many.
+    """
+    start, count, pictures = 0, 1, read_ahead(items)
+    while start < len(items):
+        rows = np.arange(start, min(start + count, len(items)))
+        features = process(list(items[start : start + count]), [next(pictures) for _ in rows])
+        yield rows, features
+        start += len(rows)
+        each = sum(v.numel() for k, v in features.items() if k.startswith("pixel_values")) // len(rows)
+        count = max(1, min(2 * count, budget // max(1, each)))
+
+
+def uncut(model: Any, given: list[dict[str, Any]], preprocess: Callable[..., dict]) -> dict[str, Any]:
+    """The features of items with pictures, whose texts are cut so that nothing else is.
+
+    Cutting what a template has made of an item, its end (often the token that is pooled) goes first, and
+    without a word. Raises DataError for a picture that alone takes more tokens than the model reads.
+    """
+    whole = {"processing_kwargs": {"text": {"truncation": False}}}
+    features, limit = preprocess(given, **whole), model.max_seq_length or 0
+    mask = features.get("attention_mask")
+    if mask is None or not limit or mask.sum(1).max() <= limit:
+        return features
+    shorter = [_shortened(model, *each, limit) for each in zip(given, mask.sum(1).tolist(), strict=True)]
+    return preprocess(shorter, **whole)
+
+
+def _shortened(model: Any, given: dict[str, Any], length: int, limit: int) -> dict[str, Any]:
+    if length <= limit:
+        return given
+    tokens = model.tokenizer(given.get("text", ""), add_special_tokens=False)["input_ids"]
+    if (kept := len(tokens) - (length - limit)) < 0:
+        size = " x ".join(map(str, given["image"].size))
+        raise DataError(f"an image of {size} pixels takes {length - len(tokens)} tokens, of at most {limit}")
+    return {**given, "text": model.tokenizer.decode(tokens[:kept])}
+
+
+def sample_pictures() -> list[Item]:
+    """Two small images of different shape, for the self-test of an encoder."""
+    from PIL import Image
+
+    pictures = []
+    for seed, (height, width) in enumerate([(48, 64), (96, 40)]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).save(out, "PNG")
+        pictures.append(Item(out.getvalue()))
+    return pictures
+
+
+def unreadable(items: Sequence[Input]) -> dict[int, str]:
+    """Position -> what is wrong with its image, of the items whose image cannot be read."""
+    found = {}
+    for i, item in enumerate(items):
+        try:
+            if isinstance(item, Item):
+                read_image(item.image)
+        except DataError as error:
+            found[i] = str(error)
+    return found
