@@ -55,6 +55,8 @@ class Training:
     """More fields of the recipe."""
     data: Mapping[str, Any] | None = None
     """More fields of its data."""
+    corpus: str | None = None
+    """Name of the collection that it is trained on, if the name of the examples does not say it."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class Work:
     def recipe(self, name: str, training: Training) -> RetrieverRecipe:
         """The recipe of a training; its run folder is models/NAME."""
         name_of = training.examples or "train"
-        corpus = str(self.corpus("squad" if name_of.startswith(("squad", "dragon")) else "train").path)
+        of = training.corpus or ("squad" if name_of.startswith(("squad", "dragon")) else "train")
+        corpus = str(self.corpus(of).path)
         examples = str(self.folder / "examples" / f"{name_of}.jsonl") if training.examples else None
         steps = min(training.steps, self.most_steps)
         options: dict[str, Any] = {"save_every": steps, **(training.options or {})}
@@ -253,7 +256,8 @@ class Work:
         if not model.exists():
             from retriever_server.training.run import train
 
-            self.pairs()
+            if training.corpus is None:
+                self.pairs()
             with redirect_stdout(sys.stderr):
                 train(self.recipe(name, training))
         return model

@@ -1,0 +1,142 @@
+"""Whether encoders of pictures learn, from scratch and without OCR: one table with paired 95 % intervals.
+
+    python -m scripts.bench.multimodal --data DATA [--work runs/multimodal] [--only '[dse, colpali]']
+
+As `scripts.bench.retrievers`: rows are kept as WORK/results/ROW.json and go on where they were stopped. All
+models are made from configurations, with a tokenizer trained on the training titles; minutes each on a CPU.
+
+(cards)   a small DSE and a small ColPali find 500 held-out title cards by their titles
+(emoji)   captions find pictures, and pictures find captions
+(figures) GME: the title is only in the text, the figure only in the picture
+(speed)   pages drawn and encoded a second, bytes a page of each kind of index
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from retriever_server.retriever import Retriever
+from scripts.bench.multimodal_world import AskedByPicture, PageWork
+from scripts.bench.retriever_rows import Make, contrast, part
+from scripts.bench.retriever_world import Row, Training, Work
+from scripts.bench.row_table import chosen, listed, markdown, run_rows
+
+SHOWN = ("R@10", "nDCG@10")
+ROWS: dict[str, Row] = {}
+SIZES = {
+    "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+PICTURES = {"inputs": "image"}
+BOTH_WAYS = part("MultipleNegativesRankingLoss", {"directions": ["query_to_doc", "doc_to_query"]})
+
+
+def pages(work: Work) -> PageWork:
+    """The work folder, as what it is."""
+    assert isinstance(work, PageWork)
+    return work
+
+
+def two_towers(work: Work, image_size: tuple[int, int], patch: int, **options: Any) -> dict[str, Any]:
+    """A ViT of two layers and a text tower of one that meet in 64 dimensions."""
+    text = {"model_type": "bert", "num_hidden_layers": 1, **SIZES}
+    image = {"model_type": "vit", "num_hidden_layers": 2, "image_size": list(image_size), "patch_size": patch}
+    return part("two_tower_pages", {
+        "base": {"config": text, "corpus": str(work.corpus("titles").path), "vocabulary": 600},
+        "image_base": {"config": {**image, **SIZES}}, "dimension": 64, "max_tokens": 32, **options,
+    })  # fmt: skip
+
+
+def dse(work: Work) -> Training:
+    """One vector a card."""
+    pages(work).examples("cards")
+    model = two_towers(work, (64, 128), 16)
+    return Training(model, BOTH_WAYS, "cards", 600, 128, corpus="cards-train", options=PICTURES)
+
+
+def colpali(work: Work) -> Training:
+    """A vector a patch and token, by MaxSim."""
+    pages(work).examples("cards")
+    model = two_towers(work, (64, 128), 16, vectors="many", dimension=32)
+    return Training(model, contrast(0.5, "maxsim"), "cards", 400, 64, corpus="cards-train", options=PICTURES)
+
+
+def emoji(work: Work) -> Training:
+    """Captions and pictures, either of them the query."""
+    pages(work).examples("emoji")
+    model = two_towers(work, (64, 64), 16)
+    return Training(model, BOTH_WAYS, "emoji", 300, 128, corpus="emoji-train", options=PICTURES)
+
+
+def learned(name: str, training: Any, **options: Any) -> Make:
+    """A trained encoder over a collection."""
+    return lambda work, on: over(work, on, work.trained(name, training(work)), name, **options)
+
+
+def untrained(name: str, training: Any) -> Make:
+    """What the training starts from."""
+    return lambda work, on: over(work, on, work.untrained(name, training(work)), f"untrained-{name}")
+
+
+def over(work: Work, on: str, model: Path, tag: str, **options: Any) -> Retriever:
+    """The index of a collection; asked by pictures where its questions are such."""
+    captions = on == "emoji-captions"
+    index = work.encoded(model, on, tag, inputs="text" if captions else "image", **options)
+    return AskedByPicture(index, work.corpus("emoji")) if captions else index
+
+
+def row(name: str, table: str, make: Make, on: tuple[str, ...], *against: str, **more: Any) -> None:
+    """Add a row to the table."""
+    ROWS[name] = Row(table, make, on, against, **more)
+
+
+row("untrained-dse", "cards", untrained("dse", dse), ("cards",))
+row("dse", "cards", learned("dse", dse), ("cards",), "untrained-dse")
+row("untrained-colpali", "cards", untrained("colpali", colpali), ("cards",))
+row("colpali", "cards", learned("colpali", colpali), ("cards",), "untrained-colpali", "dse")
+EMOJI = ("emoji", "emoji-captions")
+row("untrained-emoji", "emoji", untrained("emoji", emoji), EMOJI)
+row("emoji", "emoji", learned("emoji", emoji), EMOJI, "untrained-emoji")
+
+
+def main(
+    data: str = "../shared/data",
+    work: str = "runs/multimodal",
+    only: list[str] | None = None,
+    tables: list[str] | None = None,
+    questions: int = 500,
+    steps: int = 10_000,
+    rows: bool = False,
+    table: bool = False,
+    again: bool = False,
+) -> None:
+    """Run the rows that have no result yet, then print all results as Markdown.
+
+    Args:
+        data: Folder of the collections.
+        work: Folder of all that is made.
+        only: These rows alone, and those that they are compared with.
+        tables: The rows of these tables alone: cards, emoji, figures, speed.
+        questions: At most so many of each collection.
+        steps: At most so many of a training: to try the script.
+        rows: Only list the rows.
+        table: Only print what there is.
+        again: Run the rows named by `only` although they have a result.
+    """
+    wanted = chosen(ROWS, only, tables)
+    if rows:
+        print(listed(ROWS, wanted))
+        return
+    of = PageWork(Path(work), Path(data), questions, steps)
+    failed = [] if table else run_rows(of, ROWS, wanted, again)
+    print(markdown(of.folder / "results", {name: ROWS[name] for name in wanted}, SHOWN))
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    from scripts.command_line import call
+
+    call(main, sys.argv[1:], "python -m scripts.bench.multimodal")
