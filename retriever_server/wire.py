@@ -102,7 +102,7 @@ def carried(query: Input) -> Input:
 
 def thumbnail_link(passage: Passage) -> str:
     """The path at which a server shows the picture of the passage."""
-    return THUMBNAIL + quote(passage.id, safe="")
+    return THUMBNAIL + quote(passage.id, safe="", errors="replace")
 
 
 def _render_query(query: Input) -> str | dict[str, str]:

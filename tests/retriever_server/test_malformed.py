@@ -7,7 +7,7 @@ import pytest
 
 from data.records import Hit, Passage
 from retriever_server.app import Limits, create_app
-from retriever_server.retriever import Retriever
+from retriever_server.retriever import Retriever, text_in
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_adapters import Fixed, LengthScorer
 
@@ -15,13 +15,17 @@ HANG_SECONDS = 30
 
 
 class Anything(Retriever):
-    """Finds a passage for everything; has an encoder and a scorer."""
+    """Finds a passage for everything, images too; has an encoder and a scorer."""
 
     generation, encoder, scorer = "a", Fixed("dense"), LengthScorer()
 
     def search(self, queries, k, where=None):
-        [query.encode() for query in queries]  # as a tokenizer would
-        return [[Hit(Passage("1", query, "T"), 1.0, "a")] * k for query in queries]
+        texts = [text_in(query) for query in queries]
+        [text.encode() for text in texts]  # as a tokenizer would
+        return [[Hit(Passage("1", text, "T"), 1.0, "a")] * k for text in texts]
+
+    def takes_images(self):
+        return True
 
 
 @pytest.mark.parametrize(
