@@ -1,13 +1,15 @@
 """Test collections as their makers hand them out, and TREC's files of rankings and judgements.
 
-    BEIR       corpus.jsonl {"_id", "title", "text"}, queries.jsonl {"_id", "text"}, qrels/SPLIT.tsv
+    BEIR       corpus.jsonl {"_id", "title", "text", "image"?}, queries.jsonl {"_id", "text", "image"?},
+               qrels/SPLIT.tsv; an image is a path in the folder
     BRIGHT     documents/DOMAIN-*.parquet {id, content},
                examples/DOMAIN-*.parquet {id, query, gold_ids, gold_ids_long, excluded_ids};
                long_documents/DOMAIN-*.parquet where there are any
+    ViDoRe     corpus/, queries/ and qrels/SPLIT-*.parquet, with pictures (see `vidore`)
     TREC       a run: "query Q0 passage rank score name"; qrels: "query 0 passage relevance"
 
-One is named as FOLDER:PART: the part is a split of BEIR's (test without one), a domain of BRIGHT's, such as
-`biology`, or `biology-long` for whole documents.
+One is named as FOLDER:PART: the part is a split of BEIR's or ViDoRe's (test without one), a domain of
+BRIGHT's, such as `biology`, or `biology-long` for whole documents.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from typing import Any
 
 from data.errors import ConfigError, DataError
 from data.jsonl import atomic_write, numbered_jsonl
+from data.parquet import parts, read_parquet, relative_to
 from data.qrels import Qrels, load_qrels, load_queries
 from data.records import Hit, Passage, Question
+from data.vidore import is_vidore, load_vidore, vidore_passages
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ def load_benchmark(name: str) -> Benchmark:
     folder, part = _place(name)
     if _is_bright(folder):
         return _load_bright(folder, part)
+    if is_vidore(folder):
+        return Benchmark(*load_vidore(folder, part or "test"))
     qrels = load_qrels(_beir_qrels(folder, part))
     queries = [query for query in load_queries(folder / "queries.jsonl") if query.id in qrels]
     if not queries:
@@ -67,26 +73,41 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def is_benchmark(name: str | Path) -> bool:
-    """Whether FOLDER[:PART] holds a collection of BEIR's or BRIGHT's form."""
+    """Whether FOLDER[:PART] holds a collection of BEIR's, BRIGHT's or ViDoRe's form."""
     folder, _ = _place(str(name))
-    return _is_bright(folder) or ((folder / "queries.jsonl").is_file() and (folder / "qrels").is_dir())
+    return (
+        _is_bright(folder)
+        or is_vidore(folder)
+        or ((folder / "queries.jsonl").is_file() and (folder / "qrels").is_dir())
+    )
 
 
-def benchmark_passages(name: str) -> Iterator[dict[str, Any]]:
-    """The corpus of FOLDER[:PART], as the rows of ours: {"id", "title", "text"}.
+def benchmark_passages(name: str, beside: str | Path = "") -> Iterator[dict[str, Any]]:
+    """The corpus of FOLDER[:PART], as the rows of ours: {"id", "title", "text", "image"}.
 
-    A passage of a title alone has it as its text; those without any text are left out and counted.
+    beside: the folder of the corpus that is written; paths of images start there, and pictures out of
+    parquet files go into its subfolder `images`. A passage of a title alone has it as its text; those
+    without any text or image are left out and counted.
     """
     folder, part = _place(name)
-    empty = 0
-    for id_, title, text in _bright_passages(folder, part) if _is_bright(folder) else _beir_passages(folder):
-        title, text = title.strip(), text.strip()
-        if title or text:
-            yield {"id": id_, "title": title if text else "", "text": text or title}
+    beside, empty = Path(beside), 0
+    for passage in _passages(folder, part, beside):
+        title, text = passage.title.strip(), passage.text.strip()
+        if title or text or passage.image:
+            row = {"id": passage.id, "title": title if text else "", "text": text or title}
+            yield row | ({"image": relative_to(passage.image, beside)} if passage.image else {})
         else:
             empty += 1
     if empty:
         logger.warning("%s: %d passages without any text are left out", name, empty)
+
+
+def _passages(folder: Path, part: str | None, beside: Path) -> Iterator[Passage]:
+    if _is_bright(folder):
+        return _bright_passages(folder, part)
+    if is_vidore(folder):
+        return vidore_passages(folder, beside / "images", part or "test")
+    return _beir_passages(folder)
 
 
 def without_excluded(
@@ -151,13 +172,14 @@ def _beir_qrels(folder: Path, split: str | None) -> Path:
     return path
 
 
-def _beir_passages(folder: Path) -> Iterator[tuple[str, str, str]]:
+def _beir_passages(folder: Path) -> Iterator[Passage]:
     path = folder / "corpus.jsonl"
     for number, row in numbered_jsonl(path):
         id_ = row.get("_id", row.get("id"))
         if not isinstance(id_, str | int) or id_ == "":
             raise DataError(f'{path}:{number}: no "_id"')
-        yield str(id_), str(row.get("title") or ""), str(row.get("text") or "")
+        image = str(folder / str(row["image"])) if row.get("image") else ""
+        yield Passage(str(id_), str(row.get("text") or ""), str(row.get("title") or ""), image=image)
 
 
 def _is_bright(folder: Path) -> bool:
@@ -184,10 +206,10 @@ def _load_bright(folder: Path, part: str | None) -> Benchmark:
     return Benchmark(queries, qrels, {id_: ids for id_, ids in excluded.items() if ids}, instruction)
 
 
-def _bright_passages(folder: Path, part: str | None) -> Iterator[tuple[str, str, str]]:
+def _bright_passages(folder: Path, part: str | None) -> Iterator[Passage]:
     domain, long = _domain(folder, part)
     for row in _parquet(folder / ("long_documents" if long else "documents"), domain):
-        yield str(row["id"]), "", row["content"]
+        yield Passage(str(row["id"]), row["content"])
 
 
 def _domain(folder: Path, part: str | None) -> tuple[str, bool]:
@@ -203,19 +225,7 @@ def _files(folder: Path, domain: str) -> list[Path]:
 
 
 def _parquet(folder: Path, domain: str) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    paths = sorted(folder.glob(f"{domain}-*.parquet"))
-    if not paths:
-        raise ConfigError(f"{folder}: no {domain}-*.parquet there")
-    for path in paths:
-        try:
-            with ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from batch.to_pylist()
-        except (ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+    return (row for path in parts(folder, domain) for row in read_parquet(path))
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:

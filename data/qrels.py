@@ -1,6 +1,7 @@
 """Test collections: queries, and which passages are relevant to them (qrels).
 
-queries   .jsonl {"id" | "_id", "question" | "query" | "text", "golden_answers"?}, or .tsv: id, tab, text
+queries   .jsonl {"id" | "_id", "question" | "query" | "text", "image"?, "golden_answers"?}, or .tsv: id, tab,
+          text; an image is a path that starts at the folder of the file, and stands for the text or beside it
 qrels     a table "query-id corpus-id score" with that header (BEIR), or TREC's "query 0 passage relevance"
 """
 
@@ -47,7 +48,7 @@ def load_queries(path: str | Path) -> list[Question]:
     rows = _tsv_queries(path) if path.suffix == ".tsv" else _json_queries(path)
     queries: dict[str, Question] = {}
     for number, query in rows:
-        if not query.id or not query.text.strip():
+        if not query.id or not (query.text.strip() or query.metadata.get("query_image")):
             raise DataError(f"{path}:{number}: no {'id' if not query.id else 'text'}")
         if query.id in queries:
             raise DataError(f"{path}:{number}: id {query.id!r} stands there twice")
@@ -64,7 +65,10 @@ def _json_queries(path: Path) -> Iterator[tuple[int, Question]]:
         golds = [golds] if isinstance(golds, str) else golds
         if not isinstance(text, str) or not isinstance(golds, list):
             raise DataError(f"{path}:{number}: the query must be a string, its gold answers a list")
-        yield number, Question(str(id_), text, tuple(map(str, golds)), record.get("metadata") or {})
+        metadata = dict(record.get("metadata") or {})
+        if image := record.get("image"):
+            metadata["query_image"] = str(path.parent / str(image))
+        yield number, Question(str(id_), text, tuple(map(str, golds)), metadata)
 
 
 def _tsv_queries(path: Path) -> Iterator[tuple[int, Question]]:

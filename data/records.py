@@ -48,14 +48,21 @@ Input = str | Item
 class Question:
     """A question with one or more accepted answers. `id` is unique over all question sets of a run.
 
-    metadata: free JSON values; Sleuth reads `kind` (a label such as "two_hop", for scores by kind)
-    and `cluster` (the unit that the bootstrap resamples, such as an entity).
+    metadata: free JSON values; Sleuth reads `kind` (a label such as "two_hop", for scores by kind),
+    `cluster` (the unit that the bootstrap resamples, such as an entity) and `query_image` (a file that is
+    asked with or instead of the text).
     """
 
     id: str
     text: str
     gold_answers: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Input:
+        """What is searched: its text, its image, or both."""
+        image = self.metadata.get("query_image")
+        return Item(str(image), self.text) if image else self.text
 
 
 @dataclass(frozen=True)

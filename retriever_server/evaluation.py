@@ -41,7 +41,7 @@ def rank_all(
     batches = [queries[i : i + _QUERIES_AT_ONCE] for i in range(0, len(queries), _QUERIES_AT_ONCE)]
     rankings: Rankings = {}
     for batch in progress(batches):
-        found = retriever.search([query.text for query in batch], top_k, where)
+        found = retriever.search([query.asked for query in batch], top_k, where)
         rankings |= {query.id: hits for query, hits in zip(batch, found, strict=True)}
     return rankings
 

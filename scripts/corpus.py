@@ -22,7 +22,8 @@ def main(
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
-    A test collection of BEIR's or BRIGHT's form gives its passages as they are.
+    A test collection of BEIR's, BRIGHT's or ViDoRe's form gives its passages as they are; ViDoRe's pictures
+    go into the folder `images` beside --out.
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over);
@@ -36,7 +37,7 @@ def main(
     from data.jsonl import write_jsonl
 
     if is_benchmark(source):
-        write_jsonl(out, benchmark_passages(source))
+        write_jsonl(out, benchmark_passages(source, Path(out).parent))
         print(f"the passages of {source} are in {out}")
         return
     if not 0 <= overlap < words:

@@ -122,7 +122,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(f"query_template {template!r}: may name {{query}} and {{instruction}}") from error
     asked = [
-        Question(query.id, text, query.gold_answers)
+        Question(query.id, text, query.gold_answers, query.metadata)
         for query, text in zip(collection.queries, texts, strict=True)
     ]
     opened = open_retriever(spec)
