@@ -63,8 +63,8 @@ def open_agent(
     spoken = make_protocol(protocol or ProtocolConfig(), policy)
     loaded = load_policy(policy, device, dtype)
     engine = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=loaded.vision)
-    live = 2 * max_rows
-    agent = Agent(engine, loaded.tokenizer, client, spoken, sampling, live, loaded.vision)
+    live, vision = 2 * max_rows, loaded.vision
+    agent = Agent(engine, loaded.tokenizer, client, spoken, sampling, max_live=live, vision=vision)
     return OpenedAgent(agent, loaded, client)
 
 
