@@ -9,7 +9,16 @@ from typing import Any, Literal
 from data.errors import ConfigError
 
 Format = Literal[
-    "sleuth", "tevatron", "tevatron-v2", "bge", "sentence-transformers", "beir", "dpr", "msmarco", "questions"
+    "sleuth",
+    "tevatron",
+    "tevatron-v2",
+    "bge",
+    "sentence-transformers",
+    "beir",
+    "vidore",
+    "dpr",
+    "msmarco",
+    "questions",
 ]
 
 
@@ -30,7 +39,7 @@ def main(
         source_format: What `source` is; sentence-transformers also reads plain pairs (.csv, .tsv, .jsonl).
         target_format: What to write.
         corpus: Passages that the source refers to; without it they are written from the source.
-        split: beir: which qrels.
+        split: beir, vidore: which qrels; of vidore it is mostly test.
         on_error: stop, or skip: leave out and count examples that are wrong (no positive, dangling ids).
     """
     if (source_format == "sleuth") == (target_format == "sleuth"):

@@ -16,10 +16,11 @@ from typing import Any
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from data.parquet import relative_to
 from data.records import Passage
 from retriever_server.training.examples import Example, Examples, OnError, check_example
 from retriever_server.training.readers import READERS, text_id
-from retriever_server.training.writers import WRITERS, one_text
+from retriever_server.training.writers import WITH_IMAGES, WRITERS, one_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,46 +53,68 @@ def convert_from(
     if name not in READERS:
         raise ConfigError(f"format {name!r}: must be one of {', '.join(READERS)}")
     source, out, left_out = Path(source), Path(out), Counter()
+    images = out / "images"
     if not source.exists():
         raise ConfigError(f"source = {source}: no such file or folder")
     if corpus is None:
         if name == "questions":
             raise ConfigError("format 'questions': names passages of a corpus, which must be given")
-        rows = _distinct(progress(READERS[name](source, split)), left_out)
+        rows = _distinct(progress(READERS[name](source, split, images)), out, left_out)
         write_jsonl(out / "corpus.jsonl", _some(rows, f"{source}: holds no passages of the format {name}"))
     passages = Corpus(corpus or out / "corpus.jsonl")
     rename = _ids_by_text(passages) if corpus and name in ("bge", "sentence-transformers") else {}
-    items = progress(READERS[name](source, split))
+    items = progress(READERS[name](source, split, images))
     rows = _checked(
         items, passages, rename, {"corpus": passages.content_hash, "from": name}, on_error, left_out
     )
+    rows = (row | _beside(row, out) for row in rows)
     write_jsonl(out / "examples.jsonl", _some(rows, f"{source}: holds no examples", written := Counter()))
     return Converted(passages, out / "examples.jsonl", written["rows"], left_out)
+
+
+def _beside(row: dict[str, Any], out: Path) -> dict[str, str]:
+    """The image of a query as a path that starts at the folder of the examples."""
+    return {"query_image": relative_to(row["query_image"], out)} if "query_image" in row else {}
 
 
 def convert_to(name: str, examples: Examples, out: str | Path) -> None:
     """Write the examples, with the texts of their corpus where the format wants them, to a file or folder."""
     if name not in WRITERS:
         raise ConfigError(f"format {name!r}: must be one of {', '.join(WRITERS)}")
+    if name not in WITH_IMAGES:
+        _refuse_images(name, examples)
     WRITERS[name](examples, Path(out))
 
 
-def _distinct(items: Iterable[tuple[str, Any]], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a corpus: each passage once; DataError where an id comes with another text."""
+def _refuse_images(name: str, examples: Examples) -> None:
+    """DataError for what would be empty without its image; a text beside an image can be written."""
+    said = f"an image without a text, which the format {name} cannot hold; {' and '.join(WITH_IMAGES)} can"
+    for index, example in enumerate(examples):
+        if example.query_image and not example.query.strip():
+            raise DataError(f"{examples.place(index)}: the query is {said}")
+    if alone := next((p for p in examples.corpus if p.image and not p.text.strip()), None):
+        raise DataError(f"{examples.corpus.path}: passage {alone.id!r} is {said}")
+
+
+def _distinct(
+    items: Iterable[tuple[str, Any]], out: Path, left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a corpus in `out`: each passage once; DataError where an id comes with another text."""
     seen: dict[str, int] = {}
     for place, item in items:
         if not isinstance(item, Passage):
             continue
-        if not item.text.strip():
+        if not item.text.strip() and not item.image:
             left_out["empty passages"] += 1
             continue
-        content = hash((item.title, item.text))
+        content = hash((item.title, item.text, item.image))
         if item.id not in seen:
             seen[item.id] = content
             row = {"id": item.id, "title": item.title, "text": item.text}
+            row |= {"image": relative_to(item.image, out)} if item.image else {}
             yield row | ({"metadata": dict(item.metadata)} if item.metadata else {})
         elif seen[item.id] != content:
-            raise DataError(f"{place}: passage {item.id!r} came with another text before")
+            raise DataError(f"{place}: passage {item.id!r} came with another text or image before")
 
 
 def _ids_by_text(corpus: Corpus) -> dict[str, str]:
@@ -109,7 +132,7 @@ def _checked(
         named = replace(example, provenance=provenance, query_id=example.query_id or str(number))
         example = _tidy(named, rename, left_out)
         try:
-            if not example.query.strip():
+            if not example.query.strip() and not example.query_image:
                 raise ValueError("the query is empty")
             if not example.positives:
                 raise ValueError(f"query {example.query[:40]!r} has no positive")

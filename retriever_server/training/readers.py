@@ -2,17 +2,19 @@
 
 name                     what lies on disk
 tevatron                 lines {query_id, query, positive_passages: [{docid, title, text}], negative_passages}
-tevatron-v2              a folder: corpus.jsonl {docid, title, text}, train.jsonl {query_id, query_text,
-                         positive_document_ids, negative_document_ids}
+tevatron-v2              a folder: corpus.jsonl {docid, title, text, image}, train.jsonl {query_id,
+                         query_text, query_image, positive_document_ids, negative_document_ids}; or .parquet
 bge                      lines {query, pos: [text], neg: [text], pos_scores?, neg_scores?} (FlagEmbedding)
 sentence-transformers    columns anchor, positive, negative_1 .. n, label? (.jsonl, .parquet, .csv, .tsv with
                          a header); so also plain pairs, whatever their columns are called
-beir                     a folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv
+beir                     a folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; with images, too
+vidore                   a folder: corpus/, queries/ and qrels/SPLIT-*.parquet (read only)
 dpr                      an array, or lines, of {question, answers, positive_ctxs, hard_negative_ctxs, ...}
 msmarco                  a folder of collection.tsv, queries.tsv and triples.tsv (ids), or one file of triples
 questions                our questions with metadata.supporting_ids, beside a corpus (read only)
 
-A passage without an id is named after its text.
+A passage without an id is named after its text. An image is a path that starts at the folder, or bytes,
+which go into files.
 """
 
 from __future__ import annotations
@@ -23,20 +25,24 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.corpus import parse_passage
 from data.errors import DataError
 from data.jsonl import numbered_jsonl
+from data.parquet import image_file, parts, read_parquet
 from data.qrels import load_qrels, load_queries
 from data.records import Passage
+from data.vidore import load_vidore, vidore_passages
 from retriever_server.training.examples import Example
 
 Items = Iterator[tuple[str, Passage | Example]]
 """Where it stands, and a passage or an example. The passages of an example come at any time."""
 
 _LABELS = ("label", "labels", "score", "scores")
+_PICTURES_AT_ONCE = 16
 _SIDES = ("positive", "negative")
 
 
@@ -46,7 +52,7 @@ def text_id(title: str, text: str) -> str:
     return "t" + hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _read_tevatron(path: Path, split: str) -> Items:
+def _read_tevatron(path: Path, split: str, images: Path) -> Items:
     for place, row in _rows(path):
         with _at(place):
             sides = [[_docid_passage(each) for each in row.get(f"{side}_passages") or []] for side in _SIDES]
@@ -58,17 +64,21 @@ def _docid_passage(row: Mapping[str, Any]) -> Passage:
     return Passage(str(row.get("docid") or text_id(title, text)), text, title)
 
 
-def _read_tevatron_v2(path: Path, split: str) -> Items:
-    for place, row in _rows(path / "corpus.jsonl"):
+def _read_tevatron_v2(path: Path, split: str, images: Path) -> Items:
+    for place, row in _rows_or_parquet(path, "corpus"):
         with _at(place):
-            yield place, _docid_passage({"docid": row["docid"], **row})
-    for place, row in _rows(path / "train.jsonl"):
+            picture = row.get("image") or row.get("document_image")
+            passage = _docid_passage({"docid": row["docid"], **row})
+            yield place, replace(passage, image=image_file(picture, path, images))
+    for place, row in _rows_or_parquet(path, "train"):
         with _at(place):
             good, bad = (tuple(map(str, row[f"{side}_document_ids"] or [])) for side in _SIDES)
-            yield place, Example(row["query_text"], good, bad, query_id=str(row["query_id"]))
+            image = image_file(row.get("query_image"), path, images)
+            query, id_ = row.get("query_text") or "", str(row["query_id"])
+            yield place, Example(query, good, bad, query_id=id_, query_image=image)
 
 
-def _read_bge(path: Path, split: str) -> Items:
+def _read_bge(path: Path, split: str, images: Path) -> Items:
     for place, row in _rows(path):
         with _at(place):
             sides = [[_named_by_text(text) for text in row.get(side) or []] for side in ("pos", "neg")]
@@ -77,7 +87,7 @@ def _read_bge(path: Path, split: str) -> Items:
             yield from _with_texts(place, row["query"], *sides, scores=scores)
 
 
-def _read_columns(path: Path, split: str) -> Items:
+def _read_columns(path: Path, split: str, images: Path) -> Items:
     """The first column is the query, the second the positive, the others but the label are negatives."""
     for place, row in _table(path):
         with _at(place):
@@ -92,10 +102,11 @@ def _read_columns(path: Path, split: str) -> Items:
             yield from _with_texts(place, texts[0], passages[:1], passages[1:], scores=scores)
 
 
-def _read_beir(path: Path, split: str) -> Items:
+def _read_beir(path: Path, split: str, images: Path) -> Items:
     for place, row in _rows(path / "corpus.jsonl"):
         with _at(place):
-            yield place, parse_passage({**row, "id": row.get("_id") or row.get("id")})
+            passage = parse_passage({**row, "id": row.get("_id") or row.get("id")})
+            yield place, replace(passage, image=image_file(passage.image, path, images))
     tables = [path / "qrels" / f"{split}.tsv", path / "qrels.tsv"]
     qrels = load_qrels(next((table for table in tables if table.exists()), tables[0]))
     queries = path / "queries.jsonl"
@@ -103,11 +114,22 @@ def _read_beir(path: Path, split: str) -> Items:
         if judged := qrels.get(query.id):
             good = tuple(id_ for id_, relevance in judged.items() if relevance > 0)
             bad = tuple(id_ for id_ in judged if id_ not in good)
-            example = Example(query.text, good, bad, None, query.id, query.gold_answers)
+            image = str(query.metadata.get("query_image") or "")
+            example = Example(query.text, good, bad, None, query.id, query.gold_answers, query_image=image)
             yield f"{queries}: query {query.id}", example
 
 
-def _read_dpr(path: Path, split: str) -> Items:
+def _read_vidore(path: Path, split: str, images: Path) -> Items:
+    queries, qrels = load_vidore(path, split)
+    yield from ((str(path), passage) for passage in vidore_passages(path, images, split))
+    for query in queries:
+        judged = qrels[query.id]
+        good = tuple(id_ for id_, relevance in judged.items() if relevance > 0)
+        bad = tuple(id_ for id_ in judged if id_ not in good)
+        yield f"{path}: query {query.id}", Example(query.text, good, bad, query_id=query.id)
+
+
+def _read_dpr(path: Path, split: str, images: Path) -> Items:
     for place, row in _array(path):
         with _at(place):
             names = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
@@ -121,7 +143,7 @@ def _context(row: Mapping[str, Any]) -> Passage:
     return Passage(str(row.get("passage_id") or row.get("psg_id") or text_id(title, text)), text, title)
 
 
-def _read_msmarco(path: Path, split: str) -> Items:
+def _read_msmarco(path: Path, split: str, images: Path) -> Items:
     if path.is_file():
         grouped: dict[str, list[tuple[str, str]]] = {}
         for place, (query, good, bad) in _tsv(path, 3):
@@ -144,7 +166,7 @@ def _read_msmarco(path: Path, split: str) -> Items:
         yield f"{path}: query {query[:40]}", Example(str(texts[query]), good, bad, query_id=id_)
 
 
-def _read_questions(path: Path, split: str) -> Items:
+def _read_questions(path: Path, split: str, images: Path) -> Items:
     for number, row in numbered_jsonl(path):
         place = f"{path}:{number}"
         with _at(place):
@@ -181,12 +203,19 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
 
 
+def _rows_or_parquet(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of NAME.jsonl, or of NAME*.parquet where there is none."""
+    if (folder / f"{name}.jsonl").exists() or not any(folder.glob(f"{name}*.parquet")):
+        yield from _rows(folder / f"{name}.jsonl")
+        return
+    for path in parts(folder, name):
+        for number, row in enumerate(read_parquet(path, _PICTURES_AT_ONCE)):
+            yield f"{path}: row {number}", row
+
+
 def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        rows = (row for batch in pq.ParquetFile(path).iter_batches(1000) for row in batch.to_pylist())
-        return ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+        return ((f"{path}: row {number}", row) for number, row in enumerate(read_parquet(path)))
     if path.suffix in (".csv", ".tsv"):
         return _csv(path)
     return _rows(path)
@@ -254,12 +283,13 @@ def _at(place: str) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from error
 
 
-READERS: dict[str, Callable[[Path, str], Items]] = {
+READERS: dict[str, Callable[[Path, str, Path], Items]] = {
     "tevatron": _read_tevatron,
     "tevatron-v2": _read_tevatron_v2,
     "bge": _read_bge,
     "sentence-transformers": _read_columns,
     "beir": _read_beir,
+    "vidore": _read_vidore,
     "dpr": _read_dpr,
     "msmarco": _read_msmarco,
     "questions": _read_questions,

@@ -9,6 +9,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.jsonl import open_atomic, write_jsonl
+from data.parquet import relative_to
 from data.records import Passage
 from retriever_server.training.examples import Example, Examples
 
@@ -23,12 +24,13 @@ def _write_tevatron(examples: Examples, out: Path) -> None:
 
 
 def _write_tevatron_v2(examples: Examples, out: Path) -> None:
-    write_jsonl(out / "corpus.jsonl", map(_as_docid, examples.corpus))
+    corpus = (_as_docid(p) | {"image": relative_to(p.image, out) or None} for p in examples.corpus)
+    write_jsonl(out / "corpus.jsonl", corpus)
     rows = (
         {
             "query_id": example.query_id or str(i),
             "query_text": example.query,
-            "query_image": None,
+            "query_image": relative_to(example.query_image, out) or None,
             "positive_document_ids": list(example.positives),
             "negative_document_ids": list(example.negatives),
         }
@@ -72,10 +74,13 @@ def _write_columns(examples: Examples, out: Path) -> None:
 
 
 def _write_beir(examples: Examples, out: Path) -> None:
-    corpus = ({"_id": p.id, "title": p.title, "text": p.text} for p in examples.corpus)
+    corpus = ({"_id": p.id, "title": p.title, "text": p.text} | _image(p.image, out) for p in examples.corpus)
     write_jsonl(out / "corpus.jsonl", corpus)
     ids = [example.query_id or str(i) for i, example in enumerate(examples)]
-    queries = ({"_id": id_, "text": e.query} for id_, e in zip(ids, examples, strict=True))
+    queries = (
+        {"_id": id_, "text": e.query} | _image(e.query_image, out)
+        for id_, e in zip(ids, examples, strict=True)
+    )
     write_jsonl(out / "queries.jsonl", queries)
     with open_atomic(out / "qrels" / "train.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
@@ -121,6 +126,10 @@ def _passages(examples: Examples, ids: Iterable[str]) -> list[Passage]:
     return [passage for id_ in ids if (passage := examples.corpus.get(id_))]
 
 
+def _image(image: str, out: Path) -> dict[str, str]:
+    return {"image": relative_to(image, out)} if image else {}
+
+
 def _flat(text: str) -> str:
     return " ".join(text.split())
 
@@ -139,3 +148,6 @@ WRITERS: dict[str, Callable[[Examples, Path], None]] = {
     "dpr": _write_dpr,
     "msmarco": _write_msmarco,
 }
+
+WITH_IMAGES = ("tevatron-v2", "beir")
+"""The formats that can name an image."""

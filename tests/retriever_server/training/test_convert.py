@@ -2,7 +2,10 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.corpus import Corpus
@@ -211,3 +214,85 @@ def test_written_examples_parse(tmp_path, corpus):
     source = write(tmp_path / "bge.jsonl", {"query": "q", "pos": ["a"], "neg": ["b"]})
     done = convert_from("bge", source, tmp_path / "out")
     assert [parse_example(record).query for record in read_jsonl(done.examples)] == ["q"]
+
+
+def picture(folder, name, colour):
+    image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), colour)
+    path = folder / "pages" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def with_pictures(tmp_path):
+    """Ours: a passage of an image, one of both, one of text; a query of each kind."""
+    for name, colour in (("p0", "red"), ("p1", "green"), ("q", "blue")):
+        picture(tmp_path, name, colour)
+    passages = [{"id": "p0", "image": "pages/p0.png"}, {"id": "p1", "image": "pages/p1.png", "text": "green"}]
+    write_jsonl(tmp_path / "corpus.jsonl", [*passages, {"id": "p2", "text": "no picture"}])
+    rows = [
+        {"query_id": "a", "query": "red?", "positives": ["p0"], "negatives": ["p2"]},
+        {"query_id": "b", "query": "", "query_image": "pages/q.png", "positives": ["p1"]},
+        {"query_id": "c", "query": "both", "query_image": "pages/q.png", "positives": ["p2"]},
+    ]
+    return ours(tmp_path, Corpus(tmp_path / "corpus.jsonl"), rows)
+
+
+@pytest.mark.parametrize("name", ["tevatron-v2", "beir"])
+def test_images_come_back_the_same_on_both_sides(tmp_path, name):
+    source = with_pictures(tmp_path)
+    convert_to(name, source, tmp_path / "deep" / "theirs")
+    done = convert_from(name, tmp_path / "deep" / "theirs", tmp_path / "back")
+    back = Examples(done.examples, done.corpus)
+    assert plain(back) == plain(source)
+    for before, after in zip(source.corpus, done.corpus, strict=True):
+        assert (after.id, after.text, bool(after.image)) == (before.id, before.text, bool(before.image))
+        assert not before.image or Path(before.image).samefile(after.image)
+    written = [row["query_image"] for row in read_jsonl(done.examples) if "query_image" in row]
+    assert written == ["../pages/q.png"] * 2  # so that the folders can move together
+
+
+def test_tevatron_parquet_with_pictures_in_it_is_read(tmp_path):
+    content = picture(tmp_path, "x", "red").read_bytes()
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    corpus = [{"docid": "1", "image": {"bytes": content, "path": None}, "text": None}]
+    pq.write_table(pa.Table.from_pylist(corpus), folder / "corpus-00000-of-00001.parquet")
+    ids = {"positive_document_ids": ["1"], "negative_document_ids": []}
+    row = {"query_id": "7", "query_text": "red?", "query_image": None, **ids}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "train-00000-of-00001.parquet")
+    done = convert_from("tevatron-v2", folder, tmp_path / "ours")
+    assert Path(done.corpus[0].image).read_bytes() == content
+    assert Path(done.corpus[0].image).parent == tmp_path / "ours" / "images"
+    assert plain(Examples(done.examples, done.corpus)) == [
+        {"query_id": "7", "query": "red?", "positives": ["1"]}
+    ]
+
+
+def test_vidore_becomes_examples(tmp_path):
+    content = picture(tmp_path, "x", "red").read_bytes()
+    tables = {
+        "corpus": [{"corpus-id": n, "image": {"bytes": content, "path": None}} for n in range(2)],
+        "queries": [{"query-id": 5, "query": "red?"}],
+        "qrels": [{"query-id": 5, "corpus-id": n, "score": n} for n in range(2)],
+    }
+    for name, rows in tables.items():
+        (tmp_path / "v" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "v" / name / "test-00000-of-00001.parquet")
+    done = convert_from("vidore", tmp_path / "v", tmp_path / "ours", split="test")
+    assert plain(Examples(done.examples, done.corpus)) == [
+        {"query_id": "5", "query": "red?", "positives": ["1"], "negatives": ["0"]}
+    ]
+    with pytest.raises(ConfigError, match="must name a split, one of test"):
+        convert_from("vidore", tmp_path / "v", tmp_path / "ours")
+
+
+def test_formats_without_images_refuse_what_would_be_empty(tmp_path):
+    source = with_pictures(tmp_path)
+    with pytest.raises(
+        DataError, match=r"ours\.jsonl:2: the query is an image .* format bge"
+    ):
+        convert_to("bge", source, tmp_path / "x.jsonl")
+    source = ours(tmp_path, source.corpus, [{"query": "red?", "positives": ["p1"]}])
+    with pytest.raises(DataError, match="passage 'p0' is an image without a text"):
+        convert_to("msmarco", source, tmp_path / "x")
