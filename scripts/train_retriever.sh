@@ -4,8 +4,8 @@
 #   sleuth convert ... ; sleuth mine ...        (docs/training-retrievers.md)
 #   bash scripts/train_retriever.sh METHOD EXAMPLES.jsonl CORPUS.jsonl [--key value ...]
 #
-# METHOD: dpr, bge, splade, colbert, cross_encoder. Batch sizes are a process's; negatives are gathered across all.
-# Options given here win. Not run at this scale yet.
+# METHOD: dpr, bge, splade, colbert, cross_encoder, dse, colpali, gme. Batch sizes are a process's; negatives are
+# gathered across all. Options given here win. Not run at this scale yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +26,14 @@ case $method in
   # Santhanam et al. 2022: 64-way distillation, batch 32, 400,000 steps.
   colbert) negatives=63; labels=true; paper=(--batch_size 4 --steps 400000 --learning_rate 1e-5) ;;
   cross_encoder) form=pair; paper=(--batch_size 32 --epochs 2 --learning_rate 2e-5) ;;
-  *) echo "train_retriever.sh: method $method: must be dpr, bge, splade, colbert or cross_encoder" >&2; exit 2 ;;
+  # Ma et al. 2024: batch 128, one hard negative, LoRA.
+  dse) negatives=1; paper=(--batch_size 16 --epochs 1 --learning_rate 1e-4) ;;
+  # Faysse et al. 2024: batch 256 in all, 5 epochs of its script, LoRA.
+  colpali) negatives=0; paper=(--batch_size 32 --epochs 5 --learning_rate 2e-4) ;;
+  # Zhang et al. 2024: 8 hard negatives, temperature .03, LoRA.
+  gme) negatives=8; paper=(--batch_size 16 --epochs 1 --learning_rate 1e-4) ;;
+  *) echo "train_retriever.sh: method $method: must be one of dpr bge splade colbert cross_encoder dse colpali gme" >&2
+    exit 2 ;;
 esac
 train="[{\"examples\": \"$examples\", \"corpus\": \"$corpus\", \"negatives\": $negatives,
   \"form\": \"$form\", \"labels\": $labels}]"

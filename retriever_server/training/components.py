@@ -126,8 +126,10 @@ def _value(value: Any, given: Mapping[str, Any], place: str, modules: Sequence[s
         return _call(make, value, given, place, modules)
     if place.endswith(".similarity_fct"):
         from sentence_transformers import util
+        from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, mean_colbert_scores
 
         functions = {"cosine": util.cos_sim, "dot": util.dot_score}
+        functions |= {"maxsim": colbert_scores, "mean_maxsim": mean_colbert_scores}  # over a query's tokens
         if value not in functions:
             raise ConfigError(f"{place}: got {value!r}; must be one of {', '.join(functions)}")
         return functions[value]

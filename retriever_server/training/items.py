@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sentence_transformers.base.modules import Transformer
@@ -14,7 +15,7 @@ from sentence_transformers.base.modules import Transformer
 from data.errors import ConfigError
 from data.images import read_image
 from data.records import Input, Item, Passage
-from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders
+from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders, uncut
 from retriever_server.retriever import texts_of
 from retriever_server.training.examples import Examples
 
@@ -26,14 +27,17 @@ class Opening:
     """
 
     def __init__(self, model: Any) -> None:
-        self._preprocess, self._placeholders = model.preprocess, placeholders(model)
+        self._model, self._placeholders = model, placeholders(model)
         self._pictures = "image" in model.modalities
 
     def __call__(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
         """The features of a column of a batch."""
+        preprocess = partial(self._model.preprocess, **options)
         if not self._pictures:
-            return self._preprocess(texts_of(inputs, "the model in training"), **options)
-        return self._preprocess([self._opened(each) for each in inputs], **options)
+            return preprocess(texts_of(inputs, "the model in training"))
+        given = [self._opened(each) for each in inputs]
+        shown = any("image" in each for each in given)
+        return uncut(self._model, given, preprocess) if shown else preprocess(given)
 
     def _opened(self, each: Input) -> dict[str, Any]:
         picture = read_image(each.image) if isinstance(each, Item) else None

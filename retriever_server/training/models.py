@@ -217,8 +217,8 @@ def _load(base: Base, load: Any) -> Any:
     name = resolve_base(base)
     try:
         return load(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (ImportError, OSError, ValueError) as error:  # a processor may need what we do not: torchvision
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"base {name!r}: no model loads from there ({reason})") from error
 
 

@@ -31,6 +31,9 @@ def write_pages(folder: Path) -> Path:
     write_jsonl(folder / "corpus.jsonl", passages)
     write_jsonl(folder / "examples.jsonl", examples)
     write_jsonl(folder / "texts.jsonl", [{"id": e["query_id"], "text": e["query"]} for e in examples])
+    write_jsonl(folder / "dev.jsonl", [{"id": e["query_id"], "question": e["query"]} for e in examples])
+    lines = "".join(f"q{i}\t{i}\t1\n" for i in range(20))
+    (folder / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n{lines}")
     return folder
 
 

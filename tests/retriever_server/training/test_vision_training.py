@@ -1,9 +1,12 @@
 """Training on pages: resumed bit for bit, in batches of one kind of pair, with negatives of any kind."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from data.corpus import Corpus
@@ -11,13 +14,17 @@ from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from data.records import Hit, Item
 from retriever_server.encoders.sentence import load_encoder
+from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
 from retriever_server.training import run as training
 from retriever_server.training.examples import Examples, as_dataset
 from retriever_server.training.items import Pairs
 from retriever_server.training.mining import Rules, mine
+from scripts.__main__ import main
 from tests.retriever_server.training.pages import page, towers, vlm, write_pages
 from tests.retriever_server.training.recipes import component, recipe
+
+RECIPES = Path(__file__).parents[3] / "scripts/configs/retriever"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +121,27 @@ def test_a_model_of_texts_refuses_pages_before_it_is_trained(pages, tmp_path):
     model = component("dense", base=towers(pages)["base"])
     with pytest.raises(ConfigError, match="inputs 'image': this model encodes text"):
         training.train(made(pages, tmp_path, model, inputs="image"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dse", "colpali", "gme"])
+def test_a_recipe_trains_and_its_folder_is_indexed(name, pages, tmp_path):
+    made = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    made["model"]["init_args"] |= {"base": vlm(pages), "dtype": "float32", "images": {"resample": 2}}
+    train = made["train"][0]
+    train |= {"examples": str(pages / "examples.jsonl"), "corpus": str(pages / "corpus.jsonl")}
+    train["negatives"] = min(2, train.get("negatives", 0))
+    made |= {"precision": "float32", "steps": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
+    made |= {"out": str(tmp_path / "run"), "dev": {"queries": str(pages / "dev.jsonl")}}
+    made["dev"] |= {"qrels": str(pages / "qrels.tsv"), "limit": 4}
+    (tmp_path / "recipe.json").write_text(json.dumps(made))
+    assert main(["train-retriever", "--config", str(tmp_path / "recipe.json")]) == 0
+    options = ["--corpus", str(pages / "corpus.jsonl"), "--encoder", str(tmp_path / "run/model")]
+    assert main(["index", *options, "--out", str(tmp_path / "index")]) == 0
+    index = open_index(tmp_path / "index")
+    assert index.kind == ("maxsim" if name == "colpali" else "flat")
+    hits = index.search(["red left", page(pages, 3)], 20)
+    assert [len(each) for each in hits] == [20, 20]
 
 
 class InOrder(Retriever):
