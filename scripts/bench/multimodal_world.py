@@ -4,13 +4,15 @@ cards    titles of hotpotqa and squad drawn in four layouts and four fonts, no l
          them; 500 titles are held out, and the page of a title is looked for by the title
 emoji    small pictures and their captions, 300 held out: captions ask for pictures, pictures for captions
 figures  a title that is only in the text, a coloured shape that is only in the picture: 20 held-out
-         titles with 24 figures each, asked for by both
+         titles with 48 figures each, asked for by both
 """
 
 from __future__ import annotations
 
 import base64
 import random
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import Corpus
+from data.errors import ConfigError
 from data.jsonl import read_jsonl, write_jsonl
 from data.qrels import Qrels
 from data.records import Hit, Item, Passage, Question
@@ -28,8 +31,10 @@ from scripts.bench.retriever_world import Work
 HELD_OUT, DRAWINGS = 500, 8
 HELD_OUT_EMOJI = 300
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "LiberationSans-Bold.ttf", "LiberationSerif-Regular.ttf")
-COLOURS = ("red", "blue", "green", "orange", "purple", "black")
-SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = ("red", "blue", "green", "orange", "purple", "black", "brown", "hotpink")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
+FORMS = ("text", "image", "text+image")
+FIGURE_TITLES, FIGURES_A_TITLE, HELD_OUT_FIGURE_TITLES = 400, 12, 20
 
 
 class PageWork(Work):
@@ -49,6 +54,7 @@ class PageWork(Work):
         """What is asked of a collection; of emoji-captions the text of a question is the id of a picture."""
         asked = {passage.id: _QUESTIONS[name](self, passage.id) for passage in self.corpus(name)}
         questions = [Question(id_, text, ()) for id_, text in asked.items()]
+        random.Random(0).shuffle(questions)
         return questions[: self.limit], {each.id: {each.id: 1} for each in questions}
 
     def examples(self, name: str) -> None:
@@ -62,10 +68,9 @@ class PageWork(Work):
     @cached_property
     def titles(self) -> tuple[list[str], list[str]]:
         """Titles to train on, and those held out; no title is among both."""
-        rows = (
-            row for name in ("hotpotqa", "squad") for row in read_jsonl(self.data / name / "corpus.jsonl")
-        )
-        titles = sorted({title for row in rows if (title := row["title"].replace("_", " ").strip())})
+        corpora = (self.data / name / "corpus.jsonl" for name in ("hotpotqa", "squad"))
+        found = (row["title"].replace("_", " ").strip() for path in corpora for row in read_jsonl(path))
+        titles = sorted({*found} - {""})
         random.Random(0).shuffle(titles)
         return titles[HELD_OUT:], titles[:HELD_OUT]
 
@@ -123,6 +128,23 @@ def _card_examples(work: PageWork) -> Iterator[dict[str, Any]]:
             yield {"query_id": f"c{i}-{n}", "query": title, "positives": [f"c{i}-{n}"]}
 
 
+def _read_cards(work: PageWork, path: Path) -> None:
+    """What Tesseract reads on the held-out cards, three times enlarged, as small letters need."""
+    from PIL import Image
+
+    if shutil.which("tesseract") is None:
+        raise ConfigError("row bm25-ocr: needs the program tesseract (tesseract-ocr)")
+    rows = []
+    for passage in work.corpus("cards"):
+        large = path.parent / "large.png"
+        with Image.open(passage.image) as card:
+            card.resize((3 * card.width, 3 * card.height), Image.Resampling.BICUBIC).save(large)
+        command = ["tesseract", str(large), "-", "--psm", "6", "--dpi", "200"]
+        read = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append({"id": passage.id, "text": " ".join(read.stdout.split())})
+    write_jsonl(path, rows)
+
+
 # ---- emoji -------------------------------------------------------------------------------------------
 
 
@@ -132,9 +154,8 @@ def _write_emoji(path: Path, items: Iterable[dict[str, Any]], captions: bool) ->
         picture = path.parent / f"{item['id']}.png"
         if not captions:
             picture.write_bytes(base64.b64decode(item["png_b64"]))
-        rows.append(
-            {"id": item["id"], **({"text": item["caption"]} if captions else {"image": picture.name})}
-        )
+        shown = {"text": item["caption"]} if captions else {"image": picture.name}
+        rows.append({"id": item["id"], **shown})
     write_jsonl(path, rows)
 
 
@@ -159,12 +180,15 @@ def _draw_figure(path: Path, colour: str, shape: str, seed: str) -> None:
     draw, box, third = ImageDraw.Draw(image), (x, y, x + size, y + size), size // 3
     if shape == "circle":
         draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=size // 6)
     elif shape == "square":
         draw.rectangle(box, fill=colour)
     elif shape == "triangle":
         draw.polygon(((x, y + size), (x + size, y + size), (x + size // 2, y)), fill=colour)
-    else:
+    if shape == "cross":
         draw.rectangle((x + third, y, x + 2 * third, y + size), fill=colour)
+    if shape in ("cross", "bar"):
         draw.rectangle((x, y + third, x + size, y + 2 * third), fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
@@ -187,22 +211,15 @@ def _write_figures(path: Path, titles: Sequence[str], kept: Sequence[str] = ("te
     write_jsonl(path, rows)
 
 
-FORMS = ("text", "image", "text+image")
-FIGURE_TITLES, HELD_OUT_FIGURE_TITLES = 200, 20
-
-
 def _figure_examples(work: PageWork) -> Iterator[dict[str, Any]]:
-    """Of every title four figures: the fused item among its title's others, and each modality alone."""
+    """Of every title some figures: both together, against another figure, and each modality alone."""
     chance = random.Random(0)
     figures = [f"{colour}-{shape}" for colour, shape in product(COLOURS, SHAPES)]
     titles = work.titles[0][:FIGURE_TITLES]
     for i, title in enumerate(titles):
-        for figure in chance.sample(figures, 12):
-            other, elsewhere = (
-                chance.choice([f for f in figures if f != figure]),
-                chance.randrange(len(titles)),
-            )
-            elsewhere = elsewhere if elsewhere != i else (i + 1) % len(titles)
+        for figure in chance.sample(figures, FIGURES_A_TITLE):
+            other = chance.choice([each for each in figures if each != figure])
+            elsewhere = (i + chance.randrange(1, len(titles))) % len(titles)
             said = figure.replace("-", " ")
             asked = {"text": title, "image": said, "text+image": f"{title}: {said}"}
             wrong = {"text": f"{elsewhere}-{figure}", "image": f"{i}-{other}", "text+image": f"{i}-{other}"}
@@ -232,6 +249,7 @@ _MAKERS: dict[str, Callable[[PageWork, Path], None]] = {
     "cards": lambda work, path: _draw_cards(
         path, (Passage(f"h{i}", "", title) for i, title in enumerate(work.titles[1]))
     ),
+    "cards-ocr": _read_cards,
     "emoji-train": lambda work, path: _write_emoji(path, work.emoji[0], False),
     "emoji": lambda work, path: _write_emoji(path, work.emoji[1], False),
     "emoji-captions": lambda work, path: _write_emoji(path, work.emoji[1], True),

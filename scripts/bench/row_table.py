@@ -69,15 +69,19 @@ def _run(work: Work, name: str, row: Row, again: bool) -> str | None:
     return None
 
 
-def markdown(results: Path, rows: Mapping[str, Row], shown: Sequence[str]) -> str:
+def markdown(
+    results: Path, rows: Mapping[str, Row], shown: Sequence[str], compared: Sequence[str] = ()
+) -> str:
     """What there is of the rows: scores, and differences from the rows that each is held against.
 
-    shown: names of metrics; the first is compared, by a paired bootstrap over the questions.
+    shown: names of metrics. compared: those of them whose differences are given, with the interval of a
+    paired bootstrap over the questions; the first if none is named.
     """
-    parts = []
+    compared, parts = compared or shown[:1], []
+    heads = [f"difference{f' of {metric}' if compared[1:] else ''} [95 %] | p" for metric in compared]
     for table in dict.fromkeys(row.table for row in rows.values()):
-        lines = [f"| row | collection | {' | '.join(shown)} | against | difference [95 %] | p | s |"]
-        lines.append(f"|{' --- |' * 2}{' ---: |' * len(shown)} --- |{' ---: |' * 3}")
+        lines = [f"| row | collection | {' | '.join(shown)} | against | {' | '.join(heads)} | s |"]
+        lines.append(f"|{' --- |' * 2}{' ---: |' * len(shown)} --- |{' ---: |' * (2 * len(heads) + 1)}")
         notes = []
         for name, row in rows.items():
             path = results / f"{name}.json"
@@ -85,30 +89,36 @@ def markdown(results: Path, rows: Mapping[str, Row], shown: Sequence[str]) -> st
                 continue
             found = read_json(path)
             for collection in row.on:
-                lines += _lines(results, name, row, found, collection, shown)
+                lines += _lines(results, name, row, found, collection, shown, compared)
             notes += [f"- {name}: {key}: {value}" for key, value in found["note"].items()]
-        parts += [f"### ({table})", "", *lines, "", *notes, ""]
+        parts += [f"### ({table})", "", *(lines if lines[2:] else ()), "", *notes, ""]
     return "\n".join(parts)
 
 
 def _lines(
-    results: Path, name: str, row: Row, found: dict[str, Any], collection: str, shown: Sequence[str]
-) -> list[str]:
+    results: Path, name: str, row: Row, found: dict[str, Any], collection: str,
+    shown: Sequence[str], compared: Sequence[str],
+) -> list[str]:  # fmt: skip
     """The lines of a row in one collection: one, or one a row that it is compared with."""
     from retriever_server.evaluation import compare, means
 
-    values, first = found["values"][collection], shown[0]
+    values = found["values"][collection]
     mean = means(values)
     scores = [f"{mean[metric]:.3f}" if metric in mean else "" for metric in shown]
-    cells, lines = [name, collection, *scores], []
+    cells, lines, seconds = [name, collection, *scores], [], f"{found['seconds']:.0f}"
+    ours = {metric: values[metric] for metric in compared}
     for other in row.against:
         path = results / f"{other}.json"
         theirs = read_json(path)["values"].get(collection) if path.exists() else None
-        if theirs is None or set(theirs[first]) != set(values[first]):
+        if theirs is None or any(set(theirs[metric]) != set(ours[metric]) for metric in compared):
             continue
-        of = compare({first: values[first]}, {first: theirs[first]})[first]
-        difference = f"{of['difference']:+.3f} [{of['low']:+.3f}, {of['high']:+.3f}]"
-        lines.append([*cells, other, difference, f"{of['p']:.4f}", f"{found['seconds']:.0f}"])
+        of = compare(ours, {metric: theirs[metric] for metric in compared})
+        differences = [part for metric in compared for part in _difference(of[metric])]
+        lines.append([*cells, other, *differences, seconds])
         cells = [""] * len(cells)
-    lines = lines or [[*cells, "", "", "", f"{found['seconds']:.0f}"]]
+    lines = lines or [[*cells, "", *[""] * 2 * len(compared), seconds]]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _difference(of: Mapping[str, float]) -> tuple[str, str]:
+    return f"{of['difference']:+.3f} [{of['low']:+.3f}, {of['high']:+.3f}]", f"{of['p']:.4f}"

@@ -1,0 +1,82 @@
+"""What pages cost: drawn a second, decoded against encoded, bytes a page of each kind of index.
+
+Seconds are of one thread of the processor, whatever else the machine does meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data.images import read_image
+from data.jsonl import read_jsonl
+from data.records import Item, Passage
+from data.rendering import Style, render
+from scripts.bench.retriever_world import Work
+
+PAGES, CARDS = 48, 256
+PAGE_SIDE = 384
+
+
+def speed(work: Work) -> dict[str, str]:
+    """All of it, in words."""
+    from retriever_server.encoders.sentence import load_encoder
+
+    folder = work.folder / "speed"
+    rows = islice(read_jsonl(work.data / "squad" / "corpus.jsonl"), PAGES)
+    passages = [Passage(row["id"], row["contents"].split("\n", 1)[-1], row["title"]) for row in rows]
+    seconds, drawn = _timed(lambda: render(passages, folder, Style()))
+    pages = [str(folder / row["image"]) for row in read_jsonl(drawn.corpus)]
+    cards = [passage.image for passage in islice(work.corpus("cards"), CARDS)]
+    small = load_encoder(str(work.folder / "models" / "dse" / "model"), inputs="image")
+    return {
+        "drawing": f"{PAGES / seconds:.0f} pages a second, 800 x 1000 pixels, one core",
+        "cards by the small DSE": _ratio(small, cards),
+        f"pages by a ViT of 22 M at {PAGE_SIDE} x {PAGE_SIDE}": _ratio(_large(work), pages[:16]),
+        "bytes a page": ", ".join(_sizes(work.folder / "indexes")),
+    }
+
+
+def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = do()
+    return time.process_time() - start, found
+
+
+def _ratio(encoder: Any, images: list[str]) -> str:
+    """How long pages take to be read from disk and decoded, and to be encoded."""
+    items = [Item(image) for image in images]
+    encoder.encode(items[:8], "passage")
+    decoding, _ = _timed(lambda: [read_image(image) for image in images])
+    both, _ = _timed(lambda: encoder.encode(items, "passage"))
+    encoding = max(both - decoding, 1e-9)
+    return (
+        f"decoding {1000 * decoding / len(images):.1f} ms, encoding {1000 * encoding / len(images):.1f} ms "
+        f"a page, {encoding / decoding:.1f} to 1"
+    )
+
+
+def _large(work: Work) -> Any:
+    """A random encoder as large as ViT-S/16; its speed is that of a trained one."""
+    from retriever_server.encoders.sentence import SentenceEncoder, read_spec
+    from retriever_server.training.vision import two_tower_pages
+
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
+    text = {"model_type": "bert", "num_hidden_layers": 1}
+    image = {"model_type": "vit", **sizes, "image_size": PAGE_SIDE, "patch_size": 16}
+    model = two_tower_pages(
+        {"config": text, "corpus": str(work.corpus("titles").path), "vocabulary": 600}, {"config": image}
+    )
+    return SentenceEncoder(model, read_spec("ViT-S", model, inputs="image"))
+
+
+def _sizes(indexes: Path) -> list[str]:
+    """Of the indexes of the cards: their vectors and what else they keep, without the corpus."""
+    found = []
+    for folder in sorted(indexes.glob("*-cards")):
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        found.append(f"{folder.name.removesuffix('-cards')} {total / 500:,.0f}")
+    return found
