@@ -84,6 +84,10 @@ class Qdrant(Retriever):
             answers = self._client.query_batch_points(self.collection, requests)
         return [[self._hit(point) for point in answer.points] for answer in answers]
 
+    def takes_images(self) -> bool:
+        """Whether the encoder reads images."""
+        return "image" in self.encoder.takes
+
     def upload(self, passages: Iterable[Passage]) -> None:
         """Encode passages and put them into the collection, which is made if it is not there."""
         from qdrant_client import models

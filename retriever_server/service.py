@@ -165,7 +165,7 @@ class Service:
         """What the encoder inside makes of each input (one row of its vectors), or the exception it met."""
         encoder, asked = opened.find("encoder"), await self.pictures.read(inputs, "inputs")
         pictured = any(isinstance(each, Item) for each in asked)
-        if pictured and encoder.spec.inputs == "text":
+        if pictured and "image" not in encoder.takes:
             raise DataError("inputs: one holds an image, and the encoder reads text only")
 
         def work(items: list[Input]) -> list[Any]:

@@ -72,6 +72,10 @@ class FaissFile(Retriever):
             for ranked in self.rows.search(self.encoder.encode(queries, "query"), k, mask)
         ]
 
+    def takes_images(self) -> bool:
+        """Whether the encoder reads images."""
+        return "image" in self.encoder.takes
+
 
 def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:
     """A faiss IndexFlat of inner products, and its vectors, mapped.   (P, D)"""

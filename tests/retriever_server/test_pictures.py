@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import httpx
 import numpy as np
@@ -10,17 +12,20 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from data.corpus import Corpus
-from data.images import png, read_image
+from data.images import read_image
 from data.jsonl import write_jsonl
 from data.records import Item
 from retriever_server.app import Limits, create_app
 from retriever_server.compose import Cached, Fuse
+from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.live import Live
 from retriever_server.rerank import Rerank
 from tests.retriever_server.test_rerank import ByLetter
+from tests.retriever_server.vision_models import picture as picture_of_noise
+from tests.retriever_server.vision_models import tiny_clip
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
@@ -31,6 +36,8 @@ class Colours(Encoder):
     spec = EncodingSpec(
         "colours", "dense", "c", 3, similarity="dot", inputs="text+image", image_processor="mean"
     )
+
+    takes = frozenset({"text", "image", "text+image"})
 
     def __init__(self) -> None:
         self.encoded: list = []
@@ -129,7 +136,10 @@ def test_a_form_asks_with_files_and_text(server):
 
 
 def bomb() -> str:
-    return coded(png(Image.new("1", (30_000, 30_000))))
+    """A small PNG whose head says 30,000 x 30,000: whoever decodes it first finds another fault."""
+    small = picture("red")
+    head = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small[24:29]
+    return coded(small[:12] + head + struct.pack(">I", zlib.crc32(head)) + small[33:])
 
 
 @pytest.mark.parametrize(
@@ -323,6 +333,23 @@ def test_what_reads_images_or_forms_is_named_where_it_is_missing(server, monkeyp
     monkeypatch.setitem(sys.modules, "python_multipart", None)
     answer = server.post("/v1/search", files={"image": ("p.png", picture("red"))})
     assert answer.status_code == 501 and "pip install 'sleuth-rl[images]'" in answer.json()["detail"]
+
+
+def test_a_real_encoder_of_pages_is_served(folder, tmp_path):
+    """CLIP built from a configuration, its weights random: a page is the nearest to itself."""
+    encoder = load_encoder(tiny_clip(tmp_path / "clip"), device="cpu", inputs="image")
+    noise = [bytes(picture_of_noise(seed).image) for seed in range(4)]  # type: ignore[arg-type]
+    for i, content in enumerate(noise):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "image": f"{i}.png"} for i in range(len(noise))])
+    index = FlatIndex.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "index", encoder)
+    with TestClient(create_app(index)) as server:
+        assert server.get("/v1/info").json()["accepts"] == ["text", "image"]
+        asked = [*({"image": coded(content)} for content in noise), "a text"]
+        found = [each[0] for each in search(server, *asked)]
+        assert found[:4] == ["0", "1", "2", "3"]
+        rows = np.array(server.post("/embed", json={"inputs": asked}).json())
+    assert np.allclose(rows, encoder.encode([*map(Item, noise), "a text"], "passage"), atol=1e-5)
 
 
 def test_texts_do_not_wait_in_a_batch_of_images(pages):
