@@ -46,11 +46,11 @@ function hitList(search) {
   if (search.error) return block("error", "search failed", search.query, el("br"), search.error);
   if (!search.hits.length) return block("passages", "passages", "(nothing found)");
   const hits = search.hits.map(([place, score], i) => {
-    const [id, title, text] = DATA.passages[place];
+    const [id, title, text, picture] = DATA.passages[place];
     return el("details", { open: search.hits.length === 1 },
       el("summary", {}, el("span", { class: "rank" }, `${i + 1}`), el("span", { class: "title" }, title || id),
         el("span", { class: "score", title: `score; passage ${id}` }, formatNumber(score))),
-      el("p", {}, text));
+      picture && el("img", { src: picture, alt: "" }), el("p", {}, text));
   });
   return block("passages", "passages", ...hits);
 }

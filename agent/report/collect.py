@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from agent.evaluate import METRICS, paired_difference, read_records, score
-from data.errors import DataError
+from data.errors import ConfigError, DataError
+from data.images import read_image, thumbnail
 from data.jsonl import read_json
 from data.run_dir import read_metrics, read_run
 
 TEXT_LIMITS = (1_000, 300, 120)
 """Characters of a passage that the page shows; the next smaller one is taken if the page gets too big."""
+PICTURES, PICTURE_SIDE = 300, 240
+"""How many passages are shown with a small copy of their picture, and its size in pixels. A page that got
+too big has none."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,9 @@ class _Table:
         self.rows: list[Any] = []
         self._places: dict[Any, int] = {}
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self._places
+
     def add(self, key: Any, row: Any) -> int:
         if key not in self._places:
             self._places[key] = len(self.rows)
@@ -163,16 +171,28 @@ def _asks(text: str, query: str) -> bool:
 def _search(search: Mapping[str, Any], passages: _Table, text_limit: int) -> dict[str, Any]:
     hits = []
     for hit in search["hits"]:
-        text = hit.get("text", "")
+        key, text = (hit["generation"], hit["id"]), hit.get("text", "")
         cut = text if len(text) <= text_limit else text[:text_limit].rstrip() + " …"
-        place = passages.add((hit["generation"], hit["id"]), [hit["id"], hit["title"], cut])
-        hits.append([place, round(hit["score"], 4)])
+        row = [hit["id"], hit["title"], cut]
+        pictured = hit.get("image") and text_limit == TEXT_LIMITS[0] and len(passages.rows) < PICTURES
+        if pictured and key not in passages:
+            row += _small_copy(hit["image"])
+        hits.append([passages.add(key, row), round(hit["score"], 4)])
     return {
         "query": search["query"],
         "hits": hits,
         "seconds": round(search["seconds"], 4),
         "error": search["error"],
     }
+
+
+def _small_copy(image: str) -> list[str]:
+    """The picture as a data URL; nothing where it is no longer there, or no file of this machine."""
+    try:
+        small = thumbnail(read_image(image), PICTURE_SIDE)
+    except (DataError, ConfigError):
+        return []
+    return [f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"]
 
 
 def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:

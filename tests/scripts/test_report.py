@@ -20,6 +20,7 @@ from data.jsonl import write_json, write_jsonl
 from data.records import Hit, Passage, Question
 from data.run_dir import RunDir
 from scripts.__main__ import main as sleuth
+from tests.vision import draw_pages
 
 EVIL = "</script><script>document.title='broken out'</script><img src=x onerror=\"document.title='x'\">&amp;"
 KINDS = ("one_hop", "two_hop", "comparison")
@@ -367,3 +368,16 @@ def test_in_a_browser_an_empty_run_has_no_errors(tmp_path):
     RunDir(tmp_path / "run", {}).close()
     html = dom(tmp_path, write_report(tmp_path / "run"))
     assert "No metrics yet" in html and "No trajectories yet" in html
+
+
+def test_a_page_that_was_found_is_shown_small_and_a_lost_one_by_its_text(tmp_path):
+    there, lost = draw_pages(tmp_path / "pages", 1)[0], str(tmp_path / "lost.png")
+    trajectory = make_trajectory(make_question(0), True)
+    hits = [Hit(Passage(str(i), "text", "T", image=image), 1.0, "g") for i, image in enumerate([there, lost])]
+    trajectory = replace(trajectory, searches=[replace(trajectory.searches[0], hits=hits)])
+    RunDir(tmp_path / "run", {}).close()
+    write_evaluation(tmp_path / "run" / "evaluations" / "after", [trajectory])
+    page = render_report(tmp_path / "run")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["passages"]
+    assert [len(row) for row in found] == [4, 3]
+    assert found[0][3].startswith("data:image/jpeg;base64,") and str(tmp_path) not in page
