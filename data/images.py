@@ -7,6 +7,7 @@ source is a file of this machine or the bytes themselves.
 from __future__ import annotations
 
 import io
+import os
 import re
 import threading
 import warnings
@@ -31,6 +32,7 @@ PAGE_DPI = 72 * _SCALE
 """Dots an inch at which a page of a PDF is drawn: a letter page is 1224 x 1584 pixels."""
 
 _PAGE = re.compile(r"(?P<file>.+)#page=(?P<page>\d{1,9})", re.DOTALL)
+_PDF_TAIL = 1 << 15  # bytes
 _pdfium = threading.Lock()  # the library is not made for several threads
 
 
@@ -172,6 +174,13 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
+def _has_end(path: str) -> bool:
+    """Whether a PDF's last mark stands near its end; something else may follow it."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _PDF_TAIL))
+        return b"%%EOF" in file.read()
+
+
 @contextmanager
 def _open_pdf(path: str, name: str) -> Iterator[PdfDocument]:
     """The document, while no other thread uses the library."""
@@ -179,6 +188,8 @@ def _open_pdf(path: str, name: str) -> Iterator[PdfDocument]:
 
     if not Path(path).is_file():
         raise DataError(f"{name}: {'not a file' if Path(path).exists() else 'no such file'}")
+    if not _has_end(path):  # pdfium would mend it, and leave pages blank
+        raise DataError(f"{name}: a broken PDF, or no PDF: it is cut short (has no %%EOF)")
     with _pdfium:
         try:
             document = pypdfium2.PdfDocument(path)

@@ -82,9 +82,10 @@ def test_a_page_that_is_not_there_is_refused(tmp_path, page):
         read_image(f"{path}#page={page}")
 
 
-def test_a_truncated_pdf_is_refused(tmp_path):
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.98])
+def test_a_truncated_pdf_is_refused(tmp_path, share):
     whole = pdf(tmp_path / "r.pdf").read_bytes()
-    (tmp_path / "half.pdf").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "half.pdf").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(DataError, match=r"half\.pdf"):
         read_image(f"{tmp_path}/half.pdf#page=1")
 
