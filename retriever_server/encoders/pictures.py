@@ -148,7 +148,7 @@ def uncut(model: Any, given: list[dict[str, Any]], preprocess: Callable[..., dic
     Cutting what a template has made of an item, its end (often the token that is pooled) goes first, and
     without a word. Raises DataError for a picture that alone takes more tokens than the model reads.
     """
-    whole = {"processing_kwargs": {"text": {"truncation": False}}}
+    whole = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
     features, limit = preprocess(given, **whole), model.max_seq_length or 0
     mask = features.get("attention_mask")
     if mask is None or not limit or mask.sum(1).max() <= limit:
@@ -178,15 +178,3 @@ def sample_pictures() -> list[Item]:
         Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).save(out, "PNG")
         pictures.append(Item(out.getvalue()))
     return pictures
-
-
-def unreadable(items: Sequence[Input]) -> dict[int, str]:
-    """Position -> what is wrong with its image, of the items whose image cannot be read."""
-    found = {}
-    for i, item in enumerate(items):
-        try:
-            if isinstance(item, Item):
-                read_image(item.image)
-        except DataError as error:
-            found[i] = str(error)
-    return found

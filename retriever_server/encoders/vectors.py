@@ -55,11 +55,11 @@ def take(vectors: Vectors, rows: np.ndarray) -> Vectors:
     return Multi(np.concatenate(taken), np.cumsum([0, *map(len, taken)], dtype=np.int64))
 
 
-def no_vectors(kind: str, dimension: int) -> Vectors:
-    """The vectors of no text."""
-    none = np.zeros((0, dimension), np.float32)
+def no_vectors(kind: str, dimension: int, count: int = 0) -> Vectors:
+    """The vectors of no text, or of `count` that have none: no token, or zeros."""
     if kind == "multi":
-        return Multi(none, np.zeros(1, np.int64))
+        return Multi(np.zeros((0, dimension), np.float32), np.zeros(count + 1, np.int64))
+    none = np.zeros((count, dimension), np.float32)
     if kind == "dense":
         return none
     from scipy.sparse import csr_array

@@ -20,6 +20,7 @@ from retriever_server.indexes.encoded import Ranking
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.rows import Rows
 from retriever_server.indexes.shards import Shards
+from retriever_server.retriever import Filter
 
 _FILE = "faiss.index"
 _TRAINING_VECTORS_A_LIST = 40  # faiss warns below 39
@@ -98,7 +99,13 @@ class AnnIndex(FlatIndex):
             return super().rank(queries, k, mask)
         count = min(max(self._candidates, 4 * k), len(self))
         _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
-        return [self._rescored(query, row[row >= 0], k) for query, row in zip(queries, found, strict=True)]
+        kept = (found >= 0) & ~np.isin(found, self.skipped)
+        return [
+            self._rescored(query, row[of], k) for query, row, of in zip(queries, found, kept, strict=True)
+        ]
+
+    def _mask(self, where: Filter | None) -> np.ndarray | None:
+        return super()._mask(where) if where else None  # skipped passages leave the candidates
 
     def _rescored(self, query: np.ndarray, candidates: np.ndarray, k: int) -> Ranking:
         scores = self.rows[candidates] @ query

@@ -49,6 +49,9 @@ class EncodedIndex(Index):
     ) -> None:
         self.path, self.manifest, self.corpus, self.encoder = path, manifest, corpus, encoder
         self.generation, self.device = manifest.generation, device
+        skipped = [np.load(file) for file in sorted(path.glob("*.skipped.npy"))]
+        self.skipped: np.ndarray = np.concatenate([np.zeros(0, np.int64), *skipped])
+        """Positions of passages that could not be encoded: no search finds them."""
 
     @classmethod
     def build(
@@ -60,16 +63,18 @@ class EncodedIndex(Index):
         overwrite: bool = False,
         progress: Progress = silent,
         passages_per_shard: int | None = None,
+        on_error: str = "stop",
         **settings: Any,
     ) -> Self:
         """Encode the corpus, index the vectors into the folder `out`; opened.
 
         dtype: float32, float16 or int8 of what is stored. settings: of the kind (`checked_settings`).
+        on_error: skip leaves out passages whose image cannot be read; stop raises DataError naming one.
         A build that was killed goes on after its last whole shard. Raises ConfigError for a wrong
         setting or an encoder of another kind.
         """
         out = Path(out)
-        shards, settings = cls.plan(corpus, out, encoder, dtype, passages_per_shard, **settings)
+        shards, settings = cls.plan(corpus, out, encoder, dtype, passages_per_shard, on_error, **settings)
         if found_at(out, generation_name(cls.kind, settings, corpus.content_hash), overwrite) is None:
             shards.encode(progress=progress)
 
@@ -83,7 +88,7 @@ class EncodedIndex(Index):
     @classmethod
     def plan(
         cls, corpus: Corpus, out: Path, encoder: Encoder, dtype: str,
-        passages_per_shard: int | None = None, **settings: Any,
+        passages_per_shard: int | None = None, on_error: str = "stop", **settings: Any,
     ) -> tuple[Shards, dict[str, Any]]:  # fmt: skip
         """The shards that `build` would write first, and all settings; encode some of them elsewhere."""
         if encoder.spec.kind != cls.vectors:
@@ -93,8 +98,9 @@ class EncodedIndex(Index):
             )
         checked = cls.checked_settings(corpus, encoder.spec, **settings)
         size = cls.passages_per_shard if passages_per_shard is None else passages_per_shard
-        shards = Shards.beside(out, corpus, encoder, dtype, size)
-        return shards, {"encoder": encoder.spec.hash, "dtype": dtype, **checked}
+        shards = Shards.beside(out, corpus, encoder, dtype, size, on_error)
+        skips = {"on_error": on_error} if on_error != "stop" else {}
+        return shards, {"encoder": encoder.spec.hash, "dtype": dtype, **checked, **skips}
 
     @classmethod
     def open(
@@ -153,8 +159,7 @@ class EncodedIndex(Index):
             raise ConfigError(f"k = {k}: must be >= 1")
         if not queries:
             return []
-        mask = allowed(self.corpus, where) if where else None
-        rankings = self.rank(self.encoder.encode(queries, "query"), k, mask)
+        rankings = self.rank(self.encoder.encode(queries, "query"), k, self._mask(where))
         return [
             [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
             for ranked in rankings
@@ -162,11 +167,21 @@ class EncodedIndex(Index):
 
     def takes_images(self) -> bool:
         """Whether the encoder reads images."""
-        return self.encoder.spec.inputs != "text"
+        return "image" in self.encoder.takes
+
+    def _mask(self, where: Filter | None) -> np.ndarray | None:
+        """Which passages a search may find, None for all."""
+        mask = allowed(self.corpus, where) if where else None
+        if not len(self.skipped):
+            return mask
+        mask = np.ones(len(self), bool) if mask is None else mask.copy()
+        mask[self.skipped] = False
+        return mask
 
     def describe(self) -> dict[str, Any]:
         """As `Retriever.describe`."""
         of = {"generation": self.generation, "passages": len(self), "dtype": self.manifest.dtype}
+        of |= {"skipped": len(self.skipped)} if len(self.skipped) else {}
         return {"kind": self.kind, **of, "settings": self.manifest.settings, "spec": self.manifest.spec}
 
     def check_encoder(self, count: int) -> None:
@@ -175,6 +190,7 @@ class EncodedIndex(Index):
             raise DataError(f"{self.path}: {len(self)} passages, its corpus has {len(self.corpus)}")
         count = min(count, len(self))
         positions = [len(self) * i // count for i in range(count)]
+        positions = [position for position in positions if position not in self.skipped]
         check_encodes(self.encoder, self.corpus, positions, self.stored, self.path, self.whole)
 
 

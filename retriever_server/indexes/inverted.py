@@ -53,6 +53,7 @@ class InvertedIndex(EncodedIndex):
 
         Weights are float32, or with dtype int8 of 8 bits: 1 to 255 times one scale for all.
         """
+        shards.link_into(folder, "*.skipped.npy")
         terms = shards.encoder.spec.dimension
         limit, eight_bits = settings.get("terms_per_passage"), settings["dtype"] == "int8"
         counts, largest = np.zeros(terms, np.int64), np.float32(0)

@@ -20,16 +20,19 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError, StorageError
+from data.errors import ConfigError, DataError, StorageError, require
+from data.images import read_image
 from data.jsonl import read_json, write_json
+from data.records import Item
 from retriever_server.encoders.spec import Encoder
-from retriever_server.encoders.vectors import Multi, Vectors
+from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
 from retriever_server.indexes.integrity import save_array
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
-_ENCODED_TOGETHER = 2048
+_TEXTS_TOGETHER, _IMAGES_TOGETHER = 2048, 256
+ON_ERROR = ("stop", "skip")
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 """Wraps the positions of the passages as they are encoded, and is told how many there are."""
 
@@ -48,18 +51,29 @@ class Shards:
     encoder: Encoder
     dtype: str
     passages_per_shard: int
+    on_error: str = "stop"
+    """What to do with a passage whose image cannot be read: stop, or skip it: no search finds it then."""
 
     @staticmethod
-    def beside(out: Path, corpus: Corpus, encoder: Encoder, dtype: str, passages_per_shard: int) -> Shards:
+    def beside(
+        out: Path,
+        corpus: Corpus,
+        encoder: Encoder,
+        dtype: str,
+        passages_per_shard: int,
+        on_error: str = "stop",
+    ) -> Shards:
         """Those that an index at `out` is made of; its folder lies beside and bears their identity."""
+        require(on_error in ON_ERROR, "on_error", on_error, f"one of {', '.join(ON_ERROR)}")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype}: must be one of {', '.join(DTYPES)}")
         if passages_per_shard < 1:
             raise ConfigError(f"passages_per_shard = {passages_per_shard}: must be >= 1")
-        made_of = json.dumps([encoder.spec.hash, corpus.content_hash, dtype, passages_per_shard])
-        identity = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        made_of = [encoder.spec.hash, corpus.content_hash, dtype, passages_per_shard]
+        made_of += [on_error] if on_error != "stop" else []
+        identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         folder = out.absolute().with_name(f".{out.name}.encoding-{identity}")
-        return Shards(folder, corpus, encoder, dtype, passages_per_shard)
+        return Shards(folder, corpus, encoder, dtype, passages_per_shard, on_error)
 
     def __len__(self) -> int:
         return -(-len(self.corpus) // self.passages_per_shard)
@@ -88,29 +102,70 @@ class Shards:
         """An array of a shard, mapped."""
         return np.load(self._file(shard, name), mmap_mode="r").view(np.ndarray)
 
-    def link_into(self, folder: Path) -> None:
-        """Put all arrays into another folder too: they stay here until the index is whole."""
-        for path in sorted(self.folder.glob("*.npy")):
+    def link_into(self, folder: Path, arrays: str = "*.npy") -> None:
+        """Put arrays into another folder too: they stay here until the index is whole."""
+        for path in sorted(self.folder.glob(arrays)):
             try:
                 os.link(path, folder / path.name)
             except OSError:  # a file system without links
                 shutil.copyfile(path, folder / path.name)
 
     def _write(self, shard: int, positions: Iterator[int]) -> None:
-        packed = []
-        while block := list(islice(positions, _ENCODED_TOGETHER)):
-            texts = [self.encoder.spec.render(self.corpus[position]) for position in block]
-            packed.append(pack(self._checked(self.encoder.encode(texts, "passage"), block), self.dtype))
+        packed, skipped = [], []
+        together = _TEXTS_TOGETHER if self.encoder.spec.inputs == "text" else _IMAGES_TOGETHER
+        while block := list(islice(positions, together)):
+            vectors, broken = self._encoded(block)
+            packed.append(pack(vectors, self.dtype))
+            skipped += broken
+        if len(skipped) == len(self.positions(shard)):
+            raise DataError(f"{self.corpus.path}: no image can be read of {len(skipped)} passages")
+        arrays = {name: np.concatenate([each[name] for each in packed]) for name in packed[0]}
+        if skipped:
+            arrays["skipped"] = np.array(skipped, np.int64)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             sizes = {}
-            for name in packed[0]:
+            for name, array in arrays.items():
                 path = self._file(shard, name)
-                save_array(path, np.concatenate([arrays[name] for arrays in packed]))
+                save_array(path, array)
                 sizes[path.name] = path.stat().st_size
             write_json(self.folder / f"{shard:05d}.done", sizes)
         except OSError as error:
             raise StorageError(f"{self.folder}: vectors could not be written ({error})") from error
+
+    def _encoded(self, block: list[int]) -> tuple[Vectors, list[int]]:
+        """The vectors of a block of passages, and which of these are skipped and have none, or zeros."""
+        spec = self.encoder.spec
+        try:
+            inputs = [spec.render(self.corpus[position]) for position in block]
+            return self._checked(self.encoder.encode(inputs, "passage"), block), []
+        except DataError as error:
+            broken = self._broken(block)
+            if not broken:
+                raise
+            if self.on_error == "stop":
+                raise DataError(f"{next(iter(broken.values()))} (--on_error skip leaves it out)") from error
+        for what in broken.values():
+            logger.warning("skipped: %s", what)
+        kept = [position for position in block if position not in broken]
+        blank = no_vectors(spec.kind, spec.dimension, 1)
+        if kept:
+            inputs = [spec.render(self.corpus[position]) for position in kept]
+            blank = concatenate([self._checked(self.encoder.encode(inputs, "passage"), kept), blank])
+        places = {position: i for i, position in enumerate(kept)}
+        return take(blank, np.array([places.get(each, len(kept)) for each in block])), list(broken)
+
+    def _broken(self, block: list[int]) -> dict[int, str]:
+        """Position -> what is wrong, of the passages whose image is missing or cannot be read."""
+        found = {}
+        for position in block:
+            passage = self.corpus[position]
+            try:
+                if isinstance(item := self.encoder.spec.render(passage), Item):
+                    read_image(item.image)
+            except DataError as error:
+                found[position] = f"passage {passage.id!r}: {error}"
+        return found
 
     def _checked(self, vectors: Vectors, positions: list[int]) -> Vectors:
         model = self.encoder.spec.model
