@@ -19,7 +19,7 @@ from typing import Any
 
 from retriever_server.retriever import Retriever
 from scripts.bench.multimodal_speed import speed
-from scripts.bench.multimodal_world import AskedByPicture, PageWork
+from scripts.bench.multimodal_world import PageWork
 from scripts.bench.retriever_rows import Make, contrast, part
 from scripts.bench.retriever_world import Row, Training, Work
 from scripts.bench.row_table import chosen, listed, markdown, run_rows
@@ -120,11 +120,9 @@ def untrained(name: str, training: Any) -> Make:
 
 
 def over(work: Work, on: str, model: Path, tag: str, **options: Any) -> Retriever:
-    """The index of a collection; asked by pictures where its questions are such."""
-    captions = on == "emoji-captions"
+    """The index of a collection: of captions as texts, of all others as pictures."""
     tag = "-".join([tag, *(value.replace(":", "-") for value in options.values())])
-    index = work.encoded(model, on, tag, inputs="text" if captions else "image", **options)
-    return AskedByPicture(index, work.corpus("emoji")) if captions else index
+    return work.encoded(model, on, tag, inputs="text" if on == "emoji-captions" else "image", **options)
 
 
 def row(name: str, table: str, make: Make, on: tuple[str, ...], *against: str, **more: Any) -> None:

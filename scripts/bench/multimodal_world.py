@@ -23,9 +23,8 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import read_jsonl, write_jsonl
 from data.qrels import Qrels
-from data.records import Hit, Item, Passage, Question
+from data.records import Passage, Question
 from data.rendering import Style, render
-from retriever_server.retriever import Filter, Query, Retriever
 from scripts.bench.retriever_world import Work
 
 HELD_OUT, DRAWINGS = 500, 8
@@ -51,9 +50,8 @@ class PageWork(Work):
         return self.opened[name]
 
     def questions(self, name: str) -> tuple[list[Question], Qrels]:
-        """What is asked of a collection; of emoji-captions the text of a question is the id of a picture."""
-        asked = {passage.id: _QUESTIONS[name](self, passage.id) for passage in self.corpus(name)}
-        questions = [Question(id_, text, ()) for id_, text in asked.items()]
+        """What is asked of a collection, a question a passage; of emoji-captions with pictures alone."""
+        questions = [_QUESTIONS[name](self, passage.id) for passage in self.corpus(name)]
         random.Random(0).shuffle(questions)
         return questions[: self.limit], {each.id: {each.id: 1} for each in questions}
 
@@ -81,22 +79,6 @@ class PageWork(Work):
         items = [rows[caption] for caption in sorted(rows)]
         random.Random(0).shuffle(items)
         return items[HELD_OUT_EMOJI:], items[:HELD_OUT_EMOJI]
-
-
-class AskedByPicture(Retriever):
-    """Searches with the pictures that are named by their id in a corpus."""
-
-    def __init__(self, retriever: Retriever, pictures: Corpus) -> None:
-        self.retriever, self.pictures = retriever, pictures
-
-    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The hits of the pictures with these ids."""
-        found = [self.pictures.get(str(id_)) for id_ in queries]
-        return self.retriever.search([Item(each.image) for each in found if each], k, where)
-
-    def close(self) -> None:
-        """Close the one within."""
-        self.retriever.close()
 
 
 # ---- cards -------------------------------------------------------------------------------------------
@@ -165,6 +147,16 @@ def _emoji_examples(work: PageWork) -> Iterator[dict[str, Any]]:
         texts = (item["caption"], " ".join([item["caption"], *item["tags"]]))
         for n, query in enumerate(dict.fromkeys(texts)):
             yield {"query_id": f"{item['id']}-{n}", "query": query, "positives": [item["id"]]}
+
+
+def _caption(work: PageWork, id_: str) -> str:
+    return next(item["caption"] for item in work.emoji[1] if item["id"] == id_)
+
+
+def _picture(work: PageWork, id_: str) -> str:
+    found = work.corpus("emoji").get(id_)
+    assert found is not None
+    return found.image
 
 
 # ---- figures -----------------------------------------------------------------------------------------
@@ -259,9 +251,9 @@ _MAKERS: dict[str, Callable[[PageWork, Path], None]] = {
     "figures-image": _held_out_figures("image"),
 }
 _EXAMPLES = {"cards": _card_examples, "emoji": _emoji_examples, "figures": _figure_examples}
-_QUESTIONS: dict[str, Callable[[PageWork, str], str]] = {
-    "cards": lambda work, id_: work.titles[1][int(id_[1:])],
-    "emoji": lambda work, id_: next(item["caption"] for item in work.emoji[1] if item["id"] == id_),
-    "emoji-captions": lambda work, id_: id_,
-    "figures": _figure_question,
+_QUESTIONS: dict[str, Callable[[PageWork, str], Question]] = {
+    "cards": lambda work, id_: Question(id_, work.titles[1][int(id_[1:])], ()),
+    "emoji": lambda work, id_: Question(id_, _caption(work, id_), ()),
+    "emoji-captions": lambda work, id_: Question(id_, "", (), {"query_image": _picture(work, id_)}),
+    "figures": lambda work, id_: Question(id_, _figure_question(work, id_), ()),
 }
