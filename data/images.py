@@ -176,9 +176,12 @@ def _rgb(image: Image) -> Image:
 
 def _has_end(path: str) -> bool:
     """Whether a PDF's last mark stands near its end; something else may follow it."""
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _PDF_TAIL))
-        return b"%%EOF" in file.read()
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _PDF_TAIL))
+            return b"%%EOF" in file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
