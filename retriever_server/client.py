@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable
 from data.records import Hit, Item, Passage
 from retriever_server.http import Http, Outcome
-from retriever_server.retriever import Query, Retriever
+from retriever_server.retriever import Query, Retriever, inside
 from retriever_server.wire import carried
 
 _log = logging.getLogger(__name__)
@@ -186,7 +186,12 @@ class InProcess:
         return self.retriever.search(queries, k)
 
     async def picture(self, passage: Passage, side: int) -> bytes:
-        """Read from its file, shrunk."""
+        """Read from its file, shrunk; that of a passage from a server by the retriever that asks there."""
+        if passage.image.startswith(("http://", "https://")):
+            for part in inside(self.retriever):
+                ask = getattr(part, "thumbnail_of", None)
+                if ask and (made := await asyncio.to_thread(ask, passage.id, side)):
+                    return made
         from data.images import read_image, thumbnail
 
         return thumbnail(read_image(passage.image), side)

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, SleuthError
 from data.records import Hit
-from retriever_server.retriever import Filter, Query, Retriever
+from retriever_server.retriever import Filter, Query, Retriever, inside
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Opened:
 
     def find_all(self, attribute: str) -> list[Any]:
         """As `find`: all of them, the outermost first."""
-        found = (getattr(part, attribute, None) for part in _inside(self.retriever))
+        found = (getattr(part, attribute, None) for part in inside(self.retriever))
         return [each for each in found if each]
 
     def __enter__(self) -> Opened:
@@ -66,14 +66,6 @@ class Opened:
             over = self._retired and not self._users and not was_over
         if over:
             self.retriever.close()
-
-
-def _inside(retriever: Any) -> Iterator[Any]:
-    """A retriever and all that it is made of, the outer before the inner."""
-    yield retriever
-    for part in (getattr(retriever, "retriever", None), *getattr(retriever, "parts", ())):
-        if part:
-            yield from _inside(part)
 
 
 class Live:

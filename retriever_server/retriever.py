@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.errors import DataError
@@ -62,3 +62,11 @@ class Retriever(ABC):
 
     def close(self) -> None:  # noqa: B027 (most hold nothing open)
         """Let go of what is open."""
+
+
+def inside(retriever: Any) -> Iterator[Any]:
+    """A retriever and all that it is made of, the outer before the inner."""
+    yield retriever
+    for part in (getattr(retriever, "retriever", None), *getattr(retriever, "parts", ())):
+        if part:
+            yield from inside(part)

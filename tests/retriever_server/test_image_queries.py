@@ -176,7 +176,11 @@ def test_a_client_asks_with_images_and_fetches_pictures(url, pages, folder):
         return ids(found), Image.open(io.BytesIO(shown[0])).size
 
     folder_blue = str(folder / "blue.png")
-    for client in (connect(url), SearchClient(InProcess(pages))):
+    for client in (
+        connect(url),
+        SearchClient(InProcess(pages)),
+        SearchClient(InProcess(Cached(Remote(url)))),
+    ):
         assert asyncio.run(use(client)) == ([["2"], ["3"], ["3"]], (100, 75))
 
 
