@@ -134,8 +134,8 @@ def mntp(work: Work) -> Training:
 def simcse(work: Work) -> Training:
     """LLM2Vec's second step."""
     base = str(work.trained("llm2vec-mntp", mntp(work)))
-    given = {"base": base, "pooling": "mean", "two_way": True, "dropout": 0.3, "max_tokens": TOKENS}
-    return Training(part("decoder", given), part("SimCSE"), None, 150, 64, 5e-4, ALONE, TEXTS)
+    given = {"base": base, "pooling": "mean", "two_way": True, "dropout": 0.5, "max_tokens": 24}
+    return Training(part("decoder", given), part("SimCSE"), None, 300, 64, 1e-3, ALONE, TEXTS)
 
 
 def supervised(work: Work) -> Training:
