@@ -47,9 +47,9 @@ def dense(work: Work, examples: str = "pairs", loss: Component | None = None, **
     return Training(model, loss or contrast(), examples, **more)
 
 
-def after(work: Work, name: str, steps: Callable[[Work], Training]) -> Component:
+def after(work: Work, name: str, steps: Callable[[Work], Training], **options: Any) -> Component:
     """The model that another training ended with."""
-    return part("pretrained", {"base": str(work.trained(name, steps(work)))})
+    return part("pretrained", {"base": str(work.trained(name, steps(work))), **options})
 
 
 # ---- trainings ---------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def simcse(work: Work) -> Training:
 
 def supervised(work: Work) -> Training:
     """LLM2Vec's last step."""
-    return Training(after(work, "llm2vec-simcse", simcse), contrast())
+    return Training(after(work, "llm2vec-simcse", simcse, max_tokens=TOKENS), contrast())
 
 
 def no_negatives(work: Work) -> Training:
