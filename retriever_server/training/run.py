@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import PrinterCallback, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
@@ -98,6 +99,8 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     args = _arguments(recipe, kind, spec, sets)
     model.to(args.device)
     loss = build_loss(recipe, model, _processes())
+    if _processes() > 1 and hasattr(model[0], "sub_modules") and not uses_gradient_cache(loss):
+        args.ddp_static_graph = True  # each tower is in some of the forward passes of a step, always the same
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:

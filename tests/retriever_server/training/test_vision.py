@@ -6,6 +6,8 @@ from sentence_transformers.multi_vector_encoder import losses as late
 from sentence_transformers.sentence_transformer import losses
 
 from data.errors import ConfigError
+from retriever_server.encoders.identity import read_spec
+from retriever_server.encoders.sentence import load_model
 from retriever_server.training import vision
 from retriever_server.training.info_nce import Qwen3InfoNCE, item_keys
 from retriever_server.training.items import Opening, without_absent_images
@@ -50,6 +52,21 @@ def test_vectors_do_not_depend_on_the_side_of_the_padding(pages, build):
         mask = out["attention_mask"].bool()
         vectors.append(out["token_embeddings"][mask] if build == "colpali" else out["sentence_embedding"])
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_the_image_processor_is_changed_for_the_model_and_for_what_is_saved(pages, tmp_path):
+    tiles = {"do_image_splitting": True, "size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    model = vision.dse(vlm(pages), images=tiles)
+    inputs = features(model, [page(pages, 0)])
+    assert (
+        inputs["input_ids"] == model[0].processor.image_token_id
+    ).sum() == 4 * 3  # two tiles and the whole
+    model.save(str(tmp_path / "model"), create_model_card=False)
+    whole = vision.dse(vlm(pages))
+    specs = [
+        read_spec("", each).image_processor for each in (load_model(str(tmp_path / "model")), model, whole)
+    ]
+    assert specs[0] == specs[1] != specs[2]
 
 
 def test_two_towers_meet_in_one_space(pages):
