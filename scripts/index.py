@@ -1,4 +1,4 @@
-"""`sleuth index`: a corpus in, an index on disk out; or one that is there, verified."""
+"""`sleuth index`: a corpus or a folder of pages in, an index on disk out; or one that is there, verified."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.errors import ConfigError
 
@@ -21,7 +21,7 @@ _ONLY_BM25 = {
 _ONLY_ENCODED = {
     "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
     "dtype": "float16", "factory": None, "terms_per_passage": None, "shard": "1/1", "ray": None,
-    "device": "auto",
+    "device": "auto", "inputs": None, "token_pooling": "",
 }  # fmt: skip
 
 
@@ -43,6 +43,9 @@ def main(
     passage_prompt: str | None = None,
     passage_template: str = "{title}\n{text}",
     max_tokens: int | None = None,
+    inputs: Literal["text", "image", "text+image"] | None = None,
+    token_pooling: str = "",
+    on_error: Literal["stop", "skip"] = "stop",
     shard: str = "1/1",
     ray: str | None = None,
     device: str = "auto",
@@ -55,7 +58,8 @@ def main(
     is started again.
 
     Args:
-        corpus: JSON lines file of passages, {"id", "contents"} or {"id", "title", "text"}.
+        corpus: JSON lines file of passages, {"id", "contents"} or {"id", "title", "text"} or with "image";
+            or a PDF, or a folder of PDFs, HTML files and images, whose pages are rendered into OUT-pages.
         out: Folder for the index.
         encoder: A sentence-transformers model, dense, sparse or multi-vector: its name or folder.
         kind: bm25; with an encoder flat or ann (dense), inverted (sparse), maxsim (multi-vector).
@@ -72,6 +76,11 @@ def main(
         passage_prompt: The same for passages.
         passage_template: The text of a passage, from {title}, {text} and {contents}.
         max_tokens: Longer texts are cut; the model's own limit if not given.
+        inputs: What of a passage is encoded; by default what the model was trained with here, else the image
+            where it reads images.
+        token_pooling: maxsim: pool the vectors of a passage to about one in so many: rows:4 (patches side by
+            side), kmeans:4 or hierarchical:4; not at all if not given.
+        on_error: What to do with a page that cannot be read: stop, or skip it and say so.
         shard: i/n: only encode every n-th shard from the i-th on, beside other machines with the same
             --out; a run without it then builds the index.
         ray: Encode the shards on a Ray cluster whose machines share the folders: HOST:PORT of its head,
@@ -101,7 +110,7 @@ def _build_bm25(given: dict[str, Any]) -> None:
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index
 
-    passages = Corpus(Path(given["corpus"]))
+    passages = Corpus(_corpus(given))
     bar = _Bar("reading passages")
     settings = {name: given[name] for name in _ONLY_BM25}
     index = BM25Index.build(
@@ -126,13 +135,15 @@ def _build_encoded(given: dict[str, Any]) -> None:
     from retriever_server.indexes.base import index_kind
 
     of = index_kind(given["kind"]) if given["kind"] else None
-    prompts = {name: given[name] for name in ("query_prompt", "passage_prompt", "passage_template")}
+    names = ("query_prompt", "passage_prompt", "passage_template", "max_tokens", "inputs", "token_pooling")
+    options = {name: given[name] for name in names}
     device = "auto" if given["ray"] else given["device"]  # the GPUs may be those of other machines
-    encoder = load_encoder(given["encoder"], max_tokens=given["max_tokens"], device=device, **prompts)
+    encoder = load_encoder(given["encoder"], device=device, **options)
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
-    passages, bar = Corpus(Path(given["corpus"])), _Bar("encoding passages")
+    passages, bar = Corpus(_corpus(given)), _Bar("encoding passages")
+    settings["on_error"] = given["on_error"]
     if part != (1, 1):
         shards, _ = of.plan(passages, Path(given["out"]), encoder, given["dtype"], **settings)
         shards.encode(part, bar)
@@ -145,8 +156,29 @@ def _build_encoded(given: dict[str, Any]) -> None:
     index = of.build(passages, given["out"], encoder, given["dtype"], given["overwrite"], bar, **settings)
     _say(index, given["out"], bar.shown)
     if bar.shown and not given["ray"]:
-        waste = encoder.padded_tokens / max(1, encoder.real_tokens)
-        print(f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; spec {encoder.spec.hash}")
+        _say_work(encoder)
+
+
+def _corpus(given: dict[str, Any]) -> Path:
+    """The file of the corpus: the one given, or that of the pages that a PDF or a folder is rendered into."""
+    path = Path(given["corpus"])
+    if not path.is_dir() and path.suffix.lower() != ".pdf":
+        return path
+    from scripts.render import main as render
+
+    out = Path(given["out"]).absolute()
+    pages = out.with_name(f"{out.name}-pages")
+    render(str(path), str(pages), on_error=given["on_error"])
+    return pages / "corpus.jsonl"
+
+
+def _say_work(encoder: Any) -> None:
+    if encoder.images:
+        waited = encoder.waited_seconds / (encoder.model_seconds + encoder.waited_seconds)
+        print(f"{encoder.images:,} images; the model waited for them {waited:.0%} of the time")
+    waste = encoder.padded_tokens / max(1, encoder.real_tokens)
+    tokens = f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; " if encoder.real_tokens else ""
+    print(f"{tokens}spec {encoder.spec.hash}")
 
 
 def _encode_on_ray(of: Any, passages: Any, encoder: Any, settings: dict, given: dict, bar: _Bar) -> None:

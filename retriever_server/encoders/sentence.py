@@ -166,7 +166,7 @@ class SentenceEncoder(Encoder):
         if spec.kind == "sparse" and model.device.type != "cpu":
             self.batch_tokens //= 8  # every token has a logit for each word of the vocabulary
         self.real_tokens = 0
-        """Tokens of texts encoded so far, and `padded_tokens` what was computed for them."""
+        """Tokens encoded so far, and `padded_tokens` what was computed for them."""
         self.padded_tokens = 0
         self.images = 0
         """Images encoded so far; the model worked `model_seconds` and waited `waited_seconds` for them."""
@@ -243,6 +243,7 @@ class SentenceEncoder(Encoder):
         for rows, features in batches:
             ready = time.monotonic()
             self.waited_seconds += ready - began
+            self.real_tokens += int(features["attention_mask"].sum()) if "attention_mask" in features else 0
             yield rows, features
             began = time.monotonic()
             self.model_seconds += began - ready
