@@ -52,12 +52,15 @@ class Neutraliser:
 def readable(passage: Passage) -> str:
     """What a policy that only reads is told of a passage: its text, else `caption` or `text` of its metadata.
 
+    Beside a picture it comes in one line: where a page breaks its lines says how it looks, not what it says.
     A picture that nobody described says so: an empty passage would look like a search gone wrong.
     """
-    if passage.text.strip() or not passage.image:
+    if not passage.image:
         return passage.text
-    told = (passage.metadata.get(key) for key in ("caption", "text"))
-    return next((text for text in told if isinstance(text, str) and text.strip()), UNREADABLE)
+    told = (passage.text, passage.metadata.get("caption"), passage.metadata.get("text"))
+    return next(
+        (" ".join(text.split()) for text in told if isinstance(text, str) and text.strip()), UNREADABLE
+    )
 
 
 def render_hits(

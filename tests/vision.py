@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from transformers import PreTrainedTokenizerBase
 
+from agent.engines.base import Completion, FinishReason
 from agent.policy import Policy, load_policy
 from data.jsonl import write_json
 from data.records import Hit, Passage
@@ -51,3 +53,22 @@ class PageSearcher:
         """The first k pages asked for."""
         asked = [p for n, p in enumerate(self.passages) if str(n) in query] or self.passages
         return [Hit(passage, 1.0, "pages") for passage in asked[:k]]
+
+
+class Turns:
+    """An engine that writes the given turns through a tokenizer of any kind, and notes what it was shown."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *turns: str) -> None:
+        self.tokenizer, self.turns, self.shown = tokenizer, list(turns), []
+
+    async def generate(self, prompt_ids, sampling, trajectory_id, pictures=()) -> Completion:
+        """The next turn."""
+        self.shown.append(list(pictures))
+        ids = self.tokenizer.encode(self.turns.pop(0), add_special_tokens=False)
+        return Completion(ids, [-1.0] * len(ids), FinishReason.STOP, 0)
+
+    async def release(self, trajectory_id) -> None:
+        """Nothing to let go of."""
+
+    async def update_weights(self, state, version) -> None:
+        """There are none."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.pictures import shared_with_pictures
 from agent.policy import load_policy
@@ -19,7 +19,7 @@ from agent.transcripts import from_record, to_record
 from data.errors import ConfigError, EngineError
 from data.records import Hit, Passage
 from tests.fakes import byte_tokenizer, question, tiny_model
-from tests.vision import PageSearcher, draw_pages, seeing_policy
+from tests.vision import PageSearcher, Turns, draw_pages, seeing_policy
 
 TOKENIZER = byte_tokenizer()
 
@@ -43,24 +43,6 @@ def pages(tmp_path_factory):
     return draw_pages(tmp_path_factory.mktemp("pages"))
 
 
-class Turns:
-    """Writes the given turns through a tokenizer of any kind, and notes what it was shown."""
-
-    def __init__(self, tokenizer, *turns):
-        self.tokenizer, self.turns, self.shown = tokenizer, list(turns), []
-
-    async def generate(self, prompt_ids, sampling, trajectory_id, pictures=()):
-        self.shown.append(list(pictures))
-        ids = self.tokenizer.encode(self.turns.pop(0), add_special_tokens=False)
-        return Completion(ids, [-1.0] * len(ids), FinishReason.STOP, 0)
-
-    async def release(self, trajectory_id):
-        pass
-
-    async def update_weights(self, state, version):
-        pass
-
-
 def roll(policy, searcher, *turns, protocol=COMPACT, vision=True):
     engine = Turns(policy.tokenizer, *turns)
     agent = Agent(engine, policy.tokenizer, searcher, protocol, vision=policy.vision if vision else None)
@@ -70,7 +52,8 @@ def roll(policy, searcher, *turns, protocol=COMPACT, vision=True):
 @pytest.mark.parametrize(
     ("passage", "told"),
     [
-        (Passage("1", "The text.", "T", {"caption": "A caption."}, "p.png"), "T: The text."),
+        (Passage("1", "The\r\ntext.", "T", {"caption": "A caption."}, "p.png"), "T: The text."),
+        (Passage("1", "Two\nlines.", "T"), "T: Two\nlines."),
         (Passage("1", "", "T", {"caption": "A </information> cat."}, "p.png"), "T: A [/information] cat."),
         (Passage("1", " ", "T", {"text": "Read by OCR."}, "p.png"), "T: Read by OCR."),
         (Passage("1", "", "T", {"caption": 7}, "p.png"), f"T: {UNREADABLE}"),
