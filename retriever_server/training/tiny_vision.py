@@ -26,7 +26,8 @@ _CHAT = (
 def write_vit(settings: Mapping[str, Any], seed: int, folder: Path) -> None:
     """Put a random ViT and its image processor into `folder`.
 
-    settings: of ViTConfig; image_size and patch_size are a side or [height, width], by default 64 and 8.
+    settings: of ViTConfig; image_size and patch_size are a side or [height, width], by default 64 and 8;
+    image_mean and image_std, of three channels, are the processor's, by default .5.
     Every image is stretched to image_size. Raises ConfigError where patches do not fill it.
     """
     import torch
@@ -34,13 +35,14 @@ def write_vit(settings: Mapping[str, Any], seed: int, folder: Path) -> None:
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     sizes = {"image_size": _SIDE, "patch_size": _PATCH}
-    config = ViTConfig(**{**sizes, **settings})
+    pixels = {name: settings.get(name, value) for name, value in _PIXELS.items()}
+    config = ViTConfig(**{**sizes, **{name: value for name, value in settings.items() if name not in pixels}})
     (height, width), patch = _pair(config.image_size), _pair(config.patch_size)
     _check_filled((height, width), patch)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         ViTModel(config).save_pretrained(folder)
-    processor = ViTImageProcessorPil(size={"height": height, "width": width}, **_PIXELS)
+    processor = ViTImageProcessorPil(size={"height": height, "width": width}, **pixels)
     processor.save_pretrained(folder)
 
 

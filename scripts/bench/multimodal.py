@@ -32,6 +32,8 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 PICTURES = {"inputs": "image", "precision": "bfloat16"}
+INK = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
+"""Of pixels: white paper is 0, so that what differs between cards is what the first layer sees."""
 BOTH_WAYS = part("MultipleNegativesRankingLoss", {"directions": ["query_to_doc", "doc_to_query"]})
 
 
@@ -41,35 +43,38 @@ def pages(work: Work) -> PageWork:
     return work
 
 
-def two_towers(work: Work, image_size: tuple[int, int], patch: int, **options: Any) -> dict[str, Any]:
+def two_towers(
+    work: Work, image_size: tuple[int, int], patch: int, pixels: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     """A ViT of two layers and a text tower of one that meet in 64 dimensions."""
     text = {"model_type": "bert", "num_hidden_layers": 1, **SIZES}
     image = {"model_type": "vit", "num_hidden_layers": 2, "image_size": list(image_size), "patch_size": patch}
     return part("two_tower_pages", {
         "base": {"config": text, "corpus": str(work.corpus("titles").path), "vocabulary": 600},
-        "image_base": {"config": {**image, **SIZES}}, "dimension": 64, "max_tokens": 32, **options,
+        "image_base": {"config": {**image, **SIZES, **(pixels or {})}},
+        "dimension": 64, "max_tokens": 32, **options,
     })  # fmt: skip
 
 
 def dse(work: Work) -> Training:
     """One vector a card."""
     pages(work).examples("cards")
-    model = two_towers(work, (64, 128), 16)
-    return Training(model, BOTH_WAYS, "cards", 400, 128, corpus="cards-train", options=PICTURES)
+    model = two_towers(work, (64, 128), 16, INK)
+    return Training(model, BOTH_WAYS, "cards", 250, 128, corpus="cards-train", options=PICTURES)
 
 
 def colpali(work: Work) -> Training:
     """A vector a patch and token, by MaxSim."""
     pages(work).examples("cards")
-    model = two_towers(work, (64, 128), 16, vectors="many", dimension=32)
-    return Training(model, contrast(0.5, "maxsim"), "cards", 300, 64, corpus="cards-train", options=PICTURES)
+    model = two_towers(work, (64, 128), 16, INK, vectors="many", dimension=32)
+    return Training(model, contrast(0.5, "maxsim"), "cards", 200, 64, corpus="cards-train", options=PICTURES)
 
 
 def emoji(work: Work) -> Training:
     """Captions and pictures, either of them the query."""
     pages(work).examples("emoji")
     model = two_towers(work, (64, 64), 16)
-    return Training(model, BOTH_WAYS, "emoji", 300, 128, corpus="emoji-train", options=PICTURES)
+    return Training(model, BOTH_WAYS, "emoji", 300, 128, corpus="emoji-train", options={"inputs": "image"})
 
 
 def vision_language(work: Work, side: int, patch: int) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def gme(work: Work) -> Training:
     pages(work).examples("figures")
     model = part("gme", {"base": vision_language(work, 64, 16), "instruction": "", "max_tokens": 64})
     return Training(
-        model, part("MultipleNegativesRankingLoss"), "figures", 500, 32, corpus="figures-train",
+        model, part("MultipleNegativesRankingLoss"), "figures", 300, 32, corpus="figures-train",
         options={**PICTURES, "inputs": "text+image"}, data={"negatives": 1},
     )  # fmt: skip
 
@@ -96,7 +101,7 @@ def screenshots(work: Work) -> Training:
     """DSE as it is in the paper: the EOS token of a causal vision-language model."""
     pages(work).examples("cards")
     model = part("dse", {"base": vision_language(work, 128, 16), "passage_prompt": "", "max_tokens": 128})
-    return Training(model, BOTH_WAYS, "cards", 400, 64, corpus="cards-train", options=PICTURES)
+    return Training(model, BOTH_WAYS, "cards", 250, 64, corpus="cards-train", options=PICTURES)
 
 
 def alone(form: str) -> Make:

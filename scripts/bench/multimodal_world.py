@@ -1,6 +1,6 @@
 """The collections that `scripts.bench.multimodal` trains on and asks: drawn, and split, once.
 
-cards    titles of hotpotqa and squad drawn in four layouts and four fonts, no letter of text beside
+cards    titles of hotpotqa and squad drawn in three layouts and four fonts, no letter of text beside
          them; 500 titles are held out, and the page of a title is looked for by the title
 emoji    small pictures and their captions, 300 held out: captions ask for pictures, pictures for captions
 figures  a title that is only in the text, a coloured shape that is only in the picture: 20 held-out
@@ -27,7 +27,7 @@ from data.records import Passage, Question
 from data.rendering import Style, render
 from scripts.bench.retriever_world import Work
 
-HELD_OUT, DRAWINGS = 500, 8
+HELD_OUT, DRAWINGS = 500, 4
 HELD_OUT_EMOJI = 300
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "LiberationSans-Bold.ttf", "LiberationSerif-Regular.ttf")
 COLOURS = ("red", "blue", "green", "orange", "purple", "black", "brown", "hotpink")
@@ -85,12 +85,12 @@ class PageWork(Work):
 
 
 def style() -> Style:
-    """How cards are drawn: 128 by 64 pixels, the letters 8 to 18 high."""
+    """How cards are drawn: 128 by 64 pixels, the letters 8 to 16 high."""
     from PIL import ImageFont
 
     fonts = tuple(str(ImageFont.truetype(name).path) for name in FONTS)
-    layouts = ("page", "card", "note", "slide")
-    return Style(layouts, fonts, width=128, height=64, font_size=9, shows="title")
+    layouts = ("page", "card", "note")
+    return Style(layouts, fonts, width=128, height=64, font_size=8, shows="title")
 
 
 def _draw_cards(path: Path, cards: Iterable[Passage]) -> None:
