@@ -97,27 +97,10 @@ def test_pdfs_become_pages_an_index_a_server_and_answers(tmp_path):
     [picture] = trajectory.pictures
     assert picture.source.startswith(server.url) and trajectory.answer == "yes"
     pages = ["--retriever", tmp_path / "index", "--questions", tmp_path / "asked.jsonl"]
-    options = [
-        "--dev_questions",
-        tmp_path / "asked.jsonl",
-        "--eval_limit",
-        4,
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-    ]
-    size = [
-        "--rollout.questions_per_step",
-        2,
-        "--rollout.group_size",
-        4,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "trained",
-    ]
-    run("train", "--config", RECIPES / "atlas_pages.yaml", *pages, *options, *size)
+    dev = ["--dev_questions", tmp_path / "asked.jsonl", "--eval_limit", 4, "--device", "cpu"]
+    size = ["--steps", 2, "--rollout.questions_per_step", 2, "--rollout.group_size", 4]
+    out = ["--out", tmp_path / "trained"]
+    run("train", "--config", RECIPES / "atlas_pages.yaml", *pages, *dev, *size, *out)
     rows = [row for row in read_metrics(tmp_path / "trained") if "rollout/searches" in row]
     assert len(rows) == 2 and all(row["stop/search_failed"] == 0 < row["rollout/searches"] for row in rows)
 
