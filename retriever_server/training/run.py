@@ -269,7 +269,8 @@ def _data(
     for i, (each, of) in enumerate(zip(examples, recipe.train, strict=True)):
         name = f"set-{i + 1}"
         if of.form == "text":
-            sets.append(TrainSet(name, i, passages_as_dataset(each, render), of.weight))
+            texts = spec.render_text if spec is not None else render
+            sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
         data = as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
         if pictures and of.form == "tuple":
