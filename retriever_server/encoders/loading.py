@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
     except ImportError as error:  # a processor that needs what we do not: torchvision, timm, ...
         raise ConfigError(f"encoder {model!r}: {' '.join(str(error).split())[:200]}") from error
     except (OSError, ValueError) as error:
+        if "video processor" in str(error) and find_spec("torchvision") is None:
+            raise ConfigError(f"encoder {model!r}: its processor needs the package torchvision") from error
         raise _not_loaded(model, error) from error
     if hasattr(loaded[0], "unpad_inputs"):
         loaded[0].unpad_inputs = False  # our batches are rectangles with little padding

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.images import read_image
+from data.images import needs_images, read_image
 from data.records import Input, Item
 
 READERS = max(1, min(4, os.cpu_count() or 1))
@@ -169,8 +169,8 @@ def _shortened(model: Any, given: dict[str, Any], length: int, limit: int) -> di
 
 def sample_pictures() -> list[Item]:
     """Two small images of different shape, for the self-test of an encoder."""
-    from PIL import Image
-
+    with needs_images("the self-test of an encoder of images"):
+        from PIL import Image
     pictures = []
     for seed, (height, width) in enumerate([(48, 64), (96, 40)]):
         pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,16 @@ def test_inputs_that_a_model_does_not_take_are_refused(models):
             clip.encode([PICTURES[1], Item(broken)], "passage")
     with pytest.raises(ConfigError, match=r"token_pooling 'rows:4': .* makes no vectors of tokens"):
         load_encoder(models["clip"], device="cpu", token_pooling="rows:4")
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_processor_that_needs_torchvision_says_so(tmp_path):
+    folder = tiny_colqwen2(tmp_path / "model")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        path = Path(folder) / name
+        path.write_text(path.read_text().replace("ColQwen2Processor", "Qwen2VLProcessor"))
+    with pytest.raises(ConfigError, match="its processor needs the package torchvision"):
+        load_encoder(folder, device="cpu")
 
 
 def test_batches_of_images_grow_to_the_budget(models):
