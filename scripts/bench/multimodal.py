@@ -151,7 +151,13 @@ row("emoji", "emoji", learned("emoji", emoji), EMOJI, "untrained-emoji")
 row("gme-text", "figures", alone("text"), ("figures",))
 row("gme-image", "figures", alone("image"), ("figures",))
 row("gme", "figures", alone("text+image"), ("figures",), "gme-text", "gme-image")
-row("speed", "speed", lambda work, on: work.bm25(on), (), note=speed)
+row(
+    "speed",
+    "speed",
+    lambda work, on: work.bm25(on),
+    (),
+    note=lambda work: speed(work, work.untrained("dse", dse(work))),
+)
 
 
 def main(

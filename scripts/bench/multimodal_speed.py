@@ -21,8 +21,8 @@ PAGES, CARDS = 48, 256
 PAGE_SIDE = 384
 
 
-def speed(work: Work) -> dict[str, str]:
-    """All of it, in words."""
+def speed(work: Work, small: Path) -> dict[str, str]:
+    """All of it, in words; small: the folder of an encoder of cards."""
     from retriever_server.encoders.sentence import load_encoder
 
     folder = work.folder / "speed"
@@ -31,10 +31,10 @@ def speed(work: Work) -> dict[str, str]:
     seconds, drawn = _timed(lambda: render(passages, folder, Style()))
     pages = [str(folder / row["image"]) for row in read_jsonl(drawn.corpus)]
     cards = [passage.image for passage in islice(work.corpus("cards"), CARDS)]
-    small = load_encoder(str(work.folder / "models" / "dse" / "model"), inputs="image")
+    tiny = load_encoder(str(small), inputs="image")
     return {
         "drawing": f"{PAGES / seconds:.0f} pages a second, 800 x 1000 pixels, one core",
-        "cards by the small DSE": _ratio(small, cards),
+        "cards by the small DSE": _ratio(tiny, cards),
         f"pages by a ViT of 22 M at {PAGE_SIDE} x {PAGE_SIDE}": _ratio(_large(work), pages[:16]),
         "bytes a page": ", ".join(_sizes(work.folder / "indexes")),
     }
