@@ -46,15 +46,15 @@ class Training:
 
     model: Component
     loss: Component
-    examples: str | None = "pairs"
-    """None: the passages of the corpus alone."""
+    examples: str | tuple[str, ...] | None = "pairs"
+    """Several: a batch is of one of them. None: the passages of the corpus alone."""
     steps: int = 300
     batch_size: int = 64
     learning_rate: float = 1e-3
     options: Mapping[str, Any] | None = None
     """More fields of the recipe."""
-    data: Mapping[str, Any] | None = None
-    """More fields of its data."""
+    data: Mapping[str, Any] | tuple[Mapping[str, Any], ...] | None = None
+    """More fields of its data; one mapping for each of several examples."""
     corpus: str | None = None
     """Name of the collection that it is trained on, if the name of the examples does not say it."""
 
@@ -147,12 +147,29 @@ class Work:
             write_jsonl(path, rows)
         return path
 
-    def squad_pairs(self) -> Path:
-        """Those of `pairs` whose passages are squad's."""
-        path = self.folder / "examples" / "squad_pairs.jsonl"
+    def squad_pairs(self, sentences: bool = False) -> Path:
+        """Those of `pairs` whose passages are squad's, or those whose passages are sentences."""
+        path = self.folder / "examples" / f"{'sentence' if sentences else 'squad'}_pairs.jsonl"
         if not path.exists():
             rows = read_jsonl(self.pairs())
-            write_jsonl(path, (row for row in rows if row["positives"][0].startswith("sq_")))
+            write_jsonl(path, (row for row in rows if row["positives"][0].startswith("sq_") != sentences))
+        return path
+
+    def squad_train(self) -> Path:
+        """Squad's training questions that dev does not ask; most of their passages are dev's, too."""
+        path = self.folder / "examples" / "squad_train.jsonl"
+        if not path.exists():
+            positives = load_qrels(self.data / "squad" / "qrels.tsv")
+            seen = {_letters(question.text) for question in load_queries(self.data / "squad" / "dev.jsonl")}
+            rows = []
+            for question in load_queries(self.data / "squad" / "train.jsonl"):
+                if _letters(question.text) not in seen:
+                    seen.add(_letters(question.text))
+                    record = {"query_id": question.id, "query": question.text}
+                    record |= {"positives": list(positives[question.id])}
+                    rows.append(record | {"answers": list(question.gold_answers)})
+            random.Random(0).shuffle(rows)
+            write_jsonl(path, rows)
         return path
 
     def mined(self, name: str, source: Path, corpus: str, by: Retriever, per_query: int, **more: Any) -> Path:
@@ -237,15 +254,20 @@ class Work:
 
     def recipe(self, name: str, training: Training) -> RetrieverRecipe:
         """The recipe of a training; its run folder is models/NAME."""
-        name_of = training.examples or "train"
-        of = training.corpus or ("squad" if name_of.startswith(("squad", "dragon")) else "train")
-        corpus = str(self.corpus(of).path)
-        examples = str(self.folder / "examples" / f"{name_of}.jsonl") if training.examples else None
+        names = training.examples if isinstance(training.examples, tuple) else (training.examples,)
+        data = training.data if isinstance(training.data, tuple) else (training.data or {},)
+
+        def set_of(name: str | None, more: Mapping[str, Any]) -> DataConfig:
+            squads = (name or "").startswith(("squad", "dragon"))
+            corpus = str(self.corpus(training.corpus or ("squad" if squads else "train")).path)
+            examples = str(self.folder / "examples" / f"{name}.jsonl") if name else None
+            return DataConfig(examples=examples, corpus=corpus, **more)
+
         steps = min(training.steps, self.most_steps)
         options: dict[str, Any] = {"save_every": steps, **(training.options or {})}
         return RetrieverRecipe(
             model=training.model, loss=training.loss,
-            train=[DataConfig(examples=examples, corpus=corpus, **(training.data or {}))],
+            train=[set_of(name, more) for name, more in zip(names, data, strict=True)],
             out=str(self.folder / "models" / name), steps=steps, batch_size=training.batch_size,
             learning_rate=training.learning_rate, device="cpu", **options,
         )  # fmt: skip
