@@ -34,7 +34,10 @@ _DECIDE = (
 
 def processors(model: Any) -> list[Any]:
     """The processors of a model of sentence-transformers, of both towers where there are two."""
-    return [module.processor for module in model.modules() if getattr(module, "processor", None) is not None]
+    found = [
+        getattr(module, "processor", None) for module in model.modules()
+    ]  # the model has its first one's
+    return list({id(processor): processor for processor in found if processor is not None}.values())
 
 
 def what_it_takes(model: Any) -> frozenset[str]:

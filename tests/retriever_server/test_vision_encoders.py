@@ -117,7 +117,7 @@ def test_the_spec_says_what_becomes_of_an_image_and_refuses_another_resolution(t
     encoder = load_encoder(folder, device="cpu")
     line = encoder.spec.image_processor
     assert line.startswith("Idefics3ImageProcessor {") and '"max_image_size": {"longest_edge": 32}' in line
-    assert '"image_seq_len": 4' in line and " template " in line
+    assert '"image_seq_len": 4' in line and line.count(" template ") == 1
     spec = type(encoder.spec)(**json.loads(json.dumps(vars(encoder.spec))))
     assert load_encoder(spec, device="cpu") is encoder
     del encoder
