@@ -195,17 +195,9 @@ def squad_minilm(work: Work) -> Training:
     work.mined("squad_train_bm25", work.squad_train(), "squad", work.bm25("squad"), 3)
     work.squad_pairs(sentences=True)
     data = ({"negatives": 1, "draws": 3, "weight": 0.75}, {"weight": 0.25})
-    options = {"save_every": 50, "precision": "bfloat16"}
-    sets = ("squad_train_bm25", "sentence_pairs")
-    return replace(
-        tuned_minilm(work),
-        examples=sets,
-        steps=600,
-        batch_size=16,
-        learning_rate=5e-5,
-        options=options,
-        data=data,
-    )
+    options, sets = {"save_every": 50, "precision": "bfloat16"}, ("squad_train_bm25", "sentence_pairs")
+    model = part("pretrained", {"base": minilm()})
+    return Training(model, contrast(), sets, 600, 16, 5e-5, options, data)
 
 
 def repllama(work: Work) -> Training:
@@ -325,9 +317,7 @@ def sparsity(work: Work) -> dict[str, Any]:
         known = {name.removeprefix("model."): value for name, value in weights.items()}
         model.load_state_dict(known, strict=False)
         encoder = SentenceEncoder(model, read_spec(folder.name, model, "{title}\n{text}"))
-        passages = [
-            encoder.spec.render_text(passage) for passage in islice(work.corpus("squad"), 0, None, 30)
-        ]
+        passages = [encoder.spec.render(passage) for passage in islice(work.corpus("squad"), 0, None, 30)]
         terms = encoder.encode(passages, "passage").nnz / len(passages)
         index = InvertedIndex.build(
             work.corpus("squad"), work.folder / "indexes" / f"splade-{folder.name}", encoder, overwrite=True
