@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from transformers import (
 )
 
 from agent.packaged import atlas_policy, smollm2_policy
-from agent.vision import Vision, reads_pictures
+from agent.vision import IN_ONE_LINE, Vision, reads_pictures
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL_FILE = "sleuth.json"
 SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
@@ -87,6 +90,9 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
             f"nor a hub name that can be reached: {reason}"
         ) from error
     vision = Vision.load(source, config) if reads_pictures(config) else None
+    if vision is None and hasattr(config, "vision_config"):
+        of = f"pictures are shown to {', '.join(IN_ONE_LINE)} alone"
+        logger.warning("policy %s: a %s model is told texts only: %s", name, config.model_type, of)
     return Policy(model.to(device).eval(), tokenizer, vision)
 
 
