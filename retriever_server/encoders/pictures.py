@@ -34,9 +34,7 @@ _DECIDE = (
 
 def processors(model: Any) -> list[Any]:
     """The processors of a model of sentence-transformers, of both towers where there are two."""
-    found = [
-        getattr(module, "processor", None) for module in model.modules()
-    ]  # the model itself has one's
+    found = [getattr(module, "processor", None) for module in model.modules()]  # the model itself has one's
     return list({id(processor): processor for processor in found if processor is not None}.values())
 
 
