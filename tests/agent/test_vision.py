@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3Config, Idefics3Config, LlamaConfig, Qwen2VLConfig, SmolVLMConfig
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
@@ -16,6 +17,7 @@ from agent.rollout import Agent, encode_prompt
 from agent.search_tool import PICTURE, UNREADABLE, Neutraliser, render_hits
 from agent.trajectory import Picture, SegmentKind, StopReason
 from agent.transcripts import from_record, to_record
+from agent.vision import reads_pictures
 from data.errors import ConfigError, EngineError
 from data.records import Hit, Passage
 from tests.fakes import byte_tokenizer, question, tiny_model
@@ -247,3 +249,8 @@ def test_a_servers_picture_is_asked_of_its_client_once_and_kept(policy, pages):
     torch.testing.assert_close(pixels, policy.vision.see(pages[1]).pixels, atol=0, rtol=0)
     trajectory, _ = roll(policy, PageSearcher(["http://other/v1/thumbnail/a"]), "<search>0</search>")
     assert "fetches no pictures" in str(trajectory.searches[0].error)
+
+
+def test_only_kinds_of_models_that_are_known_to_read_in_one_line_have_eyes():
+    assert reads_pictures(Idefics3Config()) and reads_pictures(SmolVLMConfig())
+    assert not any(map(reads_pictures, (Qwen2VLConfig(), Gemma3Config(), LlamaConfig())))
