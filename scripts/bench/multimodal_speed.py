@@ -5,6 +5,7 @@ Seconds are of one thread of the processor, whatever else the machine does meanw
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -26,6 +27,7 @@ def speed(work: Work, small: Path) -> dict[str, str]:
     from retriever_server.encoders.sentence import load_encoder
 
     folder = work.folder / "speed"
+    shutil.rmtree(folder, ignore_errors=True)  # a page that is there would not be drawn
     rows = islice(read_jsonl(work.data / "squad" / "corpus.jsonl"), PAGES)
     passages = [Passage(row["id"], row["contents"].split("\n", 1)[-1], row["title"]) for row in rows]
     seconds, drawn = _timed(lambda: render(passages, folder, Style()))
@@ -74,9 +76,11 @@ def _large(work: Work) -> Any:
 
 
 def _sizes(indexes: Path) -> list[str]:
-    """Of the indexes of the cards: their vectors and what else they keep, without the corpus."""
+    """Of the indexes of the cards, without the corpus: their vectors, and what finds candidates."""
     found = []
     for folder in sorted(indexes.glob("*-cards")):
-        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        found.append(f"{folder.name.removesuffix('-cards')} {total / 500:,.0f}")
+        sizes = {path.name: path.stat().st_size / 500 for path in folder.glob("*.npy")}
+        vectors = sum(size for name, size in sizes.items() if "vectors" in name)
+        name = folder.name.removesuffix("-cards")
+        found.append(f"{name} {vectors:,.0f} and {sum(sizes.values()) - vectors:,.0f}")
     return found
