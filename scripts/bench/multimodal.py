@@ -60,14 +60,14 @@ def dse(work: Work) -> Training:
     """One vector a card."""
     pages(work).examples("cards")
     model = two_towers(work, (64, 128), 16, INK)
-    return Training(model, BOTH_WAYS, "cards", 250, 128, corpus="cards-train", options=PICTURES)
+    return Training(model, BOTH_WAYS, "cards", 1200, 128, corpus="cards-train", options=PICTURES)
 
 
 def colpali(work: Work) -> Training:
     """A vector a patch and token, by MaxSim."""
     pages(work).examples("cards")
-    model = two_towers(work, (64, 128), 16, INK, vectors="many", dimension=32)
-    return Training(model, contrast(0.5, "maxsim"), "cards", 200, 64, corpus="cards-train", options=PICTURES)
+    model = two_towers(work, (64, 128), 16, INK, vectors="many")
+    return Training(model, contrast(0.5, "maxsim"), "cards", 1000, 64, corpus="cards-train", options=PICTURES)
 
 
 def emoji(work: Work) -> Training:
@@ -101,7 +101,7 @@ def screenshots(work: Work) -> Training:
     """DSE as it is in the paper: the EOS token of a causal vision-language model."""
     pages(work).examples("cards")
     model = part("dse", {"base": vision_language(work, 128, 16), "passage_prompt": "", "max_tokens": 128})
-    return Training(model, BOTH_WAYS, "cards", 250, 64, corpus="cards-train", options=PICTURES)
+    return Training(model, BOTH_WAYS, "cards", 600, 64, corpus="cards-train", options=PICTURES)
 
 
 def alone(form: str) -> Make:

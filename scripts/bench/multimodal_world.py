@@ -27,7 +27,7 @@ from data.records import Passage, Question
 from data.rendering import Style, render
 from scripts.bench.retriever_world import Work
 
-HELD_OUT, DRAWINGS = 500, 4
+HELD_OUT, DRAWINGS = 500, 8
 HELD_OUT_EMOJI = 300
 FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "LiberationSans-Bold.ttf", "LiberationSerif-Regular.ttf")
 COLOURS = ("red", "blue", "green", "orange", "purple", "black", "brown", "hotpink")
