@@ -20,6 +20,7 @@ from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.settings import LoraConfig
+from retriever_server.encoders.pictures import reads_files
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.components import build_loss, build_model, kind_of
@@ -70,7 +71,9 @@ def train(
     if best and best[0].step != trainer.state.global_step:
         logger.info("exporting step %d, the best (%s %.4f)", best[0].step, trainer.best_metric, best[1])
         trainer._load_from_checkpoint(str(best[0].path))
-    return export(trainer.accelerator.unwrap_model(trainer.model), spec, out / "model")
+    # Without the wrapper that computes in bfloat16: what is saved serves in float32.
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return export(trained, spec, out / "model")
 
 
 def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
@@ -261,7 +264,7 @@ class TrainSet:
 def _data(
     recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None, model: Any
 ) -> list[TrainSet]:
-    pictures = spec is not None and "image" in model.modalities
+    files = spec is not None and reads_files(model)
     if spec is None and recipe.inputs not in (None, "text"):
         raise ConfigError(f"inputs = {recipe.inputs!r}: a reranker reads no images")
     render: Any = spec.render if spec is not None else lambda passage: passage.contents
@@ -273,7 +276,7 @@ def _data(
             sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
         data = as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
-        if pictures and of.form == "tuple":
+        if files and of.form == "tuple":
             kinds = Pairs(each, render).split(data, of.shares, of.weight)
             sets += [TrainSet(f"{name} {kind}", i, *found) for kind, found in kinds.items()]
         else:

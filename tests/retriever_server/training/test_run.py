@@ -287,3 +287,20 @@ def test_changes_reach_into_the_arguments_of_model_and_loss(rivers, tmp_path):
     assert made.model["init_args"]["query_prompt"] == "query: "
     assert made.loss["init_args"]["scale"] == 5
     assert made.changes == {}
+
+
+def test_what_was_trained_in_bfloat16_is_compared_with_what_it_serves_as_in_float32(
+    rivers, tmp_path, monkeypatch
+):
+    vectors = []
+
+    def note(encoder, folder):
+        served = load_encoder(str(folder))
+        vectors.append([each.encode(TEXTS, "query").values for each in (encoder, served)])
+
+    monkeypatch.setattr(training, "check_saved", note)
+    model = component("colbert", base=base(rivers), dimension=16, query_tokens=12)
+    loss = component("ContrastiveDistillation", similarity="maxsim", distill_weight=0.0)
+    training.train(recipe(rivers, tmp_path / "out", model=model, loss=loss, precision="bfloat16"))
+    [(trained, served)] = vectors
+    np.testing.assert_allclose(trained, served, atol=1e-6)
