@@ -22,6 +22,7 @@ import numpy as np
 
 from data.errors import DataError, StorageError
 from data.jsonl import open_atomic, parse_line
+from data.modalities import modalities
 from data.records import Passage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Corpus:
 
     A line is {"id", "contents"} as in Search-R1 (title on the first line, in double quotes, then
     the text), {"id", "title", "text"}, or a mixture; "metadata", an object, may stand beside them, and
-    "image", a file (or a page of one, "report.pdf#page=3") whose path starts at the corpus's folder.
+    "image", a file (or a page of one, "report.pdf#page=3") whose path starts at the corpus's folder; a file
+    of another registered modality (`data.modalities`) likewise, under its name.
     Reading is safe from many threads.
     """
 
@@ -74,8 +76,14 @@ class Corpus:
         if not 0 <= position < len(self):
             raise IndexError(f"passage {position} of {len(self)} in {self.path}")
         start, end = self._starts[position : position + 2].tolist()
-        passage = parse_passage(parse_line(self._bytes[start:end]))
-        return replace(passage, image=str(self.path.parent / passage.image)) if passage.image else passage
+        try:
+            passage = parse_passage(parse_line(self._bytes[start:end]))
+        except ValueError as error:  # checked once, maybe by who knew more modalities
+            raise DataError(f"{self.path}: passage {position}: {error}") from error
+        if not passage.files:
+            return passage
+        files = {name: str(self.path.parent / file) for name, file in passage.files.items()}
+        return replace(passage, image=files.pop("image", ""), media=files)
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[position] for position in range(len(self)))
@@ -104,18 +112,20 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
-    image = _checked_string("image", record.get("image") or "")
+    files = {name: file for name in modalities() if (file := _checked_string(name, record.get(name) or ""))}
     if text is None:
-        contents = record.get("contents", "" if image else None)
+        contents = record.get("contents", "" if files else None)
         if contents is None:
-            raise ValueError('neither "contents" nor "text" nor "image"')
+            others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
+            raise ValueError(f'neither "contents"{others}')
         title, text = _split_contents(_checked_string("contents", contents), title)
     return Passage(
         id=_checked_id(record.get("id")),
         text=_checked_string("text", text).strip(),
         title=_checked_string("title", title or "").strip(),
         metadata=_checked_metadata(record.get("metadata")),
-        image=image,
+        image=files.pop("image", ""),
+        media=files,
     )
 
 
@@ -183,7 +193,7 @@ def _build_table(path: Path, mapped: mmap.mmap, stamp: tuple[int, int, int]) -> 
                 raise DataError(f"{path}:{number}: {error}") from error
             hashes.append(_hash_id(passage.id))
             starts.append(offset)
-            if not passage.text and not passage.image:
+            if not passage.text and not passage.files:
                 empty.append(number)
         offset += len(line)
     if not starts:

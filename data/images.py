@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -99,6 +101,17 @@ def png(image: Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=3)  # of pages no larger than the default, in two thirds of the time
     return out.getvalue()
+
+
+def sample_images() -> list[bytes]:
+    """Files of two small images of different shape."""
+    with needs_images("the self-test of an encoder of images"):
+        from PIL import Image
+    files = []
+    for seed, (height, width) in enumerate([(48, 64), (96, 40)]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        files.append(png(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)))
+    return files
 
 
 @contextmanager

@@ -15,6 +15,7 @@ class Passage:
     """One retrievable unit: text, an image, or both. `id` is unique in its corpus.
 
     metadata: free JSON values, for filters. image: a file, or a page of one ("report.pdf#page=3", from 1).
+    media: files of other modalities, by their names (`data.modalities`), such as {"audio": "7.wav"}.
     """
 
     id: str
@@ -22,6 +23,12 @@ class Passage:
     title: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     image: str = ""
+    media: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What it holds beside text, by modality: its image and its media."""
+        return {**({"image": self.image} if self.image else {}), **self.media}
 
     @property
     def contents(self) -> str:
@@ -33,15 +40,17 @@ class Passage:
 class Item:
     """What is encoded, asked or judged where it is not a text alone: an image, or an image and its text.
 
-    image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `data.images` reads it.
+    image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `data.modalities` reads it.
+    modality: what the file is, where it is no image.
     """
 
     image: str | bytes
     text: str = ""
+    modality: str = "image"
 
 
 Input = str | Item
-"""A text, or what holds an image."""
+"""A text, or what holds an image (or a file of another modality)."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ def text_in(query: Query) -> str:
 
 
 def texts_of(queries: Sequence[Query], what: str) -> list[str]:
-    """The queries of what reads text alone; DataError naming it if one holds an image."""
-    if any(not isinstance(query, str) for query in queries):
-        raise DataError(f"{what}: reads text only, a query with an image was given")
+    """The queries of what reads text alone; DataError naming it if one holds an image (audio, ...)."""
+    if held := {query.modality for query in queries if isinstance(query, Item)}:
+        given = min(held).replace("image", "an image")
+        raise DataError(f"{what}: reads text only, a query with {given} was given")
     return list(map(str, queries))
 
 

@@ -88,7 +88,11 @@ def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError
 
 def carried(query: Input) -> Input:
     """The query with the bytes of its image in it, read here: what can travel. DataError naming the file."""
-    if isinstance(query, str) or isinstance(query.image, bytes):
+    if isinstance(query, str):
+        return query
+    if query.modality != "image":
+        raise DataError(f"a query of {query.modality}: a server is asked with texts and images")
+    if isinstance(query.image, bytes):
         return query
     from data.images import png, read_image, split_page
 

@@ -43,7 +43,7 @@ def main(
     passage_prompt: str | None = None,
     passage_template: str = "{title}\n{text}",
     max_tokens: int | None = None,
-    inputs: Literal["text", "image", "text+image"] | None = None,
+    inputs: str | None = None,
     token_pooling: str = "",
     on_error: Literal["stop", "skip"] = "stop",
     shard: str = "1/1",
@@ -76,7 +76,8 @@ def main(
         passage_prompt: The same for passages.
         passage_template: The text of a passage, from {title}, {text} and {contents}.
         max_tokens: Longer texts are cut; the model's own limit if not given.
-        inputs: What of a passage is encoded; by default what the model was trained with here, else the image
+        inputs: What of a passage is encoded: text, image, text+image, or of another modality that is
+            registered; by default what the model was trained with here, else the image
             where it reads images.
         token_pooling: maxsim: pool the vectors of a passage to about one in so many: rows:4 (patches side by
             side), kmeans:4 or hierarchical:4; not at all if not given.

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from data.errors import ConfigError
+from data.modalities import modalities
 from retriever_server.encoders.loading import CLASSES
 from retriever_server.encoders.pictures import describe_images, what_it_takes
 from retriever_server.encoders.proofs import describe_first
@@ -21,7 +22,8 @@ def read_spec(
 ) -> EncodingSpec:
     """What a loaded model of sentence-transformers says of itself, as the spec that will serve.
 
-    inputs: what of a passage is encoded; None: the image where the model reads images, else the text.
+    inputs: what of a passage is encoded; None: the image where the model reads images, else what it reads
+    of the first other modality that is registered, else the text.
     Raises ConfigError for a similarity that no index has, and for inputs that the model does not take.
     """
     kind = next(k for k, of in CLASSES.items() if of in [each.__name__ for each in type(model).__mro__])
@@ -29,7 +31,7 @@ def read_spec(
     if similarity not in ("cosine", "dot", "maxsim"):
         raise ConfigError(f"encoder {name!r}: similarity {similarity!r}; supported: cosine, dot, maxsim")
     takes = what_it_takes(model)
-    inputs = inputs or ("image" if "image" in takes else "text")
+    inputs = inputs or next((name for name in modalities() if name in takes), "text")
     if inputs not in takes:
         allowed = ", ".join(sorted(takes))
         raise ConfigError(f"encoder {name!r}: inputs {inputs!r}: this model encodes {allowed}")
@@ -48,7 +50,7 @@ def read_spec(
         normalise=(kind == "dense" and similarity == "cosine") or _ends_normalised(model),
         similarity=similarity,
         inputs=inputs,
-        image_processor=describe_images(model),
+        image_processor=describe_images(model, inputs),
     )
 
 

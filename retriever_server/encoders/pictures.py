@@ -7,7 +7,6 @@ whatever goes into a model that reads images is a mapping that says which is whi
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import deque
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.images import needs_images, read_image
+from data.modalities import modalities, read
 from data.records import Input, Item
 
 READERS = max(1, min(4, os.cpu_count() or 1))
@@ -39,20 +38,26 @@ def processors(model: Any) -> list[Any]:
 
 
 def what_it_takes(model: Any) -> frozenset[str]:
-    """What a model of sentence-transformers encodes: of "text", "image" and "text+image"."""
-    known = {"text": "text", "image": "image", "text+image": ("image", "text")}
+    """What a model of sentence-transformers encodes: of `kinds()`, such as "text", "image", "text+image"."""
+    known: dict[str, Any] = {"text": "text", **{name: name for name in modalities()}}
+    known |= {f"text+{name}": tuple(sorted((name, "text"))) for name in modalities()}
     return frozenset(name for name, modality in known.items() if model.supports(modality))
 
 
+def reads_files(model: Any) -> bool:
+    """Whether a model of sentence-transformers reads images, or another modality that is registered."""
+    return not set(modalities()).isdisjoint(model.modalities)
+
+
 def kind_of(given: Input) -> str:
-    """ "text", "image" or "text+image"."""
+    """ "text", "image", "text+image" or the same of another modality."""
     if isinstance(given, str):
         return "text"
-    return "text+image" if given.text else "image"
+    return f"text+{given.modality}" if given.text else given.modality
 
 
 def as_model_input(given: Input, picture: Any = None, placeholders: Sequence[str] = ()) -> dict[str, Any]:
-    """What a model that reads images is given: {"text"}, {"image"} or both, the image first.
+    """What a model that reads images is given: {"text"}, {"image"} (the modality) or both, the image first.
 
     picture: that of the item, read. placeholders: what stands for an image in this model's text, and must
     not stand in the text itself.
@@ -60,7 +65,7 @@ def as_model_input(given: Input, picture: Any = None, placeholders: Sequence[str
     text = given if isinstance(given, str) else given.text
     for token in placeholders:
         text = text.replace(token, "")
-    shown = {} if isinstance(given, str) else {"image": picture}
+    shown = {} if isinstance(given, str) else {given.modality: picture}
     return {**shown, "text": text} if text or not shown else shown
 
 
@@ -79,12 +84,24 @@ def patch_token(model: Any) -> int | None:
     return None
 
 
-def describe_images(model: Any) -> str:
+def describe_images(model: Any, inputs: str = "image") -> str:
     """The line of an `EncodingSpec` on images: processor, pixels, patches, tokens, template; "" for texts.
 
     -> 'Idefics3ImageProcessor {"do_resize": true, ..., "size": {"longest_edge": 512}} template 1c5e91a0'
+    Where the inputs are of another modality, also what processes these, and all numbers that it knows.
     """
-    return " + ".join(filter(None, map(_describe_processor, processors(model))))
+    lines = list(map(_describe_processor, processors(model)))
+    if (name := inputs.removeprefix("text+")) not in ("text", "image"):
+        lines += [_describe_other(each, name) for each in processors(model)]
+    return " + ".join(filter(None, lines))
+
+
+def _describe_other(processor: Any, modality: str) -> str:
+    part = {"audio": "feature_extractor"}.get(modality, f"{modality}_processor")
+    part = getattr(processor, part, processor)
+    known = part.to_dict() if hasattr(part, "to_dict") and not hasattr(part, "tokenizer") else {}
+    known = {name: value for name, value in known.items() if isinstance(value, int | float)}
+    return f"{type(part).__name__} {json.dumps(known, sort_keys=True)}" if known else ""
 
 
 def _describe_processor(processor: Any) -> str:
@@ -101,13 +118,13 @@ def _describe_processor(processor: Any) -> str:
 
 
 def read_ahead(items: Iterable[Input], threads: int = READERS) -> Iterator[Any]:
-    """The pictures of items, in order, read by threads that are a few images ahead. Raises DataError."""
+    """The pictures (or sounds) of items, in order, read by threads that are a few ahead. Raises DataError."""
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 assert isinstance(item, Item)
-                waiting.append(pool.submit(read_image, item.image))
+                waiting.append(pool.submit(read, item))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -131,7 +148,8 @@ def picture_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Positions of items, and what `process` makes of these and their pictures.
 
-    As many in a batch as fit into `budget` numbers of pixels, going by the last one; at most twice as many.
+    As many in a batch as fit into `budget` numbers of pixels (of what a model reads of another modality),
+    going by the last one; at most twice as many.
     """
     start, count, pictures = 0, 1, read_ahead(items)
     while start < len(items):
@@ -139,7 +157,8 @@ def picture_batches(
         features = process(list(items[start : start + count]), [next(pictures) for _ in rows])
         yield rows, features
         start += len(rows)
-        each = sum(v.numel() for k, v in features.items() if k.startswith("pixel_values")) // len(rows)
+        numbers = [v for v in features.values() if getattr(v, "is_floating_point", bool)()]
+        each = sum(v.numel() for v in numbers) // len(rows)
         count = max(1, min(2 * count, budget // max(1, each)))
 
 
@@ -151,7 +170,7 @@ def uncut(model: Any, given: list[dict[str, Any]], preprocess: Callable[..., dic
     """
     whole = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
     features, limit = preprocess(given, **whole), model.max_seq_length or 0
-    mask = features.get("attention_mask")
+    mask = features.get("attention_mask") if "input_ids" in features else None  # else of sounds, not tokens
     if mask is None or not limit or mask.sum(1).max() <= limit:
         return features
     shorter = [_shortened(model, *each, limit) for each in zip(given, mask.sum(1).tolist(), strict=True)]
@@ -163,19 +182,8 @@ def _shortened(model: Any, given: dict[str, Any], length: int, limit: int) -> di
         return given
     tokens = model.tokenizer(given.get("text", ""), add_special_tokens=False)["input_ids"]
     if (kept := len(tokens) - (length - limit)) < 0:
-        size = " x ".join(map(str, given["image"].size))
-        raise DataError(f"an image of {size} pixels takes {length - len(tokens)} tokens, of at most {limit}")
+        what = next(name for name in given if name != "text")
+        if what == "image":
+            what = f"an image of {' x '.join(map(str, given['image'].size))} pixels"
+        raise DataError(f"{what} takes {length - len(tokens)} tokens, of at most {limit}")
     return {**given, "text": model.tokenizer.decode(tokens[:kept])}
-
-
-def sample_pictures() -> list[Item]:
-    """Two small images of different shape, for the self-test of an encoder."""
-    with needs_images("the self-test of an encoder of images"):
-        from PIL import Image
-    pictures = []
-    for seed, (height, width) in enumerate([(48, 64), (96, 40)]):
-        pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-        out = io.BytesIO()
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST).save(out, "PNG")
-        pictures.append(Item(out.getvalue()))
-    return pictures

@@ -20,6 +20,7 @@ import numpy as np
 
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, write_json
+from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.loading import load_model
@@ -35,7 +36,7 @@ from retriever_server.encoders.pictures import (
     what_it_takes,
 )
 from retriever_server.encoders.proofs import prove
-from retriever_server.encoders.spec import INPUTS, Encoder, EncodingSpec, Role, self_test
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.token_pooling import TokenPooling
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
 
@@ -68,7 +69,7 @@ def load_encoder(
 
     What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
     None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
-    inputs: what of a passage is encoded, text, image or text+image; by default what it was trained with
+    inputs: what of a passage is encoded, of `data.modalities.kinds()`; by default what it was trained with
     here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
     A spec decides everything but device and dtype; an encoder that is loaded already is shared.
     Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
@@ -174,10 +175,10 @@ class SentenceEncoder(Encoder):
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
         """As `Encoder.encode`."""
-        kinds = np.array([kind_of(each) for each in inputs])
-        for kind in sorted({*kinds.tolist()} - self.takes):
+        of = np.array([kind_of(each) for each in inputs])
+        for kind in sorted({*of.tolist()} - self.takes):
             raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
-        groups = [rows for kind in INPUTS if len(rows := np.flatnonzero(kinds == kind))]
+        groups = [rows for kind in kinds() if len(rows := np.flatnonzero(of == kind))]
         if not groups:
             return no_vectors(self.spec.kind, self.spec.dimension)
         with self._lock:

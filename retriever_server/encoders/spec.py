@@ -6,18 +6,18 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from data.errors import ConfigError, DataError
+from data.modalities import kinds, modalities, samples
 from data.records import Input, Item, Passage
 from retriever_server.encoders.vectors import Vectors, rows_of, similarities
 
 Role = Literal["query", "passage"]
 KINDS = ("dense", "sparse", "multi")
-INPUTS = ("text", "image", "text+image")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EncodingSpec:
     similarity: str = "dot"
     """cosine (of vectors of length 1), dot or maxsim."""
     inputs: str = "text"
-    """What of a passage is encoded: its text, its image, or text+image (what it has of both)."""
+    """What of a passage is encoded: its text, its image, or text+image (what it has of both); or audio"""
     image_processor: str = ""
     """What becomes of an image before the model sees it: processor, pixels, patches, tokens."""
     token_pooling: str = ""
@@ -53,8 +53,9 @@ class EncodingSpec:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(KINDS)}")
-        if self.inputs not in INPUTS:
-            raise ConfigError(f"encoder inputs {self.inputs!r}: must be one of {', '.join(INPUTS)}")
+        if self.inputs not in kinds():
+            known = f"must be one of {', '.join(kinds())} (data.modalities registers more)"
+            raise ConfigError(f"encoder inputs {self.inputs!r}: {known}")
         try:
             self.render_text(Passage("", "text", "title"))
         except (KeyError, IndexError, ValueError) as error:
@@ -73,10 +74,13 @@ class EncodingSpec:
         """What of a passage is encoded, without the prompt. DataError if it has nothing of that."""
         if self.inputs == "text":
             return self.render_text(passage)
-        if self.inputs == "image" and not passage.image:
-            raise DataError(f"passage {passage.id!r} has no image, and {self.model} encodes nothing else")
-        text = self.render_text(passage) if self.inputs == "text+image" else ""
-        return Item(passage.image, text) if passage.image else text
+        modality = self.inputs.removeprefix("text+")
+        file, alone = passage.files.get(modality), modality == self.inputs
+        if alone and not file:
+            only = f"and {self.model} encodes nothing else"
+            raise DataError(f"passage {passage.id!r} has no {modality}, {only}")
+        text = "" if alone else self.render_text(passage)
+        return Item(file, text, modality) if file else text
 
     def render_text(self, passage: Passage) -> str:
         """The text of a passage that is encoded."""
@@ -99,7 +103,7 @@ class Encoder(ABC):
 
     spec: EncodingSpec
     takes: frozenset[str] = frozenset({"text"})
-    """What it encodes: of `INPUTS`. Queries may be any of these, passages are what the spec says."""
+    """What it encodes: of `kinds()`. Queries may be any of these, passages are what the spec says."""
 
     @abstractmethod
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
@@ -118,7 +122,7 @@ def self_test(encoder: Encoder) -> None:
             alone = rows_of(encoder.encode([each], role), 0)
             least = float(similarities(alone, rows_of(together, i)).min())
             if not least > 0.999:
-                shown = repr(each[:20]) if isinstance(each, str) else f"an image and {each.text[:20]!r}"
+                shown = repr(each[:20]) if isinstance(each, str) else f"{each.modality} + {each.text[:20]!r}"
                 raise DataError(
                     f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
                     f"(cosine {least:.4f} for {shown} alone and in a batch)"
@@ -127,17 +131,17 @@ def self_test(encoder: Encoder) -> None:
 
 
 def _samples(encoder: Encoder, role: str) -> list[Input]:
-    """Texts, and where the encoder is given images in this role, two of these, with and without texts."""
+    """Texts, and where the encoder is given images in this role (or audio), some of these."""
     texts = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
     inputs = encoder.spec.inputs if role == "passage" else ""
-    if "image" not in encoder.takes or inputs == "text":
+    if inputs == "text":
         return list(texts)
-    from retriever_server.encoders.pictures import sample_pictures
-
-    images = sample_pictures()
-    if role == "query" or inputs == "image":
-        return [*(texts if "text" in encoder.takes and role == "query" else []), *images]
-    return [*texts, *images, *(Item(item.image, text) for item, text in zip(images, texts, strict=False))]
+    names = [inputs.removeprefix("text+")] if inputs else [m for m in modalities() if m in encoder.takes]
+    held = [Item(file, modality=name) for name in names for file in samples(name)]
+    if inputs in names or "text" not in encoder.takes:
+        return list(held)
+    beside = zip(held, texts, strict=False) if inputs else ()
+    return [*texts, *held, *(replace(item, text=text) for item, text in beside)]
 
 
 def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, StorageError, require
-from data.images import read_image
 from data.jsonl import read_json, write_json
+from data.modalities import read
 from data.records import Item
 from retriever_server.encoders.spec import Encoder
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
@@ -162,7 +162,7 @@ class Shards:
             passage = self.corpus[position]
             try:
                 if isinstance(item := self.encoder.spec.render(passage), Item):
-                    read_image(item.image)
+                    read(item)
             except DataError as error:
                 found[position] = f"passage {passage.id!r}: {error}"
         return found

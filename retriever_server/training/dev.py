@@ -104,5 +104,5 @@ def _sample(corpus: Corpus, qrels: Qrels, size: int, folder: Path) -> Corpus:
 
 def _record(numbered: tuple[str, Passage]) -> dict[str, str]:
     id_, passage = numbered
-    image = {"image": os.path.abspath(passage.image)} if passage.image else {}
-    return {"id": id_, "title": passage.title, "text": passage.text, **image}
+    files = {name: os.path.abspath(file) for name, file in passage.files.items()}
+    return {"id": id_, "title": passage.title, "text": passage.text, **files}

@@ -17,7 +17,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -314,7 +314,7 @@ class _Resolve:
     def _cut(self, item: Input) -> Input:
         if isinstance(item, str):
             return item[: self.max_characters]
-        return Item(item.image, item.text[: self.max_characters])
+        return replace(item, text=item.text[: self.max_characters])
 
 
 def _map(path: Path) -> mmap.mmap:

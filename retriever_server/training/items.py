@@ -13,9 +13,9 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 
 from data.errors import ConfigError
-from data.images import read_image
+from data.modalities import read
 from data.records import Input, Item, Passage
-from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders, uncut
+from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders, reads_files, uncut
 from retriever_server.retriever import texts_of
 from retriever_server.training.examples import Examples
 
@@ -28,19 +28,19 @@ class Opening:
 
     def __init__(self, model: Any) -> None:
         self._model, self._placeholders = model, placeholders(model)
-        self._pictures = "image" in model.modalities
+        self._reads_files = reads_files(model)
 
     def __call__(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
         """The features of a column of a batch."""
         preprocess = partial(self._model.preprocess, **options)
-        if not self._pictures:
+        if not self._reads_files:
             return preprocess(texts_of(inputs, "the model in training"))
         given = [self._opened(each) for each in inputs]
-        shown = any("image" in each for each in given)
+        shown = any(set(each) - {"text"} for each in given)
         return uncut(self._model, given, preprocess) if shown else preprocess(given)
 
     def _opened(self, each: Input) -> dict[str, Any]:
-        picture = read_image(each.image) if isinstance(each, Item) else None
+        picture = read(each) if isinstance(each, Item) else None
         return as_model_input(each, picture, self._placeholders)
 
 

@@ -170,8 +170,8 @@ def _asked(example: Example) -> tuple[str, str]:
     return _words(example.query), example.query_image
 
 
-def _shown(passage: Passage) -> tuple[str, str]:
-    return _words(passage.text), passage.image
+def _shown(passage: Passage) -> tuple[str, ...]:
+    return _words(passage.text), *passage.files.values()
 
 
 def _scores(

@@ -94,9 +94,9 @@ class RetrieverRecipe:
     """Run folder; OUT/model is the trained model."""
     passage_template: str = "{title}\n{text}"
     """The text of a passage, from {title}, {text} and {contents}; saved with the model."""
-    inputs: Literal["text", "image", "text+image"] | None = None
-    """What of a passage is encoded: its text, its image, or what it has of both; saved with the model. If not
-    given the image where the model reads images, else the text."""
+    inputs: str | None = None
+    """What of a passage is encoded: its text, its image, or what it has of both (text+image; or of another
+    registered modality); saved with the model. If not given the image where the model reads images."""
     steps: int | None = None
     """Updates; by `epochs` if not given."""
     epochs: float = 1.0
