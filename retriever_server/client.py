@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable
+from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable, SleuthError
 from data.records import Hit, Item, Passage
 from retriever_server.http import Http, Outcome
 from retriever_server.retriever import Query, Retriever, inside
@@ -130,6 +130,8 @@ class SearchClient:
             failure = RetrieverError(f"{len(outcomes)} rows for {len(batch)} queries")
         except RetrieverError as error:
             failure = error
+        except SleuthError as error:  # a query that cannot be searched: a broken image, an image to BM25
+            failure = RetrieverError(str(error))
         except Exception as error:
             _log.exception("search failed")
             failure = RetrieverError(f"search failed: {type(error).__name__}: {error}")

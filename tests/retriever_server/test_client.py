@@ -14,6 +14,7 @@ import pytest
 
 from data.errors import (
     ConfigError,
+    DataError,
     RetrieverError,
     RetrieverRefused,
     RetrieverTimeout,
@@ -262,6 +263,16 @@ def test_a_failing_retriever_in_process_is_an_error(wrong_rows):
     expected = "0 rows for 1 queries" if wrong_rows else "search failed: ZeroDivisionError: oops"
     with pytest.raises(RetrieverError, match=expected):
         asyncio.run(run())
+
+
+def test_a_query_that_cannot_be_searched_is_an_error_in_one_line(caplog):
+    async def run():
+        async with SearchClient(InProcess(Echo(DataError("a.png: a broken image")))) as client:
+            await client.search("a", 1)
+
+    with pytest.raises(RetrieverError, match=r"^a\.png: a broken image$"):
+        asyncio.run(run())
+    assert not caplog.records  # no traceback of what is the caller's to mend
 
 
 def test_one_client_serves_successive_event_loops(tmp_path):
