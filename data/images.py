@@ -82,8 +82,8 @@ def read_pdf(path: str | Path) -> tuple[str, list[str]]:
         for number in range(len(document)):
             try:
                 texts.append(document[number].get_textpage().get_text_bounded().replace("\r\n", "\n").strip())
-            except _pdf_error() as error:
-                raise DataError(f"{path}#page={number + 1}: a broken page: {error}") from error
+            except _pdf_error():
+                texts.append("")  # of this page alone; it is refused by name when it is drawn
         return title.strip(), texts
 
 
@@ -160,7 +160,9 @@ def _decode(content: bytes, name: str, limits: ImageLimits) -> Image:
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: no image of a kind that is read: {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name}: over {limits.max_pixels:,} pixels") from error
+        pixels = re.search(r"\d+", str(error))  # so many that Pillow does not say their width and height
+        given = f"{int(pixels[0]):,} pixels, " if pixels else ""
+        raise DataError(f"{name}: {given}over {limits.max_pixels:,}") from error
     except Exception as error:  # decoders raise what they like on files that are not what they say
         raise DataError(f"{name}: a broken image: {error or type(error).__name__}") from error
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
@@ -32,24 +33,26 @@ ENDS = (".pdf", *HTML, *IMAGES)
 
 _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _DATES = re.compile(rb"/(?:Creation|Mod)Date \(D:([^)]*)\)")
+_NAMED = re.compile(r"""(?:src|href)\s*=\s*(["']?)([^"'>]+?)\1(?=[\s/>])""", re.IGNORECASE)
 _PRINT_SECONDS = 120.0
 
 
 def find_pages(
     source: str | Path, scratch: str | Path, on_error: Literal["stop", "skip"] = "stop",
-    progress: Callable[[Sequence[Path], int], Iterator[Path]] | None = None,
+    progress: Callable[[Sequence[Path], int], Iterator[Path]] | None = None, passed_over: str | Path = "",
 ) -> tuple[Corpus | Sequence[Passage], int]:  # fmt: skip
     """The passages at `source`, and how many files were left out as broken.
 
     source: a corpus (.jsonl), a file, or a folder that is searched with all its subfolders. Ids are paths
     under it, of PDF and HTML files with their page: "a/b.pdf#page=3"; `image` names the file or the page.
-    scratch: folder for the PDFs that HTML becomes. Raises ConfigError where nothing is there, DataError
+    scratch: folder for the PDFs that HTML becomes. passed_over: a folder under `source` that is none of it,
+    such as that of the pages that are drawn from it. Raises ConfigError where nothing is there, DataError
     naming a file that cannot be read, unless on_error="skip".
     """
     source = Path(source)
     if source.suffix == ".jsonl":
         return Corpus(source), 0
-    files, root = _files(source)
+    files, root = _files(source, Path(passed_over or scratch))
     passages: list[Passage] = []
     skipped = 0
     for path in progress(files, len(files)) if progress else files:
@@ -79,7 +82,7 @@ def pages_in(path: Path, root: Path, scratch: Path) -> list[Passage]:
 
 
 def print_html(path: Path, scratch: Path) -> Path:
-    """A PDF in `scratch` of an HTML file; one that is there already, of the same bytes, is taken.
+    """A PDF in `scratch` of an HTML file; one that is there is taken if neither it nor what it names changed.
 
     What else the page shows (style sheets, pictures) must lie beside it: nothing is fetched. Raises
     ConfigError where no Chromium is installed, DataError naming the file where it cannot print.
@@ -88,11 +91,22 @@ def print_html(path: Path, scratch: Path) -> Path:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    pdf = scratch / f"{blake2b(content, digest_size=8).hexdigest()}.pdf"
+    drawn_from = "\n".join([str(path.parent.resolve()), *_beside(path, content)])
+    pdf = scratch / f"{blake2b(content + drawn_from.encode(), digest_size=8).hexdigest()}.pdf"
     if not pdf.is_file():
         with tempfile.TemporaryDirectory(prefix="sleuth-html-") as folder:
             atomic_write(pdf, _printed(path, Path(folder)))
     return pdf
+
+
+def _beside(path: Path, content: bytes) -> Iterator[str]:
+    """Names, sizes and times of the files beside an HTML file that it names: pictures, style sheets."""
+    for _, name in sorted(set(_NAMED.findall(content.decode("utf-8", "replace")))):
+        try:
+            about = os.stat(path.parent / unquote(name))
+        except (OSError, ValueError):
+            continue  # no file: another page, an address, a place in this one
+        yield f"{name} {about.st_size} {about.st_mtime_ns}"
 
 
 def find_chromium() -> str | None:
@@ -125,7 +139,7 @@ def _undated(found: re.Match[bytes]) -> bytes:
     return found[0].replace(found[1], re.sub(rb"\d", b"0", found[1]))  # of the same length: PDFs count bytes
 
 
-def _files(source: Path) -> tuple[list[Path], Path]:
+def _files(source: Path, passed_over: Path) -> tuple[list[Path], Path]:
     """The files at `source`, sorted, and the folder that their names start from."""
     if not source.exists():
         raise ConfigError(f"source = {source}: no such file or folder")
@@ -133,7 +147,9 @@ def _files(source: Path) -> tuple[list[Path], Path]:
         if source.suffix.lower() not in ENDS:
             raise ConfigError(f"source = {source}: must end in .jsonl, {', '.join(ENDS)}")
         return [source], source.parent
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDS and path.is_file())
+    none_of_it = passed_over.resolve()
+    found = (path for path in source.rglob("*") if path.suffix.lower() in ENDS and path.is_file())
+    files = sorted(path for path in found if none_of_it not in path.resolve().parents)
     if not files:
         raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ENDS)}")
     return files, source

@@ -48,7 +48,7 @@ def main(
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)
     if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
         raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
-    passages, skipped = find_pages(source, Path(out) / "html", on_error, _bar("reading files"))
+    passages, skipped = find_pages(source, Path(out) / "html", on_error, _bar("reading files"), out)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = time.monotonic()
     done = render(passages, out, style, processes or cores, on_error, _bar("drawing pages"))

@@ -14,7 +14,7 @@ import pytest
 
 from data.corpus import Corpus
 from data.images import read_image
-from data.page_sources import find_chromium, find_pages
+from data.page_sources import find_chromium, find_pages, print_html
 from scripts import __main__ as sleuth
 from tests.pdfs import write_pdf
 
@@ -73,6 +73,39 @@ def test_a_truncated_pdf_stops_or_is_skipped_by_name(folder, tmp_path, capsys):
     assert "cut.pdf: a broken PDF" in (said := capsys.readouterr().err) and "--on_error skip" in said
     assert sleuth.main([*argv, "--on_error", "skip"]) == 0
     assert "3 pages" in (said := capsys.readouterr().out) and "skipped 1 files and 0 pages" in said
+
+
+def test_one_broken_page_is_skipped_and_the_others_of_its_pdf_stay(tmp_path, capsys):
+    path = write_pdf(tmp_path / "a.pdf", ["one", "two", "three"])
+    path.write_bytes(path.read_bytes().replace(b"8 0 obj\n<<", b"8 0 obj\n  "))  # page 2
+    argv = ["render", str(path), "--out", str(tmp_path / "o"), "--processes", "1"]
+    assert sleuth.main(argv) == 2
+    assert "a.pdf#page=2: a broken page" in capsys.readouterr().err
+    assert sleuth.main([*argv, "--on_error", "skip"]) == 0
+    assert [p.text for p in Corpus(tmp_path / "o" / "corpus.jsonl")] == ["one", "three"]
+
+
+def test_pages_drawn_into_their_own_source_are_none_of_it(folder):
+    for _ in range(2):
+        assert sleuth.main(["render", str(folder), "--out", str(folder / "pages"), "--processes", "1"]) == 0
+        assert len(Corpus(folder / "pages" / "corpus.jsonl")) == 3
+
+
+def test_html_is_printed_again_where_its_folder_or_what_it_shows_differs(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my page.html").write_text("<img src='my chart.png'>")
+        (tmp_path / name / "my chart.png").write_text(name)
+    shown = lambda path, _: (path.parent / "my chart.png").read_bytes()  # noqa: E731
+    monkeypatch.setattr("data.page_sources._printed", shown)
+
+    def printed(name):
+        return print_html(tmp_path / name / "my page.html", tmp_path / "pdfs")
+
+    assert [printed(name).read_text() for name in "abab"] == ["a", "b", "a", "b"]
+    assert printed("a") == printed("a")
+    (tmp_path / "a" / "my chart.png").write_text("another")
+    assert printed("a").read_text() == "another"
 
 
 @pytest.mark.parametrize(
