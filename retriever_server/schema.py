@@ -227,7 +227,8 @@ def parse(model: type[Model], body: Any) -> Model:
 def first_of(errors: Sequence[Any]) -> str:
     """The first of a validator's errors: "field: what is wrong"."""
     place = ".".join(map(str, errors[0]["loc"])) or "body"
-    return f"{place}: {errors[0]['msg']}"
+    objects = errors[0]["type"] in ("model_type", "dict_type")  # whose message names a class of ours
+    return f"{place}: {'must be a JSON object' if objects else errors[0]['msg']}"
 
 
 def documented(model: type[Body]) -> dict[str, Any]:
@@ -264,15 +265,21 @@ async def read_search(request: Request, max_bytes: int) -> SearchBody:
         yield body
 
     with needs_images("a form"):
-        import python_multipart  # noqa: F401  # what Starlette reads forms with
+        import python_multipart  # what Starlette reads forms with
     try:
         form = await MultiPartParser(request.headers, stream(), max_part_size=max_bytes).parse()
     except MultiPartException as error:
         raise HTTPException(400, f"body: {error.message}") from error
+    _, options = python_multipart.multipart.parse_options_header(request.headers["content-type"])
+    if b"--" + options[b"boundary"] + b"--" not in body:  # the parser passes over a file without its end
+        raise HTTPException(400, "body: the form is cut short (its last boundary is missing)")
     try:
-        return parse(SearchBody, await _search_in(form))
+        asked = parse(SearchBody, await _search_in(form))
     finally:
         await form.close()
+    if not asked.queries:
+        raise DataError("body: a form asks by `image`, a file, and `text`, and has neither")
+    return asked
 
 
 async def _search_in(form: FormData) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def server():
         ({"queries": ["a"], "topk": -1}, 422, "topk = -1"),
         ({"queries": "a"}, 422, "queries: Input should be a valid list"),
         ({}, 422, "queries"),
-        ([], 422, "body: Input should be"),
+        ([], 422, "body: must be a JSON object"),
         ({"queries": ["a"], "x": "y" * 1000}, 413, "body: more than 1000 bytes"),
         ({"queries": ["fail"]}, 503, "search failed: ZeroDivisionError: oops"),
     ],

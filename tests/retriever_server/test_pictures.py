@@ -167,7 +167,7 @@ def test_a_wrong_image_is_answered_with_one_line(server, image, reason):
 def test_a_bomb_of_30_000_pixels_a_side_is_refused_undecoded(pages):
     with TestClient(create_app(pages)) as server:
         answer = server.post("/v1/search", json={"queries": [{"image": bomb()}]})
-    assert answer.status_code == 422 and "over 20,000,000 pixels" in answer.json()["detail"]
+    assert answer.status_code == 422 and "900,000,000 pixels, over 20,000,000" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,7 @@ def test_a_wrong_query_is_answered_with_one_line(server, body, reason):
         ({"queries": (None, '["red"]')}, 422, "queries: a form asks by"),
         ({"top_k": (None, "many")}, 422, "top_k: Input should be a valid integer"),
         ({"colour": (None, "1")}, 422, "colour: Extra inputs are not permitted"),
+        ({"top_k": (None, "2")}, 422, "body: a form asks by `image`, a file, and `text`, and has neither"),
         ({"stages": (None, "[" * 9000)}, 422, "stages: Input should be a valid list"),
     ],
 )
@@ -207,6 +208,15 @@ def test_a_wrong_form_is_answered_with_one_line(server, parts, status, reason):
 def test_what_is_no_form_is_answered_with_400(server, kind):
     answer = server.post("/v1/search", content=b"--y\r\nabc", headers={"Content-Type": kind})
     assert answer.status_code == 400 and answer.json()["detail"].startswith("body: ")
+
+
+def test_a_form_that_is_cut_short_is_refused_and_not_half_answered(server):
+    files = [("image", (f"{i}.png", picture("red"), "image/png")) for i in range(2)]
+    asked = server.build_request("POST", "/v1/search", files=files)
+    body, headers = asked.read(), {"Content-Type": asked.headers["Content-Type"]}
+    assert len(server.post("/v1/search", content=body, headers=headers).json()["results"]) == 2
+    answer = server.post("/v1/search", content=body[:-100], headers=headers)
+    assert answer.status_code == 400 and "cut short" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("backend", ["texts", "reranked"])
