@@ -22,6 +22,7 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import texts_of
 from retriever_server.wire import carried
 from tests.retriever_server.encoders import tiny_model
+from tests.retriever_server.training.recipes import component, recipe
 
 RATE = 16_000
 
@@ -116,6 +117,17 @@ def test_training_opens_sounds(audio, ears, sounds):
     assert "input_ids" in Opening(model)(["a tone", "two"])
     with pytest.raises(DataError, match=r"nowhere\.wav: no sound"):
         Opening(model)([Item("nowhere.wav", modality="audio")])
+
+
+def test_a_recipe_trains_on_sounds_and_what_it_saves_encodes_them(audio, ears, sounds, tmp_path):
+    from retriever_server.training.run import train
+
+    rows = [{"query": f"tone {i}", "positives": [str(i)]} for i in range(6)]
+    write_jsonl(tmp_path / "examples.jsonl", rows)
+    model = component("pretrained", base=ears)
+    train(recipe(tmp_path, tmp_path / "run", model=model, inputs="audio", steps=2, batch_size=3, workers=2))
+    trained = load_encoder(str(tmp_path / "run" / "model"), device="cpu")
+    assert trained.spec.inputs == "audio" and trained.spec.fingerprint != load_encoder(ears).spec.fingerprint
 
 
 def test_a_broken_sound_stops_a_build_by_name_or_is_skipped(audio, ears, sounds, tmp_path):

@@ -38,7 +38,7 @@ def test_a_line_says_what_its_example_says(tmp_path, corpus):
     "wrong, message",
     [
         ({"query": "q", "positives": []}, "query 'q' has no positive"),
-        ({"query": " \n", "positives": ["p1"]}, 'no "query", or an empty one'),
+        ({"query": " \n", "positives": ["p1"]}, 'no "query" and no "query_image", or an empty one'),
         ({"query": "q", "positives": ["nowhere"]}, "passage 'nowhere' is not in"),
         ({"query": "q", "positives": ["p1"], "negatives": ["p2", "no"]}, "passage 'no' is not in"),
         ({"query": "q", "positives": ["p1"], "negatives": ["p1"]}, "a positive and a negative"),
