@@ -50,6 +50,7 @@ class Corpus:
         without text and image are kept; a warning counts them.
         """
         self.path = Path(path)
+        self._folder = self.path.parent.resolve()  # where images are looked for, wherever this process goes
         self._sidecar_folder = sidecar_folder
         self._bytes, stamp = _map(self.path)
         places = _sidecar_places(self.path, sidecar_folder)
@@ -82,7 +83,7 @@ class Corpus:
             raise DataError(f"{self.path}: passage {position}: {error}") from error
         if not passage.files:
             return passage
-        files = {name: str(self.path.parent / file) for name, file in passage.files.items()}
+        files = {name: str(self._folder / file) for name, file in passage.files.items()}
         return replace(passage, image=files.pop("image", ""), media=files)
 
     def __iter__(self) -> Iterator[Passage]:

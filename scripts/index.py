@@ -195,7 +195,9 @@ def _encode_on_ray(of: Any, passages: Any, encoder: Any, settings: dict, given: 
 
 def _say(index: Any, out: str, built: bool) -> None:
     done = "indexed" if built else "already there:"
-    print(f"{done} {len(index.corpus):,} passages in {out} (generation {index.generation})")
+    count, skipped = len(index.corpus), len(getattr(index, "skipped", ()))
+    passages = f"{count - skipped:,} of {count:,}" if skipped else f"{count:,}"
+    print(f"{done} {passages} passages in {out} (generation {index.generation})")
 
 
 def _refuse(given: dict[str, Any], defaults: dict[str, Any], needs: str) -> None:

@@ -100,9 +100,16 @@ class AnnIndex(FlatIndex):
         count = min(max(self._candidates, 4 * k), len(self))
         _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
         kept = (found >= 0) & ~np.isin(found, self.skipped)
-        return [
+        ranked = [
             self._rescored(query, row[of], k) for query, row, of in zip(queries, found, kept, strict=True)
         ]
+        if len(self.skipped):  # their zeros may stand before all that point away from the query
+            few = min(k, len(self) - len(self.skipped))
+            short = [i for i, (positions, _) in enumerate(ranked) if len(positions) < few]
+            exact = super().rank(queries[short], k, super()._mask(None)) if short else []
+            for i, ranking in zip(short, exact, strict=True):
+                ranked[i] = ranking
+        return ranked
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:
         return super()._mask(where) if where else None  # skipped passages leave the candidates

@@ -77,6 +77,7 @@ class EncodedIndex(Index):
         shards, settings = cls.plan(corpus, out, encoder, dtype, passages_per_shard, on_error, **settings)
         if found_at(out, generation_name(cls.kind, settings, corpus.content_hash), overwrite) is None:
             shards.encode(progress=progress)
+            shards.check_some()
 
             def write(folder: Path) -> None:
                 cls.write(folder, shards, settings)

@@ -98,6 +98,12 @@ class Shards:
             self._write(shard, islice(positions, len(self.positions(shard))))
         next(positions, None)  # the progress bar ends
 
+    def check_some(self) -> None:
+        """DataError if every passage of the corpus was skipped; all shards must be there."""
+        skipped = sum(len(np.load(file)) for file in self.folder.glob("*.skipped.npy"))
+        if skipped and skipped == len(self.corpus):
+            raise DataError(f"{self.corpus.path}: none of its {skipped} passages can be encoded")
+
     def load(self, shard: int, name: str) -> np.ndarray:
         """An array of a shard, mapped."""
         return np.load(self._file(shard, name), mmap_mode="r").view(np.ndarray)
@@ -117,8 +123,6 @@ class Shards:
             vectors, broken = self._encoded(block)
             packed.append(pack(vectors, self.dtype))
             skipped += broken
-        if len(skipped) == len(self.positions(shard)):
-            raise DataError(f"{self.corpus.path}: no image can be read of {len(skipped)} passages")
         arrays = {name: np.concatenate([each[name] for each in packed]) for name in packed[0]}
         if skipped:
             arrays["skipped"] = np.array(skipped, np.int64)
@@ -164,7 +168,8 @@ class Shards:
                 if isinstance(item := self.encoder.spec.render(passage), Item):
                     read(item)
             except DataError as error:
-                found[position] = f"passage {passage.id!r}: {error}"
+                named = f"passage {passage.id!r}"
+                found[position] = str(error) if str(error).startswith(named) else f"{named}: {error}"
         return found
 
     def _checked(self, vectors: Vectors, positions: list[int]) -> Vectors:

@@ -217,6 +217,31 @@ def test_a_broken_image_stops_the_build_by_name_or_is_skipped_by_choice(
         build(pages, out, encoder)
 
 
+@pytest.mark.parametrize("kind", INDEXES)
+def test_a_shard_of_texts_alone_is_skipped_and_a_corpus_of_them_is_refused(models, pages, tmp_path, kind):
+    encoder = load_encoder(models["multi" if kind == "maxsim" else "dense"], device="cpu")
+    texts = [{"id": f"t{i}", "text": "words"} for i in range(4)]
+    pictures = [{"id": p.id, "image": p.image} for p in pages]
+    write_jsonl(tmp_path / "mixed.jsonl", texts + pictures)
+    mixed, build = Corpus(tmp_path / "mixed.jsonl"), INDEXES[kind].build
+    index = build(mixed, tmp_path / "i", encoder, on_error="skip", passages_per_shard=2)
+    assert len(index.search(QUERIES[:1], COUNT + 4)[0]) == COUNT
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    with pytest.raises(DataError, match=r"texts\.jsonl: none of its 4 passages can be encoded"):
+        build(Corpus(tmp_path / "texts.jsonl"), tmp_path / "j", encoder, on_error="skip")
+
+
+def test_skipped_passages_do_not_crowd_out_what_points_away_from_the_query(models, pages, tmp_path):
+    encoder = load_encoder(models["dense"], device="cpu")
+    rows = [{"id": f"t{i}", "text": "words"} for i in range(300)]
+    rows += [{"id": p.id, "image": p.image} for p in pages]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    index = INDEXES["ann"].build(Corpus(tmp_path / "c.jsonl"), tmp_path / "i", encoder, on_error="skip")
+    away = -np.stack([index.stored(300 + i)[0] for i in range(COUNT)]).sum(0, keepdims=True)
+    [(positions, scores)] = index.rank(away.astype(np.float32), 3)
+    assert len(positions) == 3 and (positions >= 300).all() and (scores < 0).all()
+
+
 def test_a_passage_without_an_image_is_refused_by_name(models, tmp_path):
     write_jsonl(tmp_path / "c.jsonl", [{"id": "7", "text": "words alone"}])
     with pytest.raises(DataError, match=r"passage '7' has no image, and .* encodes nothing else"):
