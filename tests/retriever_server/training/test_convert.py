@@ -289,9 +289,7 @@ def test_vidore_becomes_examples(tmp_path):
 
 def test_formats_without_images_refuse_what_would_be_empty(tmp_path):
     source = with_pictures(tmp_path)
-    with pytest.raises(
-        DataError, match=r"ours\.jsonl:2: the query is an image .* format bge"
-    ):
+    with pytest.raises(DataError, match=r"ours\.jsonl:2: the query is an image .* format bge"):
         convert_to("bge", source, tmp_path / "x.jsonl")
     source = ours(tmp_path, source.corpus, [{"query": "red?", "positives": ["p1"]}])
     with pytest.raises(DataError, match="passage 'p0' is an image without a text"):
