@@ -150,10 +150,10 @@ class ForcedEngine(HFEngine):
     plans: Plans
     sampled = 0
 
-    async def generate(self, prompt_ids, sampling, trajectory_id):
+    async def generate(self, prompt_ids, sampling, trajectory_id, pictures=()):
         self._turns = getattr(self, "_turns", Counter())
         self._turns[trajectory_id] += 1
-        return await super().generate(prompt_ids, sampling, trajectory_id)
+        return await super().generate(prompt_ids, sampling, trajectory_id, pictures)
 
     def _sample(self, requests, logits):
         if self.plans:
