@@ -14,6 +14,7 @@ models are made from configurations, with a tokenizer trained on the training ti
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,16 @@ def dse(work: Work) -> Training:
     return Training(model, BOTH_WAYS, "cards", 1200, 128, corpus="cards-train", options=PICTURES)
 
 
-def colpali(work: Work) -> Training:
-    """A vector a patch and token, by MaxSim."""
-    pages(work).examples("cards")
-    model = two_towers(work, (64, 128), 16, INK, vectors="many")
-    return Training(model, contrast(0.5, "maxsim"), "cards", 1000, 64, corpus="cards-train", options=PICTURES)
+def colpali(patch: int) -> Callable[[Work], Training]:
+    """A vector a patch and token, by MaxSim: 32 patches of 16 pixels, or 128 of 8."""
+
+    def of(work: Work) -> Training:
+        pages(work).examples("cards")
+        model = two_towers(work, (64, 128), patch, INK, vectors="many")
+        loss = contrast(0.5, "maxsim")
+        return Training(model, loss, "cards", 1000, 64, corpus="cards-train", options=PICTURES)
+
+    return of
 
 
 def emoji(work: Work) -> Training:
@@ -138,11 +144,12 @@ def row(name: str, table: str, make: Make, on: tuple[str, ...], *against: str, *
 row("bm25-titles", "cards", lambda work, on: work.bm25("titles-held-out"), ("cards",))
 row("untrained-dse", "cards", untrained("dse", dse), ("cards",))
 row("dse", "cards", learned("dse", dse), ("cards",), "untrained-dse")
-row("untrained-colpali", "cards", untrained("colpali", colpali), ("cards",))
-row("colpali", "cards", learned("colpali", colpali), ("cards",), "untrained-colpali", "dse")
-for _method in ("rows", "kmeans", "hierarchical"):
-    _pooled = learned("colpali", colpali, token_pooling=f"{_method}:4")
-    row(f"colpali-{_method}-4", "cards", _pooled, ("cards",), "colpali")
+for _name, _colpali in {"colpali": colpali(16), "colpali-fine": colpali(8)}.items():
+    row(f"untrained-{_name}", "cards", untrained(_name, _colpali), ("cards",))
+    row(_name, "cards", learned(_name, _colpali), ("cards",), f"untrained-{_name}", "dse")
+    for _method in ("rows", "kmeans", "hierarchical"):
+        _pooled = learned(_name, _colpali, token_pooling=f"{_method}:4")
+        row(f"{_name}-{_method}-4", "cards", _pooled, ("cards",), _name)
 row("dse-eos", "cards", learned("dse-eos", screenshots), ("cards",), "untrained-dse", "dse")
 row("bm25-ocr", "cards", lambda work, on: work.bm25("cards-ocr"), ("cards",), "bm25-titles", "dse", "colpali")
 EMOJI = ("emoji", "emoji-captions")
