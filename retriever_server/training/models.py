@@ -204,6 +204,8 @@ def _transformer(base: Base, max_tokens: int | None, dtype: str, **options: Any)
 
     options["model_kwargs"] = {"dtype": dtype, **options.get("model_kwargs", {})}
     transformer = _load(base, lambda name: Transformer(name, **options))
+    if "modality_config" not in options and set(transformer.modality_config) == {"text", "message"}:
+        transformer.modality_config.pop("message")  # or every text would be put into the chat template
     if max_tokens is not None:
         transformer.max_seq_length = max_tokens
     return transformer

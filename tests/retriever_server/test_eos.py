@@ -4,7 +4,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.eos import append_eos, appends_eos, prove_eos
@@ -47,6 +47,18 @@ def test_it_is_saved_and_loads_in_plain_sentence_transformers(base, tmp_path):
     assert appends_eos(again) and again.max_seq_length == 24
     prove_eos(again)
     assert again.encode_query("q").tolist() == model.encode_query("q").tolist()
+
+
+def test_texts_stay_out_of_the_chat_template_of_the_base(tmp_path):
+    folder = tiny_decoder(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}<yes>{{ m.content }}<no>\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    model = decoder(folder, max_tokens=24, query_prompt="query: ")
+    model.save(str(tmp_path / "saved"))
+    for each in (model, SentenceTransformer(str(tmp_path / "saved"), device="cpu")):
+        [ids] = each.preprocess(["a river"], prompt="query: ")["input_ids"].tolist()
+        assert each.tokenizer.decode(ids[:-1]) == "query: a river"
 
 
 def test_an_eos_that_is_cut_away_is_found_out(base):

@@ -81,7 +81,7 @@ def test_the_server_understands_what_the_client_asks():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (["a"], "body: Input should be"),
+        (["a"], "body: must be a JSON object"),
         ({"queries": "a"}, "queries: Input should be a valid list"),
         ({"queries": [1]}, "queries.0: Input should be a valid string"),
         ({"queries": [], "topk": "3"}, "topk: Input should be a valid integer"),
