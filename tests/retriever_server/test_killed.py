@@ -223,6 +223,7 @@ from scripts.__main__ import main
 from tests.retriever_server.encoders import FakeEncoder
 class Slow(FakeEncoder):
     padded_tokens = real_tokens = 1
+    images = 0
     def encode(self, texts, role):
         time.sleep(0.02)
         return super().encode(texts, role)
