@@ -35,3 +35,35 @@ class WandbConfig:
     """Project to log to; none: no tracking."""
     mode: Literal["online", "offline"] = "online"
     """offline keeps the run on this disk."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What samples: this process, or vLLM servers (docs/scaling.md)."""
+
+    name: Literal["hf", "vllm"] = "hf"
+    """hf: transformers, in this process; vllm: servers, started here or joined."""
+    urls: str | None = None
+    """Of vLLM servers that run already, separated by commas; none: they are started."""
+    servers: int = 1
+    """How many to start, each on CUDA devices of its own where there are enough."""
+    python: str = ".venv-vllm/bin/python"
+    """Of the environment that vLLM lives in: scripts/vllm_env.sh makes it."""
+    arguments: str = ""
+    """More of what a started server is told, such as --max-model-len 4096 --gpu-memory-utilization 0.5."""
+    devices: str | None = None
+    """CUDA devices of the started servers, such as 1,2,3; none: all that are visible."""
+    sync_folder: str | None = None
+    """Where weights are handed over; all servers must see it. None: a folder of this machine's own."""
+    deadline_seconds: float = 600.0
+    """The longest wait for a completion, for new weights to be loaded, or for servers to start."""
+    max_probe_difference: float | None = None
+    """Mean difference of a probe's log-probs from the trainer's that stops the run, in nats; none: 0.001
+    in float32, else 0.05."""
+
+    def __post_init__(self) -> None:
+        require(self.servers >= 1, "engine.servers", self.servers, ">= 1")
+        require(self.deadline_seconds > 0, "engine.deadline_seconds", self.deadline_seconds, "> 0")
+        limit = self.max_probe_difference
+        require(limit is None or limit > 0, "engine.max_probe_difference", limit, "> 0")
+        require(self.name == "vllm" or self.urls is None, "engine.urls", self.urls, "none for engine hf")

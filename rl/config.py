@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.errors import require
-from data.settings import LoraConfig, WandbConfig
+from data.settings import EngineConfig, LoraConfig, WandbConfig
 from rl.algorithm import AlgorithmConfig
 
 
@@ -153,6 +153,7 @@ class TrainConfig:
     """Of the dev questions."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"em": 1.0})
     """Weights of the rewards that are summed: em, f1, ... (docs/rl.md), or module:function of your own."""
@@ -228,6 +229,8 @@ class TrainConfig:
             self.eval_every,
             "0 without dev_questions",
         )
+        local = self.engine.name == "hf" or not self.deterministic
+        require(local, "deterministic", True, "false with engine vllm, which batches as requests come")
 
 
 @dataclass(frozen=True)

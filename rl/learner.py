@@ -93,6 +93,12 @@ class Learner:
             (protocol.max_turns + 1) * protocol.max_response_tokens,
         )
 
+    @property
+    def half(self) -> bool:
+        """Whether it and its engine compute in half precision: weights shared out are float32 then."""
+        dtype, cuda = self.config.dtype, self.model.device.type == "cuda"
+        return dtype == "bfloat16" or (dtype == "auto" and cuda)
+
     def learn(self, collected: Collected, step: int) -> Totals:
         """Update on what was collected for the step after `step`; nothing changes where that is nothing."""
         if not collected.count:
@@ -106,7 +112,9 @@ class Learner:
 
     def weights_for_engine(self) -> dict[str, Tensor] | None:
         """The whole policy, which all processes must ask for; None where the engine shares the model."""
-        return merged_state(self.model, _whole(self.model.state_dict())) if self.sharded else None
+        if self.config.engine.name == "hf" and not self.sharded:
+            return None
+        return merged_state(self.model, _whole(self.model.state_dict()))
 
     def snapshot(self) -> Snapshot:
         """All state, which all processes must ask for; tensors that are not shared out are not copied."""

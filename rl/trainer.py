@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agent.engines.base import Engine, Sampling
+from agent.engines.base import Sampling
 from agent.evaluate import evaluate
 from agent.rollout import Agent
 from agent.transcripts import to_record
 from data.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
-from data.errors import RunStopped
+from data.errors import EngineError, RunStopped
 from data.jsonl import read_json, write_json, write_jsonl
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
@@ -29,6 +29,7 @@ from rl.learner import Learner
 from rl.rewards import combine
 from rl.rollouts import Collected, Rollouts, averages
 from rl.sentinel import Sentinel
+from rl.weight_sync import WeightSync, probe_prompts
 from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ class Trainer:
                 rollout.temperature, rollout.top_p, rollout.top_k, renormalise=rollout.renormalise_logprobs
             ),
         )
-        self.engine: Engine = agent.engine
+        self.sync = WeightSync(
+            agent.engine, learner, config.engine, workers, probe_prompts(agent), self.agent.sampling
+        )
         self.path = Path(config.out)
         reward = combine(config.rewards, config.judge, self.path / f"judge-{workers.rank}.jsonl")
         self.rollouts = Rollouts(self.agent, questions, reward, config, workers)
@@ -91,10 +94,13 @@ class Trainer:
                 elif self._due(self.config.save_every):
                     self._save()
                 self.on_step(self.step)
-        except (asyncio.CancelledError, RunStopped) as stop:
+        except (asyncio.CancelledError, RunStopped, EngineError) as stop:
             # Interrupted processes are at different places: none can ask the others for their shards.
             if self.workers.count == 1 or isinstance(stop, RunStopped):
                 self._save()
+                if isinstance(stop, EngineError):
+                    saved = f"the state is saved in {self.path}: start the same command again to go on"
+                    raise RunStopped(f"{stop}; {saved}") from stop
             raise
         if not self.config.eval_every and self.workers.leads:
             mark_best(self.checkpoints, self.step, score=0.0)
@@ -111,9 +117,9 @@ class Trainer:
         self.step += 1
         if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
             self._keep(collected)
-        await self.engine.update_weights(self.learner.weights_for_engine(), self.step)
+        synced = await self.sync.update(self.step)
         seconds = time.monotonic() - started
-        metrics = averages(self.workers.gather({**collected.totals, **learned}))
+        metrics = averages(self.workers.gather({**collected.totals, **learned})) | synced
         drawn = (self.rollouts.position - before) * self.config.rollout.group_size
         metrics |= {
             "rollout/groups": float(collected.count),
@@ -153,7 +159,7 @@ class Trainer:
             logger.warning("sentinel: going back to the weights of step %d", best[0].step)
             self.roll_backs += 1
             self.learner.read(best[0].path)
-            await self.engine.update_weights(self.learner.weights_for_engine(), self.step)
+            await self.sync.update(self.step)
             self._save()
 
     async def _evaluate(self) -> None:
@@ -217,13 +223,15 @@ class Trainer:
         if found is not None:
             await self._load(found)
             logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)
+        elif self.config.engine.name != "hf":
+            await self.sync.update(self.step)  # servers that are joined may hold another run's weights
         self.workers.wait()
 
     async def _load(self, checkpoint: Checkpoint) -> None:
         self.learner.read(checkpoint.path)
         state = read_json(checkpoint.path / STATE_FILE)
         self.rollouts.position, self.roll_backs = state["position"], state["roll_backs"]
-        await self.engine.update_weights(self.learner.weights_for_engine(), self.step)
+        await self.sync.update(self.step)
 
     def _forget_evaluations_after(self, step: int) -> None:
         """Dev evaluations of steps that will be done again were of other weights."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import RetrieverError
 from data.records import Hit, Passage, Question
+from data.settings import EngineConfig
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def main(
     policy: str,
     retriever: str,
     protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     temperature: float = 0.0,
     seed: int = 0,
     deadline_seconds: float = 30.0,
@@ -37,6 +39,7 @@ def main(
         policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
         retriever: URL of a server, folder of an index or a .yaml file; none finds nothing.
         protocol: How the policy speaks, and its limits.
+        engine: What samples: this process, or vLLM servers.
         temperature: Of sampling; 0 is greedy.
         seed: Of sampling.
         deadline_seconds: How long a search is retried.
@@ -45,10 +48,12 @@ def main(
     """
     from scripts.wiring import open_agent
 
-    opened = open_agent(policy, retriever, protocol, temperature, 1, device, dtype, deadline_seconds)
+    opened = open_agent(
+        policy, retriever, protocol, temperature, 1, device, dtype, deadline_seconds, engine=engine
+    )
 
     async def run() -> Trajectory:
-        async with opened.client:
+        async with opened:
             return await _watch(opened.agent, Question("ask", question, ()), seed)
 
     trajectory = asyncio.run(run())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError
 from data.records import Question
+from data.settings import EngineConfig
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def main(
     retriever: str,
     out: str,
     protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     split: str | None = None,
     limit: int | None = None,
     temperature: float = 0.0,
@@ -41,6 +44,7 @@ def main(
             nothing) or random:INDEX (passages drawn at random).
         out: Folder for the evaluation.
         protocol: How the policy speaks, and its limits.
+        engine: What samples: this process, or vLLM servers.
         split: Of the questions, where there are several.
         limit: Only the first so many questions.
         temperature: Of sampling; 0 is greedy.
@@ -58,7 +62,18 @@ def main(
     asked = load_questions(questions, split, limit)
     from scripts.wiring import open_agent
 
-    opened = open_agent(policy, retriever, protocol, temperature, max_rows, device, dtype, deadline_seconds)
+    opened = open_agent(
+        policy,
+        retriever,
+        protocol,
+        temperature,
+        max_rows,
+        device,
+        dtype,
+        deadline_seconds,
+        engine=engine,
+        folder=Path(out),
+    )
     settings = {"policy": policy, "seed": seed, **opened.settings()}
     try:
         scores = asyncio.run(_evaluate(opened, asked, retriever, out, settings, max_failed_share))
@@ -80,7 +95,7 @@ async def _evaluate(
     from agent.evaluate import evaluate
     from scripts.wiring import retriever_generation
 
-    async with opened.client:
+    async with opened:
         generation = await retriever_generation(opened.client, questions[0].text, retriever)
         settings = settings | {"retriever": generation}
         rollout = rollout_with_bar(opened, settings["seed"], len(questions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from rl.algorithm import preset_fields
 from rl.config import TrainConfig
 
@@ -116,6 +117,8 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
 
     combine(config.rewards, config.judge)
     check_questions(config.rewards, questions)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and config.engine.name == "vllm":
+        require(config.engine.urls is not None, "engine.urls", None, "given where several processes train")
 
 
 def _open_run(config: TrainConfig) -> RunDir:
@@ -146,7 +149,7 @@ async def _train(
 ) -> None:
     import torch
 
-    from agent.policy import load_policy
+    from agent.policy import load_policy, resolve_device
     from rl.learner import Learner
     from rl.trainer import Trainer
     from scripts.wiring import open_agent, open_client
@@ -167,10 +170,12 @@ async def _train(
         config.protocol,
         rollout.temperature,
         rollout.max_rows,
-        config.device,
+        resolve_device(config.device),
         config.dtype,
         rollout.retriever_deadline_seconds,
         client,
+        config.engine,
+        Path(config.out),
     )
 
     def another(dtype: str = config.dtype) -> Policy:
@@ -181,5 +186,5 @@ async def _train(
     near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
     protocol = opened.agent.protocol
     learner = Learner(trained, config, protocol, workers, another() if near else None)
-    async with opened.client:
+    async with opened:
         await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step).run()

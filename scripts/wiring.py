@@ -6,7 +6,8 @@ Imports torch: commands import it late. What the caller got wrong is refused bef
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,20 +15,40 @@ from transformers.utils.logging import disable_progress_bar
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
-from agent.policy import Policy, default_protocol, load_policy
+from agent.engines.opening import open_vllm
+from agent.engines.vllm import VLLMEngine
+from agent.policy import Policy, default_protocol, load_policy, resolve_device
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
+from data.settings import EngineConfig
 from retriever_server.client import SearchClient, connect
 from rl.config import ProtocolConfig
+from rl.weight_sync import check_engine
 
 
 @dataclass(frozen=True)
 class OpenedAgent:
-    """An agent ready to roll out, and what it is made of. `async with opened.client:` closes it."""
+    """An agent ready to roll out, and what it is made of. `async with opened:` waits for it and closes it."""
 
     agent: Agent
     policy: Policy
     client: SearchClient
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    async def __aenter__(self) -> OpenedAgent:
+        """Wait for the servers of its engine, if any, and see that they have the policy's weights."""
+        if isinstance(self.agent.engine, VLLMEngine):
+            try:
+                await check_engine(self.agent, self.policy.model, self.engine)
+            except BaseException:
+                await self.agent.engine.close()
+                raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if isinstance(self.agent.engine, VLLMEngine):
+            await self.agent.engine.close()
+        await self.client.close()
 
     def settings(self) -> dict[str, Any]:
         """What decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""
@@ -37,6 +58,7 @@ class OpenedAgent:
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
             "temperature": self.agent.sampling.temperature,
+            **({"engine": "vllm"} if self.engine.name == "vllm" else {}),
             "protocol": {"name": spoken.name, **limits},
         }
 
@@ -51,21 +73,31 @@ def open_agent(
     dtype: str = "auto",
     deadline_seconds: float = 60.0,
     client: SearchClient | None = None,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+    folder: Path | None = None,
 ) -> OpenedAgent:
-    """Load the policy into the hf engine and connect it with its retriever.
+    """Load the policy, put it behind its engine and connect it with its retriever.
 
     `protocol`: see `make_protocol`; `retriever`: see `open_client`, unless a `client` stands in for
-    it. Raises ConfigError.
+    it; `folder`: for the logs of vLLM servers. Behind them the policy itself stays on the CPU unless
+    `device` says otherwise. Raises ConfigError.
     """
     disable_progress_bar()
     sampling = Sampling(temperature=temperature)
     client = client or open_client(retriever, deadline_seconds)
     spoken = make_protocol(protocol or ProtocolConfig(), policy)
+    if engine.name == "vllm" and device == "auto":
+        dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
+        device = "cpu"
     loaded = load_policy(policy, device, dtype)
-    engine = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=loaded.vision)
     live, vision = 2 * max_rows, loaded.vision
-    agent = Agent(engine, loaded.tokenizer, client, spoken, sampling, max_live=live, vision=vision)
-    return OpenedAgent(agent, loaded, client)
+    if engine.name == "vllm":
+        sampler = open_vllm(engine, loaded, policy, spoken, max_rows, folder)
+        live *= len(sampler.fleet.servers)
+    else:
+        sampler = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=vision)
+    agent = Agent(sampler, loaded.tokenizer, client, spoken, sampling, max_live=live, vision=vision)
+    return OpenedAgent(agent, loaded, client, engine)
 
 
 def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:

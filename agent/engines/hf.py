@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from agent.engines.base import Completion, FinishReason, Sampling
 from agent.engines.drawing import draw
 from agent.engines.pictures import Pictures, shared_with_pictures
-from agent.engines.stopping import StopFinder
+from agent.engines.stopping import StopFinder, eos_ids
 from agent.trajectory import Picture
 from agent.vision import Vision
 from data.errors import ConfigError, EngineError
@@ -150,7 +150,7 @@ class HFEngine:
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
         self._writing: dict[int, _Request] = {}  # by row index
         self._stops = StopFinder(tokenizer)
-        self._eos = _eos_ids(model, tokenizer)
+        self._eos = eos_ids(model, tokenizer)
         self._task: asyncio.Task[None] | None = None
         self._prefill_due = 0
 
@@ -352,9 +352,3 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     if b[: len(a)] == a:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
-    return {token for token in ids if token is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agent.engines.base import Sampling
 
@@ -41,3 +41,10 @@ class StopFinder:
         # Alone, a token may decode without the space it has in context: the whole has the last word.
         text = str(self._tokenizer.decode(stream.new_ids[-4 * longest :]))
         return any(stop in text for stop in stops)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: those of the generation configuration, or the tokenizer's too."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    return {token for token in ids if token is not None}

@@ -1,0 +1,213 @@
+"""The `vllm` engine: one or many vLLM servers (0.32) over HTTP, each in a process of its own.
+
+Token ids go out and come back by `/inference/v1/generate`, whose answer also says which weights wrote which
+tokens. Prefix caching across turns is the server's own: a trajectory stays where its prefix is cached.
+Weights travel through a folder: written as safetensors, loaded by each server while it is paused, with
+what it was writing kept and its cache made anew. A restarted completion has its seed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.fleet import Fleet, Server, ServerLost
+from agent.trajectory import Picture
+from data.errors import ConfigError, EngineError
+
+GENERATE = "/inference/v1/generate"
+RELOAD = ("sleuth_reload", "reload_weights")
+"""What a server's worker is called for: ours (worker/sleuth_worker.py) where it was started with it."""
+FRESH = "default"
+"""What a server calls the weights that it was started with."""
+
+Write = Callable[[Path, "dict[str, Tensor] | None"], None]
+"""Writes weights into a folder under the names that `from_pretrained` reads; None: the model's own."""
+
+
+class VLLMEngine:
+    """Serves many trajectories from vLLM servers. See the head of this file."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        stop_ids: Sequence[int] = (),
+        write: Write | None = None,
+        folder: Path | None = None,
+        deadline_seconds: float = 600.0,
+        check: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """stop_ids: the tokens that end a completion, as for the hf engine.
+
+        write, folder: how and where weights are handed over; without, the servers keep theirs. `check`
+        raises if a server that was started has died before it answers; `on_close` ends them.
+        """
+        self.fleet = Fleet(urls, deadline_seconds)
+        self.fleet.welcome = self._catch_up
+        self.stop_ids, self.deadline_seconds = list(stop_ids), deadline_seconds
+        self.weights_version = 0
+        self.max_length = 0
+        self._write, self._folder = write, folder
+        self._handed_over: Path | None = None
+        self._check, self._on_close = check, on_close
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Wait until the servers answer, at most the deadline; raises EngineError if none does."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        await self.fleet.start(self._check)
+        models = await self.fleet.on_all(lambda server: server.get("/v1/models"))
+        # The shortest context: a trajectory may move.
+        self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())
+
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        trajectory_id: str,
+        pictures: Sequence[Picture] = (),
+    ) -> Completion:
+        """Continue the trajectory where it is cached; elsewhere if that server is lost."""
+        if pictures:
+            raise EngineError("engine vllm: it is not shown pictures; allowed: engine hf")
+        if not prompt_ids:
+            raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
+        await self.start()
+        room = self.max_length - len(prompt_ids)
+        if room <= 0:
+            return Completion([], [], FinishReason.LENGTH, self.weights_version)
+        body = {"token_ids": prompt_ids, "sampling_params": self._parameters(sampling, room)}
+        try:
+            async with asyncio.timeout(self.deadline_seconds):
+                while True:
+                    server, wanted = self.fleet.choose(trajectory_id), self.weights_version
+                    try:
+                        completion = parse_completion(await server.ask(GENERATE, body), self.weights_version)
+                    except ServerLost as loss:
+                        server.take_out(str(loss))
+                        continue
+                    if completion.weights_version >= wanted:
+                        return completion
+                    server.take_out(f"wrote with weights {completion.weights_version}, not {wanted}")
+        except TimeoutError:
+            raise EngineError(
+                f"engine vllm: no completion within engine.deadline_seconds = {self.deadline_seconds:g}"
+            ) from None
+
+    async def release(self, trajectory_id: str) -> None:
+        """Forget where the trajectory was; its server forgets its cache when it needs the room."""
+        self.fleet.release(trajectory_id)
+
+    async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
+        """New weights from here on, what is being written included; None: the model's that `write` knows.
+
+        Raises EngineError where no server could load them.
+        """
+        if self._write is None or self._folder is None:
+            raise EngineError("engine vllm: was opened without a folder to hand weights over in")
+        await self.start()
+        folder = self._folder / f"weights-{version:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.to_thread(self._write, folder, state)
+        self.weights_version, before, self._handed_over = version, self._handed_over, folder
+        await self.fleet.on_all(self._load)
+        if before is not None and before != folder:
+            shutil.rmtree(before, ignore_errors=True)
+
+    async def complete_on_each(
+        self, prompts: Sequence[list[int]], sampling: Sampling
+    ) -> dict[str, list[Completion]]:
+        """By the URL of each live server, what it makes of the same prompts, the same seed for each."""
+
+        async def on(server: Server) -> list[Completion]:
+            parameters = [self._parameters(sampling, self.max_length - len(ids)) for ids in prompts]
+            asked = (
+                server.ask(GENERATE, {"token_ids": ids, "sampling_params": each})
+                for ids, each in zip(prompts, parameters, strict=True)
+            )
+            return [parse_completion(answer, self.weights_version) for answer in await asyncio.gather(*asked)]
+
+        await self.start()
+        return {server.url: found for server, found in (await self.fleet.on_all(on)).items()}
+
+    async def close(self) -> None:
+        """Close the connections; servers that were started for this engine end."""
+        try:
+            if self._starting is not None:
+                self._starting.cancel()
+                await asyncio.gather(self._starting, return_exceptions=True)
+                self._starting = None
+            await self.fleet.close()
+        finally:
+            self._on_close()
+            if self._folder is not None and self._handed_over is not None:
+                shutil.rmtree(self._handed_over, ignore_errors=True)
+
+    def _parameters(self, sampling: Sampling, room: int) -> dict[str, Any]:
+        if not sampling.renormalise and (sampling.top_p < 1 or sampling.top_k) and sampling.temperature:
+            raise ConfigError(
+                "engine vllm: top_p and top_k need renormalise, which is what its log-probs are"
+            )
+        seed = {} if sampling.seed is None else {"seed": sampling.seed}
+        return seed | {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": min(sampling.max_tokens, room),
+            "stop": list(sampling.stop),
+            "stop_token_ids": self.stop_ids,
+            "skip_special_tokens": False,  # a stop string may be a token that is called special
+            "include_stop_str_in_output": True,
+            "logprobs": 0,  # of the sampled tokens alone
+        }
+
+    async def _load(self, server: Server) -> None:
+        """The weights handed over last; what the server is writing waits, and goes on with them."""
+        folder = str(self._handed_over)
+        await server.ask("/pause", mode="keep")
+        try:
+            await server.ask("/collective_rpc", {"method": RELOAD[0], "kwargs": {"weights_path": folder}})
+        except ServerLost:  # it lives, but was started without our worker
+            await server.ask("/collective_rpc", {"method": RELOAD[1], "kwargs": {"weights_path": folder}})
+        await server.ask("/update_weight_version", {"new_version": str(self.weights_version)})
+        reset = await server.ask("/reset_prefix_cache", reset_running_requests="true")
+        if not reset["success"]:
+            raise EngineError("its prefix cache could not be reset")
+        await server.ask("/resume")
+
+    async def _catch_up(self, server: Server) -> None:
+        """Give a server that is back the weights of the others."""
+        if self._handed_over is not None:
+            await self._load(server)
+
+
+def parse_completion(answer: Any, newest: int) -> Completion:
+    """What a server sampled. Its version is the oldest that wrote any of it; `newest` where it says none.
+
+    Raises EngineError where the answer is not that of `/inference/v1/generate`.
+    """
+    try:
+        (choice,) = answer["choices"]
+        sampled = choice["logprobs"]["content"] or []
+        token_ids = choice["token_ids"]
+        if [each["token_id"] for each in sampled] != token_ids:
+            raise ValueError("its log-probs are of other tokens than those that it wrote")
+        spans = choice.get("weight_versions") or []
+        versions = [0 if s["version"] == FRESH else int(s["version"]) for s in spans] or [newest]
+        reason = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}[choice["finish_reason"]]
+        return Completion(token_ids, [each["logprob"] for each in sampled], reason, min(versions))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"engine vllm: no completion of vLLM 0.32: {type(error).__name__} {error}"
+        ) from error

@@ -1,0 +1,147 @@
+"""New weights for the engine after every step, and the proof that they arrived.
+
+An engine in a process of its own is given the weights, and then asked: it completes a few prompts, and its
+log-probs of what it wrote must be the trainer's. One layer left behind (the packed LM head of tied
+embeddings, say) would otherwise train on quietly, off-policy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from agent.engines.base import Completion, Engine, Sampling
+from agent.engines.vllm import VLLMEngine
+from agent.rollout import encode_prompt
+from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
+from data.errors import EngineError
+from data.records import Question
+from rl.batch import micro_batches
+from rl.config import RolloutConfig
+from rl.logprobs import Scorer
+from rl.workers import Workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from agent.rollout import Agent
+    from data.settings import EngineConfig
+    from rl.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 16
+"""Written to each prompt of a probe."""
+PROBE_QUESTIONS = ("Who wrote Hamlet?", "What is the capital of Chad?", "Which metal is liquid?", "Why?")
+FLOAT32_DIFFERENCE, HALF_DIFFERENCE = 1e-3, 0.05
+"""What is allowed unless the configuration says: rounding in half precision moves log-probs by 0.01."""
+
+Completions = Mapping[str, Sequence[Completion]]
+"""What each server, by its URL, made of the same prompts."""
+
+
+class WeightSync:
+    """Hands a learner's weights to its engine; the processes of a run do so together."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        learner: Learner,
+        config: EngineConfig,
+        workers: Workers,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+    ) -> None:
+        """prompts, sampling: of the probe."""
+        self.engine, self.learner, self.config, self.workers = engine, learner, config, workers
+        self.prompts = list(prompts)
+        self.sampling = replace(sampling, max_tokens=PROBE_TOKENS, stop=(), seed=0)
+
+    async def update(self, version: int) -> dict[str, float]:
+        """Let the engine sample with the learner's weights; metrics of the probe, where there was one.
+
+        Raises EngineError, in all processes, where the engine cannot load them or does not then agree.
+        """
+        state = self.learner.weights_for_engine()
+        if not isinstance(self.engine, VLLMEngine):
+            await self.engine.update_weights(state, version)
+            return {}
+        completions, failure = {}, None
+        if self.workers.leads:
+            try:
+                await self.engine.update_weights(state, version)
+                completions = await self.engine.complete_on_each(self.prompts, self.sampling)
+            except EngineError as error:
+                failure = str(error)
+        else:
+            self.engine.weights_version = version
+        completions, failure = self.workers.gather((completions, failure))[0]
+        if failure is not None:
+            raise EngineError(failure)
+        limit = allowed_difference(self.config, self.learner.half)
+        return compare(completions, self.prompts, self.learner.scorer, limit, f"after step {version}")
+
+
+def probe_prompts(agent: Agent) -> list[list[int]]:
+    """A few questions as the policy is asked them, in token ids."""
+    prompts = [agent.protocol.prompt(text) for text in PROBE_QUESTIONS]
+    return [encode_prompt(prompt, agent.protocol, agent.tokenizer)[1] for prompt in prompts]
+
+
+async def check_engine(agent: Agent, model: PreTrainedModel, config: EngineConfig) -> dict[str, float]:
+    """Metrics of a probe of servers that should have the model's weights; EngineError where they have not."""
+    assert isinstance(agent.engine, VLLMEngine)
+    prompts = probe_prompts(agent)
+    completions = await agent.engine.complete_on_each(prompts, Sampling(max_tokens=PROBE_TOKENS, seed=0))
+    limit = allowed_difference(config, model.dtype != torch.float32)
+    return compare(completions, prompts, Scorer(model, RolloutConfig()), limit, "at the start")
+
+
+def allowed_difference(config: EngineConfig, half: bool) -> float:
+    """The mean difference of log-probs, in nats, above which engine and trainer are of different weights.
+
+    half: whether either computes in half precision.
+    """
+    return config.max_probe_difference or (HALF_DIFFERENCE if half else FLOAT32_DIFFERENCE)
+
+
+@torch.no_grad()
+def compare(
+    completions: Completions, prompts: Sequence[list[int]], scorer: Scorer, limit: float, when: str
+) -> dict[str, float]:
+    """Mean and largest difference of the servers' log-probs from the scorer's, in nats, over all tokens.
+
+    Raises EngineError, with the numbers of the server that is furthest off, where a mean is above `limit`.
+    """
+    means, largest, worst = [], 0.0, (0.0, "")
+    for url, completed in completions.items():
+        trajectories = [_trajectory(p, c) for p, c in zip(prompts, completed, strict=True) if c.token_ids]
+        taken = [
+            (scorer(each).logprobs.float().cpu() - each.sampler_logprobs).abs()
+            for each in micro_batches(trajectories, range(len(trajectories)), 8192, packing=False)
+        ]
+        differences = torch.cat(taken)
+        mean, most = float(differences.mean()), float(differences.max())
+        if not mean <= limit:  # NaN is no agreement
+            raise EngineError(
+                f"engine vllm: {url} does not have the trainer's weights {when}: log-probs of "
+                f"{len(differences)} probed tokens differ by {mean:.2g} nats on average, {most:.2g} at most "
+                f"(allowed on average: {limit:g}, engine.max_probe_difference)"
+            )
+        means.append(mean)
+        largest, worst = max(largest, most), max(worst, (mean, url))
+    if not means:
+        raise EngineError(f"engine vllm: no server completed the probe {when}")
+    return {"sync/probe_difference": worst[0], "sync/probe_largest_difference": largest}
+
+
+def _trajectory(prompt: list[int], completion: Completion) -> Trajectory:
+    segments = [
+        Segment(SegmentKind.PROMPT, prompt, ""),
+        Segment(SegmentKind.POLICY, completion.token_ids, "", completion.logprobs),
+    ]
+    return Trajectory(Question("probe", "", ()), segments, StopReason.TOKEN_LIMIT)
