@@ -128,7 +128,7 @@ def compare(
         mean, most = float(differences.mean()), float(differences.max())
         if not mean <= limit:  # NaN is no agreement
             raise EngineError(
-                f"engine vllm: {url} does not have the trainer's weights {when}: log-probs of "
+                f"engine vllm: {url} does not have the policy's weights {when}: log-probs of "
                 f"{len(differences)} probed tokens differ by {mean:.2g} nats on average, {most:.2g} at most "
                 f"(allowed on average: {limit:g}, engine.max_probe_difference)"
             )

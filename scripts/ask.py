@@ -54,6 +54,7 @@ def main(
 
     async def run() -> Trajectory:
         async with opened:
+            await opened.check()
             return await _watch(opened.agent, Question("ask", question, ()), seed)
 
     trajectory = asyncio.run(run())

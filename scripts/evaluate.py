@@ -96,6 +96,7 @@ async def _evaluate(
     from scripts.wiring import retriever_generation
 
     async with opened:
+        await opened.check()
         generation = await retriever_generation(opened.client, questions[0].text, retriever)
         settings = settings | {"retriever": generation}
         rollout = rollout_with_bar(opened, settings["seed"], len(questions))

@@ -28,7 +28,7 @@ from rl.weight_sync import check_engine
 
 @dataclass(frozen=True)
 class OpenedAgent:
-    """An agent ready to roll out, and what it is made of. `async with opened:` waits for it and closes it."""
+    """An agent ready to roll out, and what it is made of. `async with opened:` closes it."""
 
     agent: Agent
     policy: Policy
@@ -36,19 +36,17 @@ class OpenedAgent:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     async def __aenter__(self) -> OpenedAgent:
-        """Wait for the servers of its engine, if any, and see that they have the policy's weights."""
-        if isinstance(self.agent.engine, VLLMEngine):
-            try:
-                await check_engine(self.agent, self.policy.model, self.engine)
-            except BaseException:
-                await self.agent.engine.close()
-                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if isinstance(self.agent.engine, VLLMEngine):
             await self.agent.engine.close()
         await self.client.close()
+
+    async def check(self) -> None:
+        """See that the servers of its engine, if any, have the policy's weights; EngineError if not."""
+        if isinstance(self.agent.engine, VLLMEngine):
+            await check_engine(self.agent, self.policy.model, self.engine)
 
     def settings(self) -> dict[str, Any]:
         """What decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def open_vllm(
     def stop() -> None:
         for server in started:
             server.stop()
+        with contextlib.suppress(OSError):  # it may hold logs
+            scratch.rmdir()
 
     ends = eos_ids(policy.model, policy.tokenizer)
     return VLLMEngine(urls, sorted(ends), write, scratch, config.deadline_seconds, check, stop)

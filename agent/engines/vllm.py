@@ -150,9 +150,9 @@ class VLLMEngine:
                 self._starting = None
             await self.fleet.close()
         finally:
-            self._on_close()
-            if self._folder is not None and self._handed_over is not None:
+            if self._handed_over is not None:
                 shutil.rmtree(self._handed_over, ignore_errors=True)
+            self._on_close()
 
     def _parameters(self, sampling: Sampling, room: int) -> dict[str, Any]:
         if not sampling.renormalise and (sampling.top_p < 1 or sampling.top_k) and sampling.temperature:
