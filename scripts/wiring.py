@@ -36,12 +36,15 @@ class OpenedAgent:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     async def __aenter__(self) -> OpenedAgent:
+        await self.client.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if isinstance(self.agent.engine, VLLMEngine):
-            await self.agent.engine.close()
-        await self.client.close()
+    async def __aexit__(self, *error: object) -> None:
+        try:
+            if isinstance(self.agent.engine, VLLMEngine):
+                await self.agent.engine.close()
+        finally:
+            await self.client.__aexit__(*error)
 
     async def check(self) -> None:
         """See that the servers of its engine, if any, have the policy's weights; EngineError if not."""

@@ -1,0 +1,1 @@
+"""What vLLM loads in its own environment; nothing of ours imports it."""
