@@ -35,6 +35,7 @@ def open_vllm(
     """
     if policy.vision is not None:
         raise ConfigError("engine.name = 'vllm': not with a policy that reads pictures; allowed: hf")
+    _check_heads(policy)
     started: list[ServerProcess] = []
     scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
     if config.urls:
@@ -67,6 +68,18 @@ def open_vllm(
 
     ends = eos_ids(policy.model, policy.tokenizer)
     return VLLMEngine(urls, sorted(ends), write, scratch, config.deadline_seconds, check, stop)
+
+
+def _check_heads(policy: Policy) -> None:
+    """vLLM's Qwen2 does not read `head_dim`: it would load such a policy without a word, and wrongly."""
+    config = policy.model.config
+    usual = config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or usual
+    if config.model_type == "qwen2" and size != usual:
+        raise ConfigError(
+            f"engine.name = 'vllm': vLLM takes a Qwen2's heads to be hidden_size / heads = {usual} wide, "
+            f"this policy's are {size}; allowed: hf"
+        )
 
 
 def context_tokens(policy: Policy, protocol: Protocol) -> int:
