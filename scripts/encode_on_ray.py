@@ -115,7 +115,7 @@ def _connect(address: str) -> Any:
     try:
         if colon:  # Ray itself would try for a minute
             socket.create_connection((host, int(port)), timeout=10).close()
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of the cluster
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
