@@ -44,8 +44,10 @@ def main(config: TrainConfig) -> None:
         if workers.leads:
             print(estimate_text(config, make_protocol(config.protocol, config.policy), workers.count))
         return workers.leave()
-    if train(config).leads:
+    workers = train(config)
+    if workers.leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")
+    workers.exit()
 
 
 def expand(argv: list[str]) -> list[str]:

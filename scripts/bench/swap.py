@@ -37,6 +37,7 @@ TOP_K = 3
 
 
 def main() -> None:
+    """Make the encoders, train for some steps with each retriever, and print what each found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--out", type=Path, default=Path("runs/swap"))

@@ -3,7 +3,6 @@
 Where the work is "uneven", all groups belong to the first process.
 """
 
-import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -77,8 +76,7 @@ def main(out: Path) -> None:
         if workers.leads:
             save_file(seen, out / f"{name}-{share}-{sharding}")
     workers.leave()
-    if workers.count > 1:
-        os._exit(0)  # FSDP keeps gloo's threads alive: an interpreter that ends beside them may abort
+    workers.exit()
 
 
 if __name__ == "__main__":
