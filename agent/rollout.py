@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,16 @@ logger = logging.getLogger(__name__)
 
 MIN_OBSERVATION_TOKENS = 32
 """With less room than this an observation would be a wrapper around nothing: the trajectory ends."""
+
+_EPISODES = itertools.count()
+
+
+@dataclass(eq=False)
+class Ledger:
+    """What there is of a trajectory, while it grows; a rollout that is given one goes on from there."""
+
+    segments: list[Segment] = field(default_factory=list)
+    searches: list[SearchRecord] = field(default_factory=list)
 
 
 class Searcher(Interface):
@@ -69,12 +80,14 @@ class Agent:
         on_finished: Callable[[int, Trajectory], None] = lambda index, trajectory: None,
         on_segment: Callable[[Segment], None] = lambda segment: None,
         keys: Sequence[int] | None = None,
+        ledgers: Sequence[Ledger] | None = None,
     ) -> list[Trajectory]:
         """One trajectory a question, in the order of the questions; repeat a question for a group.
 
         The i-th trajectory draws from a generator of its own, made of `seed`, its question and keys[i]
-        (i, where there are no keys), so that a part of a batch is sampled as within the whole. The
-        first failure, of the engine or of a callback, ends all and is raised as it is.
+        (i, where there are no keys), so that a part of a batch is sampled as within the whole. It is
+        written into ledgers[i], after the whole turns found there. The first failure, of the engine or
+        of a callback, ends all and is raised as it is.
         """
         admitted = asyncio.Semaphore(self.max_live)
 
@@ -82,7 +95,9 @@ class Agent:
             async with admitted:
                 key = f"{seed}/{keys[index] if keys else index}/{question.id}"
                 generator = hashlib.blake2b(key.encode(), digest_size=8)
-                episode = _Episode(self, question, int.from_bytes(generator.digest(), "big"), on_segment)
+                ledger = ledgers[index] if ledgers else Ledger()
+                number = int.from_bytes(generator.digest(), "big")
+                episode = _Episode(self, question, number, on_segment, ledger)
                 trajectory = await episode.run()
                 on_finished(index, trajectory)
                 return trajectory
@@ -111,29 +126,47 @@ class _Episode:
     """The state of one rollout: the ledger so far."""
 
     def __init__(
-        self, agent: Agent, question: Question, seed: int, on_segment: Callable[[Segment], None]
+        self,
+        agent: Agent,
+        question: Question,
+        seed: int,
+        on_segment: Callable[[Segment], None],
+        ledger: Ledger,
     ) -> None:
         self.agent, self.question, self.seed, self.on_segment = agent, question, seed, on_segment
         self.protocol = agent.protocol
-        self.segments: list[Segment] = []
+        self.segments, self.searches = ledger.segments, ledger.searches
         self.token_ids: list[int] = []
         self.pictures: list[Picture] = []
         self.sources: list[str] = []  # of the pictures that the last search found
-        self.searches: list[SearchRecord] = []
         self.turns: list[str] = []
         self.invalid_actions = 0
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Go on after the last observation; a turn that has none yet is written again."""
+        found = self.segments[:]
+        self.segments.clear()
+        if found and found[-1].kind is SegmentKind.POLICY:
+            found.pop()
+        for segment in found:
+            self._add(segment)
+        self.turns = [segment.text for segment in found if segment.kind is SegmentKind.POLICY]
+        self.searches[:] = [search for search in self.searches if search.turn < len(self.turns)]
+        self.invalid_actions = len(self.turns) - len(self.searches)
 
     async def run(self) -> Trajectory:
-        trajectory_id = f"{self.question.id}/{self.seed:016x}"
+        trajectory_id = f"{self.question.id}/{self.seed:016x}/{next(_EPISODES)}"  # may be asked twice at once
         try:
             return await self._turns(trajectory_id)
         finally:
             await self.agent.engine.release(trajectory_id)
 
     async def _turns(self, trajectory_id: str) -> Trajectory:
-        prompt = self.protocol.prompt(self.agent.neutralise(self.question.text))
-        self._append(SegmentKind.PROMPT, *encode_prompt(prompt, self.protocol, self.agent.tokenizer))
-        for turn in range(self.protocol.max_turns + 1):
+        if not self.segments:
+            prompt = self.protocol.prompt(self.agent.neutralise(self.question.text))
+            self._append(SegmentKind.PROMPT, *encode_prompt(prompt, self.protocol, self.agent.tokenizer))
+        for turn in range(len(self.turns), self.protocol.max_turns + 1):
             if self._room < 0:
                 return self._finish(StopReason.TOKEN_LIMIT)
             match self.protocol.parse(await self._complete(trajectory_id, turn)):
@@ -218,11 +251,14 @@ class _Episode:
         weights_version: int = 0,
         pictures: tuple[Picture, ...] = (),
     ) -> None:
-        self.segments.append(Segment(kind, token_ids, text, logprobs, weights_version, pictures))
-        start = len(self.token_ids)
-        self.pictures += [replace(picture, start=start + picture.start) for picture in pictures]
-        self.token_ids = self.token_ids + token_ids
+        self._add(Segment(kind, token_ids, text, logprobs, weights_version, pictures))
         self.on_segment(self.segments[-1])
+
+    def _add(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        start = len(self.token_ids)
+        self.pictures += [replace(picture, start=start + picture.start) for picture in segment.pictures]
+        self.token_ids = self.token_ids + segment.token_ids
 
     def _finish(self, reason: StopReason, answer: str | None = None) -> Trajectory:
         well_formed = all(map(self.protocol.is_well_formed, self.turns))

@@ -54,6 +54,7 @@ class Segment:
     logprobs: list[float] | None = None
     """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY."""
     weights_version: int = 0
+    """Of the weights that sampled its first token; no later one is of older weights."""
     pictures: tuple[Picture, ...] = ()
     """What a policy with eyes was shown; `start` counts in this segment."""
 

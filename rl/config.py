@@ -35,6 +35,11 @@ class RolloutConfig:
     """Of a batch whose searches may fail before the run stops with its state saved."""
     retriever_deadline_seconds: float = 60.0
     """How long a search is retried before it counts as failed."""
+    max_staleness: int = 0
+    """Updates by which the oldest weights that wrote in a trajectory may lag behind those it trains. 0:
+    rollouts and updates take turns; above, rollouts go on during updates (needs algorithm.importance)."""
+    deadline_seconds: float = 3600.0
+    """How long an update waits for its trajectories before the run stops with its state saved."""
 
     def __post_init__(self) -> None:
         require(self.questions_per_step >= 1, "rollout.questions_per_step", self.questions_per_step, ">= 1")
@@ -50,8 +55,18 @@ class RolloutConfig:
         require(
             0 <= self.max_failed_share <= 1, "rollout.max_failed_share", self.max_failed_share, "in [0, 1]"
         )
-        deadline = self.retriever_deadline_seconds
-        require(deadline > 0, "rollout.retriever_deadline_seconds", deadline, "> 0")
+        for name in ("retriever_deadline_seconds", "deadline_seconds"):
+            require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "> 0")
+        require(self.max_staleness >= 0, "rollout.max_staleness", self.max_staleness, ">= 0")
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Batches of `questions_per_step` that may be begun and not yet trained on.
+
+        As many as the staleness allows if no trajectory is ever late; from 2 on one fewer, so that what
+        straggles may be trained on a step later.
+        """
+        return min(self.max_staleness + 1, max(2, self.max_staleness))
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,13 @@ class TrainConfig:
             self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16"
         )
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward with its weight")
+        staleness = self.rollout.max_staleness
+        require(
+            staleness == 0 or self.algorithm.importance != "none",
+            "rollout.max_staleness",
+            staleness,
+            "0 with algorithm.importance none: what older weights wrote needs the correction",
+        )
         group_size = self.rollout.group_size
         require(
             group_size >= 2 or not self.algorithm.needs_groups,

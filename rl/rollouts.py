@@ -1,7 +1,8 @@
 """The questions of a step, rolled out and rewarded: whole groups of trajectories, ready to learn from.
 
 What is drawn and sampled depends on the seed and on `position` alone, how many questions the run has
-drawn so far: not on the number of processes, nor on where a run was interrupted.
+drawn so far: not on the number of processes, nor on where a run was interrupted. With `max_staleness` it also
+depends on when trajectories finish.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from statistics import pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from agent.rollout import Ledger
 from agent.trajectory import StopReason, Trajectory
 from data.answers import exact_match
-from data.errors import RunStopped
+from data.errors import EngineError, RunStopped
+from rl.in_flight import InFlight, OpenGroup, staleness
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
@@ -61,34 +65,42 @@ class Collected:
     """This process's, whole and usable."""
     count: int
     """Groups of all processes."""
+    drawn: int
+    """Groups of all processes that were used up for it, usable or not."""
     totals: Totals
     """Of everything that was rolled out, used or not."""
 
 
-@dataclass
 class Rollouts:
     """Draws questions in order and lets the agent answer this process's share of them."""
 
-    agent: Agent
-    questions: Sequence[Question]
-    reward: Callable[[Sequence[Trajectory]], list[Reward]]
-    config: TrainConfig
-    workers: Workers
-    position: int = 0
-    """Questions that the run has drawn so far."""
+    def __init__(
+        self,
+        agent: Agent,
+        questions: Sequence[Question],
+        reward: Callable[[Sequence[Trajectory]], list[Reward]],
+        config: TrainConfig,
+        workers: Workers,
+    ) -> None:
+        self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
+        self.in_flight = InFlight(agent, config.seed, config.rollout.max_staleness)
+        self.taken: list[OpenGroup] = []  # in the step under way
+        self.batches = 0  # begun and not taken, by each process its share
+        self.position = 0  # questions that the run has drawn so far
+        self.settled = 0  # of these, before the step under way
 
-    async def collect(self) -> Collected:
-        """The groups of a step, numbered from 0 over all processes.
+    async def collect(self, version: int) -> Collected:
+        """The groups of the step after `version`, numbered from 0 over all processes.
 
         With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) flat groups are replaced by those
         of further questions, for some rounds. Raises RunStopped where too much failed.
         """
         wanted, rounds = self.config.rollout.questions_per_step, self.config.algorithm.dynamic_sampling_rounds
+        self.taken, self.settled = [], self.position
         groups: list[Group] = []
         usable: list[Group] = []
         for _ in range(1 + rounds):
-            drawn = await self._draw()
-            self._check_failures(drawn)
+            drawn = await self._next(version)
             groups += drawn
             usable += [g for g in drawn if g.complete and not (rounds and g.flat)]
             if not rounds or sum(self.workers.gather(len(usable))) >= wanted:
@@ -96,32 +108,101 @@ class Rollouts:
         numbers = sorted(n for part in self.workers.gather([g.number for g in usable]) for n in part)[:wanted]
         places = {number: place for place, number in enumerate(numbers)}
         chosen = [replace(g, number=places[g.number]) for g in usable if g.number in places]
-        return Collected(chosen, len(numbers), totals_of(groups))
+        totals = totals_of(groups)
+        if self.config.rollout.max_staleness:
+            lags = [staleness(t, version) for g in groups for t in g.trajectories]
+            totals["rollout/staleness"] = (float(sum(lags)), float(len(lags)))
+        self.taken, self.settled = [], self.position
+        return Collected(chosen, len(numbers), sum(self.workers.gather(len(groups))), totals)
 
-    async def _draw(self) -> list[Group]:
-        """One group for each of this process's share of the next questions."""
+    async def _next(self, version: int) -> list[Group]:
+        """One batch: as many groups as this process has in any. Those behind it are begun before the wait."""
+        rollout = self.config.rollout
+        steps_left = self.config.steps - version
+        while self.batches < max(1, min(rollout.batches_in_flight, steps_left)):
+            self._begin(version)
+        count = len(range(self.workers.rank, rollout.questions_per_step, self.workers.count))
+        broken, taken = None, []
+        try:
+            taken = await self.in_flight.take(count, version, rollout.deadline_seconds)
+        except TimeoutError:
+            broken = f"no trajectories for {rollout.deadline_seconds:g} s (rollout.deadline_seconds)"
+        except EngineError as error:
+            broken = str(error)
+        self.taken += taken
+        self.batches -= 1
+        rewards = iter(self.reward([t for group in taken for t in group.trajectories]))
+        groups = [
+            Group(group.number, group.trajectories, list(islice(rewards, rollout.group_size)))
+            for group in taken
+        ]
+        self._check_failures(groups, broken)
+        return groups
+
+    def _begin(self, version: int) -> None:
+        """Begin this process's share of the next questions."""
         count, size = self.config.rollout.questions_per_step, self.config.rollout.group_size
         mine = range(self.position + self.workers.rank, self.position + count, self.workers.count)
         self.position += count
-        batch = [
-            draw_question(self.questions, number, self.config.seed) for number in mine for _ in range(size)
-        ]
-        keys = [number * size + member for number in mine for member in range(size)]
-        trajectories = await self.agent.rollout(batch, self.config.seed, keys=keys)
-        rewards = self.reward(trajectories)
-        return [
-            Group(number, trajectories[start : start + size], rewards[start : start + size])
-            for number, start in zip(mine, range(0, len(batch), size), strict=True)
-        ]
+        self.batches += 1
+        self.in_flight.begin(
+            [
+                OpenGroup(
+                    number,
+                    version,
+                    draw_question(self.questions, number, self.config.seed),
+                    [Ledger() for _ in range(size)],
+                    [None] * size,
+                )
+                for number in mine
+            ]
+        )
 
-    def _check_failures(self, groups: Sequence[Group]) -> None:
+    def kept(self) -> list[dict[str, Any]]:
+        """What this process has in flight from before the step under way, which is done again, as records."""
+        held = [*self.taken, *self.in_flight.groups]
+        return [group.to_record() for group in held if group.number < self.settled]
+
+    def restore(self, position: int, records: Sequence[Mapping[str, Any]], version: int) -> None:
+        """Go on after `position`, with this process's share of what all had in flight, by number.
+
+        What no longer fits, because batch, group or staleness have changed, is dropped with a warning.
+        """
+        rollout = self.config.rollout
+        count, size, oldest = rollout.questions_per_step, rollout.group_size, version - rollout.max_staleness
+        self.position = self.settled = position
+        fits = len(records) % count == 0 and all(
+            len(record["members"]) == size and record["version"] >= oldest + at // count
+            for at, record in enumerate(records)
+        )
+        if not fits:
+            logger.warning("the configuration has changed: %d groups in flight are dropped", len(records))
+            records = []
+        self.batches = len(records) // count
+        for start in range(0, len(records), count):
+            batch = records[start : start + count][self.workers.rank :: self.workers.count]
+            self.in_flight.begin([OpenGroup.from_record(record) for record in batch])
+
+    async def close(self) -> None:
+        """End what is under way, and forget it."""
+        await self.in_flight.close()
+        self.taken, self.batches = [], 0
+
+    def _check_failures(self, groups: Sequence[Group], broken: str | None) -> None:
         """Stop the run where too many searches or rewards failed; nothing of the batch is trained."""
         reasons = [
             t.searches[-1].error if t.stop_reason is StopReason.SEARCH_FAILED else reward.error
             for group in groups
             for t, reward in zip(group.trajectories, group.rewards, strict=True)
         ]
-        everywhere = [reason for part in self.workers.gather(reasons) for reason in part]
+        found = self.workers.gather((broken, reasons))
+        ended = (
+            f"the state before this step is saved in {self.config.out}: start the same command again to go on"
+        )
+        for rank, (said, _) in enumerate(found):
+            if said:
+                raise RunStopped(f"rollouts of process {rank} ended: {said}; {ended}")
+        everywhere = [reason for _, part in found for reason in part]
         failed = [reason for reason in everywhere if reason]
         if failed and self.workers.leads:
             logger.warning("%d of %d trajectories lost to %s", len(failed), len(everywhere), failed[0])
@@ -129,8 +210,7 @@ class Rollouts:
         if len(failed) > allowed * len(everywhere):
             raise RunStopped(
                 f"searches or rewards failed in {len(failed)} of {len(everywhere)} trajectories "
-                f"(allowed: {allowed:.0%}; {failed[0]}); the state before this step is saved in "
-                f"{self.config.out}: start the same command again to go on"
+                f"(allowed: {allowed:.0%}; {failed[0]}); {ended}"
             )
 
 

@@ -21,7 +21,7 @@ from agent.rollout import Agent
 from agent.transcripts import to_record
 from data.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
 from data.errors import EngineError, RunStopped
-from data.jsonl import read_json, write_json, write_jsonl
+from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
@@ -44,6 +44,8 @@ CONSOLE_KEYS = (
 )
 """What the console line of a step shows of its metrics."""
 STATE_FILE = "trainer.json"
+IN_FLIGHT_FILE = "in_flight.jsonl"
+"""Groups that were not yet trained on."""
 
 
 class Trainer:
@@ -102,17 +104,16 @@ class Trainer:
                     saved = f"the state is saved in {self.path}: start the same command again to go on"
                     raise RunStopped(f"{stop}; {saved}") from stop
             raise
+        finally:
+            await self.rollouts.close()
         if not self.config.eval_every and self.workers.leads:
             mark_best(self.checkpoints, self.step, score=0.0)
 
     async def _one_step(self) -> None:
-        started, before = time.monotonic(), self.rollouts.position
-        try:
-            collected = await self.rollouts.collect()
-        except BaseException:
-            self.rollouts.position = before  # what is saved now is the state before this step
-            raise
+        started = time.monotonic()
+        collected = await self.rollouts.collect(self.step)
         rollout_seconds = time.monotonic() - started
+        # An engine that shares the model stands still meanwhile, with the event loop; searches go on.
         learned = self.learner.learn(collected, self.step)
         self.step += 1
         if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
@@ -120,14 +121,15 @@ class Trainer:
         synced = await self.sync.update(self.step)
         seconds = time.monotonic() - started
         metrics = averages(self.workers.gather({**collected.totals, **learned})) | synced
-        drawn = (self.rollouts.position - before) * self.config.rollout.group_size
+        rollout = self.config.rollout
+        drawn = collected.drawn * rollout.group_size
         metrics |= {
             "rollout/groups": float(collected.count),
             "time/rollout_seconds": rollout_seconds,
             "time/update_seconds": seconds - rollout_seconds,
             "time/step_seconds": seconds,
             "time/tokens_per_second": drawn * metrics["rollout/total_tokens"] / seconds,
-            "time/trajectories_per_second": drawn / rollout_seconds,
+            "time/trajectories_per_second": drawn / (seconds if rollout.max_staleness else rollout_seconds),
         }
         if self.run_dir is not None:
             self.run_dir.log(self.step, metrics)
@@ -159,6 +161,7 @@ class Trainer:
             logger.warning("sentinel: going back to the weights of step %d", best[0].step)
             self.roll_backs += 1
             self.learner.read(best[0].path)
+            await self.rollouts.close()  # it was written by what is left behind
             await self.sync.update(self.step)
             self._save()
 
@@ -201,12 +204,14 @@ class Trainer:
 
     def _save(self) -> None:
         parts = self.learner.snapshot()
+        kept = [record for part in self.workers.gather(self.rollouts.kept()) for record in part]
+        state = {"position": self.rollouts.settled, "roll_backs": self.roll_backs}
 
         def write(folder: Path) -> None:
             self.learner.write(folder, parts)
-            write_json(
-                folder / STATE_FILE, {"position": self.rollouts.position, "roll_backs": self.roll_backs}
-            )
+            write_json(folder / STATE_FILE, state)
+            if kept:
+                write_jsonl(folder / IN_FLIGHT_FILE, sorted(kept, key=lambda record: record["number"]))
 
         if self.workers.leads:
             save_checkpoint(self.checkpoints, self.step, write, self.config.keep_checkpoints)
@@ -230,8 +235,11 @@ class Trainer:
     async def _load(self, checkpoint: Checkpoint) -> None:
         self.learner.read(checkpoint.path)
         state = read_json(checkpoint.path / STATE_FILE)
-        self.rollouts.position, self.roll_backs = state["position"], state["roll_backs"]
+        self.roll_backs = state["roll_backs"]
         await self.sync.update(self.step)
+        file = checkpoint.path / IN_FLIGHT_FILE
+        kept = list(read_jsonl(file)) if file.exists() else []
+        self.rollouts.restore(state["position"], kept, self.step)
 
     def _forget_evaluations_after(self, step: int) -> None:
         """Dev evaluations of steps that will be done again were of other weights."""

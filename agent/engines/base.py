@@ -62,6 +62,7 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     weights_version: int
+    """Of the first token, where new weights came in between: the oldest of all."""
 
 
 class Engine(Protocol):
@@ -85,5 +86,8 @@ class Engine(Protocol):
         ...
 
     async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
-        """New weights for whatever is sampled from here on; None where the engine shares the model."""
+        """New weights for whatever is sampled from here on; None where the engine shares the model.
+
+        Completions under way go on with the new weights.
+        """
         ...

@@ -7,7 +7,8 @@ and go as trajectories do; the rows in use stay contiguous, so decoding reads th
 copy. Runs inside the event loop's thread: between two steps every coroutine that can go on does.
 
 Departure from `generate`: each row draws from its own generator by inverse transform of one uniform
-number a token, so what a trajectory samples does not depend on who shares its batch.
+number a token, so what a trajectory samples does not depend on who shares its batch. New weights may
+come in the middle of a completion: it goes on with them.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ class _Request:
     tail: str = ""
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    weights_version: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All that is known of the trajectory."""
+        return self.prompt_ids + self.new_ids
 
 
 class RowCache(Cache):
@@ -167,6 +174,7 @@ class HFEngine:
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         uniform, shown = random.Random(sampling.seed), tuple(pictures)
         request = _Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)
+        request.weights_version = self.weights_version
         if len(prompt_ids) >= self.max_length:
             return self._completion(request, FinishReason.LENGTH)
         self._waiting.append(request)
@@ -191,10 +199,11 @@ class HFEngine:
     async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
         """New weights from here on; None where the trainer changed this very model in place.
 
-        What the old weights cached is forgotten: rows are fed anew at their next turn.
+        What the old weights cached is forgotten: rows are fed anew, those that write at once. A completion
+        under way keeps the version of its first token.
         """
-        if self._writing:
-            raise EngineError("update_weights while completions are under way")
+        self._waiting.extendleft(self._writing[index] for index in sorted(self._writing, reverse=True))
+        self._writing.clear()
         if state is not None:
             self.model.load_state_dict(state)
         self.weights_version = version
@@ -246,11 +255,14 @@ class HFEngine:
         fresh = {}
         for request in ready:
             row = self._rows[request.trajectory_id]
-            shared = _common_prefix(row.cached_ids, request.prompt_ids[:-1])
+            token_ids = request.token_ids
+            shared = _common_prefix(row.cached_ids, token_ids[:-1])
             shared = shared_with_pictures(shared, row.pictures, request.pictures)
             row.pictures = request.pictures
             del row.cached_ids[shared:]
-            fresh[id(request)] = request.prompt_ids[shared:]
+            fresh[id(request)] = token_ids[shared:]
+            if not request.new_ids:
+                request.weights_version = self.weights_version
         ready = sorted(ready, key=lambda r: len(fresh[id(r)]))
         fits = [
             r
@@ -345,7 +357,7 @@ class HFEngine:
         return None
 
     def _completion(self, request: _Request, reason: FinishReason) -> Completion:
-        return Completion(request.new_ids, request.logprobs, reason, self.weights_version)
+        return Completion(request.new_ids, request.logprobs, reason, request.weights_version)
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -225,3 +225,34 @@ def test_draw_mixes_greedy_and_sampled_rows():
 def test_sampling_refuses_what_it_cannot_mean():
     with pytest.raises(ConfigError, match=r"sampling.top_p = 0: must be in \(0, 1\]"):
         Sampling(top_p=0)
+
+
+def test_new_weights_in_mid_completion_go_on_where_the_old_ones_were():
+    model = tiny_model("qwen2", len(TOKENIZER))
+    other = tiny_model("qwen2", len(TOKENIZER), seed=1).state_dict()
+    engine = HFEngine(model, TOKENIZER, max_rows=2)
+    prompts, written = [[1, 2, 3], [4, 5], [6, 7, 8, 9]], {}
+
+    async def run():
+        jobs = [
+            asyncio.create_task(engine.generate(prompt, Sampling(max_tokens=20 + n, seed=n), str(n)))
+            for n, prompt in enumerate(prompts)
+        ]
+        while max(written.values(), default=0) < 7:
+            await asyncio.sleep(0)
+            written.update((r.trajectory_id, len(r.new_ids)) for r in engine._writing.values())
+        await engine.update_weights(other, version=5)
+        done = await asyncio.gather(*jobs[:2])
+        await engine.release("0")
+        return [*done, await jobs[2]]
+
+    before = tiny_model("qwen2", len(TOKENIZER))
+    done = asyncio.run(run())
+    assert [each.weights_version for each in done] == [0, 0, 5]  # the third had no row yet
+    for n, each in enumerate(done):
+        assert len(each.token_ids) == 20 + n
+        ids, start = prompts[n] + each.token_ids, len(prompts[n]) - 1
+        old, new = plain_logprobs(before, ids)[start:], plain_logprobs(model, ids)[start:]
+        cut = written.get(str(n), 0)
+        expected = torch.cat([old[:cut], new[cut:]])
+        torch.testing.assert_close(torch.tensor(each.logprobs), expected, atol=1e-4, rtol=0)

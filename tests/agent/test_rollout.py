@@ -9,7 +9,7 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
-from agent.rollout import Agent
+from agent.rollout import Agent, Ledger
 from agent.trajectory import SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
@@ -165,3 +165,23 @@ def test_a_seed_fixes_every_trajectory_and_copies_differ():
     one = sample(1)
     assert one == sample(1) and one != sample(2)
     assert len(set(map(tuple, one))) == 3
+
+
+@every_protocol
+def test_a_rollout_goes_on_from_whatever_part_of_its_ledger_there_is(protocol):
+    """After its last whole turn: the trajectory is the one of an uninterrupted rollout."""
+    turns = [
+        protocol.render_turn("look", Search("Lyon")),
+        "nonsense",
+        protocol.render_turn("look", Search("France")),
+        protocol.render_turn("done", Answer("Paris")),
+    ]
+    (whole,), *_ = run(protocol, turns)
+    for cut in range(len(whole.segments) + 1):
+        done = sum(segment.kind is SegmentKind.OBSERVATION for segment in whole.segments[:cut])
+        ledger = Ledger(whole.segments[:cut], list(whole.searches))
+        (again,), engine, _ = run(protocol, turns[done:], ledgers=[ledger])
+        assert again.token_ids == whole.token_ids and len(engine.prompts) == 4 - done
+        assert [(s.query, s.turn) for s in again.searches] == [("Lyon", 0), ("France", 2)]
+        assert (again.answer, again.invalid_actions) == ("Paris", 1)
+        assert ledger.segments is again.segments

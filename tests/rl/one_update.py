@@ -63,7 +63,7 @@ def gradients(config: TrainConfig, workers: Workers, share: str) -> dict[str, to
     mine = [g for g in groups() if g.number % workers.count == workers.rank]
     if share == "uneven":
         mine = groups() if workers.leads else []
-    learner.learn(Collected(mine, 2, {}), step=0)
+    learner.learn(Collected(mine, 2, 2, {}), step=0)
     return seen
 
 
