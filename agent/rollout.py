@@ -21,7 +21,7 @@ from agent.engines.base import Engine, Sampling
 from agent.observation import Observation, find_pictures, lay_out
 from agent.protocol import Answer, Invalid, Protocol, Search
 from agent.search_tool import PICTURE, Neutraliser, render_hits
-from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Question
 
@@ -36,14 +36,6 @@ MIN_OBSERVATION_TOKENS = 32
 """With less room than this an observation would be a wrapper around nothing: the trajectory ends."""
 
 _EPISODES = itertools.count()
-
-
-@dataclass(eq=False)
-class Ledger:
-    """What there is of a trajectory, while it grows; a rollout that is given one goes on from there."""
-
-    segments: list[Segment] = field(default_factory=list)
-    searches: list[SearchRecord] = field(default_factory=list)
 
 
 class Searcher(Interface):

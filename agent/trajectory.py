@@ -71,6 +71,14 @@ class SearchRecord:
     """The policy turn that asked, from 0: invalid turns count, too."""
 
 
+@dataclass(eq=False)
+class Ledger:
+    """What there is of a trajectory, while it grows; a rollout that is given one goes on from there."""
+
+    segments: list[Segment] = field(default_factory=list)
+    searches: list[SearchRecord] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A finished rollout of one question."""

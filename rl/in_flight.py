@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agent.rollout import Ledger
-from agent.trajectory import SegmentKind, StopReason, Trajectory
+from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from agent.transcripts import from_record, to_record
 
 if TYPE_CHECKING:

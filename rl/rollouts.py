@@ -17,8 +17,7 @@ from itertools import islice
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
-from agent.rollout import Ledger
-from agent.trajectory import StopReason, Trajectory
+from agent.trajectory import Ledger, StopReason, Trajectory
 from data.answers import exact_match
 from data.errors import EngineError, RunStopped
 from rl.in_flight import InFlight, OpenGroup, staleness

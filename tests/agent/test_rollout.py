@@ -9,8 +9,8 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
-from agent.rollout import Agent, Ledger
-from agent.trajectory import SegmentKind, StopReason
+from agent.rollout import Agent
+from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
 
