@@ -10,7 +10,8 @@ waited for. `--real true` sleeps, and reads the wall clock.
 
 policy      seconds that the process computed: rollouts, rewards and updates, which share it
 retriever   seconds in which at least one search was under way
-bound       seconds of the synchronous run / seconds of its slower stage: no order of the same work is faster
+bound       seconds of the synchronous run / seconds of its slower stage. The share of it that is reached may
+            be above 1 where that is the retriever, whose searches then overlap more
 speed-up    seconds of the synchronous run / seconds of this run
 lag         updates from the oldest weights that wrote in a trajectory to those it trained
 |log r|     mean difference of the log-probs of trainer and sampler, nats a token
