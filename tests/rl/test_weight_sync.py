@@ -71,7 +71,7 @@ def test_servers_that_die_stop_the_run_with_its_state(vllm, toy, tmp_path):
     def dies(step):
         vllm.dead = step == 2
 
-    with pytest.raises(RunStopped, match=r"none of 1 servers is left: .*the state is saved"):
+    with pytest.raises(RunStopped, match=r"none of 1 servers is left: .*the state before this step is saved"):
         train(over(vllm, toy, tmp_path), on_step=dies)
     assert latest_checkpoint(tmp_path / "checkpoints").step == 2
 
