@@ -56,6 +56,7 @@ class VLLMEngine:
         self.max_length = 0
         self._write, self._folder = write, folder
         self._handed_over: Path | None = None
+        self._handed_version = 0
         self._check, self._on_close = check, on_close
         self._starting: asyncio.Task[None] | None = None
 
@@ -120,8 +121,9 @@ class VLLMEngine:
         folder = self._folder / f"weights-{version:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         await asyncio.to_thread(self._write, folder, state)
-        self.weights_version, before, self._handed_over = version, self._handed_over, folder
+        before, self._handed_over, self._handed_version = self._handed_over, folder, version
         await self.fleet.on_all(self._load)
+        self.weights_version = version  # not before: a completion may begin while a server has yet to pause
         if before is not None and before != folder:
             shutil.rmtree(before, ignore_errors=True)
 
@@ -180,7 +182,7 @@ class VLLMEngine:
             await server.ask("/collective_rpc", {"method": RELOAD[0], "kwargs": {"weights_path": folder}})
         except ServerLost:  # it lives, but was started without our worker
             await server.ask("/collective_rpc", {"method": RELOAD[1], "kwargs": {"weights_path": folder}})
-        await server.ask("/update_weight_version", {"new_version": str(self.weights_version)})
+        await server.ask("/update_weight_version", {"new_version": str(self._handed_version)})
         reset = await server.ask("/reset_prefix_cache", reset_running_requests="true")
         if not reset["success"]:
             raise EngineError("its prefix cache could not be reset")

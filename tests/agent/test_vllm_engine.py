@@ -181,6 +181,24 @@ def test_new_weights_are_loaded_by_all_while_paused_and_named_on_completions(tmp
     assert kept == ["weights-000003"] and later == ["weights-000004"]
 
 
+def test_what_begins_with_the_older_weights_while_new_ones_are_on_their_way_costs_no_server(tmp_path):
+    async def act(engine, fakes):
+        load, early = engine._load, []
+
+        async def late(server):
+            early.append(asyncio.ensure_future(complete(engine)))
+            await asyncio.sleep(0.3)
+            await load(server)
+
+        engine._load = late
+        await engine.update_weights(None, 1)
+        return await early[0], len(engine.fleet.live), await complete(engine)
+
+    early, live, after = running(1, act, tmp_path)
+    assert live == 1 and {c.weights_version for c in early} == {0}
+    assert {c.weights_version for c in after} == {1}
+
+
 def test_a_server_that_was_started_without_our_worker_reloads_by_its_own(tmp_path):
     async def act(engine, fakes):
         await engine.update_weights(None, 1)
