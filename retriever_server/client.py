@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable, SleuthError
 from data.records import Hit, Item, Passage
-from retriever_server.http import Http, Outcome
+from retriever_server.http import Outcome
+from retriever_server.replicas import open_http
 from retriever_server.retriever import Query, Retriever, inside
 from retriever_server.wire import carried
 
@@ -203,9 +204,9 @@ class InProcess:
 
 
 def connect(spec: str, deadline_seconds: float = 30.0) -> SearchClient:
-    """A client for the URL of a server, or for anything else that `opening.open_retriever` opens here."""
+    """A client for the URL of a server, or those of replicas; or for what `open_retriever` opens here."""
     if spec.startswith(("http://", "https://")):
-        return SearchClient(Http(spec, deadline_seconds))
+        return SearchClient(open_http(spec, deadline_seconds))
     from retriever_server.opening import open_retriever
 
     return SearchClient(InProcess(open_retriever(spec, deadline_seconds)))

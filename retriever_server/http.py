@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from data.errors import (
@@ -47,6 +48,8 @@ class Http:
     """
 
     waits = True
+    patient = True
+    """Whether what fails is asked again until the deadline."""
 
     def __init__(
         self,
@@ -82,6 +85,16 @@ class Http:
             raise RetrieverRefused(f"{place}: answered {response.status_code}: {response.text[:200]}")
         return response.content
 
+    async def get(self, path: str, seconds: float) -> Any:
+        """The answer to a GET, a httpx.Response; raises httpx.TransportError."""
+        return await self._session().get(self.url + path, timeout=seconds)
+
+    def filtered(self, where: Filter) -> Self:
+        """The same server and connections, asked for what matches alone."""
+        found = copy.copy(self)
+        found.where = where
+        return found
+
     async def _ask(self, queries: list[Query], k: int, start: float) -> Sequence[Outcome]:
         try:
             return await self._ask_until_deadline(queries, k, start)
@@ -112,6 +125,8 @@ class Http:
                 raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
                 attempt, last_failure = attempt + 1, failure
+                if not self.patient:
+                    raise self._too_late(start, attempt, failure) from failure
                 self._note(failure)
                 delay = failure.after_seconds or self._delay(attempt)
                 if time.monotonic() - start + delay >= self.deadline_seconds:

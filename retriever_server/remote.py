@@ -22,6 +22,7 @@ from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused
 from data.jsonl import read_json, write_json
 from data.records import Hit, Passage
 from retriever_server.http import Http
+from retriever_server.replicas import Replicas, open_http
 from retriever_server.retriever import Filter, Query, Retriever, texts_of
 from retriever_server.wire import carried
 
@@ -33,14 +34,14 @@ _HEALTH_SECONDS = 2.0
 class _FromThreads:
     """An Http backend for callers that have no event loop."""
 
-    def __init__(self, http: Http) -> None:
+    def __init__(self, http: Http | Replicas) -> None:
         self._http, self._loop = http, asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def ask(self, http: Http, queries: list[Query], k: int) -> list[list[Hit]]:
+    def ask(self, http: Http | Replicas, queries: list[Query], k: int) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
         outcomes = self.run(http.ask(queries, k))
         for outcome in outcomes:
@@ -55,14 +56,14 @@ class _FromThreads:
 
 
 class Remote(Retriever):
-    """Any server that speaks Search-R1's `POST /retrieve`, ours among them."""
+    """Any server that speaks Search-R1's `POST /retrieve`, ours among them; replicas separated by commas."""
 
     waits = True
 
     def __init__(self, url: str, deadline_seconds: float = 30.0, token_file: str | None = None) -> None:
         """`deadline_seconds` bounds a search with all its retries; `token_file` holds a bearer token."""
         headers = {"Authorization": f"Bearer {read_secret(token_file)}"} if token_file else {}
-        self._http = Http(url, deadline_seconds, headers=headers)
+        self._http = open_http(url, deadline_seconds, headers)
         self._threads = _FromThreads(self._http)
         self._last = ""
         self._asked_at, self._says_generation = -math.inf, True
@@ -85,7 +86,7 @@ class Remote(Retriever):
         import httpx
 
         try:
-            answer = await self._http._session().get(f"{self._http.url}/healthz", timeout=_HEALTH_SECONDS)
+            answer = await self._http.get("/healthz", _HEALTH_SECONDS)
             if answer.status_code in (200, 404, 405):
                 self._says_generation = answer.status_code == 200 and bool(answer.json().get("generation"))
             return str(answer.json().get("generation") or "") if self._says_generation else ""
@@ -105,7 +106,7 @@ class Remote(Retriever):
         import httpx
 
         try:
-            answer = await self._http._session().get(f"{self._http.url}/v1/info", timeout=_HEALTH_SECONDS)
+            answer = await self._http.get("/v1/info", _HEALTH_SECONDS)
             if answer.status_code == 404:
                 return False
             return "image" in answer.json()["accepts"] if answer.status_code == 200 else None
@@ -118,10 +119,7 @@ class Remote(Retriever):
         """What the server finds; raises a RetrieverError where it does not, at the latest at the deadline."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        http = self._http
-        if where is not None:
-            http = Http(http.url, http.deadline_seconds, headers=http.headers, where=where)
-            http._sessions = self._http._sessions  # the same connections
+        http = self._http if where is None else self._http.filtered(where)
         asked = [carried(query) for query in queries]
         rankings = self._threads.ask(http, asked, k) if queries else []
         self._last = next((hit.generation for ranking in rankings for hit in ranking), self._last)

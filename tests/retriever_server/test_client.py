@@ -21,7 +21,8 @@ from data.errors import (
     RetrieverUnavailable,
 )
 from data.records import Hit, Passage
-from retriever_server.client import Http, InProcess, SearchClient, connect
+from retriever_server.client import InProcess, SearchClient, connect
+from retriever_server.http import Http
 from retriever_server.retriever import Retriever
 from retriever_server.wire import render_hits
 
