@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from agent.engines.servable import dress
 from agent.engines.stopping import eos_ids
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import ServerOptions, ServerProcess, start_servers
@@ -21,8 +22,8 @@ from data.errors import ConfigError
 if TYPE_CHECKING:
     from data.settings import EngineConfig
 
-CPU_ARGUMENTS = ("--enforce-eager", "--kv-cache-memory-bytes", str(2 << 30))
-"""Else vLLM takes most of the memory, which the trainer beside it needs."""
+SERVED = "served-policy"
+"""Folder of a policy in the dress that started servers load."""
 
 
 def open_vllm(
@@ -35,26 +36,25 @@ def open_vllm(
     """
     if policy.vision is not None:
         raise ConfigError("engine.name = 'vllm': not with a policy that reads pictures; allowed: hf")
-    _check_heads(policy)
     started: list[ServerProcess] = []
     scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
     if config.urls:
         urls = [url.strip() for url in config.urls.split(",")]
+        handed = dress(policy, cpu=False)  # what runs there already is as its owner started it
     else:
+        handed = dress(policy, cpu=not torch.cuda.is_available())
+        tokens = context_tokens(policy, protocol)
         options = ServerOptions(
-            resolve_policy(source),
+            handed.save_policy(scratch / SERVED) if handed.served else resolve_policy(source),
             str(policy.model.dtype).removeprefix("torch."),
             config.python,
             max_rows,
-            context_tokens(policy, protocol),
-            () if torch.cuda.is_available() else CPU_ARGUMENTS,
+            tokens,
+            () if torch.cuda.is_available() else cpu_arguments(tokens),
             config.arguments,
         )
         started = start_servers(options, config.servers, folder or scratch, _devices(config.devices))
         urls = [server.url for server in started]
-
-    def write(target: Path, state: dict[str, Tensor] | None) -> None:
-        policy.model.save_pretrained(target, state_dict=state)
 
     def check() -> None:
         for server in started:
@@ -63,29 +63,29 @@ def open_vllm(
     def stop() -> None:
         for server in started:
             server.stop()
+        shutil.rmtree(scratch / SERVED, ignore_errors=True)
         with contextlib.suppress(OSError):  # it may hold logs
             scratch.rmdir()
 
     ends = eos_ids(policy.model, policy.tokenizer)
-    return VLLMEngine(urls, sorted(ends), write, scratch, config.deadline_seconds, check, stop)
-
-
-def _check_heads(policy: Policy) -> None:
-    """vLLM's Qwen2 does not read `head_dim`: it would load such a policy without a word, and wrongly."""
-    config = policy.model.config
-    usual = config.hidden_size // config.num_attention_heads
-    size = getattr(config, "head_dim", None) or usual
-    if config.model_type == "qwen2" and size != usual:
-        raise ConfigError(
-            f"engine.name = 'vllm': vLLM takes a Qwen2's heads to be hidden_size / heads = {usual} wide, "
-            f"this policy's are {size}; allowed: hf"
-        )
+    return VLLMEngine(urls, sorted(ends), handed.save, scratch, config.deadline_seconds, check, stop)
 
 
 def context_tokens(policy: Policy, protocol: Protocol) -> int:
     """The longest that a trajectory can be: what the protocol allows, or what the policy can read."""
     reads = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     return min(reads, protocol.max_context_tokens + protocol.max_response_tokens)
+
+
+def cpu_arguments(context: int) -> Sequence[str]:
+    """What a server without a GPU is told besides.
+
+    Its cache is small, since the trainer beside it needs the memory. A prompt is read whole: vLLM 0.32 dies
+    on a CPU (`CPU Generator does not use offset`) where it reads one with a seed in two chunks.
+    """
+    cache, at_once = str(2 << 30), str(max(4096, context))
+    chunks = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", at_once)
+    return ("--enforce-eager", "--kv-cache-memory-bytes", cache, *chunks)
 
 
 def _devices(given: str | None) -> Sequence[str]:

@@ -10,14 +10,10 @@ import torch
 from agent.engines import fleet
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
-from agent.engines.opening import open_vllm
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import ServerOptions, start_servers
-from agent.policy import Policy
-from agent.protocol import COMPACT
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
-from data.settings import EngineConfig
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import serving
@@ -233,9 +229,6 @@ def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
         asyncio.run(engine.update_weights(None, 1))
     with pytest.raises(ConfigError, match="must be like http"):
         VLLMEngine(["127.0.0.1:8000"])
-    wide = Policy(tiny_model("qwen2", len(TOKENIZER), head_dim=12), TOKENIZER)
-    with pytest.raises(ConfigError, match="heads = 8 wide, this policy's are 12; allowed: hf"):
-        open_vllm(EngineConfig("vllm"), wide, "", COMPACT, 1, tmp_path)
     with pytest.raises(ConfigError, match=r"engine.python = '/no/python': no such program"):
         start_servers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
 
