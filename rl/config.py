@@ -142,6 +142,41 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+class RayConfig:
+    """Where the processes of a run live: placed and watched over by Ray (docs/scaling.md)."""
+
+    address: str | None = None
+    """local, auto or HOST:PORT of a cluster's head; `--ray ADDRESS` for short. None: without Ray."""
+    trainers: int = 1
+    """Trainer processes."""
+    retrievers: int = 0
+    """Replicas that serve `retriever` to all trainers; 0: each trainer asks `retriever` itself."""
+    cpus: float = 1.0
+    """CPUs set aside for each process."""
+    trainer_gpus: float = 1.0
+    """GPUs of each trainer, where the cluster has any and `device` is not cpu."""
+    engine_gpus: float = 1.0
+    """GPUs of each vLLM server, likewise."""
+    spread: bool = False
+    """Processes on as many machines as there are, rather than on as few."""
+    max_restarts: int = 3
+    """Of the trainers in a row without a new checkpoint; of an engine or replica until it answers."""
+    start_seconds: float = 900.0
+    """The longest wait for room in the cluster, and for engines and replicas to answer."""
+    quiet_seconds: float = 3600.0
+    """Trainers that write nothing for so long hang, and are started again."""
+    places: str | None = None
+    """Written by the launcher for the trainers that it starts: where their engines and retriever are."""
+
+    def __post_init__(self) -> None:
+        require(self.trainers >= 1, "ray.trainers", self.trainers, ">= 1")
+        for name in ("retrievers", "trainer_gpus", "engine_gpus", "max_restarts"):
+            require(getattr(self, name) >= 0, f"ray.{name}", getattr(self, name), ">= 0")
+        for name in ("cpus", "start_seconds", "quiet_seconds"):
+            require(getattr(self, name) > 0, f"ray.{name}", getattr(self, name), "> 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a policy to search on the rewards of its own answers."""
 
@@ -150,7 +185,7 @@ class TrainConfig:
     questions: str
     """Training questions: JSONL, parquet, or a hub name; several separated by commas."""
     retriever: str
-    """URL of a retriever server, or an index folder to search in process."""
+    """URL of a retriever server, those of replicas separated by commas, or an index folder to search here."""
     out: str
     """The run folder. A run found there with the same configuration is resumed."""
     resume: bool = False
@@ -205,6 +240,7 @@ class TrainConfig:
     """False trains on what the retriever wrote, too: only to show what that does."""
     seed: int = 0
     """Of the order of questions and of every trajectory's generator."""
+    ray: RayConfig = field(default_factory=RayConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

@@ -52,11 +52,11 @@ class ServerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                ["sh", "-c", WATCHED, "sh", *_command(python, options, port)],
+                ["sh", "-c", WATCHED, "sh", *server_command(python, options, port)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(device),
+                env=server_environment(device),
                 start_new_session=True,
             )
 
@@ -98,10 +98,11 @@ def start_servers(
     return started
 
 
-def _command(python: str, options: ServerOptions, port: int) -> list[str]:
+def server_command(python: str, options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
+    """The command of one server, which listens on `host` and `port`."""
     given = {
         "--model": options.model,
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": str(port),
         "--dtype": options.dtype,
         "--max-num-seqs": str(options.max_sequences),
@@ -118,7 +119,8 @@ def _command(python: str, options: ServerOptions, port: int) -> list[str]:
     ]
 
 
-def _environment(device: str | None) -> Mapping[str, str]:
+def server_environment(device: str | None) -> Mapping[str, str]:
+    """What a server sees of this process's environment."""
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
     # Its own folder and no more: our packages are of another environment.
     environment |= {"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
