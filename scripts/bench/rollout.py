@@ -42,6 +42,7 @@ from agent.rollout import Agent
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
 from data.records import Hit, Passage, Question
+from data.settings import EngineConfig
 from retriever_server.client import InProcess, SearchClient
 from retriever_server.retriever import Query, Retriever
 from rl.seed_policy import train_tokenizer
@@ -159,7 +160,7 @@ class ForcedEngine(HFEngine):
         if self.plans:
             wanted = []
             for request in requests:
-                turns = self.plans[request.trajectory_id.rpartition("/")[0]]
+                turns = self.plans[request.trajectory_id.rsplit("/", 2)[0]]
                 wanted.append(turns[self._turns[request.trajectory_id] - 1][len(request.new_ids)])
             logits[torch.arange(len(wanted)), torch.tensor(wanted)] = FORCED
         self.sampled += len(requests)
@@ -332,6 +333,10 @@ def main(
     device: str = "cpu",
     dtype: str = "float32",
     profile_ours: bool = False,
+    passages: str | None = None,
+    sides: str = "hf,vllm,trl",
+    trajectories: str = "8,32",
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Compare the rollout procedures.
 
@@ -345,8 +350,20 @@ def main(
         device: cpu or cuda.
         dtype: float32 or bfloat16.
         profile_ours: Print a profile of our procedure instead.
+        passages: Folder with corpus.jsonl and dev.jsonl: compare engines over them instead.
+        sides: Of hf, vllm and trl, separated by commas.
+        trajectories: How many at once, separated by commas.
+        engine: Of side vllm: where its environment is, or the server that runs already.
     """
     torch.set_num_threads(threads)
+    if passages is not None:
+        from scripts.bench.rollout_engines import compare
+
+        source = policy or "smollm2"
+        print(f"{hardware()}; torch {torch.__version__}; {source}, {dtype}")
+        opened, counts = load_policy(source, device, dtype), [int(count) for count in trajectories.split(",")]
+        compare(opened, source, Path(passages), counts, repeats, sides.split(","), engine)
+        return
     task = make_task(questions, policy, device, dtype, hidden, layers)
     size = sum(p.numel() for p in task.policy.model.parameters())
     name = f"{policy or 'random Qwen2'}, {size / 1e6:.1f} M parameters, {dtype}"

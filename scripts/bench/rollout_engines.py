@@ -1,0 +1,408 @@
+"""The sides of `scripts.bench.rollout --passages`: our engines and TRL's `GRPOTrainer` over real passages.
+
+hf      the hf engine under `Agent.rollout`
+vllm    the vLLM engine under the same, its server on the same cores
+trl     `GRPOTrainer._generate` of TRL 1.16 with a search tool: transformers' `generate`, all live rows in
+        lockstep, the whole text read again each turn; its tools called one after the other
+
+An untrained policy does not search by itself. So the lengths of its turns and its queries are laid down,
+the same for all sides: 1 to 4 searches and an answer, 20 to 160 tokens a turn, as policies that think write
+them. What it writes is sampled freely at temperature 1, and the end of sequence has no chance before the
+turn's last token; then the action follows as given text. Queries are questions of the collection. A
+search is BM25 in this process, 3 passages and at most 500 tokens. TRL's prompts have the tool's schema where ours
+have the instruction, and its template closes a turn; so its tokens differ by some.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from agent.engines.base import Completion, Engine
+from agent.engines.hf import HFEngine
+from agent.engines.opening import open_vllm
+from agent.engines.vllm import VLLMEngine
+from agent.policy import Policy
+from agent.protocol import SEARCH_R1, Answer, Protocol, Search
+from agent.rollout import Agent
+from agent.search_tool import Neutraliser, render_hits
+from agent.trajectory import SegmentKind, Trajectory
+from data.corpus import Corpus
+from data.errors import ConfigError
+from data.questions import load_questions
+from data.records import Question
+from data.settings import EngineConfig
+from retriever_server.client import InProcess, SearchClient
+from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.retriever import Retriever
+
+SHORTEST, LONGEST = 20, 160
+
+
+class Turn(NamedTuple):
+    """What a policy does in one turn: so many tokens, then a search, or an answer where it has no query."""
+
+    tokens: int
+    query: str | None
+
+
+@dataclass(frozen=True)
+class Planned(Protocol):
+    """Acts as the last tags say: what was sampled before them may have some of its own."""
+
+    def parse(self, turn: str) -> Search | Answer | Any:
+        """The action that was given."""
+        return super().parse(turn[max(turn.rfind("<search>"), turn.rfind("<answer>")) :])
+
+
+PROTOCOL = Planned(**vars(SEARCH_R1))
+NEVER = tuple(f"{tag[:2]}never a {tag[2:]}" for tag in PROTOCOL.stop)
+"""Stop strings as long as the real ones, to be looked for and not found."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all sides are given."""
+
+    policy: Policy
+    retriever: Retriever
+    questions: list[Question]
+    plans: dict[str, list[Turn]]
+    """By the question's id."""
+
+
+class Outcome(NamedTuple):
+    """What a side did."""
+
+    seconds: float
+    sampled: int
+    """Tokens."""
+    read: int
+    """Tokens of prompts and observations, each once."""
+    searches: int
+
+
+def make_work(policy: Policy, folder: Path, count: int, index_folder: Path) -> Work:
+    """Questions of `folder`/dev.jsonl, their plans, and BM25 over `folder`/corpus.jsonl."""
+    found = load_questions(str(folder / "dev.jsonl"))
+    if len(found) < count:
+        raise ConfigError(f"{folder}/dev.jsonl: {len(found)} questions; allowed: at least {count}")
+    draw = random.Random(0)
+    questions = draw.sample(found, count)
+    plans = {}
+    for number, question in enumerate(questions):
+        queries = [question.text, *(draw.choice(found).text for _ in range(number % PROTOCOL.max_turns))]
+        plans[question.id] = [Turn(draw.randint(SHORTEST, LONGEST), query) for query in [*queries, None]]
+    retriever = BM25Index.build(Corpus(folder / "corpus.jsonl"), index_folder)
+    return Work(policy, retriever, questions, plans)
+
+
+# ---- our engines -----------------------------------------------------------------------------------
+
+
+class Laid:
+    """An engine whose completions are as long as planned, and end in the planned action."""
+
+    def __init__(self, engine: Engine, work: Work) -> None:
+        self.engine, self.plans, self.encode = engine, work.plans, work.policy.tokenizer.encode
+        self.turns: dict[str, int] = {}
+
+    async def generate(self, prompt_ids, sampling, trajectory_id, pictures=()) -> Completion:
+        """So many tokens of the engine's own, then the tags."""
+        number = self.turns[trajectory_id] = self.turns.get(trajectory_id, -1) + 1
+        turn = self.plans[trajectory_id.rsplit("/", 2)[0]][number]
+        sampling = replace(sampling, max_tokens=turn.tokens, stop=NEVER)
+        done = await self.engine.generate(prompt_ids, sampling, trajectory_id)
+        assert len(done.token_ids) == turn.tokens, "the lengths of the sides must agree"
+        action = f"<answer>{'x'}</answer>" if turn.query is None else f"<search>{turn.query}</search>"
+        given = self.encode(action, add_special_tokens=False)
+        return replace(done, token_ids=done.token_ids + given, logprobs=done.logprobs + [0.0] * len(given))
+
+    async def release(self, trajectory_id: str) -> None:
+        """As the engine."""
+        await self.engine.release(trajectory_id)
+
+    async def update_weights(self, state, version) -> None:
+        """As the engine."""
+        await self.engine.update_weights(state, version)
+
+
+async def roll_out(engine: Engine, work: Work, seed: int) -> Outcome:
+    """Our agent over an engine of ours, all trajectories at once."""
+    client = SearchClient(InProcess(work.retriever))
+    agent = Agent(Laid(engine, work), work.policy.tokenizer, client, PROTOCOL, max_live=len(work.questions))
+    started = time.perf_counter()
+    done = await agent.rollout(work.questions, seed)
+    return _count(done, work, time.perf_counter() - started)
+
+
+def _count(done: Sequence[Trajectory], work: Work, seconds: float) -> Outcome:
+    turns = [turn for question in work.questions for turn in work.plans[question.id]]
+    sampled = sum(turn.tokens for turn in turns)
+    read = sum(len(t.token_ids) for t in done) - sampled
+    searches = sum(len(t.searches) for t in done)
+    planned = sum(turn.query is not None for turn in turns)
+    assert searches == planned, f"{searches} searches, {planned} planned"
+    assert all(s.kind != SegmentKind.POLICY or len(s.token_ids) >= SHORTEST for t in done for s in t.segments)
+    return Outcome(seconds, sampled, read, searches)
+
+
+class EndlessHF(HFEngine):
+    """The hf engine to which no token is an end."""
+
+    def __init__(self, policy: Policy, max_rows: int) -> None:
+        super().__init__(policy.model, policy.tokenizer, max_rows)
+        self._eos = set()
+
+
+def run_hf(work: Work, seed: int) -> Outcome:
+    """The hf engine."""
+    return asyncio.run(roll_out(EndlessHF(work.policy, len(work.questions)), work, seed))
+
+
+class ServerSide:
+    """The vLLM engine: one server for all runs."""
+
+    def __init__(self, work: Work, config: EngineConfig, source: str, log_folder: Path) -> None:
+        self.engine: VLLMEngine = open_vllm(
+            config, work.policy, source, PROTOCOL, len(work.questions), log_folder
+        )
+        parameters = self.engine._parameters
+        self.engine._parameters = lambda *given: {
+            **parameters(*given),
+            "ignore_eos": True,
+            "stop_token_ids": [],
+        }
+        self.runner = asyncio.Runner()
+        self.cached = ""
+
+    def __call__(self, work: Work, seed: int) -> Outcome:
+        """One rollout, from an empty prefix cache."""
+        return self.runner.run(self._run(work, seed))
+
+    async def _run(self, work: Work, seed: int) -> Outcome:
+        await self.engine.start()
+        (server,) = self.engine.fleet.live
+        await server.ask("/reset_prefix_cache")
+        before = await self._counters()
+        outcome = await roll_out(self.engine, work, seed)
+        after = await self._counters()
+        spent = {name: after[name] - before.get(name, 0) for name in after}
+        self.cached = ", ".join(f"{name} {value:,.1f}" for name, value in spent.items())
+        return outcome
+
+    async def _counters(self) -> dict[str, float]:
+        """What the server has counted so far."""
+        (server,) = self.engine.fleet.live
+        assert server._http is not None
+        text = (await server._http.get("/metrics")).text
+        names = ("prompt_tokens_total", "prefix_cache_hits_total", "generation_tokens_total")
+        names += ("request_prefill_time_seconds_sum", "request_decode_time_seconds_sum")
+        names += ("request_queue_time_seconds_sum", "iteration_tokens_total_count")
+        rows = (line.split(" ") for line in text.splitlines() if line.startswith("vllm:"))
+        found = {row[0].split("{")[0][5:]: float(row[-1]) for row in rows}
+        return {name.removesuffix("_total"): found[name] for name in names if name in found}
+
+    def close(self) -> None:
+        """End the server."""
+        self.runner.run(self.engine.close())
+        self.runner.close()
+
+
+# ---- TRL -------------------------------------------------------------------------------------------
+
+
+class Lengths(LogitsProcessor):
+    """No end before a row's last planned token, and an end then."""
+
+    def __init__(self, tokens: list[int], prompt_tokens: int, ends: list[int]) -> None:
+        self.tokens, self.prompt_tokens, self.ends = torch.tensor(tokens), prompt_tokens, ends
+
+    def __call__(self, input_ids, scores):
+        last = self.tokens <= input_ids.shape[1] - self.prompt_tokens + 1
+        scores[:, self.ends] = -torch.inf
+        scores[last] = -torch.inf
+        scores[last, self.ends[0]] = 0.0
+        return scores
+
+
+def make_trl(work: Work) -> Callable[[Work, int], Outcome]:
+    """TRL's side: a trainer over the policy; its `_generate` is what a training step calls."""
+    from datasets import Dataset
+    from trl.chat_template_utils import qwen2_5_chat_template
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    tokenizer: Any = work.policy.tokenizer
+    neutralise = Neutraliser(PROTOCOL)
+    state: dict[str, Any] = {}
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def search(query: str) -> str:
+        """Search the passages.
+
+        Args:
+            query: What to look for.
+
+        Returns:
+            The passages found.
+        """
+        state["searches"] += 1
+        hits = work.retriever.search([query], PROTOCOL.top_k)[0]
+        return query + render_hits(hits, PROTOCOL, neutralise, encode, PROTOCOL.max_observation_tokens)
+
+    class Trainer(GRPOTrainer):
+        """TRL's own, which is told how long each row writes, and what it then calls."""
+
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            plans = [state["plans"][row] for row in range(len(state["plans"]))]
+            live = [plan[state["turn"]] for plan in plans if len(plan) > state["turn"]]
+            assert len(live) == len(prompt_ids), "the lengths of the sides must agree"
+            state["turn"] += 1
+            state["called"] = iter(live)
+            width = max(map(len, prompt_ids))
+            forced = Lengths([turn.tokens for turn in live], width, self.eos_token_ids)
+            model: Any = self.model
+            generate = model.generate
+
+            def laid(*given: Any, **named: Any) -> Any:
+                return generate(*given, logits_processor=LogitsProcessorList([forced]), **named)
+
+            with patch.object(model, "generate", laid):
+                written, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            assert [len(ids) for ids in written] == [turn.tokens for turn in live]
+            return written, logprobs
+
+    def parse(tokenizer: Any, ids: Any, **_: Any) -> dict[str, Any]:
+        turn = next(state["called"])
+        said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+        call = {"type": "function", "function": {"name": "search", "arguments": {"query": turn.query}}}
+        return said if turn.query is None else said | {"tool_calls": [call]}
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = qwen2_5_chat_template  # SmolLM2 writes ChatML, too; its own knows no tools
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            work.policy.model,
+            lambda prompts, completions, **columns: [0.0] * len(prompts),
+            GRPOConfig(
+                folder,
+                use_cpu=work.policy.model.device.type == "cpu",
+                bf16=False,
+                per_device_train_batch_size=len(work.questions),
+                num_generations=2,
+                max_completion_length=PROTOCOL.max_context_tokens,
+                max_tool_calling_iterations=PROTOCOL.max_turns,
+                report_to="none",
+                save_strategy="no",
+            ),
+            Dataset.from_dict({"prompt": [_messages(q) for q in work.questions]}),
+            processing_class=tokenizer,
+            tools=[search],
+        )
+
+    def run(work: Work, seed: int) -> Outcome:
+        torch.manual_seed(seed)
+        state.update(plans=[work.plans[q.id] for q in work.questions], turn=0, searches=0)
+        trainer._sync_tool_dicts = [{"search": search} for _ in work.questions]
+        trainer._async_tool_dicts = [{} for _ in work.questions]
+        started = time.perf_counter()
+        with patch("trl.trainer.grpo_trainer.parse_response", parse):
+            prompts, completions, *_ = trainer._generate([_messages(q) for q in work.questions])
+        seconds = time.perf_counter() - started
+        sampled = sum(turn.tokens for plan in state["plans"] for turn in plan)
+        read = sum(map(len, prompts)) + sum(map(len, completions)) - sampled
+        return Outcome(seconds, sampled, read, state["searches"])
+
+    return run
+
+
+def _messages(question: Question) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question.text}]
+
+
+# ---- measuring -------------------------------------------------------------------------------------
+
+SIDES = ("hf", "vllm", "trl")
+
+
+def compare(
+    policy: Policy,
+    source: str,
+    folder: Path,
+    counts: Sequence[int],
+    repeats: int,
+    sides: Sequence[str],
+    config: EngineConfig,
+) -> None:
+    """Run all sides with so many trajectories, after a short warm-up of ours; print what they did."""
+    if not set(sides) <= set(SIDES):
+        raise ConfigError(f"sides = {list(sides)}: must be of {', '.join(SIDES)}")
+    with tempfile.TemporaryDirectory(prefix="sleuth-rollout-") as scratch:
+        everything = make_work(policy, folder, max(counts), Path(scratch) / "bm25")
+        _time_searches(everything)
+        server = None
+        runs: dict[str, Callable[[Work, int], Outcome]] = {"hf": run_hf}
+        try:
+            if "vllm" in sides:
+                runs["vllm"] = server = ServerSide(everything, config, source, Path(scratch))
+            for side in sides:
+                if side != "trl":
+                    runs[side](_first(everything, 2), -1)
+            for count in counts:
+                work = _first(everything, count)
+                if "trl" in sides:
+                    runs["trl"] = make_trl(work)
+                _measure(work, {side: runs[side] for side in sides}, repeats, server)
+        finally:
+            if server is not None:
+                server.close()
+
+
+def _first(work: Work, count: int) -> Work:
+    return replace(work, questions=work.questions[:count])
+
+
+def _time_searches(work: Work) -> None:
+    queries = [question.text for question in work.questions]
+    started = time.perf_counter()
+    for query in queries:
+        work.retriever.search([query], PROTOCOL.top_k)
+    spent = (time.perf_counter() - started) / len(queries)
+    print(f"{spent * 1000:.1f} ms a search alone")
+
+
+def _measure(
+    work: Work, runs: dict[str, Callable[[Work, int], Outcome]], repeats: int, server: ServerSide | None
+) -> None:
+    count = len(work.questions)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            outcomes[name].append(run(work, repeat))
+            print(f"  {count} trajectories, {name}: {outcomes[name][-1].seconds:.2f} s", file=sys.stderr)
+    for name, done in outcomes.items():
+        median = sorted(done)[len(done) // 2]
+        seconds = ", ".join(f"{each.seconds:.2f}" for each in done)
+        against = sorted(outcomes["hf"])[repeats // 2].seconds / median.seconds if "hf" in outcomes else 1.0
+        print(
+            f"{count} trajectories, {name:<4} {count / median.seconds:7.3f} trajectories/s "
+            f"{median.sampled / median.seconds:8.1f} tokens/s; {median.sampled:,} sampled, {median.read:,} "
+            f"read, {median.searches} searches; seconds {seconds}; {against:.2f} times hf"
+        )
+    if server is not None:
+        print(f"  of vllm's server in its last run: {server.cached}")
