@@ -12,8 +12,11 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from agent.engines.base import Sampling
 from agent.evaluate import evaluate
@@ -27,7 +30,7 @@ from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
 from rl.learner import Learner
 from rl.rewards import combine
-from rl.rollouts import Collected, Rollouts, averages
+from rl.rollouts import Collected, Rollouts, Totals, averages
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
 from rl.workers import Workers
@@ -113,9 +116,7 @@ class Trainer:
         started = time.monotonic()
         collected = await self.rollouts.collect(self.step)
         rollout_seconds = time.monotonic() - started
-        # An engine that shares the model stands still meanwhile, with the event loop; searches go on.
-        learned = self.learner.learn(collected, self.step)
-        self.step += 1
+        learned = await self._learn(collected)
         if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
             self._keep(collected)
         synced = await self.sync.update(self.step)
@@ -134,6 +135,29 @@ class Trainer:
         if self.run_dir is not None:
             self.run_dir.log(self.step, metrics)
         await self._heed(metrics)
+
+    async def _learn(self, collected: Collected) -> Totals:
+        """The update after which this is the next step.
+
+        An engine that shares the model stands still meanwhile, with the event loop. Beside one that does
+        not, asynchronous rollouts go on, and an update that is interrupted is brought to its end.
+        """
+
+        def learn() -> Totals:
+            device = self.learner.model.device  # a thread has a current CUDA device of its own
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                learned = self.learner.learn(collected, self.step)
+            self.step += 1
+            return learned
+
+        if not self.config.rollout.max_staleness or self.config.engine.name == "hf":
+            return learn()
+        update = asyncio.ensure_future(asyncio.to_thread(learn))
+        try:
+            return await asyncio.shield(update)
+        except asyncio.CancelledError:
+            await update
+            raise
 
     def _keep(self, collected: Collected) -> None:
         """What this step learned from, without its tokens: read it, or see which generations answered."""

@@ -2,6 +2,9 @@
 
 import asyncio
 import copy
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,10 +17,13 @@ from data.checkpoint import latest_checkpoint
 from data.errors import EngineError, RunStopped
 from data.run_dir import read_metrics
 from data.settings import EngineConfig, LoraConfig
+from retriever_server.client import SearchClient
+from rl.learner import Learner
 from rl.weight_sync import WeightSync
 from rl.workers import Workers
 from scripts import __main__ as sleuth
 from scripts.train import train
+from scripts.wiring import open_client
 from tests.fake_vllm import FakeVLLM
 from tests.retriever_server.running import serving
 from tests.toy import toy_config
@@ -54,6 +60,64 @@ def test_a_run_over_http_is_the_run_in_process(vllm, toy, tmp_path, lora):
     assert vllm.version == "3" and rows[-1]["policy/sampler_difference"] < 1e-4
     [kept] = (tmp_path / "http" / "rollouts").iterdir()
     assert '"weights_version": 2' in kept.read_text() and '"weights_version": 1' not in kept.read_text()
+
+
+def stale(vllm, toy, out, **changes):
+    """An asynchronous run over the server."""
+    config = over(vllm, toy, out, **changes)
+    rollout = replace(config.rollout, max_staleness=1)
+    return replace(config, rollout=rollout, algorithm=replace(config.algorithm, importance="token"))
+
+
+def test_rollouts_over_http_go_on_during_updates(vllm, toy, tmp_path, monkeypatch):
+    """The first search waits for an update, which waits for what the policy writes after it."""
+    learn, begun = Learner.learn, []
+
+    def long(self, collected, step):
+        begun.append(step)
+        asked, deadline = len(vllm.requests), time.monotonic() + 20
+        while step == 0 and len(vllm.requests) == asked:
+            assert time.monotonic() < deadline, "rollouts stand still during the update"
+            time.sleep(0.01)
+        return learn(self, collected, step)
+
+    class Straggling(SearchClient):
+        def __init__(self):
+            self.inner, self.waited = open_client(str(toy / "index")), False
+
+        async def search(self, query, k):
+            first, self.waited = not self.waited, True
+            while first and not begun:
+                await asyncio.sleep(0.01)
+            return await self.inner.search(query, k)
+
+        async def close(self):
+            await self.inner.close()
+
+    monkeypatch.setattr(Learner, "learn", long)
+    train(stale(vllm, toy, tmp_path), Straggling())
+    rows = read_metrics(tmp_path)
+    assert begun == [0, 1, 2] and [row["step"] for row in rows] == [1, 2, 3]
+    assert 0 < max(row["rollout/staleness"] for row in rows) <= 1
+    assert all(row["sync/probe_largest_difference"] < 1e-4 for row in rows)
+
+
+def test_an_update_that_is_interrupted_is_whole_in_what_is_saved(vllm, toy, tmp_path, monkeypatch):
+    learn = Learner.learn
+
+    def interrupted(self, collected, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        return learn(self, collected, step)
+
+    monkeypatch.setattr(Learner, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(stale(vllm, toy, tmp_path))
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 2
+    monkeypatch.setattr(Learner, "learn", learn)
+    train(stale(vllm, toy, tmp_path))
+    assert [row["step"] for row in read_metrics(tmp_path)][-1] == 3
 
 
 def test_a_head_left_behind_stops_the_run_with_the_numbers_and_its_state(vllm, toy, tmp_path):
