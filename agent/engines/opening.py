@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agent.engines.servable import dress
+from agent.engines.servable import Dress, dress
 from agent.engines.stopping import eos_ids
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import ServerOptions, ServerProcess, start_servers
@@ -42,17 +42,9 @@ def open_vllm(
         urls = [url.strip() for url in config.urls.split(",")]
         handed = dress(policy, cpu=False)  # what runs there already is as its owner started it
     else:
-        handed = dress(policy, cpu=not torch.cuda.is_available())
-        tokens = context_tokens(policy, protocol)
-        options = ServerOptions(
-            handed.save_policy(scratch / SERVED) if handed.served else resolve_policy(source),
-            str(policy.model.dtype).removeprefix("torch."),
-            config.python,
-            max_rows,
-            tokens,
-            () if torch.cuda.is_available() else cpu_arguments(tokens),
-            config.arguments,
-        )
+        cpu = not torch.cuda.is_available()
+        handed = dress(policy, cpu)
+        options = server_options(config, handed, source, protocol, max_rows, scratch, cpu)
         started = start_servers(options, config.servers, folder or scratch, _devices(config.devices))
         urls = [server.url for server in started]
 
@@ -69,6 +61,28 @@ def open_vllm(
 
     ends = eos_ids(policy.model, policy.tokenizer)
     return VLLMEngine(urls, sorted(ends), handed.save, scratch, config.deadline_seconds, check, stop)
+
+
+def server_options(
+    config: EngineConfig,
+    handed: Dress,
+    source: str,
+    protocol: Protocol,
+    max_rows: int,
+    scratch: Path,
+    cpu: bool,
+) -> ServerOptions:
+    """What servers are told that are started for a policy; one in another dress is written into `scratch`."""
+    tokens = context_tokens(handed.policy, protocol)
+    return ServerOptions(
+        handed.save_policy(scratch / SERVED) if handed.served else resolve_policy(source),
+        str(handed.policy.model.dtype).removeprefix("torch."),
+        config.python,
+        max_rows,
+        tokens,
+        cpu_arguments(tokens) if cpu else (),
+        config.arguments,
+    )
 
 
 def context_tokens(policy: Policy, protocol: Protocol) -> int:
