@@ -218,15 +218,17 @@ class _Episode:
 
     def _observation(self, hits: list[Hit]) -> Observation:
         budget = min(self.protocol.max_observation_tokens, self._room)
+        laid: dict[str, Observation] = {}
 
         def encode(text: str) -> list[int]:
-            return self._lay_out(text).token_ids
+            laid[text] = self._lay_out(text)
+            return laid[text].token_ids
 
         neutralise, sees = self.agent.neutralise, bool(self.sources)
         text = render_hits(hits, self.protocol, neutralise, encode, budget, sees)
         if text.count(PICTURE) < len(self.sources):
             _warn_of_pictures_left_out()
-        return self._lay_out(text)
+        return laid.get(text) or self._lay_out(text)
 
     def _lay_out(self, text: str) -> Observation:
         return lay_out(text, self.sources, self._encode, self.agent.vision)

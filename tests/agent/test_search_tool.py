@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1
-from agent.search_tool import Neutraliser, render_hits
+from agent.search_tool import Neutraliser, _longest, render_hits
 from data.records import Hit, Passage
 from tests.fakes import byte_tokenizer
 
@@ -61,6 +61,32 @@ def test_a_budget_cuts_passages_and_never_the_wrapper(protocol, budget):
     head, tail = protocol.observation.split("{passages}")
     assert budget - 12 <= len(encode(observation)) <= budget
     assert observation.startswith(head) and observation.endswith(tail)
+
+
+def test_the_cut_is_found_by_few_encodings():
+    asked = []
+
+    def tokens(length):
+        asked.append(length)
+        return length // 4 + text[:length].count("x")  # text, with a denser stretch
+
+    text = "a" * 2000 + "x" * 300 + "a" * 2000
+    assert _longest(tokens, len(text), 700) == 2160
+    assert len(asked) <= 12
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.sampled_from([1, 5, 700])), min_size=1), st.data())
+def test_the_cut_is_as_late_as_the_budget_allows(lumps, data):
+    def tokens(length):
+        asked.append(length)
+        return sum(weight for place, weight in lumps if place < length)
+
+    asked = []
+    budget = data.draw(st.integers(0, tokens(501)))
+    asked.clear()
+    length = _longest(tokens, 501, budget)
+    assert len(asked) <= 20
+    assert tokens(length) <= budget and (length == 501 or tokens(length + 1) > budget)
 
 
 def test_within_the_budget_nothing_is_cut():
