@@ -11,16 +11,17 @@ else the question itself), never single questions (percentile interval; Efron & 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.trajectory import StopReason, Trajectory
+from agent.trajectory import SegmentKind, StopReason, Trajectory
 from agent.transcripts import to_record
 from data.answers import cover_em, exact_match, f1
 from data.errors import ConfigError, DataError, RunStopped, StorageError
@@ -28,6 +29,9 @@ from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question
 from data.run_dir import describe_difference
 from data.significance import RESAMPLES, SEED, bootstrap
+
+if TYPE_CHECKING:
+    from agent.rollout import Agent
 
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
@@ -57,6 +61,7 @@ async def evaluate(
     path = out_dir / "trajectories.jsonl"
     records = {record["id"]: record for record in _resume(path)}
     todo = [question for question in questions if question.id not in records]
+    failed = 0
     if todo:
         # Half of a surrogate pair, which no UTF-8 holds, becomes its \\u escape: still JSON.
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -66,14 +71,39 @@ async def evaluate(
                 if record["id"] in records:
                     raise DataError(f"question {record['id']!r} was rolled out twice")
                 _append(file, record)
-                records[record["id"]] = record
+                records[record["id"]] = _brief(record)
                 if _failed(record):
-                    _check_failures(list(records.values()), max_failed_share * len(questions), out_dir)
+                    nonlocal failed
+                    failed += 1
+                    if failed > max_failed_share * len(questions):
+                        raise RunStopped(_too_many(failed, len(records), record, out_dir))
 
             await rollout_fn(todo, on_finished)
     scores = score(list(records.values()), questions)
     write_json(out_dir / "scores.json", scores)
     return scores
+
+
+async def roll_out_each(
+    agent: Agent, questions: Sequence[Question], seed: int, on_finished: Callable[[Trajectory], None]
+) -> None:
+    """Roll out each question once, at most `agent.max_live` at a time, and keep no trajectory.
+
+    What a question's trajectory draws depends on `seed` and the question alone, not on which others are
+    asked: an evaluation that goes on samples as one in one go. Raises as `Agent.rollout`.
+    """
+    left = iter(questions)
+
+    async def work() -> None:
+        for question in left:
+            on_finished((await agent.rollout([question], seed, keys=[0]))[0])
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(agent.max_live, len(questions))):
+                group.create_task(work())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def evaluation_record(trajectory: Trajectory) -> dict[str, Any]:
@@ -219,28 +249,40 @@ def _open_evaluation(out_dir: Path, questions: Sequence[Question], settings: Map
     write_json(path, now)
 
 
-def _resume(path: Path) -> list[dict[str, Any]]:
+def _resume(path: Path) -> list[Record]:
     """The records that stand: failed searches, and a last line cut by a kill, are taken off the file."""
     if not path.exists():
         return []
-    records = [record for record in read_records(path.parent) if not _failed(record)]
-    _check_unique([record["id"] for record in records], str(path))
-    write_jsonl(path, records)
-    return records
+    kept: list[Record] = []
+
+    def standing() -> Iterator[Record]:
+        for record in read_jsonl(path, tolerate_cut_tail=True):
+            if not _failed(record):
+                kept.append(_brief(record))
+                yield record
+
+    write_jsonl(path, standing())
+    _check_unique([record["id"] for record in kept], str(path))
+    return kept
+
+
+def _brief(record: Record) -> Record:
+    """What scoring needs of a record: no text of passages, so that many fit in memory."""
+    segments = [s for s in record["segments"] if s["kind"] == SegmentKind.POLICY]
+    tokens = [{"kind": segment["kind"], "tokens": segment["tokens"]} for segment in segments]
+    return {**record, "segments": tokens, "searches": [None] * len(record["searches"])}
 
 
 def _failed(record: Record) -> bool:
     return record["stop_reason"] == StopReason.SEARCH_FAILED
 
 
-def _check_failures(records: Sequence[Record], allowed: float, out_dir: Path) -> None:
-    failed = [record for record in records if _failed(record)]
-    if len(failed) > allowed:
-        reason = failed[-1]["searches"][-1]["error"]
-        raise RunStopped(
-            f"searches failed for {len(failed)} of {len(records)} questions asked ({reason}); the others "
-            f"are kept in {out_dir}: start the same command again to go on"
-        )
+def _too_many(failed: int, asked: int, record: Record, out_dir: Path) -> str:
+    reason = record["searches"][-1]["error"]
+    return (
+        f"searches failed for {failed} of {asked} questions asked ({reason}); the others "
+        f"are kept in {out_dir}: start the same command again to go on"
+    )
 
 
 def _append(file: IO[str], record: Record) -> None:

@@ -108,6 +108,8 @@ def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from agent.evaluate import roll_out_each
+
     console = Console(stderr=True)
     columns = (
         TextColumn("answering questions"),
@@ -121,11 +123,11 @@ def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=total, completed=total - len(todo))
 
-            def finished(_, trajectory):
+            def finished(trajectory):
                 on_finished(trajectory)
                 progress.advance(bar)
 
-            await opened.agent.rollout(todo, seed, on_finished=finished)
+            await roll_out_each(opened.agent, todo, seed, finished)
 
     return rollout
 
