@@ -8,8 +8,8 @@ trl     `GRPOTrainer._generate` of TRL 1.16 with a search tool: transformers' `g
 An untrained policy does not search by itself. So the lengths of its turns and its queries are laid down,
 the same for all sides: 1 to 4 searches and an answer, 20 to 160 tokens a turn, as policies that think write
 them. What it writes is sampled freely at temperature 1, and the end of sequence has no chance before the
-turn's last token; then the action follows as given text. Queries are questions of the collection. A
-search is BM25 in this process, 3 passages and at most 500 tokens. TRL's prompts have the tool's schema where ours
+turn's last token; then the action follows as given text. Queries are questions of the collection. A search
+is BM25 in this process, 3 passages and at most 500 tokens. TRL's prompts have the tool's schema where ours
 have the instruction, and its template closes a turn; so its tokens differ by some.
 """
 
