@@ -6,8 +6,6 @@ worker finishes is a shard with its marker, as without Ray: a run that ended ear
 
 from __future__ import annotations
 
-import logging
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RunStopped
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.indexes.shards import Progress, Shards, silent
+from scripts.ray_cluster import connect_ray
 
 ATTEMPTS = 3
 """A task whose worker fails or dies begins again so often in all, on whichever machine is free."""
@@ -46,7 +45,7 @@ def encode_on_ray(shards: Shards, address: str, device: str = "auto", progress: 
     todo = shards.missing()
     if not todo:
         return
-    ray = _connect(address)
+    ray = connect_ray(address)
     try:
         gpus = int(device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1)
         if device == "cuda" and not gpus:
@@ -106,23 +105,3 @@ def _finished(ray: Any, running: dict[Any, int], shards: Shards, failures: dict[
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             failures[shard] = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
-
-
-def _connect(address: str) -> Any:
-    host, colon, port = address.rpartition(":")
-    if ("://" in address or not (colon and port.isdecimal())) and address not in ("local", "auto"):
-        raise ConfigError(f"--ray {address}: must be local, auto or HOST:PORT of a cluster's head")
-    try:
-        if colon:  # Ray itself would try for a minute
-            socket.create_connection((host, int(port)), timeout=10).close()
-        import ray  # pyright: ignore[reportMissingImports]  (an extra)
-
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of the cluster
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--ray {address}: needs Ray: pip install 'sleuth-rl[ray]'") from error
-    except (OSError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        hint = "; one with a token is asked with RAY_AUTH_MODE=token" if "connect to Ray" in reason else ""
-        raise ConfigError(f"--ray {address}: no Ray cluster answers there ({reason}){hint}") from error
-    return ray

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,9 @@ def main(config: TrainConfig) -> None:
     """Train a policy to search on the rewards of its own answers.
 
     `--preset NAME` sets all algorithm fields but the recipe's (learning rates, warm-up); what follows on
-    the line wins over it. `--dry-run` only prints what the run will need. The same command again
-    resumes after the last checkpoint; `sleuth report OUT` draws the curves.
+    the line wins over it. `--dry-run` only prints what the run will need. `--ray ADDRESS` lets Ray place
+    trainers, engines and retrievers (docs/scaling.md). The same command again resumes after the last
+    checkpoint; `sleuth report OUT` draws the curves.
     """
     if config.dry_run:
         from rl.estimate import estimate_text
@@ -42,8 +43,14 @@ def main(config: TrainConfig) -> None:
 
         workers = join_workers()
         if workers.leads:
-            print(estimate_text(config, make_protocol(config.protocol, config.policy), workers.count))
+            count = config.ray.trainers if config.ray.address else workers.count
+            print(estimate_text(config, make_protocol(config.protocol, config.policy), count))
         return workers.leave()
+    if config.ray.address is not None:
+        from scripts.launch_on_ray import launch
+
+        launch(config)
+        return print(f"trained: `sleuth report {config.out}` draws its curves")
     workers = train(config)
     if workers.leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")
@@ -51,7 +58,7 @@ def main(config: TrainConfig) -> None:
 
 
 def expand(argv: list[str]) -> list[str]:
-    """argv with a preset's options before the option or the file that names it; `--dry-run` as a value."""
+    """argv with a preset's options before what names it; `--dry-run` and `--ray` with their values."""
     expanded: list[str] = []
     for number, word in enumerate(argv):
         option, joined, value = word.partition("=")
@@ -60,6 +67,9 @@ def expand(argv: list[str]) -> list[str]:
             expanded += _preset_options(name)
         elif option == "--preset":
             expanded += _preset_options(value)
+        if option == "--ray":  # alone, or with the address
+            alone = not joined and (not value or value.startswith("-"))
+            word = f"--ray.address={'local' if alone else value}" if joined or alone else "--ray.address"
         expanded.append("--dry_run=true" if word == "--dry-run" else word)
     return expanded
 
@@ -97,13 +107,14 @@ def train(
         if config.dev_questions
         else []
     )
-    _check(config, questions)
+    here = _located(config)
+    check(here, questions)
     from rl.workers import join_workers
 
     workers = join_workers()
-    with _open_run(config) if workers.leads else nullcontext() as run:
+    with open_run(config) if workers.leads else nullcontext() as run:
         try:
-            asyncio.run(_train(config, run, workers, client, questions, dev, on_step))
+            asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
             workers.leave()
         except KeyboardInterrupt:
             saved = "the state is saved" if workers.count == 1 else "the last checkpoint is kept"
@@ -113,7 +124,7 @@ def train(
     return workers
 
 
-def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
+def check(config: TrainConfig, questions: Sequence[Question]) -> None:
     """What can be wrong with a configuration that no field knows alone, before a model loads."""
     from rl.rewards import check_questions, combine
 
@@ -123,15 +134,31 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
         require(config.engine.urls is not None, "engine.urls", None, "given where several processes train")
 
 
-def _open_run(config: TrainConfig) -> RunDir:
+def _located(config: TrainConfig) -> TrainConfig:
+    """The same run, with engines and retriever where its launcher says that they are."""
+    if config.ray.places is None:
+        return config
+    from data.jsonl import read_json
+
+    places = read_json(config.ray.places)
+    engine = replace(config.engine, urls=places["engines"], sync_folder=places["weights"])
+    return replace(config, engine=engine, retriever=places["retriever"])
+
+
+def open_run(config: TrainConfig, tracked: bool = True) -> RunDir:
+    """The folder of the run; ConfigError where another process writes it or it is of another configuration.
+
+    How the run is spread over machines is no part of its configuration.
+    """
     from data.run_dir import RunDir
     from rl.seed_policy import WIRED_IN
     from rl.trainer import CONSOLE_KEYS
 
     notes = [WIRED_IN] if config.policy == "atlas" else []
-    settings = {key: value for key, value in asdict(config).items() if key not in ("resume", "dry_run")}
+    apart = ("resume", "dry_run", "ray")
+    settings = {key: value for key, value in asdict(config).items() if key not in apart}
     run = RunDir(config.out, settings, config.resume, notes, logger.info, CONSOLE_KEYS)
-    if config.wandb.project:
+    if config.wandb.project and tracked:
         from data.trackers import WandbTracker
 
         run.tracker = WandbTracker(

@@ -95,7 +95,7 @@ def test_two_nodes_write_what_one_process_writes_though_a_worker_is_killed(
     alone, together = (read_manifest(tmp_path / name) for name in ("alone", "i"))
     assert alone.checksums == together.checksums and alone.generation == together.generation
     assert open_index(tmp_path / "i").search(["river"], 3)
-    monkeypatch.setattr(encode_on_ray, "_connect", lambda _: pytest.fail("it is there already"))
+    monkeypatch.setattr(encode_on_ray, "connect_ray", lambda _: pytest.fail("it is there already"))
     command.main(corpus, str(tmp_path / "i"), **arguments)
 
 

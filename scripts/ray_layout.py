@@ -1,0 +1,113 @@
+"""The processes of a run, each with room of its own in a Ray cluster and the command that it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError
+from rl.config import TrainConfig
+from scripts.ray_member import Member, Service
+from scripts.ray_place import PYTHON
+
+OURS = {"PYTHONPATH": str(Path(__file__).parents[1])}
+"""So that a process runs this very package, wherever it stands."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who takes part in a run, and Ray's placement group that holds their room."""
+
+    group: Any
+    trainers: Sequence[Member]
+    engines: Sequence[Service]
+    replicas: Sequence[Service]
+
+    @property
+    def services(self) -> list[Service]:
+        """Engines and replicas."""
+        return [*self.engines, *self.replicas]
+
+
+def engines_to_start(config: TrainConfig) -> int:
+    """How many vLLM servers are the launcher's to start."""
+    return config.engine.servers if config.engine.name == "vllm" and config.engine.urls is None else 0
+
+
+def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
+    """Find room for all processes of the run; none is started. ConfigError where there is no room in time.
+
+    scratch: where a policy goes that engines are given in another dress; all machines see it, and `logs`.
+    """
+    settings = config.ray
+    with_gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    gpus = {"trainer": settings.trainer_gpus, "engine": settings.engine_gpus, "retriever": 0}
+    engines_wanted = engines_to_start(config)
+    counts = {"trainer": settings.trainers, "engine": engines_wanted, "retriever": settings.retrievers}
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    room = [{"CPU": settings.cpus, "GPU": gpus[kind] * with_gpus} for kind in kinds]
+    bundles = [{name: amount for name, amount in each.items() if amount} for each in room]
+    group = ray.util.placement_group(bundles, strategy="SPREAD" if settings.spread else "PACK")
+    if not group.wait(settings.start_seconds):
+        raise ConfigError(_no_room(ray, bundles, settings.start_seconds))
+    names = [f"{kind}-{i}" for kind, count in counts.items() for i in range(count)]
+    places = [
+        (ray, name, _options(group, number, each), logs / f"{name}.log", settings.start_seconds)
+        for number, (name, each) in enumerate(zip(names, room, strict=True))
+    ]
+    limit, first, last = settings.max_restarts, settings.trainers, settings.trainers + engines_wanted
+    trainers = [Member(*place) for place in places[:first]]
+    engines: list[Service] = []
+    if engines_wanted:
+        command, environment = _engine(config, scratch, with_gpus and settings.engine_gpus > 0)
+        engines = [Service(*place, command, environment, "/health", limit) for place in places[first:last]]
+    replicas = [Service(*place, _replica(config), OURS, "/readyz", limit) for place in places[last:]]
+    return Layout(group, trainers, engines, replicas)
+
+
+def _options(group: Any, bundle: int, room: dict[str, float]) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]  (an extra)
+        PlacementGroupSchedulingStrategy,
+    )
+
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    return {"scheduling_strategy": strategy, "num_cpus": room["CPU"], "num_gpus": room["GPU"]}
+
+
+def _no_room(ray: Any, bundles: Sequence[dict[str, float]], seconds: float) -> str:
+    wanted = {name: sum(each.get(name, 0) for each in bundles) for name in ("CPU", "GPU")}
+    there = ray.cluster_resources()
+    needs = " and ".join(f"{amount:g} {name}s (of {there.get(name, 0):g})" for name, amount in wanted.items())
+    return f"ray: no room in the cluster within {seconds:g} s for {len(bundles)} processes with {needs}"
+
+
+def _replica(config: TrainConfig) -> Callable[[str, int], Sequence[str]]:
+    def command(host: str, port: int) -> Sequence[str]:
+        serve = [PYTHON, "-P", "-m", "scripts", "serve", "--index", config.retriever]
+        return [*serve, "--host", host, "--port", str(port), "--drain_seconds", "0"]
+
+    return command
+
+
+def _engine(
+    config: TrainConfig, scratch: Path, on_gpus: bool
+) -> tuple[Callable[[str, int], Sequence[str]], dict[str, str]]:
+    """Command and environment of a server. The policy is loaded once, on this CPU, to see what it is."""
+    from agent.engines.opening import server_options
+    from agent.engines.servable import dress
+    from agent.engines.vllm_process import server_command, server_environment
+    from agent.policy import load_policy
+    from scripts.wiring import make_protocol
+
+    dtype = "bfloat16" if config.dtype == "auto" and on_gpus else config.dtype
+    handed = dress(load_policy(config.policy, "cpu", dtype), cpu=False)  # as the trainers do, who join
+    protocol = make_protocol(config.protocol, config.policy)
+    rows = config.rollout.max_rows
+    options = server_options(config.engine, handed, config.policy, protocol, rows, scratch, not on_gpus)
+    python = str(shutil.which(options.python))
+    environment = {name: v for name, v in server_environment(None).items() if os.environ.get(name) != v}
+    return (lambda host, port: server_command(python, options, port, host)), environment
