@@ -68,6 +68,7 @@ class Needs:
         self.critic = (trunk + self.text.hidden_size + 1) * config.algorithm.needs_critic
         # Under fsdp trained weights lie in float32, shared out; the engine has a whole copy of its own.
         self.share = world_size if config.sharding == "fsdp" else 1
+        self.served = config.engine.name == "vllm"  # by servers, which have memory of their own
         self.stored_bytes = 4 if self.share > 1 else self.dtype.itemsize
         self.copy_bytes = 4 * (self.stored_bytes < 4)  # of the optimiser's own, in float32
         self.trunk = text_trunk(model.to(self.dtype).base_model)
@@ -91,19 +92,18 @@ class Needs:
         tokens = max(longest, min(config.micro_batch_tokens, self.batch * longest))
         rows = config.rollout.max_rows if config.eval_every else self.rows
         positions = -(-longest // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS + 1
-        heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
-        cached = 2 * self.text.num_hidden_layers * heads * self.head_size * self.dtype.itemsize  # a token
+        own = not self.served
         gradients = max(self.trained, self.critic) / share  # the policy's are gone when the critic's come
         phases = {
             "always": {
                 "policy weights": self.whole * stored / share,
                 "adapters": self.adapters * stored / share,
-                "the engine's own weights": (share > 1) * self.whole * self.dtype.itemsize,
+                "the engine's own weights": own * (share > 1) * self.whole * self.dtype.itemsize,
                 "float32 copies of trained weights": self.copy_bytes * self.trained,
                 "AdamW moments": 8 * self.trained / share,
                 "reference policy": reference * self.whole * stored / share,
                 "critic, its copies and moments": self.critic * (stored + self.copy_bytes + 8) / share,
-                f"KV cache of {rows} rows of {positions:,}": rows * positions * cached,
+                f"KV cache of {rows} rows of {positions:,}": own * rows * positions * self.cached_bytes(),
             },
             "update": {
                 "gradients": gradients * stored,
@@ -114,6 +114,18 @@ class Needs:
             "hand over": {"all weights in float32 for the engine": (share > 1) * self.whole * 4},
         }
         return {phase: {name: n for name, n in parts.items() if n} for phase, parts in phases.items()}
+
+    def cached_bytes(self) -> int:
+        """Bytes of a token in a key-value cache."""
+        heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+        return 2 * self.text.num_hidden_layers * heads * self.head_size * self.dtype.itemsize
+
+    def server_memory(self, tokens: float) -> dict[str, float]:
+        """Bytes of one vLLM server by part, with all its rows `tokens` long; its workspace comes on top."""
+        rows = self.config.rollout.max_rows
+        cache = rows * tokens * self.cached_bytes()
+        parts = {"policy weights": self.whole * self.dtype.itemsize}
+        return parts | {f"KV cache of {rows} rows of {tokens:,.0f}": cache}
 
     def activation_bytes(self) -> float:
         """Bytes a token from forward to backward: what autograd saves, and a layer's gradients."""
@@ -215,8 +227,10 @@ def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) 
     step = measured or sum(seconds.values())
     seconds["a step, " + ("the median measured" if measured else "if so long, at least")] = step
     parts = {f"{phase}: {name}": size for phase, of in memory.items() for name, size in of.items()}
+    server = needs.server_memory(limit[1]) if needs.served else {}
     lines = [
         *_table(f"Memory of each of {world_size} ({needs.dtype}, {needs.device})", parts, peak(memory), room),
+        *(_table("Memory of each vLLM server", server, sum(server.values())) if server else ()),
         *_table("Disk", disk, sum(disk.values()), free),
         f"Time, with {lengths[1]:,.0f} tokens a trajectory, {lengths[0]:,.0f} written ({source})",
         *(f"  {name:<50}{value:11,.2f} s" for name, value in seconds.items()),
@@ -227,9 +241,10 @@ def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) 
     return "\n".join(lines)
 
 
-def _table(title: str, parts: dict[str, float], total: float, room: float) -> list[str]:
+def _table(title: str, parts: dict[str, float], total: float, room: float | None = None) -> list[str]:
     rows = [f"  {name:<50}{size / 1e6:11,.1f} MB" for name, size in (parts | {"at once": total}).items()]
-    return [title, *rows[:-1], f"{rows[-1]} of {room / 1e6:,.0f}{': TOO MUCH' * (total > room)}"]
+    of = "" if room is None else f" of {room / 1e6:,.0f}{': TOO MUCH' * (total > room)}"
+    return [title, *rows[:-1], rows[-1] + of]
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):

@@ -13,7 +13,7 @@ from agent.engines.hf import RowCache
 from agent.protocol import SEARCH_R1
 from data.errors import ConfigError
 from data.run_dir import RunDir
-from data.settings import LoraConfig
+from data.settings import EngineConfig, LoraConfig
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.critic import Critic
 from rl.estimate import Needs, estimate_text, peak, seen
@@ -132,6 +132,22 @@ def test_fsdp_divides_what_is_trained_but_gives_the_engine_a_whole_copy(folder):
     assert shared["AdamW moments"] == alone["AdamW moments"] / 4
     assert shared["the engine's own weights"] == alone["policy weights"]
     assert "the engine's own weights" not in memory(replace(config, sharding="none"), world_size=4)
+
+
+def test_servers_hold_the_cache_and_a_copy_that_the_trainer_then_has_not(folder):
+    config = configure(folder, sharding="fsdp", rollout=RolloutConfig(1, 8, max_rows=6))
+    served = replace(config, engine=EngineConfig(name="vllm"))
+    own, apart = memory(config, 4, 300), memory(served, 4, 300)
+    assert {name for name in own if name not in apart} == {
+        "the engine's own weights",
+        "KV cache of 6 rows of 513",
+    }
+    cache = RowCache(tiny_model("qwen2", VOCABULARY), max_rows=6)
+    cache.reserve(6, 512)
+    server = Needs(served, 4).server_memory(513)
+    assert list(server.values()) == [own["the engine's own weights"], cache.storage.nbytes]
+    text = estimate_text(served, SEARCH_R1, world_size=4)
+    assert "Memory of each vLLM server" in text and "KV cache of 6 rows of 4,096" in text
 
 
 def test_the_peak_counts_phases_that_exclude_each_other_once():
