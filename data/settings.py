@@ -55,6 +55,12 @@ class EngineConfig:
     """CUDA devices of the started servers, such as 1,2,3; none: all that are visible."""
     sync_folder: str | None = None
     """Where weights are handed over; all servers must see it. None: a folder of this machine's own."""
+    transport: Literal["folder", "nccl", "ipc"] = "folder"
+    """How new weights reach servers: by files; from GPU to GPU; within one GPU that is shared with them."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """What servers get of LoRA: whole weights, adapters merged; or the adapters alone, by files."""
+    max_restarts: int = 3
+    """Of each server that was started here, where it dies or hangs; those that are joined are not ours."""
     deadline_seconds: float = 600.0
     """The longest wait for a completion, for new weights to be loaded, or for servers to start."""
     max_probe_difference: float | None = None
@@ -64,6 +70,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.servers >= 1, "engine.servers", self.servers, ">= 1")
         require(self.deadline_seconds > 0, "engine.deadline_seconds", self.deadline_seconds, "> 0")
+        require(self.max_restarts >= 0, "engine.max_restarts", self.max_restarts, ">= 0")
+        by_files = self.lora == "merged" or self.transport == "folder"
+        require(by_files, "engine.transport", self.transport, "folder with engine.lora adapter")
         limit = self.max_probe_difference
         require(limit is None or limit > 0, "engine.max_probe_difference", limit, "> 0")
         require(self.name == "vllm" or self.urls is None, "engine.urls", self.urls, "none for engine hf")

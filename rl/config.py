@@ -287,6 +287,8 @@ class TrainConfig:
             self.eval_every,
             "0 without dev_questions",
         )
+        adapted = self.engine.lora == "merged" or self.lora.rank > 0
+        require(adapted, "engine.lora", self.engine.lora, "merged where lora.rank is 0")
         local = self.engine.name == "hf" or not self.deterministic
         require(local, "deterministic", True, "false with engine vllm, which batches as requests come")
 

@@ -31,6 +31,7 @@ from rl.lora import (
     copy_state,
     load_adapter_state,
     merged_state,
+    scaled_adapter_state,
     training_dropout,
 )
 from rl.optimizer import Optimizer
@@ -111,9 +112,14 @@ class Learner:
             return self.updater.update(collected.groups, collected.count, step)
 
     def weights_for_engine(self) -> dict[str, Tensor] | None:
-        """The whole policy, which all processes must ask for; None where the engine shares the model."""
+        """The whole policy, which all processes must ask for; None where the engine shares the model.
+
+        With `engine.lora: adapter` its adapters alone.
+        """
         if self.config.engine.name == "hf" and not self.sharded:
             return None
+        if self.config.engine.name != "hf" and self.config.engine.lora == "adapter":
+            return scaled_adapter_state(self.model)
         return merged_state(self.model, _whole(self.model.state_dict()))
 
     def snapshot(self) -> Snapshot:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import DataError, require
-from rl.workers import copy_whole
+from rl.workers import copy_whole, whole
 
 if TYPE_CHECKING:
     from data.settings import LoraConfig
@@ -113,6 +113,13 @@ def merged_copy(model: nn.Module) -> Any:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights by name; what `load_adapter_state` takes. Empty without adapters."""
     return {name: p.detach() for name, p in _parameters(model).items()}
+
+
+def scaled_adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' whole weights by name, B times alpha/rank: their product is what is added to a weight."""
+    scales = {name: layer.scaling[ADAPTER] for name, layer in _adapted(model).items()}
+    found = {name: whole(parameter.detach()) for name, parameter in _parameters(model).items()}
+    return {n: w * scales[n.split(".lora_B.")[0]] if ".lora_B." in n else w for n, w in found.items()}
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

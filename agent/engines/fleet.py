@@ -2,7 +2,8 @@
 
 A trajectory stays with the server that has its prefix in its cache; a new one goes where the fewest are.
 A server that breaks a connection, answers 5xx or does not answer its health check is taken out; what it
-was asked is asked elsewhere. It comes back when it is healthy again, with the weights of the others.
+was asked is asked elsewhere. It comes back when it is healthy again, with the weights of the others; where
+somebody revives it (who started it, agent/engines/vllm_process.py), it is waited for if none is left.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ class Server:
         self.lost: asyncio.Future[str] | None = None
         """Done, with the reason, once it is taken out."""
         self.ready = False
+        self.lives = 0
+        """How often it was opened: what was agreed with it before is gone then."""
+        self.out_since: float | None = None
+        """When it was taken out, by the clock of the event loop."""
+        self.given_up = False
+        """Whether nobody starts it again."""
         self._http: httpx.AsyncClient | None = None
 
     @property
@@ -48,6 +55,7 @@ class Server:
     def open(self) -> None:
         """Let it be asked in this event loop; by trajectories only once it is `ready`."""
         self.ready = False
+        self.lives += 1
         self.lost = asyncio.get_running_loop().create_future()
         if self._http is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -59,6 +67,11 @@ class Server:
             logger.warning("engine vllm: %s is taken out: %s", self.url, reason)
             self.lost.set_result(reason)
             self.trajectories.clear()
+            self.out_since = self.out_since or asyncio.get_running_loop().time()
+
+    def welcome(self) -> None:
+        """Let trajectories ask it."""
+        self.ready, self.out_since, self.given_up = True, None, False
 
     async def ask(self, path: str, body: Any = None, **parameters: Any) -> Any:
         """The JSON that it answers to a POST. Raises ServerLost, or EngineError where it refuses (4xx)."""
@@ -102,34 +115,59 @@ def _content(place: str, response: httpx.Response) -> Any:
 class Fleet:
     """The servers of one engine."""
 
-    def __init__(self, urls: Sequence[str], deadline_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        deadline_seconds: float = 600.0,
+        catch_up: Callable[[Server], Awaitable[None]] | None = None,
+        revive: Callable[[str, float], bool] | None = None,
+    ) -> None:
+        """catch_up: what a server gets before it is asked again.
+
+        revive: told a URL and for how many seconds it has been out, may start that server again, and says
+        whether it may yet come back; it is called again and again, in a thread.
+        """
         if not urls or len(set(urls)) < len(urls):
             raise ConfigError(f"engine.urls = {','.join(urls)!r}: must be one or more different URLs")
         self.servers = [Server(url) for url in urls]
         self.deadline_seconds = deadline_seconds
-        self.welcome: Callable[[Server], Awaitable[None]] | None = None
-        """What a server gets before it is asked again; see `VLLMEngine`."""
+        self._catch_up, self._revive = catch_up, revive
         self._by_trajectory: dict[str, Server] = {}
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     @property
     def live(self) -> list[Server]:
-        """The servers that may be asked; raises EngineError where none is left."""
-        live = [server for server in self.servers if server.live]
-        if not live:
-            reasons = "; ".join(s.lost.result() for s in self.servers if s.lost and s.lost.done())
-            raise EngineError(f"engine vllm: none of {len(self.servers)} servers is left: {reasons}")
+        """The servers that may be asked now."""
+        return [server for server in self.servers if server.live]
+
+    async def some(self) -> list[Server]:
+        """The servers that may be asked; at least one, waited for while it may come back.
+
+        Raises EngineError where none is left.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.deadline_seconds
+        while not (live := self.live):
+            hopeless = self._revive is None or all(server.given_up for server in self.servers)
+            if hopeless or loop.time() > end:
+                raise self._none_left()
+            await asyncio.sleep(0.05)
         return live
+
+    def _none_left(self) -> EngineError:
+        reasons = "; ".join(s.lost.result() for s in self.servers if s.lost and s.lost.done())
+        return EngineError(f"engine vllm: none of {len(self.servers)} servers is left: {reasons}")
 
     async def start(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait for all servers until the deadline; `check` raises if one that is starting has died.
 
         Those that are not there by then are taken out. Raises EngineError where none is there.
         """
-        if self._watch is None:
+        if not self._watches:
             await asyncio.gather(*(self._await(server, check) for server in self.servers))
-            assert self.live
-            self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
+            if not self.live:
+                raise self._none_left()
+            self._watches = [asyncio.ensure_future(self._keep_watch(server)) for server in self.servers]
 
     async def _await(self, server: Server, check: Callable[[], None]) -> None:
         server.open()
@@ -139,7 +177,7 @@ class Fleet:
                 while True:
                     try:
                         await server.get("/health")
-                        server.ready = True
+                        server.welcome()
                         return
                     except EngineError as error:
                         reason = str(error)
@@ -148,11 +186,11 @@ class Fleet:
         except TimeoutError:
             server.take_out(f"not there after {self.deadline_seconds:g} s: {reason}")
 
-    def choose(self, trajectory_id: str) -> Server:
+    async def choose(self, trajectory_id: str) -> Server:
         """The server that holds the trajectory's cache, else that with the fewest trajectories."""
         server = self._by_trajectory.get(trajectory_id)
         if server is None or not server.live:
-            server = min(self.live, key=lambda each: len(each.trajectories))
+            server = min(await self.some(), key=lambda each: len(each.trajectories))
             self._by_trajectory[trajectory_id] = server
         server.trajectories.add(trajectory_id)
         return server
@@ -166,7 +204,7 @@ class Fleet:
     async def on_all(self, act: Callable[[Server], Awaitable[Any]]) -> Mapping[Server, Any]:
         """What `act` gives for each live server, within the deadline; those that fail are taken out.
 
-        Raises EngineError where none is left.
+        Where all fail it is tried with those that come back. Raises EngineError where none is left.
         """
 
         async def attempt(server: Server) -> Any:
@@ -179,33 +217,42 @@ class Fleet:
                 server.take_out(str(error))
             return None
 
-        asked = self.live
-        answers = dict(zip(asked, await asyncio.gather(*map(attempt, asked)), strict=True))
-        return {server: answers[server] for server in self.live if server in answers}
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.deadline_seconds
+        while True:
+            asked = await self.some()
+            answers = dict(zip(asked, await asyncio.gather(*map(attempt, asked)), strict=True))
+            if done := {server: answers[server] for server in self.live if server in answers}:
+                return done
+            if loop.time() > end:
+                raise EngineError(f"engine vllm: no server did it within {self.deadline_seconds:g} s")
 
     async def close(self) -> None:
         """Stop watching and close all connections."""
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-            self._watch = None
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        self._watches = []
         for server in self.servers:
             await server.close()
 
-    async def _keep_watch(self) -> None:
+    async def _keep_watch(self, server: Server) -> None:
         while True:
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
-            await asyncio.gather(*map(self._look_after, self.servers))
+            await self._look_after(server)
 
     async def _look_after(self, server: Server) -> None:
         try:
             await server.get("/health")
             if not server.live:
                 server.open()
-                if self.welcome is not None:
+                if self._catch_up is not None:
                     async with asyncio.timeout(self.deadline_seconds):
-                        await self.welcome(server)
-                server.ready = True
+                        await self._catch_up(server)
+                server.welcome()
                 logger.warning("engine vllm: %s is back", server.url)
         except (EngineError, TimeoutError) as error:
             server.take_out(str(error) or "no answer in time")
+            if self._revive is not None and not server.given_up and server.out_since is not None:
+                out_seconds = asyncio.get_running_loop().time() - server.out_since
+                server.given_up = not await asyncio.to_thread(self._revive, server.url, out_seconds)

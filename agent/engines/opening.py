@@ -1,4 +1,4 @@
-"""The vLLM engine that a configuration asks for: servers joined or started here, weights by a folder."""
+"""The vLLM engine that a configuration asks for: servers joined or started, and how weights get there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from agent.engines.servable import Dress, dress
 from agent.engines.stopping import eos_ids
+from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, ServerProcess, start_servers
+from agent.engines.vllm_process import ServerOptions, StartedServers
 from agent.policy import Policy, resolve_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 SERVED = "served-policy"
 """Folder of a policy in the dress that started servers load."""
+MAX_LORA_RANK = 64
+"""Of adapters that a started server takes, unless `engine.arguments` says otherwise."""
 
 
 def open_vllm(
@@ -36,31 +40,49 @@ def open_vllm(
     """
     if policy.vision is not None:
         raise ConfigError("engine.name = 'vllm': not with a policy that reads pictures; allowed: hf")
-    started: list[ServerProcess] = []
+    ends = sorted(eos_ids(policy.model, policy.tokenizer))
     scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
-    if config.urls:
+    if config.urls:  # what runs there already is as its owner started it
+        transport = open_transport(config, dress(policy, cpu=False), scratch)
         urls = [url.strip() for url in config.urls.split(",")]
-        handed = dress(policy, cpu=False)  # what runs there already is as its owner started it
-    else:
-        cpu = not torch.cuda.is_available()
-        handed = dress(policy, cpu)
-        options = server_options(config, handed, source, protocol, max_rows, scratch, cpu)
-        started = start_servers(options, config.servers, folder or scratch, _devices(config.devices))
-        urls = [server.url for server in started]
-
-    def check() -> None:
-        for server in started:
-            server.check()
+        return VLLMEngine(urls, ends, transport, config.deadline_seconds, on_close=lambda: _remove(scratch))
+    cpu = not torch.cuda.is_available()
+    handed = dress(policy, cpu)
+    transport = open_transport(config, handed, scratch)
+    options = server_options(config, handed, source, protocol, max_rows, scratch, cpu)
+    place = (config.servers, folder or scratch, _devices(config.devices))
+    started = StartedServers(options, *place, config.max_restarts, config.deadline_seconds)
 
     def stop() -> None:
-        for server in started:
-            server.stop()
-        shutil.rmtree(scratch / SERVED, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it may hold logs
-            scratch.rmdir()
+        started.stop()
+        _remove(scratch)
 
-    ends = eos_ids(policy.model, policy.tokenizer)
-    return VLLMEngine(urls, sorted(ends), handed.save, scratch, config.deadline_seconds, check, stop)
+    urls = [server.url for server in started.servers]
+    return VLLMEngine(
+        urls, ends, transport, config.deadline_seconds, started.check, started.revive, on_close=stop
+    )
+
+
+def _remove(scratch: Path) -> None:
+    shutil.rmtree(scratch / SERVED, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it may hold logs
+        scratch.rmdir()
+
+
+def open_transport(config: EngineConfig, handed: Dress, folder: Path) -> Transport:
+    """How new weights reach the servers. Raises ConfigError where there is no GPU for it."""
+    if config.lora == "adapter":
+        return AdapterTransport(handed.save_adapter, folder)
+    if config.transport == "folder":
+        return FolderTransport(handed.save, folder)
+    from agent.engines.device_transport import IPCTransport, NCCLTransport, device_arguments
+
+    device_arguments(config.transport)
+
+    def tensors(state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        return handed.weights(state or handed.policy.model.state_dict())
+
+    return {"nccl": NCCLTransport, "ipc": IPCTransport}[config.transport](tensors)
 
 
 def server_options(
@@ -74,14 +96,24 @@ def server_options(
 ) -> ServerOptions:
     """What servers are told that are started for a policy; one in another dress is written into `scratch`."""
     tokens = context_tokens(handed.policy, protocol)
+    usual, environment = [*cpu_arguments(tokens)] if cpu else [], {}
+    if config.lora == "adapter":
+        usual += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(MAX_LORA_RANK)]
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    elif config.transport != "folder":
+        from agent.engines.device_transport import device_arguments
+
+        arguments, environment = device_arguments(config.transport)
+        usual += arguments
     return ServerOptions(
         handed.save_policy(scratch / SERVED) if handed.served else resolve_policy(source),
         str(handed.policy.model.dtype).removeprefix("torch."),
         config.python,
         max_rows,
         tokens,
-        cpu_arguments(tokens) if cpu else (),
+        usual,
         config.arguments,
+        environment,
     )
 
 

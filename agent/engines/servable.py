@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from agent.policy import Policy
-from data.errors import ConfigError
+from data.errors import ConfigError, EngineError
+from data.jsonl import write_json
 
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of heads that vLLM 0.32's attention has on a CPU."""
@@ -54,6 +56,20 @@ class Dress:
         self.save(folder)
         self.policy.tokenizer.save_pretrained(folder)
         return str(folder)
+
+    def save_adapter(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+        """Write LoRA adapters as peft does; state: A and B by name, what scales their product put into B."""
+        if not state:
+            raise EngineError("engine.lora = 'adapter': the policy has no adapters to hand over")
+        named = {f"base_model.model.{n.replace('.default.', '.')}": w for n, w in self.weights(state).items()}
+        rank = next(len(tensor) for name, tensor in named.items() if ".lora_A." in name)
+        targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in named})
+        written = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: w.contiguous().cpu() for name, w in named.items()}, folder / "adapter_model.safetensors"
+        )
+        write_json(folder / "adapter_config.json", {**written, "bias": "none", "task_type": "CAUSAL_LM"})
 
     def weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by name as the server has them; adapters' matrices too, which are padded alike."""

@@ -2,33 +2,27 @@
 
 Token ids go out and come back by `/inference/v1/generate`, whose answer also says which weights wrote which
 tokens. Prefix caching across turns is the server's own: a trajectory stays where its prefix is cached.
-Weights travel through a folder: written as safetensors, loaded by each server while it is paused, with
+Weights travel by a transport (agent/engines/transport.py): each server takes them while it is paused, with
 what it was writing kept and its cache made anew. A restarted completion has its seed again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from agent.engines.base import Completion, FinishReason, Sampling
 from agent.engines.fleet import Fleet, Server, ServerLost
+from agent.engines.transport import Transport
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
 
 GENERATE = "/inference/v1/generate"
-RELOAD = ("sleuth_reload", "reload_weights")
-"""What a server's worker is called for: ours (worker/sleuth_worker.py) where it was started with it."""
 FRESH = "default"
 """What a server calls the weights that it was started with."""
-
-Write = Callable[[Path, "dict[str, Tensor] | None"], None]
-"""Writes weights into a folder under the names that `from_pretrained` reads; None: the model's own."""
 
 
 class VLLMEngine:
@@ -38,25 +32,23 @@ class VLLMEngine:
         self,
         urls: Sequence[str],
         stop_ids: Sequence[int] = (),
-        write: Write | None = None,
-        folder: Path | None = None,
+        transport: Transport | None = None,
         deadline_seconds: float = 600.0,
         check: Callable[[], None] = lambda: None,
+        revive: Callable[[str, float], bool] | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """stop_ids: the tokens that end a completion, as for the hf engine.
 
-        write, folder: how and where weights are handed over; without, the servers keep theirs. `check`
-        raises if a server that was started has died before it answers; `on_close` ends them.
+        transport: how weights are handed over; without, the servers keep theirs. `check` raises if a
+        server that was started has died before it answers; `revive`: see `Fleet`; `on_close` ends them.
         """
-        self.fleet = Fleet(urls, deadline_seconds)
-        self.fleet.welcome = self._catch_up
+        self.fleet = Fleet(urls, deadline_seconds, self._catch_up, revive)
         self.stop_ids, self.deadline_seconds = list(stop_ids), deadline_seconds
         self.weights_version = 0
         self.max_length = 0
-        self._write, self._folder = write, folder
-        self._handed_over: Path | None = None
-        self._handed_version = 0
+        self.transport = transport
+        self._model: dict[str, str] = {}
         self._check, self._on_close = check, on_close
         self._starting: asyncio.Task[None] | None = None
 
@@ -88,11 +80,13 @@ class VLLMEngine:
         room = self.max_length - len(prompt_ids)
         if room <= 0:
             return Completion([], [], FinishReason.LENGTH, self.weights_version)
-        body = {"token_ids": prompt_ids, "sampling_params": self._parameters(sampling, room)}
+        sampled = self._parameters(sampling, room)
         try:
             async with asyncio.timeout(self.deadline_seconds):
                 while True:
-                    server, wanted = self.fleet.choose(trajectory_id), self.weights_version
+                    server = await self.fleet.choose(trajectory_id)
+                    wanted = self.weights_version
+                    body = {"token_ids": prompt_ids, "sampling_params": sampled} | self._model
                     try:
                         completion = parse_completion(await server.ask(GENERATE, body), self.weights_version)
                     except ServerLost as loss:
@@ -111,21 +105,18 @@ class VLLMEngine:
         self.fleet.release(trajectory_id)
 
     async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
-        """New weights from here on, what is being written included; None: the model's that `write` knows.
+        """New weights from here on, what is being written included; None: those of the model as it is.
 
         Raises EngineError where no server could load them.
         """
-        if self._write is None or self._folder is None:
-            raise EngineError("engine vllm: was opened without a folder to hand weights over in")
+        if self.transport is None:
+            raise EngineError("engine vllm: was opened without a transport to hand weights over with")
         await self.start()
-        folder = self._folder / f"weights-{version:06d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        await asyncio.to_thread(self._write, folder, state)
-        before, self._handed_over, self._handed_version = self._handed_over, folder, version
+        await self.transport.stage(state, version)
         await self.fleet.on_all(self._load)
         self.weights_version = version  # not before: a completion may begin while a server has yet to pause
-        if before is not None and before != folder:
-            shutil.rmtree(before, ignore_errors=True)
+        self._model = {"model": self.transport.model} if self.transport.model else {}
+        self.transport.settle()
 
     async def complete_on_each(
         self, prompts: Sequence[list[int]], sampling: Sampling
@@ -135,7 +126,7 @@ class VLLMEngine:
         async def on(server: Server) -> list[Completion]:
             parameters = [self._parameters(sampling, self.max_length - len(ids)) for ids in prompts]
             asked = (
-                server.ask(GENERATE, {"token_ids": ids, "sampling_params": each})
+                server.ask(GENERATE, {"token_ids": ids, "sampling_params": each} | self._model)
                 for ids, each in zip(prompts, parameters, strict=True)
             )
             return [parse_completion(answer, self.weights_version) for answer in await asyncio.gather(*asked)]
@@ -152,8 +143,8 @@ class VLLMEngine:
                 self._starting = None
             await self.fleet.close()
         finally:
-            if self._handed_over is not None:
-                shutil.rmtree(self._handed_over, ignore_errors=True)
+            if self.transport is not None:
+                self.transport.close()
             self._on_close()
 
     def _parameters(self, sampling: Sampling, room: int) -> dict[str, Any]:
@@ -174,24 +165,24 @@ class VLLMEngine:
             "logprobs": 0,  # of the sampled tokens alone
         }
 
-    async def _load(self, server: Server) -> None:
-        """The weights handed over last; what the server is writing waits, and goes on with them."""
-        folder = str(self._handed_over)
+    async def _load(self, server: Server) -> int:
+        """The newest weights, whose version is returned; what the server is writing waits for them."""
+        assert self.transport is not None and self.transport.staged is not None
+        staged = self.transport.staged
         await server.ask("/pause", mode="keep")
-        try:
-            await server.ask("/collective_rpc", {"method": RELOAD[0], "kwargs": {"weights_path": folder}})
-        except ServerLost:  # it lives, but was started without our worker
-            await server.ask("/collective_rpc", {"method": RELOAD[1], "kwargs": {"weights_path": folder}})
-        await server.ask("/update_weight_version", {"new_version": str(self._handed_version)})
+        await self.transport.load(server, staged)
+        await server.ask("/update_weight_version", {"new_version": str(staged.version)})
         reset = await server.ask("/reset_prefix_cache", reset_running_requests="true")
         if not reset["success"]:
             raise EngineError("its prefix cache could not be reset")
         await server.ask("/resume")
+        return staged.version
 
     async def _catch_up(self, server: Server) -> None:
-        """Give a server that is back the weights of the others."""
-        if self._handed_over is not None:
-            await self._load(server)
+        """Give a server that is back the weights of the others, newer ones too that come meanwhile."""
+        loaded = None
+        while self.transport and (staged := self.transport.staged) and staged.version != loaded:
+            loaded = await self._load(server)
 
 
 def parse_completion(answer: Any, newest: int) -> Completion:

@@ -1,19 +1,27 @@
-"""vLLM servers started here: processes of another environment's Python, which end when we do."""
+"""vLLM servers started here: processes of another environment's Python, which end when we do.
+
+One that dies, or answers no more, is started again on its port; its log goes on in the same file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import ConfigError, EngineError
+
+logger = logging.getLogger(__name__)
 
 WORKER = Path(__file__).parent / "worker"
 # A shell that waits for the end of its input, which comes when this process ends, however it ends; and
@@ -35,6 +43,8 @@ class ServerOptions:
     """Arguments of ours that depend on the machine."""
     arguments: str = ""
     """Of the user's; they win."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that it sees besides ours."""
 
 
 class ServerProcess:
@@ -47,23 +57,51 @@ class ServerProcess:
             raise ConfigError(
                 f"engine.python = {options.python!r}: no such program; `bash scripts/vllm_env.sh` makes it"
             )
-        self.log, port = log, _free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        port = _free_port()
+        self.log, self.url = log, f"http://127.0.0.1:{port}"
+        self.restarts = 0
+        self._command = ["sh", "-c", WATCHED, "sh", *server_command(python, options, port)]
+        self._environment = server_environment(device, options.environment)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        log.write_bytes(b"")
+        self._launch()
+
+    def _launch(self) -> None:
+        self._log_bytes, self._launched = self.log.stat().st_size, time.monotonic()
+        with self.log.open("ab") as out:
             self._process = subprocess.Popen(
-                ["sh", "-c", WATCHED, "sh", *server_command(python, options, port)],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=server_environment(device),
+                env=self._environment,
                 start_new_session=True,
             )
 
+    @property
+    def seconds(self) -> float | None:
+        """Since when it runs; None: it has ended."""
+        return time.monotonic() - self._launched if self._process.poll() is None else None
+
+    def last_words(self) -> str:
+        """The last line with an error that it printed, else its last line."""
+        printed = self.log.read_bytes()[self._log_bytes :].decode(errors="replace")
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
+        said = [line for line in lines if "Error" in line] or lines or ["it printed nothing"]
+        return said[-1][-300:]
+
     def check(self) -> None:
         """Raise EngineError, with the last line that it printed, if it has ended."""
-        if self._process.poll() is not None:
-            raise EngineError(f"engine vllm: the server has ended: {_last_words(self.log)} (see {self.log})")
+        if self.seconds is None:
+            raise EngineError(f"engine vllm: the server has ended: {self.last_words()} (see {self.log})")
+
+    def restart(self) -> None:
+        """Start it again, on the same port and device; what is left of it is killed."""
+        self.kill()
+        self.restarts += 1
+        with self.log.open("a") as out:
+            out.write(f"--- started again ({self.restarts}) ---\n")
+        self._launch()
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -82,20 +120,68 @@ class ServerProcess:
             os.killpg(self._process.pid, number)
 
 
-def start_servers(
-    options: ServerOptions, count: int, folder: Path, devices: Sequence[str] = ()
-) -> list[ServerProcess]:
-    """Start so many servers, the devices dealt out evenly; they load at the same time."""
-    shares = [",".join(devices[i::count]) or None for i in range(count)]
-    started: list[ServerProcess] = []
-    try:
-        for number, share in enumerate(shares):
-            started.append(ServerProcess(options, folder / f"vllm-{number}.log", share))
-    except BaseException:
-        for server in started:
-            server.kill()
-        raise
-    return started
+class StartedServers:
+    """The servers of one engine that were started here."""
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        count: int,
+        folder: Path,
+        devices: Sequence[str] = (),
+        max_restarts: int = 3,
+        patience_seconds: float = 600.0,
+    ) -> None:
+        """Start so many, the devices dealt out evenly; they load at the same time.
+
+        folder: of their logs. max_restarts: of each of them; patience_seconds: a server that runs, but has
+        not answered for so long, is killed.
+        """
+        self.max_restarts, self.patience_seconds = max_restarts, patience_seconds
+        self.servers: list[ServerProcess] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        try:
+            for number in range(count):
+                share = ",".join(devices[number::count]) or None
+                self.servers.append(ServerProcess(options, folder / f"vllm-{number}.log", share))
+        except BaseException:
+            self.stop()
+            raise
+
+    def check(self) -> None:
+        """Raise EngineError if one has ended."""
+        for server in self.servers:
+            server.check()
+
+    def revive(self, url: str, out_seconds: float) -> bool:
+        """Start the server of that URL again if it has ended, or hangs; whether it may yet answer."""
+        with self._lock:
+            [server] = [server for server in self.servers if server.url == url]
+            if self._closed:
+                return False
+            if server.seconds is None:
+                why = f"has ended: {server.last_words()}"
+            elif min(server.seconds, out_seconds) > self.patience_seconds:
+                why = f"has not answered for {out_seconds:.0f} s"
+            else:
+                return True
+            if server.restarts >= self.max_restarts:
+                logger.warning("engine vllm: %s %s; it was started again %d times", url, why, server.restarts)
+                return False
+            logger.warning("engine vllm: %s %s; it is started again (see %s)", url, why, server.log)
+            server.restart()
+            return True
+
+    def stop(self) -> None:
+        """End all, side by side."""
+        with self._lock:
+            self._closed = True
+        stops = [threading.Thread(target=server.stop) for server in self.servers]
+        for each in stops:
+            each.start()
+        for each in stops:
+            each.join()
 
 
 def server_command(python: str, options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
@@ -119,21 +205,15 @@ def server_command(python: str, options: ServerOptions, port: int, host: str = "
     ]
 
 
-def server_environment(device: str | None) -> Mapping[str, str]:
-    """What a server sees of this process's environment."""
+def server_environment(device: str | None, more: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """What a server sees of this process's environment, and more of ours."""
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
     # Its own folder and no more: our packages are of another environment.
     environment |= {"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return environment | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    return environment | dict(more or {}) | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
 
 
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if "Error" in line] or lines or ["it printed nothing"]
-    return said[-1][-300:]

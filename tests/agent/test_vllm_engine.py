@@ -10,8 +10,9 @@ import torch
 from agent.engines import fleet
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
+from agent.engines.transport import FolderTransport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, start_servers
+from agent.engines.vllm_process import ServerOptions, StartedServers
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
 from tests.fake_vllm import FakeVLLM
@@ -26,7 +27,7 @@ def llama():
     return tiny_model("llama", len(TOKENIZER))
 
 
-def running(count, act, folder=None, model=None, **faults):
+def running(count, act, folder=None, model=None, transport=None, **faults):
     """What `act(engine, fakes)` gives for an engine over so many fake servers."""
     model = model or llama()
     fakes = [FakeVLLM(copy.deepcopy(model), TOKENIZER) for _ in range(count)]
@@ -36,8 +37,10 @@ def running(count, act, folder=None, model=None, **faults):
     def write(target, state):
         model.save_pretrained(target, state_dict=state)
 
+    transport = transport or (FolderTransport(write, folder) if folder else None)
+
     async def run(urls):
-        engine = VLLMEngine(urls, [7], write, folder, deadline_seconds=20)
+        engine = VLLMEngine(urls, [7], transport, deadline_seconds=20)
         try:
             return await act(engine, fakes)
         finally:
@@ -225,19 +228,19 @@ def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
         asyncio.run(engine.generate([1], Sampling(), "t", [Picture("a.png", 0, 1)]))
     with pytest.raises(EngineError, match="empty prompt"):
         asyncio.run(engine.generate([], Sampling(), "t"))
-    with pytest.raises(EngineError, match="without a folder"):
+    with pytest.raises(EngineError, match="without a transport"):
         asyncio.run(engine.update_weights(None, 1))
     with pytest.raises(ConfigError, match="must be like http"):
         VLLMEngine(["127.0.0.1:8000"])
     with pytest.raises(ConfigError, match=r"engine.python = '/no/python': no such program"):
-        start_servers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
+        StartedServers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
 
 
 def test_a_server_that_ends_while_it_starts_is_noticed_with_its_last_words(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'ValueError: no room'\nexit 1\n")
     python.chmod(0o755)
-    [server] = start_servers(ServerOptions("model", "float32", str(python)), 1, tmp_path)
-    engine = VLLMEngine([server.url], deadline_seconds=20, check=server.check)
+    started = StartedServers(ServerOptions("model", "float32", str(python)), 1, tmp_path)
+    engine = VLLMEngine([started.servers[0].url], deadline_seconds=20, check=started.check)
     with pytest.raises(EngineError, match="the server has ended: ValueError: no room"):
         asyncio.run(engine.generate([1], Sampling(), "t"))

@@ -1,0 +1,157 @@
+"""Servers that were started here and die, or hang, are started again; the others go on meanwhile.
+
+The server is a small program of the standard library that speaks as much of vLLM's wire as is asked here.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+
+import httpx
+import pytest
+
+from agent.engines import fleet
+from agent.engines.base import Sampling
+from agent.engines.transport import FolderTransport
+from agent.engines.vllm import VLLMEngine
+from agent.engines.vllm_process import ServerOptions, StartedServers
+from data.errors import EngineError
+
+SERVER = """#!{python}
+import json, sys, os, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+state = {{"version": "default", "folder": None}}
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.answer({{"data": [{{"id": "m", "max_model_len": 64}}], "pid": os.getpid(), **state}})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{{}}")
+        if self.path.startswith("/collective_rpc"):
+            state["folder"] = body["kwargs"]["weights_path"]
+            assert os.path.exists(state["folder"])
+        if self.path == "/update_weight_version":
+            state["version"] = body["new_version"]
+        ids = [3, 4]
+        choice = dict(token_ids=ids, logprobs=dict(content=[dict(token_id=i, logprob=-1) for i in ids]),
+                      finish_reason="stop", weight_versions=[dict(version=state["version"])])
+        if body.get("token_ids") == [6]:
+            print("RuntimeError: killed by a prompt", flush=True)
+            os._exit(1)
+        self.answer(dict(choices=[choice], success=True))
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def log_message(self, *_): pass
+ThreadingHTTPServer.allow_reuse_address = True
+print("starting", flush=True)
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def run(act, count, tmp_path, monkeypatch, **limits):
+    """What `act(engine, started)` gives for an engine over so many started servers."""
+    monkeypatch.setattr(fleet, "HEALTH_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(fleet, "HEALTH_TIMEOUT_SECONDS", 0.5)
+    python = tmp_path / "python"
+    python.write_text(SERVER.format(python=sys.executable))
+    python.chmod(0o755)
+    started = StartedServers(ServerOptions("m", "float32", str(python)), count, tmp_path, **limits)
+    transport = FolderTransport(lambda folder, state: folder.mkdir(parents=True), tmp_path / "weights")
+
+    async def live():
+        urls = [server.url for server in started.servers]
+        engine = VLLMEngine(urls, [], transport, 20, started.check, started.revive, started.stop)
+        try:
+            return await act(engine, started)
+        finally:
+            await engine.close()
+
+    return asyncio.run(live())
+
+
+async def until(condition):
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+def ask(engine, name, prompt=(1, 2)):
+    return engine.generate(list(prompt), Sampling(max_tokens=2), name)
+
+
+def test_a_server_that_dies_is_started_again_at_its_place_with_the_newest_weights(tmp_path, monkeypatch):
+    async def act(engine, started):
+        await engine.update_weights(None, 3)
+        servers = engine.fleet.servers
+        before = [(await server.get("/info"))["pid"] for server in servers]
+        os.kill(before[0], signal.SIGKILL)
+        meanwhile = await asyncio.gather(*(ask(engine, str(n)) for n in range(6)))
+        await until(lambda: len(engine.fleet.live) == 2 and started.servers[0].restarts == 1)
+        after = [await server.get("/info") for server in servers]
+        await engine.update_weights(None, 4)
+        return before, meanwhile, after, [(await server.get("/info"))["version"] for server in servers]
+
+    before, meanwhile, after, last = run(act, 2, tmp_path, monkeypatch)
+    assert all(c.token_ids == [3, 4] and c.weights_version == 3 for c in meanwhile)
+    assert after[1]["pid"] == before[1] and after[0]["pid"] != before[0]
+    assert after[0]["version"] == "3" and after[0]["folder"].endswith("weights-000003")
+    assert last == ["4", "4"]
+    log = (tmp_path / "vllm-0.log").read_text()
+    assert log.count("starting") == 2 and "--- started again (1) ---" in log
+    assert (tmp_path / "vllm-1.log").read_text().count("starting") == 1
+
+
+def test_the_only_server_is_waited_for(tmp_path, monkeypatch):
+    async def act(engine, started):
+        await engine.update_weights(None, 1)
+        os.kill((await engine.fleet.servers[0].get("/info"))["pid"], signal.SIGKILL)
+        completion = await ask(engine, "a")
+        os.kill((await engine.fleet.servers[0].get("/info"))["pid"], signal.SIGKILL)
+        await engine.update_weights(None, 2)
+        return completion.weights_version, (await ask(engine, "b")).weights_version
+
+    assert run(act, 1, tmp_path, monkeypatch) == (1, 2)
+
+
+def test_one_that_keeps_dying_is_given_up_with_its_last_words(tmp_path, monkeypatch, caplog):
+    async def act(engine, started):
+        with pytest.raises(EngineError, match=r"none of 1 servers is left: http"):
+            await ask(engine, "a", [6])  # it dies of it, every time
+        return started.servers[0].restarts
+
+    with caplog.at_level(logging.WARNING):
+        assert run(act, 1, tmp_path, monkeypatch, max_restarts=2) == 2
+    assert "has ended: RuntimeError: killed by a prompt; it is started again" in caplog.text
+    assert "killed by a prompt; it was started again 2 times" in caplog.text
+
+
+def test_one_that_hangs_is_killed_and_started_again(tmp_path, monkeypatch):
+    async def act(engine, started):
+        await engine.start()
+        os.kill((await engine.fleet.servers[0].get("/info"))["pid"], signal.SIGSTOP)
+        await until(lambda: started.servers[0].restarts == 1)
+        return (await ask(engine, "a")).token_ids
+
+    assert run(act, 1, tmp_path, monkeypatch, patience_seconds=0.5) == [3, 4]
+
+
+def test_closing_ends_what_was_started_again(tmp_path, monkeypatch):
+    async def act(engine, started):
+        await engine.start()
+        os.kill((await engine.fleet.servers[0].get("/info"))["pid"], signal.SIGKILL)
+        await until(lambda: started.servers[0].restarts == 1 and engine.fleet.live)
+        return started
+
+    started = run(act, 1, tmp_path, monkeypatch)
+    [server] = started.servers
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+    assert not started.revive(server.url, 0.0) and server.seconds is None
