@@ -57,20 +57,13 @@ def launch(config: TrainConfig) -> None:
 
 
 def _check(config: TrainConfig) -> None:
-    """What the trainers would find wrong, before they start."""
-    from data.questions import load_questions
-    from scripts.train import check, open_run
-    from scripts.wiring import make_protocol
-
+    """What would not go together."""
     served = not (config.ray.retrievers and config.retriever.startswith(("http://", "https://")))
     require(served, "ray.retrievers", config.ray.retrievers, "0 where retriever is served already")
     require(config.ray.places is None, "ray.places", config.ray.places, "none without a launcher")
     require(config.engine.devices is None, "engine.devices", config.engine.devices, "none with --ray")
-    check(config, load_questions(config.questions, config.split))
-    make_protocol(config.protocol, config.policy)
     if engines_to_start(config) and shutil.which(config.engine.python) is None:
         raise ConfigError(f"engine.python = {config.engine.python!r}: no such program")
-    open_run(config, tracked=False).close(RunStatus.INTERRUPTED, "its trainers did not start")
 
 
 class _Launch:

@@ -47,14 +47,25 @@ def main(config: TrainConfig) -> None:
             print(estimate_text(config, make_protocol(config.protocol, config.policy), count))
         return workers.leave()
     if config.ray.address is not None:
-        from scripts.launch_on_ray import launch
-
-        launch(config)
+        _launch(config)
         return print(f"trained: `sleuth report {config.out}` draws its curves")
     workers = train(config)
     if workers.leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")
     workers.exit()
+
+
+def _launch(config: TrainConfig) -> None:
+    """Let Ray start the trainers, once it is seen here that they will find nothing wrong."""
+    from data.questions import load_questions
+    from data.run_dir import RunStatus
+    from scripts.launch_on_ray import launch
+    from scripts.wiring import make_protocol
+
+    _check(config, load_questions(config.questions, config.split))
+    make_protocol(config.protocol, config.policy)
+    _open_run(config, tracked=False).close(RunStatus.INTERRUPTED, "its trainers did not start")
+    launch(config)
 
 
 def expand(argv: list[str]) -> list[str]:
@@ -108,11 +119,11 @@ def train(
         else []
     )
     here = _located(config)
-    check(here, questions)
+    _check(here, questions)
     from rl.workers import join_workers
 
     workers = join_workers()
-    with open_run(config) if workers.leads else nullcontext() as run:
+    with _open_run(config) if workers.leads else nullcontext() as run:
         try:
             asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
             workers.leave()
@@ -124,7 +135,7 @@ def train(
     return workers
 
 
-def check(config: TrainConfig, questions: Sequence[Question]) -> None:
+def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
     """What can be wrong with a configuration that no field knows alone, before a model loads."""
     from rl.rewards import check_questions, combine
 
@@ -145,7 +156,7 @@ def _located(config: TrainConfig) -> TrainConfig:
     return replace(config, engine=engine, retriever=places["retriever"])
 
 
-def open_run(config: TrainConfig, tracked: bool = True) -> RunDir:
+def _open_run(config: TrainConfig, tracked: bool = True) -> RunDir:
     """The folder of the run; ConfigError where another process writes it or it is of another configuration.
 
     How the run is spread over machines is no part of its configuration.
@@ -193,13 +204,16 @@ async def _train(
     if config.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
+    sharded = workers.count > 1 and config.sharding == "fsdp"
+    # What writes the weights of servers need not lie on a GPU beside the shares.
+    aside = sharded and config.engine.name == "vllm" and config.device == "auto"
     opened = open_agent(
         config.policy,
         config.retriever,
         config.protocol,
         rollout.temperature,
         rollout.max_rows,
-        resolve_device(config.device),
+        "auto" if aside else resolve_device(config.device),
         config.dtype,
         rollout.retriever_deadline_seconds,
         client,
@@ -210,7 +224,6 @@ async def _train(
     def another(dtype: str = config.dtype) -> Policy:
         return load_policy(config.policy, config.device, dtype)
 
-    sharded = workers.count > 1 and config.sharding == "fsdp"
     trained = another("float32") if sharded else opened.policy  # the engine needs whole weights
     near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
     protocol = opened.agent.protocol
