@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agent.engines.fleet import Server
 from agent.engines.transport import Staged
-from data.errors import ConfigError
+from data.errors import ConfigError, EngineError
 
 Tensors = Callable[["dict[str, Tensor] | None"], dict[str, Tensor]]
 """Weights by the names of a checkpoint as servers load it; None: the model's own."""
@@ -190,7 +190,10 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 async def in_thread(act: Callable[..., Any], *arguments: Any) -> Any:
-    """What `act` gives in a thread that no exit waits for: NCCL waits for a lost peer for ever."""
+    """What `act` gives in a thread that no exit waits for: NCCL waits for a lost peer for ever.
+
+    Raises EngineError for a RuntimeError, which is what NCCL's are.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
@@ -202,6 +205,8 @@ async def in_thread(act: Callable[..., Any], *arguments: Any) -> Any:
         value, error = None, None
         try:
             value = act(*arguments)
+        except RuntimeError as raised:
+            error = EngineError(f"engine vllm: {raised}")
         except BaseException as raised:
             error = raised
         if not loop.is_closed():
