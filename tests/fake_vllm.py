@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,6 +115,7 @@ class FakeVLLM:
         self.calls.append("load_lora_adapter")
         self.adapter = body["lora_name"]
         self._adapt(Path(body["lora_path"]))
+        return PlainTextResponse("Success: LoRA adapter added successfully.")
 
     def _adapt(self, folder: Path) -> None:
         """The first weights and what a folder's adapters add to them."""

@@ -74,7 +74,10 @@ class Server:
         self.ready, self.out_since, self.given_up = True, None, False
 
     async def ask(self, path: str, body: Any = None, **parameters: Any) -> Any:
-        """The JSON that it answers to a POST. Raises ServerLost, or EngineError where it refuses (4xx)."""
+        """The JSON, if any, that it answers to a POST.
+
+        Raises ServerLost, or EngineError where it refuses (4xx).
+        """
         assert self._http is not None and self.lost is not None
         request = asyncio.ensure_future(self._http.post(path, json=body, params=parameters))
         try:
@@ -109,7 +112,8 @@ def _content(place: str, response: httpx.Response) -> Any:
         raise ServerLost(f"{place}: answered {response.status_code}: {response.text[:300]}")
     if response.status_code >= 400:
         raise EngineError(f"engine vllm: {place} refused ({response.status_code}): {response.text[:300]}")
-    return response.json() if response.content else None
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    return response.json() if is_json and response.content else None
 
 
 class Fleet:

@@ -4,21 +4,28 @@ Skipped where that environment is not there. On a CPU the first completion takes
 """
 
 import asyncio
+import json
+import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from agent.engines import vllm
+from agent.engines import transport
 from agent.engines.base import FinishReason, Sampling
+from agent.engines.device_transport import IPCTransport, NCCLTransport
 from agent.engines.opening import open_vllm
 from agent.packaged import smollm2_policy
 from agent.policy import Policy, load_policy
 from agent.protocol import get_protocol
 from data.errors import ConfigError, EngineError
-from data.settings import EngineConfig
+from data.settings import EngineConfig, LoraConfig
 from rl.config import RolloutConfig
 from rl.logprobs import Scorer
+from rl.lora import add_lora, scaled_adapter_state
 from rl.weight_sync import FLOAT32_DIFFERENCE, compare
 from tests.fakes import byte_tokenizer, tiny_model
 
@@ -51,19 +58,25 @@ def smollm2(folder):
         pytest.skip(str(missing))
 
 
-def change(model, seed):
-    """A step that no log-prob is blind to."""
+def atlas(folder):
+    """A Qwen2 whose heads vLLM does not have, served as a Llama of wider ones."""
+    return "atlas"
+
+
+def change(model, seed, names=""):
+    """A step that no log-prob is blind to, of the parameters with that in their names."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for name, p in model.named_parameters() if names in name):
             parameter.add_(0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("make", [tiny, smollm2])
+@pytest.mark.parametrize("make", [tiny, smollm2, atlas])
 def test_logprobs_are_those_of_transformers_before_and_after_three_syncs(make, tmp_path, monkeypatch):
     source = make(tmp_path)
     policy = load_policy(source, "cpu", "float32")
-    assert policy.model.config.tie_word_embeddings
+    tied = policy.model.config.tie_word_embeddings
+    assert tied == (make is not atlas)
     prompts = [policy.tokenizer.encode(text) for text in ("Who wrote Hamlet?", "<search> the red fox " * 9)]
     sampling = Sampling(max_tokens=16, seed=1)
     scorer = Scorer(policy.model, RolloutConfig())
@@ -82,8 +95,8 @@ def test_logprobs_are_those_of_transformers_before_and_after_three_syncs(make, t
                 differences.append(await probe(engine, f"after sync {version}"))
             await stops_and_seeds(engine, policy, prompts[0])
             await in_flight(engine, policy, prompts[0])
-            if not torch.cuda.is_available():  # there nothing is packed
-                monkeypatch.setattr(vllm, "RELOAD", ("reload_weights", "reload_weights"))
+            if tied and not torch.cuda.is_available():  # there nothing is packed
+                monkeypatch.setattr(transport, "RELOAD", ("reload_weights", "reload_weights"))
                 change(policy.model, 5)
                 await engine.update_weights(None, 5)
                 with pytest.raises(EngineError, match="does not have the policy's weights") as stale:
@@ -97,6 +110,89 @@ def test_logprobs_are_those_of_transformers_before_and_after_three_syncs(make, t
     differences = asyncio.run(run(engine))
     print(source, differences)
     assert max(each["sync/probe_largest_difference"] for each in differences) < 1e-3
+
+
+@pytest.mark.parametrize("make", [smollm2, atlas])
+def test_adapters_loaded_as_adapters_give_the_log_probs_of_the_policy(make, tmp_path):
+    source = make(tmp_path)
+    policy = load_policy(source, "cpu", "float32")
+    prompts = [policy.tokenizer.encode(text) for text in ("Who wrote Hamlet?", "<search> the red fox " * 9)]
+    scorer = Scorer(policy.model, RolloutConfig())
+    engine = open_vllm(
+        replace(CONFIG, lora="adapter"), policy, source, get_protocol("search_r1"), 32, tmp_path
+    )
+    add_lora(policy.model, LoraConfig(rank=8, alpha=16.0))
+
+    async def run():
+        try:
+            found, differences = [], []
+            for version in range(4):
+                if version:
+                    with torch.no_grad():
+                        for name, parameter in policy.model.named_parameters():
+                            if ".lora_B." in name:
+                                parameter.normal_(std=0.02)
+                    await engine.update_weights(scaled_adapter_state(policy.model), version)
+                found.append(await engine.complete_on_each(prompts, Sampling(max_tokens=16, seed=1)))
+                differences.append(compare(found[-1], prompts, scorer, FLOAT32_DIFFERENCE, f"sync {version}"))
+            return found, differences
+        finally:
+            await engine.close()
+
+    found, differences = asyncio.run(run())
+    print(source, differences)
+    assert max(each["sync/probe_largest_difference"] for each in differences) < 1e-3
+    firsts = [next(iter(each.values()))[1].logprobs[0] for each in found]
+    assert len({round(first, 2) for first in firsts}) > 2  # the adapters did something
+
+
+WIRE = """
+import json, sys
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+join, update, ipc_join, ipc_update = json.load(sys.stdin)
+assert NCCLWeightTransferInitInfo(**join).nccl_unique_id_bytes == bytes(range(128))
+NCCLWeightTransferUpdateInfo(**update)
+IPCWeightTransferInitInfo(**ipc_join)
+assert IPCWeightTransferUpdateInfo(**ipc_update).ipc_handles == [{"GPU-1": ("how", 1)}, {"GPU-1": ("how", 1)}]
+print("understood")
+"""
+
+
+def test_vllms_own_parsers_read_what_is_sent_for_nccl_and_ipc():
+    said: list[Any] = []
+
+    class Server:
+        lives = 1
+
+        async def get(self, path):
+            return {"world_size": 1}
+
+        async def ask(self, path, body=None):
+            said.append(next(iter(body.values())) if body else None)
+
+    class Group:
+        def broadcast(self, tensors):
+            pass
+
+    def state_of(state):
+        return dict(state or {})
+
+    async def send(transport: Any):
+        await transport.stage({"a": torch.zeros(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}, 1)
+        await transport.load(Server(), transport.staged)
+
+    asyncio.run(send(NCCLTransport(state_of, "cpu", lambda *_: Group(), lambda: bytes(range(128)))))
+    asyncio.run(send(IPCTransport(state_of, "cpu", lambda tensor: {"GPU-1": ("how", 1)})))
+    read = subprocess.run(
+        [PYTHON, "-c", WIRE],
+        input=json.dumps([each for each in said if each]),
+        env=os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert read.stdout.endswith("understood\n"), read.stderr
 
 
 async def stops_and_seeds(engine, policy, prompt):

@@ -215,9 +215,7 @@ def test_what_has_no_gpu_or_no_adapters_is_refused(tmp_path):
             open_vllm(EngineConfig("vllm", transport=name), policy(), "", COMPACT, 1, tmp_path)
         with pytest.raises(ConfigError, match="no CUDA device"):
             device_arguments(name)
-    with pytest.raises(
-        ValueError, match="engine.transport = 'nccl': must be folder with engine.lora adapter"
-    ):
+    with pytest.raises(ValueError, match=r"engine.transport = 'nccl': must be folder with engine.lora"):
         EngineConfig("vllm", transport="nccl", lora="adapter")
     with pytest.raises(EngineError, match="has no adapters to hand over"):
         dress(policy(), cpu=False).save_adapter(tmp_path, None)
