@@ -93,7 +93,7 @@ class _Launch:
 
     def _train(self) -> None:
         """Start the trainers until they are done; RunStopped where that is no use."""
-        restarts, step = 0, _step(self.out)
+        in_vain, step = 0, _step(self.out)
         while True:
             try:
                 self._await_services()
@@ -104,14 +104,13 @@ class _Launch:
             self._end_trainers(0)
             self._stop_if_final()
             before, step = step, _step(self.out)
-            restarts = 1 if step != before else restarts + 1
-            if restarts > self.settings.max_restarts:
+            in_vain = in_vain + 1 if step == before else 0
+            if in_vain > self.settings.max_restarts:
                 raise RunStopped(
-                    f"{reason}; the trainers were started {restarts} times without a new checkpoint; the "
+                    f"{reason}; the trainers were started {in_vain} times without a new checkpoint; the "
                     f"last is of step {step}, in {self.out} (see {self.logs})"
                 )
-            told = f"{reason}; all trainers begin again after step {step}"
-            logger.warning("%s (%d of %d)", told, restarts, self.settings.max_restarts)
+            logger.warning("%s; all trainers begin again after step %d", reason, step)
 
     def _await_services(self) -> None:
         """Return when all that are not given up answer; RunStopped where they do not by the deadline."""
