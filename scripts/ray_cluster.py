@@ -26,6 +26,7 @@ def connect_ray(address: str, cpus: float | None = None) -> Any:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of the cluster
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else what a cluster made here does is background
         options: dict[str, Any] = {"num_cpus": cpus} if address == "local" and cpus else {}
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except ModuleNotFoundError as error:

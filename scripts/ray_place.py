@@ -77,6 +77,8 @@ class Place:
         if status is None:
             return None
         self._signal(signal.SIGKILL)  # what it started may outlive it
+        if status < 0:
+            return status, f"killed by {signal.Signals(-status).name}"
         return status, _last_words(self._log, self._begins)
 
     def stop(self, seconds: float) -> None:

@@ -266,7 +266,7 @@ def test_a_dead_replica_is_started_at_its_url_and_the_trainers_go_on(stage, capl
     stage.launch(retrievers=1, quiet_seconds=30)
     thread.join()
     assert stage.starts(0) == 1
-    assert "retriever-0: exit status -9: it printed nothing; started again" in caplog.text
+    assert "retriever-0: exit status -9: killed by SIGKILL; started again" in caplog.text
 
 
 def test_an_actor_that_dies_takes_its_process_along_and_another_is_made(stage, caplog):

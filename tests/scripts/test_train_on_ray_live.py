@@ -22,9 +22,9 @@ REPO = Path(__file__).parents[2]
 DEADLINE_SECONDS = 420.0
 """Of every wait: a step, a recovery, an end."""
 RECIPE = {
-    "rollout": {"questions_per_step": 4, "group_size": 4},
+    "rollout": {"questions_per_step": 8, "group_size": 4},
     "protocol": {"max_turns": 2, "top_k": 3},
-    "algorithm": {"learning_rate": 0.003},
+    "algorithm": {"learning_rate": 0.0015},
     "device": "cpu",
     "save_every": 1,
 }
@@ -50,6 +50,7 @@ def cluster(monkeypatch):
     """Two nodes, either of which has room for all; the second is killed in a test."""
     utils = pytest.importorskip("ray.cluster_utils")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # else it kills where others fill the memory
     two = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 8})
     two.second = two.add_node(num_cpus=8)
