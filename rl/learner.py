@@ -10,7 +10,7 @@ checkpoint/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +37,7 @@ from rl.lora import (
 from rl.optimizer import Optimizer
 from rl.packing import check_packing
 from rl.update import Updater
-from rl.workers import Workers, shard, whole
+from rl.workers import Workers, gather, shard, whole
 
 if TYPE_CHECKING:
     from agent.policy import Policy
@@ -114,23 +114,32 @@ class Learner:
     def weights_for_engine(self) -> dict[str, Tensor] | None:
         """The whole policy, which all processes must ask for; None where the engine shares the model.
 
-        With `engine.lora: adapter` its adapters alone.
+        With `engine.lora: adapter` its adapters alone. For servers the leading process alone has it.
         """
-        if self.config.engine.name == "hf" and not self.sharded:
-            return None
-        if self.config.engine.name != "hf" and self.config.engine.lora == "adapter":
+        engine, state = self.config.engine, self.model.state_dict()
+        if engine.name == "hf":
+            return merged_state(self.model, {n: whole(w) for n, w in state.items()}) if self.sharded else None
+        if engine.lora == "adapter":
             return scaled_adapter_state(self.model)
-        return merged_state(self.model, _whole(self.model.state_dict()))
+        held = gather(state, self.workers.leads, on_host=engine.transport == "folder")
+        return merged_state(self.model, held)
 
     def snapshot(self) -> Snapshot:
-        """All state, which all processes must ask for; tensors that are not shared out are not copied."""
-        state = _whole(self.model.state_dict())
-        parts: Snapshot = {"policy": merged_state(self.model, state), "optimizer": self.optimizer.state()}
+        """All state for the leading process, and empty parts for others; all processes must ask for it.
+
+        Tensors that are not shared out are not copied; others are whole in host memory alone.
+        """
+        leads = self.workers.leads
+        state = gather(self.model.state_dict(), leads)
+        parts = {
+            "policy": merged_state(self.model, state),
+            "optimizer": gather(self.optimizer.state(), leads),
+        }
         if self.config.lora.rank:
-            parts["adapter"] = {name: state[name] for name in adapter_state(self.model)}
+            parts["adapter"] = {name: state[name] for name in adapter_state(self.model) if name in state}
         if self.critic is not None and self.critic_optimizer is not None:
-            parts["critic"] = _whole(self.critic.state_dict())
-            parts["critic_optimizer"] = self.critic_optimizer.state()
+            parts["critic"] = gather(self.critic.state_dict(), leads)
+            parts["critic_optimizer"] = gather(self.critic_optimizer.state(), leads)
         return parts
 
     def write(self, folder: Path, parts: Snapshot) -> None:
@@ -153,10 +162,6 @@ class Learner:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load(folder / "critic")
             self.critic_optimizer.load_state(load_file(folder / "critic_optimizer.safetensors"))
-
-
-def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in state.items()}
 
 
 def _layers(module: nn.Module) -> list[Any]:

@@ -52,13 +52,13 @@ class Optimizer:
         return float(norm)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and the float32 copies by parameter name, and the number of updates."""
+        """The moments and the float32 copies by parameter name, shared out as they are; number of updates."""
         tensors = {"updates": torch.tensor(self._updates)}
         for name, master in self._masters.items():
             if master is not self._weights[name]:
-                tensors[f"master/{name}"] = whole(master)
+                tensors[f"master/{name}"] = master
             for key, value in self._adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = whole(value)
+                tensors[f"{key}/{name}"] = value
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -106,6 +106,20 @@ def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that is divided over the processes, which all must ask; others as they are."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool, on_host: bool = True) -> dict[str, Tensor]:
+    """The full tensors where `keep`, else none; all processes must ask.
+
+    Those that are divided become whole one after the other, and with `on_host` go to host memory: a device
+    need not hold more than one beside the shares. Others are not copied.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            kept[name] = full.cpu() if on_host and full is not tensor else full
+    return kept
 
 
 @torch.no_grad()
