@@ -1,0 +1,138 @@
+"""Evaluations of many questions: bounded memory, and nothing asked twice, whatever was killed."""
+
+import asyncio
+import gc
+import json
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+
+from agent.engines.scripted import ScriptedEngine
+from agent.evaluate import roll_out_each
+from agent.policy import Policy
+from agent.protocol import COMPACT
+from agent.rollout import Agent
+from data.errors import DataError
+from data.jsonl import write_jsonl
+from data.records import Question
+from tests.fakes import DictSearcher, byte_tokenizer, tiny_model
+from tests.retriever_server.running import build_small_index
+
+QUESTIONS = [Question(f"q{i}", f"What is {i}?", ("red",)) for i in range(6)]
+
+
+class Remembering(ScriptedEngine):
+    """Answers at once; remembers what it drew from for each question, and how many were alive."""
+
+    def __init__(self):
+        super().__init__(byte_tokenizer(), ["<think> a </think><answer> red</answer>"])
+        self.seeds, self.alive, self.most = {}, 0, 0
+
+    async def generate(self, prompt_ids, sampling, trajectory_id, pictures=()):
+        self.seeds[trajectory_id.split("/")[0]] = sampling.seed
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        await asyncio.sleep(0)
+        return await super().generate(prompt_ids, sampling, trajectory_id)
+
+    async def release(self, trajectory_id):
+        self.alive -= 1
+
+
+def roll_out(questions, on_finished=lambda trajectory: None):
+    engine = Remembering()
+    agent = Agent(engine, engine.tokenizer, DictSearcher({}), COMPACT, max_live=3)
+    asyncio.run(roll_out_each(agent, questions, 7, on_finished))
+    return engine
+
+
+def test_what_a_question_draws_does_not_depend_on_which_others_are_asked():
+    whole, rest = roll_out(QUESTIONS), roll_out(QUESTIONS[4:])
+    assert rest.seeds == {id_: whole.seeds[id_] for id_ in ("q4", "q5")}
+    assert len(set(whole.seeds.values())) == 6
+
+
+def test_few_are_alive_at_once_and_none_is_kept():
+    finished, kept = [], []
+
+    def on_finished(trajectory):
+        finished.append(trajectory.question.id)
+        kept.append(weakref.ref(trajectory))
+        gc.collect()
+        assert sum(each() is not None for each in kept) <= 3
+
+    assert roll_out(QUESTIONS, on_finished).most == 3
+    assert sorted(finished) == [q.id for q in QUESTIONS]
+
+
+def test_the_first_failure_ends_all_and_is_raised_as_it_is():
+    def fail(trajectory):
+        raise DataError("no")
+
+    with pytest.raises(DataError, match=r"^no$"):
+        roll_out(QUESTIONS, fail)
+
+
+SCRIPT = """
+import sys
+from agent.engines.scripted import ScriptedEngine
+from scripts import __main__ as sleuth
+from scripts import wiring
+
+class Forgetful(ScriptedEngine):
+    async def release(self, trajectory_id):
+        self._turns.pop(trajectory_id)
+        self.prompts.clear()
+
+TURNS = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
+wiring.HFEngine = lambda model, tokenizer, rows, **_: Forgetful(tokenizer, TURNS)
+sys.exit(sleuth.main(["evaluate", *sys.argv[1:]]))
+"""
+
+
+def memory_bytes(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def evaluate_until(out, options, enough=None):
+    """Run the command, and kill it once so many are recorded; the memory it had on the way."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *options])
+    path, sizes, before = out / "trajectories.jsonl", [], time.monotonic()
+    while process.poll() is None and time.monotonic() - before < 500:
+        time.sleep(0.2)
+        recorded = path.read_bytes().count(b"\n") if path.exists() else 0
+        if recorded:
+            sizes.append((recorded, memory_bytes(process.pid)) if process.poll() is None else sizes[-1])
+        if enough is not None and recorded >= enough:
+            process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == (0 if enough is None else -signal.SIGKILL)
+    return sizes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
+def test_twenty_thousand_questions_killed_twice_are_each_recorded_once_in_bounded_memory(tmp_path):
+    tokenizer = byte_tokenizer()
+    Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(tmp_path / "policy", "compact")
+    build_small_index(tmp_path)
+    rows = ({"id": f"q{i}", "question": f"fox {i}?", "golden_answers": ["red"]} for i in range(20_000))
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    out = tmp_path / "out"
+    given = {"policy": "policy", "questions": "questions.jsonl", "retriever": "index", "out": "out"}
+    options = [word for key, name in given.items() for word in (f"--{key}", str(tmp_path / name))]
+    evaluate_until(out, options, 6000)
+    evaluate_until(out, options, 12_000)
+    kept = (out / "trajectories.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()[:12_000]
+    sizes = evaluate_until(out, options)
+    lines = (out / "trajectories.jsonl").read_bytes().splitlines()
+    assert lines[:12_000] == kept
+    ids = [json.loads(line)["id"] for line in lines]
+    assert len(ids) == len(set(ids)) == 20_000
+    assert json.loads((out / "scores.json").read_text())["em"]["mean"] == 1.0
+    assert max(memory for _, memory in sizes) - sizes[0][1] < 100e6
