@@ -159,7 +159,7 @@ class RayConfig:
     """GPUs of each vLLM server, likewise."""
     spread: bool = False
     """Processes on as many machines as there are, rather than on as few."""
-    max_restarts: int = 3
+    max_restarts: int = 5
     """Of the trainers in a row without a new checkpoint; of an engine or replica until it answers."""
     start_seconds: float = 900.0
     """The longest wait for room in the cluster, and for engines and replicas to answer."""

@@ -26,7 +26,7 @@ from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig
 from scripts.ray_cluster import connect_ray
 from scripts.ray_layout import OURS, engines_to_start, lay_out
-from scripts.ray_member import LOOK_EVERY_SECONDS, Lost, Member, Service
+from scripts.ray_member import LOOK_EVERY_SECONDS, Lost, Member, Service, pause_seconds
 from scripts.ray_place import PYTHON
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class _Launch:
                     f"last is of step {step}, in {self.out} (see {self.logs})"
                 )
             logger.warning("%s; all trainers begin again after step %d", reason, step)
+            time.sleep(pause_seconds(in_vain))
 
     def _await_services(self) -> None:
         """Return when all that are not given up answer; RunStopped where they do not by the deadline."""

@@ -27,7 +27,6 @@ HEALTH_TIMEOUT_SECONDS = 30.0
 UNWELL_SECONDS = 90.0
 """A service that does not answer for so long is started again."""
 LONGEST_PAUSE_SECONDS = 30.0
-"""Before another start."""
 
 
 class Lost(Exception):
@@ -143,7 +142,7 @@ class Service(Member):
                 if failures > self.max_restarts:
                     self.given_up = str(error)
                     return self.stop(0)
-                self._stopping.wait(min(2.0 ** (failures - 1) - 1, LONGEST_PAUSE_SECONDS))
+                self._stopping.wait(pause_seconds(failures - 1))
 
     def _start(self) -> None:
         host, port = self.settle(keep_port=True)
@@ -177,6 +176,11 @@ class Service(Member):
         told = "given up" if failures > self.max_restarts else "started again"
         unexpected = "" if isinstance(error, Lost) else f"{type(error).__name__} "
         logger.warning("%s%s; %s (see %s)", unexpected, error, told, self.log)
+
+
+def pause_seconds(in_vain: int) -> float:
+    """Before another start, after so many in vain: a machine that is lost is not known for it at once."""
+    return min(2.0**in_vain - 1, LONGEST_PAUSE_SECONDS)
 
 
 def _first_line(error: object) -> str:

@@ -160,6 +160,7 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(launch_on_ray, "LOOK_EVERY_SECONDS", 0.05)
     monkeypatch.setattr(launch_on_ray, "GRACE_SECONDS", 5)
     monkeypatch.setattr(ray_member, "LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(ray_member, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setenv("ORDERS", str(orders))
     (tmp_path / "program").write_text(PROGRAM)
     (tmp_path / "program").chmod(0o755)
