@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.errors import EngineError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
+from data.settings import EngineConfig
 from rl.config import TrainConfig
 
 RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
@@ -30,6 +32,7 @@ def main(
     steps: int | None = None,
     limit: int | None = None,
     resume: bool = False,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Build a corpus, serve it, and train a small policy to search it; before and after, it is tested.
 
@@ -41,10 +44,11 @@ def main(
         steps: Training steps; none: those of the recipe scripts/configs/atlas.yaml.
         limit: Only the first so many test questions; none: all of them.
         resume: Go on with the run in `out` though steps have changed.
+        engine: What samples: this process, or vLLM servers.
     """
     run = Path(out)
     try:
-        _quickstart(run, read_recipe(run, seed, steps, resume), limit)
+        _quickstart(run, replace(read_recipe(run, seed, steps, resume), engine=engine), limit)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done is kept in {out}: start the same command again to go on"
@@ -160,10 +164,12 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
 
     folder = Path(config.out) / "evaluations" / name
     questions = load_questions(str(Path(config.questions).with_name("test.jsonl")), limit=limit)
-    opened = open_agent(policy, url, config.protocol, max_rows=config.rollout.max_rows)
+    rows, engine = config.rollout.max_rows, config.engine
+    opened = open_agent(policy, url, config.protocol, max_rows=rows, engine=engine, folder=folder)
 
     async def run() -> None:
-        async with opened.client:
+        async with opened:
+            await opened.check()
             settings = {
                 "policy": name,
                 "retriever": await retriever_generation(opened.client, questions[0].text, url),
