@@ -71,7 +71,7 @@ def test_ids_logprobs_and_seeds_are_those_of_the_hf_engine():
 def test_a_stop_string_is_looked_for_by_the_server_and_its_ids_are_kept():
     async def act(engine, fakes):
         ids = (await complete(engine))[0].token_ids
-        stop = next(char for char in map(TOKENIZER.decode, ids) if char.isascii())
+        stop = next(char for char in map(str, map(TOKENIZER.decode, ids)) if char.isascii())
         done = await engine.generate(PROMPTS[0], Sampling(max_tokens=12, seed=0, stop=(stop,)), "s")
         return ids, stop, done, fakes[0].requests[-1]["sampling_params"]
 
