@@ -109,8 +109,8 @@ def splade(
 
 def colbert(
     base: Base,
-    dimension: int = 128,
-    query_tokens: int = 32,
+    dimension: int | None = 128,
+    query_tokens: int | None = 32,
     passage_tokens: int = 180,
     attend_to_expansion: bool = False,
     query_prompt: str = "[unused0] ",
@@ -120,8 +120,9 @@ def colbert(
 ) -> Any:
     """ColBERT: a vector of `dimension` a token, scored by MaxSim (Khattab and Zaharia 2020).
 
-    Queries are filled up with mask tokens to `query_tokens`; passages are cut at `passage_tokens`, and
-    their punctuation is not kept.
+    Queries are filled up with mask tokens to `query_tokens`, or left as they are if it is None; passages are
+    cut at `passage_tokens`, and their punctuation is not kept. dimension: None leaves the vectors of the
+    base as wide as they are, without a projection that must be learned.
     """
     import string
 
@@ -131,7 +132,8 @@ def colbert(
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
     from tokenizers import AddedToken
 
-    expansion: Any = {"strategy": "fixed", "length": query_tokens, "attend": attend_to_expansion}
+    filled: Any = {"strategy": "fixed", "length": query_tokens, "attend": attend_to_expansion}
+    expansion = filled if query_tokens else None
     transformer = _transformer(
         base, None, dtype, query_expansion=expansion, query_length=query_tokens,
         document_length=passage_tokens,
@@ -145,12 +147,13 @@ def colbert(
     markers = [text.strip() for text in prompts if text.strip() in known]
     whole = [AddedToken(each, normalized=False, special=True) for each in markers]  # or it falls to pieces
     transformer.tokenizer.add_tokens(whole, special_tokens=True)
-    project = Dense(
-        transformer.get_embedding_dimension(), dimension, bias=False, module_input_name="token_embeddings",
+    width = transformer.get_embedding_dimension()
+    project: list[Any] = [] if dimension is None else [Dense(
+        width, dimension, bias=False, module_input_name="token_embeddings",
         activation_function=torch.nn.Identity(),
-    )  # fmt: skip
+    )]  # fmt: skip
     skipped = [sign for sign in string.punctuation if sign in known] if skip_punctuation else None
-    modules: list[Any] = [transformer, project, MultiVectorMask(skipped), Normalize("token_embeddings")]
+    modules: list[Any] = [transformer, *project, MultiVectorMask(skipped), Normalize("token_embeddings")]
     return _assemble(MultiVectorEncoder, modules, prompts[0], prompts[1], None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from data.records import Question
 from data.settings import LoraConfig
 from retriever_server.retriever import Retriever
 from retriever_server.training.recipe import Component
+from scripts.bench.retriever_notes import sparsity
 from scripts.bench.retriever_peer import peer_model, speed
 from scripts.bench.retriever_world import COLLECTIONS, Row, Training, Work, minilm, smollm2
 
@@ -200,6 +200,14 @@ def squad_minilm(work: Work) -> Training:
     return Training(model, contrast(), sets, 600, 16, 5e-5, options, data)
 
 
+def late_minilm(work: Work) -> Training:
+    """MiniLM's token vectors as they are, compared by MaxSim, trained on what `squad_minilm` sees."""
+    given = {"base": minilm(), "dimension": None, "query_tokens": None, "passage_tokens": 256}
+    same, loss = squad_minilm(work), contrast(0.5, "maxsim")
+    model = part("colbert", {**given, "query_prompt": "", "passage_prompt": ""})
+    return replace(same, model=model, loss=loss, steps=100, learning_rate=2e-5)
+
+
 def repllama(work: Work) -> Training:
     """SmolLM2 with LoRA, EOS pooling."""
     model = part("decoder", {
@@ -207,9 +215,9 @@ def repllama(work: Work) -> Training:
         "max_tokens": TOKENS,
     })  # fmt: skip
     negatives(work)
-    options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25}
+    options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25, "precision": "bfloat16"}
     data = {"negatives": 1}
-    return Training(model, contrast(0.02), "pairs_bm25", 150, 8, 1e-4, options, data)
+    return Training(model, contrast(0.02), "pairs_bm25", 100, 16, 3e-4, options, data)
 
 
 def promptreps(representation: str) -> Callable[[Work], Training]:
@@ -263,6 +271,17 @@ def frozen(work: Work, on: str) -> Retriever:
     return work.encoded(minilm(), on, "minilm")
 
 
+def late(trained: bool) -> Make:
+    """MiniLM under MaxSim; its vectors are computed in bfloat16."""
+
+    def make(work: Work, on: str) -> Retriever:
+        of = work.trained if trained else work.untrained
+        tag = "minilm-late" if trained else "untrained-minilm-late"
+        return work.encoded(of("minilm-late", late_minilm(work)), on, tag, dtype="bfloat16")
+
+    return make
+
+
 def reranked(folder: Callable[[Work], Path]) -> Make:
     """BM25's first 20, ordered by a cross-encoder."""
 
@@ -296,47 +315,19 @@ def trains(name: str, training: Callable[[Work], Training], *against: str, **mor
     row(name, learned(name, training), against=(f"untrained-{name}", *against), **more)
 
 
-# ---- what is measured besides ------------------------------------------------------------------------
-
-
-def sparsity(work: Work) -> dict[str, Any]:
-    """Terms a passage and MRR@10 of each checkpoint of SPLADE, while FLOPS warms up."""
-    from safetensors.torch import load_file
-
-    from retriever_server.encoders.sentence import SentenceEncoder, read_spec
-    from retriever_server.evaluation import judge, means, parse_metrics, rank_all
-    from retriever_server.indexes.inverted import InvertedIndex
-    from retriever_server.training.components import build_model
-
-    found = {}
-    asked, qrels = work.questions("squad")
-    recipe = work.recipe("splade", splade(work))
-    for folder in sorted((work.folder / "models" / "splade" / "checkpoints").glob("step-*")):
-        model = build_model(recipe)
-        weights = load_file(folder / "weights.safetensors")
-        known = {name.removeprefix("model."): value for name, value in weights.items()}
-        model.load_state_dict(known, strict=False)
-        encoder = SentenceEncoder(model, read_spec(folder.name, model, "{title}\n{text}"))
-        passages = [encoder.spec.render(passage) for passage in islice(work.corpus("squad"), 0, None, 30)]
-        terms = encoder.encode(passages, "passage").nnz / len(passages)
-        index = InvertedIndex.build(
-            work.corpus("squad"), work.folder / "indexes" / f"splade-{folder.name}", encoder, overwrite=True
-        )
-        measured = judge(rank_all(index, asked[:200], 10), qrels, parse_metrics("RR@10", 10))
-        found[folder.name] = f"{terms:.0f} terms a passage, MRR@10 {means(measured)['RR@10']:.3f}"
-    return found
-
-
 # ---- the tables --------------------------------------------------------------------------------------
 
 row("bm25", lambda work, on: work.bm25(on), "a", on=COLLECTIONS)
 row("minilm", frozen, "a", ("bm25",), on=COLLECTIONS)
 for _name, _tuned in {"minilm-tuned": tuned_minilm, "minilm-squad": squad_minilm}.items():
     row(_name, learned(_name, _tuned), "a", ("minilm", "bm25"), on=COLLECTIONS)
+_others = ("minilm", "bm25")
+row("untrained-minilm-late", late(False), "a", _others, on=COLLECTIONS)
+row("minilm-late", late(True), "a", ("untrained-minilm-late", *_others), on=COLLECTIONS)
 
 trains("dense", lambda work: dense(work))
 trains("dpr", dpr)
-trains("splade", splade, note=sparsity)
+trains("splade", splade, note=lambda work: sparsity(work, work.recipe("splade", splade(work))))
 trains("unicoil", unicoil)
 trains("deepimpact", deepimpact)
 trains("colbert", colbert, "dense")

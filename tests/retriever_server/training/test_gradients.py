@@ -46,7 +46,8 @@ def gradient(model: Any, compute: Callable[[], Any], seed: int = 0) -> torch.Ten
     model.zero_grad()
     torch.manual_seed(seed)
     loss = compute()
-    (sum(loss.values()) if isinstance(loss, dict) else loss).backward()
+    total: Any = sum(loss.values()) if isinstance(loss, dict) else loss
+    total.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -171,6 +172,20 @@ def test_queries_are_filled_up_with_masks_that_count(tmp_path: Path) -> None:
         passage["input_ids"][0][passage["attention_mask"][0].bool()]
     )
     assert not {",", "!"} & set(pieces)
+
+
+def test_without_projection_and_filling_the_vectors_are_the_bases_own(tmp_path: Path) -> None:
+    """Late interaction over a model that is trained already: nothing random stands between."""
+    model = colbert(base(tmp_path), dimension=None, query_tokens=None).eval()
+    model.save(str(tmp_path / "saved"))
+    for each in (model, MultiVectorEncoder(str(tmp_path / "saved"), device="cpu").eval()):
+        features: Any = each.preprocess(["river"], task="query")
+        tokens = {key: features[key] for key in ("input_ids", "attention_mask")}
+        out = each(features, task="query")
+        transformer: Any = each.transformers_model
+        own = transformer(**tokens).last_hidden_state
+        assert out["token_embeddings"].shape == own.shape == (1, 3, 32)
+        torch.testing.assert_close(out["token_embeddings"], torch.nn.functional.normalize(own, dim=-1))
 
 
 def test_a_marker_is_one_token_before_and_after_saving(tmp_path: Path) -> None:
