@@ -43,9 +43,11 @@ class Member:
         self.place: Any = None
 
     def settle(self, keep_port: bool = False) -> tuple[str, int]:
-        """Its host and a free port there, or its last port; its actor is made where it has none."""
+        """Its host and a free port there, or its last port; what runs there ends, or its actor is made."""
         if self.place is None:
             self.place = self.ray.remote(Place).options(**self.options).remote()
+        else:  # what hangs there still holds the port
+            self._ask(self.place.stop.remote(0), PLACE_SECONDS)
         found = self._ask(self.place.address.remote(self.address[1] if keep_port else None), self.seconds)
         self.address = (found[0], found[1])
         return self.address

@@ -4,6 +4,7 @@ Ray is a fake whose actors are threads; the processes are real ones that only ac
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -140,6 +141,10 @@ class Handle:
 
         return SimpleNamespace(remote=remote)
 
+    def hang(self):
+        """Answer nothing any more."""
+        self._thread = SimpleNamespace(submit=lambda *_: Future())
+
     def die(self):
         """As a killed process: the kernel closes what it had open."""
         self._alive = False
@@ -268,6 +273,39 @@ def test_a_dead_replica_is_started_at_its_url_and_the_trainers_go_on(stage, capl
     thread.join()
     assert stage.starts(0) == 1
     assert "retriever-0: exit status -9: killed by SIGKILL; started again" in caplog.text
+
+
+def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
+    monkeypatch.setattr(ray_member, "HEALTH_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(ray_member, "UNWELL_SECONDS", 0.5)
+    stage.order("rank-0-step-2", "wait")
+
+    def stop_one():
+        stage.wait_for(stage.begun("rank-0-step-2"))
+        [pid] = running("serve", str(stage.out.parent))
+        os.kill(pid, signal.SIGSTOP)
+        while running("serve", str(stage.out.parent)) in ([], [pid]):
+            time.sleep(0.02)
+        stage.order("go", "")
+
+    threading.Thread(target=stop_one, daemon=True).start()
+    stage.launch(retrievers=1)
+    assert stage.starts(0) == 1
+    assert re.search(r"retriever-0: no answer at http://\S+/readyz for \d s; started again", caplog.text)
+
+
+def test_an_actor_that_hangs_is_given_up(stage, caplog, monkeypatch):
+    monkeypatch.setattr(ray_member, "PLACE_SECONDS", 0.5)
+    stage.order("rank-1-step-3", "hang")
+
+    def stop_one():
+        stage.wait_for(stage.begun("rank-1-step-3"))
+        stage.ray.actors[1].hang()
+
+    threading.Thread(target=stop_one, daemon=True).start()
+    stage.launch(retrievers=0)
+    assert "trainer-1: its place does not answer within 0.5 s; all trainers begin again" in caplog.text
+    assert stage.starts(0) == stage.starts(1) == 2
 
 
 def test_an_actor_that_dies_takes_its_process_along_and_another_is_made(stage, caplog):
