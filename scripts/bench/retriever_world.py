@@ -156,7 +156,7 @@ class Work:
         return path
 
     def squad_train(self) -> Path:
-        """Squad's training questions that dev does not ask; most of their passages are dev's, too."""
+        """Squad's training questions that dev does not ask; their articles are others than dev's."""
         path = self.folder / "examples" / "squad_train.jsonl"
         if not path.exists():
             positives = load_qrels(self.data / "squad" / "qrels.tsv")
