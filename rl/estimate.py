@@ -94,11 +94,14 @@ class Needs:
         positions = -(-longest // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS + 1
         own = not self.served
         gradients = max(self.trained, self.critic) / share  # the policy's are gone when the critic's come
+        divided = self.share > 1
+        # Servers that read a folder are given one tensor after the other, out of host memory.
+        whole_again = divided and (own or config.engine.transport != "folder")
         phases = {
             "always": {
                 "policy weights": self.whole * stored / share,
                 "adapters": self.adapters * stored / share,
-                "the engine's own weights": own * (share > 1) * self.whole * self.dtype.itemsize,
+                "the engine's own weights": own * divided * self.whole * self.dtype.itemsize,
                 "float32 copies of trained weights": self.copy_bytes * self.trained,
                 "AdamW moments": 8 * self.trained / share,
                 "reference policy": reference * self.whole * stored / share,
@@ -111,7 +114,7 @@ class Needs:
                 "logits of a chunk": 4 * LOGITS_HELD * self.text.vocab_size,
             },
             "AdamW": {"gradients in float32": gradients * 4, "temporaries": gradients * 4},
-            "hand over": {"all weights in float32 for the engine": (share > 1) * self.whole * 4},
+            "hand over": {"all weights in float32 for the engine": whole_again * self.whole * 4},
         }
         return {phase: {name: n for name, n in parts.items() if n} for phase, parts in phases.items()}
 

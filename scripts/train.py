@@ -221,12 +221,13 @@ async def _train(
         Path(config.out),
     )
 
-    def another(dtype: str = config.dtype) -> Policy:
-        return load_policy(config.policy, config.device, dtype)
+    def another(dtype: str) -> Policy:  # what is divided goes to its GPU layer by layer: a whole may not fit
+        return load_policy(config.policy, "cpu" if sharded else config.device, dtype)
 
+    dtype = str(opened.policy.model.dtype).removeprefix("torch.")
     trained = another("float32") if sharded else opened.policy  # the engine needs whole weights
     near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
     protocol = opened.agent.protocol
-    learner = Learner(trained, config, protocol, workers, another() if near else None)
+    learner = Learner(trained, config, protocol, workers, another(dtype) if near else None)
     async with opened:
         await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step).run()

@@ -138,10 +138,11 @@ def test_servers_hold_the_cache_and_a_copy_that_the_trainer_then_has_not(folder)
     config = configure(folder, sharding="fsdp", rollout=RolloutConfig(1, 8, max_rows=6))
     served = replace(config, engine=EngineConfig(name="vllm"))
     own, apart = memory(config, 4, 300), memory(served, 4, 300)
-    assert {name for name in own if name not in apart} == {
-        "the engine's own weights",
-        "KV cache of 6 rows of 513",
-    }
+    handed_over = "all weights in float32 for the engine"
+    gone = {"the engine's own weights", "KV cache of 6 rows of 513", handed_over}
+    assert set(own) - set(apart) == gone
+    by_nccl = replace(served, engine=EngineConfig(name="vllm", transport="nccl"))
+    assert memory(by_nccl, 4, 300)[handed_over] == own[handed_over]
     cache = RowCache(tiny_model("qwen2", VOCABULARY), max_rows=6)
     cache.reserve(6, 512)
     server = Needs(served, 4).server_memory(513)
