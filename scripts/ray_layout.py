@@ -109,5 +109,6 @@ def _engine(
     rows = config.rollout.max_rows
     options = server_options(config.engine, handed, config.policy, protocol, rows, scratch, not on_gpus)
     python = str(shutil.which(options.python))
-    environment = {name: v for name, v in server_environment(None).items() if os.environ.get(name) != v}
+    given = server_environment(None, options.environment)
+    environment = {name: value for name, value in given.items() if os.environ.get(name) != value}
     return (lambda host, port: server_command(python, options, port, host)), environment
