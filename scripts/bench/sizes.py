@@ -3,9 +3,9 @@
     python -m scripts.bench.sizes
 
 No weights are needed, and no GPU: the shapes are those of Qwen2.5; bytes and FLOPs come from `rl.estimate`,
-which is behind `sleuth train --dry-run`. The batch is Search-R1's: 512 questions, 5 trajectories each. Seconds
-are of a roofline: FLOPs at `SHARE` of a GPU's peak; decoding reads the weights, and the cache of each row, once
-a step of all rows. Nothing else is in them: no search, no hand-over, no waiting for the longest trajectory.
+which is behind `sleuth train --dry-run`. The batch is Search-R1's: 512 questions, 5 trajectories each.
+Seconds are of a roofline: FLOPs at `SHARE` of a GPU's peak; decoding reads the weights, and the cache of each
+row, once a step of all rows. Nothing else is in them: no search, no hand-over, no waiting for the longest.
 """
 
 from __future__ import annotations
