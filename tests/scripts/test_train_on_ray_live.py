@@ -179,8 +179,7 @@ def test_two_nodes_have_the_curve_of_one_process_whatever_is_killed(start, toy, 
         print(f"{name}: two steps later after {time.monotonic() - began:.0f} s")
     assert run.ends() == 0, run.told()
     assert [row["step"] for row in read_metrics(run.out)] == list(range(1, steps + 1))
-    assert rewards(run.out) == pytest.approx(rewards(alone.out), abs=0.3)
-    assert sum(rewards(run.out)) == pytest.approx(sum(rewards(alone.out)), rel=0.1)
+    assert rewards(run.out) == pytest.approx(rewards(alone.out), abs=0.1)
     assert not run.processes(str(run.out)) and not run.processes(str(toy / "policy"))
 
 
