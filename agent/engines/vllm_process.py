@@ -87,7 +87,7 @@ class ServerProcess:
         """The last line with an error that it printed, else its last line."""
         printed = self.log.read_bytes()[self._log_bytes :].decode(errors="replace")
         lines = [line.strip() for line in printed.splitlines() if line.strip()]
-        said = [line for line in lines if "Error" in line] or lines or ["it printed nothing"]
+        said = [line for line in lines if "Error:" in line] or lines or ["it printed nothing"]
         return said[-1][-300:]
 
     def check(self) -> None:

@@ -45,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content):
         data = json.dumps(content).encode()
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
