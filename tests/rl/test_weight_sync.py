@@ -49,9 +49,15 @@ def curve(out):
     return [[row[name] for name in names] for row in read_metrics(out)]
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)], ids=["full", "lora"])
-def test_a_run_over_http_is_the_run_in_process(vllm, toy, tmp_path, lora):
-    train(over(vllm, toy, tmp_path / "http", lora=lora, keep_rollouts_every=3))
+@pytest.mark.parametrize(
+    ("lora", "handed"),
+    [(LoraConfig(), "merged"), (LoraConfig(rank=2), "merged"), (LoraConfig(rank=2), "adapter")],
+    ids=["full", "lora-merged", "lora-adapter"],
+)
+def test_a_run_over_http_is_the_run_in_process(vllm, toy, tmp_path, lora, handed):
+    config = over(vllm, toy, tmp_path / "http", lora=lora, keep_rollouts_every=3)
+    train(replace(config, engine=replace(config.engine, lora=handed)))
+    assert vllm.calls.count("sleuth_adapter") == (3 if handed == "adapter" else 0)
     train(toy_config(toy, tmp_path / "here", steps=3, deterministic=False, lora=lora))
     for row, other in zip(curve(tmp_path / "http"), curve(tmp_path / "here"), strict=True):
         assert row == pytest.approx(other, rel=1e-3)
@@ -164,6 +170,8 @@ def test_what_cannot_be_done_over_http_is_refused(vllm, toy, tmp_path, monkeypat
     config = over(vllm, toy, tmp_path)
     with pytest.raises(ValueError, match="deterministic = True: must be false with engine vllm"):
         replace(config, deterministic=True)
+    with pytest.raises(ValueError, match=r"engine.lora = 'adapter': must be merged where lora.rank is 0"):
+        replace(config, engine=replace(config.engine, lora="adapter"))
     with pytest.raises(ValueError, match=r"engine.urls = 'http.*: must be none for engine hf"):
         EngineConfig(urls=vllm.url)
     monkeypatch.setenv("WORLD_SIZE", "2")
