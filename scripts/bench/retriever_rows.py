@@ -217,7 +217,7 @@ def repllama(work: Work) -> Training:
     negatives(work)
     options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25, "precision": "bfloat16"}
     data = {"negatives": 1}
-    return Training(model, contrast(0.02), "pairs_bm25", 100, 16, 3e-4, options, data)
+    return Training(model, contrast(0.02), "pairs_bm25", 75, 16, 3e-4, options, data)
 
 
 def promptreps(representation: str) -> Callable[[Work], Training]:
@@ -256,9 +256,9 @@ def dragon_labels(work: Work) -> None:
 # ---- retrievers --------------------------------------------------------------------------------------
 
 
-def learned(name: str, training: Callable[[Work], Training]) -> Make:
-    """A trained encoder over a collection."""
-    return lambda work, on: work.encoded(work.trained(name, training(work)), on, name)
+def learned(name: str, training: Callable[[Work], Training], **options: Any) -> Make:
+    """A trained encoder over a collection; options: of how it is loaded."""
+    return lambda work, on: work.encoded(work.trained(name, training(work)), on, name, **options)
 
 
 def untrained(name: str, training: Callable[[Work], Training]) -> Make:
@@ -383,7 +383,13 @@ for _kind in ("dense", "sparse"):
 _parts = tuple(untrained(f"promptreps-{kind}", promptreps(kind)) for kind in ("dense", "sparse"))
 row("promptreps-hybrid", fused(*_parts), "c", ("promptreps-dense", "promptreps-sparse"), on=SMALL)
 row("untrained-repllama", untrained("repllama", repllama), "c", on=SMALL)
-row("repllama", learned("repllama", repllama), "c", ("untrained-repllama", "bm25-small"), on=SMALL)
+row(
+    "repllama",
+    learned("repllama", repllama, dtype="bfloat16"),
+    "c",
+    ("untrained-repllama", "bm25-small"),
+    on=SMALL,
+)
 
 row("sentence-transformers", peer_model("plain"), "peer")
 row("ours", peer_model("ours"), "peer", ("sentence-transformers",), note=speed)
