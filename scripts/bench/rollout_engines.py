@@ -16,7 +16,8 @@ have the instruction, and its template closes a turn; so its tokens differ by so
 from __future__ import annotations
 
 import asyncio
-import copy
+import contextlib
+import os
 import random
 import sys
 import tempfile
@@ -25,10 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
-
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from agent.engines.base import Completion, Engine
 from agent.engines.hf import HFEngine
@@ -37,7 +34,6 @@ from agent.engines.vllm import VLLMEngine
 from agent.policy import Policy
 from agent.protocol import SEARCH_R1, Answer, Protocol, Search
 from agent.rollout import Agent
-from agent.search_tool import Neutraliser, render_hits
 from agent.trajectory import SegmentKind, Trajectory
 from data.corpus import Corpus
 from data.errors import ConfigError
@@ -87,6 +83,8 @@ class Outcome(NamedTuple):
     """What a side did."""
 
     seconds: float
+    processor_seconds: float
+    """Of this process and those that it started: what to compare where other work shares the machine."""
     sampled: int
     """Tokens."""
     read: int
@@ -143,12 +141,40 @@ async def roll_out(engine: Engine, work: Work, seed: int) -> Outcome:
     """Our agent over an engine of ours, all trajectories at once."""
     client = SearchClient(InProcess(work.retriever))
     agent = Agent(Laid(engine, work), work.policy.tokenizer, client, PROTOCOL, max_live=len(work.questions))
-    started = time.perf_counter()
+    clock = Clock()
     done = await agent.rollout(work.questions, seed)
-    return _count(done, work, time.perf_counter() - started)
+    return _count(done, work, clock)
 
 
-def _count(done: Sequence[Trajectory], work: Work, seconds: float) -> Outcome:
+class Clock:
+    """Starts now."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), processor_seconds()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds, and seconds of the processor, since."""
+        return time.perf_counter() - self._wall, processor_seconds() - self._processor
+
+
+def processor_seconds() -> float:
+    """Of this process and all below it that run (Linux; elsewhere of this one alone)."""
+    spent, parents = {os.getpid(): time.process_time()}, dict[int, int]()
+    tick = os.sysconf("SC_CLK_TCK")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            number = int(path.parent.name)
+            parents[number] = int(fields[1])
+            spent.setdefault(number, (int(fields[11]) + int(fields[12])) / tick)
+    ours = {os.getpid()}
+    while found := {child for child, parent in parents.items() if parent in ours} - ours:
+        ours |= found
+    return sum(spent[number] for number in ours)
+
+
+def _count(done: Sequence[Trajectory], work: Work, clock: Clock) -> Outcome:
+    seconds = clock.read()
     turns = [turn for question in work.questions for turn in work.plans[question.id]]
     sampled = sum(turn.tokens for turn in turns)
     read = sum(len(t.token_ids) for t in done) - sampled
@@ -156,7 +182,7 @@ def _count(done: Sequence[Trajectory], work: Work, seconds: float) -> Outcome:
     planned = sum(turn.query is not None for turn in turns)
     assert searches == planned, f"{searches} searches, {planned} planned"
     assert all(s.kind != SegmentKind.POLICY or len(s.token_ids) >= SHORTEST for t in done for s in t.segments)
-    return Outcome(seconds, sampled, read, searches)
+    return Outcome(*seconds, sampled, read, searches)
 
 
 class EndlessHF(HFEngine):
@@ -180,11 +206,11 @@ class ServerSide:
             config, work.policy, source, PROTOCOL, len(work.questions), log_folder
         )
         parameters = self.engine._parameters
-        self.engine._parameters = lambda *given: {
-            **parameters(*given),
-            "ignore_eos": True,
-            "stop_token_ids": [],
-        }
+
+        def endless(sampling: Sampling, room: int) -> dict[str, Any]:
+            return parameters(sampling, room) | {"ignore_eos": True, "stop_token_ids": []}
+
+        vars(self.engine)["_parameters"] = endless
         self.runner = asyncio.Runner()
         self.cached = ""
 
@@ -221,120 +247,6 @@ class ServerSide:
         self.runner.close()
 
 
-# ---- TRL -------------------------------------------------------------------------------------------
-
-
-class Lengths(LogitsProcessor):
-    """No end before a row's last planned token, and an end then."""
-
-    def __init__(self, tokens: list[int], prompt_tokens: int, ends: list[int]) -> None:
-        self.tokens, self.prompt_tokens, self.ends = torch.tensor(tokens), prompt_tokens, ends
-
-    def __call__(self, input_ids, scores):
-        last = self.tokens <= input_ids.shape[1] - self.prompt_tokens + 1
-        scores[:, self.ends] = -torch.inf
-        scores[last] = -torch.inf
-        scores[last, self.ends[0]] = 0.0
-        return scores
-
-
-def make_trl(work: Work) -> Callable[[Work, int], Outcome]:
-    """TRL's side: a trainer over the policy; its `_generate` is what a training step calls."""
-    from datasets import Dataset
-    from trl.chat_template_utils import qwen2_5_chat_template
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    tokenizer: Any = work.policy.tokenizer
-    neutralise = Neutraliser(PROTOCOL)
-    state: dict[str, Any] = {}
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def search(query: str) -> str:
-        """Search the passages.
-
-        Args:
-            query: What to look for.
-
-        Returns:
-            The passages found.
-        """
-        state["searches"] += 1
-        hits = work.retriever.search([query], PROTOCOL.top_k)[0]
-        return query + render_hits(hits, PROTOCOL, neutralise, encode, PROTOCOL.max_observation_tokens)
-
-    class Trainer(GRPOTrainer):
-        """TRL's own, which is told how long each row writes, and what it then calls."""
-
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            plans = [state["plans"][row] for row in range(len(state["plans"]))]
-            live = [plan[state["turn"]] for plan in plans if len(plan) > state["turn"]]
-            assert len(live) == len(prompt_ids), "the lengths of the sides must agree"
-            state["turn"] += 1
-            state["called"] = iter(live)
-            width = max(map(len, prompt_ids))
-            forced = Lengths([turn.tokens for turn in live], width, self.eos_token_ids)
-            model: Any = self.model
-            generate = model.generate
-
-            def laid(*given: Any, **named: Any) -> Any:
-                return generate(*given, logits_processor=LogitsProcessorList([forced]), **named)
-
-            with patch.object(model, "generate", laid):
-                written, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            assert [len(ids) for ids in written] == [turn.tokens for turn in live]
-            return written, logprobs
-
-    def parse(tokenizer: Any, ids: Any, **_: Any) -> dict[str, Any]:
-        turn = next(state["called"])
-        said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
-        call = {"type": "function", "function": {"name": "search", "arguments": {"query": turn.query}}}
-        return said if turn.query is None else said | {"tool_calls": [call]}
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = qwen2_5_chat_template  # SmolLM2 writes ChatML, too; its own knows no tools
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            work.policy.model,
-            lambda prompts, completions, **columns: [0.0] * len(prompts),
-            GRPOConfig(
-                folder,
-                use_cpu=work.policy.model.device.type == "cpu",
-                bf16=False,
-                per_device_train_batch_size=len(work.questions),
-                num_generations=2,
-                max_completion_length=PROTOCOL.max_context_tokens,
-                max_tool_calling_iterations=PROTOCOL.max_turns,
-                report_to="none",
-                save_strategy="no",
-            ),
-            Dataset.from_dict({"prompt": [_messages(q) for q in work.questions]}),
-            processing_class=tokenizer,
-            tools=[search],
-        )
-
-    def run(work: Work, seed: int) -> Outcome:
-        torch.manual_seed(seed)
-        state.update(plans=[work.plans[q.id] for q in work.questions], turn=0, searches=0)
-        trainer._sync_tool_dicts = [{"search": search} for _ in work.questions]
-        trainer._async_tool_dicts = [{} for _ in work.questions]
-        started = time.perf_counter()
-        with patch("trl.trainer.grpo_trainer.parse_response", parse):
-            prompts, completions, *_ = trainer._generate([_messages(q) for q in work.questions])
-        seconds = time.perf_counter() - started
-        sampled = sum(turn.tokens for plan in state["plans"] for turn in plan)
-        read = sum(map(len, prompts)) + sum(map(len, completions)) - sampled
-        return Outcome(seconds, sampled, read, state["searches"])
-
-    return run
-
-
-def _messages(question: Question) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question.text}]
-
-
 # ---- measuring -------------------------------------------------------------------------------------
 
 SIDES = ("hf", "vllm", "trl")
@@ -366,6 +278,8 @@ def compare(
             for count in counts:
                 work = _first(everything, count)
                 if "trl" in sides:
+                    from scripts.bench.rollout_trl import make_trl
+
                     runs["trl"] = make_trl(work)
                 _measure(work, {side: runs[side] for side in sides}, repeats, server)
         finally:
@@ -402,7 +316,8 @@ def _measure(
         print(
             f"{count} trajectories, {name:<4} {count / median.seconds:7.3f} trajectories/s "
             f"{median.sampled / median.seconds:8.1f} tokens/s; {median.sampled:,} sampled, {median.read:,} "
-            f"read, {median.searches} searches; seconds {seconds}; {against:.2f} times hf"
+            f"read, {median.searches} searches; seconds {seconds}, of the processor "
+            f"{median.processor_seconds:.1f}; {against:.2f} times hf"
         )
     if server is not None:
         print(f"  of vllm's server in its last run: {server.cached}")
