@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from agent.policy import Policy
 from data.errors import ConfigError, EngineError
 from data.jsonl import write_json
+
+if TYPE_CHECKING:
+    from agent.policy import Policy
 
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of heads that vLLM 0.32's attention has on a CPU."""
