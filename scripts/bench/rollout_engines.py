@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent.engines.base import Completion, Engine
+from agent.engines.base import Completion, Engine, Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.opening import open_vllm
 from agent.engines.vllm import VLLMEngine
