@@ -13,8 +13,10 @@ from scripts.__main__ import main
 
 RECIPES = Path(__file__).parents[3] / "scripts/configs/retriever"
 TOPICS = ["river", "fox", "sea", "city", "capital", "north", "blue", "old", "small", "big", "red", "one"]
-NAMES = ("splade", "unicoil", "deepimpact", "colbert", "bge_m3")
-KINDS = {"splade": "inverted", "unicoil": "inverted", "deepimpact": "inverted", "colbert": "maxsim"}
+NAMES = ("splade", "unicoil", "deepimpact", "colbert", "colbert_minilm", "bge_m3")
+KINDS = {"splade": "inverted", "unicoil": "inverted", "deepimpact": "inverted"} | dict.fromkeys(
+    ("colbert", "colbert_minilm"), "maxsim"
+)
 
 
 @pytest.fixture(scope="module")
