@@ -357,7 +357,7 @@ def main(
     """
     torch.set_num_threads(threads)
     if passages is not None:
-        from scripts.bench.rollout_engines import compare
+        from scripts.bench.rollout_compared import compare
 
         source = policy or "smollm2"
         print(f"{hardware()}; torch {torch.__version__}; {source}, {dtype}")
