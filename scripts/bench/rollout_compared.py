@@ -1,4 +1,4 @@
-"""Runs the sides of `scripts.bench.rollout --passages` (rollout_engines.py, rollout_trl.py) and compares them."""
+"""Runs the sides of `scripts.bench.rollout --passages` (rollout_engines.py, rollout_trl.py), and compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from agent.policy import Policy
 from data.errors import ConfigError
 from data.settings import EngineConfig
 from scripts.bench.rollout_engines import PROTOCOL, Outcome, ServerSide, Work, make_work, run_hf
-from scripts.bench.rollout_trl import make_trl
 
 SIDES = ("hf", "vllm", "trl")
 
@@ -44,6 +43,8 @@ def compare(
             for count in counts:
                 work = _first(everything, count)
                 if "trl" in sides:
+                    from scripts.bench.rollout_trl import make_trl
+
                     runs["trl"] = make_trl(work)
                 _measure(work, {side: runs[side] for side in sides}, repeats, server)
         finally:
