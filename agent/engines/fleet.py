@@ -24,6 +24,10 @@ HEALTH_TIMEOUT_SECONDS = 30.0
 """A server that computes on every core of a CPU may be slow to say that it is well."""
 
 
+IDLE_SECONDS = 2.0
+"""A connection idle for longer is not used again: vLLM closes it after 5 s, maybe under the next request."""
+
+
 class ServerLost(EngineError):
     """A server broke off, answered 5xx or was taken out: whatever it was asked can be asked elsewhere."""
 
@@ -58,7 +62,8 @@ class Server:
         self.lives += 1
         self.lost = asyncio.get_running_loop().create_future()
         if self._http is None:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            kept = {"max_keepalive_connections": 64, "keepalive_expiry": IDLE_SECONDS}
+            limits = httpx.Limits(max_connections=None, **kept)
             self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
 
     def take_out(self, reason: str) -> None:
