@@ -184,7 +184,7 @@ def _say_work(encoder: Any) -> None:
 
 def _encode_on_ray(of: Any, passages: Any, encoder: Any, settings: dict, given: dict, bar: _Bar) -> None:
     from retriever_server.indexes.base import found_at, generation_name
-    from scripts.encode_on_ray import encode_on_ray
+    from scripts.on_ray.encode import encode_on_ray
 
     out = Path(given["out"])
     shards, settings = of.plan(passages, out, encoder, given["dtype"], **settings)

@@ -59,7 +59,7 @@ def _launch(config: TrainConfig) -> None:
     """Let Ray start the trainers, once it is seen here that they will find nothing wrong."""
     from data.questions import load_questions
     from data.run_dir import RunStatus
-    from scripts.launch_on_ray import launch
+    from scripts.on_ray.launch import launch
     from scripts.wiring import make_protocol
 
     _check(config, load_questions(config.questions, config.split))

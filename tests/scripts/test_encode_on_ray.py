@@ -14,8 +14,8 @@ from data.errors import ConfigError, RunStopped
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, read_manifest
 from retriever_server.indexes.encoded import EncodedIndex
-from scripts import encode_on_ray
 from scripts import index as command
+from scripts.on_ray import encode
 from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
 
 
@@ -95,7 +95,7 @@ def test_two_nodes_write_what_one_process_writes_though_a_worker_is_killed(
     alone, together = (read_manifest(tmp_path / name) for name in ("alone", "i"))
     assert alone.checksums == together.checksums and alone.generation == together.generation
     assert open_index(tmp_path / "i").search(["river"], 3)
-    monkeypatch.setattr(encode_on_ray, "connect_ray", lambda _: pytest.fail("it is there already"))
+    monkeypatch.setattr(encode, "connect_ray", lambda _: pytest.fail("it is there already"))
     command.main(corpus, str(tmp_path / "i"), **arguments)
 
 
@@ -103,25 +103,25 @@ def test_two_nodes_write_what_one_process_writes_though_a_worker_is_killed(
 def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(EncodedIndex, "passages_per_shard", 30)
     corpus, model = write_corpus(tmp_path / "c.jsonl"), tiny_model(tmp_path / "m", "dense")
-    monkeypatch.setattr(encode_on_ray, "encode_shard", failing_once_in_three)
+    monkeypatch.setattr(encode, "encode_shard", failing_once_in_three)
     arguments = {"ray": cluster.address, "device": "cpu", "encoder": model}
     with pytest.raises(RunStopped, match=r"1 of 3 shards are missing: 00001 \(00001: OSError: broken"):
         command.main(corpus, str(tmp_path / "i"), **arguments)
     assert not (tmp_path / "i").exists()
     [folder] = tmp_path.glob(".i.encoding-*")
-    assert len(list(folder.glob("*.tried"))) == encode_on_ray.ATTEMPTS
+    assert len(list(folder.glob("*.tried"))) == encode.ATTEMPTS
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.done")}
     monkeypatch.undo()
     monkeypatch.setattr(EncodedIndex, "passages_per_shard", 30)
     seen: list[int] = []
-    real = encode_on_ray._finished
-    monkeypatch.setattr(encode_on_ray, "_finished", lambda *a: (seen.append(p) or p for p in real(*a)))
+    real = encode._finished
+    monkeypatch.setattr(encode, "_finished", lambda *a: (seen.append(p) or p for p in real(*a)))
     command.main(corpus, str(tmp_path / "i"), **arguments)
     assert len(before) == 2 and seen == list(range(30, 60))  # the others were not encoded again
     assert len(open_index(tmp_path / "i").corpus) == 90
 
 
-def failing_once_in_three(plan, shard, encode=encode_on_ray.encode_shard) -> None:
+def failing_once_in_three(plan, shard, encode=encode.encode_shard) -> None:
     """Encodes, but for shard 1, of which it only notes that it was tried."""
     if shard == 1:
         Path(plan.folder).mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def test_a_task_takes_a_gpu_where_the_cluster_has_one(cluster, tmp_path, monkeyp
 
         raise OSError(f"device {plan.device}, GPUs {ray.get_gpu_ids()}")
 
-    monkeypatch.setattr(encode_on_ray, "encode_shard", only_say_where)
+    monkeypatch.setattr(encode, "encode_shard", only_say_where)
     corpus, model = write_corpus(tmp_path / "c.jsonl"), tiny_model(tmp_path / "m", "dense")
     with pytest.raises(RunStopped, match=r"OSError: device cuda, GPUs \[0\]"):
         command.main(corpus, str(tmp_path / "i"), model, ray=cluster.address)

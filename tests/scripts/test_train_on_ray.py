@@ -18,8 +18,9 @@ import pytest
 from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json
 from rl.config import RayConfig, TrainConfig
-from scripts import launch_on_ray, ray_member, ray_place
-from scripts.ray_place import Place
+from scripts.on_ray import launch as launcher
+from scripts.on_ray import member, place
+from scripts.on_ray.place import Place
 from scripts.train import expand
 
 PROGRAM = (
@@ -161,21 +162,21 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.util", ray.util)
     monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", ray.util.scheduling_strategies)
-    monkeypatch.setattr(launch_on_ray, "connect_ray", lambda *_, **__: ray)
-    monkeypatch.setattr(launch_on_ray, "LOOK_EVERY_SECONDS", 0.05)
-    monkeypatch.setattr(launch_on_ray, "GRACE_SECONDS", 5)
-    monkeypatch.setattr(ray_member, "LOOK_EVERY_SECONDS", 0.05)
-    monkeypatch.setattr(ray_member, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(launcher, "connect_ray", lambda *_, **__: ray)
+    monkeypatch.setattr(launcher, "LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 5)
+    monkeypatch.setattr(member, "LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(member, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setenv("ORDERS", str(orders))
     (tmp_path / "program").write_text(PROGRAM)
     (tmp_path / "program").chmod(0o755)
-    monkeypatch.setattr(ray_place, "sys", SimpleNamespace(executable=str(tmp_path / "program")))
+    monkeypatch.setattr(place, "sys", SimpleNamespace(executable=str(tmp_path / "program")))
     out = tmp_path / "out"
 
     def launch(**settings):
         values = {"trainers": 2, "retrievers": 2, "start_seconds": 20, **settings}
         config = TrainConfig("p", "q", "index", str(out), ray=RayConfig("local", **values))
-        launch_on_ray.launch(config)
+        launcher.launch(config)
 
     yield SimpleNamespace(
         launch=launch,
@@ -276,8 +277,8 @@ def test_a_dead_replica_is_started_at_its_url_and_the_trainers_go_on(stage, capl
 
 
 def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
-    monkeypatch.setattr(ray_member, "HEALTH_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(ray_member, "UNWELL_SECONDS", 0.5)
+    monkeypatch.setattr(member, "HEALTH_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(member, "UNWELL_SECONDS", 0.5)
     stage.order("rank-0-step-2", "wait")
 
     def stop_one():
@@ -295,7 +296,7 @@ def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
 
 
 def test_an_actor_that_hangs_is_given_up(stage, caplog, monkeypatch):
-    monkeypatch.setattr(ray_member, "PLACE_SECONDS", 0.5)
+    monkeypatch.setattr(member, "PLACE_SECONDS", 0.5)
     stage.order("rank-1-step-3", "hang")
 
     def stop_one():
@@ -371,4 +372,4 @@ def test_ray_needs_no_address_where_it_is_made_here(given, meant):
 def test_a_retriever_that_is_served_already_needs_no_replicas(tmp_path):
     config = TrainConfig("p", "q", "http://a", str(tmp_path), ray=RayConfig("local", retrievers=2))
     with pytest.raises(ConfigError, match=r"ray.retrievers = 2: must be 0 where retriever is served already"):
-        launch_on_ray.launch(config)
+        launcher.launch(config)

@@ -11,10 +11,10 @@ from typing import Any
 
 from data.errors import ConfigError
 from rl.config import TrainConfig
-from scripts.ray_member import Member, Service
-from scripts.ray_place import PYTHON
+from scripts.on_ray.member import Member, Service
+from scripts.on_ray.place import PYTHON
 
-OURS = {"PYTHONPATH": str(Path(__file__).parents[1])}
+OURS = {"PYTHONPATH": str(Path(__file__).parents[2])}
 """So that a process runs this very package, wherever it stands."""
 
 

@@ -24,10 +24,10 @@ from data.errors import ConfigError, DataError, RunStopped, require
 from data.jsonl import atomic_write, write_json
 from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig
-from scripts.ray_cluster import connect_ray
-from scripts.ray_layout import OURS, engines_to_start, lay_out
-from scripts.ray_member import LOOK_EVERY_SECONDS, Lost, Member, Service, pause_seconds
-from scripts.ray_place import PYTHON
+from scripts.on_ray.cluster import connect_ray
+from scripts.on_ray.layout import OURS, engines_to_start, lay_out
+from scripts.on_ray.member import LOOK_EVERY_SECONDS, Lost, Member, Service, pause_seconds
+from scripts.on_ray.place import PYTHON
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from scripts.ray_place import Place
+from scripts.on_ray.place import Place
 
 logger = logging.getLogger(__name__)
 

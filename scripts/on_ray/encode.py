@@ -17,7 +17,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RunStopped
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.indexes.shards import Progress, Shards, silent
-from scripts.ray_cluster import connect_ray
+from scripts.on_ray.cluster import connect_ray
 
 ATTEMPTS = 3
 """A task whose worker fails or dies begins again so often in all, on whichever machine is free."""
