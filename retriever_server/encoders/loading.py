@@ -31,6 +31,22 @@ def _saved_kind(model: str) -> str:
     return next((kind for kind, name in CLASSES.items() if name == saved.get("model_type")), "dense")
 
 
+def check_projects(model: str) -> None:
+    """Raise ConfigError where vectors of tokens would be random projections, there to be trained, of a base."""
+    from sentence_transformers.util import load_file_path
+
+    if _saved_kind(model) == "multi":
+        return
+    for file, says in (("config.json", "HF_ColBERT"), ("modules.json", ".Dense")):
+        path = load_file_path(model, file)
+        if path and says in Path(path).read_text():
+            return
+    raise ConfigError(
+        f"encoder {model!r}: kind 'multi' would put a random projection before its vectors of tokens; "
+        "train one first (docs/training-retrievers.md), or take dimension: null of the recipe colbert"
+    )
+
+
 def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
     """The model of sentence-transformers by name or folder, of the kind it was saved as if None.
 

@@ -23,7 +23,7 @@ from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
-from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.loading import check_projects, load_model
 from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.pictures import (
     as_model_input,
@@ -80,6 +80,8 @@ def load_encoder(
         shared = _LOADED.get((model.hash, device, dtype))
         return shared or _load_by_spec(model, device, dtype)
     loaded = load_model(model, kind, device, dtype)
+    if kind == "multi":
+        check_projects(model)
     if max_tokens is not None:
         loaded.max_seq_length = max_tokens
     if dimension is not None:

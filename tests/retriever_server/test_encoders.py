@@ -59,6 +59,8 @@ def test_a_spec_loads_its_encoder_and_no_other(models):
         load_encoder(replace(spec, fingerprint="x"), device="cpu")
     with pytest.raises(ConfigError, match="encoder '/no/such': no such folder"):
         load_encoder("/no/such")
+    with pytest.raises(ConfigError, match="kind 'multi' would put a random projection before its vectors"):
+        load_encoder(models["dense"], kind="multi", device="cpu")
 
 
 class Leaky(FakeEncoder):
