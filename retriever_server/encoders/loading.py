@@ -32,7 +32,7 @@ def _saved_kind(model: str) -> str:
 
 
 def check_projects(model: str) -> None:
-    """Raise ConfigError where vectors of tokens would be random projections, there to be trained, of a base."""
+    """Raise ConfigError where vectors of tokens would be untrained projections of a base."""
     from sentence_transformers.util import load_file_path
 
     if _saved_kind(model) == "multi":
