@@ -13,7 +13,8 @@ import logging
 import os
 import signal
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 from data.errors import ConfigError, SleuthError
 
@@ -56,10 +57,23 @@ USER_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Pe
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status of `sleuth ARGV...`; errors of the user's are one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
+    return guarded(dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def run_script(run: Callable[..., Any]) -> NoReturn:
+    """Run a module that is no command, such as `python -m scripts.bench.encode`, by its `main`."""
+    from scripts.command_line import call
+
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    sys.exit(guarded(lambda argv: call(run, argv, program) or 0, sys.argv[1:]))
+
+
+def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """What `run` returns, or the exit status of its error, which is one line where it is the user's."""
     try:
         try:
-            return dispatch(argv)
+            return run(argv)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught, not at exit
     except KeyboardInterrupt as error:

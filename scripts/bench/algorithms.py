@@ -261,6 +261,6 @@ def panel(axis: Any, name: str, curves: Sequence[Curve]) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.algorithms")
+    run_script(main)

@@ -61,8 +61,6 @@ def mixed_lengths(texts: list[str], seed: int = 0) -> list[str]:
 
 
 if __name__ == "__main__":
-    import sys
+    from scripts.__main__ import run_script
 
-    from scripts.command_line import call
-
-    call(main, sys.argv[1:], "python -m scripts.bench.encode")
+    run_script(main)

@@ -164,8 +164,6 @@ def overlap(found: list[list[str]], exact: list[list[str]]) -> float:
 
 
 if __name__ == "__main__":
-    import sys
+    from scripts.__main__ import run_script
 
-    from scripts.command_line import call
-
-    call(main, sys.argv[1:], "python -m scripts.bench.indexes")
+    run_script(main)

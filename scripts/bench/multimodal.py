@@ -13,7 +13,6 @@ models are made from configurations, with a tokenizer trained on the training ti
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from scripts.bench.multimodal_speed import speed
 from scripts.bench.multimodal_world import PageWork
 from scripts.bench.retriever_rows import Make, contrast, part
 from scripts.bench.retriever_world import Row, Training, Work
-from scripts.bench.row_table import chosen, listed, markdown, run_rows
+from scripts.bench.row_table import command
 
 SHOWN = ("R@10", "nDCG@10", "RR@10")
 COMPARED = ("R@10", "nDCG@10")
@@ -167,42 +166,9 @@ row(
 )
 
 
-def main(
-    data: str = "../shared/data",
-    work: str = "runs/multimodal",
-    only: list[str] | None = None,
-    tables: list[str] | None = None,
-    questions: int = 500,
-    steps: int = 10_000,
-    rows: bool = False,
-    table: bool = False,
-    again: bool = False,
-) -> None:
-    """Run the rows that have no result yet, then print all results as Markdown.
-
-    Args:
-        data: Folder of the collections.
-        work: Folder of all that is made.
-        only: These rows alone, and those that they are compared with.
-        tables: The rows of these tables alone: cards, emoji, figures, speed.
-        questions: At most so many of each collection.
-        steps: At most so many of a training: to try the script.
-        rows: Only list the rows.
-        table: Only print what there is.
-        again: Run the rows named by `only` although they have a result.
-    """
-    wanted = chosen(ROWS, only, tables)
-    if rows:
-        print(listed(ROWS, wanted))
-        return
-    of = PageWork(Path(work), Path(data), questions, steps)
-    failed = [] if table else run_rows(of, ROWS, wanted, again)
-    print(markdown(of.folder / "results", {name: ROWS[name] for name in wanted}, SHOWN, COMPARED))
-    if failed:
-        sys.exit("\n".join(failed))
-
+main = command(ROWS, PageWork, "runs/multimodal", 500, SHOWN, COMPARED)
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.multimodal")
+    run_script(main)

@@ -217,7 +217,19 @@ def repllama(work: Work) -> Training:
     negatives(work)
     options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25, "precision": "bfloat16"}
     data = {"negatives": 1}
-    return Training(model, contrast(0.02), "pairs_bm25", 75, 16, 3e-4, options, data)
+    return Training(model, contrast(0.02), "pairs_bm25", 200, 16, 3e-4, options, data)
+
+
+def smollm2_pooled(two_way: bool) -> Callable[[Work], Training]:
+    """SmolLM2 with mean pooling, and MNTP by LoRA to learn to see both ways."""
+
+    def of(work: Work) -> Training:
+        given = {"base": smollm2(), "pooling": "mean", "two_way": two_way, "max_tokens": TOKENS}
+        options = {"lora": LoraConfig(rank=16, alpha=32), "save_every": 25, "precision": "bfloat16", **ALONE}
+        loss = part("MaskedNextToken", {"mask_token": "_"})
+        return Training(part("decoder", given), loss, None, 200, 16, 5e-4, options, TEXTS)
+
+    return of
 
 
 def promptreps(representation: str) -> Callable[[Work], Training]:
@@ -332,11 +344,8 @@ trains("unicoil", unicoil)
 trains("deepimpact", deepimpact)
 trains("colbert", colbert, "dense")
 row("untrained-cross-encoder", reranked(lambda work: work.untrained("cross-encoder", cross_encoder(work))))
-row(
-    "cross-encoder",
-    reranked(lambda work: work.trained("cross-encoder", cross_encoder(work))),
-    against=("untrained-cross-encoder", "bm25"),
-)
+_made = reranked(lambda work: work.trained("cross-encoder", cross_encoder(work)))
+row("cross-encoder", _made, against=("untrained-cross-encoder", "bm25"))
 trains("causal", causal)
 trains("two-way", two_way, "causal")
 trains("llm2vec-mntp", mntp)
@@ -373,23 +382,17 @@ row(
     "minilm-tuned-small", learned("minilm-tuned", tuned_minilm), "c", ("minilm-small", "bm25-small"), on=SMALL
 )
 for _kind in ("dense", "sparse"):
-    row(
-        f"promptreps-{_kind}",
-        untrained(f"promptreps-{_kind}", promptreps(_kind)),
-        "c",
-        ("bm25-small",),
-        on=SMALL,
-    )
+    _made = untrained(f"promptreps-{_kind}", promptreps(_kind))
+    row(f"promptreps-{_kind}", _made, "c", ("bm25-small",), on=SMALL)
 _parts = tuple(untrained(f"promptreps-{kind}", promptreps(kind)) for kind in ("dense", "sparse"))
 row("promptreps-hybrid", fused(*_parts), "c", ("promptreps-dense", "promptreps-sparse"), on=SMALL)
+_loaded = learned("repllama", repllama, dtype="bfloat16")
 row("untrained-repllama", untrained("repllama", repllama), "c", on=SMALL)
-row(
-    "repllama",
-    learned("repllama", repllama, dtype="bfloat16"),
-    "c",
-    ("untrained-repllama", "bm25-small"),
-    on=SMALL,
-)
+row("repllama", _loaded, "c", ("untrained-repllama", "bm25-small"), on=SMALL)
+for _name, _two_way in {"smollm2-causal": False, "smollm2-two-way": True}.items():
+    row(_name, untrained(_name, smollm2_pooled(_two_way)), "c", on=SMALL)
+_loaded = learned("smollm2-mntp", smollm2_pooled(True))
+row("smollm2-mntp", _loaded, "c", ("smollm2-two-way", "smollm2-causal"), on=SMALL)
 
 row("sentence-transformers", peer_model("plain"), "peer")
 row("ours", peer_model("ours"), "peer", ("sentence-transformers",), note=speed)

@@ -16,52 +16,13 @@ same command goes on where it was stopped; `--rows true` lists them, `--table tr
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from scripts.bench.retriever_rows import ROWS
 from scripts.bench.retriever_world import Work
-from scripts.bench.row_table import chosen, listed, markdown, run_rows
+from scripts.bench.row_table import command
 
-SHOWN = ("nDCG@10", "R@20", "answer@20")
-
-
-def main(
-    data: str = "../shared/data",
-    work: str = "runs/retrievers",
-    only: list[str] | None = None,
-    tables: list[str] | None = None,
-    questions: int = 2000,
-    steps: int = 10_000,
-    rows: bool = False,
-    table: bool = False,
-    again: bool = False,
-) -> None:
-    """Run the rows that have no result yet, then print all results as Markdown.
-
-    Args:
-        data: Folder of the collections.
-        work: Folder of all that is made.
-        only: These rows alone, and those that they are compared with.
-        tables: The rows of these tables alone: a, b, c, peer.
-        questions: At most so many of each collection.
-        steps: At most so many of a training: to try the script.
-        rows: Only list the rows.
-        table: Only print what there is.
-        again: Run the rows named by `only` although they have a result.
-    """
-    wanted = chosen(ROWS, only, tables)
-    if rows:
-        print(listed(ROWS, wanted))
-        return
-    of = Work(Path(work), Path(data), questions, steps)
-    failed = [] if table else run_rows(of, ROWS, wanted, again)
-    print(markdown(of.folder / "results", {name: ROWS[name] for name in wanted}, SHOWN))
-    if failed:
-        sys.exit("\n".join(failed))
-
+main = command(ROWS, Work, "runs/retrievers", 2000, ("nDCG@10", "R@20", "answer@20"))
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.retrievers")
+    run_script(main)

@@ -378,6 +378,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.rollout")
+    run_script(main)

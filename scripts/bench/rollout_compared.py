@@ -43,9 +43,9 @@ def compare(
             for count in counts:
                 work = _first(everything, count)
                 if "trl" in sides:
-                    from scripts.bench.rollout_trl import make_trl
+                    from scripts.bench.rollout_trl import TRLSide
 
-                    runs["trl"] = make_trl(work)
+                    runs["trl"] = TRLSide(work)
                 _measure(work, {side: runs[side] for side in sides}, repeats, server)
         finally:
             if server is not None:

@@ -1,4 +1,4 @@
-"""Runs the rows of a table of the benchmarks and prints it: what `retrievers` and `multimodal` share.
+"""The command of a table of the benchmarks: runs its rows and prints it, for `retrievers` and `multimodal`.
 
 What a row found is kept as WORK/results/ROW.json, so that the same command goes on where it was stopped.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,50 @@ from scripts.bench.retriever_world import Row, Work
 METRICS = "nDCG@10,R@10,R@20,RR@10"
 
 
-def chosen(rows: Mapping[str, Row], only: Sequence[str] | None, tables: Sequence[str] | None) -> list[str]:
+def command(
+    rows_of: Mapping[str, Row], world: type[Work], folder: str, most: int,
+    shown: Sequence[str], compared: Sequence[str] = (),
+) -> Callable[..., None]:  # fmt: skip
+    """The `main` of a table, by default in `folder` with `most` questions; shown, compared: of `markdown`."""
+
+    def main(
+        data: str = "../shared/data",
+        work: str = folder,
+        only: list[str] | None = None,
+        tables: list[str] | None = None,
+        questions: int = most,
+        steps: int = 10_000,
+        rows: bool = False,
+        table: bool = False,
+        again: bool = False,
+    ) -> None:
+        """Run the rows that have no result yet, then print all results as Markdown.
+
+        Args:
+            data: Folder of the collections.
+            work: Folder of all that is made.
+            only: These rows alone, and those that they are compared with.
+            tables: The rows of these tables alone; --rows true names them.
+            questions: At most so many of each collection.
+            steps: At most so many of a training: to try the script.
+            rows: Only list the rows.
+            table: Only print what there is.
+            again: Run the rows named by `only` although they have a result.
+        """
+        wanted = _chosen(rows_of, only, tables)
+        if rows:
+            print(_listed(rows_of, wanted))
+            return
+        of = world(Path(work), Path(data), questions, steps)
+        failed = [] if table else run_rows(of, rows_of, wanted, again)
+        print(markdown(of.folder / "results", {name: rows_of[name] for name in wanted}, shown, compared))
+        if failed:
+            sys.exit("\n".join(failed))
+
+    return main
+
+
+def _chosen(rows: Mapping[str, Row], only: Sequence[str] | None, tables: Sequence[str] | None) -> list[str]:
     """The names of the rows that are asked for; ConfigError for one that there is not."""
     for name in only or ():
         if name not in rows:
@@ -27,7 +70,7 @@ def chosen(rows: Mapping[str, Row], only: Sequence[str] | None, tables: Sequence
     return [name for name in only or rows if not tables or rows[name].table in tables]
 
 
-def listed(rows: Mapping[str, Row], names: Sequence[str]) -> str:
+def _listed(rows: Mapping[str, Row], names: Sequence[str]) -> str:
     """A line a row: its table, and what it is held against."""
     return "\n".join(
         f"{name:28} ({rows[name].table}) against {', '.join(rows[name].against)}" for name in names

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import heapq
 import random
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -335,6 +334,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.scaling")
+    run_script(main)

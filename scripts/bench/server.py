@@ -269,6 +269,6 @@ def _report(
 
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.server")
+    run_script(main)

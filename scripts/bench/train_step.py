@@ -395,6 +395,6 @@ def measure_apart(options: dict[str, object]) -> Meter:
 
 
 if __name__ == "__main__":
-    from scripts.command_line import call
+    from scripts.__main__ import run_script
 
-    call(main, sys.argv[1:], "python -m scripts.bench.train_step")
+    run_script(main)
