@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
-from transformers import PrinterCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
@@ -109,7 +109,8 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     if recipe.lora.rank:
         _add_adapters(model, recipe.lora)
     if recipe.gradient_checkpointing:
-        model.transformers_model.gradient_checkpointing_enable({"use_reentrant": False})
+        for trunk in trunks(model):
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
     of, _ = trainer_class(kind)
     data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
     trainer = of(
@@ -150,6 +151,13 @@ def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
     return folder
 
 
+def trunks(model: Any) -> list[Any]:
+    """The transformers of a model: one, or one for each tower."""
+    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    inside = {part for each in found for part in each.modules() if part is not each}
+    return [each for each in found if each not in inside]
+
+
 def merge_adapters(model: Any) -> None:
     """Add what LoRA adapters have learned to the weights they stand beside, and take them away."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -159,10 +167,10 @@ def merge_adapters(model: Any) -> None:
             if isinstance(layer, BaseTunerLayer):
                 layer.merge()
                 setattr(parent, name, layer.get_base_layer())
-    inner = model.transformers_model
-    if getattr(inner, "_hf_peft_config_loaded", False):
-        inner._hf_peft_config_loaded = False
-        del inner.peft_config
+    for trunk in trunks(model):
+        if getattr(trunk, "_hf_peft_config_loaded", False):
+            trunk._hf_peft_config_loaded = False
+            del trunk.peft_config
 
 
 def _add_adapters(model: Any, lora: LoraConfig) -> None:
@@ -178,7 +186,8 @@ def _add_adapters(model: Any, lora: LoraConfig) -> None:
         bias="none",
     )
     try:
-        model.add_adapter(adapter)
+        for trunk in trunks(model):
+            trunk.add_adapter(adapter)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {names!r}: {str(error).partition('.')[0]}") from error
 

@@ -11,6 +11,8 @@ import pytest
 import sentence_transformers
 import torch
 from safetensors.torch import load_file
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from data.checkpoint import list_checkpoints
 from data.errors import ConfigError, DataError, RunStopped
@@ -59,6 +61,12 @@ def dev(rivers):
 
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
+
+
+def every_weight(folder):
+    """Of all towers: {file and name: values}."""
+    files = (folder / "model").rglob("*.safetensors")
+    return {(str(f.relative_to(folder)), name): v for f in files for name, v in load_file(f).items()}
 
 
 def same(a, b):
@@ -171,20 +179,62 @@ def test_matryoshka_trains_prefixes_and_an_index_may_keep_only_these(rivers, tmp
         training.train(recipe(rivers, tmp_path / "no", matryoshka=[64]))
 
 
-def test_lora_changes_only_what_it_stands_beside_and_is_merged(rivers, tmp_path):
-    made = recipe(rivers, tmp_path / "run", lora={"rank": 2, "target_modules": "query,value"})
-    folder = training.train(made)
-    trained = weights(tmp_path / "run")
-    assert not any("lora" in name for name in trained)
-    start = dict(load_file(f"{base(rivers)['folder']}/model.safetensors"))
-    changed = {
-        n for n, w in trained.items() if f"bert.{n}" in start and not torch.equal(w, start[f"bert.{n}"])
-    }
-    assert changed == {f"encoder.layer.0.attention.self.{n}.weight" for n in ("query", "value")}
+@pytest.mark.parametrize("method", ["dense", "two_towers"])
+def test_lora_changes_only_what_it_stands_beside_and_is_merged(method, rivers, tmp_path):
+    lora = {"rank": 2, "target_modules": "query,value"}
+    model = component(method, base=base(rivers), max_tokens=24, normalise=True)
+    folder = training.train(recipe(rivers, tmp_path / "run", model=model, lora=lora))
+    start = load_file(f"{base(rivers)['folder']}/model.safetensors")
+    files = list(folder.rglob("model.safetensors"))
+    assert len(files) == (2 if method == "two_towers" else 1)
+    for trained in map(load_file, files):
+        assert not any("lora" in name for name in trained)
+        known = {name: start[f"bert.{name}"] for name in trained if f"bert.{name}" in start}
+        changed = {name for name, weight in known.items() if not torch.equal(weight, trained[name])}
+        assert changed == {f"encoder.layer.0.attention.self.{n}.weight" for n in ("query", "value")}
     assert load_encoder(str(folder), device="cpu").spec.kind == "dense"
     wrong = recipe(rivers, tmp_path / "no", lora={"rank": 2, "target_modules": "nothing_like_it"})
     with pytest.raises(ConfigError, match=r"lora.target_modules = 'nothing_like_it'"):
         training.train(wrong)
+
+
+PAIRS = {"negatives": 2, "form": "pair"}
+RECOMPUTED = {
+    **{name: (component(name, **METHODS[name][0]), METHODS[name][1:], {}) for name in METHODS},
+    "decoder": (component("decoder", pooling="mean", two_way=True), METHODS["dense"][1:], {"rank": 2}),
+    "cross_encoder": (component("cross_encoder"), (component("BinaryCrossEntropyLoss"), PAIRS), {}),
+}
+
+
+@pytest.mark.parametrize("method", RECOMPUTED)
+def test_gradient_checkpointing_recomputes_and_changes_no_weight(method, rivers, tmp_path, monkeypatch):
+    model, (loss, data), lora = RECOMPUTED[method]
+    config = {"model_type": "llama"} if method == "decoder" else {}
+    config = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, **config}
+    model = component(model["class_path"], **model["init_args"], base=base(rivers, **config))
+    made = recipe(
+        rivers, "", model=model, loss=loss, lora=lora, steps=2,
+        train=[{**settings(rivers, "")["train"][0], **data}],
+        passage_template="{contents}" if method == "cross_encoder" else "{title}\n{text}",
+    )  # fmt: skip
+    passes = []
+    layer = LlamaDecoderLayer if method == "decoder" else BertLayer
+    forward = layer.forward
+
+    def counted(self, *given, **named):
+        passes.append(torch.is_grad_enabled())
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    with_gradient, found = [], []
+    for checkpointing in (False, True):
+        passes.clear()
+        out = str(tmp_path / str(checkpointing))
+        training.train(dataclasses.replace(made, out=out, gradient_checkpointing=checkpointing))
+        with_gradient.append(sum(passes))
+        found.append(every_weight(tmp_path / str(checkpointing)))
+    assert with_gradient[1] == 2 * with_gradient[0] > 0
+    assert same(*found)
 
 
 def test_several_sets_have_their_own_instructions(rivers, tmp_path):
