@@ -295,30 +295,26 @@ def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
     assert re.search(r"retriever-0: no answer at http://\S+/readyz for \d s; started again", caplog.text)
 
 
-def test_an_actor_that_hangs_is_given_up(stage, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("hang", "its place does not answer within 0.5 s; all trainers begin again"),
+        ("die", "its place is lost"),
+    ],
+)
+def test_an_actor_that_hangs_or_dies_takes_its_process_along_and_another_is_made(
+    end, says, stage, caplog, monkeypatch
+):
     monkeypatch.setattr(member, "PLACE_SECONDS", 0.5)
     stage.order("rank-1-step-3", "hang")
 
-    def stop_one():
+    def end_one():
         stage.wait_for(stage.begun("rank-1-step-3"))
-        stage.ray.actors[1].hang()
+        getattr(stage.ray.actors[1], end)()
 
-    threading.Thread(target=stop_one, daemon=True).start()
+    threading.Thread(target=end_one, daemon=True).start()
     stage.launch(retrievers=0)
-    assert "trainer-1: its place does not answer within 0.5 s; all trainers begin again" in caplog.text
-    assert stage.starts(0) == stage.starts(1) == 2
-
-
-def test_an_actor_that_dies_takes_its_process_along_and_another_is_made(stage, caplog):
-    stage.order("rank-1-step-3", "hang")
-
-    def kill_one():
-        stage.wait_for(stage.begun("rank-1-step-3"))
-        stage.ray.actors[1].die()
-
-    threading.Thread(target=kill_one, daemon=True).start()
-    stage.launch(retrievers=0)
-    assert "trainer-1: its place is lost" in caplog.text
+    assert f"trainer-1: {says}" in caplog.text
     assert stage.starts(0) == stage.starts(1) == 2
 
 
