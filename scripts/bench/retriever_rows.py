@@ -389,10 +389,11 @@ row("promptreps-hybrid", fused(*_parts), "c", ("promptreps-dense", "promptreps-s
 _loaded = learned("repllama", repllama, dtype="bfloat16")
 row("untrained-repllama", untrained("repllama", repllama), "c", on=SMALL)
 row("repllama", _loaded, "c", ("untrained-repllama", "bm25-small"), on=SMALL)
-for _name, _two_way in {"smollm2-causal": False, "smollm2-two-way": True}.items():
-    row(_name, untrained(_name, smollm2_pooled(_two_way)), "c", on=SMALL)
+row("smollm2-causal", untrained("smollm2-causal", smollm2_pooled(False)), "c", on=SMALL)
+_both = ("squad", *SMALL)
+row("smollm2-two-way", untrained("smollm2-two-way", smollm2_pooled(True)), "c", on=_both)
 _loaded = learned("smollm2-mntp", smollm2_pooled(True))
-row("smollm2-mntp", _loaded, "c", ("smollm2-two-way", "smollm2-causal"), on=SMALL)
+row("smollm2-mntp", _loaded, "c", ("smollm2-two-way", "smollm2-causal"), on=_both)
 
 row("sentence-transformers", peer_model("plain"), "peer")
 row("ours", peer_model("ours"), "peer", ("sentence-transformers",), note=speed)
