@@ -7,7 +7,6 @@ world/ (corpus, questions, index), evaluations/before, checkpoints, evaluations/
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.child import Child
 from data.errors import EngineError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
 from data.settings import EngineConfig
@@ -24,6 +24,7 @@ from rl.config import TrainConfig
 RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
 TITLE_BOOST = 3
 SERVER_SECONDS = 60.0
+STOP_SECONDS = 30
 
 
 def main(
@@ -135,23 +136,18 @@ def serve(index: Path, run: Path) -> Iterator[str]:
     port_file = run / "server.port"
     port_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "scripts", "serve", "--index", str(index), "--port", "0"]
-    with (run / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--port_file", str(port_file)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours: the server stops after the last search
-        )
+    log = run / "server.log"
+    log.write_bytes(b"")
+    server = Child([*command, "--port_file", str(port_file)], log, grace_seconds=STOP_SECONDS)
     try:
         deadline = time.monotonic() + SERVER_SECONDS
         while not port_file.exists():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RetrieverUnavailable(f"the retriever server did not start: see {run / 'server.log'}")
+            if server.status is not None or time.monotonic() > deadline:
+                raise RetrieverUnavailable(f"the retriever server did not start: see {log}")
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port_file.read_text().strip()}"
     finally:
-        server.terminate()
-        server.wait()
+        server.stop(STOP_SECONDS)
         port_file.unlink(missing_ok=True)
 
 

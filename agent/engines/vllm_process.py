@@ -5,29 +5,23 @@ One that dies, or answers no more, is started again on its port; its log goes on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.child import Child
 from data.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
 
 WORKER = Path(__file__).parent / "worker"
-# A shell that waits for the end of its input, which comes when this process ends, however it ends; and
-# that ends when the server does.
-WATCHED = '("$@" </dev/null; kill -TERM $$) & read -r _; kill -TERM 0'
-STOP_SECONDS = 15.0
+STOP_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -60,64 +54,28 @@ class ServerProcess:
         port = _free_port()
         self.log, self.url = log, f"http://127.0.0.1:{port}"
         self.restarts = 0
-        self._command = ["sh", "-c", WATCHED, "sh", *server_command(python, options, port)]
+        self._command = server_command(python, options, port)
         self._environment = server_environment(device, options.environment)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
         self._launch()
 
     def _launch(self) -> None:
-        self._log_bytes, self._launched = self.log.stat().st_size, time.monotonic()
-        with self.log.open("ab") as out:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
-
-    @property
-    def seconds(self) -> float | None:
-        """Since when it runs; None: it has ended."""
-        return time.monotonic() - self._launched if self._process.poll() is None else None
-
-    def last_words(self) -> str:
-        """The last line with an error that it printed, else its last line."""
-        printed = self.log.read_bytes()[self._log_bytes :].decode(errors="replace")
-        lines = [line.strip() for line in printed.splitlines() if line.strip()]
-        said = [line for line in lines if "Error:" in line] or lines or ["it printed nothing"]
-        return said[-1][-300:]
+        self.child = Child(self._command, self.log, self._environment, grace_seconds=STOP_SECONDS)
 
     def check(self) -> None:
         """Raise EngineError, with the last line that it printed, if it has ended."""
-        if self.seconds is None:
-            raise EngineError(f"engine vllm: the server has ended: {self.last_words()} (see {self.log})")
+        if self.child.status is not None:
+            said = self.child.last_words()
+            raise EngineError(f"engine vllm: the server has ended: {said} (see {self.log})")
 
     def restart(self) -> None:
         """Start it again, on the same port and device; what is left of it is killed."""
-        self.kill()
+        self.child.kill()
         self.restarts += 1
         with self.log.open("a") as out:
             out.write(f"--- started again ({self.restarts}) ---\n")
         self._launch()
-
-    def kill(self) -> None:
-        """End it at once, as a crash would."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def stop(self) -> None:
-        """End it; returns when it has ended."""
-        self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        self.kill()  # what it started may outlive it
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
 
 class StartedServers:
@@ -160,9 +118,10 @@ class StartedServers:
             [server] = [server for server in self.servers if server.url == url]
             if self._closed:
                 return False
-            if server.seconds is None:
-                why = f"has ended: {server.last_words()}"
-            elif min(server.seconds, out_seconds) > self.patience_seconds:
+            seconds = server.child.seconds
+            if seconds is None:
+                why = f"has ended: {server.child.last_words()}"
+            elif min(seconds, out_seconds) > self.patience_seconds:
                 why = f"has not answered for {out_seconds:.0f} s"
             else:
                 return True
@@ -177,7 +136,7 @@ class StartedServers:
         """End all, side by side."""
         with self._lock:
             self._closed = True
-        stops = [threading.Thread(target=server.stop) for server in self.servers]
+        stops = [threading.Thread(target=server.child.stop, args=[STOP_SECONDS]) for server in self.servers]
         for each in stops:
             each.start()
         for each in stops:

@@ -155,4 +155,4 @@ def test_closing_ends_what_was_started_again(tmp_path, monkeypatch):
     [server] = started.servers
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
-    assert not started.revive(server.url, 0.0) and server.seconds is None
+    assert not started.revive(server.url, 0.0) and server.child.seconds is None

@@ -149,9 +149,9 @@ class Handle:
     def die(self):
         """As a killed process: the kernel closes what it had open."""
         self._alive = False
-        process = self._actor._process
-        if process is not None and process.stdin:
-            process.stdin.close()
+        child = self._actor.child
+        if child is not None and child.process.stdin:
+            child.process.stdin.close()
 
 
 @pytest.fixture
@@ -340,11 +340,11 @@ def test_no_room_is_said_before_anything_starts(stage):
 def test_a_process_does_not_outlive_its_place(tmp_path):
     place = Place()
     place.start(["sleep", "99.25"], {}, str(tmp_path), str(tmp_path / "log"))
-    assert place.state() is None and place._process and place._process.stdin
-    place._process.stdin.close()
-    assert place._process.wait(20) == -signal.SIGKILL
+    assert place.state() is None and place.child and place.child.process.stdin
+    place.child.process.stdin.close()
+    assert place.child.process.wait(20) == -signal.SIGKILL
     place.start(["sh", "-c", "echo first; echo last; exit 7"], {}, str(tmp_path), str(tmp_path / "log"))
-    assert place._process.wait(20) == 7
+    assert place.child.process.wait(20) == 7
     assert place.state() == (7, "last")
     assert "first" in (tmp_path / "log").read_text()
     with pytest.raises(ConfigError, match="nowhere: all machines must see it"):
