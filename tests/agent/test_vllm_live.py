@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -212,8 +213,14 @@ async def stops_and_seeds(engine, policy, prompt):
 
 async def in_flight(engine, policy, prompt):
     """A completion under way goes on with the new weights, and says how old its oldest token is."""
-    written = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=400, seed=3), "long"))
-    await asyncio.sleep(0.5)
+    parameters = engine._parameters
+
+    def endless(sampling, room):
+        return parameters(sampling, room) | {"ignore_eos": True, "stop_token_ids": []}
+
+    with patch.object(engine, "_parameters", endless):
+        written = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=400, seed=3), "long"))
+        await asyncio.sleep(0.5)
     assert not written.done()
     change(policy.model, 4)
     await engine.update_weights(None, 4)
