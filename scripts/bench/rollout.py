@@ -334,8 +334,8 @@ def main(
     dtype: str = "float32",
     profile_ours: bool = False,
     passages: str | None = None,
-    sides: str = "hf,vllm,trl",
-    trajectories: str = "8,32",
+    sides: tuple[str, ...] = ("hf", "vllm", "trl"),
+    trajectories: tuple[int, ...] = (8, 32),
     engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Compare the rollout procedures.
@@ -351,8 +351,8 @@ def main(
         dtype: float32 or bfloat16.
         profile_ours: Print a profile of our procedure instead.
         passages: Folder with corpus.jsonl and dev.jsonl: compare engines over them instead.
-        sides: Of hf, vllm and trl, separated by commas.
-        trajectories: How many at once, separated by commas.
+        sides: Of hf, vllm and trl: '[hf, vllm]'.
+        trajectories: How many at once: '[8, 32]'.
         engine: Of side vllm: where its environment is, or the server that runs already.
     """
     torch.set_num_threads(threads)
@@ -361,8 +361,8 @@ def main(
 
         source = policy or "smollm2"
         print(f"{hardware()}; torch {torch.__version__}; {source}, {dtype}")
-        opened, counts = load_policy(source, device, dtype), [int(count) for count in trajectories.split(",")]
-        compare(opened, source, Path(passages), counts, repeats, sides.split(","), engine)
+        opened = load_policy(source, device, dtype)
+        compare(opened, source, Path(passages), trajectories, repeats, sides, engine)
         return
     task = make_task(questions, policy, device, dtype, hidden, layers)
     size = sum(p.numel() for p in task.policy.model.parameters())
