@@ -4,7 +4,7 @@
 
 Half of the texts are whole passages, half are cut to sentence length. All take turns, `rounds` times;
 seconds are of the CPU on a CPU (so that a busy machine matters less), else of the clock. The index is built
-whole each time, its files written and verified.
+whole each time, its files written.
 """
 
 from __future__ import annotations
