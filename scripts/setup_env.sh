@@ -82,7 +82,7 @@ setup_env() { # EXTRA [ARGUMENT...]
     hash="$(.venv/bin/python -c 'import hashlib
 print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')"
     # The test extra holds all that the plain installation does.
-    if cat "$stamp" .venv/installed-test 2>/dev/null | grep -qx "$hash"; then return; fi
+    if grep -qxs "$hash" "$stamp" .venv/installed-test; then return; fi
     check_disk
     echo "sleuth: installing into $ROOT/.venv (2 GB, a minute or two)" >&2
     install "$extra" "$torch_index"
