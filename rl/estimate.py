@@ -1,12 +1,12 @@
 """What a training run will need, before it starts: memory by part, disk, seconds a step.
 
 Bytes follow from the shapes of the policy, built without its weights on torch's meta device; seconds from
-FLOPs over rates measured on this machine. Trajectories are as long as in the run's last steps, else as long
-as the protocol allows.
+FLOPs over rates measured on this machine. Trajectories are as long as in the run's last steps or in a trial,
+else as long as the protocol allows.
 
-The seconds are a floor: real steps on a CPU took 1.5 (100 million parameters) to 3.3 times as long (one
-million). Not in them: searches, evaluations, further rounds of dynamic sampling, traffic between processes,
-and what calls cost beside their matrix products. Experts count as if all worked.
+The parts' seconds are a floor: real steps on a CPU took 1.5 (100 million parameters) to 3.3 times as long
+(one million). Not in them: searches, evaluations, further rounds of dynamic sampling, traffic between
+processes, and what calls cost beside their matrix products. Experts count as if all worked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -36,6 +37,8 @@ PROMPT_TOKENS = 256
 """Allowed for the instruction and the question."""
 LOGITS_HELD = 4 * 256
 """The scorer's chunk of 256 tokens: their logits, log-probs, product for the entropy, and a gradient."""
+TRIAL_SECONDS = 60
+"""A trial step takes at most about so long if its trajectories are as long as the protocol allows."""
 Lengths = tuple[float, float, float]
 """Mean tokens of a trajectory: by the policy, in all; and the share of trajectories that is fed."""
 Rates = tuple[float, float]
@@ -177,6 +180,11 @@ class Needs:
         }
         return {name: self.batch * count / rate for name, (count, rate) in flops.items() if count}
 
+    def trial_questions(self, step_seconds: float) -> int:
+        """Return how many of a step's questions take TRIAL_SECONDS, where all of them take `step_seconds`."""
+        wanted = self.config.rollout.questions_per_step
+        return min(wanted, int(wanted * TRIAL_SECONDS / step_seconds))
+
     def measure_rates(self) -> Rates:
         """Rates on this machine, a row for each trajectory while decoding; takes about a second."""
         outer = self.text.hidden_size
@@ -201,34 +209,54 @@ def peak(memory: dict[str, dict[str, float]]) -> float:
     return always + max(others)
 
 
-def seen(out: str) -> tuple[Lengths, float, str] | None:
-    """Lengths and the median seconds of the last steps of the run in `out`, and which; None without any."""
+Steps = tuple[Lengths, float, str]
+"""Lengths, seconds of a step, and which steps were measured."""
+
+
+def seen(out: str, last: int = 10) -> Steps | None:
+    """Return the lengths and the median seconds of the last steps of the run in `out`; None without any."""
     keys = [f"rollout/{name}" for name in ("policy_tokens", "total_tokens", "zero_variance_groups")]
     keys += ["time/step_seconds", "step"]
     rows = [found for row in read_metrics(out) if None not in (found := [row.get(key) for key in keys])]
     if not rows:
         return None
-    written, total, flat, seconds, steps = zip(*rows[-10:], strict=True)
+    written, total, flat, seconds, steps = zip(*rows[-last:], strict=True)
     lengths = fmean(written), fmean(total), 1 - fmean(flat)
     return lengths, median(seconds), f"as in steps {steps[0]} to {steps[-1]}"
 
 
-def estimate_text(config: TrainConfig, protocol: Protocol, world_size: int = 1) -> str:
-    """What `sleuth train --dry-run` prints. Writes nothing."""
+def estimate_text(
+    config: TrainConfig,
+    protocol: Protocol,
+    world_size: int = 1,
+    measure: Callable[[int], Steps | None] | None = None,
+) -> str:
+    """Return the text of `sleuth train --dry-run`.
+
+    measure: takes real steps over so many questions, where the run in `config.out` has taken none.
+    """
     needs = Needs(config, world_size)
+    program_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     limit, rates = needs.longest(protocol), needs.measure_rates()
+    found = seen(config.out)
+    if (
+        measure
+        and not found
+        and (questions := needs.trial_questions(sum(needs.seconds(limit, rates).values())))
+    ):
+        found = measure(questions)
     bound = (limit, 0.0, f"at most, by the limits of protocol {protocol.name}")
-    lengths, measured, source = seen(config.out) or bound
+    lengths, measured, source = found or bound
     memory, disk, seconds = needs.memory(int(limit[1])), needs.disk(), needs.seconds(lengths, rates)
     if needs.device.startswith("cuda"):
         room: float = torch.cuda.get_device_properties(needs.device).total_memory
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size
-        memory["always"]["the program itself"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory["always"]["the program itself"] = program_bytes
     out = Path(config.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     step = measured or sum(seconds.values())
-    seconds["a step, " + ("the median measured" if measured else "if so long, at least")] = step
+    seconds["a step, " + ("measured" if measured else "if so long, at least")] = step
     parts = {f"{phase}: {name}": size for phase, of in memory.items() for name, size in of.items()}
     server = needs.server_memory(limit[1]) if needs.served else {}
     lines = [

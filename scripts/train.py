@@ -9,20 +9,24 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import ConfigError, require
+from data.errors import ConfigError, SleuthError, require
+from data.settings import WandbConfig
 from rl.algorithm import preset_fields
-from rl.config import TrainConfig
+from rl.config import SentinelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from agent.policy import Policy
     from data.records import Question
     from data.run_dir import RunDir
     from retriever_server.client import SearchClient
+    from rl.estimate import Steps
     from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -37,15 +41,7 @@ def main(config: TrainConfig) -> None:
     checkpoint; `sleuth report OUT` draws the curves.
     """
     if config.dry_run:
-        from rl.estimate import estimate_text
-        from rl.workers import join_workers
-        from scripts.wiring import make_protocol
-
-        workers = join_workers()
-        if workers.leads:
-            count = config.ray.trainers if config.ray.address else workers.count
-            print(estimate_text(config, make_protocol(config.protocol, config.policy), count))
-        return workers.leave()
+        return _dry_run(config)
     if config.ray.address is not None:
         _launch(config)
         return print(f"trained: `sleuth report {config.out}` draws its curves")
@@ -53,6 +49,54 @@ def main(config: TrainConfig) -> None:
     if workers.leads:
         print(f"trained: `sleuth report {config.out}` draws its curves")
     workers.exit()
+
+
+def _dry_run(config: TrainConfig) -> None:
+    """Print what the run will need; where one process trains, here, two small steps are measured."""
+    from rl.estimate import estimate_text
+    from rl.workers import join_workers
+    from scripts.wiring import make_protocol
+
+    workers = join_workers()
+    if workers.leads:
+        count = config.ray.trainers if config.ray.address else workers.count
+        here = count == 1 and not config.ray.address and config.engine.name == "hf"
+        measure = partial(measure_step, config) if here else None
+        print(estimate_text(config, make_protocol(config.protocol, config.policy), count, measure))
+    workers.leave()
+
+
+def measure_step(config: TrainConfig, questions: int) -> Steps | None:
+    """Return lengths and seconds of a step, from the second of two over fewer questions; nothing is kept.
+
+    None, with a warning that says why, where they cannot be taken here.
+    """
+    from rl.estimate import seen
+
+    class Measured(Exception):
+        """Ends the run without a checkpoint."""
+
+    def stop(step: int) -> None:
+        if step == 2:
+            raise Measured
+
+    wanted = config.rollout.questions_per_step
+    logger.info("measuring: two steps of %d of %d questions", questions, wanted)
+    rollout = replace(config.rollout, questions_per_step=questions, max_staleness=0)
+    apart = {"dry_run": False, "eval_every": 0, "dev_questions": None, "steps": 3, "save_every": 3}
+    apart |= {"rollout": rollout, "sentinel": SentinelConfig(), "wandb": WandbConfig()}
+    with TemporaryDirectory() as out:
+        try:
+            train(replace(config, out=out, **apart), on_step=stop)
+        except SleuthError as error:
+            logger.warning("not measured: %s", error)
+        except Measured:
+            pass
+        found = seen(out, last=1)
+    if found is None:
+        return None
+    lengths, seconds, _ = found
+    return lengths, seconds * wanted / questions, f"as in a trial of {questions} of {wanted} questions"
 
 
 def _launch(config: TrainConfig) -> None:

@@ -38,6 +38,19 @@ def test_a_recipe_trains_and_the_same_command_does_nothing_more(toy, tmp_path, c
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
 
 
+def test_a_dry_run_measures_real_steps_and_keeps_nothing(toy, tmp_path, capsys):
+    assert command(toy, tmp_path / "run", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "(as in a trial of 2 of 2 questions)" in printed and "a step, measured" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_without_a_retriever_says_what_it_could_not_measure(toy, tmp_path, capsys, caplog):
+    assert command(toy, tmp_path / "run", "--retriever", "no/index", "--dry-run") == 0
+    assert "(at most, by the limits of protocol compact)" in capsys.readouterr().out
+    assert "not measured: retriever 'no/index'" in caplog.text
+
+
 def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
     assert command(toy, tmp_path / "run") == 0
     assert command(toy, tmp_path / "run", "--steps", 3) == 2

@@ -1,0 +1,58 @@
+"""Stand-ins for a reader's own files, and for models of the hub, under the names that the docs print."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+from data.jsonl import write_jsonl
+from tests.retriever_server.encoders import tiny_model
+
+PASSAGES = [
+    {"id": "1", "title": "Loire", "text": "The Loire is the longest river in France."},
+    {"id": "2", "title": "Rhine", "text": "The Rhine flows from the Alps to the North Sea."},
+    {"id": "3", "title": "Seine", "text": "The Seine is a river that flows through Paris."},
+    {"id": "4", "title": "Emma", "text": "Emma is a novel by Jane Austen."},
+]
+QUESTIONS = [
+    {"id": "q1", "question": "Which river flows through Paris?", "golden_answers": ["Seine"]},
+    {"id": "q2", "question": "Which is the longest river in France?", "golden_answers": ["Loire"]},
+    {"id": "q3", "question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]},
+]
+MODELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": "dense",
+    "intfloat/e5-base-v2": "dense",
+    "naver/splade-cocondenser-ensembledistil": "sparse",
+    "lightonai/GTE-ModernColBERT-v1": "multi",
+    "cross-encoder/ms-marco-MiniLM-L6-v2": "cross",
+}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def stand_ins(folder: Path, root: Path) -> None:
+    """Fill the folder in which the blocks of a page run: the repository's own folders by link, then data."""
+    for name in ("scripts", "agent", "rl", "retriever_server", "data", "docs", "pyproject.toml", ".venv"):
+        (folder / name).symlink_to(root / name)
+    for name in ("POLICY", "Qwen/Qwen2.5-3B", "runs/mine/checkpoints/step-000100"):
+        shutil.copytree(root / "agent" / "seed_policy", folder / name)
+    for name, kind in MODELS.items():
+        saved = Path(tiny_model(folder / "made" / name, kind))
+        shutil.copytree(saved, folder / name)
+    (folder / "squad").mkdir()
+    for at in (folder, folder / "squad"):
+        write_jsonl(at / "corpus.jsonl", PASSAGES)
+        for name in ("train", "dev", "questions", "queries"):
+            write_jsonl(at / f"{name}.jsonl", QUESTIONS)
+    rows = [("q1", "3"), ("q2", "1"), ("q3", "4")]
+    table = "".join(f"{query}\t{passage}\t1\n" for query, passage in rows)
+    (folder / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n{table}")
+    pairs = [(q["question"], PASSAGES[int(p) - 1]["text"]) for q, (_, p) in zip(QUESTIONS, rows, strict=True)]
+    (folder / "pairs.tsv").write_text("query\tpositive\n" + "".join(f"{a}\t{b}\n" for a, b in pairs))
+    (folder / "pairs.csv").write_text("query,positive\n" + "".join(f'"{a}","{b}"\n' for a, b in pairs))
