@@ -59,8 +59,8 @@ def main(
 
 def _to(target_format: str, source: str, out: str, corpus: str | None, on_error: Any) -> None:
     from data.corpus import Corpus
+    from data.examples import Examples
     from retriever_server.training.convert import convert_to
-    from retriever_server.training.examples import Examples
 
     beside = Path(source).with_name("corpus.jsonl")
     if corpus is None and not beside.exists():

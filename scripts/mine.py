@@ -84,7 +84,7 @@ def main(
 def _mine(
     queries: str, retriever: Any, corpus: Any, out: str, rules: Any, teacher: Any, on_error: Any
 ) -> None:
-    from retriever_server.training.examples import Examples
+    from data.examples import Examples
     from retriever_server.training.mining import mine
 
     mined = mine(Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, _with_bar)

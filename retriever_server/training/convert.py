@@ -15,10 +15,10 @@ from typing import Any
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Example, Examples, OnError, check_example
 from data.jsonl import write_jsonl
 from data.parquet import relative_to
 from data.records import Passage
-from retriever_server.training.examples import Example, Examples, OnError, check_example
 from retriever_server.training.readers import READERS, text_id
 from retriever_server.training.writers import WITH_IMAGES, WRITERS, one_text
 

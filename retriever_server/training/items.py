@@ -13,11 +13,11 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 
 from data.errors import ConfigError
+from data.examples import Examples
 from data.modalities import read
 from data.records import Input, Item, Passage
 from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders, reads_files, uncut
 from retriever_server.retriever import texts_of
-from retriever_server.training.examples import Examples
 
 
 class Opening:

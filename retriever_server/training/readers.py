@@ -31,12 +31,12 @@ from typing import Any
 
 from data.corpus import parse_passage
 from data.errors import DataError
+from data.examples import Example
 from data.jsonl import numbered_jsonl
 from data.parquet import image_file, parts, read_parquet
 from data.qrels import load_qrels, load_queries
 from data.records import Passage
 from data.vidore import load_vidore, vidore_passages
-from retriever_server.training.examples import Example
 
 Items = Iterator[tuple[str, Passage | Example]]
 """Where it stands, and a passage or an example. The passages of an example come at any time."""

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.settings import LoraConfig
 from retriever_server.encoders.pictures import reads_files
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.components import build_loss, build_model, kind_of
 from retriever_server.training.dev import DevSet
-from retriever_server.training.examples import Examples, as_dataset
+from retriever_server.training.examples import as_dataset
 from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
 from retriever_server.training.items import Opening, Pairs, without_absent_images
 from retriever_server.training.llm2vec import passages_as_dataset

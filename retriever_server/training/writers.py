@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.examples import Example, Examples
 from data.jsonl import open_atomic, write_jsonl
 from data.parquet import relative_to
 from data.records import Passage
-from retriever_server.training.examples import Example, Examples
 
 
 def _write_tevatron(examples: Examples, out: Path) -> None:

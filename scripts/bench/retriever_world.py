@@ -174,7 +174,7 @@ class Work:
 
     def mined(self, name: str, source: Path, corpus: str, by: Retriever, per_query: int, **more: Any) -> Path:
         """`source` with hard negatives, and scores, from a retriever."""
-        from retriever_server.training.examples import Examples
+        from data.examples import Examples
         from retriever_server.training.mining import Rules, mine
 
         path = self.folder / "examples" / f"{name}.jsonl"

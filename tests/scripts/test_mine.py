@@ -11,9 +11,9 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.jsonl import write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.training.examples import Examples
 from scripts import convert, mine
 from tests.retriever_server.training.mined import write_corpus
 

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from data.corpus import Corpus
+from data.examples import Examples
 from data.jsonl import write_jsonl
 from data.records import Hit
 from retriever_server.rerank import Scorer
 from retriever_server.retriever import Retriever
-from retriever_server.training.examples import Examples
 
 COUNT = 30
 

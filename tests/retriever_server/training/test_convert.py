@@ -10,9 +10,9 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples, parse_example
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.training.convert import convert_from, convert_to
-from retriever_server.training.examples import Examples, parse_example
 
 PASSAGES = [{"id": f"p{i}", "title": f"T{i}" if i % 2 else "", "text": f"text of {i}"} for i in range(6)]
 ROWS = [

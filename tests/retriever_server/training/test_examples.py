@@ -7,8 +7,9 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples, parse_example
 from data.jsonl import write_jsonl
-from retriever_server.training.examples import Examples, as_dataset, parse_example
+from retriever_server.training.examples import as_dataset
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.training.examples import Examples
 from retriever_server.training.mining import Rules, mine
 from tests.retriever_server.training.mined import Lengths, Numbered, write_corpus, write_examples
 

@@ -4,9 +4,9 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from data.qrels import load_queries
-from retriever_server.training.examples import Examples
 from retriever_server.training.teachers import Ranks, crops, label
 from tests.retriever_server.training.mined import Numbered, write_corpus, write_examples
 

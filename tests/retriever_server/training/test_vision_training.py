@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from data.records import Hit, Item
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
 from retriever_server.training import run as training
-from retriever_server.training.examples import Examples, as_dataset
+from retriever_server.training.examples import as_dataset
 from retriever_server.training.items import Pairs
 from retriever_server.training.mining import Rules, mine
 from scripts.__main__ import main
