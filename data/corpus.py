@@ -1,17 +1,19 @@
-"""A corpus on disk: its passages by position or by id, through a memory map, never all in memory.
+"""A corpus on disk: its passages by position or by id, read one by one, never all in memory.
 
-Beside the corpus (or where it is told) lies a sidecar of offsets, 24 bytes a passage, mapped too. The
-first, checking pass over the file makes it; it is used while size and time of the file stay the same.
+The first, checking pass over the file makes a table of offsets and hashes (`data.offsets`), which is used
+while size and time of the file stay the same. Every passage read is compared with its hash: where the file
+was rewritten since, or damaged, that is an error and never another text.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import mmap
 import operator
 import os
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError, StorageError
-from data.jsonl import open_atomic, parse_line
+from data.errors import CorpusChanged, DataError
+from data.jsonl import parse_line
 from data.modalities import modalities
+from data.offsets import OFFSETS, Offsets, Stamp, hash_of, keep, table_place
 from data.records import Passage
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = 0x534C45555448_0001  # "SLEUTH", layout 1
-_HEADER = 5  # magic, size, modification time, content hash, number of passages
+_SLOW_BYTES = 1 << 26  # about a second
 
 
 class Corpus:
@@ -41,44 +43,68 @@ class Corpus:
     Reading is safe from many threads.
     """
 
-    def __init__(self, path: str | Path, sidecar_folder: str | Path | None = None) -> None:
+    def __init__(
+        self, path: str | Path, sidecar_folder: str | Path | None = None, index: str | Path | None = None
+    ) -> None:
         """Open `path`, not compressed; the first time every line is checked.
 
-        The sidecar goes into `sidecar_folder`; without one, beside the corpus or else into the
-        user's cache. Where none can be written it stays in memory. Raises DataError
-        "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id. Passages
-        without text and image are kept; a warning counts them.
+        The table goes into `sidecar_folder`, or without one into the user's cache; where that cannot be
+        written it stays in memory. index: the folder of an index that keeps the table (see `save_sidecars`).
+        Raises DataError "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id.
+        Passages without text and image are kept; a warning counts them.
         """
         self.path = Path(path)
         self._folder = self.path.parent.resolve()  # where images are looked for, wherever this process goes
-        self._sidecar_folder = sidecar_folder
-        self._bytes, stamp = _map(self.path)
-        places = _sidecar_places(self.path, sidecar_folder)
-        table = next((t for t in map(_load_sidecar, places) if _is_fresh(t, stamp)), None)
-        if table is None:
-            table = _build_table(self.path, self._bytes, stamp)
-            _save_sidecar(table, places)
-        count = int(table[4])
-        self.content_hash = f"{int(table[3]):016x}"
+        self._made_from = path, sidecar_folder, index
+        self._file = _open(self.path)
+        weakref.finalize(self, os.close, self._file)
+        self._offsets = self._load_offsets(sidecar_folder, index) or self._make_offsets(sidecar_folder)
+        self.content_hash = self._offsets.content_hash
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
-        self._starts, self._hashes, self._positions = np.split(  # (P + 1,), (P,), (P,)
-            table[_HEADER:], [count + 1, 2 * count + 1]
-        )
+        self.index_folder = Path(index) if index is not None else None
+        self._starts, self._lines, self._hashes, self._positions = self._offsets.columns
+
+    def _load_offsets(self, sidecar_folder: str | Path | None, index: str | Path | None) -> Offsets | None:
+        """Those kept by the index, also of a copy of its corpus, or from an earlier opening."""
+        stamp = _stamp(self._file)
+        if index is not None and (found := Offsets.load(Path(index) / OFFSETS)) is not None:
+            copied = stamp[0] == found.stamp[0] and stamp != found.stamp  # or touched
+            if found.stamp == stamp or (copied and _content_hash(self.path) == found.content_hash):
+                return found
+        place = table_place(self.path, sidecar_folder)
+        found = Offsets.load(place) if place else None
+        return found if found is not None and found.stamp == stamp else None
+
+    def _make_offsets(self, sidecar_folder: str | Path | None) -> Offsets:
+        offsets = _read_all(self.path, self._file)
+        keep(self.path, offsets, sidecar_folder)
+        return offsets
+
+    def save_sidecars(self, folder: Path) -> None:
+        """Put what this corpus is opened by into the folder of an index. Raises StorageError."""
+        self._offsets.save(folder / OFFSETS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Corpus, (self.path, self._sidecar_folder)  # another process maps the file itself
+        return Corpus, self._made_from  # another process opens the file itself
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def __getitem__(self, position: int) -> Passage:
-        """The passage at `position`, from 0; IndexError beyond, and for -1, an index's "none"."""
+        """The passage at `position`, from 0; IndexError beyond, and for -1, an index's "none".
+
+        Raises CorpusChanged where the file does not hold it any more.
+        """
         position = operator.index(position)
         if not 0 <= position < len(self):
             raise IndexError(f"passage {position} of {len(self)} in {self.path}")
         start, end = self._starts[position : position + 2].tolist()
+        line = os.pread(self._file, end - start, start)
+        if _hash_line(line) != int(self._lines[position]):
+            was = f"{self.path.name}: passage {position} is not what was indexed"
+            raise CorpusChanged(f"{was}: the file was rewritten or damaged; index it again")
         try:
-            passage = parse_passage(parse_line(self._bytes[start:end]))
+            passage = parse_passage(parse_line(line))
         except ValueError as error:  # checked once, maybe by who knew more modalities
             raise DataError(f"{self.path}: passage {position}: {error}") from error
         if not passage.files:
@@ -160,112 +186,89 @@ def _checked_metadata(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _map(path: Path) -> tuple[mmap.mmap, tuple[int, int, int]]:
-    """The bytes of the file, and what a sidecar of these bytes starts with."""
+def _open(path: Path) -> int:
+    """A descriptor of the file. Raises DataError."""
     if path.suffix == ".gz":
-        raise DataError(f"{path}: a compressed corpus cannot be mapped; gunzip it first")
+        raise DataError(f"{path}: a compressed corpus cannot be read at any place; gunzip it first")
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size == 0:
-                raise DataError(f"{path}: holds no passages")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return mapped, (_MAGIC, status.st_size, status.st_mtime_ns % 2**64)
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: holds no passages")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "no such file" if missing else f"cannot be read: {error.strerror or error}"
         raise DataError(f"{path}: {reason}") from error
 
 
-def _build_table(path: Path, mapped: mmap.mmap, stamp: tuple[int, int, int]) -> np.ndarray:
-    """One pass over the file: check every line, note where it starts, hash its id and all bytes.
+def _stamp(file: int) -> Stamp:
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns % 2**64
 
-    -> uint64: header (magic, size, time, content hash, P), starts (P + 1,), sorted id hashes (P,)
-    and the position that each of these belongs to (P,).
-    """
-    logger.info("%s: reading all passages once to note where they start", path)
-    starts, hashes, sha, offset, empty = array("Q"), array("Q"), hashlib.sha256(), 0, []
-    for number, line in enumerate(iter(mapped.readline, b""), start=1):
-        sha.update(line)
-        if not line.isspace():
-            try:
-                passage = parse_passage(parse_line(line))
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}") from error
-            hashes.append(_hash_id(passage.id))
-            starts.append(offset)
-            if not passage.text and not passage.files:
-                empty.append(number)
-        offset += len(line)
+
+def _content_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _read_all(path: Path, descriptor: int) -> Offsets:
+    """One pass over the file: check every line, note where it starts, hash it, its id and all bytes."""
+    if os.fstat(descriptor).st_size > _SLOW_BYTES:
+        logger.info("%s: reading all passages once to note where they start", path)
+    stamp, sha, offset, empty, with_metadata = _stamp(descriptor), hashlib.sha256(), 0, [], 0
+    starts, lines, ids = array("Q"), array("Q"), array("Q")
+    with open(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            sha.update(line)
+            if not line.isspace():
+                try:
+                    passage = parse_passage(parse_line(line))
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: {error}") from error
+                starts.append(offset)
+                lines.append(_hash_line(line))
+                ids.append(_hash_id(passage.id))
+                with_metadata += bool(passage.metadata)
+                if not passage.text and not passage.files:
+                    empty.append(number)
+            offset += len(line)
     if not starts:
         raise DataError(f"{path}: holds no passages")
+    if stamp != _stamp(descriptor) or offset != stamp[0]:
+        raise CorpusChanged(f"{path}: changed while it was read; start again when nobody writes to it")
     if empty:
         logger.warning("%s: %d passages without text, the first on line %d", path, len(empty), empty[0])
     starts.append(offset)
-    id_hashes = np.frombuffer(hashes, dtype=np.uint64)
-    order = np.argsort(id_hashes, kind="stable")
-    _check_ids_differ(path, mapped, starts, id_hashes[order], order)
-    header = np.array([*stamp, int.from_bytes(sha.digest()[:8]), len(id_hashes)], dtype=np.uint64)
-    start_offsets = np.frombuffer(starts, dtype=np.uint64)
-    return np.concatenate([header, start_offsets, id_hashes[order], order.astype(np.uint64)])
+    starts, lines, ids = (np.frombuffer(each, np.uint64) for each in (starts, lines, ids))
+    _check_ids_differ(path, descriptor, starts, ids)
+    return Offsets.of(stamp, sha.digest(), with_metadata, starts, lines, ids)
 
 
-def _check_ids_differ(
-    path: Path, mapped: mmap.mmap, starts: array, sorted_hashes: np.ndarray, order: np.ndarray
-) -> None:
-    slots = np.flatnonzero(sorted_hashes[1:] == sorted_hashes[:-1])
+def _check_ids_differ(path: Path, file: int, starts: np.ndarray, hashes: np.ndarray) -> None:
+    order = np.argsort(hashes, kind="stable")
+    slots = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     for slot in slots[np.argsort(order[slots + 1])]:  # the first repetition in the file first
-        first, second = order[slot : slot + 2].tolist()
-        ids = [parse_passage(parse_line(mapped[starts[i] : starts[i + 1]])).id for i in (first, second)]
-        if ids[0] == ids[1]:  # and not merely the same hash
-            here, there = (_line_number(mapped, starts[i]) for i in (second, first))
-            raise DataError(f"{path}:{here}: id {ids[0]!r} stands on line {there} already")
+        spans = [starts[i : i + 2].tolist() for i in order[slot : slot + 2]]
+        first, second = (parse_passage(parse_line(os.pread(file, e - s, s))).id for s, e in spans)
+        if first == second:  # and not merely the same hash
+            there, here = (_line_number(path, start) for start, _ in spans)
+            raise DataError(f"{path}:{here}: id {first!r} stands on line {there} already")
 
 
-def _line_number(mapped: mmap.mmap, offset: int) -> int:
-    chunk = 1 << 20
-    return 1 + sum(mapped[at : min(at + chunk, offset)].count(b"\n") for at in range(0, offset, chunk))
+def _line_number(path: Path, offset: int) -> int:
+    number = 1
+    with open(path, "rb") as file:
+        while file.tell() < offset:
+            file.readline()
+            number += 1
+    return number
+
+
+def _hash_line(line: bytes) -> int:
+    return hash_of(line.rstrip())  # without the blank lines that follow it
 
 
 def _hash_id(passage_id: str) -> int:
-    digest = hashlib.blake2b(passage_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest)
-
-
-def _sidecar_places(path: Path, folder: str | Path | None) -> list[Path]:
-    name = f"{path.name}.offsets.npy"
-    if folder is not None:
-        return [Path(folder) / name]
-    places = [path.with_name(name)]
-    try:
-        cache = Path.home() / ".cache" / "sleuth" / "corpora"
-    except RuntimeError:  # a user without a home
-        return places
-    whose = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return [*places, cache / f"{whose}.{name}"]
-
-
-def _load_sidecar(place: Path) -> np.ndarray | None:
-    try:
-        # A plain view of the map: slicing np.memmap itself is slow.
-        return np.load(place, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except (OSError, ValueError, EOFError):
-        return None
-
-
-def _is_fresh(table: np.ndarray | None, stamp: tuple[int, int, int]) -> bool:
-    if table is None or table.dtype != np.uint64 or table.ndim != 1 or len(table) < _HEADER:
-        return False
-    count = int(table[4])
-    return tuple(table[:3].tolist()) == stamp and len(table) == _HEADER + 3 * count + 1
-
-
-def _save_sidecar(table: np.ndarray, places: list[Path]) -> None:
-    for place in places:
-        try:
-            with open_atomic(place, "wb") as file:
-                np.save(file, table)
-            return
-        except StorageError as error:
-            logger.info("%s", error)
-    logger.warning("offsets stay in memory: none of %s can be written", ", ".join(map(str, places)))
+    return hash_of(passage_id.encode("utf-8", "surrogatepass"))

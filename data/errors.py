@@ -4,6 +4,7 @@ SleuthError
 ├── ConfigError            our caller is wrong: a value, an argument, a combination
 ├── DataError              a file is not what it should be: path, line, what is wrong
 ├── StorageError           the disk is full or refuses to be written
+├── CorpusChanged          a passage is no longer what was indexed: its file was rewritten or damaged
 ├── RetrieverError         the retriever, seen from the client
 │   ├── RetrieverUnavailable   nobody answers, or answers 5xx, until the deadline
 │   ├── RetrieverTimeout       it took longer than the deadline
@@ -29,6 +30,10 @@ class DataError(SleuthError, ValueError):
 
 class StorageError(SleuthError, OSError):
     """Writing failed (disk full, no permission); what was there before is still there."""
+
+
+class CorpusChanged(SleuthError):
+    """A passage is no longer what was indexed. Servers answer 5xx: it is not the caller's fault."""
 
 
 class RetrieverError(SleuthError):

@@ -10,7 +10,6 @@ checkpoints/    data/checkpoint.py      evaluations/NAME/    agent/evaluate.py
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ import yaml
 
 from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from data.lock import lock
 from data.records import FORMAT_VERSION
 from data.trackers import NullTracker, Tracker
 
@@ -69,7 +69,7 @@ class RunDir:
         if resume and not (self.path / "run.json").exists():
             raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
         self._make_folder()
-        self._lock = _lock(self.path / "run.pid")
+        self._lock = lock(self.path / "run.pid", f"{self.path} is being written", str(os.getpid()))
         try:
             self._open(plain, resume, notes)
         except BaseException:
@@ -204,22 +204,6 @@ def describe_difference(old: Any, new: Any, name: str = "") -> list[str]:
             )
         ]
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
-
-
-def _lock(path: Path) -> Any:
-    """The open, locked pid file. The kernel frees the lock of a dead process: a stale pid blocks nobody."""
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        writer = file.read().strip() or "unknown"
-        file.close()
-        raise ConfigError(f"{path.parent} is being written by process {writer}") from error
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
 
 
 def _now() -> str:

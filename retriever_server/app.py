@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from data.errors import ConfigError, DataError, RetrieverError
+from data.errors import ConfigError, CorpusChanged, DataError, RetrieverError
 from data.records import Hit
 from retriever_server import dialects, schema
 from retriever_server.adapters import add_adapters, add_mcp, make_mcp
@@ -268,7 +268,7 @@ _TROUBLES: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] 
     Overloaded: _answer_with(
         lambda error: _trouble(429, str(error), {"Retry-After": str(error.retry_after_seconds)})
     ),
-    RetrieverError: _answer_with(lambda error: _trouble(503, str(error))),
+    **dict.fromkeys((RetrieverError, CorpusChanged), _answer_with(lambda error: _trouble(503, str(error)))),
     TimeoutError: _answer_with(lambda error: _trouble(504, str(error))),
     **dict.fromkeys(
         (ClientGone, ClientDisconnect), _answer_with(lambda error: _trouble(499, "the client has gone"))

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,12 @@ _ONLY_BM25 = {
 _ONLY_ENCODED = {
     "query_prompt": None, "passage_prompt": None, "passage_template": "{title}\n{text}", "max_tokens": None,
     "dtype": "float16", "factory": None, "terms_per_passage": None, "shard": "1/1", "ray": None,
-    "device": "auto", "inputs": None, "token_pooling": "",
+    "device": "auto", "inputs": None, "token_pooling": "", "dimension": None,
 }  # fmt: skip
+_OF_THE_ENCODER = (
+    "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "inputs",
+    "token_pooling",
+)  # fmt: skip
 
 
 def main(
@@ -43,6 +48,7 @@ def main(
     passage_prompt: str | None = None,
     passage_template: str = "{title}\n{text}",
     max_tokens: int | None = None,
+    dimension: int | None = None,
     inputs: str | None = None,
     token_pooling: str = "",
     on_error: Literal["stop", "skip"] = "stop",
@@ -76,6 +82,7 @@ def main(
         passage_prompt: The same for passages.
         passage_template: The text of a passage, from {title}, {text} and {contents}.
         max_tokens: Longer texts are cut; the model's own limit if not given.
+        dimension: Keep the first so many numbers of a dense vector, of a Matryoshka model; all if not given.
         inputs: What of a passage is encoded: text, image, text+image, or of another modality that is
             registered; by default what the model was trained with here, else the image
             where it reads images.
@@ -133,11 +140,11 @@ def _build_encoded(given: dict[str, Any]) -> None:
         raise ConfigError(f"--factory {given['factory']}: has a meaning only with --kind ann")
     from data.corpus import Corpus
     from retriever_server.encoders.sentence import load_encoder
-    from retriever_server.indexes.base import index_kind
+    from retriever_server.indexes.base import building, index_kind
+    from scripts.on_ray.encode import encode_on_ray
 
     of = index_kind(given["kind"]) if given["kind"] else None
-    names = ("query_prompt", "passage_prompt", "passage_template", "max_tokens", "inputs", "token_pooling")
-    options = {name: given[name] for name in names}
+    options = {name: given[name] for name in _OF_THE_ENCODER}
     device = "auto" if given["ray"] else given["device"]  # the GPUs may be those of other machines
     encoder = load_encoder(given["encoder"], device=device, **options)
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
@@ -146,14 +153,16 @@ def _build_encoded(given: dict[str, Any]) -> None:
     passages, bar = Corpus(_corpus(given)), _Bar("encoding passages")
     settings["on_error"] = given["on_error"]
     if part != (1, 1):
-        shards, _ = of.plan(passages, Path(given["out"]), encoder, given["dtype"], **settings)
-        shards.encode(part, bar)
+        out = Path(given["out"])
+        shards, _ = of.plan(passages, out, encoder, given["dtype"], **settings)
+        with building(out, part="{}-of-{}".format(*part)):
+            shards.encode(bar, part)
         left = len(shards.missing())
         then = f"{left} of other parts are missing" if left else "run it without --shard to build the index"
         print(f"part {given['shard']} is encoded ({len(shards)} shards); {then}")
         return
     if given["ray"]:
-        _encode_on_ray(of, passages, encoder, settings, given, bar)
+        settings["encode"] = partial(encode_on_ray, address=given["ray"], device=given["device"])
     index = of.build(passages, given["out"], encoder, given["dtype"], given["overwrite"], bar, **settings)
     _say(index, given["out"], bar.shown)
     if bar.shown and not given["ray"]:
@@ -180,17 +189,6 @@ def _say_work(encoder: Any) -> None:
     waste = encoder.padded_tokens / max(1, encoder.real_tokens)
     tokens = f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; " if encoder.real_tokens else ""
     print(f"{tokens}spec {encoder.spec.hash}")
-
-
-def _encode_on_ray(of: Any, passages: Any, encoder: Any, settings: dict, given: dict, bar: _Bar) -> None:
-    from retriever_server.indexes.base import found_at, generation_name
-    from scripts.on_ray.encode import encode_on_ray
-
-    out = Path(given["out"])
-    shards, settings = of.plan(passages, out, encoder, given["dtype"], **settings)
-    name = generation_name(of.kind, settings, passages.content_hash)
-    if found_at(out, name, given["overwrite"]) is None:
-        encode_on_ray(shards, given["ray"], given["device"], bar)
 
 
 def _say(index: Any, out: str, built: bool) -> None:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
@@ -85,7 +85,7 @@ def load_encoder(
     if max_tokens is not None:
         loaded.max_seq_length = max_tokens
     if dimension is not None:
-        loaded.truncate_dim = dimension
+        _keep_prefix(loaded, model, dimension)
     trained = saved_spec(model)
     if trained and passage_template == DEFAULT_TEMPLATE:
         passage_template = trained.passage_template
@@ -115,6 +115,17 @@ def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncode
             f"{spec.model}: is another encoder than was asked for ({encoder.spec.differences(spec)})"
         )
     return encoder
+
+
+def _keep_prefix(loaded: Any, model: str, dimension: int) -> None:
+    """Make the model's vectors their first `dimension` numbers."""
+    if not hasattr(loaded, "truncate_dim"):
+        raise ConfigError(
+            f"dimension = {dimension}: {model} makes no dense vectors, so that it has no meaning"
+        )
+    whole = loaded.get_embedding_dimension()
+    require(1 <= dimension <= whole, "dimension", dimension, f"from 1 to the {whole} of {model}")
+    loaded.truncate_dim = dimension
 
 
 def save_spec(spec: EncodingSpec, folder: str | Path) -> None:

@@ -7,7 +7,6 @@ its corpus. A folder without a manifest is no index: an interrupted build leaves
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import hashlib
 import importlib
@@ -18,14 +17,15 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
+from data.lock import locked
 from data.records import FORMAT_VERSION
 from retriever_server.indexes.integrity import check_files, file_hash, sample_hash
 from retriever_server.retriever import Retriever
@@ -69,6 +69,14 @@ class Manifest:
     spec_hash: str = ""
     dtype: str = ""
     dimension: int = 0
+    checksum: str = ""
+    """Hash of all the other fields."""
+
+    @property
+    def own_hash(self) -> str:
+        """What `checksum` must be."""
+        fields = json.dumps(asdict(self) | {"checksum": ""}, sort_keys=True)
+        return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
 class Index(Retriever):
@@ -124,7 +132,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _open(path: Path, options: dict[str, Any]) -> Index:
     manifest = read_manifest(path)
-    check_files(path, manifest.files, manifest.samples)
+    check_files(path, manifest.files, manifest.samples, manifest.checksums, every_byte=False)
     kind = index_kind(manifest.kind)
     for name in options:
         if not any(name in inspect.signature(takes).parameters for takes in (kind.open, kind.__init__)):
@@ -138,7 +146,7 @@ def verify_index(path: str | Path) -> Manifest:
     manifest = read_manifest(path)
     if not manifest.checksums:
         raise DataError(f"{path}: was built without checksums; build it again")
-    check_files(path, manifest.files, manifest.samples, manifest.checksums)
+    check_files(path, manifest.files, manifest.samples, manifest.checksums, every_byte=True)
     corpus = _open_corpus(path, manifest)
     if file_hash(corpus.path)[:16] != manifest.corpus_hash:
         raise DataError(f"{corpus.path}: not the corpus of {path}, though of its size; index it again")
@@ -172,7 +180,27 @@ def read_manifest(path: Path) -> Manifest:
     if manifest.kind not in INDEX_KINDS:
         allowed = ", ".join(INDEX_KINDS)
         raise DataError(f"{path}: index kind {manifest.kind!r} is unknown; known: {allowed}")
+    name = generation_name(manifest.kind, manifest.settings, manifest.corpus_hash)
+    if manifest.generation != name or manifest.checksum not in ("", manifest.own_hash):
+        raise DataError(f"{path / MANIFEST}: changed since it was written; build the index again")
     return manifest
+
+
+@contextmanager
+def building(out: Path, part: str = "") -> Iterator[None]:
+    """Hold the place `out` of an index against all other builders.
+
+    part: hold it against builders of the same part (such as "1-of-4") and of the whole index only.
+    Raises ConfigError naming who holds it.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    what = f"{out}: an index is being built there"
+    with ExitStack() as held:
+        held.enter_context(locked(out.with_name(f".{out.name}.lock"), what, shared=bool(part)))
+        if part:
+            held.enter_context(locked(out.with_name(f".{out.name}.{part}.lock"), what))
+        yield
 
 
 def write_generation(
@@ -187,6 +215,7 @@ def write_generation(
 ) -> Manifest:
     """Build the index that `write` puts into a folder, and move it to `out` when it is whole.
 
+    The caller holds `out` (see `building`).
     spec, dtype: of the vectors, if an encoder makes them; `settings` must then hold them too.
 
     An index of the same generation at `out` is kept as it is; another one is replaced only if
@@ -197,13 +226,12 @@ def write_generation(
     if (found := found_at(out, generation, overwrite)) is not None:
         return found
     try:
-        with _folder_beside(out) as building:
-            write(building)
-            manifest = _describe(building, out, kind, settings, corpus, generation, spec, dtype)
-            write_json(building / MANIFEST, asdict(manifest))
-            _move_into_place(building, out)
-    except SleuthError:
-        raise
+        with _folder_beside(out) as folder:
+            write(folder)
+            corpus.save_sidecars(folder)
+            manifest = _describe(folder, out, kind, settings, corpus, generation, spec, dtype)
+            write_json(folder / MANIFEST, asdict(manifest))
+            _move_into_place(folder, out)
     except OSError as error:
         raise StorageError(f"{out}: the index could not be written ({error})") from error
     return manifest
@@ -211,42 +239,22 @@ def write_generation(
 
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """An empty folder to build in, locked until it goes at the end; those that killed builds left go too."""
+    """An empty folder to build in, which goes at the end; those that killed builds left go at once."""
     prefix = f".{out.name}.building-"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        with _locked(out.parent):  # until it is locked itself, nobody may take it for a left one
-            for left in out.parent.glob(glob.escape(prefix) + "*"):
-                with suppress(OSError), _locked(left, fcntl.LOCK_NB):
-                    _discard(left)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-            held.enter_context(_locked(folder))
-        try:
-            folder.chmod(0o755)  # mkdtemp makes it private
-            yield folder
-        finally:
-            _discard(folder)
+    for left in out.parent.glob(glob.escape(prefix) + "*"):
+        _discard(left)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp makes it private
+        yield folder
+    finally:
+        _discard(folder)
 
 
 def _discard(folder: Path) -> None:
     """The manifest goes first: killed in between, what is left is no index."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Locked for others until the block or the process ends. With LOCK_NB raises OSError if it is already."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | flags)
-        except OSError:
-            if flags:  # else a file system without locks, where nothing is swept
-                raise
-        yield
-    finally:
-        os.close(file)
 
 
 def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> str:
@@ -264,7 +272,7 @@ def _open_corpus(path: Path, manifest: Manifest) -> Corpus:
     if size != manifest.corpus_bytes:
         was = f"{manifest.corpus_bytes} bytes, now {size}"
         raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
-    corpus = Corpus(corpus_path)
+    corpus = Corpus(corpus_path, index=path)
     if corpus.content_hash != manifest.corpus_hash:
         was = f"hash {manifest.corpus_hash[:12]}, now {corpus.content_hash[:12]}"
         raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
@@ -294,12 +302,12 @@ def found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
 
 
 def _describe(
-    building: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str,
+    folder: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str,
     spec: EncodingSpec | None, dtype: str,
 ) -> Manifest:  # fmt: skip
     corpus_path = Path(corpus.path).absolute()
-    files = sorted(building.iterdir())
-    return Manifest(
+    files = sorted(folder.iterdir())
+    manifest = Manifest(
         kind=kind,
         settings=settings,
         corpus_path=str(corpus_path),
@@ -316,16 +324,17 @@ def _describe(
         dtype=dtype,
         dimension=spec.dimension if spec else 0,
     )
+    return replace(manifest, checksum=manifest.own_hash)
 
 
-def _move_into_place(building: Path, out: Path) -> None:
-    """At no moment is `out` missing; what was there (a server may have it mapped) is at `building` then."""
+def _move_into_place(folder: Path, out: Path) -> None:
+    """At no moment is `out` missing; what was there (a server may have it mapped) is at `folder` then."""
     if not out.exists():
-        os.rename(building, out)
-    elif not _exchange(building, out):  # not Linux, or a file system that cannot: missing for a moment
-        old = building.with_name(building.name + ".old")
+        os.rename(folder, out)
+    elif not _exchange(folder, out):  # not Linux, or a file system that cannot: missing for a moment
+        old = folder.with_name(folder.name + ".old")
         os.rename(out, old)
-        os.rename(building, out)
+        os.rename(folder, out)
         _discard(old)
 
 

@@ -21,7 +21,15 @@ from data.errors import ConfigError, DataError
 from data.records import Hit, Passage
 from retriever_server.filters import allowed
 from retriever_server.indexes.analyzers import load_analyzer
-from retriever_server.indexes.base import Index, Manifest, open_index, write_generation
+from retriever_server.indexes.base import (
+    Index,
+    Manifest,
+    building,
+    found_at,
+    generation_name,
+    open_index,
+    write_generation,
+)
 from retriever_server.indexes.counting import TermCounts, count_terms, lucene_length
 from retriever_server.indexes.integrity import save_array
 from retriever_server.indexes.postings import Postings, best, map_postings
@@ -85,7 +93,9 @@ class BM25Index(Index):
         def write(folder: Path) -> None:
             write_postings(folder, corpus, settings, progress)
 
-        write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
+        if found_at(Path(out), generation_name("bm25", settings, corpus.content_hash), overwrite) is None:
+            with building(Path(out)):
+                write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
         return open_index(out)  # type: ignore[return-value]
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:

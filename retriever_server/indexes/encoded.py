@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,6 +22,7 @@ from retriever_server.filters import allowed
 from retriever_server.indexes.base import (
     Index,
     Manifest,
+    building,
     found_at,
     generation_name,
     open_index,
@@ -64,26 +65,31 @@ class EncodedIndex(Index):
         progress: Progress = silent,
         passages_per_shard: int | None = None,
         on_error: str = "stop",
+        encode: Callable[[Shards, Progress], None] = Shards.encode,
         **settings: Any,
     ) -> Self:
         """Encode the corpus, index the vectors into the folder `out`; opened.
 
         dtype: float32, float16 or int8 of what is stored. settings: of the kind (`checked_settings`).
         on_error: skip leaves out passages whose image cannot be read; stop raises DataError naming one.
+        encode: writes the missing shards, here or elsewhere.
         A build that was killed goes on after its last whole shard. Raises ConfigError for a wrong
         setting or an encoder of another kind.
         """
         out = Path(out)
         shards, settings = cls.plan(corpus, out, encoder, dtype, passages_per_shard, on_error, **settings)
-        if found_at(out, generation_name(cls.kind, settings, corpus.content_hash), overwrite) is None:
-            shards.encode(progress=progress)
-            shards.check_some()
 
-            def write(folder: Path) -> None:
-                cls.write(folder, shards, settings)
+        def write(folder: Path) -> None:
+            cls.write(folder, shards, settings)
 
-            write_generation(out, cls.kind, settings, corpus, write, overwrite, encoder.spec, dtype)
-        shutil.rmtree(shards.folder, ignore_errors=True)
+        found = found_at(out, generation_name(cls.kind, settings, corpus.content_hash), overwrite)
+        if found is None or shards.folder.exists():
+            with building(out):
+                if found is None:
+                    encode(shards, progress)
+                    shards.check_some()
+                    write_generation(out, cls.kind, settings, corpus, write, overwrite, encoder.spec, dtype)
+                shutil.rmtree(shards.folder, ignore_errors=True)
         return open_index(out, encoder=encoder)  # type: ignore[return-value]
 
     @classmethod

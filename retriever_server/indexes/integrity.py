@@ -1,26 +1,28 @@
-"""Files of an index: written whole, and still the ones that were built? Sampled on opening or all bytes."""
+"""Files of an index, written whole, and checked: on opening all bytes of the smaller ones, else samples."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import DataError
+from data.jsonl import open_atomic
 
 _BLOCKS, _BLOCK_BYTES = 16, 4096
+_WHOLE_BYTES = 1 << 28  # read in a quarter of a second
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As np.save, which may lose the last bytes on a full disk without a word; raises OSError then."""
+    """As np.save, which may lose the last bytes on a full disk without a word; raises OSError then.
+
+    The file appears whole: who has linked the one that was there keeps that.
+    """
     array = np.ascontiguousarray(array)
-    with open(path, "wb") as file:
+    with open_atomic(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sample_hash(path: Path) -> str:
@@ -41,11 +43,11 @@ def file_hash(path: Path) -> str:
 
 
 def check_files(
-    folder: Path, sizes: dict[str, int], samples: dict[str, str], checksums: dict[str, str] | None = None
+    folder: Path, sizes: dict[str, int], samples: dict[str, str], checksums: dict[str, str], every_byte: bool
 ) -> None:
     """Raise DataError naming the first file of an index that is not as it was built.
 
-    Compares sizes and sampled blocks, and every byte where `checksums` are given.
+    Compares sizes, and all bytes of files up to 256 MB (of all files with `every_byte`), else sampled blocks.
     """
     for name, size in sizes.items():
         path = folder / name
@@ -53,6 +55,7 @@ def check_files(
         if found != size:
             now = "missing" if found is None else f"{found} bytes"
             raise DataError(f"{path}: missing or not {size} bytes ({now}); build the index again")
-        same = sample_hash(path) == samples.get(name, sample_hash(path))
-        if not same or (checksums is not None and file_hash(path) != checksums.get(name)):
+        whole = every_byte or (size <= _WHOLE_BYTES and bool(checksums))
+        built = checksums.get(name) if whole else samples.get(name)
+        if (whole or built) and built != (file_hash(path) if whole else sample_hash(path)):
             raise DataError(f"{path}: {size} bytes, but not those that were built; build the index again")

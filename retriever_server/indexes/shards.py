@@ -87,7 +87,7 @@ class Shards:
         """The shards that are not done, of part i of n: every n-th, from the i-th on."""
         return [shard for shard in range(part[0] - 1, len(self), part[1]) if not self._done(shard)]
 
-    def encode(self, part: tuple[int, int] = (1, 1), progress: Progress = silent) -> None:
+    def encode(self, progress: Progress = silent, part: tuple[int, int] = (1, 1)) -> None:
         """Write the missing shards of part i of n. Raises StorageError, DataError for a broken vector."""
         todo = self.missing(part)
         if 0 < len(todo) < len(range(part[0] - 1, len(self), part[1])):

@@ -36,7 +36,9 @@ class Plan:
     device: str
 
 
-def encode_on_ray(shards: Shards, address: str, device: str = "auto", progress: Progress = silent) -> None:
+def encode_on_ray(
+    shards: Shards, progress: Progress = silent, address: str = "auto", device: str = "auto"
+) -> None:
     """Write the missing shards on the cluster at `address` (host:port, auto), or `local`: this machine's.
 
     A task takes a GPU where the cluster has any and device is not cpu, else a CPU. Raises ConfigError
@@ -71,7 +73,7 @@ def encode_on_ray(shards: Shards, address: str, device: str = "auto", progress: 
 def encode_shard(plan: Plan, shard: int) -> None:
     """Write one shard; runs on a worker. Raises DataError where this machine has another corpus or model."""
     shards = _open(plan)
-    shards.encode((shard + 1, len(shards)))
+    shards.encode(part=(shard + 1, len(shards)))
 
 
 @cache

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data.corpus
+import data.offsets
 from data.corpus import Corpus, parse_passage
-from data.errors import DataError
+from data.errors import CorpusChanged, DataError
 from data.records import Passage
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -124,56 +126,95 @@ def test_content_hash_is_sha256_of_the_bytes_first_time_and_later(tmp_path):
 
 def test_second_opening_reads_the_sidecar_and_not_the_lines(tmp_path, monkeypatch):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    Corpus(path)
-    monkeypatch.setattr(data.corpus, "_build_table", None)
-    again = Corpus(path)
+    Corpus(path, tmp_path / "kept")
+    monkeypatch.setattr(data.corpus, "_read_all", None)
+    again = Corpus(path, tmp_path / "kept")
     assert list(again) == PASSAGES
     assert again.get("p33") == PASSAGES[33]
 
 
 def test_changed_corpus_gets_a_new_sidecar_though_its_size_is_the_same(tmp_path):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    old = Corpus(path).content_hash
+    old = Corpus(path, tmp_path / "kept").content_hash
     changed = path.read_text().replace("p33", "q33")
     path.write_text(changed)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    corpus = Corpus(path)
+    corpus = Corpus(path, tmp_path / "kept")
     assert corpus.get("p33") is None
     assert corpus.get("q33") == corpus[33]
     assert corpus.content_hash != old
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", "half", "other array"])
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"n" * 48, "half", "flipped"])
 def test_damaged_sidecar_is_made_anew(tmp_path, damage):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    Corpus(path)
-    sidecar = tmp_path / "corpus.jsonl.offsets.npy"
-    if damage == "half":
-        damage = sidecar.read_bytes()[:200]
-    if damage == "other array":
-        np.save(sidecar, np.zeros((3, 3)))
-    else:
-        sidecar.write_bytes(damage)
-    assert list(Corpus(path)) == PASSAGES
+    Corpus(path, tmp_path)
+    sidecar = tmp_path / "corpus.jsonl.offsets"
+    whole = sidecar.read_bytes()
+    for at in range(0, len(whole), 97) if damage == "flipped" else [0]:
+        cut = whole[: len(whole) // 2]
+        sidecar.write_bytes({"half": cut, "flipped": flip(whole, at)}.get(damage, damage))  # type: ignore[arg-type]
+        assert list(Corpus(path, tmp_path)) == PASSAGES
+        assert sidecar.read_bytes() == whole
+
+
+def flip(content: bytes, at: int) -> bytes:
+    """The content with one bit of the byte at `at` flipped."""
+    return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
 
 
 def test_sidecar_goes_where_it_is_told(tmp_path):
     path = write_corpus(tmp_path / "corpus.jsonl")
     Corpus(path, sidecar_folder=tmp_path / "other")
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "other"]
-    assert os.listdir(tmp_path / "other") == ["corpus.jsonl.offsets.npy"]
+    assert os.listdir(tmp_path / "other") == ["corpus.jsonl.offsets"]
 
 
-def test_sidecar_falls_back_to_the_cache_and_then_to_memory(tmp_path, monkeypatch):
-    path = write_corpus(tmp_path / "corpus.jsonl")
-    sidecar = tmp_path / "corpus.jsonl.offsets.npy"
-    sidecar.mkdir()  # nothing can be written at this name, not even by root
+def test_a_sidecar_is_kept_in_the_cache_and_never_beside_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.offsets, "_WORTH_CACHING_BYTES", 1)
+    (tmp_path / "shared").mkdir()
+    path = write_corpus(tmp_path / "shared/corpus.jsonl")
+    (tmp_path / "shared").chmod(0o555)
     home = tmp_path / "home"
     monkeypatch.setattr(Path, "home", lambda: home)
     assert list(Corpus(path)) == PASSAGES
-    assert len(list((home / ".cache" / "sleuth" / "corpora").iterdir())) == 1
-    home = tmp_path / "corpus.jsonl"  # a home in which no folder can be made
+    assert os.listdir(tmp_path / "shared") == ["corpus.jsonl"]
+    assert len(list((home / ".cache/sleuth/corpora").iterdir())) == 1
+    home = path  # a home in which no folder can be made: it stays in memory
     assert list(Corpus(path)) == PASSAGES
+
+
+def test_what_the_first_version_put_beside_a_corpus_changes_nothing(tmp_path):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    (tmp_path / "corpus.jsonl.offsets.npy").write_bytes(b"old")
+    assert list(Corpus(path)) == PASSAGES
+    assert (tmp_path / "corpus.jsonl.offsets.npy").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("change", ["in place", "shorter", "flipped", "back in time"])
+def test_a_corpus_rewritten_under_its_reader_gives_an_error_and_no_other_text(tmp_path, change):
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    corpus, whole, times = Corpus(path), path.read_bytes(), path.stat()
+    with open(path, "wb") as file:  # the same inode
+        new = {"in place": whole[::-1], "shorter": whole[:300], "flipped": flip(whole, len(whole) - 9)}
+        file.write(new.get(change, whole.replace(b"Text", b"Tixt")))
+    if change == "back in time":
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(CorpusChanged, match=r"^corpus.jsonl: passage 49 is not what was indexed"):
+        corpus[49]
+    read = 0
+    for position, passage in enumerate(PASSAGES):
+        with suppress(CorpusChanged):
+            assert corpus[position] == passage
+            read += 1
+    assert read == {"shorter": 4, "flipped": 49}.get(change, 0)
+
+
+def test_a_corpus_replaced_by_another_file_is_read_on(tmp_path):
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"))
+    write_corpus(tmp_path / "new", PASSAGES[:3])
+    os.replace(tmp_path / "new", tmp_path / "corpus.jsonl")
+    assert list(corpus) == PASSAGES
 
 
 def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """BM25: its scores against the formula, its ranking, what it refuses."""
 
+import json
 import math
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.indexes import counting
 from retriever_server.indexes.analyzers import ANALYZERS, plain
-from retriever_server.indexes.base import open_index
+from retriever_server.indexes.base import generation_name, open_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.counting import lucene_length
 
@@ -147,6 +148,7 @@ def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
     texts[7] = texts[49] = "..."  # without a word
     index = BM25Index.build(corpus_of(tmp_path, *texts), tmp_path / "index", 1.2, 0.75)
     assert sorted(p.name for p in (tmp_path / "index").iterdir() if p.suffix != ".json") == [
+        "corpus.offsets",
         "positions.npy",
         "starts.npy",
         "terms.npy",
@@ -179,8 +181,11 @@ def test_anserini_scores_are_lucenes(tmp_path):
 
 def test_an_index_of_the_first_layout_is_refused(tmp_path):
     BM25Index.build(corpus_of(tmp_path, "fox"), tmp_path / "index")
-    manifest = tmp_path / "index/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"layout": 2', '"layout": 1'))
+    fields = json.loads((tmp_path / "index/manifest.json").read_text())
+    settings = {**fields["settings"], "layout": 1}
+    name = generation_name("bm25", settings, fields["corpus_hash"])
+    fields |= {"settings": settings, "generation": name, "checksum": ""}
+    (tmp_path / "index/manifest.json").write_text(json.dumps(fields))
     with pytest.raises(DataError, match="built by an older version of this program; build the index again"):
         open_index(tmp_path / "index")
 

@@ -8,6 +8,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
+from retriever_server.indexes import integrity
 from retriever_server.indexes.ann import AnnIndex, default_search
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
@@ -258,7 +259,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, corpus, kind):
         path.write_bytes(whole)
 
 
-def test_verify_finds_a_byte_that_the_samples_miss(tmp_path, corpus):
+def test_verify_finds_a_byte_that_the_samples_of_a_large_file_miss(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(integrity, "_WHOLE_BYTES", 100_000)
     FlatIndex.build(corpus, tmp_path / "i", FakeEncoder(dimension=2048), "float32")
     path = tmp_path / "i/00000.vectors.npy"
     content = bytearray(path.read_bytes())

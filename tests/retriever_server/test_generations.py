@@ -1,7 +1,11 @@
 """Generations on disk: written whole or not at all, opened only with what made them."""
 
+import fcntl
 import json
+import os
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,10 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, StorageError
 from data.jsonl import write_jsonl
 from retriever_server.indexes import bm25
-from retriever_server.indexes.base import MANIFEST, open_index
+from retriever_server.indexes.base import MANIFEST, building, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.flat import FlatIndex
+from tests.retriever_server.encoders import FakeEncoder
 
 
 @pytest.fixture
@@ -139,3 +145,84 @@ def test_a_damaged_index_is_refused(tmp_path, corpus):
     weights.unlink()
     with pytest.raises(DataError, match="missing or not"):
         open_index(tmp_path / "index")
+
+
+def build_beside(tmp_path: Path, corpus: Corpus, *builds) -> None:
+    """Each of the builds, while a builder of the whole index is at work at the same place."""
+
+    def progress(passages):
+        for build in builds:
+            with pytest.raises(ConfigError, match=HELD):
+                build()
+        return passages
+
+    BM25Index.build(corpus, tmp_path / "index", progress=progress)
+
+
+HELD = (
+    rf"index: an index is being built there by process {os.getpid()} on {re.escape(socket.gethostname())} \("
+)
+
+
+def test_a_second_builder_is_refused_with_the_name_of_the_first(tmp_path, corpus):
+    other = make_corpus(tmp_path / "other.jsonl", "green sea")
+
+    def build() -> None:
+        BM25Index.build(other, tmp_path / "index", overwrite=True)
+
+    def encode() -> None:
+        FlatIndex.build(other, tmp_path / "index", FakeEncoder(), overwrite=True)
+
+    def encode_part() -> None:
+        with building(tmp_path / "index", "1-of-2"):
+            pass
+
+    build_beside(tmp_path, corpus, build, encode, encode_part)
+    assert verify_index(tmp_path / "index").corpus_hash == corpus.content_hash
+    build()
+    assert verify_index(tmp_path / "index").corpus_hash == other.content_hash
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_parts_are_built_side_by_side_but_neither_the_same_nor_the_whole(tmp_path):
+    with building(tmp_path / "index", "1-of-2"), building(tmp_path / "index", "2-of-2"):
+        for part in ("", "1-of-2"):
+            with pytest.raises(ConfigError, match=HELD), building(tmp_path / "index", part):
+                pass
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_lock_removed_while_it_is_waited_for_locks_nothing(tmp_path, monkeypatch):
+    """Its last holder unlinks it between another's opening it and locking it."""
+    flock, unlinked = fcntl.flock, []
+
+    def unlink_first(file, flags) -> None:
+        if not unlinked:
+            unlinked.append((tmp_path / ".index.lock").unlink())
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", unlink_first)
+    with building(tmp_path / "index"):
+        assert (tmp_path / ".index.lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_an_index_that_is_there_is_taken_from_a_folder_without_the_right_to_write(tmp_path, corpus):
+    made = BM25Index.build(corpus, tmp_path / "shared/index").generation
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retriever_server.indexes.base.locked", None)
+        assert BM25Index.build(corpus, tmp_path / "shared/index").generation == made
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("move", [shutil.copytree, shutil.move])
+def test_an_index_keeps_the_table_of_its_corpus_also_when_both_are_copied(tmp_path, monkeypatch, move):
+    (tmp_path / "run").mkdir()
+    corpus = make_corpus(tmp_path / "run/corpus.jsonl", "red fox")
+    BM25Index.build(corpus, tmp_path / "run/index")
+    move(tmp_path / "run", tmp_path / "copy")
+    os.utime(tmp_path / "copy/corpus.jsonl", ns=(7, 7))
+    monkeypatch.setattr("data.corpus._read_all", None)
+    index = open_index(tmp_path / "copy/index")
+    assert index.search(["fox"], 1)[0][0].passage.text == "red fox"
+    assert sorted(os.listdir(tmp_path / "copy")) == ["corpus.jsonl", "index"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, verify_index
@@ -24,7 +23,6 @@ from tests.retriever_server.running import (
     build_numbered_index,
     checked_number,
     running_server,
-    write_numbered_corpus,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -182,21 +180,13 @@ def test_an_index_replaced_while_it_is_opened_is_not_mixed(tmp_path, monkeypatch
     assert index.search(["w7"], 1)[0][0].passage.text == "w7 of 2"
 
 
-def test_what_killed_builds_left_goes_with_the_next_but_not_what_others_build_now(tmp_path):
-    left = tmp_path / ".index.building-left"
-    left.mkdir()
-    (left / "terms.npy").write_bytes(b"half")
-    other_corpus, seen = Corpus(write_numbered_corpus(tmp_path, 2)), []
-
-    def progress(passages):
-        BM25Index.build(other_corpus, tmp_path / "index")  # beside this one
-        seen.extend(tmp_path.glob(".index.building-*"))
-        return passages
-
-    corpus = Corpus(write_numbered_corpus(tmp_path, 1))
-    found = BM25Index.build(corpus, tmp_path / "index", overwrite=True, progress=progress)
-    assert len(seen) == 1 and left not in seen
-    assert verify_index(tmp_path / "index").generation == found.generation
+def test_what_killed_builds_left_goes_with_the_next(tmp_path):
+    for name, file in ((".index.building-left", "terms.npy"), (".index.building-old", "manifest.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"half")
+    (tmp_path / ".index.lock").write_text("7 on a host that is no more\n")
+    found = build_numbered_index(tmp_path, 1)
+    assert verify_index(tmp_path / "index").generation == found
     assert list(tmp_path.glob(".index*")) == []
 
 

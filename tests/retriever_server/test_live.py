@@ -1,17 +1,21 @@
 """Another generation takes over under load: no request fails, none mixes two, the old one is closed."""
 
 import asyncio
+import json
 import threading
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from retriever_server.app import create_app
 from retriever_server.batching import Batching
+from retriever_server.indexes.base import open_index
+from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.live import Live, Opened, stamp
 from retriever_server.retriever import Retriever
 
@@ -123,3 +127,30 @@ def test_the_stamp_changes_with_the_index_and_with_what_a_yaml_names(tmp_path):
     after = [stamp(str(folder)), stamp(str(config))]
     assert after[0] != before[0] and after[1] != before[1]
     assert after == [stamp(str(folder)), stamp(str(config))]
+
+
+def test_a_corpus_rewritten_under_the_server_is_5xx_without_a_path_and_never_another_text(tmp_path):
+    texts = [f"w{i} " + "old " * 2000 for i in range(40)]  # pages of a map would be gone
+    rows = [
+        {"id": str(i), "text": text, "metadata": {"url": f"http://x/{i}"}} for i, text in enumerate(texts)
+    ]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    live = Live(BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index"))
+    with TestClient(create_app({"default": live}), raise_server_exceptions=False) as client:
+        assert "old" in client.post("/retrieve", json={"queries": ["w30"]}).text
+        for new in (texts[0].replace("old", "new"), ""):
+            with open(tmp_path / "corpus.jsonl", "w") as file:  # the same inode, shorter
+                file.write(json.dumps({"id": "30", "text": new}) + "\n")
+            for path, body in (
+                ("/retrieve", {"queries": ["w30"]}),
+                ("/search", {"query": "w30"}),
+                ("/access", {"urls": ["30"]}),
+                ("/access", {"urls": ["http://x/30"]}),
+            ):
+                answer = client.post(path, json=body)
+                assert answer.status_code == 503, (path, answer.text)
+                assert "not what was indexed" in answer.text and str(tmp_path) not in answer.text
+        [result] = client.post("/v1/search", json={"queries": ["w30"]}).json()["results"]
+        assert result["hits"] == [] and "not what was indexed" in result["error"]
+    with pytest.raises(DataError, match=r"changed since .* was built"):
+        open_index(tmp_path / "index")

@@ -1,11 +1,22 @@
 """`sleuth index`: what it says, what it reuses, what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from data.errors import ConfigError, DataError
-from retriever_server.indexes.base import open_index
+from data.jsonl import write_jsonl
+from retriever_server.encoders.sentence import load_encoder
+from retriever_server.indexes.base import building, open_index
 from scripts import index
+from tests.retriever_server.encoders import WORDS, tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,3 +61,48 @@ def test_the_bar_can_be_drawn_before_there_is_a_speed(monkeypatch, capsys):
 def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
     with pytest.raises(ConfigError, match=f"device = {device}: must be auto, cpu"):
         index.main(corpus, str(tmp_path / "index"), encoder="model", device=device)
+
+
+def test_an_index_keeps_the_prefix_of_vectors_that_it_is_told(tmp_path):
+    texts = [f"{word} {other}" for word in WORDS[:8] for other in WORDS[8:12]]
+    write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    model, out = tiny_model(tmp_path / "model", "dense"), str(tmp_path / "index")
+    index.main(str(tmp_path / "c.jsonl"), out, encoder=model, dimension=8, dtype="float32")
+    opened = open_index(out)
+    whole = load_encoder(model)
+    [query], passages = whole.encode(["big red fox"], "query"), whole.encode(texts, "passage")
+    prefixes = passages[:, :8] / np.linalg.norm(passages[:, :8], axis=1, keepdims=True)
+    scores = prefixes @ query[:8] / np.linalg.norm(query[:8])
+    [hits] = opened.search(["big red fox"], len(texts))
+    assert opened.manifest.dimension == opened.stored(0).shape[1] == 8
+    assert [hit.score for hit in hits] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
+    assert [scores[int(hit.passage.id)] for hit in hits] == pytest.approx(np.sort(scores)[::-1].tolist())
+    with pytest.raises(ConfigError, match="dimension = 33: must be from 1 to the 32 of"):
+        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=model, dimension=33)
+    with pytest.raises(ConfigError, match="makes no dense vectors"):
+        other = tiny_model(tmp_path / "sparse", "sparse")
+        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=other, dimension=8)
+    with pytest.raises(ConfigError, match="--dimension 8: has a meaning only with --encoder"):
+        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), dimension=8)
+
+
+def test_a_second_builder_at_the_same_place_is_one_line_and_status_2(tmp_path, corpus):
+    with building(tmp_path / "index"):
+        command = [
+            sys.executable,
+            "-m",
+            "scripts",
+            "index",
+            "--corpus",
+            corpus,
+            "--out",
+            str(tmp_path / "index"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert f"index: an index is being built there by process {os.getpid()} on " in line
+    assert not (tmp_path / "index").exists()
+    with building(tmp_path / "index", "2-of-2"):
+        assert subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT).returncode == 2
+    assert subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT).returncode == 0
