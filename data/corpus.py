@@ -49,7 +49,7 @@ class Corpus:
         """Open `path`, not compressed; the first time every line is checked.
 
         The table goes into `sidecar_folder`, or without one into the user's cache; where that cannot be
-        written it stays in memory. index: the folder of an index that keeps the table (see `save_sidecars`).
+        written it stays in memory. index: the folder of an index that keeps the table (see `save_offsets`).
         Raises DataError "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id.
         Passages without text and image are kept; a warning counts them.
         """
@@ -62,6 +62,7 @@ class Corpus:
         self.content_hash = self._offsets.content_hash
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
         self.index_folder = Path(index) if index is not None else None
+        self.with_metadata = self._offsets.with_metadata
         self._starts, self._lines, self._hashes, self._positions = self._offsets.columns
 
     def _load_offsets(self, sidecar_folder: str | Path | None, index: str | Path | None) -> Offsets | None:
@@ -80,9 +81,9 @@ class Corpus:
         keep(self.path, offsets, sidecar_folder)
         return offsets
 
-    def save_sidecars(self, folder: Path) -> None:
-        """Put what this corpus is opened by into the folder of an index. Raises StorageError."""
-        self._offsets.save(folder / OFFSETS)
+    def save_offsets(self, index: Path) -> None:
+        """Put the table into the folder of an index. Raises StorageError."""
+        self._offsets.save(index / OFFSETS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Corpus, self._made_from  # another process opens the file itself

@@ -10,20 +10,27 @@ allowed (1 is not "1", nor true); where its value is a list, one element that ag
 
 from __future__ import annotations
 
+import asyncio
 import json
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.corpus import Corpus
+from data.columns import encode, is_float, json_type, load_columns, wait_for_columns
 from data.errors import DataError
 from retriever_server.retriever import Filter
 
-_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+if TYPE_CHECKING:
+    from data.corpus import Corpus
+
+Agrees = Callable[[str, Any], Any]
+"""See `Columns.positions`."""
+
+_BOUNDS: dict[str, Callable[[Any, Any], Any]] = {
     "gte": operator.ge,
     "gt": operator.gt,
     "lte": operator.le,
@@ -33,22 +40,23 @@ _MASKS: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
 _MASKS_KEPT = 64
 _LOCK = threading.Lock()
 
-Test = Callable[[Any], bool]
-
 
 def allowed(corpus: Corpus, where: Filter) -> np.ndarray:
     """Which passages `where` allows, (P,) booleans, not to be written to; DataError for a wrong filter.
 
-    The first use of a filter reads the whole corpus (about 10 s a million passages); the last 64 are kept.
+    The last 64 are kept. The first filter over the corpus of an index that keeps no metadata reads it once.
     """
-    tests = parse_filter(where)
+    conditions = parse_filter(where)
     key = corpus.content_hash, json.dumps(where, sort_keys=True)
     with _LOCK:
         if (mask := _MASKS.get(key)) is not None:
             _MASKS.move_to_end(key)
             return mask
-    matching = (_matches(passage.metadata, tests) for passage in corpus)
-    mask = np.fromiter(matching, dtype=bool, count=len(corpus))
+    columns, mask = load_columns(corpus).result(), np.ones(len(corpus), bool)
+    for name, agrees in conditions.items():
+        kept = np.zeros(len(corpus), bool)
+        kept[columns.positions(name, agrees)] = True
+        mask &= kept
     mask.setflags(write=False)
     with _LOCK:
         _MASKS[key] = mask
@@ -57,18 +65,24 @@ def allowed(corpus: Corpus, where: Filter) -> np.ndarray:
     return mask
 
 
-def parse_filter(where: Any) -> dict[str, Test]:
-    """What each field of a filter asks of a value; DataError says what is wrong with it."""
+async def prepare(corpus: Corpus, where: Filter) -> None:
+    """Note what `where` allows, in a thread that no search needs."""
+    await wait_for_columns(corpus)
+    await asyncio.to_thread(allowed, corpus, where)
+
+
+def parse_filter(where: Any) -> dict[str, Agrees]:
+    """What each field of a filter asks of values; DataError says what is wrong with it."""
     if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
         raise DataError(f"filter {_short(where)}: must be an object of field names and what they must be")
     return {name: _parse_condition(name, condition) for name, condition in where.items()}
 
 
-def _parse_condition(name: str, condition: Any) -> Test:
+def _parse_condition(name: str, condition: Any) -> Agrees:
     if not isinstance(condition, Mapping):
-        return _one_of(name, [condition])
+        return one_of([condition], name)
     if set(condition) == {"in"} and isinstance(condition["in"], list | tuple):
-        return _one_of(name, condition["in"])
+        return one_of(condition["in"], name)
     if condition and set(condition) <= set(_BOUNDS):
         return _within(name, condition)
     raise DataError(
@@ -77,38 +91,57 @@ def _parse_condition(name: str, condition: Any) -> Test:
     )
 
 
-def _one_of(name: str, values: list | tuple) -> Test:
+def one_of(values: Sequence[Any], name: str = "") -> Agrees:
+    """Whether each value found is one of these."""
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise DataError(f"filter on {name!r}: {_short(value)}: must be a string, number, boolean or null")
-    keys = {(_type(value), value) for value in values}
-    return lambda found: (_type(found), found) in keys
+    wanted: dict[str, list[Any]] = {}
+    for value in values:
+        wanted.setdefault(json_type(value), []).append(value)
+
+    def agrees(kind: str, found: Any) -> Any:
+        asked = wanted.get("number" if kind == "integer" else kind, [])
+        if kind == "string":
+            import pyarrow as pa
+            import pyarrow.compute as pc
+
+            options = pc.SetLookupOptions(pa.array(map(encode, asked), found.type))
+            return pc.call_function("is_in", [found], options)
+        if kind == "number":
+            return np.isin(found, [float(value) for value in asked if is_float(value)])
+        if kind == "integer":
+            return [int(digits) in asked for digits in found.to_pylist()]
+        return np.full(len(found), bool(asked))
+
+    return agrees
 
 
-def _within(name: str, bounds: Mapping[str, Any]) -> Test:
-    types = {_type(bound) for bound in bounds.values()}
+def _within(name: str, bounds: Mapping[str, Any]) -> Agrees:
+    types = {json_type(bound) for bound in bounds.values()}
     if types not in ({"number"}, {"string"}):
         raise DataError(f"filter on {name!r}: {_short(bounds)}: bounds must be all numbers or all strings")
-    [kind] = types
-    return lambda found: (
-        _type(found) == kind and all(_BOUNDS[which](found, bound) for which, bound in bounds.items())
-    )
+    [asked] = types
+
+    def agrees(kind: str, found: Any) -> Any:
+        if asked != ("number" if kind == "integer" else kind):
+            return np.zeros(len(found), bool)
+        return np.all([_compare(which, kind, found, bound) for which, bound in bounds.items()], axis=0)
+
+    return agrees
 
 
-def _matches(metadata: Mapping[str, Any], tests: Mapping[str, Test]) -> bool:
-    return all(name in metadata and _agrees(metadata[name], test) for name, test in tests.items())
+def _compare(which: str, kind: str, found: Any, bound: Any) -> Any:
+    if kind == "string":
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
-
-def _agrees(found: Any, test: Test) -> bool:
-    values = found if isinstance(found, list) else [found]
-    return any(test(value) for value in values if not isinstance(value, list | dict))
-
-
-def _type(value: Any) -> str:
-    """JSON's name of a scalar's type: to Python True is 1, to JSON it is not."""
-    if isinstance(value, bool) or value is None:
-        return repr(value)
-    return "string" if isinstance(value, str) else "number" if isinstance(value, int | float) else "other"
+        names = {"gte": "greater_equal", "gt": "greater", "lte": "less_equal", "lt": "less"}
+        return np.asarray(pc.call_function(names[which], [found, pa.scalar(encode(bound), found.type)]))
+    if kind == "number" and is_float(bound):
+        return _BOUNDS[which](found, float(bound))
+    values = found.tolist() if kind == "number" else map(int, found.to_pylist())  # no float is exact
+    return [_BOUNDS[which](value, bound) for value in values]
 
 
 def _short(value: Any) -> str:

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cached_property
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from data.corpus import Corpus
+from data.columns import load_columns
 from data.records import Passage
+from retriever_server.filters import one_of
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
 
 
-class Pages:
-    """`get("7")` is passage 7; `get("https://...")` all passages of that url as one."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-
-    def get(self, place: str) -> Passage | None:
-        """The page, or None: nothing outside the corpus is ever looked for.
-
-        The first url reads the whole corpus once (about 10 s a million passages).
-        """
-        if (passage := self._corpus.get(place)) is not None or "://" not in place:
-            return passage
-        hashes, positions = self._urls
-        first, last = np.searchsorted(hashes, _hash(place)), np.searchsorted(hashes, _hash(place), "right")
-        parts = [self._corpus[int(at)] for at in positions[first:last]]
-        parts = [part for part in parts if part.metadata["url"] == place]
-        if not parts:
-            return None
-        text = "\n".join(part.text for part in parts)
-        return Passage(parts[0].id, text, parts[0].title, parts[0].metadata)
-
-    @cached_property
-    def _urls(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of all urls, and the position of the passage of each.   (U,), (U,)"""
-        found = [
-            (_hash(str(url)), position)
-            for position, passage in enumerate(self._corpus)
-            if (url := passage.metadata.get("url"))
-        ]
-        table = np.array(found, dtype=np.uint64).reshape(-1, 2)
-        order = np.argsort(table[:, 0], kind="stable")  # passages of one url stay in their order
-        return table[order, 0], table[order, 1]
+def is_url(place: str) -> bool:
+    """Whether it may name passages by the url in their metadata."""
+    return "://" in place
 
 
-def _hash(url: str) -> np.uint64:
-    digest = hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest))
+def find_pages(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
+    """The page at each place: a passage by its id, or all passages of a url as one, in their order.
+
+    None where there is none: nothing outside the corpus is ever looked for.
+    """
+    pages = {place: corpus.get(place) for place in places}
+    urls = [place for place, page in pages.items() if page is None and is_url(place)]
+    parts: dict[str, list[Passage]] = {url: [] for url in urls}
+    positions = load_columns(corpus).result().positions("url", one_of(urls)) if urls else ()
+    for position in sorted(set(map(int, positions))):
+        passage = corpus[position]
+        if isinstance(url := passage.metadata["url"], str):
+            parts[url].append(passage)
+    for url, found in parts.items():
+        if found:
+            text = "\n".join(part.text for part in found)
+            pages[url] = Passage(found[0].id, text, found[0].title, found[0].metadata)
+    return [pages[place] for place in places]

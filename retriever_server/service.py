@@ -7,17 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
 
+from data.columns import wait_for_columns
 from data.errors import ConfigError, DataError
 from data.records import Hit, Input, Item, Passage
 from retriever_server.batching import Batcher, Batching
-from retriever_server.filters import parse_filter
+from retriever_server.filters import parse_filter, prepare
 from retriever_server.live import Live, Opened
 from retriever_server.metrics import Metrics
-from retriever_server.pages import Pages
+from retriever_server.pages import find_pages, is_url
 from retriever_server.pictures import Pictures, text_of
 from retriever_server.schema import Pictured, Stage
 from retriever_server.stages import Staged
@@ -101,7 +101,6 @@ class Service:
         self.pictures = Pictures(limits.max_images, limits.max_image_bytes, limits.max_image_pixels)
         self.stopping = False
         """Set when it is about to stop: new clients should go elsewhere."""
-        self._pages: WeakKeyDictionary[Opened, Pages] = WeakKeyDictionary()
         for live in self.backends.values():
             live.on_swap = self.describe
 
@@ -157,6 +156,9 @@ class Service:
         pictured = any(isinstance(query, Item) for query in asked)
         if pictured and not await asyncio.to_thread(staged.takes_images):
             raise DataError("queries: one holds an image, and what is asked reads text only")
+        if where is not None:  # not in a thread that searches: others wait for it
+            for corpus in staged.corpora():
+                await prepare(corpus, where)
         # Texts do not wait for the images of others.
         key = (staged.key, json.dumps(where, sort_keys=True), pictured)
         return await self.batcher.run(key, lambda items: staged.search(items, where), asked)
@@ -210,8 +212,9 @@ class Service:
         with self.default.current as opened:
             if (corpus := opened.find("corpus")) is None:
                 raise DataError("this retriever has no corpus of its own to read pages from")
-            pages = self._pages.setdefault(opened, Pages(corpus))
-            return await asyncio.to_thread(lambda: [pages.get(place) for place in places])
+            if any(map(is_url, places)):
+                await wait_for_columns(corpus)
+            return await asyncio.to_thread(find_pages, corpus, places)
 
     def describe(self) -> dict[str, Any]:
         """The backends as they describe themselves, noted for the metrics too.

@@ -38,6 +38,10 @@ class Staged:
         """Whether a query may hold an image: of who finds it, since rerankers read texts."""
         return not self._rerankers and self._opened[0].retriever.takes_images()
 
+    def corpora(self) -> list[Any]:
+        """The corpora here that the first stage searches."""
+        return self._opened[0].find_all("corpus")
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for searches that may travel together."""

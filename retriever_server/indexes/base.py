@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.columns import METADATA, save_columns
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
@@ -228,7 +229,8 @@ def write_generation(
     try:
         with _folder_beside(out) as folder:
             write(folder)
-            corpus.save_sidecars(folder)
+            corpus.save_offsets(folder)
+            save_columns(corpus, folder / METADATA)
             manifest = _describe(folder, out, kind, settings, corpus, generation, spec, dtype)
             write_json(folder / MANIFEST, asdict(manifest))
             _move_into_place(folder, out)

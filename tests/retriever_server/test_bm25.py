@@ -148,6 +148,7 @@ def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
     texts[7] = texts[49] = "..."  # without a word
     index = BM25Index.build(corpus_of(tmp_path, *texts), tmp_path / "index", 1.2, 0.75)
     assert sorted(p.name for p in (tmp_path / "index").iterdir() if p.suffix != ".json") == [
+        "corpus.metadata",
         "corpus.offsets",
         "positions.npy",
         "starts.npy",

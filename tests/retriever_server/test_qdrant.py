@@ -6,9 +6,9 @@ import pytest
 from data.errors import ConfigError, DataError, RetrieverUnavailable
 from data.records import Passage
 from retriever_server.encoders.vectors import rows_of
-from retriever_server.filters import parse_filter
 from retriever_server.qdrant import Qdrant
 from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.test_filters import agrees
 
 pytest.importorskip("qdrant_client")
 
@@ -60,8 +60,7 @@ def test_it_finds_what_the_exact_product_finds(kind, vector, tmp_path):
 def test_a_filter_allows_what_ours_does(where, tmp_path):
     retriever = Qdrant("c", FakeEncoder(dimension=32), path=str(tmp_path))
     retriever.upload(PASSAGES)
-    tests = parse_filter(where)
-    allowed = {p.id for p in PASSAGES if all(n in p.metadata and t(p.metadata[n]) for n, t in tests.items())}
+    allowed = {passage.id for passage in PASSAGES if agrees(passage.metadata, where)}
     assert {hit.passage.id for hit in retriever.search(["fox"], 9, where)[0]} == allowed
     with pytest.raises(DataError):
         retriever.search(["fox"], 9, {"year": {"near": 3}})
