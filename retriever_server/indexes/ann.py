@@ -1,7 +1,8 @@
 """Approximate dense search by faiss, each answer re-scored exactly from the stored vectors.
 
 The index is any `faiss.index_factory` string; a candidate's own score, compressed, only decides whether
-it is a candidate. A filtered search is exact: a product with the allowed vectors alone.
+it is a candidate. A filtered search is exact: a product with the allowed vectors alone; so is one that faiss
+finds too few passages for.
 """
 
 from __future__ import annotations
@@ -103,12 +104,12 @@ class AnnIndex(FlatIndex):
         ranked = [
             self._rescored(query, row[of], k) for query, row, of in zip(queries, found, kept, strict=True)
         ]
-        if len(self.skipped):  # their zeros may stand before all that point away from the query
-            few = min(k, len(self) - len(self.skipped))
-            short = [i for i, (positions, _) in enumerate(ranked) if len(positions) < few]
-            exact = super().rank(queries[short], k, super()._mask(None)) if short else []
-            for i, ranking in zip(short, exact, strict=True):
-                ranked[i] = ranking
+        # A graph may miss nodes, a search lists; or zeros of skipped passages stand before all others.
+        whole = min(k, len(self) - len(self.skipped))
+        short = [i for i, (positions, _) in enumerate(ranked) if len(positions) < whole]
+        exact = super().rank(queries[short], k, super()._mask(None)) if short else []
+        for i, ranking in zip(short, exact, strict=True):
+            ranked[i] = ranking
         return ranked
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:

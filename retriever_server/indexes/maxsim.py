@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
@@ -66,14 +66,16 @@ class FixedEncoding:
 class MaxSimIndex(EncodedIndex):
     """sum_i max_j q_i . p_j, exact over `candidates` passages of the largest fixed encodings.
 
-    With candidates >= P it is exact over all. Token vectors lie ragged in memory-mapped shards.
+    With candidates >= P, or 0, it is exact over all. Token vectors lie ragged in memory-mapped shards.
     """
 
     kind, vectors = "maxsim", "multi"
     passages_per_shard = 5_000
 
     def __init__(self, *args: Any, candidates: int = 256) -> None:
+        """candidates: so many passages are scored, at least k; 0 for all."""
         super().__init__(*args)
+        require(candidates >= 0, "candidates", candidates, ">= 0 (0: every passage is scored)")
         self.candidates = candidates
         self.tokens = Rows(self.path)
         self.fixed = Rows(self.path, "fde", self.device)
@@ -113,7 +115,7 @@ class MaxSimIndex(EncodedIndex):
 
     def _rank_one(self, query: np.ndarray, k: int, mask: np.ndarray | None) -> Ranking:
         candidates = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
-        if len(candidates) > (count := max(self.candidates, k)):
+        if self.candidates and len(candidates) > (count := max(self.candidates, k)):
             alone = Multi(query, np.array([0, len(query)]))
             [(candidates, _)] = self.fixed.search(self._encoding.encode(alone, is_query=True), count, mask)
         candidates = np.sort(candidates)

@@ -37,8 +37,9 @@ def world(tmp_path_factory):
     write_jsonl(at / "corpus.jsonl", rows)
     corpus = Corpus(at / "corpus.jsonl")
     BM25Index.build(corpus, at / "runs/atlas/index")
-    encoder = load_encoder(tiny_model(at / "dense", "dense"), device="cpu")
-    index_kind("flat").build(corpus, at / "runs/atlas/flat", encoder)
+    for kind, vectors in (("flat", "dense"), ("maxsim", "multi")):
+        encoder = load_encoder(tiny_model(at / vectors, vectors), device="cpu")
+        index_kind(kind).build(corpus, at / "runs/atlas" / kind, encoder)
     for kind in ("dense", "sparse"):
         shutil.copytree(at / "runs/atlas/flat", at / f"runs/promptreps/{kind}-index")
     tiny_model(at / RERANKER, "cross")

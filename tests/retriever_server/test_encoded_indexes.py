@@ -150,6 +150,46 @@ def test_fixed_encodings_of_the_passages_find_most_of_the_best(tmp_path, corpus)
     assert np.mean([len(set(a[0]) & set(b[0])) / 5 for a, b in zip(found, exact, strict=True)]) > 0.7
 
 
+def test_maxsim_scores_every_passage_where_it_is_told(tmp_path, corpus):
+    encoder = FakeEncoder("multi")
+    MaxSimIndex.build(corpus, tmp_path / "i", encoder, "float32", passages_per_shard=40)
+    assert_finds_the_best(
+        open_index(tmp_path / "i", encoder=encoder, candidates=0), brute_force(encoder), 1e-4
+    )
+    with pytest.raises(ConfigError, match=r"candidates = -1: must be >= 0"):
+        open_index(tmp_path / "i", encoder=encoder, candidates=-1)
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "HNSW4", "IVF10,Flat", "IVF10,SQ8", "SQ8", "PCA8,IVF5,SQ8"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_ann_gives_as_many_hits_as_there_are(tmp_path, factory, alike):
+    """A graph over passages that are all alike is hardly connected; one list of many holds few passages."""
+    texts = ["red fox"] * 400 if alike else [" ".join(RNG.choice(WORDS, 5)) for _ in range(400)]
+    write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    search = "nprobe=1" if "IVF" in factory else "efSearch=16" if "HNSW" in factory else None
+    built = (Corpus(tmp_path / "c.jsonl"), tmp_path / "i", FakeEncoder())
+    index = AnnIndex.build(*built, "float32", factory=factory, search=search)
+    for k in (1, 10, 100, 390, 399, 400, 401, 1000):
+        for hits in index.search(QUERIES, k):
+            assert len({hit.passage.id for hit in hits}) == len(hits) == min(k, 400)
+    for hits in index.search(QUERIES, 400):
+        assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", [None, {"even": True}])
+def test_there_are_as_many_hits_as_asked_for_or_as_match(tmp_path, corpus, kind, where):
+    encoder = FakeEncoder(KINDS[kind].vectors)
+    index = KINDS[kind].build(corpus, tmp_path / "i", encoder, passages_per_shard=33)
+    if kind == "maxsim":
+        index.candidates = 20
+    match = (brute_force(encoder) > 0) if kind == "inverted" else np.ones((len(QUERIES), 100), bool)
+    match[:, 1::2] &= where is None
+    for k in (1, 19, 21, 49, 50, 51, 99, 100, 101):
+        for hits, row in zip(index.search(QUERIES, k, where), match, strict=True):
+            assert len({hit.passage.id for hit in hits}) == len(hits) == min(k, row.sum())
+
+
 def test_a_fixed_encoding_of_one_token_each_is_its_inner_product():
     tokens = RNG.standard_normal((2, 8)).astype(np.float32)
     one, other = (Multi(tokens[[i]], np.array([0, 1])) for i in (0, 1))
