@@ -12,7 +12,6 @@ else the question itself), never single questions (percentile interval; Efron & 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,8 +25,9 @@ from agent.transcripts import to_record
 from data.answers import cover_em, exact_match, f1
 from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.questions import hash_questions
 from data.records import FORMAT_VERSION, Question
-from data.run_dir import describe_difference
+from data.run_dir import check_free, describe_difference
 from data.significance import RESAMPLES, SEED, bootstrap
 
 if TYPE_CHECKING:
@@ -234,19 +234,25 @@ def _mean(values: Iterable[float]) -> float:
 
 def _open_evaluation(out_dir: Path, questions: Sequence[Question], settings: Mapping[str, Any]) -> None:
     """Write evaluation.json, or refuse the folder where it holds an evaluation of something else."""
-    asked = [[q.id, q.text, list(q.gold_answers), dict(q.metadata)] for q in questions]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     plain = json.loads(json.dumps(settings, default=str))
-    now = {"format_version": FORMAT_VERSION, **plain, "n": len(questions), "questions": digest}
+    now = {"format_version": FORMAT_VERSION, **plain}
+    now |= {"n": len(questions), "questions": hash_questions(questions), "folder": str(Path.cwd())}
     path = out_dir / "evaluation.json"
-    if path.exists():
-        changed = describe_difference(read_json(path), now)
-        if changed:
-            raise ConfigError(
-                f"{out_dir} holds another evaluation ({'; '.join(changed)}): choose another folder"
-            )
-        return
-    write_json(path, now)
+    check_folder(out_dir)
+    if not path.exists():
+        return write_json(path, now)
+    then = read_json(path)
+    folder = then.pop("folder", "")  # where its relative paths begin; no part of what was evaluated
+    changed = describe_difference(then, {key: now[key] for key in now if key != "folder"}, folder=folder)
+    if changed:
+        raise ConfigError(f"{out_dir} holds another evaluation ({'; '.join(changed)}): choose another folder")
+
+
+def check_folder(out_dir: Path | str) -> None:
+    """Raise ConfigError where the folder holds something else than an evaluation, or its servers' logs."""
+    folder = Path(out_dir)
+    if not (folder / "evaluation.json").exists():
+        check_free(folder, {path.name for path in folder.glob("vllm-*.log")})
 
 
 def _resume(path: Path) -> list[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from agent.packaged import atlas_policy, smollm2_policy
+from agent.policy_folder import PROTOCOL_FILE, find_policy
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
-from data.errors import ConfigError, DataError
-from data.jsonl import read_json, write_json
+from data.errors import ConfigError
+from data.jsonl import write_json
 
 logger = logging.getLogger(__name__)
-
-PROTOCOL_FILE = "sleuth.json"
-SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
-"""Names of policies that need no hub, and what finds (or makes) their folder."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +46,6 @@ class Policy:
         write_json(folder / PROTOCOL_FILE, {"protocol": protocol})
 
 
-def resolve_policy(name: str) -> str:
-    """The folder of a policy with a short name; anything else as it is."""
-    return str(SHORT_NAMES[name]()) if name in SHORT_NAMES else name
-
-
-def default_protocol(policy_source: str) -> str:
-    """The protocol that the policy was trained to speak, from its folder's sleuth.json; else search_r1."""
-    path = Path(resolve_policy(policy_source)) / PROTOCOL_FILE
-    if not path.is_file():
-        return "search_r1"
-    try:
-        return str(read_json(path)["protocol"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error
-
-
 def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     """Load a policy for inference or training, in evaluation mode.
 
@@ -76,19 +55,14 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     device = resolve_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    source = resolve_policy(name)
-    if Path(source).exists() and not (Path(source) / "config.json").exists():
-        raise ConfigError(f"policy = {name!r}: {source} holds no config.json, so it is no policy folder")
+    source = find_policy(name)
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = model_class(config).from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"policy = {name!r}: neither a policy folder, a short name ({', '.join(SHORT_NAMES)}) "
-            f"nor a hub name that can be reached: {reason}"
-        ) from error
+        raise ConfigError(f"policy = {name!r}: no policy loads from there: {reason}") from error
     vision = Vision.load(source, config) if reads_pictures(config) else None
     if vision is None and hasattr(config, "vision_config"):
         of = f"pictures are shown to {', '.join(IN_ONE_LINE)} alone"

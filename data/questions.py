@@ -6,6 +6,8 @@ reward_model.ground_truth.target, extra_info}, whose index starts again in every
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +60,12 @@ def load_questions(source: str, split: str | None = None, limit: int | None = No
     # All rows are parsed, so that ids and errors are the same with a limit and without.
     questions = [_parse_row(row, unique) for row, unique in zip(rows, _unique_ids(rows), strict=True)]
     return questions[:limit]
+
+
+def hash_questions(questions: Sequence[Question]) -> str:
+    """First 16 hexadecimal digits of a SHA-256 over all that a question says, in their order."""
+    said = [[q.id, q.text, list(q.gold_answers), dict(q.metadata)] for q in questions]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _source_names(source: str) -> list[str]:
@@ -130,9 +138,13 @@ def _parquet_records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _read_dataset(name: str, split: str | None) -> Iterator[_Row]:
     """The rows of a hub name or a folder, through `datasets`."""
+    folder = Path(name).expanduser().is_dir()
+    if not folder:
+        from data.hub import find_dataset
+
+        find_dataset(name.partition(":")[0], "questions")
     import datasets
 
-    folder = Path(name).expanduser().is_dir()
     hub = _HUB_NAME.fullmatch(name)
     where, config = (str(Path(name).expanduser()), None) if folder or not hub else hub.group("name", "config")
     try:

@@ -1,6 +1,6 @@
 """A run on disk: what was asked for, how it stands, and its numbers.
 
-run.json        {format_version, status, created, updated, notes, ...}
+run.json        {format_version, status, created, updated, notes, folder, inputs, ...}
 config.yaml     the resolved configuration
 metrics.jsonl   {"step": 12, "reward/mean": 0.5, ...}, one line a call of `log`
 run.pid         held (locked) by the one process that writes the run
@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -54,24 +54,30 @@ class RunDir:
         notes: Sequence[str] = (),
         on_line: Callable[[str], None] = logger.info,
         console_keys: Sequence[str] = (),
+        inputs: Mapping[str, tuple[str, str]] | None = None,
+        beside: Collection[str] = (),
     ) -> None:
-        """Create the run, or open it again where it exists with the same configuration.
+        """Create the run, or open it again where it exists with the same configuration and inputs.
 
         `resume` also accepts a changed configuration, which is then the run's. `notes` are what a
         reader of the results must know (what is wired in). `on_line` gets the console line of each
-        `log`, of `console_keys` if given. Raises ConfigError where the configuration differs, there
-        is nothing to resume, or another process is writing the run.
+        `log`, of `console_keys` if given. `inputs`: setting -> the file it names, a hash of what that holds.
+        `beside`: files that may lie in a folder without a run. Raises ConfigError where configuration
+        or inputs differ, there is nothing to resume, the folder holds something else, or another
+        process is writing the run.
         """
         self.path = Path(path)
         self.tracker: Tracker = NullTracker()
-        self._on_line, self._console_keys = on_line, tuple(console_keys)
+        self._on_line, self.console_keys = on_line, tuple(console_keys)
         plain = json.loads(json.dumps(config, default=str))  # as it will be read back
         if resume and not (self.path / "run.json").exists():
             raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
+        if not (self.path / "run.json").exists():
+            check_free(self.path, {"run.pid", *beside})
         self._make_folder()
         self._lock = lock(self.path / "run.pid", f"{self.path} is being written", str(os.getpid()))
         try:
-            self._open(plain, resume, notes)
+            self._open(plain, resume, notes, dict(inputs or {}))
         except BaseException:
             self._lock.close()
             raise
@@ -85,7 +91,7 @@ class RunDir:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         append_jsonl(self.path / "metrics.jsonl", [{"step": step, **finite}])
         self.tracker.log(step, values)
-        self._on_line(format_line(step, values, self._console_keys))
+        self._on_line(format_line(step, values, self.console_keys))
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of `step` and later: training goes on from there and logs them anew."""
@@ -132,20 +138,35 @@ class RunDir:
         except OSError as error:
             raise StorageError(f"cannot make run folder {self.path}: {error.strerror}") from error
 
-    def _open(self, config: dict[str, Any], resume: bool, notes: Sequence[str]) -> None:
+    def _open(
+        self, config: dict[str, Any], resume: bool, notes: Sequence[str], inputs: dict[str, tuple[str, str]]
+    ) -> None:
         """Compare with what is there, then write run.json and config.yaml and open metrics.jsonl."""
         self.info: dict[str, Any] = {"format_version": FORMAT_VERSION, "created": _now(), "notes": []}
         if (self.path / "run.json").exists():
             self.info = read_run(self.path)
-            changed = describe_difference(read_config(self.path), config)
-            if changed and not resume and self._has_results():
-                raise ConfigError(
-                    f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
-                    "resume it to go on with these changes, or choose another folder"
-                )
+            if not resume and self._has_results():
+                self._check_same(config, inputs)
+        hashes = {name: held for name, (_, held) in inputs.items()}
+        more = {"notes": list(notes or self.info["notes"]), "folder": str(Path.cwd()), "inputs": hashes}
+        self.update(status=str(RunStatus.RUNNING), reason=None, **more)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "config.yaml", text)
-        self.update(status=str(RunStatus.RUNNING), reason=None, notes=list(notes or self.info["notes"]))
+
+    def _check_same(self, config: dict[str, Any], inputs: dict[str, tuple[str, str]]) -> None:
+        """Raise ConfigError where configuration or inputs are not those of the run that is here."""
+        known = self.info.get("inputs", {})
+        changed = describe_difference(read_config(self.path), config, folder=self.info.get("folder", ""))
+        changed += [
+            f"{name}: {file} holds something else than then"
+            for name, (file, held) in inputs.items()
+            if known.get(name, held) != held  # runs of before had no hashes
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed)}): "
+                "--resume true goes on with these changes, another --out begins a new run"
+            )
 
     def _has_results(self) -> bool:
         """Whether there is anything that another configuration would be mixed with."""
@@ -192,18 +213,43 @@ def format_line(step: int, metrics: Mapping[str, float], keys: Sequence[str] = (
     return " · ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])
 
 
-def describe_difference(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs between two nested settings, each as "a.b: 1 -> 2"; [] where nothing does."""
+def check_free(folder: Path, own: Collection[str]) -> None:
+    """Raise ConfigError where the folder holds files other than `own` and hidden ones, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file, must be a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if name not in own and not name.startswith(".")]
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise ConfigError(f"{folder}: holds other files ({shown}); give an empty or a new folder")
+
+
+def describe_difference(old: Any, new: Any, name: str = "", folder: str = "") -> list[str]:
+    """The differences of two nested settings, each as "a.b: 1 -> 2"; [] where there is none.
+
+    Two ways to write a path are the same; `folder` is where relative paths of `old` begin, else here.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line
-            for key in keys
-            for line in describe_difference(
-                old.get(key, "absent"), new.get(key, "absent"), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+        pairs = [(str(key), old.get(key, "absent"), new.get(key, "absent")) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(number), *pair) for number, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new or _same_path(old, new, folder) else [f"{name}: {old!r} -> {new!r}"]
+    return [
+        line
+        for key, before, now in pairs
+        for line in describe_difference(before, now, f"{name}.{key}" if name else key, folder)
+    ]
+
+
+def _same_path(old: Any, new: Any, folder: str) -> bool:
+    """Whether two texts name the same files, commas between them."""
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    before = [os.path.realpath(os.path.join(folder, os.path.expanduser(part))) for part in old.split(",")]
+    now = [os.path.realpath(os.path.expanduser(part)) for part in new.split(",")]
+    return before == now and all(map(os.path.exists, now))
 
 
 def _now() -> str:

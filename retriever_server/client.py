@@ -39,6 +39,10 @@ class Backend(Protocol):
         """The hits of each query, or the error that this query alone met."""
         ...
 
+    async def probe(self) -> None:
+        """Raise a RetrieverError, soon, where nobody would answer."""
+        ...
+
     async def picture(self, passage: Passage, side: int) -> bytes:
         """A JPEG or PNG file of the passage's image, at most `side` pixels wide and high."""
         ...
@@ -97,6 +101,13 @@ class SearchClient:
         if not passage.image:
             raise DataError(f"passage {passage.id!r} has no image")
         return await self._backend.picture(passage, side)
+
+    async def probe(self) -> None:
+        """Ask once whether searches will be answered; raises a RetrieverError, soon, where not."""
+        try:
+            await self._backend.probe()
+        finally:
+            await self._backend.close()
 
     async def close(self) -> None:
         """Fail what still waits in this event loop, and close the connections."""
@@ -187,6 +198,10 @@ class InProcess:
         if self.waits:
             return await asyncio.to_thread(self.retriever.search, queries, k)
         return self.retriever.search(queries, k)
+
+    async def probe(self) -> None:
+        """As the retriever does."""
+        await asyncio.to_thread(self.retriever.probe)
 
     async def picture(self, passage: Passage, side: int) -> bytes:
         """Read from its file, shrunk; that of a passage from a server by the retriever that asks there."""

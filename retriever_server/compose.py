@@ -177,6 +177,17 @@ class Sharded(_Joined):
         generation = self._name(names)
         return [_merge(rankings, k, generation) for rankings in zip(*found, strict=True)]
 
+    def probe(self) -> None:
+        """Raise where a part does not answer; with `allow_partial`, where none does."""
+        failures = []
+        for part in self.parts:
+            try:
+                part.probe()
+            except RetrieverError as error:
+                failures.append(error)
+        if failures and (not self.allow_partial or len(failures) == len(self.parts)):
+            raise failures[0]
+
     def takes_images(self) -> bool:
         """Whether all parts do."""
         return all(part.takes_images() for part in self.parts)

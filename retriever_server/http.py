@@ -19,6 +19,7 @@ from data.errors import (
     RetrieverTimeout,
     RetrieverUnavailable,
 )
+from data.listening import PROBE_SECONDS
 from data.records import Hit, Passage
 from retriever_server.retriever import Filter, Query
 from retriever_server.wire import (
@@ -36,6 +37,7 @@ Outcome = list[Hit] | RetrieverError
 _Parsed = TypeVar("_Parsed")
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
+PROBE_QUERY = "a"
 _REFUSES_THE_QUERIES = {400, 413, 422}
 """Other 4xx refuse the address or the caller: asking again with fewer queries is useless."""
 _WORTH_A_RETRY = {408, 425, 429}
@@ -48,8 +50,8 @@ class Http:
     """
 
     waits = True
-    patient = True
-    """Whether what fails is asked again until the deadline."""
+    patience_seconds = float("inf")
+    """How long what fails is asked again, within the deadline."""
 
     def __init__(
         self,
@@ -70,6 +72,17 @@ class Http:
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
         """The hits of each query; a refused batch is halved until the bad query stands alone."""
         return await self._ask(queries, k, time.monotonic())
+
+    async def probe(self) -> None:
+        """Raise a RetrieverError, within seconds, where nobody listens or what answers ranks no passages.
+
+        An answer that is slow is waited for until the deadline.
+        """
+        hurried = copy.copy(self)
+        hurried.patience_seconds = min(self.patience_seconds, PROBE_SECONDS)
+        [outcome] = await hurried.ask([PROBE_QUERY], 1)
+        if isinstance(outcome, RetrieverError):
+            raise outcome
 
     async def picture(self, passage: Passage, side: int) -> bytes:
         """As the server shows it: asked once, of the server that is asked for hits alone."""
@@ -125,16 +138,16 @@ class Http:
                 raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
                 attempt, last_failure = attempt + 1, failure
-                if not self.patient:
+                delay = failure.after_seconds or self._delay(attempt)
+                if time.monotonic() - start + delay >= min(self.deadline_seconds, self.patience_seconds):
                     raise self._too_late(start, attempt, failure) from failure
                 self._note(failure)
-                delay = failure.after_seconds or self._delay(attempt)
-                if time.monotonic() - start + delay >= self.deadline_seconds:
-                    raise self._too_late(start, attempt, failure) from failure
             await asyncio.sleep(delay)
 
     def _note(self, failure: Exception | None) -> None:
         """Say once that the server fails, and once that it is back."""
+        if self.patience_seconds < self.deadline_seconds:  # who asks is told soon
+            return
         if failure is not None and not self._failing:
             _log.warning("%s: %s; asking again for up to %.3g s", self.url, failure, self.deadline_seconds)
         elif failure is None and self._failing:

@@ -27,9 +27,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from data.errors import ConfigError, SleuthError
+from data.yaml_file import read_yaml
 from retriever_server.retriever import Retriever
 
 SHORT_NAMES = {
@@ -102,13 +101,7 @@ def build(node: Any, place: str) -> Any:
 
 
 def _open_yaml(path: Path) -> Retriever:
-    try:
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}, line {line}: not YAML: {error.problem}") from None
+    node = read_yaml(path)
     if path.resolve() in _OPENING.get():
         raise ConfigError(f"{path}: names itself, or a file that names it")
     token = _OPENING.set((*_OPENING.get(), path.resolve()))

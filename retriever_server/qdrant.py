@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.errors import ConfigError, RetrieverUnavailable
+from data.listening import why_silent
 from data.records import Hit, Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.encoders.vectors import Vectors, rows_of
@@ -50,6 +51,8 @@ class Qdrant(Retriever):
 
         if (url is None) == (path is None):
             raise ConfigError(f"url = {url}, path = {path}: must be one of the two")
+        if url and (reason := why_silent(url)):  # before the encoder is loaded
+            raise RetrieverUnavailable(f"Qdrant at {url}, {collection}: {reason}")
         self.encoder, self.collection, self.waits = _load(encoder, device), collection, url is not None
         self._vector, self._metadata_key = vector, metadata_key
         self._keys = {"id": id_key, "title": title_key, "text": text_key}

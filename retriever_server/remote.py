@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused
+from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused, RetrieverUnavailable
 from data.jsonl import read_json, write_json
+from data.listening import why_silent
 from data.records import Hit, Passage
 from retriever_server.http import Http
 from retriever_server.replicas import Replicas, open_http
@@ -128,6 +129,10 @@ class Remote(Retriever):
             for ranking in rankings
         ]
 
+    def probe(self) -> None:
+        """As `Http.probe`."""
+        self._threads.run(self._http.probe())
+
     def thumbnail_of(self, passage_id: str, side: int) -> bytes | None:
         """The picture of a passage as the server shows it; None where it has none."""
         try:
@@ -175,6 +180,11 @@ class Web(Retriever):
         missing = [query for query, file in files.items() if not self._is_fresh(file)]
         self._threads.run(self._fetch(missing, k, files))
         return [_results(read_json(files[query]), k, self.generation) for query in asked]
+
+    def probe(self) -> None:
+        """Raise RetrieverUnavailable where nobody listens; a search would be paid for."""
+        if reason := why_silent(self._http.url):
+            raise RetrieverUnavailable(f"{self._http.url}: {reason}")
 
     async def _fetch(self, queries: Sequence[str], k: int, files: dict[str, Path]) -> None:
         gate = asyncio.Semaphore(self._concurrency)

@@ -36,7 +36,7 @@ def open_http(
 class _Replica(Http):
     """One of them, which is asked once, and how it did lately."""
 
-    patient = False
+    patience_seconds = 0.0
 
     def __init__(self, url: str, deadline_seconds: float, headers: Mapping[str, str] | None) -> None:
         super().__init__(url, deadline_seconds, headers=headers)
@@ -80,6 +80,13 @@ class Replicas:
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
         """The hits of each query, all from one replica; a refusal is raised as it is, by whomever."""
         return await self._with_any(lambda part: part.ask(queries, k))
+
+    async def probe(self) -> None:
+        """As `Http.probe`, of all at once: raises where none of them answers."""
+        outcomes = await asyncio.gather(*(Http.probe(part) for part in self.parts), return_exceptions=True)
+        failures = [outcome for outcome in outcomes if outcome is not None]
+        if len(failures) == len(self.parts):
+            raise failures[0]
 
     async def picture(self, passage: Passage, side: int) -> bytes:
         """As a replica shows it."""

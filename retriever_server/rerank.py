@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.errors import ConfigError
+from data.hub import find_model
 from data.records import Hit, Passage
 from retriever_server.retriever import Filter, Query, Retriever, texts_of
 
@@ -86,11 +87,12 @@ class CrossEncoder(Scorer):
         self, model: str, max_length: int | None = None, batch_size: int = 32, device: str | None = None
     ) -> None:
         """`model`: folder or hub name; `max_length`: tokens of a pair, the model's own without."""
+        found = find_model(model, "model")
         from sentence_transformers import CrossEncoder as Model
 
         self.name, self.batch_size = f"cross-encoder {model}", batch_size
         self._model = _load(
-            model, lambda: Model(model, max_length=max_length, device=device, trust_remote_code=False)
+            model, lambda: Model(found, max_length=max_length, device=device, trust_remote_code=False)
         )
 
     def score(self, pairs: list[Pair]) -> list[float]:
@@ -122,11 +124,12 @@ class YesNo(Scorer):
         chat: wrap the prompt in the model's chat template; None: where it has one. max_length: tokens of
         the whole prompt; the passage is cut to fit.
         """
+        found = find_model(model, "model")
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.name, self.max_length, self.batch_size = f"yes-no {model}", max_length, batch_size
-        self._tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(model))
-        self._model = _load(model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=dtype))
+        self._tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(found))
+        self._model = _load(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=dtype))
         self._model = self._model.to(device).eval()
         if chat or (chat is None and self._tokenizer.chat_template):
             turns = [{"role": "user", "content": prompt}]
@@ -191,4 +194,4 @@ def _load(model: str, load: Any) -> Any:
         return load()
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"model = {model!r}: must be a model's folder or hub name ({reason})") from error
+        raise ConfigError(f"model = {model!r}: no such model loads from there ({reason})") from error

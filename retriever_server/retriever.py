@@ -53,6 +53,12 @@ class Retriever(ABC):
         """Whether a query may be an image, or hold one. May ask another machine."""
         return False
 
+    def probe(self) -> None:
+        """Raise a RetrieverError, soon, where a server that it asks does not answer."""
+        for part in (getattr(self, "retriever", None), *getattr(self, "parts", ())):
+            if isinstance(part, Retriever):
+                part.probe()
+
     def accepts(self, query: Query) -> bool:
         """Whether it can search this: every text, and images where it takes them."""
         return not isinstance(query, Item) or self.takes_images()

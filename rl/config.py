@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from agent.protocol import get_protocol
 from data.errors import require
 from data.settings import EngineConfig, LoraConfig, WandbConfig
 from rl.algorithm import AlgorithmConfig
@@ -85,6 +86,10 @@ class ProtocolConfig:
     """Of one observation."""
     max_context_tokens: int | None = None
     """Of a trajectory before its last turn."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            get_protocol(self.name)
 
 
 @dataclass(frozen=True)

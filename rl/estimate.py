@@ -25,7 +25,8 @@ from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig
 
 from agent.engines.hf import CACHE_BLOCK_TOKENS
-from agent.policy import model_class, resolve_device, resolve_policy
+from agent.policy import model_class, resolve_device
+from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from agent.vision import text_trunk
 from data.errors import ConfigError
@@ -54,7 +55,7 @@ class Needs:
         auto = "bfloat16" if self.device.startswith("cuda") else "float32"
         self.dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
         try:
-            found = AutoConfig.from_pretrained(resolve_policy(config.policy))
+            found = AutoConfig.from_pretrained(find_policy(config.policy))
         except (OSError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
             raise ConfigError(f"policy = {config.policy!r}: its config.json cannot be read: {why}") from error

@@ -5,7 +5,7 @@ of a million parameters does learn that from data, but not within minutes. So th
 Olsson et al. 2022 (arXiv 2209.11895, "induction heads") is wired in at initialisation: a head of
 layer 0 attends to the previous token, a head of layer 1 attends to what followed the current token
 before. Everything else starts random, and all of it is trained. Wherever results of this policy are
-shown, `WIRED_IN` is shown with them.
+shown, `data.packaged.WIRED_IN` is shown with them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from agent.policy import Policy
 from agent.protocol import Protocol
-
-WIRED_IN = (
-    "Copying is wired into the seed policy at initialisation (an induction circuit in layers 0 and 1), "
-    "then trained on with everything else; when to search, what to search and what to answer is not."
-)
 
 
 @dataclass(frozen=True)

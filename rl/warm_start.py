@@ -1,62 +1,31 @@
 """Teaches a policy the protocol from demonstrations, with TRL's SFTTrainer.
 
-A demonstration is a trajectory written down without tokens: thoughts, searches with the passages they
-found, an answer. It is encoded segment by segment, as the agent encodes a rollout, so the policy sees
-in training the very tokens that it will see when it searches. The loss is on the tokens that the
-policy would have written, or (`learn_everything`) on all of them, which also teaches a small model to
-read.
+A demonstration (`demonstrations.py`) is encoded segment by segment, as the agent encodes a rollout, so
+the policy sees in training the very tokens that it will see when it searches. The loss is on the tokens
+that the policy would have written, or (`learn_everything`) on all of them, which also teaches a small
+model to read.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from agent.policy import Policy
-from agent.protocol import Answer, Protocol, Search
+from agent.protocol import Protocol
 from agent.rollout import encode_prompt
-from agent.search_tool import Neutraliser
 from agent.trajectory import SegmentKind
-from data.errors import DataError
-from data.jsonl import numbered_jsonl
-from data.records import Passage
 from rl.config import WarmStartConfig
+from rl.demonstrations import Span
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
-
-Span = tuple[SegmentKind, str]
-
-
-def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterator[Span]:
-    """The segments of a demonstration as text, the prompt first (see docs/data-formats.md).
-
-    Passages are neutralised as in a rollout, but for the tokenizer's own special tokens. Raises
-    KeyError or TypeError where the record lacks a field: the caller knows file and line.
-    """
-    neutralise = Neutraliser(protocol)
-    yield SegmentKind.PROMPT, protocol.prompt(record["question"])
-    for step in record["steps"]:
-        if "answer" in step:
-            yield SegmentKind.POLICY, protocol.render_turn(step["think"], Answer(step["answer"]))
-            continue
-        yield SegmentKind.POLICY, protocol.render_turn(step["think"], Search(step["search"]))
-        passages = [
-            Passage(p["id"], neutralise(p["text"]), neutralise(p.get("title", ""))) for p in step["passages"]
-        ]
-        rendered = protocol.render_passages(passages[: protocol.top_k])
-        yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)
-    if protocol.chat:
-        return  # a follow-up would be another user turn, which no rollout has
-    for more in record.get("follow_ups", ()):
-        yield SegmentKind.PROMPT, protocol.prompt(more["question"])
-        yield SegmentKind.POLICY, protocol.render_turn(more["think"], Answer(more["answer"]))
 
 
 def encode_demonstration(
@@ -100,19 +69,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         """One update of all parameters."""
         for part in self._parts:
             part.step()
-
-
-def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]]:
-    """All demonstrations of a JSONL file as spans. Raises DataError naming the line that is malformed."""
-    demonstrations = []
-    for number, record in numbered_jsonl(path):
-        try:
-            demonstrations.append(list(demonstration_spans(record, protocol)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: not a demonstration: {error!r}") from error
-    if not demonstrations:
-        raise DataError(f"{path}: holds no demonstration")
-    return demonstrations
 
 
 def warm_start(

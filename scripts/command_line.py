@@ -12,7 +12,8 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,6 +22,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from data.errors import ConfigError
+from data.yaml_file import check_keys, read_checked
 
 # The docstring under a field of a configuration becomes its line in --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -37,7 +39,10 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     parser = build_parser(run, prog, positional)
     argv = name_positional(argv, positional) if positional else argv
     for path in config_paths(argv):
-        check_yaml(path)
+        check_config(path)
+    for option, value in options(argv):
+        if value.startswith(("{", "[")):
+            check_value(option, value)
     values = parse(parser, argv)
     config_type = config_dataclass(run)
     return run(config_type(**values)) if config_type else run(**values)
@@ -75,32 +80,81 @@ def name_positional(argv: list[str], name: str) -> list[str]:
     return [*argv[:index], f"--{name}={argv[index]}", *argv[index + 1 :]]
 
 
+def options(argv: list[str]) -> list[tuple[str, str]]:
+    """The options that argv gives with a value, as (name, value)."""
+    after = [(word, value) for word, value in pairwise(argv) if word.startswith("--") and "=" not in word]
+    joined = [tuple(word.split("=", 1)) for word in argv if word.startswith("--") and "=" in word]
+    return [*after, *joined]  # pyright: ignore[reportReturnType]
+
+
 def config_paths(argv: list[str]) -> list[Path]:
     """The files that argv names with --config."""
-    after = [value for option, value in pairwise(argv) if option == "--config"]
-    joined = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    return [Path(value) for value in after + joined]
+    return [Path(value) for option, value in options(argv) if option == "--config"]
 
 
-def check_yaml(path: Path) -> None:
-    """Raise ConfigError with file and line unless path is a YAML mapping that can be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}, line {line}: not YAML: {error.problem}") from None
-    if not isinstance(content, dict):
+def check_config(path: Path) -> None:
+    """Raise ConfigError with file and line unless path is a YAML mapping that gives no key twice."""
+    root = yaml.compose(read_checked(path, "--config "))
+    if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}, line 1: keys and values are expected")
+    first: dict[str, int] = {}
+    for key, line in dotted_keys(root):  # a.b: 1 beside a: {b: 2}
+        if key in first:
+            raise ConfigError(f"{path}, line {line}: {key} is given twice, first on line {first[key]}")
+        first[key] = line
+
+
+def dotted_keys(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
+    """The keys of a mapping and of those inside it that hold no mapping again, each with its line."""
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from ((f"{key.value}.{name}", line) for name, line in dotted_keys(value))
+        else:
+            yield str(key.value), key.start_mark.line + 1
+
+
+def check_value(option: str, value: str) -> None:
+    """Raise ConfigError where a mapping on the command line gives a key twice."""
+    with suppress(yaml.YAMLError):  # what else is wrong is said where it is parsed
+        check_keys(value, option)
+
+
+def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """argv where a word stands for a group that has a name: `--protocol compact`, `protocol: compact`."""
+    groups = [key.removesuffix(".name") for key in known_keys(parser) if key.endswith(".name")]
+    words: list[str] = []
+    for number, word in enumerate(argv):
+        option, joined, value = word.partition("=")
+        value = value if joined else next(iter(argv[number + 1 :]), "")
+        if option[2:] in groups and value[:1] != "{" and not value.endswith((".yaml", ".yml", ".json")):
+            words.append(f"{option}.name{joined}{value if joined else ''}")
+        elif number and argv[number - 1] == "--config":
+            words.append(spelled_out(Path(word), groups))
+        elif option == "--config" and joined:
+            words.append(f"--config={spelled_out(Path(value), groups)}")
+        else:
+            words.append(word)
+    return words
+
+
+def spelled_out(path: Path, groups: list[str]) -> str:
+    """The path of a configuration; its text with `group: {name: word}` where it says `group: word`."""
+    text = read_checked(path)
+    root = yaml.compose(text)
+    found = [
+        (value.start_mark.index, value.end_mark.index)
+        for key, value in root.value
+        if key.value in groups and value.tag == "tag:yaml.org,2002:str"
+    ]
+    for start, end in reversed(found):  # from the end, so that places before stay where they are
+        text = f"{text[:start]}{{name: {text[start:end]}}}{text[end:]}"
+    return text if found else str(path)
 
 
 def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Name -> value, dataclasses and classes built. Raises ConfigError."""
     try:
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(with_words(argv, parser))
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), parser, argv)) from None
     check_shapes(namespace, parser, argv)

@@ -55,13 +55,15 @@ def main(
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
     """
+    from agent.evaluate import check_folder
     from data.questions import load_questions
+    from scripts.wiring import check_agent, open_agent
 
     if not 0 <= max_failed_share <= 1:
         raise ConfigError(f"max_failed_share = {max_failed_share}: must be in [0, 1]")
+    check_folder(out)
+    check_agent(policy, protocol, device, engine)
     asked = load_questions(questions, split, limit)
-    from scripts.wiring import open_agent
-
     opened = open_agent(
         policy,
         retriever,

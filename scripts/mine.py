@@ -124,20 +124,18 @@ def _corpus(path: str | None, retrievers: list[Any]) -> Any:
 
 def _open(spec: str, scorer: bool = False) -> Any:
     """A retriever, or where one may stand the scorer that `spec` names."""
-    import yaml
-
+    from data.yaml_file import read_yaml
     from retriever_server.opening import build, open_retriever
     from retriever_server.rerank import CrossEncoder, Scorer
     from retriever_server.retriever import Retriever
 
     if not scorer or spec.startswith(("http://", "https://")) or (Path(spec) / "manifest.json").exists():
-        return open_retriever(spec)
+        retriever = open_retriever(spec)
+        retriever.probe()
+        return retriever
     if not spec.endswith((".yaml", ".yml")):
         return CrossEncoder(spec)
-    try:
-        built = build(yaml.safe_load(Path(spec).read_text(encoding="utf-8")), f"{spec}: ")
-    except yaml.YAMLError:
-        return open_retriever(spec)  # which says where it is wrong
+    built = build(read_yaml(spec), f"{spec}: ")
     return built if isinstance(built, Scorer | Retriever) else open_retriever(spec)
 
 

@@ -18,12 +18,16 @@ from typing import Any
 from data.child import Child
 from data.errors import EngineError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
+from data.run_dir import RunStatus
 from data.settings import EngineConfig
 from rl.config import TrainConfig
+from scripts.train import open_run
 
 RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
 TITLE_BOOST = 3
 SERVER_SECONDS = 60.0
+PHASES_LEAVE = ("world", "phases.json", "evaluations", "server.log", "server.port")
+"""What the phases before training write into the run folder."""
 STOP_SECONDS = 30
 
 
@@ -59,6 +63,9 @@ def main(
 def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
     from agent.report.page import write_report
 
+    if not (run / "run.json").exists():  # so that the folder is taken, and no other's
+        begun = open_run(config, {}, tracked=False, beside=PHASES_LEAVE)
+        begun.close(RunStatus.INTERRUPTED, "its training has not begun")
     phases = Phases(run / "phases.json")
     with phases.timed("world"):
         build_world(run / "world")

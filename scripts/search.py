@@ -30,6 +30,7 @@ async def _search(query: Input, retriever: str, top_k: int, deadline_seconds: fl
     from retriever_server.client import connect
 
     async with connect(retriever, deadline_seconds) as client:
+        await client.probe()
         return await client.search(query, top_k)
 
 

@@ -194,8 +194,13 @@ def _open_backends(config: ServeConfig) -> dict[str, Any]:
     from retriever_server.live import Live, stamp
     from retriever_server.opening import open_retriever
 
+    def opened(spec: str) -> Any:
+        retriever = open_retriever(spec)
+        retriever.probe()
+        return retriever
+
     def live(spec: str) -> Live:
-        reopen = functools.partial(open_retriever, spec)
+        reopen = functools.partial(opened, spec)
         return Live(reopen(), reopen, functools.partial(stamp, spec))
 
     return {name: live(spec) for name, spec in {"default": config.index, **config.others}.items()}

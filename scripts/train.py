@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import ConfigError, SleuthError, require
+from data.errors import SleuthError, require
 from data.settings import WandbConfig
 from rl.algorithm import preset_fields
 from rl.config import SentinelConfig, TrainConfig
@@ -53,16 +53,20 @@ def main(config: TrainConfig) -> None:
 
 def _dry_run(config: TrainConfig) -> None:
     """Print what the run will need; where one process trains, here, two small steps are measured."""
+    from agent.policy_folder import find_policy
+    from scripts.wiring import make_protocol
+
+    find_policy(config.policy)
+    protocol = make_protocol(config.protocol, config.policy)
     from rl.estimate import estimate_text
     from rl.workers import join_workers
-    from scripts.wiring import make_protocol
 
     workers = join_workers()
     if workers.leads:
         count = config.ray.trainers if config.ray.address else workers.count
         here = count == 1 and not config.ray.address and config.engine.name == "hf"
         measure = partial(measure_step, config) if here else None
-        print(estimate_text(config, make_protocol(config.protocol, config.policy), count, measure))
+        print(estimate_text(config, protocol, count, measure))
     workers.leave()
 
 
@@ -101,14 +105,17 @@ def measure_step(config: TrainConfig, questions: int) -> Steps | None:
 
 def _launch(config: TrainConfig) -> None:
     """Let Ray start the trainers, once it is seen here that they will find nothing wrong."""
-    from data.questions import load_questions
+    from agent.policy_folder import find_policy
     from data.run_dir import RunStatus
     from scripts.on_ray.launch import launch
     from scripts.wiring import make_protocol
 
-    _check(config, load_questions(config.questions, config.split))
+    find_policy(config.policy)  # devices and engines are those of other machines
     make_protocol(config.protocol, config.policy)
-    _open_run(config, tracked=False).close(RunStatus.INTERRUPTED, "its trainers did not start")
+    questions, dev = _questions(config)
+    _check(config, questions)
+    run = open_run(config, hash_inputs(config, questions, dev), tracked=False)
+    run.close(RunStatus.INTERRUPTED, "its trainers did not start")
     launch(config)
 
 
@@ -154,21 +161,20 @@ def train(
     Returns this process's place among those of the run.
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
-    from data.questions import load_questions
+    from scripts.wiring import check_agent, open_client
 
-    questions = load_questions(config.questions, config.split)
-    dev = (
-        load_questions(config.dev_questions, config.dev_split, config.eval_limit)
-        if config.dev_questions
-        else []
-    )
     here = _located(config)
+    check_agent(here.policy, here.protocol, here.device, here.engine)
+    questions, dev = _questions(config)
     _check(here, questions)
-    from rl.workers import join_workers
-
-    workers = join_workers()
-    with _open_run(config) if workers.leads else nullcontext() as run:
+    inputs = hash_inputs(config, questions, dev)
+    with open_run(config, inputs) if _leads() else nullcontext() as run:
         try:
+            seconds = here.rollout.retriever_deadline_seconds
+            client = client or open_client(here.retriever, seconds, here.deterministic)
+            from rl.workers import join_workers
+
+            workers = join_workers()
             asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
             workers.leave()
         except KeyboardInterrupt:
@@ -177,6 +183,31 @@ def train(
                 f"interrupted; {saved} in {config.out}: start the same command again to go on"
             ) from None
     return workers
+
+
+def _questions(config: TrainConfig) -> tuple[list[Question], list[Question]]:
+    """The questions to train on, and those of dev."""
+    from data.questions import load_questions
+
+    questions = load_questions(config.questions, config.split)
+    if config.dev_questions is None:
+        return questions, []
+    return questions, load_questions(config.dev_questions, config.dev_split, config.eval_limit)
+
+
+def hash_inputs(
+    config: TrainConfig, questions: Sequence[Question], dev: Sequence[Question]
+) -> dict[str, tuple[str, str]]:
+    """The data that a resumed run must find again, for `RunDir`."""
+    from data.questions import hash_questions
+
+    sets = {"questions": (config.questions, questions), "dev_questions": (config.dev_questions or "", dev)}
+    return {name: (source, hash_questions(of)) for name, (source, of) in sets.items() if of}
+
+
+def _leads() -> bool:
+    """Whether this is the first process of the run, as every launcher tells."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
@@ -200,19 +231,23 @@ def _located(config: TrainConfig) -> TrainConfig:
     return replace(config, engine=engine, retriever=places["retriever"])
 
 
-def _open_run(config: TrainConfig, tracked: bool = True) -> RunDir:
+def open_run(
+    config: TrainConfig,
+    inputs: Mapping[str, tuple[str, str]],
+    tracked: bool = True,
+    beside: Collection[str] = (),
+) -> RunDir:
     """The folder of the run; ConfigError where another process writes it or it is of another configuration.
 
-    How the run is spread over machines is no part of its configuration.
+    How the run is spread over machines is no part of its configuration. inputs, beside: see `RunDir`.
     """
+    from data.packaged import WIRED_IN
     from data.run_dir import RunDir
-    from rl.seed_policy import WIRED_IN
-    from rl.trainer import CONSOLE_KEYS
 
     notes = [WIRED_IN] if config.policy == "atlas" else []
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
-    run = RunDir(config.out, settings, config.resume, notes, logger.info, CONSOLE_KEYS)
+    run = RunDir(config.out, settings, config.resume, notes, inputs=inputs, beside=beside)
     if config.wandb.project and tracked:
         from data.trackers import WandbTracker
 
@@ -226,7 +261,7 @@ async def _train(
     config: TrainConfig,
     run: RunDir | None,
     workers: Workers,
-    client: SearchClient | None,
+    client: SearchClient,
     questions: Sequence[Question],
     dev: Sequence[Question],
     on_step: Callable[[int], None],
@@ -235,16 +270,12 @@ async def _train(
 
     from agent.policy import load_policy, resolve_device
     from rl.learner import Learner
-    from rl.trainer import Trainer
-    from scripts.wiring import open_agent, open_client
+    from rl.trainer import CONSOLE_KEYS, Trainer
+    from scripts.wiring import open_agent
 
     rollout = config.rollout
-    if client is None:
-        client = open_client(config.retriever, rollout.retriever_deadline_seconds)
-        if config.deterministic and client.waits:
-            raise ConfigError(
-                f"deterministic: {config.retriever} waits for a server; needs an index in process"
-            )
+    if run is not None:
+        run.console_keys = CONSOLE_KEYS
     if config.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)

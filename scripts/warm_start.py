@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError
-from rl.config import WarmStartConfig
+from rl.config import ProtocolConfig, WarmStartConfig
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def main(
     invented: int = 0,
     invented_seed: int = 0,
     demonstrator: Demonstrator = Demonstrator(),  # noqa: B008 (frozen)
-    protocol: str = "compact",
+    protocol: ProtocolConfig = ProtocolConfig(name="compact"),  # noqa: B008 (frozen)
     training: WarmStartConfig = WarmStartConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Fine-tune a policy on demonstrations of searching, with TRL's SFTTrainer.
@@ -31,7 +31,7 @@ def main(
         invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
         invented_seed: Of the invented worlds.
         demonstrator: How the searcher of the invented demonstrations behaves.
-        protocol: How the policy is to speak: search_r1, compact or hermes.
+        protocol: How the policy is to speak, and its limits.
         training: How long and how fast.
     """
     if bool(demonstrations) == bool(invented):
@@ -40,10 +40,13 @@ def main(
         raise ConfigError(f"invented = {invented}: must be >= 0")
     if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
-    from agent.protocol import get_protocol
-    from rl.warm_start import demonstration_spans, load_demonstrations, warm_start
+    from agent.policy_folder import find_policy
+    from rl.demonstrations import demonstration_spans, load_demonstrations
+    from scripts.wiring import make_protocol
 
-    spoken = get_protocol(protocol)
+    if policy != "new":
+        find_policy(policy)
+    spoken = make_protocol(protocol, policy)
     if demonstrations:
         spans = load_demonstrations(demonstrations, spoken)
     else:
@@ -51,9 +54,11 @@ def main(
 
         spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
     from agent.policy import load_policy
+    from rl.warm_start import warm_start
 
     if policy == "new":
-        from rl.seed_policy import WIRED_IN, make_seed_policy
+        from data.packaged import WIRED_IN
+        from rl.seed_policy import make_seed_policy
 
         logger.info(WIRED_IN)
         texts = (text for demonstration in spans[:4000] for _, text in demonstration)

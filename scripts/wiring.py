@@ -1,29 +1,29 @@
 """Puts policy, engine, retriever and protocol together, in the same way for every command.
 
-Imports torch: commands import it late. What the caller got wrong is refused before a model loads.
+What the caller got wrong is refused before torch, or a model, is loaded.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
-from agent.engines.hf import HFEngine
-from agent.engines.opening import open_vllm
-from agent.engines.vllm import VLLMEngine
-from agent.policy import Policy, default_protocol, load_policy, resolve_device
+from agent.policy_folder import default_protocol, find_policy
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
+from data.device import check_device
+from data.errors import ConfigError, EngineError
+from data.listening import why_silent
 from data.settings import EngineConfig
 from retriever_server.client import SearchClient, connect
 from rl.config import ProtocolConfig
-from rl.weight_sync import check_engine
+
+if TYPE_CHECKING:
+    from agent.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class OpenedAgent:
 
     async def __aexit__(self, *error: object) -> None:
         try:
-            if isinstance(self.agent.engine, VLLMEngine):
-                await self.agent.engine.close()
+            if self.engine.name == "vllm":
+                await self.agent.engine.close()  # type: ignore[attr-defined]
         finally:
             await self.client.__aexit__(*error)
 
     async def check(self) -> None:
         """See that the servers of its engine, if any, have the policy's weights; EngineError if not."""
-        if isinstance(self.agent.engine, VLLMEngine):
+        if self.engine.name == "vllm":
+            from rl.weight_sync import check_engine
+
             await check_engine(self.agent, self.policy.model, self.engine)
 
     def settings(self) -> dict[str, Any]:
@@ -83,10 +85,16 @@ def open_agent(
     it; `folder`: for the logs of vLLM servers. Behind them the policy itself stays on the CPU unless
     `device` says otherwise. Raises ConfigError.
     """
-    disable_progress_bar()
     sampling = Sampling(temperature=temperature)
+    spoken = check_agent(policy, protocol, device, engine)
     client = client or open_client(retriever, deadline_seconds)
-    spoken = make_protocol(protocol or ProtocolConfig(), policy)
+    from transformers.utils.logging import disable_progress_bar
+
+    from agent.engines.hf import HFEngine
+    from agent.engines.opening import open_vllm
+    from agent.policy import load_policy, resolve_device
+
+    disable_progress_bar()
     if engine.name == "vllm" and device == "auto":
         dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
         device = "cpu"
@@ -101,15 +109,49 @@ def open_agent(
     return OpenedAgent(agent, loaded, client, engine)
 
 
+def check_agent(policy: str, protocol: ProtocolConfig | None, device: str, engine: EngineConfig) -> Protocol:
+    """The protocol to speak, once policy, device and engine are seen to be there; nothing is loaded.
+
+    Raises ConfigError, and EngineError where no server of `engine.urls` listens.
+    """
+    find_policy(policy)
+    spoken = make_protocol(protocol or ProtocolConfig(), policy)
+    check_device(device)
+    if engine.name == "vllm":
+        check_engine_servers(engine)
+    return spoken
+
+
+def check_engine_servers(engine: EngineConfig) -> None:
+    """Raise where vLLM servers cannot be started here, or none of those that are to be joined listens."""
+    if engine.urls is None:
+        from agent.engines.vllm_process import find_python
+
+        find_python(engine.python)
+        return
+    silent = {url: why_silent(url.strip()) for url in engine.urls.split(",")}
+    if all(silent.values()):
+        reasons = "; ".join(f"{url}: {reason}" for url, reason in silent.items())
+        raise EngineError(f"engine.urls: no vLLM server listens ({reasons})")
+
+
 def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     """The protocol that `config` names, or the policy's own, with the limits that `config` changes."""
     limits = {key: value for key, value in asdict(config).items() if key != "name" and value is not None}
     return replace(get_protocol(config.name or default_protocol(policy)), **limits)
 
 
-def open_client(retriever: str, deadline_seconds: float = 60.0) -> SearchClient:
-    """A client for a retriever: a URL, an index folder, a .yaml file, none or random:INDEX."""
-    return connect(retriever, deadline_seconds)
+def open_client(retriever: str, deadline_seconds: float = 60.0, deterministic: bool = False) -> SearchClient:
+    """A client for a retriever: a URL, an index folder, a .yaml file, none or random:INDEX.
+
+    Raises ConfigError where it waits for a server and must not (deterministic), and RetrieverError,
+    within seconds, where a server does not listen or answers what is no ranking.
+    """
+    client = connect(retriever, deadline_seconds)
+    if deterministic and client.waits:
+        raise ConfigError(f"deterministic: {retriever} waits for a server; needs an index in process")
+    asyncio.run(client.probe())
+    return client
 
 
 async def retriever_generation(client: SearchClient, query: str, retriever: str) -> str:
@@ -121,7 +163,7 @@ async def retriever_generation(client: SearchClient, query: str, retriever: str)
     return (hits[0].generation if hits else "") or retriever
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: Any) -> str:
     """Short hash of at most 256 values, evenly spread, of each parameter: a training step changes it."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

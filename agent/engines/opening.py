@@ -17,7 +17,8 @@ from agent.engines.stopping import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import ServerOptions, StartedServers
-from agent.policy import Policy, resolve_policy
+from agent.policy import Policy
+from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
 
@@ -106,7 +107,7 @@ def server_options(
         arguments, environment = device_arguments(config.transport)
         usual += arguments
     return ServerOptions(
-        handed.save_policy(scratch / SERVED) if handed.served else resolve_policy(source),
+        handed.save_policy(scratch / SERVED) if handed.served else find_policy(source),
         str(handed.policy.model.dtype).removeprefix("torch."),
         config.python,
         max_rows,

@@ -41,16 +41,20 @@ class ServerOptions:
     """Variables that it sees besides ours."""
 
 
+def find_python(name: str) -> str:
+    """The Python of the environment that vLLM lives in; ConfigError where there is none."""
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError(f"engine.python = {name!r}: no such program; `bash scripts/vllm_env.sh` makes it")
+    return found
+
+
 class ServerProcess:
     """One server: running from the start on, not answering before it has loaded."""
 
     def __init__(self, options: ServerOptions, log: Path, device: str | None = None) -> None:
         """log: where all that it prints goes. device: the CUDA devices it sees; none: ours."""
-        python = shutil.which(options.python)
-        if python is None:
-            raise ConfigError(
-                f"engine.python = {options.python!r}: no such program; `bash scripts/vllm_env.sh` makes it"
-            )
+        python = find_python(options.python)
         port = _free_port()
         self.log, self.url = log, f"http://127.0.0.1:{port}"
         self.restarts = 0

@@ -52,8 +52,9 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
 
     Raises ConfigError.
     """
-    if model.startswith((".", "/")) and not Path(model).is_dir():
-        raise ConfigError(f"encoder {model!r}: no such folder")  # at once, not after seconds of imports
+    from data.hub import find_model
+
+    model = find_model(model, "encoder")  # at once, not after seconds of imports
     import sentence_transformers
     from transformers.utils.logging import disable_progress_bar
 

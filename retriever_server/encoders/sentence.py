@@ -18,7 +18,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from data.device import check_device
 from data.errors import ConfigError, DataError, require
+from data.hub import find_model
 from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
@@ -75,18 +77,20 @@ def load_encoder(
     Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
     DataError if it is not the model of the spec, or its vectors depend on their batch.
     """
+    check_device(device)
+    source = find_model(model.model if isinstance(model, EncodingSpec) else model, "encoder")
     device = choose_device(device)
     if isinstance(model, EncodingSpec):
         shared = _LOADED.get((model.hash, device, dtype))
         return shared or _load_by_spec(model, device, dtype)
-    loaded = load_model(model, kind, device, dtype)
+    loaded = load_model(source, kind, device, dtype)
     if kind == "multi":
-        check_projects(model)
+        check_projects(source)
     if max_tokens is not None:
         loaded.max_seq_length = max_tokens
     if dimension is not None:
         _keep_prefix(loaded, model, dimension)
-    trained = saved_spec(model)
+    trained = saved_spec(source)
     if trained and passage_template == DEFAULT_TEMPLATE:
         passage_template = trained.passage_template
     spec = read_spec(model, loaded, passage_template, inputs or (trained.inputs if trained else None))

@@ -14,6 +14,7 @@ from typing import Any
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.hub import find_model
 from data.jsonl import append_jsonl, read_jsonl
 from data.records import Passage
 from retriever_server.training.mining import _keep_whole_batches
@@ -38,10 +39,11 @@ class Seq2SeqQueries:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:  # fmt: skip
+        found = find_model(model, "model")
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(model).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(found)
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(found).to(device).eval()
         self.count, self.top, self.max_tokens, self.seed = count, top, max_tokens, seed
 
     def __call__(self, passages: Sequence[Passage]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from data.gguf import converted_gguf
+from data.hub import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,11 @@ def resolve_base(base: Base) -> str:
                 f"base: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
             )
         return tiny_base(**base)
-    path = Path(base)
-    if not path.exists() and (path.is_absolute() or base.count("/") > 1):
-        raise ConfigError(f"base {base!r}: no such folder, and no hub name")
-    ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    path = Path(base).expanduser()
+    ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if ggufs and not (path / "config.json").exists():
         return str(converted_gguf(ggufs[0]))
-    return base
+    return find_model(base, "base")
 
 
 def dense(

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
+from agent.engines.vllm_process import find_python
 from data.checkpoint import latest_checkpoint
-from data.errors import ConfigError, DataError, RunStopped, require
+from data.errors import DataError, RunStopped, require
 from data.jsonl import atomic_write, write_json
 from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig
@@ -62,8 +63,8 @@ def _check(config: TrainConfig) -> None:
     require(served, "ray.retrievers", config.ray.retrievers, "0 where retriever is served already")
     require(config.ray.places is None, "ray.places", config.ray.places, "none without a launcher")
     require(config.engine.devices is None, "engine.devices", config.engine.devices, "none with --ray")
-    if engines_to_start(config) and shutil.which(config.engine.python) is None:
-        raise ConfigError(f"engine.python = {config.engine.python!r}: no such program")
+    if engines_to_start(config):
+        find_python(config.engine.python)
 
 
 class _Launch:

@@ -80,9 +80,9 @@ def test_the_first_failure_ends_all_and_is_raised_as_it_is():
 
 SCRIPT = """
 import sys
+import agent.engines.hf
 from agent.engines.scripted import ScriptedEngine
 from scripts import __main__ as sleuth
-from scripts import wiring
 
 class Forgetful(ScriptedEngine):
     async def release(self, trajectory_id):
@@ -90,7 +90,7 @@ class Forgetful(ScriptedEngine):
         self.prompts.clear()
 
 TURNS = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
-wiring.HFEngine = lambda model, tokenizer, rows, **_: Forgetful(tokenizer, TURNS)
+agent.engines.hf.HFEngine = lambda model, tokenizer, rows, **_: Forgetful(tokenizer, TURNS)
 sys.exit(sleuth.main(["evaluate", *sys.argv[1:]]))
 """
 

@@ -19,10 +19,10 @@ from agent.engines import transport
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.device_transport import IPCTransport, NCCLTransport
 from agent.engines.opening import open_vllm
-from agent.packaged import smollm2_policy
 from agent.policy import Policy, load_policy
 from agent.protocol import get_protocol
 from data.errors import ConfigError, EngineError
+from data.packaged import smollm2_policy
 from data.settings import EngineConfig, LoraConfig
 from rl.config import RolloutConfig
 from rl.logprobs import Scorer

@@ -103,6 +103,75 @@ def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path):
     assert read_config(tmp_path) == {"policy": "right"}
 
 
+def test_a_refused_change_says_how_to_resume(tmp_path):
+    with RunDir(tmp_path, CONFIG) as run:
+        run.log(1, {"a/x": 1})
+    with pytest.raises(ConfigError, match=r"steps: 3 -> 9\): --resume true goes on with these changes"):
+        RunDir(tmp_path, {**CONFIG, "steps": 9})
+
+
+@pytest.mark.parametrize(
+    "written", ["q.jsonl", "./q.jsonl", "{folder}/q.jsonl", "link/q.jsonl", "sub/../q.jsonl"]
+)
+def test_a_path_written_otherwise_is_the_same_configuration(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text("{}")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    config = {"questions": "q.jsonl,q.jsonl", "train": [{"examples": "q.jsonl"}], "out": "run"}
+    with RunDir("run", config) as run:
+        run.log(1, {"a/x": 1})
+    path = written.format(folder=tmp_path)
+    same = {"questions": f"{path},q.jsonl", "train": [{"examples": path}], "out": str(tmp_path / "run")}
+    RunDir("run", same).close()
+    monkeypatch.chdir(tmp_path / "sub")  # a relative path of the run begins where the run began
+    RunDir(
+        "../run", {**same, "questions": "../q.jsonl,../q.jsonl", "train": [{"examples": "../q.jsonl"}]}
+    ).close()
+    (tmp_path / "other.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"train\.0\.examples"):
+        RunDir("../run", {**same, "train": [{"examples": "../other.jsonl"}]})
+
+
+def test_two_words_that_name_no_file_are_never_one_path(tmp_path):
+    with RunDir(tmp_path, {"template": "a/../b"}) as run:
+        run.log(1, {"a/x": 1})
+    with pytest.raises(ConfigError, match="template"):
+        RunDir(tmp_path, {"template": "b"})
+
+
+def test_other_data_at_the_same_path_is_refused_by_name_unless_resumed(tmp_path):
+    with RunDir(tmp_path, CONFIG, inputs={"questions": ("q.jsonl", "aa")}) as run:
+        run.log(1, {"a/x": 1})
+    RunDir(tmp_path, CONFIG, inputs={"questions": ("./q.jsonl", "aa")}).close()
+    with pytest.raises(ConfigError, match=r"questions: q\.jsonl holds something else than then"):
+        RunDir(tmp_path, CONFIG, inputs={"questions": ("q.jsonl", "bb")})
+    RunDir(tmp_path, CONFIG, resume=True, inputs={"questions": ("q.jsonl", "bb")}).close()
+    RunDir(tmp_path, CONFIG, inputs={"questions": ("q.jsonl", "bb")}).close()
+
+
+def test_a_run_of_the_first_version_has_no_hashes_and_resumes(tmp_path):
+    with RunDir(tmp_path, CONFIG) as run:
+        run.log(1, {"a/x": 1})
+    info = {key: value for key, value in read_run(tmp_path).items() if key not in ("inputs", "folder")}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    RunDir(tmp_path, CONFIG, inputs={"questions": ("q.jsonl", "aa")}).close()
+    assert read_run(tmp_path)["inputs"] == {"questions": "aa"}
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ConfigError, match=r"holds other files \(thesis\.tex\); give an empty or a new folder"
+    ):
+        RunDir(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="is a file, must be a folder"):
+        RunDir(tmp_path / "thesis.tex", CONFIG)
+    (tmp_path / "thesis.tex").rename(tmp_path / ".gitkeep")
+    RunDir(tmp_path, CONFIG).close()  # hidden files are nobody's results
+
+
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume"):
         RunDir(tmp_path / "absent", CONFIG, resume=True)

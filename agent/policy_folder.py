@@ -1,0 +1,28 @@
+"""A policy before it is loaded: where its folder is, and which protocol it was trained to speak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.errors import DataError
+from data.hub import find_model
+from data.jsonl import read_json
+from data.packaged import SHORT_NAMES
+
+PROTOCOL_FILE = "sleuth.json"
+
+
+def find_policy(name: str) -> str:
+    """Return the folder of a policy, or its hub name, seen to be there; raises ConfigError."""
+    return find_model(name, "policy", ("config.json",))
+
+
+def default_protocol(policy: str) -> str:
+    """The protocol that the policy was trained to speak, from its folder's sleuth.json; else search_r1."""
+    path = Path(SHORT_NAMES[policy]() if policy in SHORT_NAMES else policy) / PROTOCOL_FILE
+    if not path.is_file():
+        return "search_r1"
+    try:
+        return str(read_json(path)["protocol"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error

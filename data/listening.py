@@ -1,0 +1,31 @@
+"""Whether anybody listens at a URL: asked before anything slow, and of no more than the port."""
+
+from __future__ import annotations
+
+import socket
+import time
+from urllib.parse import urlsplit
+
+PROBE_SECONDS = 3.0
+"""How long a server that does not listen yet is waited for at the start of a command."""
+
+
+def why_silent(url: str, seconds: float = PROBE_SECONDS) -> str:
+    """The reason why nobody can be connected to at a URL within so many seconds; "" where somebody can.
+
+    http://127.0.0.1:9 -> "Connection refused"
+    """
+    parts = urlsplit(url)
+    port = parts.port or {"https": 443}.get(parts.scheme, 80)
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((parts.hostname or "", port), max(0.1, until - time.monotonic())).close()
+            return ""
+        except socket.gaierror as error:
+            return error.strerror  # asking again does not make a name known
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+        if time.monotonic() + 0.2 > until:
+            return reason
+        time.sleep(0.2)

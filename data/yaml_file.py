@@ -1,0 +1,71 @@
+"""YAML that a user wrote, read strictly: what is wrong is one line with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import ConfigError
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def read_yaml(path: str | Path, option: str = "") -> Any:
+    """The content of a YAML file. Raises ConfigError; `option` names what gave the path, if something did."""
+    return yaml.safe_load(read_checked(path, option))
+
+
+def read_checked(path: str | Path, option: str = "") -> str:
+    """The text of a YAML file that loads and gives no key twice. Raises as `read_yaml`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}{path}: not UTF-8 ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{option}{path}: {error.strerror}") from None
+    try:
+        check_keys(text, f"{path}, line {{line}}")
+        yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}, line {_line(error.problem_mark)}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    return text
+
+
+def check_keys(text: str, place: str) -> None:
+    """Raise ConfigError where a mapping gives a key twice, which YAML itself lets the last one win.
+
+    `place` begins the message and may name {line}. What `<<` merges may be given again.
+    """
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias may lead in a circle
+        if isinstance(node, yaml.MappingNode):
+            _check_mapping(node, place)
+            waiting += [value for _, value in node.value]
+        else:
+            waiting += node.value
+
+
+def _check_mapping(node: yaml.MappingNode, place: str) -> None:
+    first: dict[object, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+            continue
+        line, name = _line(key.start_mark), yaml.constructor.SafeConstructor().construct_object(key)
+        if name in first:
+            before = f", first on line {first[name]}" if "{line}" in place else ""
+            raise ConfigError(f"{place.format(line=line)}: {key.value} is given twice{before}")
+        first[name] = line
+
+
+def _line(mark: yaml.Mark | None) -> int:
+    return mark.line + 1 if mark else 1
