@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,27 @@ def compare(ours: Values, other: Values) -> dict[str, dict[str, float]]:
 
 
 def write_run(path: str | Path, rankings: Mapping[str, Sequence[Hit]], name: str) -> None:
-    """Write the rankings as a TREC run: query Q0 passage rank score name."""
+    """Write the rankings as a TREC run: query Q0 passage rank score name.
+
+    trec_eval orders by score and ties by id: a hit that scores as the one before it is put just below it.
+    """
     lines = (
-        f"{id_} Q0 {hit.passage.id} {rank} {hit.score!r} {name}\n"
+        f"{id_} Q0 {hit.passage.id} {rank} {score!r} {name}\n"
         for id_, hits in rankings.items()
-        for rank, hit in enumerate(hits, start=1)
+        for rank, (hit, score) in enumerate(zip(hits, _falling(hits), strict=True), start=1)
     )
     atomic_write(path, "".join(lines))
+
+
+def _falling(hits: Sequence[Hit]) -> Iterator[float]:
+    """The scores, each below the one before it in the float32 that trec_eval reads."""
+    before = np.float32(np.inf)
+    for hit in hits:
+        score = hit.score
+        if np.float32(score) >= before:
+            score = float(np.nextafter(before, np.float32(-np.inf)))
+        before = np.float32(score)
+        yield score
 
 
 def _first_with_answer(hits: Sequence[Hit], gold_answers: Sequence[str]) -> float:

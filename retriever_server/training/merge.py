@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data.errors import ConfigError, DataError
+from retriever_server.encoders.identity import fingerprint
+from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.sentence import SPEC_FILE, save_spec, saved_spec
 
 _NEARLY_PARALLEL = 0.9995  # beyond, the sine of the angle is too small to divide by: interpolate on the line
 
@@ -40,13 +44,16 @@ def merge(models: list[str], out: str, weights: list[float] | None = None) -> No
     first, *others = map(Path, models)
     files = _weights(first)
     _check_alike(first, others, files)
-    shutil.copytree(
-        first, out, ignore=lambda folder, names: _skipped(first, folder, names), dirs_exist_ok=True
-    )
+    partial = Path(out).with_name(f".partial-{Path(out).name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(first, partial, ignore=lambda folder, names: _skipped(first, folder, names))
     for file in files:
-        _merge_file(file, [first, *others], Path(out), shares)
+        _merge_file(file, [first, *others], partial, shares)
+    for spec in _specs(partial):
+        _sign(partial / spec.parent)
     record = {"format_version": 1, "method": "slerp", "models": models, "weights": shares}
-    (Path(out) / "merged.json").write_text(json.dumps(record, indent=2))
+    (partial / "merged.json").write_text(json.dumps(record, indent=2))
+    partial.replace(out)
 
 
 def _checked(models: list[str], out: str, weights: list[float] | None) -> list[float]:
@@ -80,16 +87,44 @@ def _check_alike(first: Path, others: list[Path], files: list[Path]) -> None:
     for other in others:
         if _weights(other) != files:
             raise ConfigError(f"{other}: has other files of weights than {first}")
-        for name in ("modules.json", "tokenizer.json"):
-            if _content(first / name) != _content(other / name):
-                raise ConfigError(f"{other}: has another {name} than {first}: not the same model")
+        here, there = _settings(first), _settings(other)
+        if odd := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
+            raise ConfigError(f"{other}: has another {odd[0]} than {first}: not the same model")
+        for spec in {*_specs(first), *_specs(other)}:
+            here, there = (saved_spec(str((model / spec).parent)) for model in (first, other))
+            if here is None or there is None:
+                raise ConfigError(f"{first} and {other}: only one of them has {spec}: not trained alike")
+            if differences := replace(there, fingerprint=here.fingerprint).differences(here):
+                raise ConfigError(f"{other}: trained under another spec than {first} ({differences})")
         for file in files:
             if _shapes(first / file) != _shapes(other / file):
                 raise ConfigError(f"{other / file}: has weights of other names or shapes than {first / file}")
 
 
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+def _specs(folder: Path) -> list[Path]:
+    """The specs of the encoders within a model's folder: its own, and those of its parts (BGE-M3)."""
+    return [path.relative_to(folder) for path in sorted(folder.rglob(SPEC_FILE))]
+
+
+def _sign(encoder: Path) -> None:
+    """Put the fingerprint of the merged weights into the spec of an encoder, which an index checks."""
+    spec = saved_spec(str(encoder))
+    assert spec is not None
+    save_spec(replace(spec, fingerprint=fingerprint(load_model(str(encoder)))), encoder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What decides besides the weights: modules and their settings, prompts, tokenizer, by file's name."""
+    names = ("modules.json", "tokenizer.json", "config_sentence_transformers.json", "*_*/**/config.json")
+    files = (path for name in names for path in folder.glob(name))
+    found = {str(path.relative_to(folder)): json.loads(path.read_text("utf-8")) for path in files}
+    for name, passing in (
+        ("config_sentence_transformers", "__version__"),
+        ("tokenizer", "padding"),
+        ("tokenizer", "truncation"),
+    ):  # as they were used last
+        found.get(f"{name}.json", {}).pop(passing, None)
+    return found
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

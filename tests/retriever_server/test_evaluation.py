@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.benchmarks import load_run
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
@@ -20,6 +21,7 @@ from retriever_server.evaluation import (
     means,
     parse_metrics,
     rank_all,
+    write_run,
 )
 from retriever_server.indexes.bm25 import BM25Index
 from scripts.__main__ import main
@@ -46,6 +48,20 @@ def test_hits_are_judged_in_their_order_and_a_query_without_hits_gets_0():
     assert (values["R@2"]["1"], values["P@3"]["1"]) == (0.5, pytest.approx(2 / 3))
     gain, ideal = 1 / np.log2(3) + 2 / np.log2(4), 2 + 1 / np.log2(3)
     assert means(values)["nDCG@3"] == pytest.approx(gain / ideal / 2)
+
+
+def test_a_written_run_keeps_the_order_of_hits_that_score_the_same(tmp_path):
+    """trec_eval reads float32 and orders ties by id: read so, the run scores as the rankings did."""
+    scores = [3.0, 3.0, 3.0 - 1e-12, 1.0, 1.0, -2.0, -2.0]
+    ranking = [Hit(Passage(id_, ""), score, "g") for id_, score in zip("bcadfeg", scores, strict=True)]
+    write_run(tmp_path / "a.run", {"q": ranking, "r": ranking[::-1]}, "g")
+    rows = [line.split() for line in (tmp_path / "a.run").read_text().splitlines()]
+    kept = {"q": "bcadfeg", "r": "gefdacb"}
+    for query, order in kept.items():
+        mine = [(np.float32(row[4]), row[2]) for row in rows if row[0] == query]
+        assert "".join(id_ for _, id_ in sorted(mine, reverse=True)) == order
+        assert "".join(hit.passage.id for hit in load_run(tmp_path / "a.run")[query]) == order
+    assert [float(row[4]) for row in rows[:1]] == [3.0] and float(rows[3][4]) == 1.0
 
 
 @pytest.mark.parametrize("name", ["accuracy@3", "R@x", "nDCG@101"])

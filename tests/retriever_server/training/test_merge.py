@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from data.errors import ConfigError, DataError
 from retriever_server.training.decoders import decoder
+from retriever_server.training.guards import save_encoder, training_spec
 from retriever_server.training.merge import merge, slerp
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
@@ -85,3 +86,24 @@ def test_what_cannot_be_merged_is_refused(checkpoints, tmp_path):
     (tmp_path / "other" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds an adapter"):
         merge([one, str(tmp_path / "other")], str(tmp_path / "a"))
+
+
+def test_models_of_other_prompts_pooling_or_specs_are_not_merged(checkpoints, tmp_path):
+    one = str(checkpoints / "0")
+    for options, says in (
+        ({"query_prompt": "q: "}, r"has another config_sentence_transformers.json than .*: not the same"),
+        ({"pooling": "mean"}, r"has another (1_Pooling/config|tokenizer).json than"),
+    ):
+        other = tmp_path / next(iter(options))
+        decoder(str(checkpoints / "base1"), max_tokens=32, **options).save(str(other))
+        with pytest.raises(ConfigError, match=says):
+            merge([one, str(other)], str(tmp_path / "a"))
+    specs = [tmp_path / name for name in ("plain", "titled")]
+    for folder, template in zip(specs, ("{text}", "{title}\n{text}"), strict=True):
+        model = decoder(str(checkpoints / "base0"), max_tokens=32)
+        save_encoder(model, training_spec(model, template), folder)
+    with pytest.raises(ConfigError, match=r"trained under another spec than .*passage_template"):
+        merge([*map(str, specs)], str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=r"only one of them has encoding_spec.json"):
+        merge([one, str(specs[0])], str(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
