@@ -241,7 +241,7 @@ class _Episode:
         kind: SegmentKind,
         text: str,
         token_ids: list[int],
-        logprobs: list[float] | None = None,
+        logprobs: list[float | None] | None = None,
         weights_version: int = 0,
         pictures: tuple[Picture, ...] = (),
     ) -> None:

@@ -6,6 +6,7 @@ stored nowhere else, and no text is ever encoded again: the tokens sampled are t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -51,8 +52,9 @@ class Segment:
     kind: SegmentKind
     token_ids: list[int]
     text: str
-    logprobs: list[float] | None = None
-    """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY."""
+    logprobs: Sequence[float | None] | None = None
+    """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY, and for a token that was
+    given instead of sampled."""
     weights_version: int = 0
     """Of the weights that sampled its first token; no later one is of older weights."""
     pictures: tuple[Picture, ...] = ()
@@ -105,13 +107,13 @@ class Trajectory:
         ]
 
     @property
-    def logprobs(self) -> list[float]:
-        """The sampler's log-prob of each policy token, 0.0 elsewhere; same length as `token_ids`."""
-        return [
-            value
-            for segment in self.segments
-            for value in (segment.logprobs or [0.0] * len(segment.token_ids))
-        ]
+    def logprobs(self) -> list[float | None]:
+        """The sampler's log-prob of each token, None where none was sampled; same length as `token_ids`."""
+        found: list[float | None] = []
+        for segment in self.segments:
+            sampled = segment.kind is SegmentKind.POLICY and segment.logprobs
+            found += sampled or [None] * len(segment.token_ids)
+        return found
 
     @property
     def pictures(self) -> list[Picture]:

@@ -33,7 +33,8 @@ class MicroBatch:
     lengths: list[int]
     """Tokens of each trajectory."""
     loss_mask: Tensor  # (R, T) bool, True where the token is trained
-    sampler_logprobs: Tensor  # (N,), 0 where not sampled (observations, if trained)
+    sampler_logprobs: Tensor  # (N,), of no meaning where `sampled` is False
+    sampled: Tensor  # (N,) bool, False where the sampler did not draw the token (observations, if trained)
     counts: Tensor  # (B,) long, trained tokens of each trajectory
     pictures: list[Picture] = field(default_factory=list)
     """What policies with eyes were shown; `start` counts in the flattened rows."""
@@ -99,7 +100,7 @@ def _micro_batch(
         width = max(lengths)
         return torch.tensor([[*column, *[0] * (width - len(column))] for column in columns], dtype=dtype)
 
-    sampled = [
+    logprobs = [
         value
         for t, mask in zip(chosen, masks, strict=True)
         for value, trained in zip(t.logprobs, mask, strict=True)
@@ -118,7 +119,8 @@ def _micro_batch(
         attention_mask=None if packing else lay([[1] * length for length in lengths]),
         lengths=lengths,
         loss_mask=lay(masks, torch.bool),
-        sampler_logprobs=torch.tensor(sampled, dtype=torch.float32),
+        sampler_logprobs=torch.tensor([value or 0.0 for value in logprobs], dtype=torch.float32),
+        sampled=torch.tensor([value is not None for value in logprobs], dtype=torch.bool),
         counts=torch.tensor([sum(mask) for mask in masks]),
         pictures=pictures,
     )

@@ -1,7 +1,8 @@
 """Sampler against trainer: the same weights give other log-probs in another engine. Measure, and correct.
 
-A sampler's log-prob of exactly 0 stands for a token that the policy did not sample (a demonstration):
-nothing is known about it, so it counts as no difference.
+Of a token that was not sampled (a demonstration, an observation that is trained) no sampler's log-prob is
+known: it has weight 1 and is in no measure. A mask says which these are. A log-prob of 0 is as good as any
+other: below temperature 1 it is what many sampled tokens have.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ def sampler_weights(
     old_logprobs: Tensor,
     sampler_logprobs: Tensor,
     row: Tensor,
+    sampled: Tensor | None = None,
 ) -> Tensor:
     """Weights of the tokens' losses that correct for the sampler; log-probs (N,), row (N,) long -> (N,).
+
+    sampled: (N,) bool, the tokens that the sampler drew; None: all.
 
     token: the ratio trainer / sampler of each token, at most `cap` (truncated importance sampling; Yao
     et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
@@ -29,7 +33,7 @@ def sampler_weights(
     the others. That is the rejection of masked importance sampling (Liu et al. 2025, "When Speed Kills
     Stability") without its ratio as weight.
     """
-    log_ratio = _log_ratio(old_logprobs, sampler_logprobs)
+    log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
     if kind == "token":
         return log_ratio.exp().clamp(max=cap)
     if kind == "sequence":
@@ -39,13 +43,15 @@ def sampler_weights(
     return torch.ones_like(log_ratio)
 
 
-def mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str, float]:
-    """Sums over the tokens (N,), to be divided by their number; trainer / sampler is the ratio r.
+def mismatch(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, sampled: Tensor | None = None
+) -> dict[str, float]:
+    """Sums over the sampled tokens of (N,), to be divided by their number; trainer / sampler is the ratio r.
 
     difference: of |log r|; k3: of r - 1 - log r, which estimates KL(sampler || trainer); ratio_above_2,
     ratio_below_half: tokens of such a ratio.
     """
-    log_ratio = _log_ratio(old_logprobs, sampler_logprobs)
+    log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
     ratio = log_ratio.exp()
     sums = {
         "difference": log_ratio.abs().sum(),
@@ -56,7 +62,7 @@ def mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str, float]
     return {name: float(value) for name, value in sums.items()}
 
 
-def _log_ratio(old_logprobs: Tensor, sampler_logprobs: Tensor) -> Tensor:
-    """log(trainer / sampler), 0 where the policy did not sample; nothing here has a gradient."""
+def _log_ratio(old_logprobs: Tensor, sampler_logprobs: Tensor, sampled: Tensor | None) -> Tensor:
+    """log(trainer / sampler), 0 where the token was not sampled; nothing here has a gradient."""
     difference = (old_logprobs - sampler_logprobs).detach()
-    return difference.masked_fill(sampler_logprobs == 0, 0)
+    return difference if sampled is None else difference.masked_fill(~sampled, 0)

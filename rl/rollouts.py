@@ -255,9 +255,8 @@ def totals_of(groups: Sequence[Group]) -> Totals:
 
 
 def _written(trajectory: Trajectory) -> list[float]:
-    """The sampler's log-probs of the tokens that the policy wrote."""
-    pairs = zip(trajectory.logprobs, trajectory.loss_mask, strict=True)
-    return [logprob for logprob, mine in pairs if mine]
+    """The sampler's log-probs of the tokens that the policy sampled."""
+    return [logprob for logprob in trajectory.logprobs if logprob is not None]
 
 
 def averages(parts: Sequence[Totals]) -> dict[str, float]:

@@ -191,8 +191,8 @@ def _ledger(trajectory: Trajectory, filler: int) -> tuple[list[int], list[int], 
         return prompt, [filler], [0.0], [0]
     if _search_failed(trajectory):
         mask = [0] * len(mask)
-    logprobs = trajectory.logprobs[len(prompt) :]
-    return prompt, completion, [value * m for value, m in zip(logprobs, mask, strict=True)], mask
+    logprobs = zip(trajectory.logprobs[len(prompt) :], mask, strict=True)
+    return prompt, completion, [(value or 0.0) * m for value, m in logprobs], mask
 
 
 def _tokenizer(trainer: GRPOTrainer) -> Any:

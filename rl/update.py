@@ -108,12 +108,13 @@ class Updater:
         algorithm, device = self.config.algorithm, batch.device
         taken = self.scorer(each, entropy_gradient=algorithm.entropy_coefficient > 0)
         old = batch.joined("old", each.rows) if "old" in batch.columns else taken.logprobs.detach()
-        sampler, row, count = each.sampler_logprobs.to(device), each.row.to(device), taken.logprobs.numel()
+        sampler, sampled = each.sampler_logprobs.to(device), each.sampled.to(device)
+        row, count = each.row.to(device), taken.logprobs.numel()
         tokens = PolicyTokens(taken.logprobs, old, batch.joined("advantages", each.rows), row)
-        trust = sampler_weights(algorithm.importance, algorithm.importance_cap, old, sampler, row)
+        trust = sampler_weights(algorithm.importance, algorithm.importance_cap, old, sampler, row, sampled)
         loss = SURROGATES[algorithm.surrogate](tokens, algorithm) * trust
-        for name, value in mismatch(old, sampler).items():
-            _add(totals, f"policy/sampler_{name}", value, count)
+        for name, value in mismatch(old, sampler, sampled).items():
+            _add(totals, f"policy/sampler_{name}", value, int(sampled.sum()))
         _add(totals, "policy/importance_weight", float(trust.sum()), count)
         _add(totals, "policy/clip_fraction", float(clip_fraction(tokens, algorithm)) * count, count)
         _add(totals, "policy/entropy", float(taken.entropy.detach().sum()), count)
@@ -191,7 +192,7 @@ class Updater:
 
 _NOTHING = Trajectory(
     Question("nothing", "", ()),
-    [Segment(SegmentKind.PROMPT, [0], ""), Segment(SegmentKind.POLICY, [0], "", [0.0])],
+    [Segment(SegmentKind.PROMPT, [0], ""), Segment(SegmentKind.POLICY, [0], "", [None])],
     StopReason.ANSWERED,
 )
 """Fed where a process has less to do than another, for its part in sharing out the weights."""

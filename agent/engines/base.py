@@ -56,10 +56,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine sampled; `logprobs` of exactly these tokens under its `Sampling`."""
+    """What the engine sampled; `logprobs` of exactly these tokens under its `Sampling`, None where one was
+    given instead of sampled."""
 
     token_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float | None]
     finish_reason: FinishReason
     weights_version: int
     """Of the first token, where new weights came in between: the oldest of all."""

@@ -60,7 +60,7 @@ class _Request:
     pictures: tuple[Picture, ...] = ()
     tail: str = ""
     new_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     weights_version: int = 0
 
     @property

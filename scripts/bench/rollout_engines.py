@@ -124,7 +124,7 @@ class Laid:
         assert len(done.token_ids) == turn.tokens, "the lengths of the sides must agree"
         action = f"<answer>{'x'}</answer>" if turn.query is None else f"<search>{turn.query}</search>"
         given = self.encode(action, add_special_tokens=False)
-        return replace(done, token_ids=done.token_ids + given, logprobs=done.logprobs + [0.0] * len(given))
+        return replace(done, token_ids=done.token_ids + given, logprobs=done.logprobs + [None] * len(given))
 
     async def release(self, trajectory_id: str) -> None:
         """As the engine."""

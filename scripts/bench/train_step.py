@@ -276,7 +276,7 @@ def as_trl_rollouts(groups: list[Group]) -> dict[str, list]:
         start = prompt_tokens(trajectory)
         columns["prompt_ids"].append(trajectory.token_ids[:start])
         columns["completion_ids"].append(trajectory.token_ids[start:])
-        columns["logprobs"].append(trajectory.logprobs[start:])
+        columns["logprobs"].append([logprob or 0.0 for logprob in trajectory.logprobs[start:]])
         columns["env_mask"].append(trajectory.loss_mask[start:])
         columns["reward"].append(reward.total)
     return columns

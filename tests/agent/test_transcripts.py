@@ -20,7 +20,9 @@ json_value = st.recursive(st.none() | st.booleans() | st.integers() | text, lamb
 def segments(draw):
     kind = draw(st.sampled_from(SegmentKind))
     ids = draw(st.lists(st.integers(0, 200_000), max_size=4))
-    logprobs = draw(st.lists(number, min_size=len(ids), max_size=len(ids))) if kind == "policy" else None
+    logprobs = (
+        draw(st.lists(number | st.none(), min_size=len(ids), max_size=len(ids))) if kind == "policy" else None
+    )
     return Segment(kind, ids, draw(text), logprobs, draw(st.integers(0, 9)))
 
 

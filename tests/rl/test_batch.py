@@ -50,6 +50,7 @@ def test_every_trajectory_is_in_one_micro_batch_token_for_token(packing, max_tok
         assert batch.counts.tolist() == [sum(t.loss_mask) for t in chosen]
         # The sampler's log-probs name their tokens, see make_trajectory.
         assert (-batch.sampler_logprobs - 1).tolist() == batch.token_ids[batch.loss_mask].tolist()
+        assert batch.sampled.all()
         assert batch.row.bincount().tolist() == batch.counts.tolist()
         assert batch.token_ids.numel() <= max_tokens or len(batch.rows) == 1
         assert packing or batch.attention_mask.sum(1).tolist() == batch.lengths  # type: ignore[union-attr]
@@ -77,7 +78,16 @@ def test_observations_in_the_loss_are_all_tokens_but_the_prompts():
     prompt = len(BATCH[0].segments[0].token_ids)
     assert batch.loss_mask[0].tolist() == [i >= prompt for i in range(len(BATCH[0].token_ids))]
     written = torch.tensor(BATCH[0].loss_mask[prompt:], dtype=torch.bool)
-    assert (batch.sampler_logprobs[~written] == 0).all() and (batch.sampler_logprobs[written] < 0).all()
+    assert torch.equal(batch.sampled, written)
+
+
+def test_a_log_prob_of_zero_was_sampled_and_only_none_was_not():
+    prompt = BATCH[0].segments[0]
+    written = replace(BATCH[0], segments=[prompt, Segment(POLICY, [3, 4, 5], "", [0.0, None, -1.0])])
+    given = replace(BATCH[0], segments=[prompt, Segment(POLICY, [3, 4], "", None)])
+    (batch,) = micro_batches([written, given], [0, 1], 10_000)
+    assert batch.sampled.tolist() == [True, False, True, False, False]
+    assert batch.sampler_logprobs[batch.sampled].tolist() == [0.0, -1.0]
 
 
 def test_the_first_token_of_a_trajectory_is_never_trained():

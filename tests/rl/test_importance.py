@@ -29,11 +29,20 @@ def test_none_weighs_every_token_alike():
 
 
 @pytest.mark.parametrize("kind", ["none", "token", "sequence"])
-def test_demonstrations_have_weight_one(kind):
-    assert sampler_weights(kind, 2.0, OLD, torch.zeros(5), ROW).tolist() == [1] * 5
-    partly = SAMPLER.clone()
-    partly[0] = 0.0  # the first trajectory's ratio is then that of its second token, 1.5
-    assert sampler_weights(kind, 2.0, OLD, partly, ROW)[0] == 1
+def test_what_was_not_sampled_has_weight_one(kind):
+    assert sampler_weights(kind, 2.0, OLD, SAMPLER, ROW, torch.zeros(5, dtype=torch.bool)).tolist() == [1] * 5
+    partly = torch.tensor([False, True, True, True, True])  # the first trajectory's ratio is then 1.5
+    assert sampler_weights(kind, 2.0, OLD, SAMPLER, ROW, partly)[0] == 1
+
+
+def test_a_sampled_log_prob_of_exactly_zero_counts_as_any_other():
+    """At temperature .7 a quarter of the tokens have it: the sampler was sure, the trainer may not be."""
+    old, sure = torch.tensor([-5.0]), torch.zeros(1)
+    assert float(sampler_weights("token", 2.0, old, sure, ROW[:1])) == pytest.approx(math.exp(-5))
+    assert float(sampler_weights("sequence", 2.0, old, sure, ROW[:1])) == 0
+    found = mismatch(old, sure)
+    assert found["difference"] == 5 and found["ratio_below_half"] == 1
+    assert found["k3"] == pytest.approx(math.exp(-5) + 4)
 
 
 def test_weights_have_no_gradient():
@@ -47,31 +56,30 @@ def test_weights_have_no_gradient():
 def test_equal_to_loops_over_the_definition(counts, seed):
     random = torch.Generator().manual_seed(seed)
     size = sum(counts)
-    sampler = -3 * torch.rand(size, generator=random)
-    sampler[torch.rand(size, generator=random) < 0.2] = 0.0
-    old = torch.where(sampler == 0, torch.tensor(-2.0), sampler) + 0.5 * torch.randn(size, generator=random)
+    sampler = (-3 * torch.rand(size, generator=random) + 0.5).clamp(max=0)  # some are exactly 0
+    sampled = torch.rand(size, generator=random) > 0.2
+    old = sampler + 0.5 * torch.randn(size, generator=random)
     row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     token, sequence, differences = [], [], []
     start = 0
     for count in counts:
         product = 1.0
         for i in range(start, start + count):
-            known = float(sampler[i]) != 0
-            differences.append(float(old[i] - sampler[i]) if known else 0.0)
+            differences.append(float(old[i] - sampler[i]) if sampled[i] else 0.0)
             ratio = math.exp(differences[-1])
             token.append(min(ratio, 1.7))
             product *= ratio
         sequence += [1.0 if 1 / 1.7 <= product <= 1.7 else 0.0] * count
         start += count
-    torch.testing.assert_close(sampler_weights("token", 1.7, old, sampler, row), torch.tensor(token))
-    assert sampler_weights("sequence", 1.7, old, sampler, row).tolist() == sequence
+    torch.testing.assert_close(sampler_weights("token", 1.7, old, sampler, row, sampled), torch.tensor(token))
+    assert sampler_weights("sequence", 1.7, old, sampler, row, sampled).tolist() == sequence
     expected = {
         "difference": sum(map(abs, differences)),
         "k3": sum(math.exp(d) - 1 - d for d in differences),
         "ratio_above_2": sum(math.exp(d) > 2 for d in differences),
         "ratio_below_half": sum(math.exp(d) < 0.5 for d in differences),
     }
-    assert mismatch(old, sampler) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert mismatch(old, sampler, sampled) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_engines_that_agree_have_no_mismatch():

@@ -123,7 +123,7 @@ def test_what_is_trained_is_what_was_sampled_and_masked_where_it_was_not(toy, tm
             assert mask.tolist() == trajectory.loss_mask[start:]
             assert 0 in mask and 1 in mask
             sampled = made["sampling_per_token_logps"][row, :length]
-            assert sampled.tolist() == pytest.approx(trajectory.logprobs[start:])
+            assert sampled.tolist() == pytest.approx([each or 0.0 for each in trajectory.logprobs[start:]])
             assert not sampled[mask == 0].any()
         ids = torch.cat([made["prompt_ids"], made["completion_ids"]], 1)
         attention = torch.cat([made["prompt_mask"], made["completion_mask"]], 1)

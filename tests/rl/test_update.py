@@ -198,6 +198,27 @@ def spoiled(trajectory):
     return replace(trajectory, segments=segments)
 
 
+def test_a_sampler_that_was_sure_is_corrected_where_the_trainer_is_not():
+    """A log-prob of exactly 0 is one that was sampled, in the weights and in what the sentinel watches."""
+
+    def said(value):
+        return [
+            replace(t, segments=[s if s.logprobs is None else replace(s, logprobs=[value] * len(s.logprobs))
+                                 for s in t.segments])
+            for t in BATCH
+        ]  # fmt: skip
+
+    config = changed(importance="token")
+    (sure,), metrics = gradients(config, said(0.0))
+    (almost,), expected = gradients(config, said(-1e-6))
+    assert_same(sure, almost)
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert metrics["policy/importance_weight"] < 0.5 and metrics["policy/sampler_difference"] > 1
+    (given,), metrics = gradients(config, said(None))
+    assert_same(given, plain_gradient())
+    assert metrics["policy/importance_weight"] == 1 and "policy/sampler_difference" not in metrics
+
+
 PRESET_LIKE = {
     "ppo": {"advantage": "gae", "gae_lambda": 0.9, "gamma": 0.97, "whiten": True},
     "kl in reward": {
