@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 from agent.protocol import Protocol
+from data.cut import cut
 from data.records import Hit, Passage
 
 Encode = Callable[[str], list[int]]
@@ -79,7 +80,7 @@ def render_hits(
     """
 
     def harmless(text: str) -> str:
-        return neutralise(text.replace(PICTURE, " "))
+        return neutralise(cut(text.replace(PICTURE, " "), budget_tokens, lambda part: len(encode(part))))
 
     passages = protocol.render_passages(
         [Passage(h.passage.id, _shown(h.passage, harmless, sees), harmless(h.passage.title)) for h in hits]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from data.cut import cut_for
 from data.errors import ConfigError
 from data.hub import find_model
 from data.records import Hit, Passage
@@ -97,7 +98,8 @@ class CrossEncoder(Scorer):
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """The model's own number for each pair."""
-        texts = [(query, passage.contents) for query, passage in pairs]
+        tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
+        texts = [(query, cut_for(tokenizer, passage.contents, longest)) for query, passage in pairs]
         return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
 
 
@@ -154,7 +156,8 @@ class YesNo(Scorer):
         return scores
 
     def _prompt(self, query: Query, passage: Passage) -> list[int]:
-        whole = self._tokens(f"{self._before}{query}{self._between}{passage.contents}{self._after}")
+        contents = cut_for(self._tokenizer, passage.contents, self.max_length)
+        whole = self._tokens(f"{self._before}{query}{self._between}{contents}{self._after}")
         if len(whole) <= self.max_length:
             return whole
         tail = self._tokens(self._after)

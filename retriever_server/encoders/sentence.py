@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from data.cut import cut_for
 from data.device import check_device
 from data.errors import ConfigError, DataError, require
 from data.hub import find_model
@@ -178,6 +179,9 @@ class SentenceEncoder(Encoder):
         self._packs = spec.kind == "dense" and packable(model)
         self.takes = what_it_takes(model)
         self._placeholders, self._patch = placeholders(model), patch_token(model)
+        self._tokenizer = getattr(model, "tokenizer", None)
+        limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
+        self._longest = model.max_seq_length and max(model.max_seq_length, *(limit or 0 for limit in limits))
         self._token_pooling = TokenPooling.parse(spec.token_pooling)
         self.batch_tokens = _BATCH_TOKENS.get(model.device.type, 8192)
         self.batch_pixels = _BATCH_PIXELS.get(model.device.type, 1 << 22)
@@ -230,9 +234,9 @@ class SentenceEncoder(Encoder):
 
     def _batches(self, texts: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Positions of texts, and the features of these, trimmed to the longest of them."""
-        wrapped: list[Any] = texts
+        wrapped: list[Any] = [self._cut(str(text)) for text in texts]
         if self.takes != {"text"}:
-            wrapped = [as_model_input(text, placeholders=self._placeholders) for text in texts]
+            wrapped = [as_model_input(text, placeholders=self._placeholders) for text in wrapped]
         features = self._preprocess(wrapped, role)
         mask = features.get("attention_mask")
         if mask is None or mask.ndim != 2:  # bags of words have no padding
@@ -249,12 +253,16 @@ class SentenceEncoder(Encoder):
             columns = slice(mask.shape[1] - width, None) if padded_left else slice(0, width)
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
 
+    def _cut(self, text: str) -> str:
+        return cut_for(self._tokenizer, text, self._longest)
+
     def _picture_batches(self, items: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Positions of items that hold images, and the features of these, made while the model works."""
 
         def process(items: list[Input], pictures: list[Any]) -> dict[str, Any]:
             each = zip(items, pictures, strict=True)
             given = [as_model_input(item, picture, self._placeholders) for item, picture in each]
+            given = [it | {"text": self._cut(it["text"])} if "text" in it else it for it in given]
             return uncut(self._model, given, lambda inputs, **k: self._preprocess(inputs, role, **k))
 
         batches, began = one_ahead(picture_batches(items, process, self.batch_pixels)), time.monotonic()

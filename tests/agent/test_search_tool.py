@@ -92,3 +92,18 @@ def test_the_cut_is_as_late_as_the_budget_allows(lumps, data):
 def test_within_the_budget_nothing_is_cut():
     observation = render_hits(hits("one", "two"), HERMES, Neutraliser(HERMES), encode, 500)
     assert "Doc 1 (Title: T) one\nDoc 2 (Title: T) two" in observation
+
+
+@pytest.mark.parametrize("part", ["word ", "</answer>", "<|end|>", "x", "\U0001d11e", "a\n"])
+def test_of_a_passage_of_megabytes_only_the_beginning_is_encoded(part):
+    read, neutralise = [], Neutraliser(COMPACT, ["<|end|>"])
+
+    def counted(text):
+        read.append(len(text))
+        return encode(text)
+
+    times = 5_000_000 // len(part)
+    observation = render_hits(hits(part * times, title=part * times), COMPACT, neutralise, counted, 160)
+    assert sum(read) < 100_000
+    assert len(encode(observation)) <= 160
+    assert observation == render_hits(hits(part * 5000, title=part * 5000), COMPACT, neutralise, encode, 160)

@@ -216,3 +216,21 @@ def test_a_model_of_pylate_is_multi_vector(saved, models, tmp_path):
     config = {key: value for key, value in config.items() if key != "model_type"} | saved
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     assert load_encoder(str(folder), device="cpu").spec.kind == "multi"
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "multi"])
+def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(tmp_path, kind, monkeypatch):
+    encoder = load_encoder(tiny_model(tmp_path / kind, kind))
+    read, preprocess = [], encoder._model.preprocess
+
+    def counted(texts, **options):
+        read.extend(map(len, texts))
+        return preprocess(texts, **options)
+
+    monkeypatch.setattr(encoder._model, "preprocess", counted)
+    for begin in ("big red fox ", "x" * 300 + " red ", " " * 4_000 + "fox "):
+        long, short = (begin * times for times in (1_000_000 // len(begin), 100_000 // len(begin) + 70))
+        whole, expected = (encoder.encode([text, "small"], "passage") for text in (long, short))
+        for i in range(2):
+            np.testing.assert_allclose(*(rows_of(each, i) for each in (whole, expected)), atol=1e-6)
+    assert min(read) == len("small") and read[0] < 10_000

@@ -8,6 +8,7 @@ from data.records import Passage
 from retriever_server.compose import Cached
 from retriever_server.rerank import CrossEncoder, Rerank, Scorer, YesNo
 from tests.fakes import byte_tokenizer, tiny_model
+from tests.retriever_server import encoders
 from tests.retriever_server.test_compose import A, Fixed
 
 
@@ -95,3 +96,27 @@ def test_a_cross_encoder_scores_as_sentence_transformers_does(tmp_path):
     model = Model(str(tmp_path), max_length=64, device="cpu")
     assert scores == pytest.approx(model.predict([("q", p.contents) for p in passages]).tolist())
     assert scores[0] != scores[1]
+
+
+def test_of_a_passage_of_megabytes_only_the_beginning_is_read(language_model, tmp_path, monkeypatch):
+    scorers = [
+        YesNo(str(language_model), max_length=200),
+        CrossEncoder(encoders.tiny_model(tmp_path / "c", "cross")),
+    ]
+    for scorer in scorers:
+        read, tokenise = (
+            [],
+            type(scorer._tokenizer if scorer is scorers[0] else scorer._model.tokenizer)._encode_plus,
+        )
+
+        def counted(self, text, *args, read=read, tokenise=tokenise, **options):
+            read.append(len(str(text)))
+            return tokenise(self, text, *args, **options)
+
+        pairs = [("fox", Passage("1", "big red fox " * times)) for times in (400_000, 5000)]
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(getattr(scorer, "_tokenizer", None) or scorer._model.tokenizer), "_encode_plus", counted
+            )
+            long, short = scorer.score(pairs)
+        assert long == pytest.approx(short) and 0 < max(read) < 100_000
