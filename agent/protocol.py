@@ -54,7 +54,7 @@ def _tool_call_query(inside: str) -> str:
     try:
         call = json.loads(inside)
         query = call["arguments"]["query"] if call["name"] == "search" else ""
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     return query.strip() if isinstance(query, str) else ""
 
@@ -127,20 +127,18 @@ class Protocol:
             return Invalid("no action")
         if match[1] == self.answer_tag:
             return Answer(match[2].strip())
-        query = self.query_of(match[2])
+        query = self.query_of(match[2]).encode("utf-8", "replace").decode()  # JSON can hold half a character
         return Search(query) if query else Invalid("empty query")
 
     def is_well_formed(self, turn: str) -> bool:
-        """Whether a turn is one thought followed by one action, with no other tag and no other text."""
+        """Whether a turn is one thought and then one action that says something, with nothing besides."""
         tag = rf"(?!</?(?:{'|'.join(self.tags)})>)"
         inside = rf"(?:{tag}.)*"
         pattern = (
             rf"\s*<{self.think_tag}>{inside}</{self.think_tag}>\s*"
             rf"<({self.search_tag}|{self.answer_tag})>{inside}</\1>\s*"
         )
-        return re.fullmatch(pattern, turn, re.DOTALL) is not None and not isinstance(
-            self.parse(turn), Invalid
-        )
+        return re.fullmatch(pattern, turn, re.DOTALL) is not None and _says_something(self.parse(turn))
 
     def render_turn(self, thought: str, action: Search | Answer) -> str:
         """A turn as a demonstration writes it; `parse` gives the action back."""
@@ -165,6 +163,14 @@ class Protocol:
     def render_observation(self, passages: str) -> str:
         """The observation around already rendered passages."""
         return _fill(self.observation, passages=passages)
+
+
+def _says_something(action: Action) -> bool:
+    """Whether an action holds anything that can be seen: more than blanks and characters of no width."""
+    match action:
+        case Search(said) | Answer(said):
+            return any(c.isprintable() and not c.isspace() for c in said)
+    return False
 
 
 def _fill(template: str, **fields: str) -> str:

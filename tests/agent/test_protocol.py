@@ -1,6 +1,8 @@
 """Protocols: the Search-R1 strings exactly, and what every protocol keeps."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid, Search, get_protocol
 from data.errors import ConfigError
@@ -73,6 +75,55 @@ def test_what_is_no_action_is_invalid_and_never_raises(protocol):
     for text in ("", "plain", f"<{protocol.search_tag}>", "</think></think>", "<answer", "\x00\ud7ff"):
         assert isinstance(protocol.parse(text), Invalid)
         assert not protocol.is_well_formed(text)
+
+
+NESTED = {
+    "lists": "[" * 100_000,
+    "closed lists": "[" * 100_000 + "]" * 100_000,
+    "objects": '{"name":' * 100_000,
+    "in the query": '{"name": "search", "arguments": {"query": ' + "[" * 100_000 + "}}",
+    "a number": '{"name": "search", "arguments": {"query": ' + "9" * 10_000 + "}}",
+    "an exponent": '{"name": "search", "arguments": {"query": 1e999999999}}',
+    "NaN": '{"name": "search", "arguments": {"query": NaN}}',
+}
+
+
+@every_protocol
+@pytest.mark.parametrize("name", NESTED)
+def test_no_call_however_deep_or_large_raises(protocol, name):
+    turn = f"<think>x</think><{protocol.search_tag}>{NESTED[name]}</{protocol.search_tag}>"
+    assert isinstance(protocol.parse(turn), Invalid) == (protocol is HERMES)
+    protocol.is_well_formed(turn)
+
+
+PIECES = st.sampled_from(
+    [*(f"<{slash}{tag}>" for p in PROTOCOLS.values() for tag in p.tags for slash in ("", "/")),
+     '{"name": "search", "arguments": {"query": "', '"}}', "[", "{", '"', "\\ud83d", "\ud83d", "1e9", " "]
+)  # fmt: skip
+
+
+@every_protocol
+@given(parts=st.lists(PIECES | st.text(st.characters(exclude_categories=()), max_size=5), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_an_action_that_can_be_written_down(protocol, parts):
+    turn = "".join(parts)
+    action = protocol.parse(turn)
+    if isinstance(action, Search):
+        assert action.query.encode() and action.query == action.query.strip()
+    if isinstance(action, Invalid):
+        assert not protocol.is_well_formed(turn)
+
+
+def test_half_a_character_in_a_call_is_replaced():
+    call = '{"name": "search", "arguments": {"query": "a \\ud83d b \\ud83d\\ude00"}}'
+    assert HERMES.parse(f"<tool_call>{call}</tool_call>") == Search("a ? b \U0001f600")
+
+
+@every_protocol
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u00a0", "\u200b", "\u2060 \ufeff"])
+def test_an_answer_or_query_of_nothing_is_not_well_formed(protocol, nothing):
+    assert not protocol.is_well_formed(f"<think>x</think><answer>{nothing}</answer>")
+    assert not protocol.is_well_formed(protocol.render_turn("x", Search(nothing)))
 
 
 @every_protocol

@@ -12,6 +12,7 @@ from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
 from agent.rollout import Agent
 from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
+from rl.rewards import REWARDS
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
 
 WORLD = {"Lyon": "Lyon is a city in France.", "France": "Its capital is Paris."}
@@ -79,6 +80,20 @@ def test_an_invalid_action_is_answered_with_the_feedback(protocol):
     assert trajectory.invalid_actions == 1 and not trajectory.valid_format
     assert trajectory.segments[2].text == protocol.invalid
     assert trajectory.answer == "Rome"
+
+
+def test_a_call_too_deep_to_read_is_an_invalid_action():
+    script = [f"<think>x</think><tool_call>{'[' * 2000}</tool_call>", "<think>x</think><answer>Paris</answer>"]
+    protocol = replace(HERMES, max_response_tokens=3000, max_context_tokens=9000)
+    (trajectory,), *_ = run(protocol, script)
+    assert (trajectory.invalid_actions, trajectory.answer) == (1, "Paris")
+
+
+@every_protocol
+def test_an_empty_answer_earns_nothing_for_its_form(protocol):
+    (trajectory,), *_ = run(protocol, [protocol.render_turn("done", Answer(" "))])
+    assert trajectory.answer == "" and not trajectory.valid_format
+    assert REWARDS["format"](trajectory) == 0
 
 
 @every_protocol
