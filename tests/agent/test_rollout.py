@@ -83,7 +83,10 @@ def test_an_invalid_action_is_answered_with_the_feedback(protocol):
 
 
 def test_a_call_too_deep_to_read_is_an_invalid_action():
-    script = [f"<think>x</think><tool_call>{'[' * 2000}</tool_call>", "<think>x</think><answer>Paris</answer>"]
+    script = [
+        f"<think>x</think><tool_call>{'[' * 2000}</tool_call>",
+        "<think>x</think><answer>Paris</answer>",
+    ]
     protocol = replace(HERMES, max_response_tokens=3000, max_context_tokens=9000)
     (trajectory,), *_ = run(protocol, script)
     assert (trajectory.invalid_actions, trajectory.answer) == (1, "Paris")
