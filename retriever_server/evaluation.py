@@ -37,10 +37,10 @@ def rank_all(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     where: Filter | None = None,
 ) -> Rankings:
-    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the batches."""
-    batches = [queries[i : i + _QUERIES_AT_ONCE] for i in range(0, len(queries), _QUERIES_AT_ONCE)]
+    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the range of their batches."""
     rankings: Rankings = {}
-    for batch in progress(batches):
+    for start in progress(range(0, len(queries), _QUERIES_AT_ONCE)):
+        batch = queries[start : start + _QUERIES_AT_ONCE]
         found = retriever.search([query.asked for query in batch], top_k, where)
         rankings |= {query.id: hits for query, hits in zip(batch, found, strict=True)}
     return rankings

@@ -9,6 +9,7 @@ Exit status: 0 done, 1 our bug (with its traceback), 2 a one-line error, 130 int
 import difflib
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from data.errors import ConfigError, SleuthError
+from scripts.console import end_bars
 
 
 class Command(NamedTuple):
@@ -75,6 +77,7 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         try:
             return run(argv)
         finally:
+            end_bars()
             sys.stdout.flush()  # here, where a closed pipe is caught, not at exit
     except KeyboardInterrupt as error:
         return complain(str(error) or "interrupted", 130)
@@ -130,6 +133,9 @@ def unknown_command(name: str) -> str:
 
 def configure_process() -> None:
     """Log to stderr in short lines, let idle threads sleep, and end on SIGTERM as on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is shown as its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     logging.basicConfig(

@@ -118,7 +118,9 @@ class _View:
     def _line(self, label: str, content: str, style: str) -> None:
         from rich.text import Text  # as Text, square brackets are no markup
 
-        line = Text(f"{label:>8}  ", style="dim").append(content, style=f"not dim {style}")
+        from scripts.console import visible
+
+        line = Text(f"{label:>8}  ", style="dim").append(visible(content), style=f"not dim {style}")
         self.console.print(line, soft_wrap=not self.console.is_terminal)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +49,9 @@ def main(
         _to(target_format, source, out, corpus, on_error)
         return
     from retriever_server.training.convert import convert_from
+    from scripts.console import Track
 
-    done = convert_from(source_format, source, out, corpus, split, on_error, _with_bar)
+    done = convert_from(source_format, source, out, corpus, split, on_error, Track("reading examples"))
     left_out = [f"{count:,} {what}" for what, count in done.left_out.items() if count]
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
     print(f"{done.count:,} examples in {done.examples}, {len(done.corpus):,} passages{note}")
@@ -68,14 +68,3 @@ def _to(target_format: str, source: str, out: str, corpus: str | None, on_error:
     examples = Examples(source, Corpus(corpus or beside), on_error)
     convert_to(target_format, examples, out)
     print(f"{len(examples):,} examples in {out}")
-
-
-def _with_bar(items: Iterable[Any]) -> Iterable[Any]:
-    """How many have been read, on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), "reading passages and examples", MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=None)

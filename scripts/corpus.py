@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from data.errors import ConfigError, DataError
 
@@ -87,16 +89,25 @@ def _files(source: Path) -> tuple[list[Path], Path]:
     return files, source
 
 
-def _with_bar(files: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """Each file and what opens it; a bar of bytes with rate and time left, on stderr, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+def _with_bar(files: list[Path]) -> Iterator[tuple[Path, Callable[[Path], IO[bytes]]]]:
+    """Each file and what opens it, while a bar shows how many bytes of all have been read."""
+    from scripts.console import bar
 
-    console = Console(stderr=True)
-    columns = ("reading files", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        ends = list(accumulate(path.stat().st_size for path in files))
-        task = progress.add_task("", total=ends[-1])
-        for path, end in zip(files, ends, strict=True):
-            yield path, lambda path: progress.wrap_file(path.open("rb"), ends[-1], task_id=task)
-            progress.update(task, completed=end)
+    sizes = [path.stat().st_size for path in files]
+    with bar("reading files", sum(sizes), unit="bytes") as move:
+        for path, begin in zip(files, accumulate(sizes, initial=0), strict=False):
+            move(begin)
+            yield path, partial(_opened, begin, move)
+        move(sum(sizes))
+
+
+def _opened(begin: int, move: Callable[[int], None], path: Path) -> IO[bytes]:
+    """The open file, which tells with each read how far it is."""
+
+    class Watched(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            count = super().readinto(buffer)
+            move(begin + self.tell())
+            return count
+
+    return io.BufferedReader(Watched(path))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +74,11 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
     import httpx
 
     failures, reason = 0, ""
-    with httpx.Client(follow_redirects=True, timeout=60.0) as session, _bar(url) as progress:
+    with httpx.Client(follow_redirects=True, timeout=60.0) as session, _bar(url) as move:
         while failures < attempts:
             have = part.stat().st_size
             try:
-                if _fetch_rest(session, url, part, state, progress):
+                if _fetch_rest(session, url, part, state, move):
                     return
                 reason = "it ended early"
             except httpx.InvalidURL as error:
@@ -94,7 +92,7 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
     raise DataError(f"{url}: gave up after {attempts} attempts ({reason}); the same command goes on")
 
 
-def _fetch_rest(session: Any, url: str, part: Path, state: dict[str, Any], progress: Any) -> bool:
+def _fetch_rest(session: Any, url: str, part: Path, state: dict[str, Any], move: Any) -> bool:
     """Ask for what is missing, and append it as it comes; whether that was all."""
     have = part.stat().st_size - state["start"]
     headers = {"Accept-Encoding": "identity"}
@@ -120,10 +118,10 @@ def _fetch_rest(session: Any, url: str, part: Path, state: dict[str, Any], progr
         with open(part, "rb+") as file:
             file.seek(state["start"] + have)
             file.truncate()
-            progress(have, have + length if length >= 0 else None)
+            move(have, have + length if length >= 0 else None)
             for chunk in answer.iter_raw():
                 file.write(chunk)
-                progress(file.tell() - state["start"], None)
+                move(file.tell() - state["start"])
             arrived = file.tell() - state["start"] - have
     return length < 0 or arrived == length
 
@@ -141,25 +139,7 @@ def _state_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-@contextlib.contextmanager
-def _bar(url: str) -> Iterator[Any]:
-    """A function (bytes there, bytes in all or None) that moves a bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def _bar(url: str) -> Any:
+    from scripts.console import bar
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(url.rpartition("/")[2][:40], total=None)
-
-        def move(there: int, total: int | None) -> None:
-            progress.update(task, completed=there)
-            if total is not None:
-                progress.update(task, total=total)
-
-        yield move
+    return bar(url.rpartition("/")[2][:40] or url, done=None, unit="bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,28 +107,17 @@ async def _evaluate(
 
 
 def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
-    """The rollout function of an evaluation, with a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """The rollout function of an evaluation, with a bar."""
     from agent.evaluate import roll_out_each
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("answering questions"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.speed:.2f}/s"),
-        TimeRemainingColumn(),
-    )
+    from scripts.console import bar
 
     async def rollout(todo, on_finished):
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=total, completed=total - len(todo))
+        done = count(total - len(todo) + 1)
+        with bar("answering questions", total, total - len(todo)) as move:
 
             def finished(trajectory):
                 on_finished(trajectory)
-                progress.advance(bar)
+                move(next(done))
 
             await roll_out_each(opened.agent, todo, seed, finished)
 
@@ -136,24 +126,20 @@ def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
 
 def show_scores(scores: dict[str, Any], title: str) -> None:
     """Print scores as a table: over all questions, then by kind."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from data.significance import format_estimate
+    from scripts.console import show_table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("questions")
-    for column in ("n", "EM [95 %]", "F1", "cover EM", "searches", "valid format"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("questions", "n", "EM [95 %]", "F1", "cover EM", "searches", "valid format")
     kinds = scores["by_kind"].items() if len(scores["by_kind"]) > 1 else ()
-    for name, row in [("all", scores), *kinds]:
-        table.add_row(
+    rows = [
+        (
             name,
-            str(row["n"]),
+            row["n"],
             format_estimate(row["em"]),
             *(f"{row[metric]['mean']:.3f}" for metric in ("f1", "cover_em")),
             f"{row['searches_per_question']:.2f}",
             f"{row['valid_format_rate']:.3f}",
         )
-    Console().print(table)
+        for name, row in [("all", scores), *kinds]
+    ]
+    show_table(title, columns, rows)

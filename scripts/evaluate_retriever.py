@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     from data.records import Question
     from retriever_server.evaluation import rank_all
     from retriever_server.opening import open_retriever
+    from scripts.console import Track
 
     if spec.endswith((".run", ".trec")):
         run = load_run(spec)
@@ -128,7 +129,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     opened = open_retriever(spec)
     try:
         more = max(map(len, collection.excluded.values()), default=0)
-        rankings = rank_all(opened, asked, top_k + more, _with_bar, where)
+        rankings = rank_all(opened, asked, top_k + more, Track("searching queries"), where)
     finally:
         opened.close()
     return without_excluded(rankings, collection.excluded, top_k)
@@ -148,15 +149,6 @@ def _warn_of_strangers(spec: str, rankings: Any, qrels: Any) -> None:
 def _generation(rankings: Any) -> str:
     hits = next(filter(None, rankings.values()), None)
     return hits[0].generation if hits else "none"
-
-
-def _with_bar(batches: Iterable[Any]) -> Iterable[Any]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(batches, "searching", console=console, disable=not console.is_terminal)
 
 
 def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs: list[Any]) -> None:
@@ -179,17 +171,14 @@ def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs
 
 
 def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from scripts.console import show_table
 
     compared = any("p" in row for row in scores.values())
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("metric", "queries", "mean", *(("difference [95 %]", "p") if compared else ())):
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    rows = []
     for metric, row in scores.items():
         cells = [metric, str(row["queries"]), f"{row['mean']:.4f}"]
         if compared:
             cells += [f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p']:.4f}"]
-        table.add_row(*cells)
-    Console().print(table)
+        rows.append(cells)
+    more = ("difference [95 %]", "p") if compared else ()
+    show_table(title, ("metric", "queries", "mean", *more), rows)

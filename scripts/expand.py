@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -22,14 +21,9 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
     from data.corpus import Corpus
     from retriever_server.opening import build
     from retriever_server.training.expansion import expand
+    from scripts.console import Track
 
-    expand(Corpus(corpus), build(generator, "generator: "), out, passages_at_once, _with_bar)
+    expand(
+        Corpus(corpus), build(generator, "generator: "), out, passages_at_once, Track("expanding passages")
+    )
     print(f"expanded passages in {out}")
-
-
-def _with_bar(starts: range) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(starts, "expanding", console=console, disable=not console.is_terminal)

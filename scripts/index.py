@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError
-
-_log = logging.getLogger(__name__)
-_SAY_SECONDS = 60.0
 
 _KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _ONLY_BM25 = {
@@ -117,15 +111,16 @@ def _build_bm25(given: dict[str, Any]) -> None:
     _refuse(given, _ONLY_ENCODED, "--encoder")
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index
+    from scripts.console import Track
 
     passages = Corpus(_corpus(given))
-    bar = _Bar("reading passages")
+    bar = Track("reading passages")
     settings = {name: given[name] for name in _ONLY_BM25}
     index = BM25Index.build(
         passages, given["out"], overwrite=given["overwrite"],
-        progress=lambda items: bar(items, len(passages)), **settings,
+        progress=bar, **settings,
     )  # fmt: skip
-    _say(index, given["out"], bar.shown)
+    _say(index, given["out"], bar.used)
 
 
 def _build_encoded(given: dict[str, Any]) -> None:
@@ -141,6 +136,7 @@ def _build_encoded(given: dict[str, Any]) -> None:
     from data.corpus import Corpus
     from retriever_server.encoders.sentence import load_encoder
     from retriever_server.indexes.base import building, index_kind
+    from scripts.console import Track
     from scripts.on_ray.encode import encode_on_ray
 
     of = index_kind(given["kind"]) if given["kind"] else None
@@ -150,7 +146,7 @@ def _build_encoded(given: dict[str, Any]) -> None:
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
-    passages, bar = Corpus(_corpus(given)), _Bar("encoding passages")
+    passages, bar = Corpus(_corpus(given)), Track("encoding passages")
     settings["on_error"] = given["on_error"]
     if part != (1, 1):
         out = Path(given["out"])
@@ -164,8 +160,8 @@ def _build_encoded(given: dict[str, Any]) -> None:
     if given["ray"]:
         settings["encode"] = partial(encode_on_ray, address=given["ray"], device=given["device"])
     index = of.build(passages, given["out"], encoder, given["dtype"], given["overwrite"], bar, **settings)
-    _say(index, given["out"], bar.shown)
-    if bar.shown and not given["ray"]:
+    _say(index, given["out"], bar.used)
+    if bar.used and not given["ray"]:
         _say_work(encoder)
 
 
@@ -210,37 +206,3 @@ def _parse_shard(shard: str) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(f"--shard {shard}: must be i/n with 1 <= i <= n")
     return int(found[1]), int(found[2])
-
-
-class _Bar:
-    """A bar with rate and time left, on stderr, where that is a terminal; elsewhere a line a minute."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.shown = title, False
-
-    def __call__(self, items: Iterable, total: int) -> Iterable:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
-        from rich.text import Text
-
-        class Rate(ProgressColumn):
-            def render(self, task: Any) -> Text:
-                return Text(f"{task.speed or 0:,.0f}/s")  # no speed yet at the start
-
-        self.shown = True
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            yield from self._say_each_minute(items, total)
-            return
-        columns = (self.title, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not total) as progress:
-            yield from progress.track(items, total=total)
-
-    def _say_each_minute(self, items: Iterable, total: int) -> Iterable:
-        start = said = time.monotonic()
-        for done, item in enumerate(items):
-            now = time.monotonic()
-            if now - said >= _SAY_SECONDS:
-                said = now
-                _log.info("%s: %s of %s, %.0f/s", self.title, f"{done:,}", f"{total:,}", done / (now - start))
-            yield item

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +85,11 @@ def _mine(
 ) -> None:
     from data.examples import Examples
     from retriever_server.training.mining import mine
+    from scripts.console import Track
 
-    mined = mine(Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, _with_bar)
+    mined = mine(
+        Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, Track("mining queries")
+    )
     each = mined.negatives / max(1, mined.examples)
     print(f"{mined.examples:,} examples in {out}, {each:.1f} negatives each; {mined.without:,} have none")
 
@@ -95,8 +97,9 @@ def _mine(
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:
     from data.qrels import load_queries
     from retriever_server.training.teachers import label
+    from scripts.console import Track
 
-    stages = label(load_queries(queries), teachers, corpus, out, ranks, _with_bar)
+    stages = label(load_queries(queries), teachers, corpus, out, ranks, Track("labelling queries"))
     print(f"labels of {len(teachers)} teachers; the last stage is {stages[-1]}")
 
 
@@ -137,13 +140,3 @@ def _open(spec: str, scorer: bool = False) -> Any:
         return CrossEncoder(spec)
     built = build(read_yaml(spec), f"{spec}: ")
     return built if isinstance(built, Scorer | Retriever) else open_retriever(spec)
-
-
-def _with_bar(starts: Any) -> Iterable[int]:
-    """A bar of batches with the time left, on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    size = starts.step
-    return track(starts, f"mining, {size} queries a step", console=console, disable=not console.is_terminal)

@@ -186,17 +186,12 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
 
 def train_policy(config: TrainConfig, url: str) -> None:
     """GRPO with live searches at `url`, with a bar; resumes, and does nothing once it is finished."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from retriever_server.client import connect
+    from scripts.console import bar
     from scripts.train import train
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=config.steps)
-        client = connect(url, config.rollout.retriever_deadline_seconds)
-        train(config, client, lambda step: progress.update(bar, completed=step))
+    with bar("training", config.steps, done=None) as move:
+        train(config, connect(url, config.rollout.retriever_deadline_seconds), move)
 
 
 def trained_policy(run: Path) -> str:
@@ -214,30 +209,20 @@ def trained_policy(run: Path) -> str:
 
 def show_results(run: Path, seconds: dict[str, float]) -> None:
     """Print the table of before and after, by kind of question, and where the time went."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from agent.evaluate import paired_difference, read_records
     from data.significance import format_estimate
+    from scripts.console import show_table
 
     folders = [run / "evaluations" / name for name in ("before", "after")]
     before, after = (read_json(folder / "scores.json") for folder in folders)
     paired = paired_difference(*(read_records(folder) for folder in folders))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("questions", "n", "EM before", "EM after", "difference", "searches", "valid format")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "questions" else "right", no_wrap=True)
     rows: list[tuple[str, Any, Any, Any]] = [("all", before, after, paired)]
     rows += [(k, before["by_kind"][k], after["by_kind"][k], paired["by_kind"][k]) for k in before["by_kind"]]
+    scores, habits = [], []
     for kind, old, new, difference in rows:
-        table.add_row(
-            kind,
-            str(old["n"]),
-            format_estimate(old["em"]),
-            format_estimate(new["em"]),
-            format_estimate(difference["em"]),
-            *(f"{old[key]:.2f} -> {new[key]:.2f}" for key in ("searches_per_question", "valid_format_rate")),
-        )
-    Console(width=120).print(table)
+        scores.append([kind, old["n"], *(format_estimate(part["em"]) for part in (old, new, difference))])
+        names = ("searches_per_question", "valid_format_rate")
+        habits.append([kind, *(f"{part[name]:.2f}" for name in names for part in (old, new))])
+    show_table("", ("questions", "n", "EM before", "EM after", "difference"), scores)
+    show_table("", ("questions", "searches before", "after", "valid format before", "after"), habits)
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

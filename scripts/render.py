@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from data.errors import ConfigError
 
@@ -43,36 +42,16 @@ def main(
     """
     from data.page_sources import find_pages
     from data.rendering import Style, render
+    from scripts.console import Track
 
     chosen = tuple(filter(None, (fonts or "").split(",")))
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)
     if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
         raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
-    passages, skipped = find_pages(source, Path(out) / "html", on_error, _bar("reading files"), out)
+    passages, skipped = find_pages(source, Path(out) / "html", on_error, Track("reading files"), out)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = time.monotonic()
-    done = render(passages, out, style, processes or cores, on_error, _bar("drawing pages"))
+    done = render(passages, out, style, processes or cores, on_error, Track("drawing pages"))
     rate = len(passages) / max(1e-9, time.monotonic() - start)
     left_out = f"; skipped {skipped} files and {done.skipped} pages" if skipped or done.skipped else ""
     print(f"{done.count:,} pages in {done.corpus} ({rate:,.0f}/s){left_out}")
-
-
-def _bar(title: str) -> Any:
-    """A bar with count, time gone and time left, on stderr, where that is a terminal."""
-
-    def shown(items: Iterable[Any], total: int) -> Iterator[Any]:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = Console(stderr=True)
-        columns = (title, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            yield from progress.track(items, total=total)
-
-    return shown

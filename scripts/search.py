@@ -38,15 +38,17 @@ def _show(query: str, hits: list[Hit]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from scripts.console import visible
+
     console = Console()
     if not hits:
         console.print(Text(f"nothing found for {query!r}"))
     for rank, hit in enumerate(hits, start=1):
         # As Text: square brackets in a passage are no markup.
         head = Text(f"{rank}  ", style="dim")
-        head.append(hit.passage.title or hit.passage.id, style="bold")
-        head.append(f"  {hit.score:.3f}  {hit.passage.id}", style="dim")
+        head.append(visible(hit.passage.title or hit.passage.id), style="bold")
+        head.append(f"  {hit.score:.3f}  {visible(hit.passage.id)}", style="dim")
         console.print(head)
         if hit.passage.image:
-            console.print(Text(hit.passage.image, style="dim"))
-        console.print(Text(f"{hit.passage.text}\n"))
+            console.print(Text(visible(hit.passage.image), style="dim"))
+        console.print(Text(f"{visible(hit.passage.text)}\n"))

@@ -206,25 +206,18 @@ def _load(path: str, sample: int) -> np.ndarray:
 
 
 def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from scripts.console import show_table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("kind", "disk", "memory", "ms a query", "recall@10", ""):
-        table.add_column(name, justify="left" if name in ("kind", "") else "right", no_wrap=name != "")
-    for row in rows:
-        table.add_row(*_cells(row))
-    console = Console()
-    console.print(table)
+    columns = ("kind", "disk", "memory", "ms a query", "recall@10", "")
+    show_table(title, columns, [list(_cells(row)) for row in rows])
     of = vectors or "synthetic vectors (clusters; your own with --vectors FILE.npy)"
     if sample:
-        console.print(
+        print(
             f"Recall and latency: measured on {sample:,} {of}, one query at a time on this machine; latency "
             "scaled up: flat by passages, IVF by their root, HNSW by their logarithm. Batches are faster. "
             "IVF searches a smaller share of its lists at full size: only a larger --sample tells its recall."
         )
-    console.print("-: not measured. Memory: what should stay in the page cache; with less, it is slower.")
+    print("-: not measured. Memory: what should stay in the page cache; with less, it is slower.")
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -29,7 +29,7 @@ def main(config: RetrieverRecipe) -> None:
     """
     leads = os.environ.get("RANK", "0") == "0"  # as every launcher tells
     with ExitStack() as stack:
-        run, progress = _open_run(config, stack) if leads else (None, _silent)
+        run, progress = _open_run(config, stack) if leads else (None, lambda step, steps: None)
         from retriever_server.training.run import train
 
         try:
@@ -70,33 +70,13 @@ def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[
     from data.run_dir import RunDir
 
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    on_line, progress = _bar(stack)
-    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), on_line, _CONSOLE_KEYS))
+    from scripts.console import bar
+
+    progress = stack.enter_context(bar("training", done=None))
+    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), logger.info, _CONSOLE_KEYS))
     if config.wandb.project:
         from data.trackers import WandbTracker
 
         name = run.path.name
         run.tracker = WandbTracker(run.path, config.wandb.project, name, name, settings, config.wandb.mode)
     return run, progress
-
-
-def _bar(stack: ExitStack) -> tuple[Callable[[str], None], Callable[[int, int], None]]:
-    """Where lines go, and a bar with rate and time left below them where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return logger.info, _silent
-    columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = stack.enter_context(Progress(*columns, console=console))
-    task = bar.add_task("training", total=None)
-
-    def move(step: int, steps: int) -> None:
-        bar.update(task, completed=step, total=steps)
-
-    return lambda line: console.print(line, highlight=False), move
-
-
-def _silent(step: int, steps: int) -> None:
-    """Where no terminal shows a bar."""

@@ -51,12 +51,6 @@ def test_a_missing_corpus_is_refused(tmp_path):
         index.main(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
 
 
-def test_the_bar_can_be_drawn_before_there_is_a_speed(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take it for a terminal
-    assert list(index._Bar("reading passages")(["a", "b"], 2)) == ["a", "b"]
-    assert "2/2" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("device", ["gpu", "cuda:99" if not torch.cuda.is_available() else "tpu"])
 def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
     with pytest.raises(ConfigError, match=f"device = .{device}.: must be "):

@@ -118,7 +118,7 @@ def test_killed_with_no_warning_it_goes_on_to_the_same_bytes(tmp_path):
     options = [f"--{key}={value}" for key, value in given.items()]
     command = [sys.executable, "-m", "scripts", "mine", *options, "--out", str(out)]
     process = subprocess.Popen([*command, "--retriever", str(tmp_path / "slow.yaml")], cwd=ROOT)
-    while not part.exists() and process.poll() is None:
+    while not (part.exists() and part.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists()

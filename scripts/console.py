@@ -1,0 +1,246 @@
+"""Everything that Sleuth draws in a terminal: bars with rate and ETA, tables, the line of a training step.
+
+Bars are drawn on stderr, one below the other, with what is logged above them. Where stderr is no terminal, or
+one whose cursor cannot move (TERM=dumb), a bar is a log line a minute instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+_log = logging.getLogger(__name__)
+_LOG_SECONDS = 60.0
+_WIDEST_BAR, _NARROWEST_BAR, _NARROWEST_TITLE = 40, 8, 8
+_WIDE = 10_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Bar:
+    """How far some work is. The rate leaves out what was `done` before; None: the first move tells it."""
+
+    def __init__(
+        self,
+        title: str,
+        total: float | None = None,
+        done: float | None = 0,
+        unit: Literal["count", "bytes"] = "count",
+    ) -> None:
+        self.title, self.total, self.done, self.unit = visible(title), total, done or 0, unit
+        self._before = done
+        self._began = self._logged = time.monotonic()
+
+    def move(self, done: float, total: float | None = None) -> None:
+        """Set how much is done, and of how much where that is known only now."""
+        now = time.monotonic()
+        if self._before is None:
+            self._before, self._began = done, now
+        self.done, self.total = done, self.total if total is None else total
+        if not _live and now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            _log.info("%s: %s", self.title, "  ".join(self.figures(now)))
+
+    def figures(self, now: float) -> list[str]:
+        """How much is done, the time left (or gone), the rate: the most important first.
+
+        37 of 100 after 10 s -> ["37/100", "ETA 0:17", "3.7/s"]
+        """
+        count = self._amount(self.done)
+        count += "" if self.total is None else f"/{self._amount(self.total)}"
+        since, seconds = self.done - (self._before or 0), now - self._began
+        rate = since / seconds if seconds > 0 and since > 0 else None
+        if rate is None:
+            return [count, clock(seconds)]
+        left = None if self.total is None or self.done >= self.total else (self.total - self.done) / rate
+        return [count, clock(seconds) if left is None else f"ETA {clock(left)}", self._rate(rate)]
+
+    def _amount(self, value: float) -> str:
+        from rich.filesize import decimal
+
+        return decimal(int(value)) if self.unit == "bytes" else f"{value:,.0f}"
+
+    def _rate(self, rate: float) -> str:
+        """[0.05, 3.71, 1234] -> "20.0 s each", "3.7/s", "1,234/s" """
+        if self.unit == "bytes" or rate >= 100:
+            return f"{self._amount(rate)}/s"
+        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+
+    def line(self, width: int) -> RenderableType:
+        """Title, bar and figures in one line; what has no room is left out, the bar first."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        figures = self.figures(time.monotonic())
+        while len(figures) > 1 and len(self.title) + len("  ".join(figures)) + 2 > width:
+            figures.pop()
+        said = "  ".join(figures)
+        room = width - len(said) - 2  # for the title, and for the bar before it
+        across = min(_WIDEST_BAR, room - len(self.title) - 2)
+        cells: list[RenderableType] = [Text(said[:width], no_wrap=True)]
+        if across >= _NARROWEST_BAR:
+            cells.insert(0, ProgressBar(self.total, self.done, across, pulse=self.total is None))
+        if room >= min(len(self.title), _NARROWEST_TITLE):
+            title = self.title if len(self.title) <= room else f"{self.title[: room - 1]}…"
+            cells.insert(0, Text(title, no_wrap=True))
+        line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        line.add_row(*cells)
+        return line
+
+
+_bars: list[Bar] = []  # those of the moment, the outermost first
+_live: list[Live] = []  # their display, where they are drawn
+
+
+@contextmanager
+def bar(
+    title: str,
+    total: float | None = None,
+    done: float | None = 0,
+    unit: Literal["count", "bytes"] = "count",
+) -> Iterator[Callable[..., None]]:
+    """Show a bar while the block runs; yields `Bar.move`."""
+    shown = Bar(title, total, done, unit)
+    _bars.append(shown)
+    try:
+        if _live or not can_draw():
+            yield shown.move
+        else:
+            with _display():
+                yield shown.move
+    finally:
+        if shown in _bars:
+            _bars.remove(shown)
+
+
+def end_bars() -> None:
+    """Take down what an error has left drawn, so that what is printed next is the last of it."""
+    for live in _live:
+        live.stop()
+    _live.clear()
+    _bars.clear()
+
+
+class Track:
+    """Passes items on while a bar shows how many have been; `used` tells whether it was called for any.
+
+    A range counts what its steps stand for: range(0, 100, 32) goes to 100.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title, self.used = title, False
+
+    def __call__(self, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+        """Each item; `total` is their number where they have no length."""
+        self.used = True
+        begin, step = (items.start, items.step) if isinstance(items, range) else (0, 1)
+        if isinstance(items, range):
+            total = items.stop
+        elif total is None and isinstance(items, Sized):
+            total = len(items)
+        with bar(self.title, total, begin) as move:
+            for number, item in enumerate(items, start=1):
+                yield item
+                there = begin + number * step
+                move(there if total is None else min(there, total))
+
+
+def can_draw() -> bool:
+    """Whether stderr is a terminal whose lines can be drawn anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown", "")
+
+
+@contextmanager
+def _display() -> Iterator[None]:
+    """Draw the bars of the moment while the block runs; the outermost stays to be read."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console(stderr=True, force_terminal=True)
+
+    def draw() -> RenderableType:
+        return Group(*(each.line(console.width - 1) for each in list(_bars)))
+
+    # stdout goes through the display only where both are the terminal: a pipe is to get its own lines.
+    with (
+        Live(
+            console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty(), get_renderable=draw
+        ) as live,
+        _handlers_write_above(),
+    ):
+        _live.append(live)
+        try:
+            yield
+        finally:
+            _live.clear()
+
+
+@contextmanager
+def _handlers_write_above() -> Iterator[None]:
+    """Let the log handlers that hold the terminal's stderr write above the bars meanwhile."""
+    above, terminal = sys.stderr, getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for each in loggers for handler in getattr(each, "handlers", ())}
+    moved = [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream is terminal]
+    for handler in moved:
+        handler.setStream(above)
+    try:
+        yield
+    finally:
+        for handler in moved:
+            handler.setStream(terminal)
+
+
+def clock(seconds: float) -> str:
+    """[17.2, 3700, 100000] -> "0:17", "1:01:40", "27:46:40" """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def visible(text: str) -> str:
+    """The text without characters that would steer a terminal: whatever it says, it is only read."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table on stdout: the first column to the left, then figures to the right; "" heads a note.
+
+    Only notes are wrapped. Where the terminal is too narrow for that, a row is a block of lines instead: no
+    figure is ever cut. What is no terminal is as wide as the table.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[visible(str(cell)) for cell in row] for row in rows]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        widest = max(cell_len(row[number]) for row in [columns, *cells]) if name else None
+        table.add_column(Text(name), justify="right" if number and name else "left", min_width=widest)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    needed = Measurement.get(console, console.options.update(width=_WIDE), table).minimum
+    if title:
+        console.print(Text(visible(title)), soft_wrap=True)
+    if needed <= console.width:
+        console.print(table)
+        return
+    for row in cells:
+        for name, cell in zip(columns, row, strict=True):
+            console.print(Text(f"{name}: {cell}" if name else cell), soft_wrap=True)
+        console.print()

@@ -1,0 +1,152 @@
+"""Every command that draws a bar or a table, in a terminal of 60, 80 and 200 columns."""
+
+import http.server
+import threading
+from functools import partial
+
+import pytest
+
+from agent.engines.scripted import ScriptedEngine
+from data.corpus import Corpus
+from data.jsonl import read_json, write_jsonl
+from retriever_server.indexes.bm25 import BM25Index
+from scripts import convert, wiring
+from tests.terminal import Terminal
+from tests.toy import build_toy
+
+TITLES = [*"abcdef", "[/bold] {task} \x1b[2J"]
+
+
+@pytest.fixture(params=[60, 80, 200])
+def terminal(request):
+    return Terminal(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy policy with its questions and index; documents, examples with theirs."""
+    folder = build_toy(tmp_path_factory.mktemp("terminal"))
+    (folder / "documents").mkdir()
+    for name in "abc":
+        (folder / "documents" / f"{name}.txt").write_text(f"Once upon a time there was {name}. " * 9)
+    lines = ["question,passage", *(f"where is the {a} fox?,The {a} fox lives here." for a in "abcdef")]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    convert.main(str(folder / "pairs.csv"), str(folder / "pairs"), "sentence-transformers")
+    BM25Index.build(Corpus(folder / "pairs" / "corpus.jsonl"), folder / "pairs" / "index")
+    rows = [
+        {"id": f"q{i}", "question": f"fox {i}?", "golden_answers": ["red"], "metadata": {"kind": title}}
+        for i, title in enumerate(TITLES)
+    ]
+    write_jsonl(folder / "questions.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Wires an engine that searches once, then answers, in the place of the real one."""
+    turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
+    monkeypatch.setattr(
+        wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+    )
+
+
+def the_bar(terminal, title, count):
+    """The line of the bar in the end; it stands there once, whole, with its count."""
+    (line,) = [line for line in terminal.lines if title in line]
+    assert count in line and len(line) < terminal.columns
+    return line
+
+
+def test_corpus(folder, tmp_path, terminal):
+    assert terminal.run("corpus", folder / "documents", "--out", tmp_path / "corpus.jsonl") == 0
+    the_bar(terminal, "reading files", "810 bytes/810 bytes")
+
+
+def test_index(folder, tmp_path, terminal):
+    corpus = folder / "pairs" / "corpus.jsonl"
+    assert terminal.run("index", "--corpus", corpus, "--out", tmp_path / "index") == 0
+    the_bar(terminal, "reading passages", "6/6")
+    assert "indexed 6 passages" in " ".join(terminal.lines)
+
+
+def test_render(folder, tmp_path, terminal):
+    pytest.importorskip("PIL")
+    source = folder / "pairs" / "corpus.jsonl"
+    assert terminal.run("render", source, "--out", tmp_path / "pages", "--processes", 1) == 0
+    the_bar(terminal, "drawing pages", "6/6")
+
+
+def test_convert_and_mine(folder, tmp_path, terminal):
+    source = ["--source", folder / "pairs.csv", "--source_format", "sentence-transformers"]
+    assert terminal.run("convert", *source, "--out", tmp_path) == 0
+    assert (
+        len([line for line in terminal.lines if "reading examples" in line]) == 2
+    )  # passages, then examples
+    terminal = Terminal(terminal.columns)
+    retriever = ["--retriever", folder / "pairs" / "index"]
+    asked = ["--queries", tmp_path / "examples.jsonl", "--corpus", tmp_path / "corpus.jsonl"]
+    assert terminal.run("mine", *asked, *retriever, "--out", tmp_path / "mined.jsonl") == 0
+    the_bar(terminal, "mining queries", "6/6")
+
+
+def test_expand(folder, tmp_path, terminal):
+    generator = "{class_path: tests.retriever_server.training.test_expansion.Shout}"
+    options = [
+        "--corpus",
+        folder / "pairs" / "corpus.jsonl",
+        "--generator",
+        generator,
+        "--passages_at_once",
+        4,
+    ]
+    assert terminal.run("expand", *options, "--out", tmp_path / "expanded.jsonl") == 0
+    the_bar(terminal, "expanding passages", "6/6")
+
+
+def test_evaluate_retriever(folder, terminal):
+    index = folder / "pairs" / "index"
+    options = ["--retriever", index, "--compare", index, "--queries", folder / "questions.jsonl"]
+    assert terminal.run("evaluate-retriever", *options, "--answers", "true") == 0
+    seen = " ".join(terminal.lines)
+    assert seen.count("searching queries") == 2 and "7/7" in seen
+    assert "+0.0000 [+0.0000, +0.0000]" in seen and "answer@100" in seen
+
+
+def test_search(folder, terminal):
+    assert terminal.run("search", "fox", "--retriever", folder / "index") == 0
+    assert terminal.lines[0].startswith("1  ")
+
+
+def test_ask(folder, scripted, terminal):
+    options = ["--policy", folder / "policy", "--retriever", folder / "index"]
+    assert terminal.run("ask", "Which fox?", *options) == 0
+    assert terminal.lines[-2] == "red" and "reading the question" not in " ".join(terminal.lines)
+
+
+def test_evaluate(folder, scripted, tmp_path, terminal):
+    options = ["--policy", folder / "policy", "--retriever", folder / "index", "--out", tmp_path / "scores"]
+    assert terminal.run("evaluate", "--questions", folder / "questions.jsonl", *options) == 0
+    the_bar(terminal, "answering questions", "7/7")
+    assert read_json(tmp_path / "scores" / "scores.json")["n"] == 7
+    seen = " ".join(terminal.lines)
+    assert "1.000" in seen and "[/bold] {task} �[2J" in seen and "…" not in seen
+    assert terminal.run("evaluate", "--questions", folder / "questions.jsonl", *options) == 0  # all is there
+
+
+def test_sizes(terminal):
+    assert terminal.run("sizes", "--passages", 1_000_000, "--sample", 0) == 0
+    seen = " ".join(terminal.lines)
+    assert "flat float16" in seen and "1.5 GB" in seen and "…" not in seen
+
+
+def test_download(folder, tmp_path, terminal, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/pairs.csv"
+        assert terminal.run("download", url, "--out", tmp_path / "pairs.csv") == 0
+        server.shutdown()
+    the_bar(terminal, "pairs.csv  ", f"/{(tmp_path / 'pairs.csv').stat().st_size} bytes")
