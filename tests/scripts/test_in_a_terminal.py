@@ -10,7 +10,7 @@ from agent.engines.scripted import ScriptedEngine
 from data.corpus import Corpus
 from data.jsonl import read_json, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
-from scripts import convert, wiring
+from scripts import convert
 from tests.terminal import Terminal
 from tests.toy import build_toy
 
@@ -46,7 +46,7 @@ def scripted(monkeypatch):
     """Wires an engine that searches once, then answers, in the place of the real one."""
     turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
     monkeypatch.setattr(
-        wiring, "HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+        "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
     )
 
 
