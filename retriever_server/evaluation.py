@@ -37,7 +37,7 @@ def rank_all(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     where: Filter | None = None,
 ) -> Rankings:
-    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the range of their batches."""
+    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the batches."""
     rankings: Rankings = {}
     for start in progress(range(0, len(queries), _QUERIES_AT_ONCE)):
         batch = queries[start : start + _QUERIES_AT_ONCE]
