@@ -4,7 +4,7 @@ SleuthError
 ├── ConfigError            our caller is wrong: a value, an argument, a combination
 ├── DataError              a file is not what it should be: path, line, what is wrong
 ├── StorageError           the disk is full or refuses to be written
-├── CorpusChanged          a passage is no longer what was indexed: its file was rewritten or damaged
+├── CorpusChanged          a passage or vector is no longer what was indexed: a file was rewritten or damaged
 ├── RetrieverError         the retriever, seen from the client
 │   ├── RetrieverUnavailable   nobody answers, or answers 5xx, until the deadline
 │   ├── RetrieverTimeout       it took longer than the deadline
@@ -33,7 +33,7 @@ class StorageError(SleuthError, OSError):
 
 
 class CorpusChanged(SleuthError):
-    """A passage is no longer what was indexed. Servers answer 5xx: it is not the caller's fault."""
+    """A passage or vector is no longer what was indexed. Servers answer 5xx: no caller is at fault."""
 
 
 class RetrieverError(SleuthError):

@@ -128,7 +128,10 @@ class EncodedIndex(Index):
         """
         from retriever_server.encoders.sentence import choose_device, load_encoder
 
-        spec = EncodingSpec(**manifest.spec)
+        try:
+            spec = EncodingSpec(**manifest.spec)
+        except (TypeError, ConfigError) as error:
+            raise DataError(f"{path}: its manifest was changed: {error}") from error
         if spec.hash != manifest.spec_hash:
             raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
         encoder = encoder or load_encoder(spec, device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, CorpusChanged, DataError
 from data.records import Hit
 from retriever_server.encoders.spec import Encoder
 from retriever_server.filters import allowed
@@ -48,6 +48,7 @@ class FaissFile(Retriever):
             encoder = load_encoder(encoder, None, query_prompt, passage_prompt, template, device=device)
         self.corpus, self.encoder, path = Corpus(corpus), encoder, Path(index)
         self._index, vectors = _flat_vectors(path)  # the index owns the memory of its vectors
+        self._path, self._status = path, _status(path)
         if len(vectors) != len(self.corpus):
             raise DataError(f"{path}: {len(vectors)} vectors, but {corpus} has {len(self.corpus)} passages")
         if vectors.shape[1] != encoder.spec.dimension:
@@ -66,6 +67,7 @@ class FaissFile(Retriever):
             raise ConfigError(f"k = {k}: must be >= 1")
         if not queries:
             return []
+        self._check_not_rewritten()
         mask = allowed(self.corpus, where) if where else None
         return [
             [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
@@ -75,6 +77,19 @@ class FaissFile(Retriever):
     def takes_images(self) -> bool:
         """Whether the encoder reads images."""
         return "image" in self.encoder.takes
+
+    def _check_not_rewritten(self) -> None:
+        """Raise CorpusChanged where the very file that is mapped is another now; to read on may kill us."""
+        if not self._path.is_file():
+            return  # removed: what is mapped stays
+        (file, *was), (same, *now) = self._status, _status(self._path)
+        if file == same and was != now:
+            raise CorpusChanged(f"{self._path.name}: rewritten since it was opened; open it again")
+
+
+def _status(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:

