@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agent.trajectory import SegmentKind, Trajectory
 from rl.advantages import ADVANTAGES, Episodes, place_rewards, whiten
-from rl.losses import KL_ESTIMATORS, explained_variance
+from rl.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
     from rl.config import TrainConfig
@@ -64,8 +64,13 @@ def credit(batch: Batch, config: TrainConfig, workers: Workers, token_limit: int
         rewards[written.cumsum(0) - 1] += overlong_penalty(written, token_limit, algorithm.overlong_buffer)
     rewards = rewards.to(batch.device)
     if "reference" in batch.columns and algorithm.kl_in == "reward":
-        kl = KL_ESTIMATORS[algorithm.kl_estimator](batch.joined("old"), batch.joined("reference"))
+        both = batch.joined("old"), batch.joined("reference")
+        kl = KL_ESTIMATORS[algorithm.kl_estimator](*both)
         totals["policy/kl"] = (float(kl.sum()), float(kl.numel()))
+        totals["policy/kl_clamped_fraction"] = (
+            float(kl_clamped(algorithm.kl_estimator, *both)),
+            float(kl.numel()),
+        )
         rewards = rewards - algorithm.kl_coefficient * kl
     values = batch.joined("values") if "values" in batch.columns else None
     turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rl.losses import MAX_LOG_RATIO
+
 
 def sampler_weights(
     kind: Literal["none", "token", "sequence"],
@@ -52,7 +54,7 @@ def mismatch(
     ratio_below_half: tokens of such a ratio.
     """
     log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     sums = {
         "difference": log_ratio.abs().sum(),
         "k3": (ratio - 1 - log_ratio).sum(),

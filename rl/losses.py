@@ -13,6 +13,12 @@ from torch import Tensor
 
 from rl.algorithm import AlgorithmConfig, Averaging
 
+MAX_LOG_RATIO = 20.0
+"""Beyond it, up or down, the log-ratio of a token counts as the bound and has no gradient, as in verl: its
+exponential would be a loss that no float holds. It also bounds k3."""
+MAX_SEQUENCE_LOG_RATIO = 10.0
+"""The same for the mean of a trajectory (gspo), upwards."""
+
 
 @dataclass(frozen=True)
 class PolicyTokens:
@@ -26,7 +32,7 @@ class PolicyTokens:
     @property
     def ratio(self) -> Tensor:
         """How much likelier each token has become (N,)."""
-        return (self.logprobs - self.old_logprobs).exp()
+        return (self.logprobs - self.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
     @property
     def sequence_ratio(self) -> Tensor:
@@ -35,10 +41,16 @@ class PolicyTokens:
         GSPO-token (Zheng et al. 2025, arXiv 2507.18071, section 4.3): where the tokens of a trajectory share
         advantage and weight, loss and gradient are those of GSPO, one ratio a trajectory.
         """
+        moved = self.sequence_log_ratio + self.logprobs - self.logprobs.detach()
+        return moved.clamp(max=MAX_SEQUENCE_LOG_RATIO).exp()
+
+    @property
+    def sequence_log_ratio(self) -> Tensor:
+        """The mean of its trajectory's log-ratios, for each token (N,); no gradient."""
         counts = torch.bincount(self.row).clamp(min=1)
         difference = (self.logprobs - self.old_logprobs).detach()
         means = difference.new_zeros(counts.numel()).index_add(0, self.row, difference) / counts
-        return (means[self.row] + self.logprobs - self.logprobs.detach()).exp()
+        return means[self.row]
 
 
 def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
@@ -98,6 +110,14 @@ def clip_fraction(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
         return cut.float().sum() / max(1, cut.numel())
 
 
+def clamped(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> int:
+    """How many tokens have a log-ratio beyond the bound."""
+    with torch.no_grad():
+        if algorithm.surrogate == "gspo":
+            return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
+        return int(((tokens.logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO).sum())
+
+
 def token_weights(
     averaging: Averaging, counts: Tensor, total_tokens: int, total_trajectories: int, constant_tokens: int
 ) -> Tensor:
@@ -128,8 +148,13 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """q / p - 1 - log(q / p): unbiased and never negative; its gradient is another's.   (N,) -> (N,)"""
-    difference = ref_logprobs - logprobs
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return difference.exp() - 1 - difference
+
+
+def kl_clamped(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> int:
+    """How many tokens have a log-ratio beyond the bound of the estimator."""
+    return int(((logprobs - ref_logprobs).abs() > MAX_LOG_RATIO).sum()) if estimator == "k3" else 0
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

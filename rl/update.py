@@ -7,6 +7,7 @@ through the model, but they stay in the denominator.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,16 @@ from rl.batch import MicroBatch, micro_batches
 from rl.credit import Batch, credit
 from rl.importance import mismatch, sampler_weights
 from rl.lora import without_adapters
-from rl.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights, value_loss
+from rl.losses import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    PolicyTokens,
+    clamped,
+    clip_fraction,
+    kl_clamped,
+    token_weights,
+    value_loss,
+)
 from rl.workers import Workers
 
 if TYPE_CHECKING:
@@ -30,6 +40,8 @@ if TYPE_CHECKING:
     from rl.logprobs import Scorer
     from rl.optimizer import Optimizer
     from rl.rollouts import Group, Totals
+
+logger = logging.getLogger(__name__)
 
 Measure = Callable[[MicroBatch], Tensor]
 """What a model says of each trained token of a micro-batch (N,)."""
@@ -61,6 +73,10 @@ class Updater:
                 self._update_policy(batch, rows, totals)
             if self.critic is not None:
                 self._update_critic(batch, rows, totals)
+        for name in ("policy/clamped_fraction", "policy/kl_clamped_fraction"):
+            beyond, tokens = totals.get(name, (0.0, 0.0))
+            if beyond:
+                logger.warning("%d of %d tokens have a log-ratio beyond its bound (%s)", beyond, tokens, name)
         return totals
 
     @torch.no_grad()
@@ -117,10 +133,13 @@ class Updater:
             _add(totals, f"policy/sampler_{name}", value, int(sampled.sum()))
         _add(totals, "policy/importance_weight", float(trust.sum()), count)
         _add(totals, "policy/clip_fraction", float(clip_fraction(tokens, algorithm)) * count, count)
+        _add(totals, "policy/clamped_fraction", clamped(tokens, algorithm), count)
         _add(totals, "policy/entropy", float(taken.entropy.detach().sum()), count)
         if kl_in_loss:
-            kl = KL_ESTIMATORS[algorithm.kl_estimator](taken.logprobs, batch.joined("reference", each.rows))
+            both = taken.logprobs, batch.joined("reference", each.rows)
+            kl = KL_ESTIMATORS[algorithm.kl_estimator](*both)
             _add(totals, "policy/kl", float(kl.detach().sum()), count)
+            _add(totals, "policy/kl_clamped_fraction", kl_clamped(algorithm.kl_estimator, *both), count)
             loss = loss + algorithm.kl_coefficient * kl
         if algorithm.entropy_coefficient:
             loss = loss - algorithm.entropy_coefficient * taken.entropy

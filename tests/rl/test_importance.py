@@ -82,6 +82,13 @@ def test_equal_to_loops_over_the_definition(counts, seed):
     assert mismatch(old, sampler, sampled) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+def test_the_measures_are_finite_whatever_the_log_ratio():
+    found = mismatch(torch.tensor([0.0, -500.0, 0.0]), torch.tensor([-500.0, 0.0, 0.0]))
+    assert all(map(math.isfinite, found.values())) and found["difference"] == 1000
+    weights = sampler_weights("token", 2.0, torch.zeros(1), torch.tensor([-500.0]), ROW[:1])
+    assert weights.tolist() == [2.0]
+
+
 def test_engines_that_agree_have_no_mismatch():
     assert set(mismatch(SAMPLER, SAMPLER).values()) == {0.0}
 

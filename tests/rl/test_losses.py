@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.algorithm import AlgorithmConfig, Averaging
-from rl.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
+from rl.losses import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    PolicyTokens,
+    clamped,
+    clip_fraction,
+    kl_clamped,
+    token_weights,
+)
 
 AVERAGINGS: list[Averaging] = ["token", "trajectory", "constant"]
 CLIPPED = AlgorithmConfig(clip_low=0.2, clip_high=0.28, dual_clip=2.0)
@@ -117,6 +125,54 @@ def test_on_policy_the_gradient_is_the_policy_gradient(surrogate):
     tokens = replace(tokens, old_logprobs=tokens.logprobs.detach())
     SURROGATES[surrogate](tokens, chosen(surrogate)).sum().backward()
     torch.testing.assert_close(tokens.logprobs.grad, -tokens.advantages)
+
+
+def extreme(differences, advantages):
+    """Tokens of one trajectory each, with these log-ratios."""
+    new = torch.tensor(differences).requires_grad_()
+    row = torch.arange(len(differences))
+    return PolicyTokens(new, torch.zeros(len(row)), torch.tensor(advantages), row)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("dual_clip", [0.0, 2.0])
+def test_losses_and_gradients_are_finite_whatever_the_log_ratio(surrogate, advantage, dual_clip):
+    tokens = extreme([99.0, -99.0, 1e9, -1e9, math.inf], [advantage] * 5)
+    algorithm = chosen(surrogate, dual_clip=dual_clip)
+    loss = SURROGATES[surrogate](tokens, algorithm)[:4]
+    (gradient,) = torch.autograd.grad(loss.sum(), tokens.logprobs)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert clamped(tokens, algorithm) == (3 if surrogate == "gspo" else 5)
+
+
+def test_the_bounds_are_those_of_verl():
+    """clamp(log r, -20, 20) of a token, clamp(mean log r, max=10) of a trajectory; no gradient beyond."""
+    tokens = extreme([99.0, 19.0, 9.0], [-1.0] * 3)
+    for surrogate, bound in (("ppo", 20.0), ("gspo", 10.0)):
+        algorithm = chosen(surrogate, dual_clip=0.0)
+        loss = SURROGATES[surrogate](tokens, algorithm)
+        expected = torch.tensor([99.0, 19.0, 9.0]).clamp(max=bound).exp()
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss.sum(), tokens.logprobs)
+        torch.testing.assert_close(gradient, torch.where(tokens.logprobs > bound, 0.0, expected))
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_kl_estimates_are_finite_whatever_the_log_ratio(estimator):
+    new = torch.tensor([99.0, -99.0, 500.0, -500.0]).requires_grad_()
+    value = KL_ESTIMATORS[estimator](new, torch.zeros(4))
+    (gradient,) = torch.autograd.grad(value.sum(), new)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    assert kl_clamped(estimator, new, torch.zeros(4)) == (4 if estimator == "k3" else 0)
+
+
+def test_within_the_bounds_nothing_is_clamped():
+    tokens = extreme([19.9, -19.9, 3.0], [-1.0] * 3)
+    assert clamped(tokens, CLIPPED) == 0
+    torch.testing.assert_close(tokens.ratio, tokens.logprobs.exp())
+    torch.testing.assert_close(KL_ESTIMATORS["k3"](tokens.logprobs, tokens.old_logprobs),
+                               (-tokens.logprobs).exp() - 1 + tokens.logprobs)  # fmt: skip
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

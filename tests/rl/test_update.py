@@ -1,5 +1,6 @@
 """The update against a plain loop: what may not change it, does not."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,22 @@ def test_a_sampler_that_was_sure_is_corrected_where_the_trainer_is_not():
     (given,), metrics = gradients(config, said(None))
     assert_same(given, plain_gradient())
     assert metrics["policy/importance_weight"] == 1 and "policy/sampler_difference" not in metrics
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_log_ratios_beyond_the_bounds_leave_the_update_finite_and_are_told(monkeypatch, caplog, kl_in):
+    config = changed(updates_per_rollout=2, kl_coefficient=0.1, kl_in=kl_in)
+    measured = Updater._measured
+
+    def far_off(self, batch, measure):
+        return [each - 99 for each in measured(self, batch, measure)]
+
+    monkeypatch.setattr(Updater, "_measured", far_off)
+    seen, metrics = gradients(config, reference=tiny_model("qwen2", VOCABULARY, seed=1))
+    assert all(gradient.isfinite().all() for update in seen for gradient in update.values())
+    assert metrics["policy/clamped_fraction"] == 1 and math.isfinite(metrics["policy/loss"])
+    assert metrics["policy/kl_clamped_fraction"] == (1 if kl_in == "loss" else 0)  # there both are far off
+    assert "tokens have a log-ratio beyond its bound (policy/clamped_fraction)" in caplog.text
 
 
 PRESET_LIKE = {
