@@ -107,7 +107,7 @@ class Corpus:
         try:
             passage = parse_passage(parse_line(line))
         except ValueError as error:  # checked once, maybe by who knew more modalities
-            raise DataError(f"{self.path}: passage {position}: {error}") from error
+            raise CorpusChanged(f"{self.path.name}: passage {position}: {error}") from error
         if not passage.files:
             return passage
         files = {name: str(self._folder / file) for name, file in passage.files.items()}

@@ -70,7 +70,7 @@ class Fuse(_Joined):
     method rrf: a passage scores the sum of weight / (rrf_k + rank), ranks from 1 (Cormack et al. 2009).
     convex: the sum of weight * score, the scores of each part brought to one scale over its `depth` hits:
     `min-max` to [0, 1], `z-score` to mean 0 and spread 1. What a part did not find counts as its last hit.
-    Ties keep the order of the parts. Raises DataError where an id means different passages, or is empty.
+    Ties keep the order of the parts. Raises RetrieverError where an id means different passages, or is empty.
 
     A text index and an index of screenshots go together: a text is asked of both, an image of the parts
     that take images. An id may name a text in one corpus and its image in another.
@@ -291,11 +291,11 @@ def _spread(rankings: Rankings, taken: Sequence[bool]) -> Rankings:
 
 
 def _one_passage(first: Passage, other: Passage) -> Passage:
-    """What two parts know of a passage: one its text, another its image. DataError if they differ."""
+    """What two parts know of a passage: one its text, another its image. RetrieverError if they differ."""
     same = first.text.split() == other.text.split()
     apart = not (first.text and other.text) and (first.image or other.image)
     if not first.id or not (same or apart):
-        raise DataError(f"id {first.id!r} is not one passage to all parts: they differ in corpus")
+        raise RetrieverError(f"id {first.id!r} is not one passage to all parts: they differ in corpus")
     told, shown = (first, other) if first.text else (other, first)
     return told if told.image or not shown.image else replace(told, image=shown.image)
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from data.errors import ConfigError, DataError, RetrieverTimeout, RetrieverUnavailable
+from data.errors import ConfigError, DataError, RetrieverError, RetrieverTimeout, RetrieverUnavailable
 from data.records import Hit, Passage
 from retriever_server.compose import Cached, Fuse, Sharded
 from retriever_server.retriever import Retriever
@@ -88,7 +88,7 @@ def test_ids_that_mean_different_passages_are_refused(text):
         def search(self, queries, k, where=None):
             return [[Hit(Passage("x" if text else "", text), 1.0, "f")] for _ in queries]
 
-    with pytest.raises(DataError, match="is not one passage to all parts"):
+    with pytest.raises(RetrieverError, match="is not one passage to all parts"):
         found(Fuse([Fixed("a", A), Foreign("f", {})]))
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError, RetrieverRefused, RetrieverUnavailable
+from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused, RetrieverUnavailable
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
 from retriever_server.app import Limits, create_app
@@ -90,7 +90,7 @@ def test_texts_that_differ_are_no_one_passage_though_one_has_an_image(texts, fol
     rows = [{"id": i, "text": "other green", "image": f"{c}.png"} for i, c in NAMES.items()]
     write_jsonl(folder / "other.jsonl", rows)
     other = FlatIndex.build(Corpus(folder / "other.jsonl"), folder / "other", Colours())
-    with pytest.raises(DataError, match="is not one passage to all parts"):
+    with pytest.raises(RetrieverError, match="is not one passage to all parts"):
         Fuse([texts, other]).search(["green"], 1)
 
 

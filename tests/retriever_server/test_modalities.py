@@ -10,7 +10,7 @@ import pytest
 
 from data import modalities
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
 from retriever_server.encoders.pictures import kind_of
@@ -158,7 +158,7 @@ def test_items_and_specs_name_their_modality(audio):
 def test_what_nobody_registered_is_refused_by_name(audio, sounds, monkeypatch):
     corpus = Corpus(sounds)
     monkeypatch.setattr(modalities, "_KNOWN", {"image": modalities._KNOWN["image"]})
-    with pytest.raises(DataError, match='passage 0: neither "contents" nor "text" nor "image"'):
+    with pytest.raises(CorpusChanged, match='passage 0: neither "contents" nor "text" nor "image"'):
         corpus[0]
     with pytest.raises(
         ConfigError, match=r"inputs 'audio': must be one of text, image, text\+image \(data.mod"
