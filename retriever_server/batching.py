@@ -22,6 +22,7 @@ from data.errors import (
     RetrieverRefused,
     RetrieverTimeout,
     RetrieverUnavailable,
+    SleuthError,
 )
 from data.records import Item
 
@@ -212,7 +213,8 @@ def run_isolated(work: Work, items: list[Any]) -> list[Any]:
             return [error] * len(items)
         if len(items) == 1:
             if not isinstance(error, RetrieverRefused):
-                _log.exception("failed: %.200r", getattr(items[0], "text", items[0]))
+                asked, unforeseen = getattr(items[0], "text", items[0]), not isinstance(error, SleuthError)
+                _log.error("failed: %.200r: %s", asked, error, exc_info=unforeseen)
             return [error]
     half = len(items) // 2
     return run_isolated(work, items[:half]) + run_isolated(work, items[half:])
