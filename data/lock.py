@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,10 +42,7 @@ def lock(path: Path, what: str, holder: str, shared: bool = False) -> IO[str]:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            found = file.read().strip() or "unknown"
-            file.close()
-            raise ConfigError(f"{what} by process {found}") from error
+            raise ConfigError(f"{what} by process {_holder(file)}") from error
         except OSError as error:
             logger.warning("%s: no locks here (%s): see yourself that no other does the same", path, error)
         if _is_at(path, file):
@@ -69,6 +67,17 @@ def locked(path: Path, what: str, shared: bool = False) -> Iterator[None]:
         except OSError:  # others share it
             pass
         file.close()
+
+
+def _holder(file: IO[str]) -> str:
+    """Who has the lock: it writes that down right after it got it. Closes the file."""
+    with file:
+        for _ in range(20):
+            file.seek(0)
+            if found := file.read().strip():
+                return found
+            time.sleep(0.05)
+    return "unknown"
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:

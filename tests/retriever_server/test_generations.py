@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,17 @@ def test_a_lock_removed_while_it_is_waited_for_locks_nothing(tmp_path, monkeypat
     monkeypatch.setattr(fcntl, "flock", unlink_first)
     with building(tmp_path / "index"):
         assert (tmp_path / ".index.lock").read_text().startswith(f"{os.getpid()} on ")
+
+
+def test_a_holder_that_has_just_begun_is_named_too(tmp_path):
+    path = tmp_path / ".index.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        begin = threading.Timer(0.2, path.write_text, ["7 on a (b)"])
+        begin.start()
+        with pytest.raises(ConfigError, match=r"by process 7 on a \(b\)$"), building(tmp_path / "index"):
+            pass
+    begin.join()
 
 
 def test_an_index_that_is_there_is_taken_from_a_folder_without_the_right_to_write(tmp_path, corpus):
