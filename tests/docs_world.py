@@ -6,7 +6,10 @@ import shutil
 import socket
 from pathlib import Path
 
+from data.atlas.build import build_atlas
+from data.corpus import Corpus
 from data.jsonl import write_jsonl
+from retriever_server.indexes.bm25 import BM25Index
 from tests.retriever_server.encoders import tiny_model
 
 PASSAGES = [
@@ -36,12 +39,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def stand_ins(folder: Path, root: Path) -> None:
-    """Fill the folder in which the blocks of a page run: the repository's own folders by link, then data."""
+def stand_ins(folder: Path, root: Path, demo: bool, atlas: bool) -> None:
+    """Fill the folder in which the blocks of a page run: the repository's own folders by link, then data.
+
+    demo, atlas: make what another page makes, too.
+    """
     for name in ("scripts", "agent", "rl", "retriever_server", "data", "docs", "pyproject.toml", ".venv"):
         (folder / name).symlink_to(root / name)
     for name in ("POLICY", "Qwen/Qwen2.5-3B", "runs/mine/checkpoints/step-000100"):
         shutil.copytree(root / "agent" / "seed_policy", folder / name)
+    (folder / "runs/quickstart").mkdir()
+    (folder / "runs/quickstart/policy").symlink_to(folder / "POLICY")
     for name, kind in MODELS.items():
         saved = Path(tiny_model(folder / "made" / name, kind))
         shutil.copytree(saved, folder / name)
@@ -50,6 +58,15 @@ def stand_ins(folder: Path, root: Path) -> None:
         write_jsonl(at / "corpus.jsonl", PASSAGES)
         for name in ("train", "dev", "questions", "queries"):
             write_jsonl(at / f"{name}.jsonl", QUESTIONS)
+    if atlas:
+        build_atlas(folder / "runs" / "atlas")
+    if demo:
+        write_jsonl(folder / "runs" / "demo" / "corpus.jsonl", PASSAGES[:3])
+    write_jsonl(folder / "runs" / "corpus.jsonl", PASSAGES)
+    for at in (folder / "runs", *(folder / "runs" / "demo",) * demo, *(folder / "runs" / "atlas",) * atlas):
+        BM25Index.build(Corpus(at / "corpus.jsonl"), at / "index")
+    recipe = ["policy: POLICY", "questions: train.jsonl", "retriever: runs/index", "out: runs/my-recipe"]
+    (folder / "my_recipe.yaml").write_text("\n".join(recipe))
     rows = [("q1", "3"), ("q2", "1"), ("q3", "4")]
     table = "".join(f"{query}\t{passage}\t1\n" for query, passage in rows)
     (folder / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n{table}")
