@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,21 @@ def _own_modules() -> dict[str, Any]:
 def _not_loaded(model: str, error: Exception) -> ConfigError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ConfigError(f"encoder {model!r}: no sentence-transformers model loads from there ({reason})")
+
+
+def limit_tokens(model: Any, max_tokens: int | None) -> None:
+    """Cut texts at `max_tokens` from now on; None: where the model was saved to cut them.
+
+    Raises ConfigError above the rows of its table of positions, if it has one.
+    """
+    if max_tokens is None:
+        return
+    for name, module in model.named_modules():
+        if "vision" in name or not re.search(r"\b(position_embeddings?|wpe)$", name):
+            continue
+        if positions := getattr(module, "num_embeddings", 0):
+            offset = getattr(module, "padding_idx", None)  # RoBERTa counts from behind it
+            positions -= 0 if offset is None else offset + 1
+            if max_tokens > positions:
+                raise ConfigError(f"max_tokens = {max_tokens}: must be <= {positions}, the model's positions")
+    model.max_seq_length = max_tokens

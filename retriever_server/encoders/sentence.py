@@ -26,7 +26,7 @@ from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
-from retriever_server.encoders.loading import check_projects, load_model
+from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
 from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.pictures import (
     as_model_input,
@@ -87,8 +87,7 @@ def load_encoder(
     loaded = load_model(source, kind, device, dtype)
     if kind == "multi":
         check_projects(source)
-    if max_tokens is not None:
-        loaded.max_seq_length = max_tokens
+    limit_tokens(loaded, max_tokens)
     if dimension is not None:
         _keep_prefix(loaded, model, dimension)
     trained = saved_spec(source)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from retriever_server.encoders.eos import append_eos
+from retriever_server.encoders.loading import limit_tokens
 from retriever_server.encoders.proofs import prove
 from retriever_server.encoders.two_way import make_two_way
 from retriever_server.rerank import QUESTION
@@ -89,8 +90,7 @@ def promptreps(
             name, representation=representation, top_tokens=top_tokens, model_kwargs={"dtype": dtype}
         ),
     )
-    if max_tokens is not None:
-        module.max_seq_length = max_tokens
+    limit_tokens(module, max_tokens)
     prompts = [_ask(module.tokenizer, role) for role in ("Query", "Passage")]
     of, similarity = (SentenceTransformer, "cosine") if representation == "dense" else (SparseEncoder, "dot")
     return _assemble(of, [module], prompts[0], prompts[1], similarity)

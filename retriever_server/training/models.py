@@ -14,6 +14,7 @@ from typing import Any, Literal
 from data.errors import ConfigError
 from data.gguf import converted_gguf
 from data.hub import find_model
+from retriever_server.encoders.loading import limit_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,11 @@ def cross_encoder(base: Base, max_tokens: int | None = None, dtype: str = "float
     """A reranker that reads query and passage together and gives one number."""
     from sentence_transformers import CrossEncoder
 
-    return _load(base, lambda name: CrossEncoder(
-        name, num_labels=1, max_length=max_tokens, device="cpu", model_kwargs={"dtype": dtype}
-    ))  # fmt: skip
+    model = _load(
+        base, lambda name: CrossEncoder(name, num_labels=1, device="cpu", model_kwargs={"dtype": dtype})
+    )
+    limit_tokens(model, max_tokens)
+    return model
 
 
 def pretrained(
@@ -177,14 +180,13 @@ def pretrained(
 
     kind: read from the folder if not given. Prompts that are not given stay as they were saved.
     """
-    from retriever_server.encoders.sentence import load_model
+    from retriever_server.encoders.loading import load_model
 
     model = load_model(base, kind, "cpu", dtype)
     for role, prompt in (("query", query_prompt), ("document", passage_prompt)):
         if prompt is not None:
             model.prompts[role] = prompt
-    if max_tokens is not None:
-        model.max_seq_length = max_tokens
+    limit_tokens(model, max_tokens)
     return model
 
 
@@ -208,8 +210,7 @@ def _transformer(base: Base, max_tokens: int | None, dtype: str, **options: Any)
     transformer = _load(base, lambda name: Transformer(name, **options))
     if "modality_config" not in options and set(transformer.modality_config) == {"text", "message"}:
         transformer.modality_config.pop("message")  # or every text would be put into the chat template
-    if max_tokens is not None:
-        transformer.max_seq_length = max_tokens
+    limit_tokens(transformer, max_tokens)
     return transformer
 
 

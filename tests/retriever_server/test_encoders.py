@@ -19,6 +19,7 @@ from retriever_server.encoders.spec import EncodingSpec, self_test
 from retriever_server.encoders.vectors import Multi, concatenate, rows_of, similarities, take
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.faiss_file import FaissFile
+from retriever_server.training.models import cross_encoder
 from scripts import index as command
 from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
 
@@ -243,3 +244,18 @@ def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(tmp_path, kind, 
         for i in range(2):
             np.testing.assert_allclose(*(rows_of(each, i) for each in (whole, expected)), atol=1e-6)
     assert min(read) == len("small") and read[0] < 10_000
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "multi"])
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path, kind):
+    model = tiny_model(tmp_path / kind, kind)
+    assert load_encoder(model, kind, max_tokens=64, device="cpu").spec.max_tokens == 64
+    with pytest.raises(ConfigError, match=r"max_tokens = 65: must be <= 64, the model's positions"):
+        load_encoder(model, kind, max_tokens=65, device="cpu")
+
+
+def test_a_reranker_with_more_tokens_than_positions_is_refused(tmp_path):
+    base = tiny_model(tmp_path / "cross", "cross")
+    assert cross_encoder(base, max_tokens=64).max_seq_length == 64
+    with pytest.raises(ConfigError, match="must be <= 64"):
+        cross_encoder(base, max_tokens=65)
