@@ -39,10 +39,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def stand_ins(folder: Path, root: Path, demo: bool, atlas: bool) -> None:
+def stand_ins(folder: Path, root: Path, demo: bool) -> None:
     """Fill the folder in which the blocks of a page run: the repository's own folders by link, then data.
 
-    demo, atlas: make what another page makes, too.
+    demo: make the index that another page makes, too.
     """
     for name in ("scripts", "agent", "rl", "retriever_server", "data", "docs", "pyproject.toml", ".venv"):
         (folder / name).symlink_to(root / name)
@@ -51,20 +51,19 @@ def stand_ins(folder: Path, root: Path, demo: bool, atlas: bool) -> None:
     (folder / "runs/quickstart").mkdir()
     (folder / "runs/quickstart/policy").symlink_to(folder / "POLICY")
     for name, kind in MODELS.items():
-        saved = Path(tiny_model(folder / "made" / name, kind))
+        saved = Path(tiny_model(folder / "made" / name, kind, positions=512))
         shutil.copytree(saved, folder / name)
     (folder / "squad").mkdir()
     for at in (folder, folder / "squad"):
         write_jsonl(at / "corpus.jsonl", PASSAGES)
         for name in ("train", "dev", "questions", "queries"):
             write_jsonl(at / f"{name}.jsonl", QUESTIONS)
-    if atlas:
-        build_atlas(folder / "runs" / "atlas")
+    build_atlas(folder / "runs" / "atlas")
     if demo:
         write_jsonl(folder / "runs" / "demo" / "corpus.jsonl", PASSAGES[:3])
     write_jsonl(folder / "runs" / "corpus.jsonl", PASSAGES)
-    for at in (folder / "runs", *(folder / "runs" / "demo",) * demo, *(folder / "runs" / "atlas",) * atlas):
-        BM25Index.build(Corpus(at / "corpus.jsonl"), at / "index")
+    for at in (folder / "runs", *(folder / "runs" / "demo",) * demo, folder / "runs" / "atlas"):
+        BM25Index.build(Corpus(at / "corpus.jsonl"), at / "index", title_boost=3 if at.name == "atlas" else 1)
     recipe = ["policy: POLICY", "questions: train.jsonl", "retriever: runs/index", "out: runs/my-recipe"]
     (folder / "my_recipe.yaml").write_text("\n".join(recipe))
     rows = [("q1", "3"), ("q2", "1"), ("q3", "4")]

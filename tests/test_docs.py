@@ -108,7 +108,7 @@ def test_commands_and_options_exist(block):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_page_runs_as_printed(page, tmp_path):
     text = page.read_text()
-    stand_ins(tmp_path, ROOT, demo="runs/demo/corpus.jsonl <<" not in text, atlas="sleuth atlas" not in text)
+    stand_ins(tmp_path, ROOT, demo="runs/demo/corpus.jsonl <<" not in text)
     reader = Reader(tmp_path)
     try:
         if "127.0.0.1:8000" in text and "--port 8000" not in text:
@@ -173,6 +173,8 @@ def smaller(text: str) -> str:
         for command, options in SMALLER.items():
             if command in code and "--help" not in code and "--print_config" not in code:
                 code = re.sub(r"( >.*| &)?$", rf" {options}\1", code, count=1)
+        if code.startswith("sleuth serve") and "--port" not in code:
+            code += f" --port {free_port()}"
         if found := re.match(r"sleuth serve .*--port (\d+)", code):
             ready, log = f"curl -sfo /dev/null http://127.0.0.1:{found[1]}/readyz", f"serve-{found[1]}.log"
             code = f"{code.removesuffix('&')} > {log} 2>&1 &\n"
@@ -195,7 +197,7 @@ class Session:
     def run(self, text: str, where: str) -> str:
         """Return what the block prints; an AssertionError where a command of it fails."""
         assert self._bash.stdin and self._bash.stdout
-        self._bash.stdin.write(f"( set -e\n{text}\n)\necho END-OF-BLOCK $?\n")
+        self._bash.stdin.write(f"( set -e\n{text}\n) </dev/null; printf '\\nEND-OF-BLOCK %s\\n' $?\n")
         self._bash.stdin.flush()
         lines = []
         for line in self._bash.stdout:

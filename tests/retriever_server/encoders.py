@@ -49,7 +49,7 @@ class FakeEncoder(Encoder):
         return counts
 
 
-def tiny_model(folder: Path, kind: str) -> str:
+def tiny_model(folder: Path, kind: str, positions: int = 64) -> str:
     """A saved sentence-transformers model of this kind: two layers of 32, a vocabulary of characters.
 
     kind: dense, sparse or multi; cross is a cross-encoder.
@@ -75,7 +75,7 @@ def tiny_model(folder: Path, kind: str) -> str:
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, initializer_range=0.5, num_labels=1,
+        intermediate_size=64, max_position_embeddings=positions, initializer_range=0.5, num_labels=1,
     )  # fmt: skip
     of = {"sparse": BertForMaskedLM, "cross": BertForSequenceClassification}.get(kind, BertModel)
     of(config).save_pretrained(folder)
