@@ -14,11 +14,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable, SleuthError
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverRefused,
+    RetrieverUnavailable,
+    SleuthError,
+)
 from data.records import Hit, Item, Passage
 from retriever_server.http import Outcome
 from retriever_server.replicas import open_http
-from retriever_server.retriever import Query, Retriever, inside
+from retriever_server.retriever import Query, Retriever, inside, text_in
 from retriever_server.wire import carried
 
 _log = logging.getLogger(__name__)
@@ -72,10 +79,12 @@ class SearchClient:
     async def search(self, query: Query, k: int) -> list[Hit]:
         """The best `k` hits, best first; raises a RetrieverError if nobody could answer.
 
-        DataError naming the file for an image that is none, where it has to travel.
+        DataError naming the file for an image that is none, where it has to travel. A query that is not
+        Unicode is refused alone, not with all that would travel with it.
         """
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
+        _check_unicode(text_in(query))
         if isinstance(query, Item) and self.waits:
             query = await asyncio.to_thread(carried, query)
         loop = asyncio.get_running_loop()
@@ -164,6 +173,13 @@ class _LoopState:
     open: dict[int, _Batch] = field(default_factory=dict)
     """k -> the batch that queries may still join."""
     tasks: set[asyncio.Task] = field(default_factory=set)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}") from error
 
 
 def _settle(waiter: asyncio.Future, outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import logging
 import random
 import time
@@ -41,6 +42,9 @@ PROBE_QUERY = "a"
 _REFUSES_THE_QUERIES = {400, 413, 422}
 """Other 4xx refuse the address or the caller: asking again with fewer queries is useless."""
 _WORTH_A_RETRY = {408, 425, 429}
+_MOST_QUERIES, _MOST_HITS = 512, 20_000
+"""Of one request: more queries go in several, one after the other."""
+_MAX_REPLY_BYTES = 64 << 20
 
 
 class Http:
@@ -71,7 +75,9 @@ class Http:
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
         """The hits of each query; a refused batch is halved until the bad query stands alone."""
-        return await self._ask(queries, k, time.monotonic())
+        start, size = time.monotonic(), max(1, min(_MOST_QUERIES, _MOST_HITS // k))
+        parts = [queries[i : i + size] for i in range(0, len(queries), size)]
+        return [outcome for part in parts for outcome in await self._ask(part, k, start)]
 
     async def probe(self) -> None:
         """Raise a RetrieverError, within seconds, where nobody listens or what answers ranks no passages.
@@ -86,21 +92,32 @@ class Http:
 
     async def picture(self, passage: Passage, side: int) -> bytes:
         """As the server shows it: asked once, of the server that is asked for hits alone."""
-        import httpx
-
-        place = f"{self.url}{thumbnail_link(passage)}"
-        try:
-            async with asyncio.timeout(self.deadline_seconds):
-                response = await self._session().get(place, params={"side": side})
-        except (httpx.TransportError, TimeoutError) as error:
-            raise RetrieverUnavailable(f"{place}: {type(error).__name__}: {error}") from error
-        if response.status_code != 200:
-            raise RetrieverRefused(f"{place}: answered {response.status_code}: {response.text[:200]}")
-        return response.content
+        path = thumbnail_link(passage)
+        kind, content = await self._get_within(path, self.deadline_seconds, params={"side": side})
+        if not kind.startswith("image/"):
+            raise RetrieverUnavailable(f"{self.url}{path}: answered with {kind or 'no type'}, no image")
+        return content
 
     async def get(self, path: str, seconds: float) -> Any:
-        """The answer to a GET, a httpx.Response; raises httpx.TransportError."""
-        return await self._session().get(self.url + path, timeout=seconds)
+        """The JSON object in the answer to a GET; raises RetrieverRefused, or RetrieverUnavailable."""
+        kind, content = await self._get_within(path, seconds)
+        try:
+            if isinstance(answer := _parse_json(kind, content), dict):
+                return answer
+            raise DataError("no JSON object")
+        except DataError as error:
+            raise RetrieverUnavailable(f"{self.url}{path}: malformed answer: {error}") from error
+
+    async def _get_within(self, path: str, seconds: float, **options: Any) -> tuple[str, bytes]:
+        """The type and the bytes of the answer to a GET that is sent once."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._exchange("GET", path, **options)
+        except (_TryAgain, TimeoutError) as error:
+            reason = str(error) or f"no answer within {seconds:g} s"
+            raise RetrieverUnavailable(f"{self.url}{path}: {reason}") from error
+        except _QueriesRefused as error:
+            raise RetrieverRefused(*error.args) from error
 
     def filtered(self, where: Filter) -> Self:
         """The same server and connections, asked for what matches alone."""
@@ -137,6 +154,8 @@ class Http:
             except TimeoutError:
                 raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
+                if isinstance(failure, _TooLong) and len(queries) > 1:
+                    raise _QueriesRefused(str(failure)) from failure  # fewer may fit
                 attempt, last_failure = attempt + 1, failure
                 delay = failure.after_seconds or self._delay(attempt)
                 if time.monotonic() - start + delay >= min(self.deadline_seconds, self.patience_seconds):
@@ -172,29 +191,42 @@ class Http:
             rankings = await self._post("/retrieve", body, lambda answer: parse_hits(answer, self.url))
         if len(rankings) != len(queries):
             raise _TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
+        if (most := max((len(row) for row in rankings if isinstance(row, list)), default=0)) > k:
+            raise _TryAgain(f"{most} hits of a query that asked for {k}")
         return rankings
 
     async def _post(self, path: str, body: Any, parse: Callable[[Any], _Parsed]) -> _Parsed:
         """What `parse` reads in the JSON answer to one request; a failure that may pass is a _TryAgain."""
-        import httpx
-
         try:
-            response = await self._session().post(self.url + path, json=body)
-        except httpx.TransportError as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
-        self._check_status(response)
-        try:
-            return parse(response.json())
-        except (ValueError, DataError) as error:
+            return parse(_parse_json(*await self._exchange("POST", path, json=body)))
+        except UnicodeEncodeError as error:
+            raise _QueriesRefused("a query is not Unicode: half a surrogate pair") from error
+        except DataError as error:
             raise _TryAgain(f"malformed answer: {error}") from error
 
-    def _check_status(self, response: Any) -> None:
+    async def _exchange(self, method: str, path: str, **options: Any) -> tuple[str, bytes]:
+        """The type and the bytes of an answer with status 200; reads no more than is sound."""
+        import httpx
+
+        content = bytearray()
+        try:
+            async with self._session().stream(method, self.url + path, **options) as response:
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > _MAX_REPLY_BYTES:
+                        raise _TooLong(f"an answer of more than {_MAX_REPLY_BYTES:,} bytes")
+        except httpx.HTTPError as error:  # a broken connection, or a body that cannot be unpacked
+            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+        self._check_status(response, content[:200].decode("utf-8", "replace"))
+        return response.headers.get("content-type", ""), bytes(content)
+
+    def _check_status(self, response: Any, body: str) -> None:
         """Raise what the HTTP status means; a server's own reason goes into the message."""
         status = response.status_code
         if status == 200:
             return
-        reason = f"{self.url}: answered {status}: {response.text[:200]}"
-        if status >= 500 or status in _WORTH_A_RETRY:
+        reason = f"{self.url}: answered {status}: {body}"
+        if status >= 500 or status < 300 or status in _WORTH_A_RETRY:
             raise _TryAgain(reason, _seconds(response.headers.get("retry-after")))
         if status in _REFUSES_THE_QUERIES:
             raise _QueriesRefused(reason)
@@ -237,10 +269,28 @@ class _TryAgain(Exception):
         self.after_seconds = after_seconds
 
 
+class _TooLong(_TryAgain):
+    """The answer does not end."""
+
+
 class _QueriesRefused(Exception):
     """The server refuses what is in this request."""
 
 
+def _parse_json(kind: str, content: bytes) -> Any:
+    """The JSON in an answer of this content type; DataError where there is none."""
+    if kind and "json" not in kind.lower():
+        raise DataError(f"of type {kind[:60]!r}, not JSON")
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(str(error)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _seconds(retry_after: str | None) -> float | None:
     """A Retry-After header in seconds; None if absent or a date."""
-    return float(retry_after) if retry_after and retry_after.isdigit() else None
+    return float(retry_after) if retry_after and retry_after.isdecimal() and retry_after.isascii() else None

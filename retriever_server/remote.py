@@ -84,15 +84,14 @@ class Remote(Retriever):
 
     async def _ask_generation(self) -> str:
         """ "" where nobody says; a server that knows no /healthz is not asked again."""
-        import httpx
-
         try:
-            answer = await self._http.get("/healthz", _HEALTH_SECONDS)
-            if answer.status_code in (200, 404, 405):
-                self._says_generation = answer.status_code == 200 and bool(answer.json().get("generation"))
-            return str(answer.json().get("generation") or "") if self._says_generation else ""
-        except (httpx.TransportError, ValueError, AttributeError):
+            generation = (await self._http.get("/healthz", _HEALTH_SECONDS)).get("generation")
+        except RetrieverUnavailable:
             return ""
+        except RetrieverRefused:
+            generation = None
+        self._says_generation = bool(generation)
+        return str(generation or "")
 
     def takes_images(self) -> bool:
         """What the server says in its /v1/info; True where it is not there: let the search tell."""
@@ -104,16 +103,11 @@ class Remote(Retriever):
         return self._takes_images[1]
 
     async def _ask_takes_images(self) -> bool | None:
-        import httpx
-
         try:
-            answer = await self._http.get("/v1/info", _HEALTH_SECONDS)
-            if answer.status_code == 404:
-                return False
-            return "image" in answer.json()["accepts"] if answer.status_code == 200 else None
-        except httpx.TransportError:
+            return "image" in (await self._http.get("/v1/info", _HEALTH_SECONDS))["accepts"]
+        except RetrieverUnavailable:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (RetrieverRefused, KeyError, TypeError):
             return False  # another project's, or older than images
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:

@@ -14,6 +14,9 @@ one end is ever opened by the other because the wire says so.
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,13 +60,15 @@ def render_hits(rankings: list[list[Hit]], generation: str, return_scores: bool)
 def parse_hits(body: Any, url: str = "") -> list[list[Hit]]:
     """The hits in a decoded JSON answer, of ours or of any Search-R1 server, in either score mode.
 
-    Score 0.0 and generation "" where the server sends none. The image of a passage that has one is the
-    address of its thumbnail at `url`, the server's. Raises DataError for anything else.
+    Score 0.0 and generation "" where the server sends none; a document of a web search goes by its
+    url, or where it is nothing but `contents`, as of Search-R1's web servers, by a hash of them. The image of
+    a passage that has one is the address of its thumbnail at `url`, the server's. Raises DataError for
+    anything else: no id, a score that is no finite number, a field of another type.
     """
     rows = body.get("result") if isinstance(body, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise DataError("the answer has no `result` that is a list of rows")
-    generation = str(body.get("generation", ""))
+    generation = _checked_text("generation", body.get("generation") or "")
     return [[_parse_hit(item, generation, url) for item in row] for row in rows]
 
 
@@ -77,12 +82,12 @@ def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError
     """The hits, or the error, of each query in an answer of `/v1/search`; images as in `parse_hits`."""
     try:
         return [
-            RetrieverError(result["error"])
+            RetrieverError(_checked_text("error", result["error"]))
             if result["error"]
-            else [Hit(_found_passage(hit, url), hit["score"], hit["generation"]) for hit in result["hits"]]
-            for result in answer["results"]
+            else [_found_hit(hit, url) for hit in _checked("hits", result["hits"], list)]
+            for result in _checked("results", answer["results"], list)
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"no answer of /v1/search ({error!r})") from error
 
 
@@ -116,9 +121,12 @@ def _render_query(query: Input) -> str | dict[str, str]:
     return {"text": query.text, "image": base64.b64encode(query.image).decode()}
 
 
-def _found_passage(hit: Mapping[str, Any], url: str) -> Passage:
-    passage = Passage(hit["id"], hit["text"], hit["title"], hit["metadata"])
-    return replace(passage, image=url + thumbnail_link(passage)) if hit.get("thumbnail") else passage
+def _found_hit(hit: Mapping[str, Any], url: str) -> Hit:
+    title, text = _checked_text("title", hit["title"]), _checked_text("text", hit["text"])
+    passage = Passage(_checked_id(hit), text, title, _checked("metadata", hit["metadata"], dict))
+    if hit.get("thumbnail"):
+        passage = replace(passage, image=url + thumbnail_link(passage))
+    return Hit(passage, _checked_score(hit["score"]), _checked_text("generation", hit["generation"]))
 
 
 def render_document(hit: Hit) -> dict[str, Any]:
@@ -147,21 +155,48 @@ def _parse_hit(item: Any, generation: str, url: str) -> Hit:
     document, score = item, 0.0
     if isinstance(item, dict) and "document" in item:
         document, score = item["document"], item.get("score", 0.0)
-    if not isinstance(document, dict) or not isinstance(score, int | float):
-        raise DataError("a hit of the answer is no document with a number as its score")
-    title, text = document.get("title"), document.get("text")
-    if not isinstance(text, str):
-        if not isinstance(document.get("contents"), str):
-            raise DataError("a document of the answer has neither `text` nor `contents`")
-        title, text = _split_contents(document["contents"])
-    metadata = document.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    title, text = _checked("document", document, dict).get("title"), document.get("text")
+    if text is None:
+        title, text = _split_contents(_checked_text("contents", document.get("contents")))
+    metadata = _checked("metadata", document.get("metadata") or {}, dict)
     if isinstance(document.get("url"), str):
         metadata = {"url": document["url"], **metadata}
-    passage = Passage(str(document.get("id", "")), text, str(title or ""), metadata)
+    title, text = _checked_text("title", title or ""), _checked_text("text", text)
+    if item == {"document": {"contents": document.get("contents")}}:
+        document = {"id": hashlib.sha256(document["contents"].encode()).hexdigest()[:16]}
+    passage = Passage(_checked_id(document), text, title, metadata)
     if document.get("thumbnail"):
         passage = replace(passage, image=url + thumbnail_link(passage))
-    return Hit(passage, float(score), generation)
+    return Hit(passage, _checked_score(score), generation)
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise DataError(f"the answer's {name} must be {kind.__name__}, found {json.dumps(value)[:40]}")
+    return value
+
+
+def _checked_text(name: str, value: Any) -> str:
+    try:
+        _checked(name, value, str).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the answer's {name} is not Unicode: half a surrogate pair") from error
+    return value
+
+
+def _checked_id(document: Mapping[str, Any]) -> str:
+    """The id of a passage, a string or an integer; its url where it has none, as pages of the web."""
+    found = document.get("id", document.get("url"))
+    if found in (None, "") or isinstance(found, bool):
+        raise DataError("the answer has a passage without an id")
+    return _checked_text("id", str(found) if isinstance(found, int) else found)
+
+
+def _checked_score(value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -sys.float_info.max <= value <= sys.float_info.max:
+        raise DataError(f"the answer's score must be a finite number, found {json.dumps(value)[:40]}")
+    return float(value)
 
 
 def _split_contents(contents: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from retriever_server.schema import RetrieveBody, parse
 from retriever_server.wire import (
     RetrieveRequest,
     parse_hits,
+    parse_results,
     render_hits,
     render_request,
 )
@@ -48,26 +49,66 @@ def test_documents_of_stock_servers_are_understood():
     unscored = {"result": [[{"id": "7", "contents": contents}], []]}
     assert parse_hits(unscored) == [[Hit(passage, 0.0, "")], []]
     web = {"result": [[{"document": {"contents": "no title here", "url": "http://a"}}]]}
-    assert parse_hits(web)[0][0].passage == Passage("", "no title here", metadata={"url": "http://a"})
+    assert parse_hits(web)[0][0].passage == Passage("http://a", "no title here", metadata={"url": "http://a"})
+    bare = {"result": [[{"document": {"contents": text}} for text in ('"T"\none', '"T"\ntwo')]]}
+    first, second = (hit.passage for hit in parse_hits(bare)[0])
+    assert (first.title, first.text) == ("T", "one") and first.id != second.id
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        None,
-        [],
-        {},
-        {"result": None},
-        {"result": [None]},
-        {"result": [["text"]]},
-        {"result": [[{"document": {"id": "1"}}]]},
-        {"result": [[{"document": {"text": "x"}, "score": "high"}]]},
-        {"results": []},
-    ],
-)
+DOCUMENT = {"id": "1", "title": "T", "text": "x"}
+
+
+def scored(score, **changes):
+    return {"result": [[{"document": {**DOCUMENT, **changes}, "score": score}]]}
+
+
+NO_ANSWERS = {
+    "null": None,
+    "a list": [],
+    "nothing": {},
+    "no rows": {"result": None},
+    "a row of null": {"result": [None]},
+    "a hit of text": {"result": [["text"]]},
+    "a hit of null": {"result": [[None]]},
+    "a document of text": {"result": [[{"document": "x", "score": 1}]]},
+    "no text": {"result": [[{"document": {"id": "1"}}]]},
+    "another name": {"results": []},
+    "generation": {"result": [], "generation": 7},
+    **{f"score {score!r}": scored(score) for score in ("1", None, True, [1], 10**400)},
+    **{f"score {score!r}": scored(score) for score in map(float, ("nan", "inf", "-inf"))},
+    **{f"id {value!r}": scored(1.0, id=value) for value in (None, "", True, 1.5, ["1"], {}, "\ud800")},
+    **{f"text {value!r}": scored(1.0, text=value) for value in (1, ["x"], "\udfff")},
+    **{f"title {value!r}": scored(1.0, title=value) for value in (1, ["x"], "\ud800")},
+    **{f"metadata {value!r}": scored(1.0, metadata=value) for value in ("x", [1], 7)},
+}
+
+
+@pytest.mark.parametrize("body", NO_ANSWERS.values(), ids=NO_ANSWERS)
 def test_anything_else_is_no_answer(body):
     with pytest.raises(DataError, match="answer"):
         parse_hits(body)
+
+
+FOUND = {**DOCUMENT, "metadata": {}, "score": 1, "generation": "g"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"score": score} for score in ("1", None, float("nan"), float("inf"))),
+        *({"id": value} for value in (None, "", [])),
+        *({name: 1} for name in ("title", "text", "metadata", "generation")),
+    ],
+    ids=str,
+)
+def test_nor_is_it_of_our_own_route(change):
+    assert parse_results({"results": [{"hits": [FOUND], "error": None}]}) == [
+        [Hit(Passage("1", "x", "T"), 1.0, "g")]
+    ]
+    wrong: list = [[{**FOUND, **change}], [{}], ["x"], None, "x"]
+    for hits in wrong:
+        with pytest.raises(DataError, match="answer"):
+            parse_results({"results": [{"hits": hits, "error": None}]})
 
 
 def test_the_server_understands_what_the_client_asks():
