@@ -11,7 +11,8 @@ from retriever_server.client import SearchClient, connect
 from retriever_server.opening import open_retriever
 from retriever_server.replicas import Replicas
 from retriever_server.wire import parse_hits
-from tests.retriever_server.test_client import FAULTS, FlakyServer, echoed, texts
+from tests.retriever_server.test_client import FlakyServer, echoed, texts
+from tests.retriever_server.test_client_faults import FAULTS
 
 FAILURES = {"503": (503, {}, "stopping"), "hangs": 9.0, **FAULTS}
 
