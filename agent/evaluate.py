@@ -25,8 +25,7 @@ from agent.transcripts import to_record
 from data.answers import cover_em, exact_match, f1
 from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
-from data.questions import hash_questions
-from data.records import FORMAT_VERSION, Question
+from data.records import FORMAT_VERSION, Question, hash_questions
 from data.run_dir import check_free, describe_difference
 from data.significance import RESAMPLES, SEED, bootstrap
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import operator
 import os
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import CorpusChanged, DataError
+from data.formats.rows import needed_id, object_of, text_of
 from data.jsonl import parse_line
 from data.modalities import modalities
 from data.offsets import OFFSETS, Offsets, Stamp, hash_of, keep, table_place
@@ -140,21 +140,34 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
-    files = {name: file for name in modalities() if (file := _checked_string(name, record.get(name) or ""))}
+    files = {name: file for name in modalities() if (file := text_of(record.get(name), name))}
     if text is None:
         contents = record.get("contents", "" if files else None)
         if contents is None:
             others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
             raise ValueError(f'neither "contents"{others}')
-        title, text = _split_contents(_checked_string("contents", contents), title)
+        title, text = _split_contents(text_of(contents, "contents"), title)
     return Passage(
-        id=_checked_id(record.get("id")),
-        text=_checked_string("text", text).strip(),
-        title=_checked_string("title", title or "").strip(),
-        metadata=_checked_metadata(record.get("metadata")),
+        id=needed_id(record.get("id")),
+        text=text_of(text, "text").strip(),
+        title=text_of(title, "title").strip(),
+        metadata=object_of(record.get("metadata"), "metadata"),
         image=files.pop("image", ""),
         media=files,
     )
+
+
+def passage_row(passage: Passage, folder: str | Path) -> dict[str, Any]:
+    """The line of a passage in a corpus that lies in `folder`, with all its fields."""
+    row: dict[str, Any] = {"id": passage.id, "title": passage.title, "text": passage.text}
+    if passage.metadata:
+        row["metadata"] = dict(passage.metadata)
+    return row | {name: relative_to(file, folder) for name, file in passage.files.items()}
+
+
+def relative_to(file: str, folder: str | Path) -> str:
+    """The path of a file as a corpus in `folder` writes it; "" stays "".   /a/b/x.png, /a -> b/x.png"""
+    return Path(os.path.relpath(file, folder)).as_posix() if file else ""
 
 
 def _split_contents(contents: str, title: Any) -> tuple[Any, str]:
@@ -165,26 +178,6 @@ def _split_contents(contents: str, title: Any) -> tuple[Any, str]:
     if title is not None:
         return title, rest if newline and title and unquoted == title else contents
     return (unquoted, rest) if newline else ("", contents)
-
-
-def _checked_id(value: Any) -> str:
-    if value is None or value == "":
-        raise ValueError('no "id"')
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f'"id" must be a string, found {json.dumps(value)[:40]}')
-    return str(value)
-
-
-def _checked_string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a string, found {json.dumps(value)[:40]}')
-    return value
-
-
-def _checked_metadata(value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f'"metadata" must be an object, found {json.dumps(value)[:40]}')
-    return value or {}
 
 
 def _open(path: Path) -> int:

@@ -9,58 +9,24 @@ are read when a batch needs them.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import mmap
 import os
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data.corpus import Corpus
 from data.errors import DataError
+from data.formats.rows import answers_of, id_of, ids_of, number_of, object_of, text_of
 from data.jsonl import parse_line
-from data.records import Input, Item
+from data.records import Example
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A query, the ids of passages that answer it, and the ids of passages that do not."""
-
-    query: str
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...] = ()
-    scores: Mapping[str, float] | None = None
-    """A teacher's score of passages, by id; higher is better, comparable for one query."""
-    query_id: str = ""
-    answers: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), ..."""
-    query_image: str = ""
-    """What is asked with or instead of a text: a file, or a page of one; where it is written down its path
-    starts at the folder of the examples."""
-
-    @property
-    def asked(self) -> Input:
-        """The query: its text, its image, or both."""
-        return Item(self.query_image, self.query) if self.query_image else self.query
-
-    def as_record(self) -> dict[str, Any]:
-        """The object of its line; what is empty is left out."""
-        lists = {"positives": self.positives, "negatives": self.negatives, "answers": self.answers}
-        record: dict[str, Any] = {"query_id": self.query_id, "query": self.query}
-        record["query_image"] = self.query_image and os.path.abspath(self.query_image)
-        record |= {name: list(ids) for name, ids in lists.items()}
-        record |= {"scores": dict(self.scores or {}), "provenance": dict(self.provenance)}
-        return {name: value for name, value in record.items() if value or name in ("query", "positives")}
 
 
 def parse_example(record: Mapping[str, Any], folder: str | Path = "") -> Example:
@@ -68,17 +34,18 @@ def parse_example(record: Mapping[str, Any], folder: str | Path = "") -> Example
     if unknown := set(record) - set(Example.__dataclass_fields__):
         allowed = f"{', '.join(Example.__dataclass_fields__)} (`sleuth convert` reads other formats)"
         raise ValueError(f'unknown key "{min(unknown)}"; allowed: {allowed}')
-    query, image = record.get("query") or "", record.get("query_image") or ""
-    if not isinstance(query, str) or not isinstance(image, str) or not (query.strip() or image):
+    query, image = (text_of(record.get(name), name) for name in ("query", "query_image"))
+    if not (query.strip() or image):
         raise ValueError('no "query" and no "query_image", or an empty one')
+    scores = object_of(record.get("scores"), "scores")
     example = Example(
         query=query,
-        positives=_strings(record, "positives"),
-        negatives=_strings(record, "negatives"),
-        scores=_object(record, "scores", of_numbers=True) or None,
-        query_id=str(record.get("query_id") or ""),
-        answers=_strings(record, "answers"),
-        provenance=_object(record, "provenance"),
+        positives=ids_of(record.get("positives"), "positives"),
+        negatives=ids_of(record.get("negatives"), "negatives"),
+        scores={id_: number_of(score, "scores") for id_, score in scores.items()} or None,
+        query_id=id_of(record.get("query_id"), "query_id"),
+        answers=answers_of(record.get("answers"), "answers"),
+        provenance=object_of(record.get("provenance"), "provenance"),
         query_image=os.path.join(folder, image) if image else "",
     )
     if not example.positives:
@@ -188,22 +155,3 @@ def _map(path: Path) -> mmap.mmap:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:  # an empty file has no map
         raise DataError(f"{path}: holds no examples") from error
-
-
-def _strings(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    values = record.get(name) or []
-    good = isinstance(values, list) and all(isinstance(v, str | int) and v != "" for v in values)
-    if not good or any(isinstance(value, bool) for value in values):
-        raise ValueError(f'"{name}" must be a list of strings, found {json.dumps(values)[:40]}')
-    return tuple(map(str, values))
-
-
-def _object(record: Mapping[str, Any], name: str, of_numbers: bool = False) -> dict[str, Any]:
-    value = {} if record.get(name) is None else record[name]
-    numbers = isinstance(value, dict) and all(
-        isinstance(v, int | float) and math.isfinite(v) for v in value.values()
-    )
-    if not isinstance(value, dict) or (of_numbers and not numbers):
-        what = "an object of ids and numbers" if of_numbers else "an object"
-        raise ValueError(f'"{name}" must be {what}, found {json.dumps(value)[:40]}')
-    return value

@@ -28,7 +28,7 @@ def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[di
 
 def numbered_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_jsonl`, each object with its line number, counted from 1."""
-    _check_is_file(Path(path))
+    check_is_file(Path(path))
     return _numbered_objects(Path(path), tolerate_cut_tail)
 
 
@@ -77,7 +77,7 @@ def append_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None
 
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file; DataError with line and column where it is malformed or missing."""
-    _check_is_file(Path(path))
+    check_is_file(Path(path))
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -126,6 +126,14 @@ def open_atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             temporary.unlink(missing_ok=True)
 
 
+def check_is_file(path: Path) -> None:
+    """Raise DataError where no file is."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a file")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+
+
 _JSON_NAMES = {
     list: "an array",
     str: "a string",
@@ -151,13 +159,6 @@ def _numbered_objects(path: Path, tolerate_cut_tail: bool) -> Iterator[tuple[int
         # Only the last line of a file can lack its newline.
         if not (tolerate_cut_tail and not line.endswith(b"\n")):
             raise DataError(f"{path}:{number}: {error}") from error
-
-
-def _check_is_file(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a file")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
 
 
 def _encode(value: Any, indent: int | None = None) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +78,63 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A query, the ids of passages that answer it, and the ids of passages that do not."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    scores: Mapping[str, float] | None = None
+    """A teacher's score of passages, by id; higher is better, comparable for one query."""
+    query_id: str = ""
+    answers: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), ..."""
+    query_image: str = ""
+    """What is asked with or instead of a text: a file, or a page of one; where it is written down its path
+    starts at the folder of the examples."""
+
+    @property
+    def asked(self) -> Input:
+        """The query: its text, its image, or both."""
+        return Item(self.query_image, self.query) if self.query_image else self.query
+
+    def as_record(self) -> dict[str, Any]:
+        """The object of its line; what is empty is left out."""
+        lists = {"positives": self.positives, "negatives": self.negatives, "answers": self.answers}
+        record: dict[str, Any] = {"query_id": self.query_id, "query": self.query}
+        record["query_image"] = self.query_image and os.path.abspath(self.query_image)
+        record |= {name: list(ids) for name, ids in lists.items()}
+        record |= {"scores": dict(self.scores or {}), "provenance": dict(self.provenance)}
+        return {name: value for name, value in record.items() if value or name in ("query", "positives")}
+
+
+@dataclass(frozen=True)
 class Hit:
     """A passage found, its score, and the index generation that found it."""
 
     passage: Passage
     score: float
     generation: str
+
+
+Qrels = dict[str, dict[str, int]]
+"""Query id -> passage id -> relevance; 0 and below is judged and not relevant."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The queries of a test collection and what is known about them; its corpus is read apart."""
+
+    queries: list[Question]
+    qrels: Qrels
+    excluded: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Query id -> passages that are taken out of its ranking before it is judged."""
+    instruction: str = ""
+    """What instructed encoders are told to do; BRIGHT's, by domain."""
+
+
+def hash_questions(questions: Sequence[Question]) -> str:
+    """First 16 hexadecimal digits of a SHA-256 over all that a question says, in their order."""
+    said = [[q.id, q.text, list(q.gold_answers), dict(q.metadata)] for q in questions]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

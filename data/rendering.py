@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from data.corpus import Corpus
+from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require
 from data.images import PAGE_DPI, png, read_image, split_page
 from data.jsonl import write_jsonl
@@ -179,9 +179,7 @@ class _Job:
         for position in range(len(self.passages)):
             if position not in broken:
                 passage = self.passages[position]
-                row = {"id": passage.id, "title": passage.title, "text": passage.text}
-                row |= {"metadata": dict(passage.metadata)} if passage.metadata else {}
-                yield row | {"image": self.name(passage)}
+                yield passage_row(passage, self.out) | {"image": self.name(passage)}
 
 
 def _choice(id_: str, style: Style) -> tuple[str, str]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import regex
 
 from data.errors import ConfigError, DataError
-from data.jsonl import atomic_write
-from data.qrels import Qrels
-from data.records import Hit, Question
+from data.records import Hit, Qrels, Question
 from data.significance import bootstrap, randomisation_p
 from retriever_server.retriever import Filter, Retriever
 
@@ -122,30 +119,6 @@ def compare(ours: Values, other: Values) -> dict[str, dict[str, float]]:
         p = float(randomisation_p(differences)[0])
         compared[metric] = {"difference": float(differences.mean()), "low": low, "high": high, "p": p}
     return compared
-
-
-def write_run(path: str | Path, rankings: Mapping[str, Sequence[Hit]], name: str) -> None:
-    """Write the rankings as a TREC run: query Q0 passage rank score name.
-
-    trec_eval orders by score and ties by id: a hit that scores as the one before it is put just below it.
-    """
-    lines = (
-        f"{id_} Q0 {hit.passage.id} {rank} {score!r} {name}\n"
-        for id_, hits in rankings.items()
-        for rank, (hit, score) in enumerate(zip(hits, _falling(hits), strict=True), start=1)
-    )
-    atomic_write(path, "".join(lines))
-
-
-def _falling(hits: Sequence[Hit]) -> Iterator[float]:
-    """The scores, each below the one before it in the float32 that trec_eval reads."""
-    before = np.float32(np.inf)
-    for hit in hits:
-        score = hit.score
-        if np.float32(score) >= before:
-            score = float(np.nextafter(before, np.float32(-np.inf)))
-        before = np.float32(score)
-        yield score
 
 
 def _first_with_answer(hits: Sequence[Hit], gold_answers: Sequence[str]) -> float:

@@ -45,7 +45,7 @@ def main(
         run_out: File for the retriever's run alone, in TREC's format.
     """
     _check_given(queries, qrels, benchmark, answers, top_k)
-    from retriever_server.evaluation import judge, judge_answers, parse_metrics, write_run
+    from retriever_server.evaluation import judge, judge_answers, parse_metrics
     from retriever_server.filters import parse_filter
 
     parse_filter(where or {})
@@ -64,6 +64,8 @@ def main(
         "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
     }  # fmt: skip
     if run_out:
+        from data.formats.trec import write_run
+
         write_run(run_out, runs[0][0], _generation(runs[0][0]))
     if out:
         _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
@@ -95,8 +97,10 @@ def _scores(values: list[Any]) -> dict[str, dict[str, Any]]:
 
 
 def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -> Any:
-    from data.benchmarks import Benchmark, load_benchmark
-    from data.qrels import load_qrels, load_queries
+    from data.benchmarks import load_benchmark
+    from data.formats.beir import load_queries
+    from data.formats.trec import load_qrels
+    from data.records import Benchmark
 
     if benchmark is not None:
         return load_benchmark(benchmark)
@@ -105,7 +109,8 @@ def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -
 
 def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str) -> Any:
     """The rankings of a retriever, or of the file of a run, without what is excluded."""
-    from data.benchmarks import load_run, without_excluded
+    from data.benchmarks import without_excluded
+    from data.formats.trec import load_run
     from data.records import Question
     from retriever_server.evaluation import rank_all
     from retriever_server.opening import open_retriever
@@ -152,8 +157,8 @@ def _generation(rankings: Any) -> str:
 
 
 def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs: list[Any]) -> None:
+    from data.formats.trec import write_run
     from data.jsonl import write_json, write_jsonl
-    from retriever_server.evaluation import write_run
 
     names = ("scores", "compared")
     rows = [

@@ -95,7 +95,7 @@ def _mine(
 
 
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:
-    from data.qrels import load_queries
+    from data.formats.beir import load_queries
     from retriever_server.training.teachers import label
     from scripts.console import Track
 

@@ -199,7 +199,7 @@ def hash_inputs(
     config: TrainConfig, questions: Sequence[Question], dev: Sequence[Question]
 ) -> dict[str, tuple[str, str]]:
     """The data that a resumed run must find again, for `RunDir`."""
-    from data.questions import hash_questions
+    from data.records import hash_questions
 
     sets = {"questions": (config.questions, questions), "dev_questions": (config.dev_questions or "", dev)}
     return {name: (source, hash_questions(of)) for name, (source, of) in sets.items() if of}

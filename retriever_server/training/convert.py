@@ -1,7 +1,6 @@
-"""Training data of other projects, from and to ours: a corpus, and examples of ids (`examples.py`).
+"""Training data of other projects, from and to ours: a corpus, and examples of ids (`data.examples`).
 
-`readers.py` lists the formats. Empty passages, repetitions, and negatives that are positives of the same
-query are left out and counted.
+Empty passages, repetitions, and negatives that are positives of the same query are left out and counted.
 """
 
 from __future__ import annotations
@@ -13,16 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus
+from data.corpus import Corpus, passage_row, relative_to
 from data.errors import ConfigError, DataError
-from data.examples import Example, Examples, OnError, check_example
+from data.examples import Examples, OnError, check_example
+from data.formats import beir, bge, dpr, msmarco, pairs, search_r1, tevatron, vidore
+from data.formats.training import Format, one_text, text_id, unnamed
 from data.jsonl import write_jsonl
-from data.parquet import relative_to
-from data.records import Passage
-from retriever_server.training.readers import READERS, text_id
-from retriever_server.training.writers import WITH_IMAGES, WRITERS, one_text
+from data.records import Example, Passage
 
 logger = logging.getLogger(__name__)
+
+FORMATS = {
+    "tevatron": Format(tevatron.read, tevatron.write),
+    "tevatron-v2": Format(tevatron.read_folder, tevatron.write_folder, has_images=True),
+    "bge": Format(bge.read, bge.write, has_ids=False),
+    "sentence-transformers": Format(pairs.read, pairs.write, has_ids=False),
+    "beir": Format(beir.read, beir.write, has_images=True),
+    "vidore": Format(vidore.read),
+    "dpr": Format(dpr.read, dpr.write),
+    "msmarco": Format(msmarco.read, msmarco.write),
+    "questions": Format(search_r1.read, has_passages=False),
+}
 
 
 @dataclass(frozen=True)
@@ -50,23 +60,21 @@ def convert_from(
     is for qrels. Raises DataError "FILE:LINE: what is wrong"; with on_error="skip" examples without a
     positive, with dangling ids or a query_id that was there are left out and counted.
     """
-    if name not in READERS:
-        raise ConfigError(f"format {name!r}: must be one of {', '.join(READERS)}")
-    source, out, left_out = Path(source), Path(out), Counter()
-    images = out / "images"
+    if name not in FORMATS:
+        raise ConfigError(f"format {name!r}: must be one of {', '.join(FORMATS)}")
+    form, source, out, left_out = FORMATS[name], Path(source), Path(out), Counter()
     if not source.exists():
         raise ConfigError(f"source = {source}: no such file or folder")
     if corpus is None:
-        if name == "questions":
-            raise ConfigError("format 'questions': names passages of a corpus, which must be given")
-        rows = _distinct(progress(READERS[name](source, split, images)), out, left_out)
+        if not form.has_passages:
+            raise ConfigError(f"format {name!r}: names passages of a corpus, which must be given")
+        rows = _distinct(progress(form.read(source, split, out / "images")), out, left_out)
         write_jsonl(out / "corpus.jsonl", _some(rows, f"{source}: holds no passages of the format {name}"))
     passages = Corpus(corpus or out / "corpus.jsonl")
-    rename = _ids_by_text(passages) if corpus and name in ("bge", "sentence-transformers") else {}
-    items = progress(READERS[name](source, split, images))
-    rows = _checked(
-        items, passages, rename, {"corpus": passages.content_hash, "from": name}, on_error, left_out
-    )
+    rename = {} if form.has_ids or not corpus else _ids_by_text(passages)
+    items = progress(form.read(source, split, out / "images"))
+    provenance = {"corpus": passages.content_hash, "from": name}
+    rows = _checked(items, passages, rename, provenance, on_error, left_out)
     rows = (row | _beside(row, out) for row in rows)
     write_jsonl(out / "examples.jsonl", _some(rows, f"{source}: holds no examples", written := Counter()))
     return Converted(passages, out / "examples.jsonl", written["rows"], left_out)
@@ -79,20 +87,22 @@ def _beside(row: dict[str, Any], out: Path) -> dict[str, str]:
 
 def convert_to(name: str, examples: Examples, out: str | Path) -> None:
     """Write the examples, with the texts of their corpus where the format wants them, to a file or folder."""
-    if name not in WRITERS:
-        raise ConfigError(f"format {name!r}: must be one of {', '.join(WRITERS)}")
-    if name not in WITH_IMAGES:
+    writers = {name: form.write for name, form in FORMATS.items() if form.write}
+    if name not in writers:
+        raise ConfigError(f"format {name!r}: must be one of {', '.join(writers)}")
+    if not FORMATS[name].has_images:
         _refuse_images(name, examples)
-    WRITERS[name](examples, Path(out))
+    writers[name](examples, Path(out))
 
 
 def _refuse_images(name: str, examples: Examples) -> None:
     """DataError for what would be empty without its image; a text beside an image can be written."""
-    said = f"an image without a text, which the format {name} cannot hold; {' and '.join(WITH_IMAGES)} can"
+    can = " and ".join(each for each, form in FORMATS.items() if form.write and form.has_images)
+    said = f"an image without a text, which the format {name} cannot hold; {can} can"
     for index, example in enumerate(examples):
         if example.query_image and not example.query.strip():
             raise DataError(f"{examples.place(index)}: the query is {said}")
-    if alone := next((p for p in examples.corpus if p.image and not p.text.strip()), None):
+    if alone := next((p for p in examples.corpus if p.image and not one_text(p)), None):
         raise DataError(f"{examples.corpus.path}: passage {alone.id!r} is {said}")
 
 
@@ -104,22 +114,23 @@ def _distinct(
     for place, item in items:
         if not isinstance(item, Passage):
             continue
-        if not item.text.strip() and not item.image:
+        if not item.text and not item.files:
             left_out["empty passages"] += 1
             continue
-        content = hash((item.title, item.text, item.image))
+        content = hash((item.title, item.text, *item.files.items()))
         if item.id not in seen:
             seen[item.id] = content
-            row = {"id": item.id, "title": item.title, "text": item.text}
-            row |= {"image": relative_to(item.image, out)} if item.image else {}
-            yield row | ({"metadata": dict(item.metadata)} if item.metadata else {})
+            yield passage_row(item, out)
         elif seen[item.id] != content:
             raise DataError(f"{place}: passage {item.id!r} came with another text or image before")
 
 
 def _ids_by_text(corpus: Corpus) -> dict[str, str]:
-    ids = {text_id("", passage.text): passage.id for passage in corpus}
-    return ids | {text_id("", one_text(passage)): passage.id for passage in corpus}
+    ids: dict[str, str] = {}
+    for passage in corpus:  # of equal texts the first
+        ids.setdefault(text_id("", passage.text), passage.id)
+        ids.setdefault(text_id("", one_text(passage)), passage.id)
+    return ids
 
 
 def _checked(
@@ -129,7 +140,7 @@ def _checked(
     seen: set[str] = set()
     found = ((place, item) for place, item in items if isinstance(item, Example))
     for number, (place, example) in enumerate(found):
-        named = replace(example, provenance=provenance, query_id=example.query_id or str(number))
+        named = replace(example, provenance=provenance, query_id=example.query_id or unnamed(number))
         example = _tidy(named, rename, left_out)
         try:
             if not example.query.strip() and not example.query_image:

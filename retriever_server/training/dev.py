@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus
+from data.corpus import Corpus, passage_row
 from data.errors import ConfigError
+from data.formats.beir import load_queries
+from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
-from data.qrels import Qrels, load_qrels, load_queries
-from data.records import Passage, Question
+from data.records import Qrels, Question
 from retriever_server.encoders.identity import read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
@@ -98,11 +98,7 @@ def _sample(corpus: Corpus, qrels: Qrels, size: int, folder: Path) -> Corpus:
     evenly = [corpus[position] for position in range(0, len(corpus), step)]
     wanted = {passage.id: passage for passage in evenly}
     wanted |= {id_: found for id_ in relevant if (found := corpus.get(id_)) is not None}
-    write_jsonl(folder / "corpus.jsonl", map(_record, sorted(wanted.items())))
+    write_jsonl(
+        folder / "corpus.jsonl", (passage_row(passage, folder) for _, passage in sorted(wanted.items()))
+    )
     return Corpus(folder / "corpus.jsonl")
-
-
-def _record(numbered: tuple[str, Passage]) -> dict[str, str]:
-    id_, passage = numbered
-    files = {name: os.path.abspath(file) for name, file in passage.files.items()}
-    return {"id": id_, "title": passage.title, "text": passage.text, **files}

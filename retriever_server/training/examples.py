@@ -11,8 +11,8 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.examples import Example, Examples
-from data.records import Input, Passage
+from data.examples import Examples
+from data.records import Example, Input, Passage
 
 if TYPE_CHECKING:
     from datasets import Dataset

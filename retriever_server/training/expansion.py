@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus
+from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError
 from data.hub import find_model
 from data.jsonl import append_jsonl, read_jsonl
@@ -87,14 +88,13 @@ def expand(
         texts = list(generate(passages))
         if len(texts) != len(passages):
             raise DataError(f"the generator gave {len(texts)} texts for {len(passages)} passages")
-        append_jsonl(part, map(_row, passages, texts))
+        expanded = (
+            replace(passage, metadata={**passage.metadata, "expansion": text})
+            for passage, text in zip(passages, texts, strict=True)
+        )
+        append_jsonl(part, (passage_row(passage, out.parent) for passage in expanded))
     os.replace(part, out)
     return out
-
-
-def _row(passage: Passage, text: str) -> dict[str, Any]:
-    row = {"id": passage.id, "title": passage.title, "text": passage.text}
-    return {**row, "metadata": {**passage.metadata, "expansion": text}}
 
 
 def _check_of(corpus: Corpus, path: Path) -> None:

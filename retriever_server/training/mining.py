@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.examples import Example
 from data.jsonl import append_jsonl, read_jsonl
-from data.records import Hit, Passage
+from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.rerank import Scorer
 from retriever_server.retriever import Retriever, texts_of

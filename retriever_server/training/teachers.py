@@ -16,9 +16,9 @@ from typing import Any
 from data.corpus import Corpus
 from data.documents import chunk
 from data.errors import ConfigError, DataError
-from data.examples import Example, Examples
+from data.examples import Examples
 from data.jsonl import write_jsonl
-from data.records import Question
+from data.records import Example, Question
 from retriever_server.retriever import Retriever
 from retriever_server.training.mining import Progress, search_checked, write_in_batches
 

@@ -21,8 +21,7 @@ from typing import Any
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
-from data.qrels import Qrels, load_qrels, load_queries
-from data.records import Question
+from data.records import Qrels, Question
 from retriever_server.retriever import Retriever
 from retriever_server.training.recipe import Component, DataConfig, RetrieverRecipe
 
@@ -109,6 +108,9 @@ class Work:
 
     def questions(self, name: str) -> tuple[list[Question], Qrels]:
         """The first questions of a collection in a fixed random order, and what answers them."""
+        from data.formats.beir import load_queries
+        from data.formats.trec import load_qrels
+
         folder, file = _SOURCES[name.removesuffix("-small")]
         qrels = load_qrels(self.data / folder / "qrels.tsv")
         asked = [each for each in load_queries(self.data / folder / file) if each.id in qrels]
@@ -120,6 +122,9 @@ class Work:
 
         No question stands there twice; none asks for a sentence of a passage that dev asks for.
         """
+        from data.formats.beir import load_queries
+        from data.formats.trec import load_qrels
+
         path = self.folder / "examples" / "pairs.jsonl"
         if not path.exists():
             corpus, squad = self.corpus("train"), self.corpus("squad")
@@ -157,6 +162,9 @@ class Work:
 
     def squad_train(self) -> Path:
         """Squad's training questions that dev does not ask; their articles are others than dev's."""
+        from data.formats.beir import load_queries
+        from data.formats.trec import load_qrels
+
         path = self.folder / "examples" / "squad_train.jsonl"
         if not path.exists():
             positives = load_qrels(self.data / "squad" / "qrels.tsv")

@@ -10,12 +10,10 @@ from data.benchmarks import (
     benchmark_passages,
     is_benchmark,
     load_benchmark,
-    load_run,
     without_excluded,
-    write_qrels,
 )
 from data.errors import ConfigError, DataError
-from data.qrels import load_qrels
+from data.formats.trec import load_qrels, load_run, write_qrels
 
 
 def write_lines(path, rows):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.benchmarks import load_run
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.formats.beir import load_queries
+from data.formats.trec import load_qrels, load_run, write_run
 from data.jsonl import read_jsonl, write_jsonl
-from data.qrels import load_qrels, load_queries
 from data.records import Hit, Passage, Question
 from data.significance import randomisation_p
 from retriever_server.evaluation import (
@@ -21,7 +21,6 @@ from retriever_server.evaluation import (
     means,
     parse_metrics,
     rank_all,
-    write_run,
 )
 from retriever_server.indexes.bm25 import BM25Index
 from scripts.__main__ import main
@@ -135,7 +134,7 @@ def test_qrels_are_read_in_both_forms(tmp_path, text):
         (load_queries, "q.tsv", "1\tfox\n2\n", "q.tsv:2: no text"),
         (load_queries, "q.jsonl", '{"question": "fox"}\n', "q.jsonl:1: no id"),
         (load_queries, "q.tsv", "1\tfox\n1\tsea\n", "q.tsv:2: id '1' stands there twice"),
-        (load_queries, "q.jsonl", '{"id": 1, "text": 3}\n', "q.jsonl:1: the query must be a string"),
+        (load_queries, "q.jsonl", '{"id": 1, "text": 3}\n', 'q.jsonl:1: "query" must be a string, found 3'),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, load, name, text, message):

@@ -5,8 +5,8 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
+from data.formats.beir import load_queries
 from data.jsonl import read_jsonl, write_jsonl
-from data.qrels import load_queries
 from retriever_server.training.teachers import Ranks, crops, label
 from tests.retriever_server.training.mined import Numbered, write_corpus, write_examples
 

@@ -1,0 +1,179 @@
+"""Values as files hold them, in one form: ids, texts, lists, gold answers, numbers.
+
+An id may be a number, a list may be one string or the JSON of a list, a whole number may come as 1912.0 and
+a list as an array of numpy's. NaN and Infinity are no values: they are refused wherever they are read.
+All functions raise ValueError, which says what is wrong with the value.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+_OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PYTHON_LIST = re.compile(rf"\[\s*{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*\]", re.DOTALL)
+
+
+def plain(value: Any) -> Any:
+    """The value in the types of JSON: scalars and arrays of numpy and pyarrow, decimals, dates."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    for method in _OTHER_TYPES:
+        if hasattr(value, method):
+            value = getattr(value, method)()
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            raise ValueError(f"{value}, which is no value")
+        return int(value) if isinstance(value, Decimal) and value == int(value) else float(value)
+    return value
+
+
+def id_of(value: Any, name: str = "id") -> str:
+    """An id as text, "" where there is none.   0 -> "0", 7.0 -> "7", "a b" -> "a b", null and " " -> "" """
+    if type(value) is not str:
+        value = _whole(_plain(value, name))
+        if value is None:
+            return ""
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(f'"{name}" must be a string, found {shown(value)}')
+        value = str(value)
+    return value if value.strip() else ""
+
+
+def needed_id(value: Any, name: str = "id") -> str:
+    """As `id_of`; ValueError where there is none."""
+    if not (id_ := id_of(value, name)):
+        raise ValueError(f'no "{name}"')
+    return id_
+
+
+def ids_of(value: Any, name: str) -> tuple[str, ...]:
+    """A list of ids; one alone stands for itself.   "13" -> ("13",), [1, "b"] -> ("1", "b")"""
+    return tuple(needed_id(each, name) for each in list_of(value, name))
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text, "" for null."""
+    value = value if isinstance(value, str) else _plain(value, name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f'"{name}" must be a string, found {shown(value)}')
+    return value or ""
+
+
+def texts_of(value: Any, name: str) -> list[str]:
+    """A list of texts; one alone stands for itself."""
+    return [text_of(each, name) for each in list_of(value, name)]
+
+
+def list_of(value: Any, name: str = "") -> list[Any]:
+    """The items of a list, of a string that holds the JSON of one, or what stands there alone; null has none.
+
+    In a list, a string that holds a list of strings stands for these.
+    """
+    value = _plain(value, name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        held = _held_list(value)
+        return [value] if held is None else _plain(held, name)
+    lists = (_held_list(each) for each in value)
+    strings = ([] if held is None or not all(isinstance(x, str) for x in held) else held for held in lists)
+    return [item for each, held in zip(value, strings, strict=True) for item in held or [each]]
+
+
+def answers_of(value: Any, name: str = "golden_answers") -> tuple[str, ...]:
+    """Gold answers, each once: a list, one alone, {"target": ...} of Search-R1, {"text": [...]} of SQuAD.
+
+    ["Rome", "Rome ", ""] -> ("Rome",), 1912.0 -> ("1912",), '["Lyon", "Lugdunum"]' -> ("Lyon", "Lugdunum")
+    """
+    held = _held_object(value)
+    if isinstance(held, Mapping) and (held is value or {"target", "text"} & held.keys()):
+        value = held.get("target", held.get("text"))
+    texts = [_answer(each) for each in list_of(value, name)]
+    return tuple(dict.fromkeys(filter(None, texts)))
+
+
+def number_of(value: Any, name: str) -> float:
+    """A number, also as text."""
+    value = _plain(value, name)
+    try:
+        if isinstance(value, int | float | str) and math.isfinite(number := float(value)):
+            return number
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f'"{name}" must be a number, found {shown(value)}')
+
+
+def scores_of(value: Any, ids: Iterable[str], name: str) -> dict[str, float]:
+    """The score of each id, from a list of as many; none from an empty one."""
+    values, ids = list_of(value, name), list(ids)
+    if values and len(values) != len(ids):
+        raise ValueError(f"{len(values)} scores for {len(ids)} passages")
+    return {id_: number_of(each, name) for id_, each in zip(ids, values, strict=False)}
+
+
+def object_of(value: Any, name: str) -> dict[str, Any]:
+    """An object, such as metadata, or a string that holds one as JSON; an empty one for null."""
+    value = _plain(_held_object(value), name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'"{name}" must be an object, found {shown(value)}')
+    return value or {}
+
+
+def first_of(record: Mapping[str, Any], *names: str) -> Any:
+    """The first value among these names that is not null."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def shown(value: Any) -> str:
+    """The start of a value, for messages, as JSON writes it."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:40]
+
+
+def _plain(value: Any, name: str) -> Any:
+    try:
+        return plain(value)
+    except ValueError as error:
+        raise ValueError(f'"{name}" holds {error}') from error
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _answer(value: Any) -> str:
+    value = _whole(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"a gold answer must be a string, found {shown(value)}")
+    return str(value).strip()
+
+
+def _held_list(value: Any) -> list[Any] | None:
+    """The scalars in a string that holds a list, as JSON or Python writes it; None for another value."""
+    if not isinstance(value, str) or not (value.strip().startswith("[") and value.strip().endswith("]")):
+        return None
+    held = _parsed(value)
+    if held is None and _PYTHON_LIST.fullmatch(value.strip()):
+        held = ast.literal_eval(value.strip())
+    scalars = isinstance(held, list) and not any(isinstance(each, list | dict) for each in held)
+    return held if scalars else None
+
+
+def _held_object(value: Any) -> Any:
+    held = _parsed(value) if isinstance(value, str) and value.strip().startswith("{") else None
+    return held if isinstance(held, dict) else value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

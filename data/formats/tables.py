@@ -1,0 +1,241 @@
+"""The rows of a file, each with its place: JSON lines, a JSON array, parquet, CSV, TSV.
+
+CSV has quotes; TSV has none: a tab ends a field and a line end a row. All but parquet may end in .gz; a byte
+order mark is passed over. What cannot be read is a DataError "FILE:LINE: what is wrong".
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError, DataError
+from data.jsonl import atomic_write, check_is_file, numbered_jsonl
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Where a row stands ("FILE:LINE", or "FILE: row N", from 1), and its columns."""
+
+KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_ENDS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif"}
+_BLANKS = re.compile(r"[ \t]+")
+_CHUNK = 1 << 20
+_DECODER, _END = json.JSONDecoder(), object()
+_OPENING, _SEPARATOR = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))\s*")
+
+
+def kind_of(path: Path) -> str:
+    """The end of the name of a file, without .gz.   "a.JSONL.gz" -> ".jsonl" """
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_rows(path: Path, at_once: int = 1000) -> Rows:
+    """The rows of a file, by the end of its name; what is none of the others is JSON.
+
+    at_once: rows of parquet that are in memory together.
+    """
+    if kind_of(path) == ".parquet":
+        rows = enumerate(read_parquet(path, at_once), start=1)
+        return ((f"{path}: row {number}", row) for number, row in rows)
+    if kind_of(path) in (".csv", ".tsv"):
+        return _read_table(path)
+    return _read_array(path) if _is_array(path) else _read_lines(path)
+
+
+def read_part(folder: Path, name: str, at_once: int = 1000) -> Rows:
+    """The rows of NAME.jsonl in a folder, or else of its NAME-*.parquet or NAME.parquet."""
+    lines = folder / f"{name}.jsonl"
+    paths = parts(folder, name) if not lines.exists() and any(folder.glob(f"{name}*.parquet")) else [lines]
+    return (row for path in paths for row in read_rows(path, at_once))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, each with its place, without its line end."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", line.rstrip("\n")
+
+
+def fields_of(line: str, *counts: int, comma: bool = False, open_end: bool = False) -> list[str]:
+    """The fields of a line: with tabs between where that gives one of `counts`, else with blanks.
+
+    So ids with blanks stand in tables with tabs. comma: the line is one of CSV. open_end: between blanks, all
+    that is left over belongs to the last field.
+    """
+    fields = next(csv.reader([line])) if comma else line.split("\t")
+    if len(fields) not in counts and not comma:
+        fields = _BLANKS.split(line.strip(), maxsplit=max(counts) - 1 if open_end else 0)
+    if len(fields) not in counts:
+        raise ValueError(f"{len(fields)} fields, expected {' or '.join(map(str, counts))}")
+    return fields
+
+
+def table_line(*fields: object) -> str:
+    """A line of a table, with tabs between; ValueError for what would not come back from it."""
+    for number, field in enumerate(fields):
+        text = str(field)
+        if not text.strip() or re.search(r"[\t\r\n\ud800-\udfff]", text) or text.startswith("\ufeff"):
+            where = "the first field" if number == 0 else f"field {number + 1}"
+            raise ValueError(f"{text!r} as {where}: a table cannot hold it (tabs, line ends, nothing at all)")
+    return "\t".join(map(str, fields)) + "\n"
+
+
+def parts(folder: Path, part: str) -> list[Path]:
+    """The files PART-*.parquet, or PART.parquet, in a folder, sorted; ConfigError where there are none."""
+    found = sorted(path for name in (f"{part}-*.parquet", f"{part}.parquet") for path in folder.glob(name))
+    if not found:
+        raise ConfigError(f"{folder}: no {part}-*.parquet there")
+    return found
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a file's columns; none where it cannot be read."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema
+
+    try:
+        return read_schema(path).names
+    except (ArrowException, OSError):
+        return []
+
+
+def read_parquet(path: Path, at_once: int = 1000) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    check_is_file(path)
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(at_once):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0][:200]}") from error
+
+
+def image_file(value: Any, beside: Path, into: Path) -> str:
+    """The path of a row's image: a path, which starts at `beside`, or {"bytes", "path"} as data sets have it.
+
+    Bytes are written to `into`, under a name made of them. "" for None; ValueError for what is none of these.
+    """
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str):
+        return str(beside / value)
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(content, bytes):
+        if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+            return str(beside / value["path"])
+        raise ValueError(f"an image must be a path or bytes, found {type(value).__name__}")
+    end = next((end for start, end in _ENDS.items() if content.startswith(start)), ".img")
+    path = into / f"{blake2b(content, digest_size=8).hexdigest()}{end}"
+    if not path.is_file():
+        atomic_write(path, content)
+    return str(path)
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Name the place in what is wrong there: a DataError of a ValueError, or of a column that is missing."""
+    try:
+        yield
+    except DataError:
+        raise
+    except KeyError as error:
+        raise DataError(f"{place}: no {error}") from error
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file to read: UTF-8, or UTF-16 with its mark."""
+    check_is_file(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as raw:
+            encoding = "utf-16" if raw.peek(2)[:2] in _UTF16 else "utf-8-sig"
+            with io.TextIOWrapper(raw, encoding) as file:  # type: ignore[arg-type]
+                yield file
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read_lines(path: Path) -> Rows:
+    return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
+
+
+def _read_table(path: Path) -> Rows:
+    """The rows of CSV or TSV under the names of its first line."""
+    names: list[str] = []
+    for place, values in _read_csv(path) if kind_of(path) == ".csv" else _read_tsv(path):
+        if not names:
+            names = [name.strip() for name in values]
+            if len(set(names)) < len(names):
+                raise DataError(f"{place}: a column stands there twice: {', '.join(names)}")
+        elif len(values) != len(names):
+            raise DataError(f"{place}: expected {len(names)} fields, found {len(values)}")
+        else:
+            yield place, dict(zip(names, values, strict=True))
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:
+    return ((place, line.split("\t")) for place, line in read_lines(path))
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(1 << 30)
+    with _opened(path) as file:
+        file.reconfigure(newline="")
+        reader = csv.reader(file, strict=True)
+        try:
+            yield from ((f"{path}:{reader.line_num}", values) for values in reader if values)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
+
+
+def _is_array(path: Path) -> bool:
+    with _opened(path) as file:
+        return file.read(1024).lstrip().startswith("[")
+
+
+def _read_array(path: Path) -> Rows:
+    """The objects of a JSON array, without reading a large file whole."""
+    with _opened(path) as file:
+        text, start, line, number = "", 0, 1, 0
+        while True:
+            try:
+                row, end = _next_item(text, start, number == 0)
+            except RecursionError as error:
+                raise DataError(f"{path}: row {number + 1}: nested too deeply") from error
+            except json.JSONDecodeError as error:
+                if not (more := file.read(_CHUNK)):
+                    where = f"{path}:{line + text.count(chr(10), 0, error.pos)}"
+                    raise DataError(f"{where}: not valid JSON ({error.msg})") from error
+                line, text, start = line + text.count("\n", 0, start), text[start:] + more, 0
+                continue
+            if row is _END:
+                if (text[end:] + file.read()).strip():
+                    raise DataError(f"{path}: more stands after the end of the array")
+                return
+            start, number = end, number + 1
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: row {number}: expected an object {{...}}")
+            yield f"{path}: row {number}", row
+
+
+def _next_item(text: str, start: int, first: bool) -> tuple[Any, int]:
+    """The item of an array that begins after `start`, or _END, and where it ends."""
+    before = (_OPENING if first else _SEPARATOR).match(text, start)
+    if before is None:
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, start)
+    return (_END, before.end()) if before[1] else _DECODER.raw_decode(text, before.end())
