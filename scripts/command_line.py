@@ -11,18 +11,25 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 
 from data.errors import ConfigError
-from data.yaml_file import check_keys, read_checked
+from data.yaml_file import check_keys, read_checked, read_yaml
 
 # The docstring under a field of a configuration becomes its line in --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -53,13 +60,46 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
     note = f" {positional.upper()} needs no --{positional} before it." if positional else ""
     summary = (inspect.getdoc(run) or "").split("\n\n")[0]
     parser = ArgumentParser(prog=prog, description=summary + note, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of the keys below.")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of the keys below.")
     config_type = config_dataclass(run)
     if config_type:
         parser.add_class_arguments(config_type, None)
     else:
         parser.add_function_arguments(run, None)
     return parser
+
+
+class ConfigFile(ActionConfigFile):
+    """A configuration whose {class_path: ...} takes the place of one before it, as a whole.
+
+    jsonargparse would take both for classes of its own and join their arguments.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        given = read_yaml(values) if os.path.isfile(values) else yaml.safe_load(values)
+        for key, value in given.items():
+            if is_component(value) and isinstance(cfg.get(key), dict):
+                cfg[key] = None
+        super().__call__(parser, cfg, values, option_string)
+
+
+def is_component(value: Any) -> bool:
+    """Whether this is a mapping that names a class."""
+    return isinstance(value, dict) and "class_path" in value
+
+
+def components_as_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """argv with each option of a mapping that names a class as a configuration of this one key."""
+    mappings = {f"--{a.dest}" for a in parser._actions if get_origin(getattr(a, "_typehint", None)) is dict}
+    words, out = iter(argv), []
+    for word in words:
+        option, joined, value = word.partition("=")
+        given = [word] if joined or option not in mappings else [word, *islice(words, 1)]
+        with suppress(yaml.YAMLError):
+            if option in mappings and is_component(found := yaml.safe_load(value or given[-1])):
+                given = [f"--config={json.dumps({option[2:]: found})}"]
+        out += given
+    return out
 
 
 def config_dataclass(run: Callable) -> type | None:
@@ -154,7 +194,7 @@ def spelled_out(path: Path, groups: list[str]) -> str:
 def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Name -> value, dataclasses and classes built. Raises ConfigError."""
     try:
-        namespace = parser.parse_args(with_words(argv, parser))
+        namespace = parser.parse_args(components_as_configs(with_words(argv, parser), parser))
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), parser, argv)) from None
     check_shapes(namespace, parser, argv)

@@ -24,6 +24,7 @@ CACHE = Path.home() / ".cache" / "sleuth" / "tiny"
 """Where they are kept for the next time, under a hash of what they were made from."""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 _PASSAGES_READ = 20_000
+_MADE = 2  # counts changes of what the same arguments give
 _MASKED = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 _MASKED |= {"mask_token": "[MASK]"}
 _CAUSAL = {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>", "mask_token": "<|mask|>"}
@@ -50,7 +51,7 @@ def tiny_base(
     passages = Corpus(corpus) if corpus is not None and reads_text else None
     if folder is None:
         source = passages.content_hash if passages is not None else ""
-        made_from = json.dumps([settings, source, vocabulary, seed], sort_keys=True)
+        made_from = json.dumps([_MADE, settings, source, vocabulary, seed], sort_keys=True)
         folder = CACHE / hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def write(building: Path) -> None:
@@ -81,17 +82,25 @@ def _write_text_model(
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     try:
-        kind = type(AutoConfig.for_model(name))
+        usual = AutoConfig.for_model(name)
     except ValueError as error:
         raise ConfigError(f"config: model_type {name!r}: must be bert, llama, qwen3 or another") from error
-    masked = kind in MODEL_FOR_MASKED_LM_MAPPING
+    masked = type(usual) in MODEL_FOR_MASKED_LM_MAPPING
     tokenizer = (_word_pieces if masked else byte_pairs)(texts, vocabulary)
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
-    config = AutoConfig.for_model(name, **{**ids, **settings, "vocab_size": len(tokenizer)})
+    if hasattr(usual, "num_key_value_heads"):  # by default those of a large model
+        settings = {"num_key_value_heads": settings["num_attention_heads"], **settings}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         of: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        of.from_config(config).save_pretrained(folder)
+        try:
+            config = AutoConfig.for_model(name, **{**ids, **settings, "vocab_size": len(tokenizer)})
+            model = of.from_config(config)
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long))
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"config {settings}: no {name} runs with this ({reason})") from error
+    model.save_pretrained(folder)
     tokenizer.model_max_length = min(getattr(config, "max_position_embeddings", 512), 512)
     tokenizer.save_pretrained(folder)
 

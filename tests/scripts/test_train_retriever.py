@@ -53,6 +53,30 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 4, 6]
 
 
+def resolved(argv, capsys):
+    with pytest.raises(SystemExit):
+        sleuth.main(["train-retriever", *argv, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_model_or_a_loss_on_the_line_takes_the_place_of_the_one_in_the_file(rivers, tmp_path, capsys):
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=2))
+    other = write(tmp_path / "other.yaml", {"model": component("splade", base="x")})
+    loss = {"class_path": "CachedMultipleNegativesRankingLoss", "init_args": {"mini_batch_size": 4}}
+    both = ["--config", config, "--config", other]
+    assert resolved(both, capsys)["model"] == component("splade", base="x")
+    assert resolved([*both, "--loss", json.dumps(loss)], capsys)["loss"] == loss
+    assert resolved([*both, f"--loss={json.dumps(loss)}"], capsys)["loss"] == loss
+    alone = {"class_path": "a", "init_args": {}}
+    assert resolved(["--model", '{"class_path": "a", "init_args": {}}', *both[:2]], capsys)["model"] != alone
+    model = component("dense", base=base(rivers), pooling="cls")
+    words = ["--model", json.dumps(model), "--loss", json.dumps(loss), "--model.init_args.max_tokens", "8"]
+    assert sleuth.main(["train-retriever", "--config", config, *words]) == 0
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["model"] == component("dense", base=base(rivers), pooling="cls", max_tokens=8)
+    assert kept["loss"] == loss
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -63,6 +87,9 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
             "init_args.poolin: unknown key; dense takes base",
         ),
         (["--train", "[]"], "train = []: must be a list of at least one set of examples"),
+        (["--loss", "MultipleNegativesRankingLoss"], "loss: got 'MultipleNegativesRankingLoss', expected"),
+        (["--loss", "{class: Mine}"], "loss: must be a mapping of class_path and init_args"),
+        (["--model", "{class_path: dense"], "model: got '{class_path: dense', expected"),
         (["--serves", "nowhere"], "nowhere: no such folder"),
     ],
 )
