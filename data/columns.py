@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 METADATA = "corpus.metadata"
 """Its name in the folder of an index."""
 _VALUES_TOGETHER = 1 << 18
-_WORTH_CACHING_BYTES = 1 << 20  # of a corpus
 
 _LOADING: WeakKeyDictionary[Corpus, Future[Columns]] = WeakKeyDictionary()
 _LOCK, _ONE_AT_A_TIME = threading.Lock(), threading.Lock()
@@ -125,7 +124,7 @@ def _kept(corpus: Corpus) -> Any:
     if corpus.index_folder and (found := read_sealed(corpus.index_folder / METADATA)) is not None:
         return found
     place = cached_file(f"{corpus.content_hash}.metadata")
-    if place and corpus.with_metadata and corpus.path.stat().st_size >= _WORTH_CACHING_BYTES:
+    if place and corpus.offsets.with_metadata and corpus.offsets.is_slow:
         if (found := read_sealed(place)) is not None:
             return found
         logger.info("%s: reading the metadata of all passages once, for filters", corpus.path)
@@ -144,7 +143,7 @@ def _write(corpus: Corpus, file: Any) -> None:
 
     schema = pa.schema([("position", pa.int32()), ("value", pa.large_binary())])
     with pa.ipc.new_file(file, schema) as writer:
-        for part in _parts(corpus) if corpus.with_metadata else ():
+        for part in _parts(corpus) if corpus.offsets.with_metadata else ():
             for (field, kind), (positions, values) in part.items():
                 batch = pa.record_batch(
                     [pa.array(positions, pa.int32()), pa.array(values, pa.large_binary())], schema=schema

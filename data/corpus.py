@@ -58,12 +58,11 @@ class Corpus:
         self._made_from = path, sidecar_folder, index
         self._file = _open(self.path)
         weakref.finalize(self, os.close, self._file)
-        self._offsets = self._load_offsets(sidecar_folder, index) or self._make_offsets(sidecar_folder)
-        self.content_hash = self._offsets.content_hash
+        self.offsets = self._load_offsets(sidecar_folder, index) or self._make_offsets(sidecar_folder)
+        self.content_hash = self.offsets.content_hash
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
         self.index_folder = Path(index) if index is not None else None
-        self.with_metadata = self._offsets.with_metadata
-        self._starts, self._lines, self._hashes, self._positions = self._offsets.columns
+        self._starts, self._lines, self._hashes, self._positions = self.offsets.columns
 
     def _load_offsets(self, sidecar_folder: str | Path | None, index: str | Path | None) -> Offsets | None:
         """Those kept by the index, also of a copy of its corpus, or from an earlier opening."""
@@ -83,7 +82,7 @@ class Corpus:
 
     def save_offsets(self, index: Path) -> None:
         """Put the table into the folder of an index. Raises StorageError."""
-        self._offsets.save(index / OFFSETS)
+        self.offsets.save(index / OFFSETS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Corpus, self._made_from  # another process opens the file itself

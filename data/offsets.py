@@ -88,6 +88,11 @@ class Offsets:
         """Passages that have metadata."""
         return int(self.table[5])
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether reading the corpus again takes so long that what was found belongs into the cache."""
+        return self.stamp[0] >= _WORTH_CACHING_BYTES
+
     @cached_property
     def columns(self) -> list[np.ndarray]:
         """starts (P + 1,), hashes of lines (P,), sorted hashes of ids (P,), position of each of these (P,)"""
@@ -119,7 +124,7 @@ def table_place(path: Path, folder: str | Path | None) -> Path | None:
 def keep(path: Path, offsets: Offsets, folder: str | Path | None) -> None:
     """Save the table of the corpus `path` for the next opening, where that is worth it and can be done."""
     place = table_place(path, folder)
-    if place is None or (folder is None and offsets.stamp[0] < _WORTH_CACHING_BYTES):
+    if place is None or (folder is None and not offsets.is_slow):
         return
     try:
         offsets.save(place)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.columns
+import data.offsets
 import retriever_server.filters as filters
 from data.columns import METADATA
 from data.corpus import Corpus
@@ -177,7 +178,7 @@ def test_columns_of_an_index_and_of_many_batches_allow_the_same(tmp_path, monkey
 def test_columns_of_an_older_index_are_kept_in_the_cache_and_made_anew_where_they_are_damaged(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(data.columns, "_WORTH_CACHING_BYTES", 1)
+    monkeypatch.setattr(data.offsets, "_WORTH_CACHING_BYTES", 1)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": "1", "text": "a", "metadata": {"n": 1}}])
     for damaged in (False, False, True):
