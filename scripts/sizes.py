@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _K, _QUERIES, _CANDIDATES = 10, 64, 100
 _BYTES_A_WORD = 6.2  # of English text in JSON lines; title and keys are little beside it
+_OFFSETS_BYTES = 32  # of a passage in the table of a corpus
 _POSTING_BYTES = 8
 _TERM_BYTES = 16
 _TOKENS_A_WORD, _TOKEN_DIMENSION, _FIXED_ENCODING_BYTES = 1.3, 128, 2560
@@ -107,12 +108,19 @@ def other_rows(passages: int, words: int) -> list[Row]:
     sparse = passages * _SPARSE_TERMS * _POSTING_BYTES
     fixed = passages * (_FIXED_ENCODING_BYTES + 2 * _SCALE_BYTES)
     multi = passages * _TOKENS_A_WORD * words * (_TOKEN_DIMENSION + _SCALE_BYTES)
-    text = passages * (words * _BYTES_A_WORD + 24)
+    text = passages * (words * _BYTES_A_WORD + _OFFSETS_BYTES)
     return [
         Row("bm25", bm25, bm25, None, None, "another ranking, nothing to approximate"),
         Row("inverted", sparse, sparse, None, None, f"{_SPARSE_TERMS} terms a passage; exact"),
         Row("maxsim int8", multi + fixed, fixed, None, None, "128 a token; memory: encodings of 2,560 bytes"),
-        Row("the corpus itself", text, 0, None, None, "mapped; read where there are hits"),
+        Row(
+            "the corpus itself",
+            text,
+            0,
+            None,
+            None,
+            "read where there are hits; its offsets lie in each index",
+        ),
     ]
 
 
