@@ -113,14 +113,7 @@ def other_rows(passages: int, words: int) -> list[Row]:
         Row("bm25", bm25, bm25, None, None, "another ranking, nothing to approximate"),
         Row("inverted", sparse, sparse, None, None, f"{_SPARSE_TERMS} terms a passage; exact"),
         Row("maxsim int8", multi + fixed, fixed, None, None, "128 a token; memory: encodings of 2,560 bytes"),
-        Row(
-            "the corpus itself",
-            text,
-            0,
-            None,
-            None,
-            "read where there are hits; its offsets lie in each index",
-        ),
+        Row("the corpus itself", text, 0, None, None, "read where there are hits; offsets in each index"),
     ]
 
 
