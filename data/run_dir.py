@@ -52,23 +52,22 @@ class RunDir:
         config: Mapping[str, Any],
         resume: bool = False,
         notes: Sequence[str] = (),
-        on_line: Callable[[str], None] = logger.info,
-        console_keys: Sequence[str] = (),
+        on_log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
         inputs: Mapping[str, tuple[str, str]] | None = None,
         beside: Collection[str] = (),
     ) -> None:
         """Create the run, or open it again where it exists with the same configuration and inputs.
 
         `resume` also accepts a changed configuration, which is then the run's. `notes` are what a
-        reader of the results must know (what is wired in). `on_line` gets the console line of each
-        `log`, of `console_keys` if given. `inputs`: setting -> the file it names, a hash of what that holds.
+        reader of the results must know (what is wired in). `on_log` is called by each `log`.
+        `inputs`: setting -> the file it names, a hash of what that holds.
         `beside`: files that may lie in a folder without a run. Raises ConfigError where configuration
         or inputs differ, there is nothing to resume, the folder holds something else, or another
         process is writing the run.
         """
         self.path = Path(path)
         self.tracker: Tracker = NullTracker()
-        self._on_line, self.console_keys = on_line, tuple(console_keys)
+        self._on_log = on_log
         plain = json.loads(json.dumps(config, default=str))  # as it will be read back
         if resume and not (self.path / "run.json").exists():
             raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
@@ -83,7 +82,7 @@ class RunDir:
             raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of `step` to metrics.jsonl, to the tracker, and as one console line.
+        """Append the metrics of `step` to metrics.jsonl, hand them to the tracker and to `on_log`.
 
         Keys are `group/name`. NaN and infinities become null on disk. Raises StorageError.
         """
@@ -91,7 +90,7 @@ class RunDir:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         append_jsonl(self.path / "metrics.jsonl", [{"step": step, **finite}])
         self.tracker.log(step, values)
-        self._on_line(format_line(step, values, self.console_keys))
+        self._on_log(step, values)
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of `step` and later: training goes on from there and logs them anew."""
@@ -202,15 +201,6 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, [] where there is none; a last line cut by a kill is left out."""
     file = Path(path) / "metrics.jsonl"
     return list(read_jsonl(file, tolerate_cut_tail=True)) if file.exists() else []
-
-
-def format_line(step: int, metrics: Mapping[str, float], keys: Sequence[str] = ()) -> str:
-    """One console line: the step and the metrics named by `keys` (all, if none are named).
-
-    (3, {"reward/mean": 0.5}) -> "step 3 · reward/mean 0.5"
-    """
-    shown = [key for key in keys if key in metrics] or list(metrics)
-    return " · ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])
 
 
 def check_free(folder: Path, own: Collection[str]) -> None:

@@ -9,7 +9,7 @@ comes. Each process has a queue of its own share; all draw and take in the same 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,7 @@ class InFlight:
         def on_finished(index: int, trajectory: Trajectory) -> None:
             group, at = slots[index]
             group.finished[at] = trajectory
-            if group.done:
-                self._changed.set()
+            self._changed.set()
 
         rollout = self.agent.rollout(
             [group.question for group, _ in slots],
@@ -115,10 +114,17 @@ class InFlight:
             self._failure = self._failure or task.exception()
             self._changed.set()
 
-    async def take(self, count: int, version: int, deadline_seconds: float) -> list[OpenGroup]:
+    async def take(
+        self,
+        count: int,
+        version: int,
+        deadline_seconds: float,
+        progress: Callable[[int], object] = lambda finished: None,
+    ) -> list[OpenGroup]:
         """The oldest `count` finished groups for the update of `version`, when no other is due before them.
 
-        Raises TimeoutError past the deadline, and what a rollout raised.
+        `progress` is told how many trajectories of so many groups are finished. Raises TimeoutError past
+        the deadline, and what a rollout raised.
         """
         if not count:
             return []
@@ -129,6 +135,7 @@ class InFlight:
                 if (chosen := self._ripe(count, version)) is not None:
                     self.groups = [group for group in self.groups if group not in chosen]
                     return chosen
+                progress(sum(sorted((len(g.trajectories) for g in self.groups), reverse=True)[:count]))
                 self._changed.clear()
                 await self._changed.wait()
 

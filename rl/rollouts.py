@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
     from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+Bar = Callable[..., AbstractContextManager[Callable[[int], object]]]
+"""Shows the progress of some work: called with its title, its total and what was done before, in a `with`
+whose target is then called with how much is done."""
+
+
+@contextmanager
+def no_bar(title: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """A `Bar` that shows nothing."""
+    yield lambda done: None
+
 
 Totals = dict[str, tuple[float, float]]
 """Metrics that can still be averaged over processes: the sum of the values, and of their weights."""
@@ -80,7 +92,9 @@ class Rollouts:
         reward: Callable[[Sequence[Trajectory]], list[Reward]],
         config: TrainConfig,
         workers: Workers,
+        bar: Bar = no_bar,
     ) -> None:
+        self.bar = bar
         self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
         self.in_flight = InFlight(agent, config.seed, config.rollout.max_staleness)
         self.taken: list[OpenGroup] = []  # in the step under way
@@ -123,7 +137,8 @@ class Rollouts:
         count = len(range(self.workers.rank, rollout.questions_per_step, self.workers.count))
         broken, taken = None, []
         try:
-            taken = await self.in_flight.take(count, version, rollout.deadline_seconds)
+            with self.bar("answering questions", count * rollout.group_size) as move:
+                taken = await self.in_flight.take(count, version, rollout.deadline_seconds, move)
         except TimeoutError:
             broken = f"no trajectories for {rollout.deadline_seconds:g} s (rollout.deadline_seconds)"
         except EngineError as error:

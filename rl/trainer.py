@@ -8,6 +8,7 @@ search or a reward failed is left out of the update.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
 import time
@@ -21,6 +22,7 @@ import torch
 from agent.engines.base import Sampling
 from agent.evaluate import evaluate
 from agent.rollout import Agent
+from agent.trajectory import Trajectory
 from agent.transcripts import to_record
 from data.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
 from data.errors import EngineError, RunStopped
@@ -30,22 +32,13 @@ from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
 from rl.learner import Learner
 from rl.rewards import combine
-from rl.rollouts import Collected, Rollouts, Totals, averages
+from rl.rollouts import Bar, Collected, Rollouts, Totals, averages, no_bar
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
 from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-CONSOLE_KEYS = (
-    "reward/mean",
-    "rollout/searches",
-    "rollout/valid_format",
-    "policy/entropy",
-    "policy/grad_norm",
-    "time/step_seconds",
-)
-"""What the console line of a step shows of its metrics."""
 STATE_FILE = "trainer.json"
 IN_FLIGHT_FILE = "in_flight.jsonl"
 """Groups that were not yet trained on."""
@@ -64,8 +57,9 @@ class Trainer:
         run: RunDir | None,
         workers: Workers,
         on_step: Callable[[int], None] = lambda step: None,
+        bar: Bar = no_bar,
     ) -> None:
-        """run: the run folder, which the leading process has and the others have not."""
+        """run: the run folder, which the leading process has and the others have not; bar: shows progress."""
         self.config, self.learner, self.run_dir, self.workers = config, learner, run, workers
         self.dev_questions = dev_questions
         rollout = config.rollout
@@ -80,7 +74,8 @@ class Trainer:
         )
         self.path = Path(config.out)
         reward = combine(config.rewards, config.judge, self.path / f"judge-{workers.rank}.jsonl")
-        self.rollouts = Rollouts(self.agent, questions, reward, config, workers)
+        self.bar = bar if workers.leads else no_bar
+        self.rollouts = Rollouts(self.agent, questions, reward, config, workers, self.bar)
         self.sentinel = Sentinel(config.sentinel)
         self.checkpoints = self.path / "checkpoints"
         self.on_step = on_step
@@ -90,15 +85,8 @@ class Trainer:
         """Train to the last step, resuming from the last checkpoint; state is saved however it ends."""
         await self._restore()
         try:
-            if self._due(self.config.eval_every) and not self._evaluated():
-                await self._evaluate()  # the last start was stopped in the middle of it
-            while self.step < self.config.steps:
-                await self._one_step()
-                if self._due(self.config.eval_every):
-                    await self._evaluate()
-                elif self._due(self.config.save_every):
-                    self._save()
-                self.on_step(self.step)
+            with self.bar("training", self.config.steps, self.step) as move:
+                await self._all_steps(move)
         except (asyncio.CancelledError, RunStopped, EngineError) as stop:
             # Interrupted processes are at different places: none can ask the others for their shards.
             if self.workers.count == 1 or isinstance(stop, RunStopped):
@@ -112,11 +100,24 @@ class Trainer:
         if not self.config.eval_every and self.workers.leads:
             mark_best(self.checkpoints, self.step, score=0.0)
 
+    async def _all_steps(self, move: Callable[[int], object]) -> None:
+        if self._due(self.config.eval_every) and not self._evaluated():
+            await self._evaluate()  # the last start was stopped in the middle of it
+        while self.step < self.config.steps:
+            await self._one_step()
+            move(self.step)
+            if self._due(self.config.eval_every):
+                await self._evaluate()
+            elif self._due(self.config.save_every):
+                self._save()
+            self.on_step(self.step)
+
     async def _one_step(self) -> None:
         started = time.monotonic()
         collected = await self.rollouts.collect(self.step)
         rollout_seconds = time.monotonic() - started
-        learned = await self._learn(collected)
+        with self.bar("updating the policy"):
+            learned = await self._learn(collected)
         if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
             self._keep(collected)
         synced = await self.sync.update(self.step)
@@ -203,7 +204,15 @@ class Trainer:
         greedy = replace(self.agent, sampling=Sampling(temperature=0))
 
         async def rollout(questions, on_finished):
-            await greedy.rollout(questions, on_finished=lambda _, trajectory: on_finished(trajectory))
+            total = len(self.dev_questions)
+            done = itertools.count(total - len(questions) + 1)
+            with self.bar("answering dev questions", total, total - len(questions)) as move:
+
+                def finished(_: int, trajectory: Trajectory) -> None:
+                    on_finished(trajectory)
+                    move(next(done))
+
+                await greedy.rollout(questions, on_finished=finished)
 
         folder = self.path / "evaluations" / f"dev-{self.step:06d}"
         settings = {"policy": f"step {self.step}", "protocol": self.agent.protocol.name}

@@ -11,8 +11,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -38,29 +39,34 @@ class Bar:
     ) -> None:
         self.title, self.total, self.done, self.unit = visible(title), total, done or 0, unit
         self._before = done
-        self._began = self._logged = time.monotonic()
+        self.began = time.monotonic()
+
+    def begin(self, done: float, seconds: float = 0) -> None:
+        """Take the rate from here on, or from so many seconds ago."""
+        self._before, self.began = done, time.monotonic() - seconds
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known what was done before."""
+        return self._before is not None
 
     def move(self, done: float, total: float | None = None) -> None:
         """Set how much is done, and of how much where that is known only now."""
-        now = time.monotonic()
-        if self._before is None:
-            self._before, self._began = done, now
+        if not self.begun:
+            self.begin(done)
         self.done, self.total = done, self.total if total is None else total
-        if not _live and now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            _log.info("%s: %s", self.title, "  ".join(self.figures(now)))
 
     def figures(self, now: float) -> list[str]:
         """How much is done, the time left (or gone), the rate: the most important first.
 
         37 of 100 after 10 s -> ["37/100", "ETA 0:17", "3.7/s"]
         """
-        count = self._amount(self.done)
+        count = self._amount(self.done) if self.done or self.total is not None else ""
         count += "" if self.total is None else f"/{self._amount(self.total)}"
-        since, seconds = self.done - (self._before or 0), now - self._began
+        since, seconds = self.done - (self._before or 0), now - self.began
         rate = since / seconds if seconds > 0 and since > 0 else None
         if rate is None:
-            return [count, clock(seconds)]
+            return [*filter(None, [count]), clock(seconds)]
         left = None if self.total is None or self.done >= self.total else (self.total - self.done) / rate
         return [count, clock(seconds) if left is None else f"ETA {clock(left)}", self._rate(rate)]
 
@@ -100,6 +106,7 @@ class Bar:
 
 _bars: list[Bar] = []  # those of the moment, the outermost first
 _live: list[Live] = []  # their display, where they are drawn
+_last_line = [0.0]  # when a line last told how far a work is
 
 
 @contextmanager
@@ -108,19 +115,38 @@ def bar(
     total: float | None = None,
     done: float | None = 0,
     unit: Literal["count", "bytes"] = "count",
+    stays: bool = True,
 ) -> Iterator[Callable[..., None]]:
-    """Show a bar while the block runs; yields `Bar.move`."""
+    """Show a bar while the block runs; yields what moves it. Unless inside another it `stays` to be read."""
     shown = Bar(title, total, done, unit)
     _bars.append(shown)
     try:
-        if _live or not can_draw():
+        if _live:
+            _live[0].refresh()
             yield shown.move
-        else:
-            with _display():
+        elif can_draw():
+            with _display(stays):
                 yield shown.move
+        else:
+            yield partial(_move_and_log, shown)
     finally:
         if shown in _bars:
             _bars.remove(shown)
+
+
+def _move_and_log(moved: Bar, done: float, total: float | None = None) -> None:
+    """Move a bar that cannot be drawn; log how far it is after a minute in which no line has told."""
+    moved.move(done, total)
+    if time.monotonic() - max(moved.began, _last_line[0]) >= _LOG_SECONDS:
+        _last_line[0] = time.monotonic()
+        _log.info("%s: %s", moved.title, "  ".join(moved.figures(time.monotonic())))
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show how long something takes that has no parts to count."""
+    with bar(title, stays=False):
+        yield
 
 
 def end_bars() -> None:
@@ -155,14 +181,53 @@ class Track:
                 move(there if total is None else min(there, total))
 
 
+class StepLines:
+    """Prints a line for each step of a training: how far it is, some of its metrics, the time left.
+
+    shown: how metrics are written, {"time/step_seconds": "{:.1f} s"}; where a step has none of them, all that
+    it has is. On a terminal the last parts go where the line would be wrapped.
+    """
+
+    def __init__(self, shown: Mapping[str, str], steps: int | None = None) -> None:
+        self._shown, self._steps = shown, Bar("", steps, done=None)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the line of a step; time/step_seconds, where it is there, counts in the time left."""
+        if not self._steps.begun and (seconds := metrics.get("time/step_seconds")):
+            self._steps.begin(step - 1, seconds)
+        self._steps.move(step)
+        count = f"{step:,}/{self._steps.total:,}" if self._steps.total else f"{step:,}"
+        parts = [form.format(metrics[key]) for key, form in self._shown.items() if key in metrics]
+        parts = parts or [f"{key} {value:.4g}" for key, value in metrics.items()]
+        parts = [f"step {count}", *parts, *self._left()]
+        while len(parts) > 1 and len("  ".join(parts)) >= _columns():
+            parts.pop()
+        say("  ".join(parts))
+
+    def _left(self) -> list[str]:
+        return [each for each in self._steps.figures(time.monotonic()) if each.startswith("ETA")]
+
+
+def say(line: str) -> None:
+    """Print a line on stderr: a sign of life, which puts off the next one of a bar that is not drawn."""
+    _last_line[0] = time.monotonic()
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    from rich.console import Console
+
+    return Console(stderr=True).width if sys.stderr.isatty() else _WIDE
+
+
 def can_draw() -> bool:
     """Whether stderr is a terminal whose lines can be drawn anew."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown", "")
 
 
 @contextmanager
-def _display() -> Iterator[None]:
-    """Draw the bars of the moment while the block runs; the outermost stays to be read."""
+def _display(stays: bool) -> Iterator[None]:
+    """Draw the bars of the moment while the block runs."""
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -174,7 +239,11 @@ def _display() -> Iterator[None]:
     # stdout goes through the display only where both are the terminal: a pipe is to get its own lines.
     with (
         Live(
-            console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty(), get_renderable=draw
+            console=console,
+            transient=not stays,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),
+            get_renderable=draw,
         ) as live,
         _handlers_write_above(),
     ):
@@ -202,9 +271,11 @@ def _handlers_write_above() -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """[17.2, 3700, 100000] -> "0:17", "1:01:40", "27:46:40" """
+    """[17.2, 3700, 1000000] -> "0:17", "1:01:40", "11d 13h" """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24}d {hours % 24}h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 

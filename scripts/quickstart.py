@@ -185,13 +185,11 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
 
 
 def train_policy(config: TrainConfig, url: str) -> None:
-    """GRPO with live searches at `url`, with a bar; resumes, and does nothing once it is finished."""
+    """GRPO with live searches at `url`; resumes, and does nothing once it is finished."""
     from retriever_server.client import connect
-    from scripts.console import bar
     from scripts.train import train
 
-    with bar("training", config.steps, done=None) as move:
-        train(config, connect(url, config.rollout.retriever_deadline_seconds), move)
+    train(config, connect(url, config.rollout.retriever_deadline_seconds))
 
 
 def trained_policy(run: Path) -> str:

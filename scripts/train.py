@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = {
+    "reward/mean": "reward {:.3f}",
+    "rollout/em": "EM {:.3f}",
+    "dev/em": "dev EM {:.3f}",
+    "rollout/searches": "searches {:.1f}",
+    "dev/searches": "searches {:.1f}",
+    "time/step_seconds": "{:.1f} s",
+    "time/evaluate_seconds": "{:.1f} s",
+}
+"""What the line of a step shows of its metrics; all of them lie in metrics.jsonl."""
+
 
 def main(config: TrainConfig) -> None:
     """Train a policy to search on the rewards of its own answers.
@@ -161,6 +172,7 @@ def train(
     Returns this process's place among those of the run.
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
+    from scripts.console import say
     from scripts.wiring import check_agent, open_client
 
     here = _located(config)
@@ -172,6 +184,9 @@ def train(
         try:
             seconds = here.rollout.retriever_deadline_seconds
             client = client or open_client(here.retriever, seconds, here.deterministic)
+            if _leads():
+                size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size}"
+                say(f"training {here.policy}: {here.steps} steps of {size} trajectories, into {here.out}")
             from rl.workers import join_workers
 
             workers = join_workers()
@@ -243,11 +258,13 @@ def open_run(
     """
     from data.packaged import WIRED_IN
     from data.run_dir import RunDir
+    from scripts.console import StepLines
 
     notes = [WIRED_IN] if config.policy == "atlas" else []
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
-    run = RunDir(config.out, settings, config.resume, notes, inputs=inputs, beside=beside)
+    lines = StepLines(_SHOWN, config.steps)
+    run = RunDir(config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside)
     if config.wandb.project and tracked:
         from data.trackers import WandbTracker
 
@@ -270,18 +287,21 @@ async def _train(
 
     from agent.policy import load_policy, resolve_device
     from rl.learner import Learner
-    from rl.trainer import CONSOLE_KEYS, Trainer
+    from rl.trainer import Trainer
+    from scripts.console import bar
     from scripts.wiring import open_agent
 
     rollout = config.rollout
-    if run is not None:
-        run.console_keys = CONSOLE_KEYS
     if config.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
     sharded = workers.count > 1 and config.sharding == "fsdp"
     # What writes the weights of servers need not lie on a GPU beside the shares.
     aside = sharded and config.engine.name == "vllm" and config.device == "auto"
+
+    def another(dtype: str) -> Policy:  # what is divided goes to its GPU layer by layer: a whole may not fit
+        return load_policy(config.policy, "cpu" if sharded else config.device, dtype)
+
     opened = open_agent(
         config.policy,
         config.retriever,
@@ -295,14 +315,10 @@ async def _train(
         config.engine,
         Path(config.out),
     )
-
-    def another(dtype: str) -> Policy:  # what is divided goes to its GPU layer by layer: a whole may not fit
-        return load_policy(config.policy, "cpu" if sharded else config.device, dtype)
-
     dtype = str(opened.policy.model.dtype).removeprefix("torch.")
     trained = another("float32") if sharded else opened.policy  # the engine needs whole weights
     near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
     protocol = opened.agent.protocol
     learner = Learner(trained, config, protocol, workers, another(dtype) if near else None)
     async with opened:
-        await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step).run()
+        await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step, bar).run()

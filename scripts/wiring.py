@@ -21,6 +21,7 @@ from data.listening import why_silent
 from data.settings import EngineConfig
 from retriever_server.client import SearchClient, connect
 from rl.config import ProtocolConfig
+from scripts.console import waiting
 
 if TYPE_CHECKING:
     from agent.policy import Policy
@@ -88,17 +89,18 @@ def open_agent(
     sampling = Sampling(temperature=temperature)
     spoken = check_agent(policy, protocol, device, engine)
     client = client or open_client(retriever, deadline_seconds)
-    from transformers.utils.logging import disable_progress_bar
+    with waiting(f"loading {policy}"):
+        from transformers.utils.logging import disable_progress_bar
 
-    from agent.engines.hf import HFEngine
-    from agent.engines.opening import open_vllm
-    from agent.policy import load_policy, resolve_device
+        from agent.engines.hf import HFEngine
+        from agent.engines.opening import open_vllm
+        from agent.policy import load_policy, resolve_device
 
-    disable_progress_bar()
-    if engine.name == "vllm" and device == "auto":
-        dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
-        device = "cpu"
-    loaded = load_policy(policy, device, dtype)
+        disable_progress_bar()
+        if engine.name == "vllm" and device == "auto":
+            dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
+            device = "cpu"
+        loaded = load_policy(policy, device, dtype)
     live, vision = 2 * max_rows, loaded.vision
     if engine.name == "vllm":
         sampler = open_vllm(engine, loaded, policy, spoken, max_rows, folder)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from scripts import console
-from scripts.console import Bar, Track, bar, clock, show_table, visible
+from scripts import console, train
+from scripts.console import Bar, StepLines, Track, bar, clock, show_table, visible
 from tests.terminal import Terminal
 
 
@@ -17,7 +17,7 @@ def figures(there, total, seconds, **options):
     """What a bar says after so many seconds."""
     shown = Bar("x", total, **options)
     shown.done = there
-    return shown.figures(shown._began + seconds)
+    return shown.figures(shown.began + seconds)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,14 @@ def test_a_bar_says_count_time_left_and_rate_as_far_as_they_are_known(said, expe
 def test_a_bar_whose_beginning_is_told_by_its_first_move_has_its_rate_from_there():
     shown = Bar("training", 10, done=None)
     shown.move(4)
-    assert shown.figures(shown._began + 9)[1:] == ["0:09"]
+    assert shown.figures(shown.began + 9)[1:] == ["0:09"]
     shown.move(7)
-    assert shown.figures(shown._began + 3) == ["7/10", "ETA 0:03", "1.0/s"]
+    assert shown.figures(shown.began + 3) == ["7/10", "ETA 0:03", "1.0/s"]
 
 
-@pytest.mark.parametrize("seconds", [(17.2, "0:17"), (59.6, "1:00"), (3700, "1:01:40"), (100000, "27:46:40")])
+@pytest.mark.parametrize(
+    "seconds", [(17.2, "0:17"), (59.6, "1:00"), (3700, "1:01:40"), (100_000, "27:46:40"), (1e6, "11d 13h")]
+)
 def test_a_clock(seconds):
     assert clock(seconds[0]) == seconds[1]
 
@@ -62,6 +64,28 @@ def test_a_bar_fits_into_a_terminal_of_any_width(columns, total):
     if columns > 1:
         assert len(terminal.lines) == 2 and terminal.lines[1] == ""  # one line, not wrapped
     assert "Error" not in terminal.raw
+
+
+@pytest.mark.parametrize(
+    ("columns", "last"),
+    [
+        (200, "step 1,345/20,000  reward -0.500  EM 0.412  searches 1.3  1234.5 s  ETA 266d 17h"),
+        (80, "step 1,345/20,000  reward -0.500  EM 0.412  searches 1.3  1234.5 s  ETA 266d 17h"),
+        (60, "step 1,345/20,000  reward -0.500  EM 0.412"),
+        (20, "step 1,345/20,000"),
+    ],
+)
+def test_the_line_of_a_step_is_never_wrapped(columns, last):
+    metrics = {"reward/mean": -0.5, "rollout/em": 0.412, "rollout/searches": 1.3, "time/step_seconds": 1234.5}
+    terminal = Terminal(columns)
+    with terminal.attached():
+        StepLines(train._SHOWN, 20_000)(1_345, {**metrics, "policy/entropy": 1.0})
+    assert len(terminal.lines) == 2 and terminal.lines[0].startswith(last)
+
+
+def test_a_step_without_the_wanted_metrics_shows_all_that_it_has(capsys):
+    StepLines({"a": "{:.1f} a"})(3, {"speed/seconds": 12.0, "other": float("nan")})
+    assert capsys.readouterr().err == "step 3  speed/seconds 12  other nan\n"
 
 
 def test_items_are_passed_on_and_counted_and_ranges_count_what_they_stand_for():
@@ -151,6 +175,7 @@ def test_what_is_no_terminal_gets_a_line_a_minute(wanted, monkeypatch, capsys, c
     for name, value in wanted.items():
         monkeypatch.setenv(name, value)
     now = [0.0]
+    monkeypatch.setattr(console, "_last_line", [0.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO)
     with bar("encoding", 1000) as move:

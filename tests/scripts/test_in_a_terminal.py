@@ -1,6 +1,8 @@
 """Every command that draws a bar or a table, in a terminal of 60, 80 and 200 columns."""
 
 import http.server
+import itertools
+import re
 import threading
 from functools import partial
 
@@ -8,8 +10,9 @@ import pytest
 
 from agent.engines.scripted import ScriptedEngine
 from data.corpus import Corpus
-from data.jsonl import read_json, write_jsonl
+from data.jsonl import read_json, read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
+from scripts import __main__ as sleuth
 from scripts import convert
 from tests.terminal import Terminal
 from tests.toy import build_toy
@@ -131,6 +134,74 @@ def test_evaluate(folder, scripted, tmp_path, terminal):
     seen = " ".join(terminal.lines)
     assert "1.000" in seen and "[/bold] {task} �[2J" in seen and "…" not in seen
     assert terminal.run("evaluate", "--questions", folder / "questions.jsonl", *options) == 0  # all is there
+
+
+def test_an_evaluation_that_is_interrupted_keeps_its_records(folder, scripted, tmp_path, monkeypatch):
+    from agent import evaluate
+
+    monkeypatch.setattr(evaluate, "_append", interrupted_after(3, evaluate._append))
+    options = ["--policy", folder / "policy", "--retriever", folder / "index", "--out", tmp_path / "scores"]
+    command = ["evaluate", "--questions", folder / "questions.jsonl", *options]
+    terminal = Terminal(80)
+    assert terminal.run(*command) == 130
+    assert "".join(terminal.lines).endswith(
+        f"go on with the same command: {tmp_path / 'scores'} keeps the rest"
+    )
+    monkeypatch.undo()
+    assert len(list(read_jsonl(tmp_path / "scores" / "trajectories.jsonl"))) == 3
+
+
+def interrupted_after(count, function):
+    calls = itertools.count(1)
+
+    def called(*arguments):
+        function(*arguments)
+        if next(calls) == count:
+            raise KeyboardInterrupt
+
+    return called
+
+
+RECIPE = """
+policy: {folder}/policy
+questions: {folder}/train.jsonl
+dev_questions: {folder}/dev.jsonl
+retriever: {folder}/index
+out: {out}
+rollout: {{questions_per_step: 2, group_size: 2}}
+device: cpu
+steps: 3
+eval_every: 2
+"""
+
+
+def test_train(folder, tmp_path, terminal):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=folder, out=tmp_path / "run"))
+    assert terminal.run("train", "--config", tmp_path / "recipe.yaml") == 0
+    steps = [line for line in terminal.lines if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in steps] == [f"step {step}/3" for step in (1, 2, 2, 3, 3)]
+    assert all("reward 0." in line or "dev EM 0." in line for line in steps)
+    if terminal.columns > 60:
+        assert all(re.search(r"searches \d\.\d  \d+\.\d s", line) for line in steps)
+        assert "ETA 0:" in steps[0]
+    the_bar(terminal, "training  ", "3/3")
+    assert terminal.lines[0].startswith("training ")  # at once, before anything is loaded
+    for title in ("loading ", "answering questions", "updating the policy", "answering dev questions"):
+        assert title in terminal.raw and title not in " ".join(terminal.lines)
+
+
+def test_a_run_that_is_no_terminal_has_a_line_a_step(folder, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=folder, out=tmp_path / "run"))
+    assert sleuth.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == (
+        f"training {folder}/policy: 3 steps of 2 questions x 2 trajectories, into {tmp_path / 'run'}"
+    )
+    assert [line.split("  ")[0] for line in lines] == [f"step {step}/3" for step in (1, 2, 2, 3, 3)]
+    assert re.fullmatch(
+        r"step 1/3  reward \d\.\d{3}  EM \d\.\d{3}  searches \d\.\d  \d+\.\d s  ETA \d+:\d\d", lines[0]
+    )
+    assert re.fullmatch(r"step 3/3  dev EM \d\.\d{3}  searches \d\.\d  \d+\.\d s", lines[-1])
 
 
 def test_sizes(terminal):
