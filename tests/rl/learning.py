@@ -38,7 +38,7 @@ def configure(
     algorithm: AlgorithmConfig | None = None, rollout: dict[str, Any] | None = None, **changes: Any
 ):
     """A configuration of these groups whose gradients are not clipped."""
-    sizes = {"questions_per_step": GROUPS, "group_size": SIZE}
+    sizes: dict[str, Any] = {"questions_per_step": GROUPS, "group_size": SIZE}
     return TrainConfig(
         policy="p",
         questions="q",
@@ -83,7 +83,7 @@ def make_groups(seed: int) -> list[Group]:
 
 
 def _sampled(segment: Segment, segments: list[Segment], draw: random.Random) -> Segment:
-    """The segment as a sampler wrote it whose log-probs are nearly the policy's."""
+    """The segment as written by a sampler whose log-probs are nearly the policy's; some tokens were given."""
     if segment.kind is not SegmentKind.POLICY:
         return segment
     before = [token for each in segments[: segments.index(segment)] for token in each.token_ids]
@@ -91,7 +91,8 @@ def _sampled(segment: Segment, segments: list[Segment], draw: random.Random) -> 
     with torch.no_grad():
         distribution = _POLICY(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
     taken = distribution.gather(1, ids[0, len(before) :, None])[:, 0].tolist()
-    return replace(segment, logprobs=[min(value + draw.gauss(0, 0.5), -1e-3) for value in taken])
+    noisy = [min(value + draw.gauss(0, 0.5), 0.0) for value in taken]
+    return replace(segment, logprobs=[None if draw.random() < 0.05 else value for value in noisy])
 
 
 @dataclass
@@ -133,12 +134,13 @@ class Learned:
     metrics: dict[str, float]
 
 
-def make_learner(config: TrainConfig, kind: str = "qwen2") -> Learner:
+def make_learner(config: TrainConfig, kind: str = "qwen2", reference: Any = None) -> Learner:
     """A learner of a tiny policy, with a reference that differs, adapters and a critic that say something."""
+    no_tokenizer: Any = None
     model, near = tiny_model(kind, VOCABULARY), None
     if config.algorithm.kl_coefficient and not config.lora.rank:
-        near = Policy(tiny_model(kind, VOCABULARY, seed=1), None)
-    learner = Learner(Policy(model, None), config, PROTOCOL, Workers(), near)
+        near = Policy(reference or tiny_model(kind, VOCABULARY, seed=1), no_tokenizer)
+    learner = Learner(Policy(model, no_tokenizer), config, PROTOCOL, Workers(), near)
     draw = torch.Generator().manual_seed(9)
     for name, parameter in learner.model.named_parameters():
         if "lora_B" in name:  # which are zero at first, as the critic's head is

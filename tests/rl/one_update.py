@@ -19,7 +19,7 @@ from rl.workers import Workers, join_workers, whole
 from scripts.command_line import call
 from scripts.train import expand
 from tests.fakes import tiny_model
-from tests.rl.test_update import VOCABULARY, groups
+from tests.rl.learning import GROUPS, VOCABULARY, make_groups
 
 ALGORITHMS = {
     "token-average": [],
@@ -60,10 +60,10 @@ def gradients(config: TrainConfig, workers: Workers, share: str) -> dict[str, to
     if learner.critic_optimizer:
         torch.nn.init.constant_(learner.critic.head.bias, 1.0)
         record(learner.critic_optimizer, "critic", learner.critic)
-    mine = [g for g in groups() if g.number % workers.count == workers.rank]
+    mine = [g for g in make_groups(5) if g.number % workers.count == workers.rank]
     if share == "uneven":
-        mine = groups() if workers.leads else []
-    learner.learn(Collected(mine, 2, 2, {}), step=0)
+        mine = make_groups(5) if workers.leads else []
+    learner.learn(Collected(mine, GROUPS, GROUPS, {}), step=0)
     return seen
 
 

@@ -6,7 +6,7 @@ Of rl/ it reads the configuration and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -101,21 +101,13 @@ class Rows:
 
 
 def _likeliest(logits: Tensor, rollout: Any) -> list[int]:
-    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
+    order = sorted(range(len(logits)), key=lambda token: -logits[token].item())
     kept, mass = [], 0.0
     for token in order[: rollout.top_k or len(logits)]:
         if mass < rollout.top_p:
             kept.append(token)
-        mass += float(logits.softmax(0)[token])
+        mass += logits.softmax(0)[token].item()
     return kept
-
-
-KL: dict[str, Callable[[Any], Any]] = {
-    "k1": lambda d: d,
-    "k2": lambda d: d * d / 2,
-    "k3": lambda d: (-d).exp() - 1 + d,
-}
-"""Schulman's estimates of KL(p || q), of d = log p - log q."""
 
 
 def plain_advantages(rows: Rows, rewards: list[list[float]], values: list[list[float]]) -> list[list[float]]:
@@ -231,9 +223,17 @@ class PlainLearner:
         if self.far is None or algorithm.kl_in == "loss":
             return rewards
         differences = [torch.tensor(o - f) for o, f in zip(self.old[row], self.far[row], strict=True)]
-        kl = [float(KL[algorithm.kl_estimator](d)) for d in differences]
-        self._note("policy/kl", kl)
+        kl = [float(self._kl(difference)) for difference in differences]
         return [r - algorithm.kl_coefficient * k for r, k in zip(rewards, kl, strict=True)]
+
+    def _kl(self, difference: Tensor) -> Tensor:
+        """Schulman's estimate of KL(p || q), of log p - log q; k3 is bounded."""
+        kind = self.config.algorithm.kl_estimator
+        bounded = difference.clamp(-20, 20)
+        kl = {"k1": difference, "k2": difference.square() / 2, "k3": (-bounded).exp() - 1 + bounded}[kind]
+        self._note("policy/kl", [float(kl.detach())])
+        self._note("policy/kl_clamped_fraction", [float(kind == "k3" and bool(difference.abs() > 20))])
+        return kl
 
     def _update_policy(self, chosen: list[int]) -> None:
         algorithm, kl_in_loss = (
@@ -267,14 +267,13 @@ class PlainLearner:
         trust = self._trust(old, self.rows.sampled(row))
         mean = sum(n - o for n, o in zip(now, old, strict=True)) / max(1, len(now))
         for at, (new, advantage) in enumerate(zip(now, self.advantages[row], strict=True)):
-            log_ratio = new - old[at]
+            log_ratio, bound = (new - old[at]).clamp(min=-20), 20.0
             if algorithm.surrogate == "gspo":  # the trajectory's, with the token's own gradient
-                log_ratio = mean.detach() + new - new.detach()
-            loss = self._surrogate(log_ratio.exp(), new, advantage) * trust[at]
+                log_ratio, bound = mean.detach() + new - new.detach(), 10.0
+            self._note("policy/clamped_fraction", [float(log_ratio.detach() > bound)])
+            loss = self._surrogate(log_ratio.clamp(max=bound).exp(), new, advantage) * trust[at]
             if kl_in_loss and self.far:
-                kl = KL[algorithm.kl_estimator](new - self.far[row][at])
-                self._note("policy/kl", [float(kl.detach())])
-                loss = loss + algorithm.kl_coefficient * kl
+                loss = loss + algorithm.kl_coefficient * self._kl(new - self.far[row][at])
             losses.append(loss - algorithm.entropy_coefficient * entropy[at])
         self._note("policy/entropy", _numbers(entropy))
         self._note("policy/importance_weight", trust)
@@ -300,7 +299,7 @@ class PlainLearner:
         """How much each token's loss counts, for what the sampler thought of it."""
         algorithm = self.config.algorithm
         differences = [0.0 if s is None else o - s for o, s in zip(old, sampled, strict=True)]
-        for d in differences:
+        for d in (d for d, s in zip(differences, sampled, strict=True) if s is not None):
             self._note("policy/sampler_difference", [abs(d)])
             self._note("policy/sampler_k3", [math.exp(d) - 1 - d])
             self._note("policy/sampler_ratio_above_2", [float(math.exp(d) > 2)])

@@ -1,4 +1,4 @@
-"""A step of learning against loops over trajectories and tokens: every field of an algorithm, in every layout."""
+"""A step of learning against loops over trajectories and tokens: every field of an algorithm."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -61,7 +61,7 @@ CASES |= {name: preset(name) for name in PRESETS}
 CASES |= {f"{name}, two updates": preset(name, updates_per_rollout=2) for name in PRESETS}
 CASES |= {
     "k1 in the reward": algorithm(**NEAR, kl_in="reward", kl_estimator="k1"),
-    "k2 in the reward, discounted": algorithm(**NEAR, kl_in="reward", kl_estimator="k2", advantage="turn", gamma=0.7),
+    "k2 in the reward": algorithm(**NEAR, kl_in="reward", kl_estimator="k2", advantage="turn", gamma=0.7),
     "ppo near a reference": preset("search_r1_ppo", kl_coefficient=0.2, gamma=0.97, gae_lambda=0.8),
     "all at once": algorithm(
         **{**TWO, **NEAR, "entropy_coefficient": 0.1, "dual_clip": 1.05, "importance": "token"},
@@ -77,7 +77,8 @@ CONFIGS |= {
     "temperature": configure(rollout={"temperature": 0.7}),
     "top_p": configure(rollout={"top_p": 0.6, "renormalise_logprobs": True}),
     "top_k": configure(rollout={"top_k": 5, "temperature": 1.3, "renormalise_logprobs": True}),
-    "observations trained": configure(algorithm(advantage="turn", importance="token"), mask_observations=False),
+    "observations trained, by turn": configure(algorithm(advantage="turn"), mask_observations=False),
+    "observations trained": configure(algorithm(importance="token"), mask_observations=False),
     "adapters": configure(lora=LoraConfig(rank=4, alpha=8)),
     "adapters near their start": configure(algorithm(**NEAR, **TWO), lora=LoraConfig(rank=4, alpha=8)),
     "adapters, kl in reward": configure(algorithm(**NEAR, kl_in="reward"), lora=LoraConfig(rank=2)),
