@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from data.errors import ConfigError
 from data.records import Passage
+from data.unicode import replace_halves
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Protocol:
             return Invalid("no action")
         if match[1] == self.answer_tag:
             return Answer(match[2].strip())
-        query = self.query_of(match[2]).encode("utf-8", "replace").decode()  # JSON can hold half a character
+        query = replace_halves(self.query_of(match[2]))
         return Search(query) if query else Invalid("empty query")
 
     def is_well_formed(self, turn: str) -> bool:

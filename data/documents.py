@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from data.errors import ConfigError, DataError
+from data.unicode import replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
 _WORD = re.compile(
@@ -50,7 +51,7 @@ def passages_of(
     same file gives the same ids. `open_file` opens a dump, and so may watch how far it is read.
     Raises DataError "FILE: what is wrong" where it cannot be read.
     """
-    name = path.relative_to(root).as_posix()
+    name = replace_halves(path.relative_to(root).as_posix())  # of a name that is not UTF-8
     numbers: dict[str, int] = {}
     for section in read_sections(path, open_file):
         key = section.key or name

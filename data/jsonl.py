@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.errors import DataError, SleuthError, StorageError
+from data.unicode import replace_halves_in
 
 
 def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[dict[str, Any]]:
@@ -35,7 +36,7 @@ def numbered_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterato
 def parse_line(line: bytes) -> dict[str, Any]:
     """The object on one line, byte order mark or not; ValueError says what else it is."""
     try:
-        value = json.loads(line.decode("utf-8-sig").rstrip())
+        value = replace_halves_in(json.loads(line.decode("utf-8-sig").rstrip()), line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:
@@ -79,7 +80,8 @@ def read_json(path: str | Path) -> Any:
     """The value in a JSON file; DataError with line and column where it is malformed or missing."""
     check_is_file(Path(path))
     try:
-        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        content = Path(path).read_bytes()
+        return replace_halves_in(json.loads(content.decode("utf-8-sig")), content)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error

@@ -14,6 +14,7 @@ from data.cut import cut_for
 from data.errors import ConfigError
 from data.hub import find_model
 from data.records import Hit, Passage
+from data.unicode import replace_halves
 from retriever_server.retriever import Filter, Query, Retriever, texts_of
 
 Pair = tuple[str, Passage]
@@ -99,7 +100,10 @@ class CrossEncoder(Scorer):
     def score(self, pairs: list[Pair]) -> list[float]:
         """The model's own number for each pair."""
         tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
-        texts = [(query, cut_for(tokenizer, passage.contents, longest)) for query, passage in pairs]
+        texts = [
+            (replace_halves(query), cut_for(tokenizer, replace_halves(passage.contents), longest))
+            for query, passage in pairs
+        ]
         return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
 
 
@@ -164,7 +168,7 @@ class YesNo(Scorer):
         return [*whole[: max(0, self.max_length - len(tail))], *tail]  # what is cut is the passage
 
     def _tokens(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(replace_halves(text), add_special_tokens=False)["input_ids"]
 
     def _differences(self, prompts: list[list[int]]) -> list[float]:
         import torch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from data.errors import RetrieverError
 from data.records import Hit, Passage, Question
 from data.settings import EngineConfig
+from data.unicode import replace_halves
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(
     async def run() -> Trajectory:
         async with opened:
             await opened.check()
-            return await _watch(opened.agent, Question("ask", question, ()), seed)
+            return await _watch(opened.agent, Question("ask", replace_halves(question), ()), seed)
 
     trajectory = asyncio.run(run())
     if trajectory.searches and trajectory.searches[-1].error:

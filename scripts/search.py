@@ -6,6 +6,7 @@ import asyncio
 
 from data.errors import ConfigError
 from data.records import Hit, Input, Item
+from data.unicode import replace_halves
 
 
 def main(
@@ -22,6 +23,7 @@ def main(
     """
     if not query and not image:
         raise ConfigError("query: must be given, or an --image")
+    query = replace_halves(query)
     asked = Item(image, query) if image else query
     _show(query or image, asyncio.run(_search(asked, retriever, top_k, deadline_seconds)))
 

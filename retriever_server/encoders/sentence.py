@@ -25,6 +25,7 @@ from data.hub import find_model
 from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
+from data.unicode import replace_halves
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
 from retriever_server.encoders.packing import packable, packed_forward
@@ -253,7 +254,7 @@ class SentenceEncoder(Encoder):
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
 
     def _cut(self, text: str) -> str:
-        return cut_for(self._tokenizer, text, self._longest)
+        return cut_for(self._tokenizer, replace_halves(text), self._longest)
 
     def _picture_batches(self, items: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Positions of items that hold images, and the features of these, made while the model works."""

@@ -243,13 +243,13 @@ def test_a_question_that_comes_back_twice_is_an_error(tmp_path):
         run(eager, tmp_path / "other", questions=[QUESTIONS[0]] * 2)
 
 
-def test_half_of_a_surrogate_pair_in_an_answer_is_kept(tmp_path):
+def test_half_of_a_surrogate_pair_in_an_answer_becomes_a_replacement_character(tmp_path):
     async def odd(questions, on_finished):
         for asked in questions:
             on_finished(trajectory(asked, "\ud83d <b>"))
 
     run(odd, tmp_path)
-    assert read_records(tmp_path)[0]["answer"] == "\ud83d <b>"
+    assert read_records(tmp_path)[0]["answer"] == "\ufffd <b>"
 
 
 def failed(asked):

@@ -77,7 +77,7 @@ def test_wrong_prompts_answers_and_models_are_refused(language_model):
         YesNo(str(language_model), prompt="{passage} {query}")
     with pytest.raises(ConfigError, match="begin with the same token"):
         YesNo(str(language_model), yes="yes", no="yesterday")
-    with pytest.raises(ConfigError, match=r"model = '.*/absent': must be a model's folder or hub name"):
+    with pytest.raises(ConfigError, match=r"model = '.*/absent': no folder, no short name"):
         YesNo(str(language_model / "absent"))
 
 
