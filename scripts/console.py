@@ -191,6 +191,10 @@ class StepLines:
     def __init__(self, shown: Mapping[str, str], steps: int | None = None) -> None:
         self._shown, self._steps = shown, Bar("", steps, done=None)
 
+    def begin(self, step: int, steps: int) -> None:
+        """Set how far the training is, and of how many steps."""
+        self._steps.move(step, steps)
+
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step; time/step_seconds, where it is there, counts in the time left."""
         if not self._steps.begun and (seconds := metrics.get("time/step_seconds")):

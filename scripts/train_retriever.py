@@ -17,7 +17,14 @@ from retriever_server.training.recipe import RetrieverRecipe
 
 logger = logging.getLogger(__name__)
 
-_CONSOLE_KEYS = ("train/loss", "train/learning_rate", "dev/nDCG@10", "dev/R@100", "dev/RR@10")
+_SHOWN = {
+    "train/loss": "loss {:.4g}",
+    "train/learning_rate": "learning rate {:.1e}",
+    "dev/nDCG@10": "dev nDCG@10 {:.4f}",
+    "dev/R@100": "R@100 {:.4f}",
+    "dev/RR@10": "RR@10 {:.4f}",
+}
+"""What the line of a step shows of its metrics; all of them lie in metrics.jsonl."""
 
 
 def main(config: RetrieverRecipe) -> None:
@@ -68,12 +75,17 @@ def expand(argv: list[str]) -> list[str]:
 
 def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[[int, int], None]]:
     from data.run_dir import RunDir
+    from scripts.console import StepLines, bar
 
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    from scripts.console import bar
+    lines = StepLines(_SHOWN)
+    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines))
+    move = stack.enter_context(bar("training", done=None))
 
-    progress = stack.enter_context(bar("training", done=None))
-    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), logger.info, _CONSOLE_KEYS))
+    def progress(step: int, steps: int) -> None:
+        lines.begin(step, steps)
+        move(step, steps)
+
     if config.wandb.project:
         from data.trackers import WandbTracker
 

@@ -127,6 +127,10 @@ class Reporter(TrainerCallback):
     ) -> None:
         self._log, self._progress = log, progress
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """How far it is before its first step."""
+        self._progress(state.global_step, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Log before a checkpoint, too: nothing is lost that a resumed run does not log again."""
         self._progress(state.global_step, state.max_steps)
