@@ -63,7 +63,7 @@ def test_a_template_for_lists_of_contents_is_given_one_and_one_that_drops_the_te
     assert encode_prompt(" Who? ", SEARCH_R1, tokenizer)[0] == " Who? "
     tokenizer.chat_template = "nothing of {{ messages | length }}"
     with pytest.raises(
-        ConfigError, match="^protocol search_r1: the policy's chat template drops what the user"
+        ConfigError, match=r"^protocol search_r1: the policy's chat template drops what the user"
     ):
         encode_prompt("Who?", SEARCH_R1, tokenizer)
 
