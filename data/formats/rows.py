@@ -16,12 +16,15 @@ from decimal import Decimal
 from typing import Any
 
 _OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
+_PLAIN = (str, int, bool, type(None))
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"\[\s*{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*\]", re.DOTALL)
 
 
 def plain(value: Any) -> Any:
     """The value in the types of JSON: scalars and arrays of numpy and pyarrow, decimals, dates."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     for method in _OTHER_TYPES:
