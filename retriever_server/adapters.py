@@ -22,7 +22,10 @@ from retriever_server.batching import Overloaded
 from retriever_server.live import Opened
 from retriever_server.pictures import text_of
 from retriever_server.schema import EmbedBody, EmbeddingsBody, Pictured, RerankBody, documented, read, reply
-from retriever_server.service import QueryFailed, Service, check_unicode
+from retriever_server.service import QueryFailed, Service, check_unicode, without_paths
+
+_MOST_TEXTS = 4096
+"""To encode in one request."""
 
 
 def add_adapters(app: FastAPI, service: Service) -> None:
@@ -72,7 +75,7 @@ def add_adapters(app: FastAPI, service: Service) -> None:
             return reply(await _rerank_documents(service, request, body, body.queries))
         if body.query is None:
             raise DataError("query: must be a string")
-        scores = await _score(service, request, [(body.query, Passage("", text)) for text in body.texts])
+        scores = await _score(service, request, [(body.query, text) for text in body.texts])
         found = [
             {
                 "index": i,
@@ -92,30 +95,35 @@ async def _encode(
         encoder = _inside(opened, "encoder")
         if encoder.spec.kind != kind:
             raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
-        _check_texts(service, [text_of(each) for each in inputs])
+        _check_texts([text_of(each) for each in inputs])
         rows = await service.wait(service.encode(opened, inputs, role), request)
-    failed = next((row for row in rows if isinstance(row, Exception)), None)
-    if isinstance(failed, DataError):
-        raise failed
-    if failed is not None:
-        raise HTTPException(503, f"encoding failed: {type(failed).__name__}: {failed}")
-    return rows
+    return _checked(rows, "encoding")
 
 
-async def _score(service: Service, request: Request, pairs: list[tuple[str, Passage]]) -> list[float]:
+async def _score(service: Service, request: Request, pairs: list[tuple[str, str]]) -> list[float]:
+    """How well each text answers the query beside it."""
+    if len(pairs) > service.limits.max_hits:
+        raise DataError(f"{len(pairs)} pairs, at most {service.limits.max_hits} are allowed")
     with service.default.current as opened:
         scorer = _inside(opened, "scorer")
-        _check_texts(service, [query + passage.contents for query, passage in pairs])
+        check_unicode([text for pair in pairs for text in pair])
 
-        def work(_: list[str]) -> list[Any]:
+        def work(items: list[tuple[str, str]]) -> list[float]:
             with opened:
-                return [[float(score) for score in scorer.score(pairs)]]
+                return [float(x) for x in scorer.score([(query, Passage("", text)) for query, text in items])]
 
-        # A key of its own: the pairs of one request stay together.
-        [scores] = await service.wait(service.batcher.run((object(), "score"), work, ["pairs"]), request)
-    if isinstance(scores, Exception):
-        raise HTTPException(503, f"scoring failed: {type(scores).__name__}: {scores}")
-    return scores
+        scores = await service.wait(service.batcher.run((opened, "score"), work, pairs), request)
+    return _checked(scores, "scoring")
+
+
+def _checked(rows: list[Any], what: str) -> list[Any]:
+    """Rows or scores; raises the first error among them, and refuses what holds NaN."""
+    failed = next((row for row in rows if isinstance(row, Exception)), None)
+    if failed is not None:
+        raise HTTPException(503, f"{what} failed: {without_paths(f'{type(failed).__name__}: {failed}')}")
+    if not all(np.isfinite(getattr(row, "data", row)).all() for row in rows):
+        raise HTTPException(503, f"{what} failed: NaN or infinite")
+    return rows
 
 
 async def _rerank_documents(
@@ -124,7 +132,7 @@ async def _rerank_documents(
     if len(queries) != len(body.documents):
         raise DataError(f"documents: {len(body.documents)} lists for {len(queries)} queries")
     pairs = [
-        (query, Passage("", str(_document(item).get("contents", ""))))
+        (query, str(_document(item).get("contents", "")))
         for query, items in zip(queries, body.documents, strict=True)
         for item in items
     ]
@@ -148,9 +156,9 @@ def _inside(opened: Opened, attribute: str) -> Any:
     return found
 
 
-def _check_texts(service: Service, texts: list[str]) -> None:
-    if len(texts) > service.limits.max_queries:
-        raise DataError(f"{len(texts)} texts, at most {service.limits.max_queries} are allowed")
+def _check_texts(texts: list[str]) -> None:
+    if len(texts) > _MOST_TEXTS:
+        raise DataError(f"{len(texts)} texts, at most {_MOST_TEXTS} are allowed")
     check_unicode(texts)
 
 

@@ -1,7 +1,8 @@
 """The HTTP server: `POST /v1/search`, every dialect of `/retrieve`, probes, metrics, reload, search page.
 
-A wrong request is answered with 4xx, too many with 429 and Retry-After, a failed search with 503, one
-that took too long with 504: all as {"detail": reason}. Searches run in threads.
+A wrong request is answered with 4xx, a failed search with 503, one that took too long with 504, too many
+with Retry-After and 429, or 503 where other projects' clients ask: all as {"detail": reason}, which names no
+path. Searches run in threads.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,8 +29,16 @@ from retriever_server.batching import Batching, Overloaded
 from retriever_server.guard import Guard
 from retriever_server.live import Live
 from retriever_server.retriever import Retriever
-from retriever_server.schema import Model, documented, read, reply
-from retriever_server.service import ClientGone, Limits, Outcome, QueryFailed, Service
+from retriever_server.schema import documented, read, reply
+from retriever_server.service import (
+    ClientGone,
+    Limits,
+    Outcome,
+    QueryFailed,
+    Service,
+    WrongQuery,
+    without_paths,
+)
 from retriever_server.wire import thumbnail_link
 
 __all__ = ["Limits", "create_app"]
@@ -38,19 +46,10 @@ __all__ = ["Limits", "create_app"]
 _log = logging.getLogger(__name__)
 
 _PAGE = Path(__file__).with_name("search_page.html")
-_TROUBLE: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.Trouble, "description": description}
-    for status, description in {
-        400: "Not JSON",
-        401: "No token",
-        413: "Too large",
-        422: "A wrong value",
-        429: "Too many queries wait; Retry-After says when to come back",
-        501: "A package that reads images or forms is not installed",
-        503: "The search failed",
-        504: "The deadline has passed",
-    }.items()
-}
+Asking = TypeVar("Asking", bound=schema.Narrowed)
+_OWN, _PEERS = schema.troubles(), schema.troubles(own=False)
+_LONG_ANSWER = 64
+"""Rankings; more are written in a thread."""
 
 
 def create_app(
@@ -118,7 +117,7 @@ def create_app(
 def _add_search(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/search",
-        responses={200: {"model": schema.SearchReply}, **_TROUBLE},
+        responses={200: {"model": schema.SearchReply}, **_OWN},
         openapi_extra=documented(schema.SearchBody),
     )
     async def search(request: Request) -> Response:
@@ -127,18 +126,18 @@ def _add_search(app: FastAPI, service: Service) -> None:
         found = await service.search(
             body.queries, body.top_k, body.where, body.backend, request, body.deadline_seconds, body.stages
         )
-        wrong = next((o for o in found.outcomes if isinstance(o, DataError | ConfigError)), None)
-        if wrong is not None:
-            raise QueryFailed(wrong)
-        of = "" if found.backend == next(iter(service.backends)) else f"?backend={quote(found.backend)}"
-        results = [_result(outcome, of) for outcome in found.outcomes]
-        named = {"backend": found.backend, "generation": found.generation}
-        return reply({"results": results, **named, **({"stages": found.stages} if body.stages else {})})
+
+        def write() -> Response:
+            results = [_result(outcome, found.linked) for outcome in found.outcomes]
+            answer = {"results": results, "backend": found.backend, "generation": found.generation}
+            return reply({**answer, **({"stages": found.stages} if body.stages else {})})
+
+        return await _written(write, len(found.outcomes))
 
     @app.get(
         "/v1/thumbnail/{passage_id:path}",
         response_class=Response,
-        responses={200: {"content": {"image/jpeg": {}}}, 404: {"model": schema.Trouble}, **_TROUBLE},
+        responses={200: {"content": {"image/jpeg": {}}}, 404: {"model": schema.Trouble}, **_OWN},
     )
     async def thumbnail(
         request: Request, passage_id: str, side: int = 256, backend: str | None = None
@@ -151,44 +150,52 @@ def _add_search(app: FastAPI, service: Service) -> None:
         return Response(made, media_type="image/jpeg", headers=headers)
 
 
-def _result(outcome: Outcome, of: str) -> dict[str, Any]:
-    """of: what the link to a picture ends with."""
+async def _written(write: Callable[[], Response], rankings: int) -> Response:
+    return await asyncio.to_thread(write) if rankings > _LONG_ANSWER else write()
+
+
+def _result(outcome: Outcome, backend: str | None) -> dict[str, Any]:
     if isinstance(outcome, Exception):
         return {"hits": [], "error": str(QueryFailed(outcome))}
-    return {"hits": [_render(hit, of) for hit in outcome], "error": None}
+    return {"hits": [_render(hit, backend) for hit in outcome], "error": None}
 
 
-def _render(hit: Hit, of: str) -> dict[str, Any]:
+def _render(hit: Hit, backend: str | None) -> dict[str, Any]:
     passage = hit.passage
     fields = {"id": passage.id, "title": passage.title, "text": passage.text, "metadata": passage.metadata}
     if passage.image:
-        fields["thumbnail"] = thumbnail_link(passage) + of
+        fields["thumbnail"] = thumbnail_link(passage, backend)
     return {**fields, "score": hit.score, "generation": hit.generation}
 
 
 def _add_dialects(app: FastAPI, service: Service, dialect: str) -> None:
-    async def answer(request: Request, asked: dialects.Asked) -> Response:
-        found = await service.search(asked.queries, asked.top_k, request=request)
-        return reply(dialects.SHAPES[asked.shape](asked, found.rankings(), found.generation))
+    async def answer(request: Request, asked: dialects.Asked, body: schema.Narrowed) -> Response:
+        given = body.where, body.backend, request, body.deadline_seconds
+        found = await service.search(asked.queries, asked.top_k, *given)
+        asked, rankings = replace(asked, backend=found.linked), found.rankings()
+        return await _written(
+            lambda: reply(dialects.SHAPES[asked.shape](asked, rankings, found.generation)), len(rankings)
+        )
 
-    def add(path: str, model: type[Model], understand: Callable[[Model], dialects.Asked]) -> None:
+    def add(path: str, model: type[Asking], understand: Callable[[Asking], dialects.Asked]) -> None:
         async def endpoint(request: Request) -> Response:
-            return await answer(
-                request, understand(await read(request, model, service.limits.max_body_bytes))
-            )
+            body = await read(request, model, service.limits.max_body_bytes)
+            return await answer(request, understand(body), body)
 
         summary = f"Search, as the clients of other projects ask for it: {path[1:]}"
-        app.post(path, summary=summary, responses=_TROUBLE, openapi_extra=documented(model))(endpoint)
+        app.post(path, summary=summary, responses=_PEERS, openapi_extra=documented(model))(endpoint)
 
     add("/retrieve", schema.RetrieveBody, lambda body: dialects.asked_of_retrieve(body, dialect))
     add("/search", schema.SingleSearchBody, dialects.asked_of_search)
     add("/batch_search", schema.BatchSearchBody, dialects.asked_of_batch_search)
 
-    @app.post("/access", responses=_TROUBLE, openapi_extra=documented(schema.AccessBody))
+    @app.post("/access", responses=_PEERS, openapi_extra=documented(schema.AccessBody))
     async def access(request: Request) -> Response:
         """Pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
         body = await read(request, schema.AccessBody, service.limits.max_body_bytes)
-        pages = await service.fetch(body.urls[: service.limits.max_queries])
+        if len(body.urls) > service.limits.max_queries:
+            raise DataError(f"urls: {len(body.urls)}, at most {service.limits.max_queries} are allowed")
+        pages = await service.fetch(body.urls)
         shown = [{"contents": page.contents} if page else None for page in pages]
         return reply({"result": shown})
 
@@ -249,8 +256,13 @@ def _trouble(status: int, reason: str, headers: Mapping[str, str] | None = None)
 
 
 def _failed(error: QueryFailed) -> Response:
-    callers = isinstance(error.error, ConfigError | DataError)
-    return _trouble(422, str(error.error)) if callers else _trouble(503, str(error))
+    return _trouble(422 if isinstance(error.error, WrongQuery) else 503, str(error))
+
+
+async def _overloaded(request: Request, error: Any) -> Response:
+    """Clients of other projects come back after 503 alone: some take 429 for an answer without hits."""
+    status = 429 if request.url.path.startswith("/v1/") else 503
+    return _trouble(status, str(error), {"Retry-After": str(error.retry_after_seconds)})
 
 
 def _answer_with(make: Callable[[Any], Response]) -> Callable[[Request, Any], Awaitable[Response]]:
@@ -265,10 +277,11 @@ _TROUBLES: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] 
     ConfigError: _answer_with(lambda error: _trouble(501, str(error))),
     RequestValidationError: _answer_with(lambda error: _trouble(422, schema.first_of(error.errors()))),
     HTTPException: _answer_with(lambda e: _trouble(e.status_code, str(e.detail), e.headers)),
-    Overloaded: _answer_with(
-        lambda error: _trouble(429, str(error), {"Retry-After": str(error.retry_after_seconds)})
+    Overloaded: _overloaded,
+    **dict.fromkeys(
+        (RetrieverError, CorpusChanged), _answer_with(lambda error: _trouble(503, without_paths(str(error))))
     ),
-    **dict.fromkeys((RetrieverError, CorpusChanged), _answer_with(lambda error: _trouble(503, str(error)))),
+    Exception: _answer_with(lambda error: _trouble(500, "an error of the server; its log says more")),
     TimeoutError: _answer_with(lambda error: _trouble(504, str(error))),
     **dict.fromkeys(
         (ClientGone, ClientDisconnect), _answer_with(lambda error: _trouble(499, "the client has gone"))

@@ -1,6 +1,7 @@
 """Items of different requests, worked on together: a short window or a full batch, in worker threads.
 
-Who waits is bounded (`Overloaded`); who stopped waiting is left out; who fails, fails alone.
+Who waits is bounded (`Overloaded`); who stopped waiting is left out; who fails, fails alone. Of a request of
+many items a few stand in the queue at a time, so that others are served between them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from data.errors import (
@@ -31,8 +33,8 @@ _log = logging.getLogger(__name__)
 Work = Callable[[list[Any]], Sequence[Any]]
 """Items in, one result each, in their order; runs in a worker thread."""
 
-_FAIL_ALIKE = (ConfigError, DataError, RetrieverUnavailable, RetrieverTimeout)
-"""Errors that no smaller batch of texts would avoid: a wrong filter, nobody there."""
+FAIL_ALIKE = (ConfigError, DataError, RetrieverUnavailable, RetrieverTimeout)
+"""Errors that no smaller batch of texts would avoid, and nobody has logged: a wrong filter, nobody there."""
 _LONGEST_RETRY_SECONDS = 10
 
 
@@ -47,7 +49,7 @@ class Batching:
     threads: int = 1
     """Searches at the same time; more help where a search waits for another machine."""
     max_waiting: int = 4096
-    """Queries that may wait; beyond it requests get 429."""
+    """Queries that may stand in the queue; beyond it requests get 429 or 503."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "threads", "max_waiting"):
@@ -60,8 +62,8 @@ class Batching:
 class Overloaded(Exception):
     """Too many items wait already; `retry_after_seconds` says when to come back."""
 
-    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
-        super().__init__(f"{waiting} queries are waiting; try again in {retry_after_seconds} s")
+    def __init__(self, reason: str, retry_after_seconds: int) -> None:
+        super().__init__(f"{reason}; try again in {retry_after_seconds} s")
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -73,6 +75,8 @@ class Observer(Protocol):
         ...
 
 
+_QUEUED_OF_ONE = 128
+"""The most items of one request in the queue, or two batches if that is more."""
 _WAITED_SHARE = 0.2
 """Of what a batch takes: clients that were answered together come back together, but not at once."""
 
@@ -86,6 +90,8 @@ class Batcher:
         """Items that are not yet being worked on."""
         self._groups: dict[Hashable, deque[_Entry]] = {}
         """Key -> its items; the key that has waited longest comes first."""
+        self._begun: dict[int, float] = {}
+        """When each batch that is worked on was begun."""
         self._seconds_per_item = self._seconds_per_batch = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -97,20 +103,25 @@ class Batcher:
         """
         if not items:
             return []
-        if self.waiting + len(items) > self.settings.max_waiting:
-            raise Overloaded(self.waiting, self._retry_after())
+        at_once = min(len(items), max(_QUEUED_OF_ONE, 2 * self.settings.max_batch))
+        if self.waiting + at_once > self.settings.max_waiting and self.waiting:
+            raise Overloaded(f"{self.waiting} queries are waiting", self._retry_after())
         self._start()
-        job = _Job(work, len(items), asyncio.get_running_loop().create_future())
-        self._groups.setdefault(key, deque()).extend(_Entry(job, i, item) for i, item in enumerate(items))
-        self.waiting += len(items)
+        job = _Job(work, items, asyncio.get_running_loop().create_future())
+        self._enqueue(self._groups.setdefault(key, deque()), job, at_once)
         self._arrived.set()
         if self.waiting >= self.settings.max_batch:
             self._full.set()
         try:
             return await job.future
         finally:  # nothing of it is left to take, unless it was cancelled
-            self.waiting -= job.untaken
-            job.untaken = 0
+            self.waiting -= job.queued
+            job.queued = 0
+
+    @property
+    def longest_seconds(self) -> float:
+        """How long the oldest batch has been worked on."""
+        return time.perf_counter() - min(self._begun.values()) if self._begun else 0.0
 
     async def close(self) -> None:
         """Stop working; whoever still waits is told so."""
@@ -122,14 +133,21 @@ class Batcher:
         await asyncio.gather(*self._workers, return_exceptions=True)
         self._pool.shutdown(wait=False)
         for entry in (entry for group in self._groups.values() for entry in group):
-            entry.job.settle(entry.position, RetrieverUnavailable("the server is stopping"))
+            entry.job.give_up(RetrieverUnavailable("the server is stopping"))
         self._groups.clear()
+
+    def _enqueue(self, group: deque[_Entry], job: _Job, count: int) -> None:
+        """Put the next `count` items of a request, or all that are left, at the end of the queue."""
+        more = list(islice(job.entries, count))
+        group.extend(more)
+        job.queued += len(more)
+        self.waiting += len(more)
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
-        self._loop, self._groups, self.waiting = loop, {}, 0
+        self._loop, self._groups, self._begun, self.waiting = loop, {}, {}, 0
         self._arrived, self._full = asyncio.Event(), asyncio.Event()
         self._pool = ThreadPoolExecutor(self.settings.threads, "search")
         self._workers = [loop.create_task(self._serve()) for _ in range(self.settings.threads)]
@@ -169,21 +187,23 @@ class Batcher:
         while group and len(batch) < self.settings.max_batch:
             entry = group.popleft()
             if not entry.job.future.done():
-                entry.job.untaken -= 1
+                entry.job.queued -= 1
                 self.waiting -= 1
                 batch.append(entry)
+                self._enqueue(group, entry.job, 1)
         if group:
             self._groups[key] = group  # behind the others
         return batch
 
     async def _work_on(self, batch: list[_Entry]) -> None:
         items = list(dict.fromkeys(entry.item for entry in batch))
-        start = time.perf_counter()
+        start = self._begun[id(batch)] = time.perf_counter()
         outcomes: list[Any] = [RetrieverUnavailable("the server is stopping")] * len(items)
         try:
             running = asyncio.get_running_loop()
             outcomes = await running.run_in_executor(self._pool, run_isolated, batch[0].job.work, items)
         finally:
+            self._begun.pop(id(batch), None)
             found = dict(zip(items, outcomes, strict=True))
             for entry in batch:
                 entry.job.settle(entry.position, found[entry.item])
@@ -209,7 +229,7 @@ def run_isolated(work: Work, items: list[Any]) -> list[Any]:
     except Exception as error:
         # An image may be at fault alone where a text is not.
         pictured = isinstance(error, DataError) and any(isinstance(item, Item) for item in items)
-        if isinstance(error, _FAIL_ALIKE) and not (pictured and len(items) > 1):
+        if isinstance(error, FAIL_ALIKE) and not (pictured and len(items) > 1):
             return [error] * len(items)
         if len(items) == 1:
             if not isinstance(error, RetrieverRefused):
@@ -220,25 +240,27 @@ def run_isolated(work: Work, items: list[Any]) -> list[Any]:
     return run_isolated(work, items[:half]) + run_isolated(work, items[half:])
 
 
-@dataclass(slots=True)
 class _Job:
     """The items of one request."""
 
-    work: Work
-    untaken: int
-    future: asyncio.Future[list[Any]]
-    outcomes: dict[int, Any] | None = None
-    missing: int = 0
-
-    def __post_init__(self) -> None:
-        self.outcomes, self.missing = {}, self.untaken
+    def __init__(self, work: Work, items: Sequence[Hashable], future: asyncio.Future[list[Any]]) -> None:
+        self.work, self.future = work, future
+        self.entries = (_Entry(self, i, item) for i, item in enumerate(items))
+        """Those that have not been in the queue."""
+        self.queued = 0
+        self._outcomes: list[Any] = [None] * len(items)
+        self._missing = len(items)
 
     def settle(self, position: int, outcome: Any) -> None:
-        assert self.outcomes is not None
-        self.outcomes[position] = outcome
-        self.missing -= 1
-        if not self.missing and not self.future.done():
-            self.future.set_result([self.outcomes[i] for i in range(len(self.outcomes))])
+        self._outcomes[position] = outcome
+        self._missing -= 1
+        if not self._missing and not self.future.done():
+            self.future.set_result(self._outcomes)
+
+    def give_up(self, error: Exception) -> None:
+        """Let what has no outcome yet have this one."""
+        if not self.future.done():
+            self.future.set_result([error if each is None else each for each in self._outcomes])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@
     ReCall                  {"query", "top_n", "return_score"}    [{"id", "contents"}] or [those, scores]
     Serper's clients        {"q", "num"}                          {"organic": [{"title", "link", "snippet"}]}
 
-What two of them ask alike is answered as `dialect` says.
+What two of them ask alike is answered as `dialect` says. Any of them may name a filter `where`, a `backend`
+and `deadline_seconds`, as `/v1/search` has them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Asked:
     shape: str
     """Key of SHAPES."""
     return_scores: bool = False
+    backend: str | None = None
+    """That of the links to pictures, where it is not the default."""
 
 
 Rankings = list[list[Hit]]
@@ -75,11 +78,11 @@ def url_of(hit: Hit) -> str:
 
 
 def _rows(asked: Asked, rankings: Rankings, generation: str) -> Any:
-    return render_hits(rankings, generation, asked.return_scores)
+    return render_hits(rankings, generation, asked.return_scores, asked.backend)
 
 
 def _asearcher(asked: Asked, rankings: Rankings, generation: str) -> Any:
-    answer = render_hits(rankings, generation, asked.return_scores)
+    answer = render_hits(rankings, generation, asked.return_scores, asked.backend)
     for row, hits in zip(answer["result"], rankings, strict=True):
         for item, hit in zip(row, hits, strict=True):
             item.get("document", item)["url"] = url_of(hit)
@@ -92,7 +95,7 @@ def _rllm(asked: Asked, rankings: Rankings, generation: str) -> Any:
             "id": hit.passage.id,
             "content": hit.passage.contents,
             "score": hit.score,
-            "document": render_document(hit),  # where its own tool looks
+            "document": render_document(hit, asked.backend),  # where its own tool looks
         }
         for hit in rankings[0]
     ]

@@ -12,10 +12,15 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
+from retriever_server.batching import Overloaded
 from retriever_server.metrics import Metrics
 
 OPEN_TO_ALL = {"/", "/healthz", "/readyz", "/health"}
 """Paths that need no token: the page holds no passages, and a probe has no secrets."""
+
+
+_BODIES_HELD, _SMALL_BODY_BYTES = 32, 1 << 16
+"""So many of the largest bodies are held in memory; small ones are always taken."""
 
 
 class Guard:
@@ -30,6 +35,8 @@ class Guard:
         request_log: Path | None = None,
     ) -> None:
         self._app, self._metrics, self._token, self._max_bytes = app, metrics, token, max_body_bytes
+        self._held = 0
+        """Bytes of the bodies of all requests that are worked on."""
         self._log = RequestLog(request_log) if request_log else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,6 +44,7 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         start, status = time.perf_counter(), 499  # where nothing was sent: the client had gone
+        held = 0
         headers = {name: value for name, value in scope["headers"] if name in _READ}
         request_id = headers.get(b"x-request-id", b"")[:64] or uuid.uuid4().hex.encode()
         scope["facts"] = {}
@@ -48,16 +56,26 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
+        async def count_and_receive() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held, self._held = held + size, self._held + size
+            if held > _SMALL_BODY_BYTES and self._held > _BODIES_HELD * self._max_bytes:
+                raise Overloaded(f"{self._held >> 20} MiB of other requests are worked on", 1)
+            return message
+
         try:
             refusal = self._refusal(scope["path"], headers)
             if refusal:
                 await _refuse(note_and_send, *refusal)
             else:
-                await self._app(scope, receive, note_and_send)
+                await self._app(scope, count_and_receive, note_and_send)
         except Exception:
             status = 500
             raise
         finally:
+            self._held -= held
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.note_request(route, status, seconds)

@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
-from data.errors import DataError
+from data.errors import DataError, RetrieverError
 from data.images import needs_images
 
 
@@ -66,7 +66,17 @@ OneOrMore = Annotated[
 ]
 
 
-class SearchBody(Body):
+class Narrowed(Body):
+    """What any search may say of who answers, out of which passages, and when."""
+
+    where: dict[str, Any] | None = Field(
+        None, description='Filter on metadata: {"f": v}, {"f": {"in": [v]}}, {"f": {"gte": a, "lt": b}}.'
+    )
+    backend: str | None = Field(None, description="Which retriever, by its name in /v1/info.")
+    deadline_seconds: float | None = Field(None, gt=0, description="Answer 504 if it takes longer.")
+
+
+class SearchBody(Narrowed):
     """What `POST /v1/search` asks."""
 
     model_config = ConfigDict(
@@ -85,14 +95,9 @@ class SearchBody(Body):
     )
     queries: list[TextOrImage]
     top_k: int | None = Field(None, description="Passages a query; null: the server's default.")
-    where: dict[str, Any] | None = Field(
-        None, description='Filter on metadata: {"f": v}, {"f": {"in": [v]}}, {"f": {"gte": a, "lt": b}}.'
-    )
-    backend: str | None = Field(None, description="Which retriever, by its name in /v1/info.")
     stages: list[Stage] | None = Field(
         None, min_length=1, max_length=4, description="Instead of backend: who finds, and who orders it anew."
     )
-    deadline_seconds: float | None = Field(None, gt=0, description="Answer 504 if it takes longer.")
 
 
 class FoundPassage(BaseModel):
@@ -132,7 +137,7 @@ class SearchReply(BaseModel):
     stages: list[StageReport] | None = None
 
 
-class RetrieveBody(Body):
+class RetrieveBody(Narrowed):
     """What any dialect of `POST /retrieve` asks: one of `queries` and `query`, one name of top k."""
 
     model_config = ConfigDict(
@@ -154,7 +159,7 @@ class RetrieveBody(Body):
     return_score: bool | None = None
 
 
-class SingleSearchBody(Body):
+class SingleSearchBody(Narrowed):
     """`POST /search` of ReCall (`query`, `top_n`) and of Serper's clients (`q`, `num`)."""
 
     query: str | None = None
@@ -164,7 +169,7 @@ class SingleSearchBody(Body):
     return_score: bool = False
 
 
-class BatchSearchBody(Body):
+class BatchSearchBody(Narrowed):
     """`POST /batch_search` of ReCall."""
 
     query: list[str]
@@ -214,6 +219,24 @@ class Trouble(BaseModel):
     """Why a request was not answered."""
 
     detail: str
+
+
+def troubles(own: bool = True) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route for what may go wrong: of our own /v1, or as other projects' clients read it."""
+    busy = "Too many queries wait; Retry-After says when to come back"
+    described = {
+        400: "Not JSON",
+        401: "No token",
+        413: "Too large",
+        421: "Asked under a name that this server does not go by",
+        422: "A wrong value",
+        **({429: busy} if own else {}),
+        500: "An error of the server's own",
+        501: "A package that reads images or forms is not installed",
+        503: "The search failed" if own else f"The search failed. {busy}",
+        504: "The deadline has passed",
+    }
+    return {status: {"model": Trouble, "description": text} for status, text in described.items()}
 
 
 def parse(model: type[Model], body: Any) -> Model:
@@ -325,5 +348,21 @@ async def _read_bytes(request: Request, max_bytes: int) -> bytes:
 
 
 def reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """`content` as JSON, in ASCII: whatever a client sent can be sent back."""
-    return Response(json.dumps(content), status, headers, media_type="application/json")
+    """`content` as JSON, in ASCII: whatever a client sent can be sent back.
+
+    Raises RetrieverError for what is no JSON, such as NaN in the metadata of a passage.
+    """
+    try:
+        return Response(_render(content), status, headers, media_type="application/json")
+    except (ValueError, TypeError) as error:
+        raise RetrieverError(f"what was found cannot be sent as JSON: {error}") from error
+
+
+def _render(content: Any) -> str:
+    """JSON, written in pieces: in a thread, a long answer does not hold up the others."""
+    if isinstance(content, dict):
+        fields = (f"{json.dumps(name)}: {_render(value)}" for name, value in content.items())
+        return f"{{{', '.join(fields)}}}"
+    if isinstance(content, list):
+        return f"[{', '.join([json.dumps(item, allow_nan=False) for item in content])}]"
+    return json.dumps(content, allow_nan=False)

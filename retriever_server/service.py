@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,16 +14,19 @@ from typing import Any
 from starlette.requests import Request
 
 from data.columns import wait_for_columns
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
-from retriever_server.batching import Batcher, Batching
+from retriever_server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.filters import parse_filter, prepare
 from retriever_server.live import Live, Opened
 from retriever_server.metrics import Metrics
 from retriever_server.pages import find_pages, is_url
 from retriever_server.pictures import Pictures, text_of
+from retriever_server.retriever import text_in
 from retriever_server.schema import Pictured, Stage
 from retriever_server.stages import Staged
+
+_log = logging.getLogger(__name__)
 
 Outcome = list[Hit] | Exception
 DEADLINE_HEADER = "x-deadline-seconds"
@@ -33,7 +39,9 @@ class Limits:
     default_top_k: int = 3
     """Passages a query where the client says `topk: null`."""
     max_top_k: int = 100
-    max_queries: int = 512
+    max_queries: int = 100_000
+    max_hits: int = 300_000
+    """In one answer: queries times passages a query."""
     max_query_chars: int = 8192
     max_body_bytes: int = 8 << 20
     max_deadline_seconds: int = 60
@@ -68,6 +76,8 @@ class Found:
     generation: str
     stages: Sequence[Mapping[str, Any]]
     """What each stage was, as JSON."""
+    linked: str | None
+    """What links to pictures name: the backend, where it is not the default."""
 
     def rankings(self) -> list[list[Hit]]:
         """The hits of all queries; raises the first error that one of them met."""
@@ -80,22 +90,38 @@ def _hits_or_raise(outcome: Outcome) -> list[Hit]:
     return outcome
 
 
+class WrongQuery(DataError):
+    """This query of the request, and no other, cannot be searched."""
+
+
 class QueryFailed(Exception):
-    """A query of the request met this error."""
+    """A query of the request met this error; its text is for clients, and names no path."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(f"search failed: {type(error).__name__}: {error}")
+        super().__init__(str(error) if isinstance(error, WrongQuery) else f"search failed: {_reason(error)}")
         self.error = error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DataError | ConfigError):
+        return "the server cannot read its own data; its log says more"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error.strerror or without_paths(str(error))}"
+    return f"{type(error).__name__}: {without_paths(str(error))}"
+
+
+def without_paths(text: str) -> str:
+    """The text with "..." for each path.   "/srv/a.npy: gone" -> "...: gone"; http://h/a stays."""
+    return _PLACES.sub(lambda found: found[0] if found[0].startswith("http") else "...", text)
+
+
+_PLACES = re.compile(r"https?://\S+|(?:[\w.~%-]*/)+[\w.~%#=-]*")
 
 
 class Service:
     """Backends by name (the first answers who names none), and the queue before them."""
 
     def __init__(self, backends: Mapping[str, Live], limits: Limits, batching: Batching) -> None:
-        if batching.max_waiting < limits.max_queries:
-            raise ConfigError(
-                f"max_waiting = {batching.max_waiting}: must be >= max_queries = {limits.max_queries}"
-            )
         self.backends, self.limits, self.metrics = dict(backends), limits, Metrics()
         self.batcher = Batcher(batching, self.metrics)
         self.pictures = Pictures(limits.max_images, limits.max_image_bytes, limits.max_image_pixels)
@@ -134,15 +160,17 @@ class Service:
         if stages and backend is not None:
             raise DataError("backend: with stages it is what `retrieve` names")
         stages = stages or [Stage(retrieve=self._backend(backend)[0])]
-        self._check(queries, top_k, where)
-        k = top_k or self.limits.default_top_k
+        k = self.limits.default_top_k if top_k is None else top_k
+        self._check(queries, k, where)
         staged = Staged(stages, lambda name: self._backend(name)[1].current, k, self.limits.max_top_k)
         with staged:
+            self._check_number(len(queries), staged.k[-1])
             searching = self._search(staged, queries, where)
             outcomes = await self.wait(searching, request, deadline_seconds)
             report = staged.report()
         name, k = str(stages[0].retrieve), staged.k[-1]
-        found = Found(outcomes, name, report[-1]["generation"], report)
+        linked = None if name == next(iter(self.backends)) else name
+        found = Found(outcomes, name, report[-1]["generation"], report, linked)
         if request is not None:
             request.scope.get("facts", {}).update(
                 queries=len(queries), top_k=k, backend=name, generation=found.generation
@@ -152,23 +180,30 @@ class Service:
     async def _search(
         self, staged: Staged, queries: Sequence[str | Pictured], where: Mapping[str, Any] | None
     ) -> list[Outcome]:
-        asked = await self.pictures.read(queries, "queries")
-        pictured = any(isinstance(query, Item) for query in asked)
+        pictured = any(isinstance(query, Pictured) and query.image is not None for query in queries)
+        # Before anything is decoded.
         if pictured and not await asyncio.to_thread(staged.takes_images):
             raise DataError("queries: one holds an image, and what is asked reads text only")
+        read = await self.pictures.read(queries, "queries")
         if where is not None:  # not in a thread that searches: others wait for it
             for corpus in staged.corpora():
                 await prepare(corpus, where)
+        asked = [query for query in read if _is_unicode(text_in(query))]
         # Texts do not wait for the images of others.
         key = (staged.key, json.dumps(where, sort_keys=True), pictured)
-        return await self.batcher.run(key, lambda items: staged.search(items, where), asked)
+        found = await self.batcher.run(key, lambda items: staged.search(items, where), asked)
+        for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
+            _log.error("search failed: %s", error)
+        outcomes = (_judge(*each, staged.k[-1], where) for each in zip(asked, found, strict=True))
+        return [next(outcomes) if _is_unicode(text_in(query)) else WrongQuery(_NO_UNICODE) for query in read]
 
     async def encode(self, opened: Opened, inputs: Sequence[str | Pictured], role: Any) -> list[Any]:
         """What the encoder inside makes of each input (one row of its vectors), or the exception it met."""
-        encoder, asked = opened.find("encoder"), await self.pictures.read(inputs, "inputs")
-        pictured = any(isinstance(each, Item) for each in asked)
+        encoder = opened.find("encoder")
+        pictured = any(isinstance(each, Pictured) and each.image is not None for each in inputs)
         if pictured and "image" not in encoder.takes:
             raise DataError("inputs: one holds an image, and the encoder reads text only")
+        asked = await self.pictures.read(inputs, "inputs")
 
         def work(items: list[Input]) -> list[Any]:
             with opened:
@@ -214,7 +249,10 @@ class Service:
                 raise DataError("this retriever has no corpus of its own to read pages from")
             if any(map(is_url, places)):
                 await wait_for_columns(corpus)
-            return await asyncio.to_thread(find_pages, corpus, places)
+            try:
+                return await asyncio.to_thread(find_pages, corpus, places)
+            except (DataError, ConfigError) as error:  # a passage that is none any more
+                raise QueryFailed(error) from error
 
     def describe(self) -> dict[str, Any]:
         """The backends as they describe themselves, noted for the metrics too.
@@ -245,28 +283,53 @@ class Service:
         with self._backend(backend)[1].current as opened:
             return await self.pictures.thumbnail(opened, passage_id, side)
 
-    def _check(
-        self, queries: Sequence[str | Pictured], top_k: int | None, where: Mapping[str, Any] | None
-    ) -> None:
-        texts = [text_of(query) for query in queries]
-        limits, longest = self.limits, max(map(len, texts), default=0)
-        if len(queries) > limits.max_queries:
-            raise DataError(f"queries: {len(queries)}, at most {limits.max_queries} are allowed")
+    def _check(self, queries: Sequence[str | Pictured], k: int, where: Mapping[str, Any] | None) -> None:
+        limits, longest = self.limits, max((len(text_of(query)) for query in queries), default=0)
         if longest > limits.max_query_chars:
             raise DataError(f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed")
-        if top_k is not None and not 1 <= top_k <= limits.max_top_k:
-            raise DataError(f"topk = {top_k}: must be from 1 to {limits.max_top_k}")
-        check_unicode(texts)
+        if not 1 <= k <= limits.max_top_k:
+            raise DataError(f"topk = {k}: must be from 1 to {limits.max_top_k}")
         if where is not None:
             parse_filter(where)
+
+    def _check_number(self, queries: int, k: int) -> None:
+        if queries > self.limits.max_queries:
+            raise DataError(f"queries: {queries}, at most {self.limits.max_queries} are allowed")
+        if queries * k > self.limits.max_hits:
+            allowed = f"at most {self.limits.max_hits} hits are allowed"
+            raise DataError(f"queries: {queries} of {k} hits each, {allowed}")
+
+
+def _judge(query: Input, outcome: Outcome, k: int, where: Mapping[str, Any] | None) -> Outcome:
+    """What became of a query; an error where hits are none. Raises DataError for a filter of no use here."""
+    if isinstance(outcome, ConfigError) and where is not None:
+        raise DataError(str(outcome)) from outcome
+    if isinstance(outcome, DataError) and isinstance(query, Item):
+        return WrongQuery(without_paths(str(outcome)))
+    if isinstance(outcome, Exception):
+        return outcome
+    if len(outcome) > k:
+        return RetrieverError(f"{len(outcome)} hits where {k} were asked for")
+    if not all(hit.passage.id and math.isfinite(hit.score) for hit in outcome):
+        return RetrieverError("a hit without an id, or whose score is NaN or infinite")
+    return outcome
+
+
+_NO_UNICODE = "not Unicode: half a surrogate pair"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_unicode(texts: Sequence[str]) -> None:
     """Raise DataError if one holds half a surrogate pair, which JSON can carry and no encoder reads."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise DataError("not Unicode: half a surrogate pair") from None
+    if not all(map(_is_unicode, texts)):
+        raise DataError(_NO_UNICODE)
 
 
 def _deadline(request: Request | None, asked_seconds: float | None) -> float:

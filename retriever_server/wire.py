@@ -48,12 +48,17 @@ def render_request(request: RetrieveRequest) -> dict[str, Any]:
     }
 
 
-def render_hits(rankings: list[list[Hit]], generation: str, return_scores: bool) -> dict[str, Any]:
-    """The JSON body of an answer: one row a query. The hits' own generation, if it is one, is named."""
+def render_hits(
+    rankings: list[list[Hit]], generation: str, return_scores: bool, backend: str | None = None
+) -> dict[str, Any]:
+    """The JSON body of an answer: one row a query. The hits' own generation, if it is one, is named.
+
+    backend: that of the links to pictures, where it is not the default.
+    """
     found = {hit.generation for ranking in rankings for hit in ranking}
     generation = found.pop() if len(found) == 1 else generation
     render = _render_scored if return_scores else render_document
-    rows = [[render(hit) for hit in ranking] for ranking in rankings]
+    rows = [[render(hit, backend) for hit in ranking] for ranking in rankings]
     return {"result": rows, "generation": generation}
 
 
@@ -109,9 +114,10 @@ def carried(query: Input) -> Input:
     return replace(query, image=content)
 
 
-def thumbnail_link(passage: Passage) -> str:
-    """The path at which a server shows the picture of the passage."""
-    return THUMBNAIL + quote(passage.id, safe="", errors="replace")
+def thumbnail_link(passage: Passage, backend: str | None = None) -> str:
+    """The path at which a server shows the picture of the passage, out of the corpus of this backend."""
+    of = "" if backend is None else f"?backend={quote(backend)}"
+    return THUMBNAIL + quote(passage.id, safe="", errors="replace") + of
 
 
 def _render_query(query: Input) -> str | dict[str, str]:
@@ -129,7 +135,7 @@ def _found_hit(hit: Mapping[str, Any], url: str) -> Hit:
     return Hit(passage, _checked_score(hit["score"]), _checked_text("generation", hit["generation"]))
 
 
-def render_document(hit: Hit) -> dict[str, Any]:
+def render_document(hit: Hit, backend: str | None = None) -> dict[str, Any]:
     """The passage as its JSON; metadata only where there is any, and its url beside the text."""
     passage = hit.passage
     document: dict[str, Any] = {
@@ -143,12 +149,12 @@ def render_document(hit: Hit) -> dict[str, Any]:
         if "url" in passage.metadata:
             document["url"] = passage.metadata["url"]
     if passage.image:
-        document["thumbnail"] = thumbnail_link(passage)
+        document["thumbnail"] = thumbnail_link(passage, backend)
     return document
 
 
-def _render_scored(hit: Hit) -> dict[str, Any]:
-    return {"document": render_document(hit), "score": hit.score}
+def _render_scored(hit: Hit, backend: str | None) -> dict[str, Any]:
+    return {"document": render_document(hit, backend), "score": hit.score}
 
 
 def _parse_hit(item: Any, generation: str, url: str) -> Hit:

@@ -56,8 +56,10 @@ class ServeConfig:
     """Passages a query where the client does not say."""
     max_topk: int = 100
     """The most that a client may ask for."""
-    max_queries: int = 512
-    """The most queries in one request."""
+    max_queries: int = 100_000
+    """The most queries in one request; they are searched in pieces."""
+    max_hits: int = 300_000
+    """The most hits in one answer: queries times passages a query."""
     max_query_chars: int = 8192
     """The longest query."""
     max_body_bytes: int = 8 << 20
@@ -181,6 +183,7 @@ def _limits(config: ServeConfig) -> Any:
         config.topk,
         config.max_topk,
         config.max_queries,
+        config.max_hits,
         config.max_query_chars,
         config.max_body_bytes,
         config.max_deadline_seconds,

@@ -5,7 +5,7 @@
 
 loads   single   64 clients, each asks one query after the other, all different
         batch    4 clients, requests of 64 queries
-        many     500 clients of single queries; a 429 is asked again after its Retry-After, for 30 s at most
+        many     500 clients of single queries; a 429 or 503 is asked again after its Retry-After, for 30 s at most
 peer    the procedure of Search-R1's server (its retrieval_server.py), written anew: a thread a request,
         one padded encoder call (mean pooling) and one IndexFlatIP search a request, rows of a `datasets`
         table looked up one by one, nothing batched across requests; on the vectors and with the model of
@@ -83,7 +83,7 @@ class Client:
 
 
 async def ask_until_answered(client: Client, body: bytes, tally: Tally) -> None:
-    """One request, with retries after 429 as the server says."""
+    """One request, with retries as the server says."""
     start = time.perf_counter()
     while True:
         try:
@@ -96,7 +96,7 @@ async def ask_until_answered(client: Client, body: bytes, tally: Tally) -> None:
             tally.seconds.append(time.perf_counter() - start)
             return
         tally.troubles[str(status)] += 1
-        wait = float(headers.get("retry-after", 0)) if status == 429 else _LONGEST_RETRY_SECONDS
+        wait = float(headers.get("retry-after", 0)) if status in (429, 503) else _LONGEST_RETRY_SECONDS
         if time.perf_counter() - start + wait >= _LONGEST_RETRY_SECONDS:
             tally.lost += 1
             return

@@ -113,7 +113,7 @@ def test_openai_embeddings():
         ("/embed", {"inputs": "a"}, {}, (404, "the retriever has no encoder")),
         ("/embed", {"inputs": "a"}, {"encoder": Fixed("sparse")}, (404, "the encoder is sparse, not dense")),
         ("/embed", {"inputs": "bad"}, {"encoder": Fixed("dense")}, (503, "encoding failed: ZeroDivision")),
-        ("/embed", {"inputs": ["a"] * 513}, {"encoder": Fixed("dense")}, (422, "513 texts, at most 512")),
+        ("/embed", {"inputs": ["a"] * 4097}, {"encoder": Fixed("dense")}, (422, "4097 texts, at most 4096")),
         ("/rerank", {"query": "q", "texts": ["a"]}, {}, (404, "the retriever has no scorer")),
         ("/rerank", {"queries": ["q"], "documents": []}, {"scorer": LengthScorer()}, (422, "0 lists for 1")),
     ],

@@ -185,8 +185,14 @@ def test_more_than_may_wait_is_sent_away_until_there_is_room():
         asked[1].start()
         while server.get("/readyz").status_code == 200:
             time.sleep(0.01)
-        answer = server.post("/retrieve", json={"queries": ["d"]})
-        assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
+        for path, query, status in (
+            ("/v1/search", {"queries": ["d"]}, 429),
+            ("/retrieve", {"queries": ["d"]}, 503),  # some clients take 429 for an answer without hits
+            ("/search", {"query": "d"}, 503),
+            ("/batch_search", {"query": ["d"]}, 503),
+        ):
+            answer = server.post(path, json=query)
+            assert answer.status_code == status and int(answer.headers["Retry-After"]) >= 1
         stub.release.set()
         for thread in asked:
             thread.join(timeout=20)

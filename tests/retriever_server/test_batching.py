@@ -57,6 +57,53 @@ def test_keys_never_mix_and_batches_are_no_larger_than_allowed():
     assert {batch[0][0] for batch in work.batches[:2]} == {"x", "y"}  # a long request holds up nobody
 
 
+def test_a_large_request_is_worked_on_in_pieces_and_others_are_served_between_them():
+    work, many = Recorder(), [f"m{i}" for i in range(2560)]
+    work.gate.clear()
+
+    async def use(batcher):
+        large = asyncio.create_task(batcher.run("k", work, many))
+        await asyncio.to_thread(work.entered.wait, 20)
+        assert 0 < batcher.waiting <= 128  # of it
+        others = [asyncio.create_task(batcher.run(key, work, [key])) for key in ("k", "other")]
+        await asyncio.sleep(0)
+        work.gate.set()
+        answers = await asyncio.gather(large, *others)
+        assert batcher.waiting == 0
+        return answers
+
+    large, *others = asyncio.run(batcher_run(Batching(max_batch=64, max_waiting=200), use))
+    assert large == [item.upper() for item in many] and others == [["K"], ["OTHER"]]
+    served = [i for i, batch in enumerate(work.batches) if {"k", "other"} & {*batch}]
+    assert len(work.batches) >= 40 and served[-1] <= 4
+
+
+def test_a_request_larger_than_the_queue_is_taken_where_nobody_waits():
+    work = Recorder()
+
+    async def use(batcher):
+        return await batcher.run("k", work, list("abcde"))
+
+    assert asyncio.run(batcher_run(Batching(max_batch=2, max_waiting=2), use)) == list("ABCDE")
+
+
+def test_of_a_large_request_that_left_nothing_more_is_worked_on():
+    work = Recorder()
+    work.gate.clear()
+
+    async def use(batcher):
+        large = asyncio.create_task(batcher.run("k", work, [f"m{i}" for i in range(1000)]))
+        await asyncio.to_thread(work.entered.wait, 20)
+        large.cancel()
+        last = asyncio.create_task(batcher.run("k", work, ["last"]))
+        await asyncio.sleep(0)
+        work.gate.set()
+        return await last, batcher.waiting
+
+    assert asyncio.run(batcher_run(Batching(max_batch=10), use)) == (["LAST"], 0)
+    assert len(work.batches) == 2
+
+
 def test_only_the_bad_item_fails():
     work = Recorder()
     items = ["a", "b", "bad", "c", "d"]

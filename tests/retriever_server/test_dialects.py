@@ -1,10 +1,13 @@
 """Golden contracts: what each project's client sends, byte for byte, and what it reads from the answer."""
 
+import time
+
 import pytest
 from fastapi.testclient import TestClient
 
 from data.records import Hit, Passage
 from retriever_server.app import create_app
+from retriever_server.live import Live
 from retriever_server.retriever import Retriever
 
 PASSAGES = [
@@ -103,3 +106,53 @@ def test_serper_clients_read_organic_results():
 def test_what_no_dialect_asks_is_refused(path):
     with TestClient(create_app(TwoPassages())) as server:
         assert server.post(path, json={"question": "a"}).status_code == 422
+
+
+class Named(Retriever):
+    """Finds one passage with a picture, whose metadata is the filter; `wait` is not found in time."""
+
+    def __init__(self, generation: str) -> None:
+        self.generation = generation
+
+    def search(self, queries, k, where=None):
+        if "wait" in queries:
+            time.sleep(0.5)
+        passage = Passage("7", self.generation, metadata=dict(where or {}), image="7.png")
+        return [[Hit(passage, 1.0, self.generation)] for _ in queries]
+
+
+ROUTES = [
+    ("/retrieve", {"queries": ["a"]}),
+    ("/retrieve", {"query": "a", "topk": 1}),
+    ("/retrieve", {"query": "a", "top_k": 1}),
+    ("/search", {"query": "a"}),
+    ("/search", {"q": "a", "num": 1}),
+    ("/batch_search", {"query": ["a"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_every_dialect_may_name_a_backend_a_filter_and_a_deadline(path, body):
+    backends = {name: Live(Named(name)) for name in ("one", "two")}
+    with TestClient(create_app(backends)) as server:
+        assert "one" in server.post(path, json=body).text
+        answer = server.post(path, json={**body, "backend": "two"}).text
+        assert "two" in answer and "one" not in answer
+        if path == "/retrieve":
+            assert "/v1/thumbnail/7?backend=two" in answer
+            assert "backend=" not in server.post(path, json={**body, "backend": "one"}).text
+            assert '"year": 1999' in server.post(path, json={**body, "where": {"year": 1999}}).text
+        late = {
+            name: ["wait"] if isinstance(body.get(name), list) else "wait"
+            for name in ("queries", "query", "q")
+        }
+        asked = {**body, **{name: late[name] for name in late if name in body}, "deadline_seconds": 0.05}
+        assert server.post(path, json=asked).status_code == 504
+        for wrong, reason in (
+            ({"backend": "three"}, "backend 'three': must be one of one, two"),
+            ({"where": {"year": {"near": 1}}}, "filter on 'year'"),
+            ({"where": "year"}, "where: must be a JSON object"),
+            ({"deadline_seconds": -1}, "deadline_seconds: Input should be greater than 0"),
+        ):
+            answer = server.post(path, json={**body, **wrong})
+            assert answer.status_code == 422 and reason in answer.json()["detail"]
