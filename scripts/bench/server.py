@@ -5,7 +5,7 @@
 
 loads   single   64 clients, each asks one query after the other, all different
         batch    4 clients, requests of 64 queries
-        many     500 clients of single queries; a 429 or 503 is asked again after its Retry-After, for 30 s at most
+        many     500 clients of single queries; a 429 or 503 is asked again after its Retry-After, for 30 s
 peer    the procedure of Search-R1's server (its retrieval_server.py), written anew: a thread a request,
         one padded encoder call (mean pooling) and one IndexFlatIP search a request, rows of a `datasets`
         table looked up one by one, nothing batched across requests; on the vectors and with the model of
