@@ -160,7 +160,8 @@ def _judge(record: Record) -> list[float]:
     answer, gold_answers = record["answer"], record["gold_answers"]
     if answer is None or _failed(record):
         return [0.0] * len(METRICS)
-    return [float(metric(answer, gold_answers)) for metric in METRICS.values()]
+    normalizer = record["metadata"].get("normalizer", "squad")
+    return [float(metric(answer, gold_answers, normalizer)) for metric in METRICS.values()]
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:

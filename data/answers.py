@@ -69,7 +69,7 @@ def normalize_unicode(text: str, fold_accents: bool = False) -> str:
         decomposed = unicodedata.normalize("NFD", text)
         # Only this block: the marks of other scripts (Thai vowels, Japanese voicing) make other letters.
         text = unicodedata.normalize("NFC", re.sub("[\u0300-\u036f]", "", decomposed))
-    words = _separate_characters(text).split()
+    words = separate_characters(text).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
@@ -122,8 +122,8 @@ def _is_kept(character: str) -> bool:
     return category[0] != "P" and category != "Cf"
 
 
-def _separate_characters(text: str) -> str:
-    """Spaces around each character of a script without spaces; marks stay with the one they are on."""
+def separate_characters(text: str) -> str:
+    """Put spaces around each character of a script without spaces; marks stay with the one they are on."""
     pieces, alone = [], False
     for character in text:
         if unicodedata.category(character)[0] != "M":

@@ -19,12 +19,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import regex
+
 from data.errors import ConfigError, DataError
 from data.unicode import replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff])\w){1,100}"
+_WORD = regex.compile(
+    r"[[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{LB=SA}]--\p{M}]"
+    r"|(?:[[\p{L}\p{N}_]--[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{LB=SA}]]"
+    r"[\p{M}\u200C\u200D]*){1,100}",
+    regex.V1,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=\S)|(?<=[。！？])|\n+")
 
@@ -90,9 +95,9 @@ def chunk(text: str, words: int, overlap: int = 0) -> Iterator[str]:
     piece: list[str] = []
     fresh = False  # whether the piece holds more than what it repeats
     for sentence in _sentences(text, words):
-        if fresh and _count([*piece, sentence]) > words:
+        if fresh and count_words([*piece, sentence]) > words:
             yield " ".join(piece)
-            while piece and (_count(piece) > overlap or _count([*piece, sentence]) > words):
+            while piece and (count_words(piece) > overlap or count_words([*piece, sentence]) > words):
                 piece.pop(0)
             fresh = False
         piece.append(sentence)
@@ -101,7 +106,8 @@ def chunk(text: str, words: int, overlap: int = 0) -> Iterator[str]:
         yield " ".join(piece)
 
 
-def _count(texts: Iterable[str]) -> int:
+def count_words(texts: Iterable[str]) -> int:
+    """Return how many words the texts have; where a script writes no spaces, a character is one."""
     return sum(len(_WORD.findall(text)) for text in texts)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.answers import NORMALIZERS
 from data.errors import ConfigError, DataError
 from data.formats.rows import id_of, object_of, plain
 from data.formats.search_r1 import extra_of, gold_answers, question_text
@@ -36,7 +37,9 @@ class _Row:
         return str(self.record.get("data_source") or self.set_name)
 
 
-def load_questions(source: str, split: str | None = None, limit: int | None = None) -> list[Question]:
+def load_questions(
+    source: str, split: str | None = None, limit: int | None = None, normalizer: str | None = None
+) -> list[Question]:
     """The questions of one source, or of several with commas between them; at most `limit` in all.
 
     A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, or .parquet), a folder of such files, or a
@@ -45,13 +48,16 @@ def load_questions(source: str, split: str | None = None, limit: int | None = No
 
     A row's own id is kept where no other row has it. Otherwise, and where there is none, the id is
     "<data_source>/<split>/<id or extra_info.index or row>". It does not depend on `limit`.
+    `normalizer`: how all of their answers are compared (`data.answers`), whatever their metadata say.
     Raises DataError "FILE:LINE: what is wrong", also for a row without a question or a gold answer.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit}: must be >= 1, or None for all")
     rows = [row for name in _source_names(source) for row in _read_source(name, split)]
     # All rows are parsed, so that ids and errors are the same with a limit and without.
-    questions = [_parse_row(row, unique) for row, unique in zip(rows, _unique_ids(rows), strict=True)]
+    questions = [
+        _parse_row(row, unique, normalizer) for row, unique in zip(rows, _unique_ids(rows), strict=True)
+    ]
     return questions[:limit]
 
 
@@ -171,11 +177,15 @@ def _own_id(row: _Row) -> str | None:
         return id_of(row.record.get("id")) or None
 
 
-def _parse_row(row: _Row, question_id: str) -> Question:
+def _parse_row(row: _Row, question_id: str, normalizer: str | None) -> Question:
     with at(row.where):
         if not (golds := gold_answers(row.record)):
             raise ValueError("no gold answer")
-        return Question(question_id, question_text(row.record), golds, _metadata(row))
+        metadata = _metadata(row) | ({"normalizer": normalizer} if normalizer else {})
+        question = Question(question_id, question_text(row.record), golds, metadata)
+        if question.normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer {question.normalizer!r}: must be one of {', '.join(NORMALIZERS)}")
+        return question
 
 
 def _metadata(row: _Row) -> dict[str, Any]:

@@ -61,14 +61,19 @@ class Question:
     """A question with one or more accepted answers. `id` is unique over all question sets of a run.
 
     metadata: free JSON values; Sleuth reads `kind` (a label such as "two_hop", for scores by kind),
-    `cluster` (the unit that the bootstrap resamples, such as an entity) and `query_image` (a file that is
-    asked with or instead of the text).
+    `cluster` (the unit that the bootstrap resamples, such as an entity), `query_image` (a file that is asked
+    with or instead of the text) and `normalizer` (of answers, see `data.answers`).
     """
 
     id: str
     text: str
     gold_answers: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def normalizer(self) -> str:
+        """The normal form in which its answers are compared."""
+        return str(self.metadata.get("normalizer", "squad"))
 
     @property
     def asked(self) -> Input:

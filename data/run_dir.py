@@ -220,7 +220,8 @@ def describe_difference(old: Any, new: Any, name: str = "", folder: str = "") ->
     Two ways to write a path are the same; `folder` is where relative paths of `old` begin, else here.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [*old, *(key for key in new if key not in old)]
+        # A setting that older runs do not have is what they were if it is none.
+        keys = [*old, *(key for key, value in new.items() if key not in old and value is not None)]
         pairs = [(str(key), old.get(key, "absent"), new.get(key, "absent")) for key in keys]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(str(number), *pair) for number, pair in enumerate(zip(old, new, strict=True))]

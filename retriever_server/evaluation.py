@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import regex
 
+from data.answers import separate_characters
 from data.errors import ConfigError, DataError
 from data.records import Hit, Qrels, Question
 from data.significance import bootstrap, randomisation_p
@@ -129,6 +130,9 @@ def _first_with_answer(hits: Sequence[Hit], gold_answers: Sequence[str]) -> floa
 
 @lru_cache(1 << 14)
 def _words(text: str) -> list[str]:
-    """DPR's words: runs of letters, digits and marks, and every other sign but spaces; decomposed, lower."""
-    decomposed = unicodedata.normalize("NFD", text)
+    """DPR's words: runs of letters, digits and marks, and every other sign but spaces; decomposed, lower.
+
+    Where a script writes no spaces, a character is a word.
+    """
+    decomposed = unicodedata.normalize("NFD", separate_characters(text))
     return [word.lower() for word in regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", decomposed)]

@@ -206,6 +206,9 @@ class TrainConfig:
     """Questions for `eval_every` and the choice of the best checkpoint."""
     dev_split: str | None = None
     """Of the dev questions."""
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
+    """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
+    metadata say, else squad."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -85,9 +85,9 @@ def gold_passages(question: Question) -> tuple[set[str], str]:
 
 
 REWARDS: dict[str, RewardFunction] = {
-    "em": lambda t: exact_match(t.answer, t.question.gold_answers),
-    "f1": lambda t: f1(t.answer, t.question.gold_answers),
-    "cover_em": lambda t: cover_em(t.answer, t.question.gold_answers),
+    "em": lambda t: exact_match(t.answer, t.question.gold_answers, t.question.normalizer),
+    "f1": lambda t: f1(t.answer, t.question.gold_answers, t.question.normalizer),
+    "cover_em": lambda t: cover_em(t.answer, t.question.gold_answers, t.question.normalizer),
     "format": lambda t: float(t.valid_format),
     "no_answer": no_answer,
     "search_cost": search_cost,

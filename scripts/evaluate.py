@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.errors import ConfigError
 from data.records import Question
@@ -26,6 +26,7 @@ def main(
     engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     split: str | None = None,
     limit: int | None = None,
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     max_rows: int = 128,
@@ -48,6 +49,8 @@ def main(
         engine: What samples: this process, or vLLM servers.
         split: Of the questions, where there are several.
         limit: Only the first so many questions.
+        normalizer: How answers are compared: squad, or unicode for scripts without spaces; none: as each
+            question's metadata say, else squad.
         temperature: Of sampling; 0 is greedy.
         seed: Of sampling.
         max_rows: Trajectories decoded at once.
@@ -64,7 +67,7 @@ def main(
         raise ConfigError(f"max_failed_share = {max_failed_share}: must be in [0, 1]")
     check_folder(out)
     check_agent(policy, protocol, device, engine)
-    asked = load_questions(questions, split, limit)
+    asked = load_questions(questions, split, limit, normalizer)
     opened = open_agent(
         policy,
         retriever,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
 
 
 def main(
@@ -105,11 +105,16 @@ def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any)
 
 def _write_crops(corpus: Any, out: Path, per_passage: int, seed: int, go_on: bool, folder: bool) -> str:
     """Write the crops: to `out`, or beside what is made from them."""
+    from itertools import chain
+
     from data.jsonl import write_jsonl
     from retriever_server.training.teachers import crops
 
     path = out if not go_on else out / "crops.jsonl" if folder else out.with_name(f"{out.name}.crops.jsonl")
-    write_jsonl(path, (example.as_record() for example in crops(corpus, per_passage, seed=seed)))
+    found = crops(corpus, per_passage, seed=seed)
+    if (first := next(found, None)) is None:
+        raise DataError(f"{corpus.path}: no passage has a sentence long enough to be a query")
+    write_jsonl(path, (example.as_record() for example in chain([first], found)))
     print(f"crops of {len(corpus):,} passages in {path}")
     return str(path)
 

@@ -131,7 +131,8 @@ def build_world(folder: Path) -> None:
     if not (folder / "test.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         build_atlas(folder)
-    BM25Index.build(Corpus(folder / "corpus.jsonl"), folder / "index", title_boost=TITLE_BOOST)
+    if not (folder / "index" / "manifest.json").exists():
+        BM25Index.build(Corpus(folder / "corpus.jsonl"), folder / "index", title_boost=TITLE_BOOST)
 
 
 @contextmanager

@@ -204,10 +204,11 @@ def _questions(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     """The questions to train on, and those of dev."""
     from data.questions import load_questions
 
-    questions = load_questions(config.questions, config.split)
+    questions = load_questions(config.questions, config.split, normalizer=config.normalizer)
     if config.dev_questions is None:
         return questions, []
-    return questions, load_questions(config.dev_questions, config.dev_split, config.eval_limit)
+    dev = load_questions(config.dev_questions, config.dev_split, config.eval_limit, config.normalizer)
+    return questions, dev
 
 
 def hash_inputs(

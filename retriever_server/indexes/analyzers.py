@@ -1,6 +1,6 @@
 """From a text to the terms that BM25 counts; queries and passages go through the same analyzer.
 
-plain         lower-cased words in normal form KC
+plain         lower-cased words in normal form KC, with their marks; all letters i of Turkish are one
 stopwords     as plain, without Lucene's 33 English stop words
 english       as stopwords, stemmed by Snowball's English stemmer
 anserini      Lucene's English analysis, as Anserini's default: words by UAX #29, no possessive 's,
@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
 
 import regex
@@ -24,9 +24,14 @@ from retriever_server.indexes.porter import porter
 
 Analyzer = Callable[[str], list[str]]
 
-_WORD = re.compile(r"\w+")
+WORDS = 2
+"""Version of what a word is, named in an index's settings. 1 cut words at every mark (Indic vowels)."""
+_WORD_1 = re.compile(r"\w+")
+_ASCII_WORD = re.compile(r"\w+", re.ASCII)
+_JOINERS = regex.compile(r"(?<=\p{M})[\u200C\u200D]")  # of Indic conjuncts, as often left out
+_SPACELESS = r"[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{LB=SA}]"
 ENGLISH_STOP_WORDS = frozenset(
-    _WORD.findall(
+    _WORD_1.findall(
         "a an and are as at be but by for if in into is it no not of on or such that the their then there "
         "these they this to was will with"
     )
@@ -38,18 +43,36 @@ _TERMS_REMEMBERED = 1 << 18
 
 
 def plain(text: str) -> list[str]:
-    """The words of a text, lower-cased, in normal form KC.   "Élan-vital" -> ["élan", "vital"]"""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    """Return the words of a text, lower-cased, in normal form KC.   "Élan-vital" -> ["élan", "vital"]"""
+    lowered = unicodedata.normalize("NFKC", text).lower()
+    if lowered.isascii():
+        return _ASCII_WORD.findall(lowered)
+    return _word_pattern().findall(_one_i(_JOINERS.sub("", lowered)))
 
 
-def stopwords(text: str) -> list[str]:
+def _plain_1(text: str) -> list[str]:
+    return _WORD_1.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def _one_i(lowered: str) -> str:
+    """Turkish has i with and without a dot, and who types without its keyboard writes either as i."""
+    return lowered.replace("i\u0307", "i").replace("ı", "i")
+
+
+@cache
+def _word_pattern() -> regex.Pattern:
+    """`\\w+` where a mark stays with its letter."""
+    return regex.compile(r"(?:[\p{L}\p{N}_]\p{M}*)+")
+
+
+def stopwords(text: str, cut: Analyzer = plain) -> list[str]:
     """As `plain`, without the 33 English stop words of Lucene. No stemming."""
-    return [word for word in plain(text) if word not in ENGLISH_STOP_WORDS]
+    return [word for word in cut(text) if word not in ENGLISH_STOP_WORDS]
 
 
-def english(text: str) -> list[str]:
+def english(text: str, cut: Analyzer = plain) -> list[str]:
     """As `stopwords`, each word stemmed by Snowball.   "The rivers' ends" -> ["river", "end"]"""
-    return list(map(_stemmer("english"), stopwords(text)))
+    return list(map(_stemmer("english"), stopwords(text, cut)))
 
 
 def anserini(text: str) -> list[str]:
@@ -57,15 +80,22 @@ def anserini(text: str) -> list[str]:
     return [term for term in map(_english_term, segment(text)) if term]
 
 
-def multilingual(text: str, language: str = "none") -> list[str]:
+def multilingual(text: str, language: str = "none", words: int = WORDS) -> list[str]:
     """Folded terms of any script, stemmed where the language has a stemmer ("none": not).
 
     "Die Häuser" (german) -> ["die", "haus"];   "北京大学" -> ["北京", "京大", "大学"]
     Chinese, Japanese and Korean become overlapping pairs as in Lucene's CJKBigramFilter, Thai, Lao,
     Khmer and Burmese likewise; a character alone stands for itself.
     """
-    stem, terms = _stemmer(language), []
-    for match in _multilingual_pattern().finditer(unicodedata.normalize("NFKC", text).casefold()):
+    stem, terms, normal = _stemmer(language), [], unicodedata.normalize("NFKC", text)
+    if words == 1:
+        normal = normal.casefold()
+    elif language == "turkish":  # its stemmer tells the two letters apart
+        normal = normal.replace("İ", "i").replace("I", "ı").casefold()
+        stem = _turkish_stem
+    else:
+        normal = _one_i(_JOINERS.sub("", normal.casefold()))
+    for match in _multilingual_pattern().finditer(normal):
         token = match[0]
         if match.lastgroup == "spaceless":
             terms += [token[i : i + 2] for i in range(max(1, len(token) - 1))]
@@ -81,18 +111,33 @@ ANALYZERS: dict[str, Analyzer] = {
     "anserini": anserini,
     "multilingual": multilingual,
 }
+_FIRST: dict[str, Analyzer] = {
+    "plain": _plain_1,
+    "stopwords": partial(stopwords, cut=_plain_1),
+    "english": partial(english, cut=_plain_1),
+}
 
 
-def load_analyzer(name: str, language: str = "none") -> Analyzer:
-    """The analyzer of this name. Raises ConfigError for a name or language that there is not."""
+def load_analyzer(name: str, language: str = "none", words: int = WORDS) -> Analyzer:
+    """Return the analyzer of this name; `words`: of an index that was built by another version.
+
+    Raises ConfigError for a name or language that there is not.
+    """
     if name not in ANALYZERS:
         raise ConfigError(f"analyzer = {name}: must be one of {', '.join(ANALYZERS)}")
     if name != "multilingual":
         if language != "none":
             raise ConfigError(f"language = {language}: only the analyzer multilingual has languages")
-        return ANALYZERS[name]
+        return ANALYZERS[name] if words == WORDS else _FIRST.get(name, ANALYZERS[name])
     _stemmer(language)
-    return partial(multilingual, language=language)
+    return partial(multilingual, language=language, words=words)
+
+
+def spaceless_share(texts: Iterable[str]) -> float:
+    """Return the share of letters that belong to scripts without spaces between words."""
+    text = "".join(texts)
+    letters = len(regex.findall(r"\p{L}", text))
+    return len(regex.findall(rf"[{_SPACELESS}&&\p{{L}}]", text, regex.V1)) / letters if letters else 0.0
 
 
 def segment(text: str) -> list[str]:
@@ -190,6 +235,10 @@ def _english_term(token: str) -> str:
     # Character by character, as Java does: no final sigma, no dot left over from a Turkish I.
     term = token.lower() if token.isascii() else "".join(char.lower()[0] for char in token)
     return "" if term in ENGLISH_STOP_WORDS else porter(term)
+
+
+def _turkish_stem(word: str) -> str:
+    return _one_i(_stemmer("turkish")(word))
 
 
 @cache

@@ -10,6 +10,7 @@ BM25's weights equal those of bm25s. The building is ours because bm25s holds al
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.records import Hit, Passage
 from retriever_server.filters import allowed
-from retriever_server.indexes.analyzers import load_analyzer
+from retriever_server.indexes.analyzers import WORDS, load_analyzer, spaceless_share
 from retriever_server.indexes.base import (
     Index,
     Manifest,
@@ -35,6 +36,7 @@ from retriever_server.indexes.integrity import save_array
 from retriever_server.indexes.postings import Postings, best, map_postings
 from retriever_server.retriever import Filter, Query, texts_of
 
+logger = logging.getLogger(__name__)
 _LAYOUT = 2  # of the files; 1 was that of bm25s
 
 
@@ -52,7 +54,7 @@ class BM25Index(Index):
         settings = manifest.settings
         if settings.get("layout") != _LAYOUT:
             raise DataError(f"{path}: built by an older version of this program; build the index again")
-        self._analyze = load_analyzer(settings["analyzer"], settings["language"])
+        self._analyze = load_analyzer(settings["analyzer"], settings["language"], settings.get("words", 1))
         self._cosine = settings.get("scoring") == "tfidf"
         # Plain array views of the memory maps: slicing np.memmap costs more than the sum itself.
         self._terms, starts, positions, weights = (
@@ -89,6 +91,7 @@ class BM25Index(Index):
         DataError for a corpus without words.
         """
         settings = _checked_settings(k1, b, analyzer, title_boost, language, scoring)
+        _warn_of_spaceless(corpus, analyzer)
 
         def write(folder: Path) -> None:
             write_postings(folder, corpus, settings, progress)
@@ -192,6 +195,17 @@ def _hash(term: str) -> int:
     return int.from_bytes(digest)
 
 
+def _warn_of_spaceless(corpus: Corpus, analyzer: str) -> None:
+    sample = range(0, len(corpus), max(1, len(corpus) // 200))
+    share = 0.0 if analyzer == "multilingual" else spaceless_share(corpus[i].contents[:2000] for i in sample)
+    if share > 0.05:
+        logger.warning(
+            "%.0f %% of the letters of %s are of scripts without spaces between words, which the analyzer %s "
+            "does not cut: take --analyzer multilingual",
+            100 * share, corpus.path, analyzer,
+        )  # fmt: skip
+
+
 def _checked_settings(
     k1: float, b: float, analyzer: str, title_boost: int, language: str, scoring: str
 ) -> dict[str, Any]:
@@ -206,6 +220,7 @@ def _checked_settings(
     if scoring not in _SCORINGS:
         raise ConfigError(f"scoring {scoring!r}: must be one of {', '.join(_SCORINGS)}")
     common = {"title_boost": int(title_boost), "analyzer": analyzer, "language": language, "layout": _LAYOUT}
+    common |= {} if analyzer == "anserini" else {"words": WORDS}
     if scoring == "bm25":  # not named in the settings: indexes are older than the choice
         return {"k1": float(k1), "b": float(b), **common}
     if (k1, b) != (0.9, 0.4):

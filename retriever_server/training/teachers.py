@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import Corpus
-from data.documents import chunk
+from data.documents import chunk, count_words
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import write_jsonl
@@ -73,7 +73,7 @@ def crops(
     """Pieces of passages as queries, whole sentences where they are short enough; the passage is positive."""
     provenance = {"corpus": corpus.content_hash, "from": "crops"}
     for passage in corpus:
-        pieces = [piece for piece in chunk(passage.text, max_words) if len(piece.split()) >= min_words]
+        pieces = [piece for piece in chunk(passage.text, max_words) if count_words([piece]) >= min_words]
         rng = random.Random(f"{seed} {passage.id}")
         for number in sorted(rng.sample(range(len(pieces)), min(per_passage, len(pieces)))):
             id_ = f"{passage.id}#{number}"

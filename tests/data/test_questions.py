@@ -268,3 +268,14 @@ def test_real_questions_load_whole_under_their_own_ids(name, count):
     assert len(questions) == count
     assert [question.id for question in questions] == own_ids
     assert all(question.text and question.gold_answers for question in questions)
+
+
+def test_the_normalizer_of_answers_is_the_questions_own_or_chosen_for_all(tmp_path):
+    rows = [{"id": "1", "question": "a?", "golden_answers": ["x"], "metadata": {"normalizer": "unicode"}}]
+    write_jsonl(tmp_path / "q.jsonl", [*rows, {"id": "2", "question": "b?", "golden_answers": ["x"]}])
+    source = str(tmp_path / "q.jsonl")
+    assert [q.normalizer for q in load_questions(source)] == ["unicode", "squad"]
+    assert {q.normalizer for q in load_questions(source, normalizer="unicode_folded")} == {"unicode_folded"}
+    write_jsonl(tmp_path / "bad.jsonl", [rows[0] | {"metadata": {"normalizer": "lucene"}}])
+    with pytest.raises(DataError, match=r"bad.jsonl:1: normalizer 'lucene': must be one of squad, unicode"):
+        load_questions(str(tmp_path / "bad.jsonl"))

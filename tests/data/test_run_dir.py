@@ -79,6 +79,12 @@ def test_a_cut_last_line_does_not_spoil_the_next_one(tmp_path):
     assert [row["a/x"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_a_setting_that_is_new_and_none_is_no_other_configuration(tmp_path):
+    with RunDir(tmp_path, CONFIG) as run:
+        run.log(1, {"a/x": 1})
+    RunDir(tmp_path, CONFIG | {"normalizer": None}).close()
+
+
 def test_another_configuration_is_refused_by_key_unless_resumed(tmp_path):
     with RunDir(tmp_path, CONFIG) as run:
         run.log(1, {"a/x": 1})

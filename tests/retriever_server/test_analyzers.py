@@ -2,12 +2,19 @@
 
 import random
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data.corpus import Corpus
 from data.errors import ConfigError
-from retriever_server.indexes import analyzers
+from data.jsonl import write_jsonl
+from retriever_server.indexes import analyzers, bm25
 from retriever_server.indexes.analyzers import (
     anserini,
     load_analyzer,
@@ -207,3 +214,73 @@ def test_stemmers_are_safe_in_threads():
 def test_an_analyzer_that_there_is_not_is_refused(name, language, message):
     with pytest.raises(ConfigError, match=message):
         load_analyzer(name, language)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("बगुला उथले पानी में", ["बगुला", "उथले", "पानी", "में"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("ক্ষুদ্র নদী", ["ক্ষুদ্র", "নদী"]),
+        ("क्‍ष क्ष", ["क्ष", "क्ष"]),
+        ("كِتَاب", ["كِتَاب"]),
+        ("❤️ x_1 ½", ["x_1", "1", "2"]),
+    ],
+)
+def test_a_mark_stays_in_its_word(text, words):
+    assert plain(text) == words
+
+
+@pytest.mark.parametrize("analyze", [plain, multilingual, partial(multilingual, language="turkish")])
+def test_every_way_to_write_a_turkish_i_finds_the_others(analyze):
+    assert len({tuple(analyze(word)) for word in ("İSTANBUL", "istanbul", "İstanbul", "Istanbul")}) == 1
+    assert len({tuple(analyze(word)) for word in ("ISPARTA", "ısparta", "Isparta", "isparta")}) == 1
+
+
+def test_turkish_is_stemmed_with_its_own_letters():
+    import Stemmer
+
+    stem = Stemmer.Stemmer("turkish").stemWord
+    assert multilingual("KİTAPLARINIZ KIZLAR", "turkish") == [
+        stem("kitaplarınız"),
+        stem("kızlar").replace("ı", "i"),
+    ]
+
+
+@given(st.text(st.characters(categories=["Lu", "Ll", "Lo", "Nd", "Zs", "Po"], exclude_characters="İı")))
+def test_without_marks_words_are_those_of_older_indexes(text):
+    normal = unicodedata.normalize("NFKC", text).lower()
+    if not any(unicodedata.category(sign)[0] == "M" for sign in normal):
+        assert plain(text) == re.findall(r"\w+", normal.replace("ı", "i"))
+        assert load_analyzer("plain", words=1)(text) == re.findall(r"\w+", normal)
+
+
+def test_an_older_index_is_asked_with_its_own_words(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "1", "text": "बगुला पानी"}, {"id": "2", "text": "रोटी"}])
+    monkeypatch.setattr(bm25, "WORDS", 1)
+    monkeypatch.setattr(
+        bm25, "load_analyzer", lambda name, language, words=1: load_analyzer(name, language, 1)
+    )
+    old = bm25.BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "old")
+    monkeypatch.undo()
+    settings = {key: value for key, value in old.manifest.settings.items() if key != "words"}
+    opened = bm25.BM25Index(tmp_path / "old", replace(old.manifest, settings=settings), old.corpus)
+    assert [hit.passage.id for hit in opened.search(["बगुला"], 2)[0]] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("京都の北にある大学", True),
+        ("นกยางรอปลาในน้ำตื้น", True),
+        ("Oslo in Norway", False),
+        ("한국어 위키", False),
+    ],
+)
+def test_a_corpus_that_the_analyzer_cannot_cut_is_named(tmp_path, caplog, text, said):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "1", "text": text}])
+    bm25.BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index")
+    assert ("take --analyzer multilingual" in caplog.text) == said
+    caplog.clear()
+    bm25.BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "other", analyzer="multilingual")
+    assert not caplog.text

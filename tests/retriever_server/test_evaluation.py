@@ -234,3 +234,18 @@ def test_bm25_reaches_its_scores_on_the_classic_collections(tmp_path, collection
     rankings = rank_all(index, load_queries(folder / "queries.jsonl"), 10)
     values = judge(rankings, load_qrels(folder / "qrels.tsv"), parse_metrics("nDCG@10", 10))
     assert round(means(values)["nDCG@10"], 3) >= ndcg
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "found"),
+    [
+        ("京都大学は日本にある。", "京都大学", True),
+        ("京都大学は日本にある。", "大京", False),
+        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพ", True),
+        ("The capital is 北京。", "北京", True),
+        ("partial art", "art", True),
+        ("partially", "partial", False),
+    ],
+)
+def test_an_answer_is_found_where_a_script_writes_no_spaces(text, gold, found):
+    assert has_answer(text, [gold]) is found

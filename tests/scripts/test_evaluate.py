@@ -185,3 +185,22 @@ def test_a_failure_inside_a_rollout_is_raised_as_it_is():
     agent = Agent(Broken(), byte_tokenizer(), None, wiring.get_protocol("compact"))
     with pytest.raises(EngineError, match="out of memory"):
         asyncio.run(agent.rollout([Question(str(i), "?", ()) for i in range(3)]))
+
+
+@pytest.mark.parametrize(("normalizer", "f1"), [(None, 0.0), ("unicode", 0.8)])
+def test_answers_of_a_script_without_spaces_are_compared_as_told(
+    folder, monkeypatch, tmp_path, normalizer, f1
+):
+    from agent.engines.scripted import ScriptedEngine
+
+    turns = ["<think> b </think><answer> 東京都</answer>"]
+    monkeypatch.setattr(
+        "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, turns)
+    )
+    write_jsonl(tmp_path / "ja.jsonl", [{"id": "1", "question": "首都は?", "golden_answers": ["東京"]}])
+    options = ["--questions", str(tmp_path / "ja.jsonl")] + (
+        ["--normalizer", normalizer] if normalizer else []
+    )
+    assert evaluate(folder, tmp_path / "out", *options) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["f1"]["mean"] == pytest.approx(f1) and scores["em"]["mean"] == 0

@@ -128,3 +128,19 @@ def test_killed_with_no_warning_it_goes_on_to_the_same_bytes(tmp_path):
     mine.main(out=str(tmp_path / "whole.jsonl"), retriever=str(tmp_path / "fast.yaml"), **given)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(Examples(out, corpus)) == 300
+
+
+def test_crops_of_a_script_without_spaces_are_made_and_none_at_all_is_an_error(tmp_path, capsys):
+    texts = [
+        "サギは浅い水の中で魚を待つ鳥である。長い首と長い足を持つ。",
+        "氷河は谷をゆっくりと下る氷の流れである。",
+    ]
+    write_jsonl(tmp_path / "ja.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    mine.main("crops", str(tmp_path / "crops.jsonl"), corpus=str(tmp_path / "ja.jsonl"))
+    corpus = Corpus(tmp_path / "ja.jsonl")
+    examples = Examples(tmp_path / "crops.jsonl", corpus)
+    assert len(examples) == 2 and all(e.query in corpus.get(e.positives[0]).text for e in examples)
+    write_jsonl(tmp_path / "short.jsonl", [{"id": "1", "text": "Too short."}])
+    with pytest.raises(DataError, match=r"short\.jsonl: no passage has a sentence long enough"):
+        mine.main("crops", str(tmp_path / "none.jsonl"), corpus=str(tmp_path / "short.jsonl"))
+    assert not (tmp_path / "none.jsonl").exists()
