@@ -23,7 +23,7 @@ def why_silent(url: str, seconds: float = PROBE_SECONDS) -> str:
             socket.create_connection((parts.hostname or "", port), max(0.1, until - time.monotonic())).close()
             return ""
         except socket.gaierror as error:
-            return error.strerror  # asking again does not make a name known
+            return str(error.strerror)  # asking again does not make a name known
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
         if time.monotonic() + 0.2 > until:

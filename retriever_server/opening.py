@@ -13,21 +13,23 @@ A YAML file names a class, or a function, and what its constructor takes:
       parts: [runs/atlas/index, http://127.0.0.1:8000]   # where a retriever is due, any of the above
       rrf_k: 60
 
-There is no registry: the signature of the constructor is what the file may say.
+There is no registry: the signature of the constructor is what the file may say. What is not ours is looked
+for beside the file, then in the working directory. All of a file is checked before any of it is opened.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from data.class_path import Build, Reader
 from data.errors import ConfigError, SleuthError
+from data.plugins import looking_beside
 from data.yaml_file import read_yaml
 from retriever_server.retriever import Retriever
 
@@ -56,128 +58,64 @@ def open_retriever(spec: str, deadline_seconds: float = 30.0) -> Retriever:
 
     Raises ConfigError in one line: file, key, what is allowed; DataError for an index that has changed.
     """
+    return plan_retriever(spec, deadline_seconds)()
+
+
+def plan_retriever(spec: str, deadline_seconds: float = 30.0) -> Build:
+    """What opens the retriever, once all that `spec` names is checked; raises as `open_retriever`."""
     if spec.startswith(("http://", "https://")):
-        return _import("Remote", spec)(spec, deadline_seconds)
+        return partial(_ours("Remote"), spec, deadline_seconds)
     if spec.endswith((".yaml", ".yml")):
-        return _open_yaml(Path(spec))
+        return plan_file(Path(spec), (Retriever,))
     if spec == "none":
-        return _controls().NoPassages()
-    folder = spec.removeprefix("random:")
-    if not Path(folder).exists():
+        return importlib.import_module("retriever_server.controls").NoPassages
+    folder = Path(spec.removeprefix("random:"))
+    if not folder.exists():
         raise ConfigError(f"retriever {spec!r}: must be {ALLOWED}")
-    index = importlib.import_module("retriever_server.indexes.base").open_index(folder)
-    return index if folder == spec else _controls().RandomPassages(index.corpus)
+    importlib.import_module("retriever_server.indexes.base").read_manifest(folder)
+    return partial(_open_random if spec.startswith("random:") else _ours("open_index"), folder)
 
 
-def build(node: Any, place: str) -> Any:
-    """What a {class_path, init_args} mapping describes; `place` begins its errors: "FILE: " and keys."""
-    if not isinstance(node, Mapping) or not set(node) <= {"class_path", "init_args"}:
-        raise ConfigError(f"{place}must be a mapping of class_path and init_args")
-    name, arguments = node.get("class_path"), node.get("init_args") or {}
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise ConfigError(f"{place}class_path must be a string, init_args a mapping")
-    make = _import(name, f"{place}class_path")
-    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
-    place = f"{place}init_args"
-    built = {
-        str(key): _build_value(value, hints.get(str(key)), f"{place}.{key}")
-        for key, value in arguments.items()
-    }
-    objects = {key: value for key, value in built.items() if value is not arguments[key]}
-    plain = {key: value for key, value in built.items() if key not in objects}
-    values = _checked(make, name, plain, objects, place)
-    for key, value in objects.items():
-        if isinstance(value, list) != str(hints.get(key)).startswith("list["):
-            expected = "one" if isinstance(value, list) else "a list of them"
-            raise ConfigError(f"{place}.{key}: expected {expected}")
-    try:
-        return make(**values, **objects)
-    except SleuthError as error:
-        raise type(error)(f"{place}: {error}") from error
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{place}: {name} needs the package {error.name}, which is not installed"
-        ) from error
-
-
-def _open_yaml(path: Path) -> Retriever:
-    node = read_yaml(path)
+def plan_file(path: Path, interface: tuple[type, ...]) -> Build:
+    """What builds the object, of the interface, that a YAML file describes, once all of it is checked."""
     if path.resolve() in _OPENING.get():
         raise ConfigError(f"{path}: names itself, or a file that names it")
     token = _OPENING.set((*_OPENING.get(), path.resolve()))
     try:
-        return _as_retriever(build(node, f"{path}: "), path)
+        with looking_beside(path):
+            return READER.plan(read_yaml(path), interface, f"{path}: ")
     finally:
         _OPENING.reset(token)
 
 
-def _build_value(value: Any, hint: Any, place: str) -> Any:
-    """`value` with the objects in it built: mappings with a class_path, strings where a retriever is due."""
-    if isinstance(value, Mapping) and "class_path" in value:
-        return build(value, f"{place}.")
-    if isinstance(value, list):
-        items = [_build_value(item, hint, f"{place}[{i}]") for i, item in enumerate(value)]
-        return value if all(item is old for item, old in zip(items, value, strict=True)) else items
-    if isinstance(value, str) and Retriever.__name__ in re.findall(r"\w+", str(hint)):
-        try:
-            return open_retriever(value)
-        except SleuthError as error:
-            raise type(error)(f"{place}: {error}") from error
-    return value
+def _ours(name: str) -> Any:
+    return READER.find(name, name)
 
 
-def _checked(
-    make: Callable, name: str, arguments: dict[str, Any], objects: Mapping[str, Any], place: str
-) -> dict[str, Any]:
-    """The arguments checked against the signature by jsonargparse; `objects` are built already."""
-    from jsonargparse import ArgumentParser
+def _open_random(folder: Path) -> Retriever:
+    index = _ours("open_index")(folder)
+    return importlib.import_module("retriever_server.controls").RandomPassages(index.corpus)
 
-    parser = ArgumentParser(exit_on_error=False)
-    parameters = inspect.signature(make).parameters.values()
-    allowed = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters)  # checked by whom they are handed on to
-    extra = {key: value for key, value in arguments.items() if key not in allowed}
-    for key in [*extra, *objects]:
-        if key not in allowed and not free:
-            raise ConfigError(f"{place}.{key}: unknown key; {name} takes {', '.join(allowed)}")
-    add: Any = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
-    skip = {*objects, *(p.name for p in parameters if p.name not in allowed)}
-    add(make, None, skip=skip, fail_untyped=False)
+
+def _read_text(spec: str, place: str) -> Build:
+    """As `plan_retriever`; errors, those of opening too, begin with the place."""
+    with _at(place):
+        plan = plan_retriever(spec)
+
+    def build() -> Retriever:
+        with _at(place):
+            return plan()
+
+    return build
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
     try:
-        known = {key: value for key, value in arguments.items() if key in allowed}
-        return dict(vars(parser.parse_object(known))) | extra
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{place}: {_one_line(str(error))}") from None
+        yield
+    except SleuthError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
-def _one_line(message: str) -> str:
-    """What jsonargparse says, shortly.   'Parser key "k": Expected a <class 'int'>. ...' -> 'k: ...'"""
-    if found := re.match(r'(?s)Parser key "(.+?)":\s+Expected an? (.+)\. Got value: (.*)', message):
-        key, expected, given = found.groups()
-        expected = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
-        expected = re.sub(r"^Literal\[(.+)\]$", r"one of \1", expected)
-        return f"{key}: got {given!r}, expected {expected}"
-    return " ".join(message.split()).replace("the following arguments are required:", "missing:")
-
-
-def _import(name: str, place: str) -> Callable[..., Any]:
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module or SHORT_NAMES[name]), attribute)
-    except (ImportError, AttributeError, KeyError, ValueError) as error:
-        reason = f" ({error})" if module else ""
-        known = ", ".join(SHORT_NAMES)
-        raise ConfigError(f"{place}: {name!r} must be one of {known}, or module.Class{reason}") from error
-    if not callable(found):
-        raise ConfigError(f"{place}: {name!r} is no class or function")
-    return found
-
-
-def _as_retriever(built: Any, path: Path) -> Retriever:
-    if not isinstance(built, Retriever):
-        raise ConfigError(f"{path}: class_path: {type(built).__name__} is no Retriever")
-    return built
-
-
-def _controls() -> Any:
-    return importlib.import_module("retriever_server.controls")
+READER = Reader(SHORT_NAMES, {Retriever: _read_text})
+"""Reads the YAML files of retrievers and scorers."""

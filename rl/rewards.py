@@ -6,19 +6,19 @@ the prompt's example answer nor an answer inside a passage can score (but in sea
 
 from __future__ import annotations
 
+import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from agent.trajectory import SegmentKind, Trajectory
 from data.answers import cover_em, exact_match, f1
+from data.class_path import hints_of
 from data.errors import ConfigError
+from data.plugins import find_plugin
 from data.records import Question
 from rl.config import JudgeConfig
 from rl.judge import Judge, Verdict
@@ -27,6 +27,7 @@ from rl.search_r1_scorer import search_r1_legacy, search_r1_legacy_format
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
 
+_NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
 """Where a question's metadata may name its gold passages, and by what; the first that is there counts.
 `entities` is how the embedded world names them."""
@@ -166,19 +167,26 @@ def _by_turn(name: str, result: float | list[float], turns: int) -> list[float]:
 
 
 def _find(name: str) -> RewardFunction:
-    """The function of that name; a module of the user's own may lie in the working directory."""
+    """The function of that name; a module of the user's own lies beside the recipe or where the command runs.
+
+    What is called with a trajectory must take just that: classes and functions in C are refused, too.
+    """
     if name in REWARDS:
         return REWARDS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join([*REWARDS, "judge"])
         raise ConfigError(f"rewards.{name}: must be one of {known}, or module:function of your own")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        function: object = getattr(import_module(module), attribute)
-    except Exception as error:  # whatever goes wrong in the user's file
-        raise ConfigError(f"rewards.{name}: cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"rewards.{name}: is no function, but a {type(function).__name__}")
+    place = f"rewards.{name}"
+    function = find_plugin(f"{module}.{attribute}", place)
+    if not callable(function) or inspect.isclass(function) or inspect.isbuiltin(function):
+        kind = "built-in function" if inspect.isbuiltin(function) else type(function).__name__
+        raise ConfigError(f"{place}: is a {kind}, must be a Python function of one trajectory")
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+    one = len(needed) == 1 and needed[0].kind in (inspect.Parameter.POSITIONAL_ONLY, _NAMED)
+    takes = hints_of(function).get(needed[0].name, Trajectory) if one else None
+    if takes not in (Trajectory, Any, object):
+        signature = inspect.signature(function)
+        raise ConfigError(f"{place}: takes {signature}, must be a Python function of one trajectory")
     return cast(RewardFunction, function)  # what it returns is checked when it is called

@@ -28,7 +28,9 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from data.class_path import wrong_value
 from data.errors import ConfigError
+from data.plugins import looking_beside
 from data.yaml_file import check_keys, read_checked, read_yaml
 
 # The docstring under a field of a configuration becomes its line in --help.
@@ -52,7 +54,8 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
             check_value(option, value)
     values = parse(parser, argv)
     config_type = config_dataclass(run)
-    return run(config_type(**values)) if config_type else run(**values)
+    with looking_beside(*config_paths(argv)):
+        return run(config_type(**values)) if config_type else run(**values)
 
 
 def build_parser(run: Callable, prog: str, positional: str | None = None) -> ArgumentParser:
@@ -231,19 +234,9 @@ def explain(message: str, parser: ArgumentParser, argv: list[str]) -> str:
         return f"{message} (a value of several words stands in quotes)"
     if found := re.match(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'(?: is|$)", message):
         return unknown_key(".".join(filter(None, found.groups())), parser, argv)
-    if found := re.match(r'(?s)Parser key "(.+?)":\s+Expected an? (.+)\. Got value: (.*)', message):
-        key, expected, given = found.groups()
-        expected = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
-        expected = re.sub(r"^Literal\[(.+)\]$", r"one of \1", expected)
-        return f"{place(key, argv)}{key}: got {given!r}, expected {expected}"
-    if found := re.match(
-        r'(?s)Parser key "(.+?)":.+Subtypes: \[(.+?)\]\s+Errors:.+Given value: (.*)', message
-    ):
-        key, expected, given = found.groups()
-        expected = re.sub(
-            r"<class '(.+?)'>", r"\1", expected.replace("typing.", "").replace("NoneType", "null")
-        )
-        return f"{place(key, argv)}{key}: got {given!r}, expected one of {expected}"
+    key, wrong = wrong_value(message)
+    if key:
+        return f"{place(key, argv)}{key}: {wrong}"
     if found := re.match(r"the following arguments are required: (.+)", message):
         missing = ", ".join(f"--{key}" for key in found[1].split(", "))
         return f"missing: {missing} (see {parser.prog} --help)"

@@ -19,11 +19,10 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
         passages_at_once: How many the generator is given in one call.
     """
     from data.corpus import Corpus
-    from retriever_server.opening import build
-    from retriever_server.training.expansion import expand
+    from retriever_server.opening import READER
+    from retriever_server.training.expansion import Generator, expand
     from scripts.console import Track
 
-    expand(
-        Corpus(corpus), build(generator, "generator: "), out, passages_at_once, Track("expanding passages")
-    )
+    generate = READER.plan(generator, (Generator,), "generator: ")
+    expand(Corpus(corpus), generate(), out, passages_at_once, Track("expanding passages"))
     print(f"expanded passages in {out}")

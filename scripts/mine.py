@@ -132,8 +132,7 @@ def _corpus(path: str | None, retrievers: list[Any]) -> Any:
 
 def _open(spec: str, scorer: bool = False) -> Any:
     """A retriever, or where one may stand the scorer that `spec` names."""
-    from data.yaml_file import read_yaml
-    from retriever_server.opening import build, open_retriever
+    from retriever_server.opening import open_retriever, plan_file
     from retriever_server.rerank import CrossEncoder, Scorer
     from retriever_server.retriever import Retriever
 
@@ -143,5 +142,7 @@ def _open(spec: str, scorer: bool = False) -> Any:
         return retriever
     if not spec.endswith((".yaml", ".yml")):
         return CrossEncoder(spec)
-    built = build(read_yaml(spec), f"{spec}: ")
-    return built if isinstance(built, Scorer | Retriever) else open_retriever(spec)
+    built = plan_file(Path(spec), (Scorer, Retriever))()
+    if isinstance(built, Retriever):
+        built.probe()
+    return built

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from data.errors import ConfigError, SleuthError
+from data.class_path import Build, Reader, parts_of
+from data.errors import ConfigError
+from data.plugins import names_in_source, parameters_in_source
 from retriever_server.training.recipe import RetrieverRecipe
 
 _OURS = ("models", "vision", "sparse", "decoders", "distill", "info_nce", "m3", "llm2vec")
@@ -17,6 +17,8 @@ _LOSSES = {
     "multi": "sentence_transformers.multi_vector_encoder.losses",
     "cross": "sentence_transformers.cross_encoder.losses",
 }
+_PARTS = {"resolve_base", "maxsim_scores"}
+"""Of builders and losses: no recipe names them."""
 KINDS = {"SentenceTransformer": "dense", "SparseEncoder": "sparse", "MultiVectorEncoder": "multi"}
 KINDS |= {"CrossEncoder": "cross"}
 
@@ -29,11 +31,10 @@ def kind_of(model: Any) -> str:
 
 def build_model(recipe: RetrieverRecipe) -> Any:
     """The model that the recipe names, on the CPU. Raises ConfigError."""
-    make = _find(_parts(recipe.model, "model")[0], _our_modules(), "model")
-    model = _call(make, recipe.model, {}, "model", _our_modules())
-    if not any(each.__name__ in KINDS for each in type(model).__mro__):
-        raise ConfigError(f"model.class_path {recipe.model['class_path']!r}: gives no model to train")
-    return model
+    import sentence_transformers
+
+    kinds = tuple(getattr(sentence_transformers, name) for name in KINDS)
+    return Reader(builders()).plan(recipe.model, kinds, "model.")()
 
 
 def build_loss(recipe: RetrieverRecipe, model: Any, processes: int = 1) -> Any:
@@ -41,10 +42,11 @@ def build_loss(recipe: RetrieverRecipe, model: Any, processes: int = 1) -> Any:
 
     With several processes their passages are one another's negatives, unless init_args say otherwise.
     """
-    modules = [*_our_modules(), _LOSSES[kind_of(model)]]
+    from torch import nn
+
     given = {"model": model, **({"gather_across_devices": True} if processes > 1 else {})}
-    make = _find(_parts(recipe.loss, "loss")[0], modules, "loss")
-    loss = _call(make, recipe.loss, given, "loss", modules)
+    reader = Reader(losses(kind_of(model)), keys={"similarity_fct": _similarity}, given=given)
+    loss = reader.plan(recipe.loss, (nn.Module,), "loss.")()
     if not recipe.matryoshka:
         return loss
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
@@ -57,86 +59,57 @@ def build_loss(recipe: RetrieverRecipe, model: Any, processes: int = 1) -> Any:
     return MatryoshkaLoss(model, loss, sorted({full, *recipe.matryoshka}, reverse=True))
 
 
-def _our_modules() -> list[str]:
-    return [f"retriever_server.training.{name}" for name in _OURS]
-
-
-def _find(name: str, modules: Sequence[str], place: str) -> Callable[..., Any]:
-    module, _, attribute = name.rpartition(".")
-    for candidate in [module] if module else modules:
-        try:
-            found = getattr(importlib.import_module(candidate), attribute, None)
-        except ModuleNotFoundError as error:
-            if module:
-                raise ConfigError(f"{place}.class_path {name!r}: {error}") from error
+def check_names(recipe: RetrieverRecipe) -> None:
+    """Raise ConfigError for a model or loss that is none, as far as their source tells without importing."""
+    for part, node, known in (("model", recipe.model, builders()), ("loss", recipe.loss, losses())):
+        name, arguments = parts_of(node, f"{part}.")
+        if name not in known:
+            if "." not in name:
+                Reader(known).find(name, f"{part}.class_path")
             continue
-        if callable(found) and not attribute.startswith("_"):
-            return found
-    known = sorted({each for module_name in {modules[-1], modules[0]} for each in _public(module_name)})
-    raise ConfigError(f"{place}.class_path {name!r}: must be module.name, or one of {', '.join(known)}")
+        takes = parameters_in_source(known[name], name)
+        for key in arguments:
+            if takes is not None and key not in takes:
+                shown = ", ".join(each for each in takes if each != "model")
+                raise ConfigError(f"{part}.init_args.{key}: unknown key; {name} takes {shown}")
 
 
-def _public(module_name: str) -> list[str]:
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError:
-        return []
-    defined = getattr(module, "__all__", None) or [
-        name for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module_name and name != "resolve_base"
-    ]  # fmt: skip
-    return [name for name in defined if not name.startswith("_")]
+@cache
+def builders() -> dict[str, str]:
+    """Our builders of models by name, and the module of each; nothing is imported."""
+    return _ours("base")
 
 
-def _call(
-    make: Callable[..., Any],
-    component: Mapping[str, Any],
-    given: Mapping[str, Any],
-    place: str,
-    modules: Sequence[str],
-) -> Any:
-    """`make` called with its init_args, whose own class_paths are built, and those of `given` it takes."""
-    name, arguments = _parts(component, place)
-    parameters = inspect.signature(make).parameters
-    free = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    named = {key: p for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    allowed = list(named)
-    place = f"{place}.init_args"
-    for key in arguments:
-        if key not in allowed and not free:
-            takes = ", ".join(key for key in allowed if key != "model")
-            raise ConfigError(f"{place}.{key}: unknown key; {name} takes {takes}")
-    values = {key: value for key, value in given.items() if key in allowed}
-    for key, value in arguments.items():
-        values[key] = _value(value, given, f"{place}.{key}", modules)
-    missing = [key for key, each in named.items() if key not in values and each.default is each.empty]
-    if missing:
-        raise ConfigError(f"{place}: missing: {', '.join(missing)}")
-    try:
-        return make(**values)
-    except SleuthError as error:
-        raise type(error)(f"{place}: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{place}: {name}: {str(error).strip().partition(chr(10))[0]}") from error
+@cache
+def losses(kind: str | None = None) -> dict[str, str]:
+    """Our losses, and sentence-transformers' for a kind of model, likewise; None: for all kinds."""
+    modules = [_LOSSES[kind]] if kind else _LOSSES.values()
+    theirs = {name: module for module in modules for name in names_in_source(module, imported=True)}
+    return _ours("model") | {name: module for name, module in theirs.items() if name.endswith("Loss")}
 
 
-def _value(value: Any, given: Mapping[str, Any], place: str, modules: Sequence[str]) -> Any:
-    if isinstance(value, Mapping) and "class_path" in value:
-        make = _find(str(value["class_path"]), modules, place)
-        return _call(make, value, given, place, modules)
-    if place.endswith(".similarity_fct"):
+def _ours(first: str) -> dict[str, str]:
+    """Public names of ours whose first parameter is called so, and their modules."""
+    modules = [f"retriever_server.training.{name}" for name in _OURS]
+    names = [(name, module) for module in modules for name in names_in_source(module)]
+    return {
+        name: module
+        for name, module in names
+        if not name.startswith("_")
+        and name not in _PARTS
+        and (parameters_in_source(module, name) or [""])[0] == first
+    }
+
+
+def _similarity(name: str, place: str) -> Build:
+    def build() -> Any:
         from sentence_transformers import util
         from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, mean_colbert_scores
 
         functions = {"cosine": util.cos_sim, "dot": util.dot_score}
-        functions |= {"maxsim": colbert_scores, "mean_maxsim": mean_colbert_scores}  # over a query's tokens
-        if value not in functions:
-            raise ConfigError(f"{place}: got {value!r}; must be one of {', '.join(functions)}")
-        return functions[value]
-    return value
+        return (functions | {"maxsim": colbert_scores, "mean_maxsim": mean_colbert_scores})[name]
 
-
-def _parts(component: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, Any]]:
-    if not {"class_path"} <= set(component) <= {"class_path", "init_args"}:
-        raise ConfigError(f"{place}: must be a mapping of class_path and init_args")
-    return str(component["class_path"]), component.get("init_args") or {}
+    known = ("cosine", "dot", "maxsim", "mean_maxsim")  # the last two over a query's tokens
+    if name not in known:
+        raise ConfigError(f"{place}: got {name!r}; must be one of {', '.join(known)}")
+    return build

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError
@@ -20,7 +20,16 @@ from data.jsonl import append_jsonl, read_jsonl
 from data.records import Passage
 from retriever_server.training.mining import _keep_whole_batches
 
-Generator = Callable[[Sequence[Passage]], Sequence[str]]
+
+@runtime_checkable
+class Generator(Protocol):
+    """Passages in, a text for each out."""
+
+    def __call__(self, passages: Sequence[Passage]) -> Sequence[str]:
+        """The text that each passage is expanded with."""
+        ...
+
+
 Progress = Callable[[range], Iterable[int]]
 
 

@@ -9,6 +9,7 @@ checkpoint. What is started again too often ends the run, in one line. All machi
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from agent.engines.vllm_process import find_python
 from data.checkpoint import latest_checkpoint
 from data.errors import DataError, RunStopped, require
 from data.jsonl import atomic_write, write_json
+from data.plugins import folders
 from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig
 from scripts.on_ray.cluster import connect_ray
@@ -150,11 +152,12 @@ class _Launch:
         write_json(self.folder / "places.json", places)
         told = replace(self.config, resume=False, ray=RayConfig(places=str(self.folder / "places.json")))
         atomic_write(self.folder / "train.yaml", yaml.safe_dump(asdict(told), sort_keys=False))
+        ours = os.pathsep.join([OURS["PYTHONPATH"], *map(str, folders())])  # the user's modules, too
         hosts = [trainer.settle() for trainer in self.layout.trainers]
         for rank, trainer in enumerate(self.layout.trainers):
             environment = {
                 **{"RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0"},
-                **{"MASTER_ADDR": hosts[0][0], "MASTER_PORT": str(hosts[0][1]), **OURS},
+                **{"MASTER_ADDR": hosts[0][0], "MASTER_PORT": str(hosts[0][1]), "PYTHONPATH": ours},
             }
             command = ["-P", "-m", "scripts", "train", "--config", str(self.folder / "train.yaml")]
             trainer.start([PYTHON, *command], environment)

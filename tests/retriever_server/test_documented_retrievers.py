@@ -84,7 +84,7 @@ def test_the_class_of_ones_own_runs_against_an_endpoint(tmp_path, monkeypatch):
     [code] = re.findall(r"```python\n# my_search.py\n(.*?)```", PAGE, re.S)
     [text] = re.findall(r"```yaml\n(class_path: my_search.*?)```", PAGE, re.S)
     (tmp_path / "my_search.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "my_search", raising=False)
     source = {"title": "Fox", "text": "red fox", "metadata": {"year": 1999}}
     found = {"responses": [{"hits": {"hits": [{"_id": "7", "_score": 2.5, "_source": source}]}}] * 2}

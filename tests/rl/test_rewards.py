@@ -164,6 +164,8 @@ def own(tmp_path, monkeypatch):
         "def word(t): return 'one'\n"
         "def nothing(t): return None\n"
         "def nan(t): return float('nan')\n"
+        "def two(t, more): return 1.0\n"
+        "def text(t: str): return 1.0\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -180,10 +182,15 @@ def test_rewards_of_the_users_own_are_imported_from_where_the_command_runs(own):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
-        ("my_own_rewards:missing", "cannot be imported: AttributeError"),
-        (":f", "cannot be imported: ValueError"),
-        ("my_own_rewards:number", "is no function, but a int"),
+        ("no_such_module:f", "'no_such_module.f': no module no_such_module in .*, nor installed"),
+        ("my_own_rewards:missing", ".*my_own_rewards.py defines no missing, but"),
+        (":f", "'.f' must be like module.name"),
+        ("my_own_rewards:number", "is a int, must be a Python function of one trajectory"),
+        ("my_own_rewards:two", r"takes \(t, more\), must be a Python function of one trajectory"),
+        ("my_own_rewards:text", r"takes \(t: str\), must be"),
+        ("os:system", "is a .*built-in function.*, must be a Python function of one trajectory"),
+        ("subprocess:Popen", "is a type, must be"),
+        ("subprocess:call", r"takes \(\*popenargs, .*, must be"),
     ],
 )
 def test_what_cannot_be_called_is_refused_at_once(own, name, message):

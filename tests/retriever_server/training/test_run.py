@@ -302,13 +302,13 @@ def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": component("dence", base="x")}, "model.class_path 'dence': must be module.name, or one of"),
+        ({"model": component("dence", base="x")}, "class_path: 'dence' must be one of dense, two_towers"),
         ({"model": component("dense", base="x", pool="cls")}, "init_args.pool: unknown key; dense takes"),
         ({"model": component("dense")}, "model.init_args: missing: base"),
-        ({"model": component("dense", base="/no/where")}, "no such folder, and no hub name"),
-        ({"model": component("collections.Counter")}, "model.class_path .*: gives no model to train"),
+        ({"model": component("dense", base="/no/where")}, "base = '/no/where': no folder, no short name"),
+        ({"model": component("collections.Counter")}, "collections.Counter is no SentenceTransformer or"),
         ({"model": {"class": "dense"}}, "model: must be a mapping of class_path and init_args"),
-        ({"loss": component("NoLoss")}, "loss.class_path 'NoLoss': must be module.name, or one of"),
+        ({"loss": component("NoLoss")}, "loss.class_path: 'NoLoss' must be one of splade_loss"),
         ({"loss": component(MNRL, temperature=1)}, "unknown key; Multiple.* takes scale"),
         ({"loss": component(MNRL, scale=-1)}, "Scale must be a positive value"),
         ({"loss": component(MNRL, similarity_fct="l2")}, "must be one of cosine, dot"),
