@@ -12,10 +12,12 @@ import itertools
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +32,7 @@ from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
+from rl.diagnosis import WINDOW, find_obstacle
 from rl.learner import Learner
 from rl.rewards import combine
 from rl.rollouts import Bar, Collected, Rollouts, Totals, averages, no_bar
@@ -79,6 +82,8 @@ class Trainer:
         self.sentinel = Sentinel(config.sentinel)
         self.checkpoints = self.path / "checkpoints"
         self.on_step = on_step
+        self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.said: set[str] = set()
         self.step = self.roll_backs = 0
 
     async def run(self) -> None:
@@ -171,6 +176,8 @@ class Trainer:
 
     async def _heed(self, metrics: dict[str, float]) -> None:
         """Warn, stop or go back where the sentinel sees a collapse; the leading process decides."""
+        if self.workers.leads:
+            self._say_obstacle(metrics)
         verdict = self.workers.gather(self.sentinel.watch(self.step, metrics))[0]
         if self.workers.leads:
             for alarm in verdict.alarms:
@@ -189,6 +196,16 @@ class Trainer:
             await self.rollouts.close()  # it was written by what is left behind
             await self.sync.update(self.step)
             self._save()
+
+    def _say_obstacle(self, metrics: dict[str, float]) -> None:
+        """Warn, once of each, where the last steps have left nothing to learn from."""
+        self.recent.append(metrics)
+        if len(self.recent) < WINDOW:
+            return
+        obstacle = find_obstacle(list(self.recent), self.config, self.agent.protocol.name)
+        if obstacle is not None and obstacle.name not in self.said:
+            self.said.add(obstacle.name)
+            logger.warning("the last %d steps have nothing to learn from: %s", WINDOW, obstacle)
 
     async def _evaluate(self) -> None:
         """Greedy EM on the dev questions, by the leading process; the best so far keeps its checkpoint."""

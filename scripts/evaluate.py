@@ -86,8 +86,24 @@ def main(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
     show_scores(scores, f"{policy} with {retriever}")
+    if obstacle := _obstacle(scores, policy, opened.agent.protocol.name, out):
+        print(obstacle)
     if scores["search_failed"]:
         print(f"{scores['search_failed']} searches failed: the same command asks them again")
+
+
+def _obstacle(scores: dict[str, Any], policy: str, protocol: str, out: str) -> str | None:
+    """Why no answer could count, where none is in the form of the protocol."""
+    from rl.diagnosis import no_valid_format
+
+    if scores["valid_format_rate"] > 0:
+        return None
+    stops = {f"stop/{reason}": count / scores["n"] for reason, count in scores["stop_reasons"].items()}
+    row = {
+        "rollout/searches": scores["searches_per_question"],
+        "rollout/invalid_actions": scores["invalid_actions_per_question"],
+    }
+    return str(no_valid_format([row | stops], policy, protocol, out))
 
 
 async def _evaluate(

@@ -188,9 +188,10 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
 def train_policy(config: TrainConfig, url: str) -> None:
     """GRPO with live searches at `url`; resumes, and does nothing once it is finished."""
     from retriever_server.client import connect
-    from scripts.train import train
+    from scripts.train import print_conclusion, train
 
     train(config, connect(url, config.rollout.retriever_deadline_seconds))
+    print_conclusion(config)
 
 
 def trained_policy(run: Path) -> str:

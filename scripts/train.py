@@ -55,11 +55,22 @@ def main(config: TrainConfig) -> None:
         return _dry_run(config)
     if config.ray.address is not None:
         _launch(config)
-        return print(f"trained: `sleuth report {config.out}` draws its curves")
+        return print_conclusion(config)
     workers = train(config)
     if workers.leads:
-        print(f"trained: `sleuth report {config.out}` draws its curves")
+        print_conclusion(config)
     workers.exit()
+
+
+def print_conclusion(config: TrainConfig) -> None:
+    """Say what the training changed, or why it could change nothing."""
+    from data.run_dir import read_metrics
+    from rl.diagnosis import conclude
+    from scripts.wiring import make_protocol
+
+    protocol = make_protocol(config.protocol, config.policy).name
+    print(conclude(read_metrics(config.out), config, protocol))
+    print(f"`sleuth report {config.out}` draws its curves")
 
 
 def _dry_run(config: TrainConfig) -> None:

@@ -80,6 +80,19 @@ def test_a_real_engine_goes_through_and_stays_within_the_limits(folder, tmp_path
         assert len(policy) <= 2 and max(policy) <= 6
 
 
+def test_answers_that_are_all_malformed_are_explained(folder, tmp_path, monkeypatch, capsys):
+    from agent.engines.scripted import ScriptedEngine
+
+    monkeypatch.setattr(
+        "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, ["Red."])
+    )
+    out = tmp_path / "scores"
+    assert evaluate(folder, out) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("no trajectory is in the form of protocol compact (valid format 0). Most likely")
+    assert f"`sleuth warm-start --policy {folder}/policy --protocol compact" in said
+
+
 def test_a_second_start_asks_only_what_is_missing(folder, scripted, tmp_path):
     evaluate(folder, tmp_path)
     whole = (tmp_path / "trajectories.jsonl").read_bytes()
