@@ -82,6 +82,50 @@ def test_a_drift_warns_at_its_bound_and_stops_the_run_when_it_lasts(key, drift, 
     assert [verdict.action for verdict in verdicts[: first + 3]] == [None] * first + ["warn", "warn", "stop"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "key", "bound"),
+    [
+        ("min_entropy_share", 0.5, "policy/entropy", 0.4),
+        ("max_entropy_share", 2.0, "policy/entropy", 1.6),
+        ("min_valid_share", 0.9, "rollout/valid_format", 0.81),
+        ("max_correct_logprob_fall", 0.25, "policy/correct_logprob", -0.65),
+        ("max_grad_norm_ratio", 3.0, "policy/grad_norm", 0.9),
+        ("max_sampler_difference", 0.01, "policy/sampler_difference", 0.01),
+    ],
+)
+def test_a_bound_is_where_it_is_set_and_no_alarm_lies_on_it(field, value, key, bound):
+    inside, outside = (1e-6, -1e-6) if field.startswith("min") or "fall" in field else (-1e-6, 1e-6)
+    for far, alarmed in ((inside, False), (outside, True)):
+        sentinel, start = baseline(SentinelConfig(**{field: value}))
+        verdict = sentinel.watch(start + 1, {**HEALTHY, key: bound + far})
+        assert [line for line in verdict.alarms if field in line] == (verdict.alarms if alarmed else [])
+        assert bool(verdict.alarms) == alarmed
+    exact, start = baseline(SentinelConfig(max_sampler_difference=0.5))
+    assert not exact.watch(start + 1, {**HEALTHY, "policy/sampler_difference": 0.5}).alarms
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_an_action_is_taken_when_patience_ends(patience):
+    sentinel, start = baseline(SentinelConfig(action="stop", patience=patience))
+    actions = [sentinel.watch(start + n, {**HEALTHY, "policy/entropy": 0.0}).action for n in range(10)]
+    assert [n + 1 for n, action in enumerate(actions) if action == "stop"] == list(
+        range(patience, 11, patience)
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_baseline_is_the_median_of_so_many_first_steps(steps):
+    """Of steps in which there was something to measure; the first that has a baseline is judged by it."""
+    sentinel = Sentinel(SentinelConfig(baseline_steps=steps))
+    values = [0.0, 1.0, 2.0, 30.0, 4.0][: steps + 1]
+    for step, value in enumerate(values):
+        assert sentinel.watch(step, {"policy/grad_norm": value}).alarms == []
+    middle = {1: 1.0, 4: 3.0}[steps]
+    assert sentinel.watch(6, {"policy/grad_norm": 20 * middle}).alarms == []
+    (line,) = sentinel.watch(7, {"policy/grad_norm": 20 * middle + 1}).alarms
+    assert line.endswith(f"baseline {middle:g})")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize("key", HEALTHY)
 def test_a_metric_that_is_no_number_is_an_alarm_even_in_the_first_step(key, value):
