@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from agent.policy_folder import PROTOCOL_FILE, find_policy
+from agent.protocol import Protocol
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
 from data.errors import ConfigError
 from data.jsonl import write_json
@@ -35,15 +36,16 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     vision: Vision | None = None
 
-    def save(self, folder: Path, protocol: str, state: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path, protocol: str | Protocol, state: dict[str, Tensor] | None = None) -> None:
         """Write safetensors, configuration and tokenizer; `from_pretrained` loads the folder as it is.
 
-        sleuth.json beside them names the protocol that the policy speaks. state: the weights, where
+        sleuth.json beside them says which protocol the policy speaks. state: the weights, where
         they are not those of the model as it is (adapters merged, shards gathered).
         """
         self.model.save_pretrained(folder, state_dict=state)
         (self.vision.processor if self.vision else self.tokenizer).save_pretrained(folder)
-        write_json(folder / PROTOCOL_FILE, {"protocol": protocol})
+        record = {"protocol": protocol} if isinstance(protocol, str) else protocol.record
+        write_json(folder / PROTOCOL_FILE, record)
 
 
 def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.protocol import Protocol, get_protocol
 from data.errors import DataError
 from data.hub import find_model
 from data.jsonl import read_json
@@ -17,12 +18,13 @@ def find_policy(name: str) -> str:
     return find_model(name, "policy", ("config.json",))
 
 
-def default_protocol(policy: str) -> str:
+def own_protocol(policy: str) -> Protocol:
     """The protocol that the policy was trained to speak, from its folder's sleuth.json; else search_r1."""
     path = Path(SHORT_NAMES[policy]() if policy in SHORT_NAMES else policy) / PROTOCOL_FILE
     if not path.is_file():
-        return "search_r1"
+        return get_protocol("search_r1")
     try:
-        return str(read_json(path)["protocol"])
-    except (KeyError, TypeError) as error:
+        record = read_json(path)
+        return get_protocol(record["protocol"], record.get("titles"))
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error

@@ -1,9 +1,8 @@
 """How a policy speaks: its prompt, its actions, what it is shown, and within what limits.
 
 A `Protocol` is a value. `SEARCH_R1` is the contract of Search-R1 string by string (Jin et al. 2025,
-arXiv 2503.09516), with two departures: we stop at the closing tag instead of cutting afterwards, and
-an observation that is too long loses passage text, never its closing tag. `COMPACT` says the same in
-few tokens, for tiny policies. `HERMES` is tool calls over chat turns, as Qwen models were taught.
+arXiv 2503.09516); docs/protocol.md lists what differs. `COMPACT` says the same in few tokens, for tiny
+policies. `HERMES` is tool calls over chat turns, as Qwen models were taught.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from data.errors import ConfigError
 from data.records import Passage
@@ -85,6 +85,12 @@ class Protocol:
     """Its inverse: a query -> what stands inside the search tag."""
     padding: tuple[str, str] = (" ", " ")
     """Written before and after what stands inside a tag, in demonstrations."""
+    titles: Literal["quoted", "unquoted"] = "unquoted"
+    """quoted: {title} is the first line of a passage's `contents` as it stands, {text} is all after it."""
+    keeps_eos: bool = True
+    """The end-of-sequence token of a turn that was no action stays, before what the policy is told."""
+    allows_empty_query: bool = False
+    """An empty search is carried out; else it is no action."""
     chat: bool = True
     """Wrap the instruction in the tokenizer's chat template, if it has one."""
     max_turns: int = 4
@@ -113,6 +119,12 @@ class Protocol:
         """The names that only policy and protocol may put between angle brackets."""
         return self.think_tag, self.search_tag, self.answer_tag, self.observation_tag
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What sleuth.json of a policy that was trained on it holds: its name, and what differs from that."""
+        own = self.name in PROTOCOLS and PROTOCOLS[self.name].titles == self.titles
+        return {"protocol": self.name} | ({} if own else {"titles": self.titles})
+
     def prompt(self, question: str) -> str:
         """The instruction with the question in it, ending in a question mark as Search-R1 has it."""
         question = question.strip()
@@ -129,7 +141,7 @@ class Protocol:
         if match[1] == self.answer_tag:
             return Answer(match[2].strip())
         query = replace_halves(self.query_of(match[2]))
-        return Search(query) if query else Invalid("empty query")
+        return Search(query) if query or self.allows_empty_query else Invalid("empty query")
 
     def is_well_formed(self, turn: str) -> bool:
         """Whether a turn is one thought and then one action that says something, with nothing besides."""
@@ -156,9 +168,11 @@ class Protocol:
 
     def render_passages(self, passages: list[Passage]) -> str:
         """The passages as the policy reads them, numbered from 1. Their text is taken as it is."""
+        quoted = self.titles == "quoted"
+        shown = (passage.lines if quoted else (passage.title, passage.text) for passage in passages)
         return "".join(
-            _fill(self.passage, index=str(i), title=p.title, text=p.text)
-            for i, p in enumerate(passages, start=1)
+            _fill(self.passage, index=str(i), title=title, text=text)
+            for i, (title, text) in enumerate(shown, start=1)
         ).strip()
 
     def render_observation(self, passages: str) -> str:
@@ -197,6 +211,9 @@ SEARCH_R1 = Protocol(
         "<search> and </search>. If I want to give the final answer, I should put the answer "
         "between <answer> and </answer>. Let me try again.\n"
     ),
+    titles="quoted",
+    keeps_eos=False,
+    allows_empty_query=True,
 )
 
 COMPACT = Protocol(
@@ -238,11 +255,17 @@ HERMES = Protocol(
     call_of=_tool_call,
 )
 
+UNQUOTED = {"titles": "unquoted", "keeps_eos": True, "allows_empty_query": False}
+"""SEARCH_R1 as the first version of Sleuth wrote it; what was trained on that text goes on with it."""
+
 PROTOCOLS = {protocol.name: protocol for protocol in (SEARCH_R1, COMPACT, HERMES)}
 
 
-def get_protocol(name: str) -> Protocol:
-    """The protocol of that name. Raises ConfigError naming those there are."""
+def get_protocol(name: str, titles: str | None = None) -> Protocol:
+    """The protocol of that name, with its own titles unless others are given. Raises ConfigError."""
     if name not in PROTOCOLS:
         raise ConfigError(f"protocol = {name!r}: must be one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    if titles not in (None, "quoted", "unquoted"):
+        raise ConfigError(f"protocol.titles = {titles!r}: must be quoted or unquoted")
+    changes = {None: {}, "quoted": {"titles": "quoted"}, "unquoted": UNQUOTED}[titles]
+    return replace(PROTOCOLS[name], **changes)

@@ -17,9 +17,9 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
-from agent.engines.base import Engine, Sampling
+from agent.engines.base import Completion, Engine, Sampling
 from agent.observation import Observation, find_pictures, lay_out
-from agent.protocol import Answer, Invalid, Protocol, Search
+from agent.protocol import Action, Answer, Invalid, Protocol, Search
 from agent.search_tool import PICTURE, Neutraliser, render_hits
 from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, DataError, RetrieverError
@@ -64,6 +64,12 @@ class Agent:
     def neutralise(self) -> Neutraliser:
         """Defuses what speaks the protocol or is an added token of the tokenizer."""
         return Neutraliser(self.protocol, [str(t) for t in self.tokenizer.added_tokens_decoder.values()])
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """The tokens that decoding without special tokens leaves out."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {id_ for id_, token in added if token.special} | set(self.tokenizer.all_special_ids)
 
     async def rollout(
         self,
@@ -161,7 +167,7 @@ class _Episode:
         for turn in range(len(self.turns), self.protocol.max_turns + 1):
             if self._room < 0:
                 return self._finish(StopReason.TOKEN_LIMIT)
-            match self.protocol.parse(await self._complete(trajectory_id, turn)):
+            match await self._complete(trajectory_id, turn):
                 case Answer(text):
                     return self._finish(StopReason.ANSWERED, text)
                 case _ if turn == self.protocol.max_turns:
@@ -175,12 +181,12 @@ class _Episode:
                     observation = self._observation(record.hits)
                 case Invalid():
                     self.invalid_actions += 1
-                    observation = Observation(self.protocol.invalid, self._encode(self.protocol.invalid))
+                    observation = self._feedback()
             shown = observation.pictures
             self._append(SegmentKind.OBSERVATION, observation.text, observation.token_ids, pictures=shown)
         raise AssertionError("the last turn always returns")
 
-    async def _complete(self, trajectory_id: str, turn: int) -> str:
+    async def _complete(self, trajectory_id: str, turn: int) -> Action:
         sampling = replace(
             self.agent.sampling,
             max_tokens=self.protocol.max_response_tokens,
@@ -189,16 +195,32 @@ class _Episode:
         )
         shown = (self.pictures,) if self.pictures else ()
         completion = await self.agent.engine.generate(self.token_ids, sampling, trajectory_id, *shown)
-        text = str(self.agent.tokenizer.decode(completion.token_ids, skip_special_tokens=False))
+        action = self.protocol.parse(self._decode(completion.token_ids))
+        if isinstance(action, Invalid) and turn < self.protocol.max_turns and not self.protocol.keeps_eos:
+            completion = self._without_end(completion)
         self._append(
             SegmentKind.POLICY,
-            text,
+            self._decode(completion.token_ids),
             completion.token_ids,
             completion.logprobs,
             completion.weights_version,
         )
-        self.turns.append(text)
-        return text
+        self.turns.append(self.segments[-1].text)
+        return action
+
+    def _without_end(self, completion: Completion) -> Completion:
+        """The completion less the special tokens at its end: the same message goes on with the feedback."""
+        kept = len(completion.token_ids)
+        while kept and completion.token_ids[kept - 1] in self.agent.special_ids:
+            kept -= 1
+        return replace(completion, token_ids=completion.token_ids[:kept], logprobs=completion.logprobs[:kept])
+
+    def _feedback(self) -> Observation:
+        """What an invalid action is answered with; a token that ended the turn is not said a second time."""
+        last = self._decode(self.token_ids[-1:])
+        ended = last if self.token_ids[-1] in self.agent.tokenizer.added_tokens_decoder else ""
+        text = self.protocol.invalid.removeprefix(ended)
+        return Observation(text, self._encode(text))
 
     async def _search(self, query: str) -> SearchRecord:
         started = time.monotonic()
@@ -232,6 +254,9 @@ class _Episode:
 
     def _lay_out(self, text: str) -> Observation:
         return lay_out(text, self.sources, self._encode, self.agent.vision)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.agent.tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def _encode(self, text: str) -> list[int]:
         return self.agent.tokenizer.encode(text, add_special_tokens=False)

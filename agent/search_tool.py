@@ -82,9 +82,8 @@ def render_hits(
     def harmless(text: str) -> str:
         return neutralise(cut(text.replace(PICTURE, " "), budget_tokens, lambda part: len(encode(part))))
 
-    passages = protocol.render_passages(
-        [Passage(h.passage.id, _shown(h.passage, harmless, sees), harmless(h.passage.title)) for h in hits]
-    )
+    quoted = protocol.titles == "quoted"
+    passages = protocol.render_passages([_shown(hit.passage, harmless, quoted, sees) for hit in hits])
 
     def observe(length: int) -> str:
         return protocol.render_observation(passages[:length].rstrip())
@@ -118,7 +117,13 @@ def _longest(tokens: Callable[[int], int], whole: int, budget: int) -> int:
     return low
 
 
-def _shown(passage: Passage, harmless: Callable[[str], str], sees: bool) -> str:
-    if not (sees and passage.image):
-        return harmless(readable(passage))
-    return f"{PICTURE} {harmless(passage.text)}".rstrip()
+def _shown(passage: Passage, harmless: Callable[[str], str], quoted: bool, sees: bool) -> Passage:
+    """The passage with those of its fields that are shown, all of them harmless."""
+    if not passage.image and quoted:
+        return Passage(passage.id, "", verbatim="\n".join(map(harmless, passage.lines)))
+    title = harmless(passage.title)
+    if not passage.image:
+        return Passage(passage.id, harmless(passage.text), title)
+    text = harmless(passage.text if sees else readable(passage))
+    text = f"{PICTURE} {text}".rstrip() if sees else text
+    return Passage(passage.id, text, title, verbatim=f'"{title}"\n{text}' if title else f"\n{text}")

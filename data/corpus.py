@@ -26,7 +26,7 @@ from data.formats.rows import needed_id, object_of, text_of
 from data.jsonl import parse_line
 from data.modalities import modalities
 from data.offsets import OFFSETS, Offsets, Stamp, hash_of, keep, table_place
-from data.records import Passage
+from data.records import Passage, split_contents
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         if contents is None:
             others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
             raise ValueError(f'neither "contents"{others}')
-        title, text = _split_contents(text_of(contents, "contents"), title)
-    return Passage(
+        title, text = _split(text_of(contents, "contents"), title)
+    passage = Passage(
         id=needed_id(record.get("id")),
         text=text_of(text, "text").strip(),
         title=text_of(title, "title").strip(),
@@ -154,11 +154,14 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         image=files.pop("image", ""),
         media=files,
     )
+    return passage.keep_verbatim(record.get("contents"))
 
 
 def passage_row(passage: Passage, folder: str | Path) -> dict[str, Any]:
     """The line of a passage in a corpus that lies in `folder`, with all its fields."""
     row: dict[str, Any] = {"id": passage.id, "title": passage.title, "text": passage.text}
+    if passage.verbatim:
+        row["contents"] = passage.verbatim
     if passage.metadata:
         row["metadata"] = dict(passage.metadata)
     return row | {name: relative_to(file, folder) for name, file in passage.files.items()}
@@ -169,14 +172,12 @@ def relative_to(file: str, folder: str | Path) -> str:
     return Path(os.path.relpath(file, folder)).as_posix() if file else ""
 
 
-def _split_contents(contents: str, title: Any) -> tuple[Any, str]:
+def _split(contents: str, title: Any) -> tuple[Any, str]:
     """Title and text; a title that the record gives besides wins over the first line."""
-    first, newline, rest = contents.lstrip().partition("\n")
-    first = first.strip()
-    unquoted = first[1:-1] if len(first) > 1 and first[0] == first[-1] == '"' else first
-    if title is not None:
-        return title, rest if newline and title and unquoted == title else contents
-    return (unquoted, rest) if newline else ("", contents)
+    first, rest = split_contents(contents)
+    if title is None:
+        return first, rest
+    return title, rest if first and first == title else contents
 
 
 def _open(path: Path) -> int:

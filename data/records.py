@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -19,6 +19,7 @@ class Passage:
 
     metadata: free JSON values, for filters. image: a file, or a page of one ("report.pdf#page=3", from 1).
     media: files of other modalities, by their names (`data.modalities`), such as {"audio": "7.wav"}.
+    verbatim: its `contents` as the corpus has it, where title and text do not give that back.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Passage:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     image: str = ""
     media: Mapping[str, str] = field(default_factory=dict, hash=False)
+    verbatim: str = field(default="", compare=False, repr=False)
 
     @property
     def files(self) -> dict[str, str]:
@@ -37,6 +39,36 @@ class Passage:
     def contents(self) -> str:
         """Search-R1's single field: the quoted title, a newline, the text."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
+
+    @property
+    def given_contents(self) -> str:
+        """The same as the corpus has it, with its own quotes and blanks."""
+        return self.verbatim or self.contents
+
+    @property
+    def lines(self) -> tuple[str, str]:
+        """The first line of `given_contents` and all after it: title and text as Search-R1 shows them."""
+        first, _, rest = self.given_contents.partition("\n")
+        return first, rest
+
+    def keep_verbatim(self, contents: Any) -> Passage:
+        """The passage, with the `contents` that it was read from; anything but a string is none."""
+        needed = isinstance(contents, str) and contents != self.contents
+        return replace(self, verbatim=contents) if needed else self
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of Search-R1's single field: the first line without the quotes around it, and the rest.
+
+    '"Rome"\nA city.' -> ("Rome", "A city.");   '""Heroes" (album)"\nBy Bowie.' -> ('"Heroes" (album)', ...);
+    "A city." -> ("", "A city."): one line is text.
+    """
+    first, newline, rest = contents.lstrip().partition("\n")
+    first = first.strip()
+    if not newline:
+        return "", first
+    quoted = len(first) > 1 and first[0] == first[-1] == '"'
+    return (first[1:-1].strip() if quoted else first), rest.strip()
 
 
 @dataclass(frozen=True)

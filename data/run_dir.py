@@ -55,19 +55,22 @@ class RunDir:
         on_log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
         inputs: Mapping[str, tuple[str, str]] | None = None,
         beside: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         """Create the run, or open it again where it exists with the same configuration and inputs.
 
         `resume` also accepts a changed configuration, which is then the run's. `notes` are what a
         reader of the results must know (what is wired in). `on_log` is called by each `log`.
         `inputs`: setting -> the file it names, a hash of what that holds.
-        `beside`: files that may lie in a folder without a run. Raises ConfigError where configuration
+        `beside`: files that may lie in a folder without a run. `defaults`: of settings that a run which was
+        begun before they existed does not name. Raises ConfigError where configuration
         or inputs differ, there is nothing to resume, the folder holds something else, or another
         process is writing the run.
         """
         self.path = Path(path)
         self.tracker: Tracker = NullTracker()
         self._on_log = on_log
+        self._defaults = json.loads(json.dumps(defaults or {}, default=str))
         plain = json.loads(json.dumps(config, default=str))  # as it will be read back
         if resume and not (self.path / "run.json").exists():
             raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
@@ -144,7 +147,7 @@ class RunDir:
         self.info: dict[str, Any] = {"format_version": FORMAT_VERSION, "created": _now(), "notes": []}
         if (self.path / "run.json").exists():
             self.info = read_run(self.path)
-            if not resume and self._has_results():
+            if not resume and has_results(self.path):
                 self._check_same(config, inputs)
         hashes = {name: held for name, (_, held) in inputs.items()}
         more = {"notes": list(notes or self.info["notes"]), "folder": str(Path.cwd()), "inputs": hashes}
@@ -155,7 +158,8 @@ class RunDir:
     def _check_same(self, config: dict[str, Any], inputs: dict[str, tuple[str, str]]) -> None:
         """Raise ConfigError where configuration or inputs are not those of the run that is here."""
         known = self.info.get("inputs", {})
-        changed = describe_difference(read_config(self.path), config, folder=self.info.get("folder", ""))
+        folder = self.info.get("folder", "")
+        changed = describe_difference(read_config(self.path), config, "", folder, self._defaults)
         changed += [
             f"{name}: {file} holds something else than then"
             for name, (file, held) in inputs.items()
@@ -167,9 +171,10 @@ class RunDir:
                 "--resume true goes on with these changes, another --out begins a new run"
             )
 
-    def _has_results(self) -> bool:
-        """Whether there is anything that another configuration would be mixed with."""
-        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+def has_results(path: Path | str) -> bool:
+    """Whether a run folder holds anything that another configuration would be mixed with."""
+    return any((Path(path) / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
@@ -214,15 +219,19 @@ def check_free(folder: Path, own: Collection[str]) -> None:
         raise ConfigError(f"{folder}: holds other files ({shown}); give an empty or a new folder")
 
 
-def describe_difference(old: Any, new: Any, name: str = "", folder: str = "") -> list[str]:
+def describe_difference(
+    old: Any, new: Any, name: str = "", folder: str = "", defaults: Any = None
+) -> list[str]:
     """The differences of two nested settings, each as "a.b: 1 -> 2"; [] where there is none.
 
     Two ways to write a path are the same; `folder` is where relative paths of `old` begin, else here.
+    `defaults` are the values of what `old` does not name.
     """
+    known = defaults if isinstance(defaults, Mapping) else {}
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         # A setting that older runs do not have is what they were if it is none.
         keys = [*old, *(key for key, value in new.items() if key not in old and value is not None)]
-        pairs = [(str(key), old.get(key, "absent"), new.get(key, "absent")) for key in keys]
+        pairs = [(str(key), old.get(key, known.get(key, "absent")), new.get(key, "absent")) for key in keys]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(str(number), *pair) for number, pair in enumerate(zip(old, new, strict=True))]
     else:
@@ -230,7 +239,7 @@ def describe_difference(old: Any, new: Any, name: str = "", folder: str = "") ->
     return [
         line
         for key, before, now in pairs
-        for line in describe_difference(before, now, f"{name}.{key}" if name else key, folder)
+        for line in describe_difference(before, now, f"{name}.{key}" if name else key, folder, known.get(key))
     ]
 
 

@@ -163,6 +163,8 @@ def _result(outcome: Outcome, backend: str | None) -> dict[str, Any]:
 def _render(hit: Hit, backend: str | None) -> dict[str, Any]:
     passage = hit.passage
     fields = {"id": passage.id, "title": passage.title, "text": passage.text, "metadata": passage.metadata}
+    if passage.verbatim:
+        fields["contents"] = passage.verbatim
     if passage.image:
         fields["thumbnail"] = thumbnail_link(passage, backend)
     return {**fields, "score": hit.score, "generation": hit.generation}

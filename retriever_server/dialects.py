@@ -93,7 +93,7 @@ def _rllm(asked: Asked, rankings: Rankings, generation: str) -> Any:
     results = [
         {
             "id": hit.passage.id,
-            "content": hit.passage.contents,
+            "content": hit.passage.given_contents,
             "score": hit.score,
             "document": render_document(hit, asked.backend),  # where its own tool looks
         }
@@ -104,12 +104,12 @@ def _rllm(asked: Asked, rankings: Rankings, generation: str) -> Any:
 
 
 def _zerosearch(asked: Asked, rankings: Rankings, generation: str) -> Any:
-    return [{"text": hit.passage.contents} for hit in rankings[0]]
+    return [{"text": hit.passage.given_contents} for hit in rankings[0]]
 
 
 def _recall(asked: Asked, rankings: Rankings, generation: str) -> Any:
     documents = [
-        [{"id": hit.passage.id, "contents": hit.passage.contents} for hit in row] for row in rankings
+        [{"id": hit.passage.id, "contents": hit.passage.given_contents} for hit in row] for row in rankings
     ]
     scores = [[hit.score for hit in row] for row in rankings]
     if asked.shape == "recall":

@@ -171,9 +171,11 @@ class Web(Retriever):
             raise ConfigError(f"web search: k = {k} must be >= 1, filter {where} must be none")
         asked = texts_of(queries, self.generation)
         files = {query: self._file(query, k) for query in asked}
-        missing = [query for query, file in files.items() if not self._is_fresh(file)]
+        missing = [query for query, file in files.items() if query.strip() and not self._is_fresh(file)]
         self._threads.run(self._fetch(missing, k, files))
-        return [_results(read_json(files[query]), k, self.generation) for query in asked]
+        return [
+            _results(read_json(files[query]), k, self.generation) if query.strip() else [] for query in asked
+        ]
 
     def probe(self) -> None:
         """Raise RetrieverUnavailable where nobody listens; a search would be paid for."""

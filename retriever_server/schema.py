@@ -106,6 +106,9 @@ class FoundPassage(BaseModel):
     id: str
     title: str
     text: str
+    contents: str | None = Field(
+        None, description="Both in one as the corpus has them, where they do not give that back."
+    )
     metadata: dict[str, Any]
     thumbnail: str | None = Field(None, description="Where its picture is, if it has one.")
     score: float

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote
 
 from data.errors import DataError, RetrieverError
-from data.records import Hit, Input, Item, Passage
+from data.records import Hit, Input, Item, Passage, split_contents
 
 THUMBNAIL = "/v1/thumbnail/"
 """Where a server shows the picture of a passage: followed by its id."""
@@ -130,6 +130,7 @@ def _render_query(query: Input) -> str | dict[str, str]:
 def _found_hit(hit: Mapping[str, Any], url: str) -> Hit:
     title, text = _checked_text("title", hit["title"]), _checked_text("text", hit["text"])
     passage = Passage(_checked_id(hit), text, title, _checked("metadata", hit["metadata"], dict))
+    passage = _keep_verbatim(passage, hit)
     if hit.get("thumbnail"):
         passage = replace(passage, image=url + thumbnail_link(passage))
     return Hit(passage, _checked_score(hit["score"]), _checked_text("generation", hit["generation"]))
@@ -142,7 +143,7 @@ def render_document(hit: Hit, backend: str | None = None) -> dict[str, Any]:
         "id": passage.id,
         "title": passage.title,
         "text": passage.text,
-        "contents": passage.contents,
+        "contents": passage.given_contents,
     }
     if passage.metadata:
         document["metadata"] = passage.metadata
@@ -161,16 +162,13 @@ def _parse_hit(item: Any, generation: str, url: str) -> Hit:
     document, score = item, 0.0
     if isinstance(item, dict) and "document" in item:
         document, score = item["document"], item.get("score", 0.0)
-    title, text = _checked("document", document, dict).get("title"), document.get("text")
-    if text is None:
-        title, text = _split_contents(_checked_text("contents", document.get("contents")))
+    title, text = _title_and_text(_checked("document", document, dict))
     metadata = _checked("metadata", document.get("metadata") or {}, dict)
     if isinstance(document.get("url"), str):
         metadata = {"url": document["url"], **metadata}
-    title, text = _checked_text("title", title or ""), _checked_text("text", text)
     if item == {"document": {"contents": document.get("contents")}}:
-        document = {"id": hashlib.sha256(document["contents"].encode()).hexdigest()[:16]}
-    passage = Passage(_checked_id(document), text, title, metadata)
+        document = {**document, "id": hashlib.sha256(document["contents"].encode()).hexdigest()[:16]}
+    passage = _keep_verbatim(Passage(_checked_id(document), text, title, metadata), document)
     if document.get("thumbnail"):
         passage = replace(passage, image=url + thumbnail_link(passage))
     return Hit(passage, _checked_score(score), generation)
@@ -205,10 +203,21 @@ def _checked_score(value: Any) -> float:
     return float(value)
 
 
-def _split_contents(contents: str) -> tuple[str, str]:
-    """Title and text: the first line, unquoted, and the others; as Search-R1 reads `contents`.
+def _title_and_text(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a document with `contents`, `text`, or both; DataError where there is neither.
 
-    '"Paris"\\nA city.' -> ("Paris", "A city.");   "A city." -> ("", "A city.")
+    Search-R1's BM25 server sends all three, the title without quotes at its ends: there `contents` says it.
     """
-    first, newline, rest = contents.partition("\n")
-    return (first.strip().strip('"'), rest) if newline else ("", contents)
+    title, text, contents = (document.get(name) for name in ("title", "text", "contents"))
+    if text is None and contents is None:
+        raise DataError("a document of the answer has neither `text` nor `contents`")
+    if contents is not None:
+        first, _, rest = _checked_text("contents", contents).partition("\n")
+        if text is None or (title, text) == (first.strip('"'), rest):
+            return split_contents(contents)
+    return _checked_text("title", title or ""), _checked_text("text", text).strip()
+
+
+def _keep_verbatim(passage: Passage, document: Mapping[str, Any]) -> Passage:
+    contents = document.get("contents")
+    return passage if contents is None else passage.keep_verbatim(_checked_text("contents", contents))

@@ -76,6 +76,9 @@ class ProtocolConfig:
 
     name: str | None = None
     """search_r1, compact or hermes (docs/protocol.md); none: the policy folder's own, else search_r1."""
+    titles: Literal["quoted", "unquoted"] | None = None
+    """quoted: as they stand in a passage's `contents`, which is Search-R1's text; unquoted: search_r1 as the
+    first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None

@@ -144,7 +144,7 @@ class Learner:
 
     def write(self, folder: Path, parts: Snapshot) -> None:
         """Put a snapshot into a folder; it is a policy folder, too."""
-        self.policy.save(folder, self.protocol.name, parts["policy"])
+        self.policy.save(folder, self.protocol, parts["policy"])
         for name in ("adapter", "optimizer", "critic_optimizer"):
             if name in parts:
                 save_file(parts[name], folder / f"{name}.safetensors")

@@ -93,7 +93,7 @@ def warm_start(
             optimizers=(MuonAndAdamW(policy.model, config), None),
         )
         trainer.train()
-    policy.save(out, protocol.name)
+    policy.save(out, protocol)
     policy.model.eval()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import SleuthError, require
+from data.errors import ConfigError, SleuthError, require
 from data.settings import WandbConfig
 from rl.algorithm import preset_fields
 from rl.config import SentinelConfig, TrainConfig
@@ -275,8 +275,14 @@ def open_run(
     notes = [WIRED_IN] if config.policy == "atlas" else []
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
+    _check_text(config)
+    # Of each field but `rewards`, whose keys are the user's: what a run of before the field was there has.
+    defaults = asdict(TrainConfig(policy="", questions="", retriever="", out="")) | {"rewards": {}}
+    defaults["protocol"]["titles"] = config.protocol.titles  # they have been checked
     lines = StepLines(_SHOWN, config.steps)
-    run = RunDir(config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside)
+    run = RunDir(
+        config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside, defaults=defaults
+    )
     if config.wandb.project and tracked:
         from data.trackers import WandbTracker
 
@@ -284,6 +290,20 @@ def open_run(
             run.path, config.wandb.project, run.path.name, run.path.name, settings, config.wandb.mode
         )
     return run
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Raise ConfigError where a run that was begun on other titles would go on with those of `config`."""
+    from data.run_dir import has_results, read_config
+    from scripts.wiring import make_protocol
+
+    began = read_config(config.out).get("protocol", {})
+    changed = make_protocol(config.protocol, config.policy).titles == "quoted" and "titles" not in began
+    if changed and has_results(config.out):
+        raise ConfigError(
+            f"{config.out} holds a run whose policy was shown titles without quotes: "
+            "--protocol.titles unquoted goes on with them, another --out begins a new run"
+        )
 
 
 async def _train(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
-from agent.policy_folder import default_protocol, find_policy
+from agent.policy_folder import find_policy, own_protocol
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from data.device import check_device
@@ -57,13 +57,15 @@ class OpenedAgent:
     def settings(self) -> dict[str, Any]:
         """What decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""
         spoken = self.agent.protocol
-        limits = {key: value for key, value in vars(spoken).items() if isinstance(value, int)}
+        limits = {key: value for key, value in vars(spoken).items() if type(value) is int or key == "chat"}
+        # Left out where it is what it was before there was a choice.
+        text = {"titles": spoken.titles} if spoken.titles == "quoted" else {}
         return {
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
             "temperature": self.agent.sampling.temperature,
             **({"engine": "vllm"} if self.engine.name == "vllm" else {}),
-            "protocol": {"name": spoken.name, **limits},
+            "protocol": {"name": spoken.name, **limits, **text},
         }
 
 
@@ -138,9 +140,13 @@ def check_engine_servers(engine: EngineConfig) -> None:
 
 
 def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
-    """The protocol that `config` names, or the policy's own, with the limits that `config` changes."""
-    limits = {key: value for key, value in asdict(config).items() if key != "name" and value is not None}
-    return replace(get_protocol(config.name or default_protocol(policy)), **limits)
+    """The protocol that `config` names, or the policy's own, with what `config` changes of it."""
+    own = own_protocol(policy)
+    chosen = own if config.name in (None, own.name) else get_protocol(config.name)
+    chosen = get_protocol(chosen.name, config.titles or chosen.titles)
+    apart = ("name", "titles")
+    limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
+    return replace(chosen, **limits)
 
 
 def open_client(retriever: str, deadline_seconds: float = 60.0, deterministic: bool = False) -> SearchClient:

@@ -10,7 +10,7 @@ import torch
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.policy import load_policy
-from agent.policy_folder import default_protocol
+from agent.policy_folder import own_protocol
 from data import packaged
 from data.errors import ConfigError, StorageError
 from data.packaged import atlas_policy, smollm2_policy
@@ -97,7 +97,7 @@ def test_smollm2_converts_reloads_speaks_and_the_engine_agrees_with_a_plain_forw
 def test_the_seed_policy_is_small_and_speaks_the_compact_protocol():
     folder = atlas_policy()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
-    assert default_protocol("atlas") == "compact"
+    assert own_protocol("atlas").name == "compact"
     policy = load_policy("atlas")
     assert 1e6 < sum(p.numel() for p in policy.model.parameters()) < 1e7
     assert len(policy.tokenizer.encode("<search>", add_special_tokens=False)) == 1

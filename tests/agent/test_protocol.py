@@ -1,5 +1,7 @@
 """Protocols: the Search-R1 strings exactly, and what every protocol keeps."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def test_the_search_r1_observations_are_exact():
     passages = [Passage("1", "Text one.", "A"), Passage("2", "Text two.", "B")]
     rendered = SEARCH_R1.render_observation(SEARCH_R1.render_passages(passages))
     assert rendered == (
-        "\n\n<information>Doc 1(Title: A) Text one.\nDoc 2(Title: B) Text two.</information>\n\n"
+        '\n\n<information>Doc 1(Title: "A") Text one.\nDoc 2(Title: "B") Text two.</information>\n\n'
     )
     assert SEARCH_R1.invalid == (
         "\nMy previous action is invalid. If I want to search, I should put the query between <search> and "
@@ -52,7 +54,7 @@ def test_the_search_r1_limits_are_exact():
         ("<answer>a</answer><search>b</search>", Answer("a")),
         ("<search>two\nlines</search>", Search("two\nlines")),
         ("<search>a</answer>", Invalid("no action")),
-        ("<search>  </search>", Invalid("empty query")),
+        ("<search>  </search>", Search("")),
         ("", Invalid("no action")),
         ("<answer></answer>", Answer("")),
     ],
@@ -154,6 +156,30 @@ def test_a_malformed_tool_call_is_invalid(inside):
 def test_an_unknown_protocol_is_refused_by_name():
     with pytest.raises(ConfigError, match="'chatty': must be one of search_r1, compact, hermes"):
         get_protocol("chatty")
+    with pytest.raises(ConfigError, match="titles = 'bold': must be quoted or unquoted"):
+        get_protocol("search_r1", "bold")
+
+
+def test_search_r1_with_unquoted_titles_is_the_text_of_the_first_version():
+    old, passage = (
+        get_protocol("search_r1", "unquoted"),
+        Passage("1", "Text.", "A").keep_verbatim('"A"\nText.\n'),
+    )
+    assert old.render_passages([passage]) == "Doc 1(Title: A) Text."
+    assert old.parse("<search> </search>") == Invalid("empty query") and old.keeps_eos
+    assert replace(old, titles="quoted", keeps_eos=False, allows_empty_query=True) == SEARCH_R1
+
+
+def test_the_text_of_compact_is_what_it_was():
+    """Policies and runs of before go on with it: to the letter."""
+    passages = [Passage("1", "Text.", "A").keep_verbatim('""A""\n Text.')] * 2
+    assert COMPACT.render_observation(COMPACT.render_passages(passages)) == (
+        "<information> A: Text.\nA: Text.</information>"
+    )
+    assert COMPACT.prompt("Who") == "Question: Who?\n"
+    assert COMPACT.invalid == "<information> invalid action</information>" and COMPACT.keeps_eos
+    assert COMPACT.parse("<search></search>") == Invalid("empty query")
+    assert get_protocol("compact", "unquoted") == COMPACT
 
 
 def test_compact_is_short():

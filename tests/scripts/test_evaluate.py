@@ -6,7 +6,8 @@ import json
 import pytest
 
 from agent.policy import Policy
-from agent.policy_folder import default_protocol
+from agent.policy_folder import own_protocol
+from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
 from data.errors import DataError, EngineError
 from data.jsonl import write_jsonl
@@ -103,6 +104,22 @@ def test_a_second_start_asks_only_what_is_missing(folder, scripted, tmp_path):
     assert after[:4] == kept and len(after) == 6
 
 
+def test_an_evaluation_of_the_first_version_goes_on_on_its_own_text_only(folder, scripted, tmp_path, capsys):
+    """Its evaluation.json of search_r1 says nothing of titles: they had no quotes."""
+    for name in ("compact", "search_r1"):
+        out, chosen = tmp_path / name, ("--protocol.name", name)
+        evaluate(folder, out, *chosen, "--protocol.titles", "unquoted")
+        protocol = json.loads((out / "evaluation.json").read_text())["protocol"]
+        assert list(protocol) == ["name", "chat", "max_turns", "top_k", "max_response_tokens",
+                                  "max_observation_tokens", "max_context_tokens"]  # fmt: skip
+        (out / "scores.json").unlink()
+        assert evaluate(folder, out, *chosen) == (2 if name == "search_r1" else 0)
+        capsys.readouterr()
+        assert evaluate(folder, out, *chosen, "--protocol.titles", "unquoted") == 0
+    assert evaluate(folder, out, *chosen) == 2
+    assert "protocol.titles: 'absent' -> 'quoted'" in capsys.readouterr().err
+
+
 def test_other_weights_are_another_evaluation(folder, scripted, tmp_path, capsys):
     evaluate(folder, tmp_path)
     other = tmp_path / "moved"
@@ -181,10 +198,10 @@ def test_the_protocol_is_the_folders_own_unless_another_is_named(folder, tmp_pat
     policy = str(folder / "policy")
     assert wiring.make_protocol(ProtocolConfig(), policy).name == "compact"
     assert wiring.make_protocol(ProtocolConfig(name="hermes", top_k=7), policy).top_k == 7
-    assert default_protocol(str(tmp_path)) == default_protocol("org/name") == "search_r1"
+    assert own_protocol(str(tmp_path)) == own_protocol("org/name") == SEARCH_R1
     (tmp_path / "sleuth.json").write_text("[]")
     with pytest.raises(DataError, match=r"sleuth.json: must be like"):
-        default_protocol(str(tmp_path))
+        own_protocol(str(tmp_path))
 
 
 def test_a_failure_inside_a_rollout_is_raised_as_it_is():

@@ -3,7 +3,7 @@
 import pytest
 
 from agent.policy import load_policy
-from agent.policy_folder import default_protocol
+from agent.policy_folder import own_protocol
 from data.jsonl import write_jsonl
 from rl import warm_start as floor_below
 from scripts import __main__ as sleuth
@@ -32,7 +32,7 @@ def demonstrations(tmp_path):
 def test_a_policy_comes_out_which_the_next_one_starts_from(demonstrations, tmp_path, capsys):
     assert run(tmp_path / "one", "--demonstrations", demonstrations) == 0
     assert "learnt from 4 demonstrations" in capsys.readouterr().out
-    assert default_protocol(str(tmp_path / "one")) == "compact"
+    assert own_protocol(str(tmp_path / "one")).name == "compact"
     left = {path.name for path in (tmp_path / "one").iterdir()}
     assert left == {
         "config.json",
@@ -51,7 +51,7 @@ def test_a_policy_comes_out_which_the_next_one_starts_from(demonstrations, tmp_p
 def test_invented_worlds_need_no_file(tmp_path, capsys):
     assert run(tmp_path / "out", "--invented", 6, "--protocol", "search_r1") == 0
     assert "learnt from 6 demonstrations" in capsys.readouterr().out
-    assert default_protocol(str(tmp_path / "out")) == "search_r1"
+    assert own_protocol(str(tmp_path / "out")).name == "search_r1"
 
 
 def test_one_that_is_interrupted_can_be_started_again(demonstrations, tmp_path, monkeypatch):
