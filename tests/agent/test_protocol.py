@@ -111,7 +111,7 @@ def test_any_text_is_an_action_that_can_be_written_down(protocol, parts):
     turn = "".join(parts)
     action = protocol.parse(turn)
     if isinstance(action, Search):
-        assert action.query.encode() and action.query == action.query.strip()
+        assert action.query.encode().decode() == action.query.strip()
     if isinstance(action, Invalid):
         assert not protocol.is_well_formed(turn)
 
