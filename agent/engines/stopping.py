@@ -36,7 +36,8 @@ class StopFinder:
         tail = stream.tail + piece
         # One character less than a stop string: a stop found earlier is not found again.
         stream.tail = tail[-(longest - 1) :] if longest > 1 else ""
-        if not any(stop in tail for stop in stops):
+        # A character that is cut in two decodes to U+FFFD on either side.
+        if "\ufffd" not in tail and not any(stop in tail for stop in stops):
             return False
         # Alone, a token may decode without the space it has in context: the whole has the last word.
         text = str(self._tokenizer.decode(stream.new_ids[-4 * longest :]))
