@@ -122,14 +122,20 @@ class Example:
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
     scores: Mapping[str, float] | None = None
-    """A teacher's score of passages, by id; higher is better, comparable for one query."""
+    """Of passages, by id; higher is better, comparable for one query. `provenance.scores` says whose."""
     query_id: str = ""
     answers: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), ..."""
+    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), `scores`
+    (whose they are), ..."""
     query_image: str = ""
     """What is asked with or instead of a text: a file, or a page of one; where it is written down its path
     starts at the folder of the examples."""
+
+    @property
+    def is_scored_by_miner(self) -> bool:
+        """Whether the scores are those of the retriever that found the negatives: no teacher's."""
+        return bool(self.scores) and self.provenance.get("scores") == self.provenance.get("generation", "")
 
     @property
     def asked(self) -> Input:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -177,6 +177,13 @@ class Sharded(_Joined):
         generation = self._name(names)
         return [_merge(rankings, k, generation) for rankings in zip(*found, strict=True)]
 
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """As `Retriever.score`: each passage by the part that has it."""
+        of_parts = [part.score(queries, passages) for part in self.parts]
+        return [dict(ChainMap(*scores)) for scores in zip(*of_parts, strict=True)]
+
     def probe(self) -> None:
         """Raise where a part does not answer; with `allow_partial`, where none does."""
         failures = []
@@ -257,6 +264,12 @@ class Cached(Retriever):
                 while len(self._kept) > self.size:
                     self._kept.popitem(last=False)
         return [list(known[query] or []) for query in queries]
+
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """As the retriever behind."""
+        return self.retriever.score(queries, passages)
 
     def takes_images(self) -> bool:
         """As the retriever behind."""

@@ -72,6 +72,16 @@ class Rerank(Retriever):
         ]
         return [sorted(ranking, key=lambda hit: -hit.score)[:k] for ranking in scored]
 
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """As `Retriever.score`: what the scorer says."""
+        asked = texts_of(queries, self.scorer.name)
+        pairs = [(query, passage) for query, each in zip(asked, passages, strict=True) for passage in each]
+        with self._one_at_a_time:
+            scores = iter(self.scorer.score(pairs) if pairs else [])
+        return [{passage.id: next(scores) for passage in each} for each in passages]
+
     def describe(self) -> dict[str, Any]:
         """What is behind, and who orders it."""
         behind = {"scorer": self.scorer.name, "retriever": self.retriever.describe()}

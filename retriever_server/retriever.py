@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.errors import DataError
-from data.records import Hit, Input, Item
+from data.records import Hit, Input, Item, Passage
 
 Query = Input
 """What is searched: a text, an image, or both."""
@@ -48,6 +48,15 @@ class Retriever(ABC):
         queries (Q,) -> Q lists of at most k hits, fewer only where fewer match. One return type,
         always. Thread-safe. Raises DataError for a filter that is none.
         """
+
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """The scores of these passages for each query, by id, as a search would give them if it found them.
+
+        Those that it can give: a passage that is not in the index has none; what only ranks gives none.
+        """
+        return [{} for _ in queries]
 
     def takes_images(self) -> bool:
         """Whether a query may be an image, or hold one. May ask another machine."""

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
 from data.lock import locked
-from data.records import FORMAT_VERSION
+from data.records import FORMAT_VERSION, Passage
 from retriever_server.indexes.integrity import check_files, file_hash, sample_hash
 from retriever_server.retriever import Retriever
 
@@ -90,6 +90,15 @@ class Index(Retriever):
     @abstractmethod
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> Index:
         """The index in the folder `path`; manifest and corpus were checked by `open_index`."""
+
+    def places(self, passages: Sequence[Passage]) -> dict[str, int]:
+        """The position of each passage, by id; of those alone that are in the corpus, with the same text."""
+        positions = self.corpus.positions([each.id for each in passages]).tolist()
+        found = ((each, at) for each, at in zip(passages, positions, strict=True) if at >= 0)
+        return {
+            each.id: at for each, at in found
+            if not each.text or (text := self.corpus[at].text) == each.text or not text
+        }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """What made it."""

@@ -108,12 +108,26 @@ class BM25Index(Index):
         mask = allowed(self.corpus, where) if where else None
         return [self._search_one(query, k, mask) for query in texts_of(queries, self.generation)]
 
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """As `Retriever.score`; 0 for a passage that shares no word with the query."""
+        scores = []
+        for query, each in zip(texts_of(queries, self.generation), passages, strict=True):
+            of = self._scores(self._known(self._analyze(query)))
+            scores.append({id_: float(of[position]) for id_, position in self.places(each).items()})
+        return scores
+
     def _search_one(self, query: str, k: int, mask: np.ndarray | None) -> list[Hit]:
         terms = self._known(self._analyze(query))
         if not len(terms):
             return []
-        scores = self._postings.scores(terms) if not self._cosine else self._cosines(terms)
+        scores = self._scores(terms)
         return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in best(scores, k, mask)]
+
+    def _scores(self, terms: list[int]) -> np.ndarray:
+        """The score of every passage for a query of these terms.   -> (P,)"""
+        return self._cosines(terms) if self._cosine else self._postings.scores(terms)
 
     def _cosines(self, terms: list[int]) -> np.ndarray:
         """The cosine of every passage with a query of these terms.   -> (P,)"""

@@ -15,9 +15,9 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.records import Hit
+from data.records import Hit, Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec
-from retriever_server.encoders.vectors import Vectors, rows_of, similarities
+from retriever_server.encoders.vectors import Vectors, rows_of, similarities, take
 from retriever_server.filters import allowed
 from retriever_server.indexes.base import (
     Index,
@@ -174,6 +174,26 @@ class EncodedIndex(Index):
             [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
             for ranked in rankings
         ]
+
+    def score(
+        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
+    ) -> list[dict[str, float]]:
+        """As `Retriever.score`: of what is stored of the passages."""
+        vectors = self.encoder.encode(queries, "query")
+        return [self._score_one(take(vectors, np.array([i])), each) for i, each in enumerate(passages)]
+
+    def _score_one(self, query: Vectors, passages: Sequence[Passage]) -> dict[str, float]:
+        places = self.places(passages)
+        allowed = np.zeros(len(self), bool)
+        allowed[list(places.values())] = True
+        allowed[self.skipped] = False
+        if not allowed.any():
+            return {}
+        [(found, scores)] = self.rank(query, len(places), allowed)
+        known = dict(zip(found.tolist(), scores.tolist(), strict=True))
+        unfound = {position: 0.0 for position in np.flatnonzero(allowed).tolist() if self.vectors == "sparse"}
+        known = unfound | known  # what shares no word with the query
+        return {id_: known[position] for id_, position in places.items() if position in known}
 
     def takes_images(self) -> bool:
         """Whether the encoder reads images."""

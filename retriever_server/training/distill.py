@@ -16,6 +16,8 @@ from sentence_transformers.base.losses.merged_forward import embed_columns, embe
 from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
 from torch import Tensor, nn
 
+from data.errors import ConfigError
+
 _SIMILARITIES = {"cosine": cos_sim, "dot": dot_score}
 
 
@@ -122,6 +124,8 @@ class ContrastiveDistillation(GradCached):
         return self._of_scores(scores, labels, first)
 
     def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
+        if labels is None and not self.contrastive_weight:
+            raise ConfigError("loss: contrastive_weight = 0: nothing to learn without labels: true in train")
         scores = scores / self.temperature
         loss = self.contrastive_weight * contrastive(scores, first)
         if labels is None or self.distill_weight == 0:

@@ -33,6 +33,7 @@ def as_dataset(
     negatives: int = 0,
     form: Form = "tuple",
     labels: bool = False,
+    labels_of: Literal["teacher", "any"] = "teacher",
     draws: int = 1,
     seed: int = 0,
     max_characters: int = 100_000,
@@ -45,6 +46,7 @@ def as_dataset(
     render   what of a passage is encoded: `EncodingSpec.render` of what will serve; images stay unread
     draws    how often an example stands there. Each time another positive comes up and other negatives, in
              their order; without `negatives` it is the first of each.
+    labels_of   teacher: DataError where the scores are those of the retriever that mined the example
     max_characters   longer texts are cut before the tokenizer sees them
 
     Where a tuple without labels lacks negatives, random passages fill it. Where scores are due and too few
@@ -61,7 +63,7 @@ def as_dataset(
     columns: dict[str, list] = {}
     left_out = 0
     for draw in range(draws):
-        for index, example in enumerate(examples):
+        for index, example in enumerate(_trusted(examples, labels_of) if labels else examples):
             chosen = _draw(example, negatives, draw, labels)
             if labels and (not chosen or (form == "tuple" and len(chosen) <= negatives)):
                 left_out += 1
@@ -75,6 +77,17 @@ def as_dataset(
     if not columns:
         raise DataError(f"{examples.path}: no example has a score for a positive and {negatives} negatives")
     return Dataset.from_dict(columns).with_transform(_Resolve(examples, render, max_characters))
+
+
+def _trusted(examples: Examples, labels_of: Literal["teacher", "any"]) -> Iterator[Example]:
+    """The examples; DataError at the first whose scores may be no labels."""
+    for index, example in enumerate(examples):
+        if labels_of == "teacher" and example.is_scored_by_miner:
+            raise DataError(
+                f"{examples.place(index)}: its scores are those of the retriever that mined it "
+                f"({example.provenance['scores']}), no teacher's: mine with --teacher, or say labels_of: any"
+            )
+        yield example
 
 
 _QUERY = {"tuple": "anchor", "pair": "query", "list": "query"}

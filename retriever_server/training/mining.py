@@ -22,7 +22,7 @@ from data.jsonl import append_jsonl, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.rerank import Scorer
-from retriever_server.retriever import Retriever, texts_of
+from retriever_server.retriever import Retriever, text_in, texts_of
 
 Progress = Callable[[Any], Iterable[int]]
 
@@ -82,10 +82,11 @@ def mine(
 ) -> Mined:
     """Write the examples to `out` with mined negatives and with scores.
 
-    The scores, which are kept and held against the margins, are the teacher's: a scorer's of all passages, a
-    second retriever's of those that it finds; without a teacher the retriever's own. A positive that no
-    retriever found scores below all that it found: nothing keeps a margin to it. No negative is a positive of
-    an example that asks the same, or has the text of one.
+    The scores, which are kept and held against the margins, are the teacher's (a scorer's, or another
+    retriever's); without a teacher the retriever's own. `provenance.scores` says whose. A retriever scores
+    what it finds and, where it can (`Retriever.score`), any other passage. A positive without a score is
+    below all that have one: nothing keeps a margin to it. No negative is a positive of an example that asks
+    the same, or has the text of one.
 
     Raises ConfigError where `out` comes from other queries or settings, DataError for a hit that is not in
     the corpus, or has another text there, and where the retriever changes meanwhile.
@@ -107,7 +108,8 @@ def mine(
         found = [_candidates(*each, rules) for each in zip(batch, rankings, goods, strict=True)]
         if isinstance(teacher, Scorer) and not rules.keeps_margin:  # no need to score them all
             found = [_pick(example, passages, rules) for example, passages in zip(batch, found, strict=True)]
-        scores = _scores(batch, rankings, goods, found, teacher, depth)
+        judged = ([()] * len(batch), teacher, depth) if teacher else (rankings, retriever, None)
+        scores = _scores(batch, goods, found, *judged)
         for example, passages, of in zip(batch, found, scores, strict=True):
             if rules.keeps_margin:
                 limit = _limit(example, of, rules)
@@ -175,25 +177,47 @@ def _shown(passage: Passage) -> tuple[str, ...]:
 
 def _scores(
     batch: Sequence[Example],
-    rankings: Sequence[Sequence[Hit]],
     goods: Sequence[Sequence[Passage]],
     found: Sequence[Sequence[Passage]],
-    teacher: Scorer | Retriever | None,
-    depth: int,
+    rankings: Sequence[Sequence[Hit]],
+    judge: Scorer | Retriever,
+    depth: int | None,
 ) -> list[dict[str, float]]:
-    """The scores by which each query's passages are judged, by id."""
-    if isinstance(teacher, Scorer):
-        asked = [[*good, *passages] for good, passages in zip(goods, found, strict=True)]
-        texts = texts_of([example.asked for example in batch], teacher.name)
-        pairs = [(text, passage) for text, each in zip(texts, asked, strict=True) for passage in each]
-        given = teacher.score(pairs)
-        if wrong := [pair for pair, value in zip(pairs, given, strict=True) if not math.isfinite(value)]:
-            raise DataError(f"{teacher.name}: gives no number for query {wrong[0][0][:60]!r}")
-        values = iter(given)
-        return [{passage.id: float(next(values)) for passage in passages} for passages in asked]
-    if teacher:
-        rankings = teacher.search([example.asked for example in batch], depth)
-    return [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
+    """The scores by which each query's passages are judged, by id.
+
+    rankings: what the judge has found already; depth: how deep it is asked for what it cannot score.
+    """
+    queries = [example.asked for example in batch]
+    scores = [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
+    wanted = [
+        [passage for passage in (*good, *passages) if passage.id not in known]
+        for good, passages, known in zip(goods, found, scores, strict=True)
+    ]
+    if isinstance(judge, Scorer):
+        given = _scored(judge, texts_of(queries, judge.name), wanted)
+    else:
+        given = judge.score(queries, wanted)
+    scores = [known | more for known, more in zip(scores, given, strict=True)]
+    if depth and any(p.id not in known for each, known in zip(wanted, scores, strict=True) for p in each):
+        rankings = judge.search(queries, depth)  # type: ignore[union-attr]
+        searched = [{hit.passage.id: float(hit.score) for hit in hits} for hits in rankings]
+        scores = [more | known for known, more in zip(scores, searched, strict=True)]
+    for query, known in zip(queries, scores, strict=True):
+        if not all(map(math.isfinite, known.values())):
+            raise DataError(f"{_name(judge)}: gives no number for query {text_in(query)[:60]!r}")
+    return scores
+
+
+def _scored(
+    scorer: Scorer, queries: Sequence[str], passages: Sequence[Sequence[Passage]]
+) -> list[dict[str, float]]:
+    """A scorer's number for each of these passages, by id."""
+    pairs = [(query, passage) for query, each in zip(queries, passages, strict=True) for passage in each]
+    given = scorer.score(pairs)
+    if len(given) != len(pairs):
+        raise DataError(f"{scorer.name}: gave {len(given)} numbers for {len(pairs)} pairs")
+    values = iter(given)
+    return [{passage.id: float(next(values)) for passage in each} for each in passages]
 
 
 def _limit(example: Example, scores: Mapping[str, float], rules: Rules) -> float:

@@ -30,6 +30,8 @@ class DataConfig:
     """Hard negatives a query; random passages where an example has too few."""
     labels: bool = False
     """Hand the teacher's scores to the loss; examples without are left out."""
+    labels_of: Literal["teacher", "any"] = "teacher"
+    """Whose scores: a teacher's alone, or any, also those of the retriever that mined the negatives."""
     form: Literal["tuple", "pair", "list", "text"] = "tuple"
     """What a row is: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
     draws: int = 1

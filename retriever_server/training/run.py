@@ -285,7 +285,7 @@ def _data(
             texts = spec.render_text if spec is not None else render
             sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
-        data = as_dataset(each, render, of.negatives, of.form, of.labels, of.draws, recipe.seed)
+        data = as_dataset(each, render, of.negatives, of.form, of.labels, of.labels_of, of.draws, recipe.seed)
         if files and of.form == "tuple":
             kinds = Pairs(each, render).split(data, of.shares, of.weight)
             sets += [TrainSet(f"{name} {kind}", i, *found) for kind, found in kinds.items()]

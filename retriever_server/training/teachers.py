@@ -87,6 +87,7 @@ def _ask(
     generation, depth = teacher.generation, ranks.negatives[1]
     provenance = {"corpus": corpus.content_hash, "generation": generation}
     settings = provenance | {"positives": ranks.positives, "negatives": ranks.negatives}
+    of = provenance | {"scores": f"teacher {generation}"}
 
     def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
         rankings = search_checked(teacher, batch, depth, corpus, generation)
@@ -97,7 +98,7 @@ def _ask(
                 raise DataError(f"{generation}: finds nothing for query {query.query[:60]!r}; leave it out")
             scores = {hit.passage.id: round(float(hit.score), 6) for hit in (*good, *bad)}
             ids = [tuple(hit.passage.id for hit in side) for side in (good, bad)]
-            found = Example(query.query, ids[0], ids[1], scores, query.query_id, provenance=provenance)
+            found = Example(query.query, ids[0], ids[1], scores, query.query_id, provenance=of)
             yield found.as_record()
 
     write_in_batches(queries, rows, out, settings, progress, size)

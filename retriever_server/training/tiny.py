@@ -90,7 +90,7 @@ def _write_text_model(
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
     if hasattr(usual, "num_key_value_heads"):  # by default those of a large model
         settings = {"num_key_value_heads": settings["num_attention_heads"], **settings}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         of: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         try:

@@ -17,7 +17,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
-from data.errors import DataError, RunStopped
+from data.errors import ConfigError, DataError, RunStopped, SleuthError
 
 WEIGHTS = "weights.safetensors"
 """In a checkpoint: all that is trained, and buffers; what is frozen comes from the base again."""
@@ -40,7 +40,16 @@ class Training:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; a loss that is no number stops the run before the optimiser sees its gradient."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        try:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        except (AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, SleuthError) or "label" in args[1]:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"loss: {type(self.loss).__name__} takes no examples like these, without labels "
+                f"(labels: true gives it a teacher's scores, form: pair or list others): {reason}"
+            ) from error
         if not torch.isfinite(loss):
             self._stop(f"the loss is {float(loss)}")
         return loss

@@ -8,6 +8,8 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from data.records import Passage
+from retriever_server.compose import Cached, Sharded
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
 from retriever_server.indexes import integrity
@@ -33,6 +35,43 @@ def corpus(tmp_path_factory) -> Corpus:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     write_jsonl(path, rows)
     return Corpus(path)
+
+
+def some_passages(corpus: Corpus) -> list[list[Passage]]:
+    """Other passages for each query, one without id here, one that has another text here."""
+    strangers = [Passage("none", "river"), Passage("99", "another text")]
+    return [[corpus[(7 * i + j) % 100] for j in range(5 + i)] + strangers for i in range(len(QUERIES))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_passage_is_scored_as_a_search_of_all_would(kind: str, corpus: Corpus, tmp_path) -> None:
+    encoder = FakeEncoder(KINDS[kind].vectors)
+    index = KINDS[kind].build(corpus, tmp_path / "index", encoder, "float32")
+    asked = some_passages(corpus)
+    for row, each, scores in zip(brute_force(encoder), asked, index.score(QUERIES, asked), strict=True):
+        known = [passage.id for passage in each[:-2]]
+        assert sorted(scores) == sorted(known)
+        assert [scores[id_] for id_ in known] == pytest.approx([row[int(id_)] for id_ in known], abs=1e-4)
+    assert index.score(["river"], [[]]) == [{}]
+    parts = Cached(Sharded([index, index]))
+    assert parts.score(QUERIES, asked) == index.score(QUERIES, asked)
+
+
+def test_bm25_scores_any_passage(corpus: Corpus, tmp_path) -> None:
+    for scoring in ("bm25", "tfidf"):
+        index = BM25Index.build(corpus, tmp_path / scoring, scoring=scoring)
+        asked = some_passages(corpus)
+        rankings = index.search(QUERIES, 100)
+        for hits, each, scores in zip(rankings, asked, index.score(QUERIES, asked), strict=True):
+            found = {hit.passage.id: hit.score for hit in hits}
+            assert scores == {passage.id: found.get(passage.id, 0.0) for passage in each[:-2]}
+
+
+def test_what_was_skipped_has_no_score(corpus: Corpus, tmp_path) -> None:
+    index = FlatIndex.build(corpus, tmp_path / "index", FakeEncoder("dense"), "float32")
+    index.skipped = np.array([3])
+    assert [*index.score(["river"], [[corpus[3], corpus[4]]])[0]] == ["4"]
+    assert index.score(["river"], [[corpus[3]]]) == [{}]
 
 
 def brute_force(encoder: FakeEncoder) -> np.ndarray:

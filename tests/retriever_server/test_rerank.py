@@ -40,6 +40,13 @@ def test_the_first_hits_are_ordered_by_the_scorer():
         Rerank(inner, scorer, depth=0)
 
 
+def test_any_passage_is_scored_by_the_scorer():
+    rerank = Rerank(Fixed("g", A), ByLetter(), depth=1)
+    passages = [Passage("z", ""), Passage("b", "")]
+    assert rerank.score(["p", "q"], [passages, []]) == [{"z": float(ord("z")), "b": float(ord("b"))}, {}]
+    assert rerank.score(["p"], [[]]) == [{}]
+
+
 def test_a_cache_over_a_reranker_remembers():
     scorer = ByLetter()
     cached = Cached(Rerank(Fixed("g", A), scorer))

@@ -7,6 +7,7 @@ from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.training.examples import as_dataset
 from retriever_server.training.mining import Rules, mine
 from tests.retriever_server.training.mined import Lengths, Numbered, write_corpus, write_examples
 
@@ -208,3 +209,49 @@ def test_a_real_index_mines(tmp_path):
     [line] = read_jsonl(tmp_path / "out.jsonl")
     assert line["negatives"] == ["1"] and set(line["scores"]) == {"0", "1"} and summary.negatives == 1
     assert line["provenance"]["generation"] == index.generation
+
+
+def test_a_retriever_as_teacher_scores_every_pair(tmp_path):
+    """BM25 finds nothing for queries of words that their passages do not hold; its score is 0 there."""
+    corpus = write_corpus(tmp_path, p3="a red fox", p4="the blue sea")
+    examples = write_examples(tmp_path, corpus, 10)
+    teacher = BM25Index.build(corpus, tmp_path / "teacher")
+    mine(examples, Numbered(str(corpus.path)), corpus, tmp_path / "out.jsonl", Rules(per_query=3), teacher)
+    for example in (found := Examples(tmp_path / "out.jsonl", corpus)):
+        assert set(example.scores) == {*example.positives, *example.negatives}
+        assert not example.is_scored_by_miner and example.provenance["scores"] == teacher.generation
+    [hits] = teacher.search(["5"], 1)
+    assert found[5].scores["5"] == pytest.approx(hits[0].score, abs=1e-6) and found[3].scores["3"] == 0
+    assert len(as_dataset(found, negatives=3, labels=True)) == 10  # none is left out
+
+
+def test_the_miners_own_scores_hold_what_it_did_not_find(tmp_path):
+    rows = [{"id": str(i), "text": f"red {'fox ' * i}"} for i in range(9)]
+    write_jsonl(tmp_path / "corpus.jsonl", [*rows, {"id": "sea", "text": "the blue sea"}])
+    corpus = Corpus(tmp_path / "corpus.jsonl")
+    index = BM25Index.build(corpus, tmp_path / "index")
+    write_jsonl(tmp_path / "e.jsonl", [{"query": "fox", "positives": ["sea"]}])
+    mine(Examples(tmp_path / "e.jsonl", corpus), index, corpus, tmp_path / "out.jsonl", Rules(last_rank=2))
+    [found] = Examples(tmp_path / "out.jsonl", corpus)
+    assert found.is_scored_by_miner and len(found.negatives) == 2
+    assert found.scores["sea"] == 0 and min(found.scores[id_] for id_ in found.negatives) > 0
+
+
+def test_the_miners_own_scores_are_no_labels_unless_told(tmp_path):
+    mined(tmp_path, {"per_query": 2})
+    found = Examples(tmp_path / "out.jsonl", Corpus(tmp_path / "corpus.jsonl"))
+    says = (
+        r"out.jsonl:1: its scores are those of the retriever that mined it \(numbered\), no teacher's: mine"
+    )
+    for form in ("tuple", "pair", "list"):
+        with pytest.raises(DataError, match=says):
+            as_dataset(found, negatives=2, labels=True, form=form)
+    assert len(as_dataset(found, negatives=2, labels=True, labels_of="any")) == 10
+    assert len(as_dataset(found, negatives=2)) == 10
+
+
+def test_a_scorer_that_gives_too_few_numbers_is_refused(tmp_path):
+    scorer = Lengths()
+    scorer.score = lambda pairs: [1.0]  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"numbers: gave 1 numbers for \d+ pairs"):
+        mined(tmp_path, {}, scorer)
