@@ -18,6 +18,7 @@ from agent.trajectory import SegmentKind, Trajectory
 from data.answers import cover_em, exact_match, f1
 from data.class_path import hints_of
 from data.errors import ConfigError
+from data.formats.rows import ids_of
 from data.plugins import find_plugin
 from data.records import Question
 from rl.config import JudgeConfig
@@ -80,8 +81,8 @@ def gold_passage(trajectory: Trajectory) -> list[float]:
 def gold_passages(question: Question) -> tuple[set[str], str]:
     """The question's gold passages, and which field of a passage names them; none: an empty set."""
     for key, field in GOLD_KEYS.items():
-        if names := question.metadata.get(key):
-            return {names} if isinstance(names, str) else set(map(str, names)), field
+        if names := ids_of(question.metadata.get(key), key):
+            return set(names), field
     return set(), "id"
 
 
@@ -124,7 +125,7 @@ def combine(
 
 def check_questions(weights: Mapping[str, float], questions: Sequence[Question]) -> None:
     """Raise ConfigError where gold passages are to be rewarded and no question names any."""
-    if "gold_passage" in weights and not any(gold_passages(question)[0] for question in questions):
+    if "gold_passage" in weights and not any([gold_passages(question)[0] for question in questions]):
         raise ConfigError(f"rewards.gold_passage: no question's metadata has {', '.join(GOLD_KEYS)}")
 
 

@@ -80,21 +80,21 @@ def read(path: Path, split: str, images: Path) -> Items:
 
 def write(examples: Examples, out: Path) -> None:
     """Write a folder with the split train; negatives are judged 0."""
-    rows = (passage_row(passage, out) for passage in examples.corpus)
-    write_jsonl(out / "corpus.jsonl", ({"_id": row.pop("id"), **row} for row in rows))
     ids = query_ids(examples)
-    queries = (
-        {"_id": id_, "text": example.query}
-        | ({"image": relative_to(example.query_image, out)} if example.query_image else {})
-        for id_, example in zip(ids, examples, strict=True)
-    )
-    write_jsonl(out / "queries.jsonl", queries)
     with open_atomic(out / "qrels" / "train.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for i, (id_, example) in enumerate(zip(ids, examples, strict=True)):
             with at(examples.place(i)):
                 file.writelines(table_line(id_, passage, 1) for passage in example.positives)
                 file.writelines(table_line(id_, passage, 0) for passage in example.negatives)
+    queries = (
+        {"_id": id_, "text": example.query}
+        | ({"image": relative_to(example.query_image, out)} if example.query_image else {})
+        for id_, example in zip(ids, examples, strict=True)
+    )
+    write_jsonl(out / "queries.jsonl", queries)
+    rows = (passage_row(passage, out) for passage in examples.corpus)
+    write_jsonl(out / "corpus.jsonl", ({"_id": row.pop("id"), **row} for row in rows))
 
 
 def _qrels_file(folder: Path, split: str) -> Path:

@@ -60,7 +60,10 @@ def needed_id(value: Any, name: str = "id") -> str:
 
 def ids_of(value: Any, name: str) -> tuple[str, ...]:
     """A list of ids; one alone stands for itself.   "13" -> ("13",), [1, "b"] -> ("1", "b")"""
-    return tuple(needed_id(each, name) for each in list_of(value, name))
+    ids = tuple(id_of(each, name) for each in list_of(value, name))
+    if not all(ids):
+        raise ValueError(f'"{name}" holds an empty id')
+    return ids
 
 
 def text_of(value: Any, name: str) -> str:
@@ -71,37 +74,32 @@ def text_of(value: Any, name: str) -> str:
     return value or ""
 
 
-def texts_of(value: Any, name: str) -> list[str]:
-    """A list of texts; one alone stands for itself."""
-    return [text_of(each, name) for each in list_of(value, name)]
+def list_of(value: Any, name: str) -> list[Any]:
+    """The items of a list, of a string that holds one as JSON, or what stands there alone.
 
-
-def list_of(value: Any, name: str = "") -> list[Any]:
-    """The items of a list, of a string that holds the JSON of one, or what stands there alone; null has none.
-
-    In a list, a string that holds a list of strings stands for these.
+    null and " " -> []
     """
     value = _plain(value, name)
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    if not isinstance(value, list):
-        held = _held_list(value)
-        return [value] if held is None else _plain(held, name)
-    lists = (_held_list(each) for each in value)
-    strings = ([] if held is None or not all(isinstance(x, str) for x in held) else held for held in lists)
-    return [item for each, held in zip(value, strings, strict=True) for item in held or [each]]
+    held = _plain(_held_list(value), name)
+    return held if held is not None else value if isinstance(value, list) else [value]
 
 
 def answers_of(value: Any, name: str = "golden_answers") -> tuple[str, ...]:
     """Gold answers, each once: a list, one alone, {"target": ...} of Search-R1, {"text": [...]} of SQuAD.
 
     ["Rome", "Rome ", ""] -> ("Rome",), 1912.0 -> ("1912",), '["Lyon", "Lugdunum"]' -> ("Lyon", "Lugdunum")
+    In a list, too, a string that holds a list of strings stands for these.
     """
     held = _held_object(value)
     if isinstance(held, Mapping) and (held is value or {"target", "text"} & held.keys()):
         value = held.get("target", held.get("text"))
-    texts = [_answer(each) for each in list_of(value, name)]
-    return tuple(dict.fromkeys(filter(None, texts)))
+    answers = []
+    for each in list_of(value, name):
+        held = _held_list(each) or [each]
+        answers += held if all(isinstance(item, str) for item in held) else [each]
+    return tuple(dict.fromkeys(filter(None, map(_answer, answers))))
 
 
 def number_of(value: Any, name: str) -> float:

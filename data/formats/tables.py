@@ -84,7 +84,8 @@ def table_line(*fields: object) -> str:
     """A line of a table, with tabs between; ValueError for what would not come back from it."""
     for number, field in enumerate(fields):
         text = str(field)
-        if not text.strip() or re.search(r"[\t\r\n\ud800-\udfff]", text) or text.startswith("\ufeff"):
+        mark = number == 0 and text.startswith("\ufeff")  # it would be taken for that of the file
+        if mark or not text.strip() or re.search(r"[\t\r\n\ud800-\udfff]", text):
             where = "the first field" if number == 0 else f"field {number + 1}"
             raise ValueError(f"{text!r} as {where}: a table cannot hold it (tabs, line ends, nothing at all)")
     return "\t".join(map(str, fields)) + "\n"

@@ -73,9 +73,9 @@ def text_id(title: str, text: str) -> str:
 
 
 def passages_in(value: Any, name: str, *ids: str) -> list[Passage]:
-    """The passages in a list of objects {id, title, text} or of texts; `ids` are the names of the id."""
+    """The passages in a list of objects {id, title, text} or of texts, or in one; `ids`: names of the id."""
     passages = []
-    for each in list_of(value, name):
+    for each in [value] if isinstance(value, str) else list_of(value, name):
         row = {"text": each} if isinstance(each, str) else each
         if not isinstance(row, Mapping) or not {"text", "title"} & row.keys():
             raise ValueError(f'"{name}" must be texts or objects with "text", found {each!r:.40}')
