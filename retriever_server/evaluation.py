@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ import regex
 
 from data.answers import separate_characters
 from data.errors import ConfigError, DataError
+from data.formats.trec import MAX_GRADE
 from data.records import Hit, Qrels, Question
 from data.significance import bootstrap, randomisation_p
 from retriever_server.retriever import Filter, Retriever
@@ -49,20 +51,32 @@ def parse_metrics(names: str, top_k: int) -> list[Any]:
 
     Raises ConfigError for a name that is none, and for a cutoff that lies beyond `top_k`.
     """
+    listed = re.findall(r"(?:[^,(]|\([^)]*\))+", names)  # a metric may have commas in brackets
+    return [_parse_metric(name, top_k) for name in filter(None, map(str.strip, listed))]
+
+
+def _parse_metric(name: str, top_k: int) -> Any:
     import ir_measures
 
-    measures = []
-    for name in filter(None, map(str.strip, names.split(","))):
-        known = re.sub(r"^\w+", lambda word: _OTHER_NAMES.get(word[0].lower(), word[0]), name)
-        try:
-            measure = ir_measures.parse_measure(known)
-        except (NameError, ValueError, SyntaxError, TypeError, KeyError):
-            allowed = "nDCG@k, recall@k, MRR@k, MAP, P@k or another name of ir-measures"
-            raise ConfigError(f"metric {name!r}: must be {allowed}") from None
-        if measure.params.get("cutoff", 1) > top_k:
-            raise ConfigError(f"metric {name!r}: looks at more than top_k = {top_k} hits")
-        measures.append(measure)
-    return measures
+    known = re.sub(r"^\w+", lambda word: _OTHER_NAMES.get(word[0].lower(), word[0]), name)
+    try:
+        measure = ir_measures.parse_measure(known)
+        measure.validate_params()
+    except (NameError, ValueError, SyntaxError, TypeError, KeyError, AssertionError):
+        allowed = "nDCG@k, recall@k, MRR@k, MAP, P@k or another name of ir-measures"
+        raise ConfigError(f"metric {name!r}: must be {allowed}") from None
+    if measure.params.get("cutoff", 1) > top_k:
+        raise ConfigError(f"metric {name!r}: looks at more than top_k = {top_k} hits")
+    for value in measure.params.values():  # trec_eval ends the process on what is out of range
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MAX_GRADE:
+                raise ConfigError(f"metric {name!r}: {number} must be 1 to {MAX_GRADE:,}")
+    try:
+        list(ir_measures.iter_calc([measure], {"q": {"a": 1, "b": 0}}, {"q": {"a": 2.0, "b": 1.0}}))
+    except Exception as error:  # each of its providers raises of its own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"metric {name!r}: ir-measures cannot compute it here ({reason})") from error
+    return measure
 
 
 def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
@@ -81,8 +95,11 @@ def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
         for id_ in judged
     }
     values: Values = {str(measure): dict.fromkeys(judged, 0.0) for measure in measures}
-    for found in ir_measures.iter_calc(measures, judged, run):
-        values[str(found.measure)][found.query_id] = found.value
+    try:
+        for found in ir_measures.iter_calc(measures, judged, run):
+            values[str(found.measure)][found.query_id] = 0.0 if math.isnan(found.value) else found.value
+    except ArithmeticError as error:  # of some where nothing is relevant
+        raise DataError(f"ir-measures cannot compute {', '.join(values)} here ({error})") from error
     return values
 
 

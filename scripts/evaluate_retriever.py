@@ -63,13 +63,13 @@ def main(
         "retriever": retriever, "compare": compare, "queries": queries, "qrels": qrels,
         "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
     }  # fmt: skip
+    _show(scores, retriever if not compare else f"{retriever} against {compare}")
     if run_out:
         from data.formats.trec import write_run
 
         write_run(run_out, runs[0][0], _generation(runs[0][0]))
     if out:
         _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
-    _show(scores, retriever if not compare else f"{retriever} against {compare}")
 
 
 def _check_given(
