@@ -1,5 +1,6 @@
 """Question sets: every layout, merged sets with ids that differ, and what is said of a wrong row."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -279,3 +280,53 @@ def test_the_normalizer_of_answers_is_the_questions_own_or_chosen_for_all(tmp_pa
     write_jsonl(tmp_path / "bad.jsonl", [rows[0] | {"metadata": {"normalizer": "lucene"}}])
     with pytest.raises(DataError, match=r"bad.jsonl:1: normalizer 'lucene': must be one of squad, unicode"):
         load_questions(str(tmp_path / "bad.jsonl"))
+
+
+def test_a_folder_of_rows_with_other_fields_is_read_and_a_wrong_row_named(tmp_path):
+    folder = tmp_path / "set"
+    rows = [{**OURS, "metadata": None}, {**OURS, "id": 2, "golden_answers": "B", "metadata": {"kind": "x"}}]
+    for name, row in zip("ab", rows, strict=True):
+        write(folder / f"{name}.jsonl", [row])
+    first, second = load_questions(str(folder))
+    assert (first.id, second.id, second.gold_answers, second.metadata["kind"]) == ("q1", "2", ("B",), "x")
+    (folder / "b.jsonl").write_text('{"id": 1}\n{"id": \n')
+    with pytest.raises(DataError, match=r"b.jsonl:2: not valid JSON"):
+        load_questions(str(folder))
+    write(folder / "b.jsonl", [{**OURS, "golden_answers": [float("nan")]}])
+    with pytest.raises(DataError, match=r'b.jsonl:1: "golden_answers" holds nan'):
+        load_questions(str(folder))
+
+
+def test_the_id_0_is_one_and_collides_with_none(tmp_path):
+    rows = [{**OURS, "id": 0}, {**OURS, "id": None}, {**OURS, "id": "1"}, {**OURS, "id": 2.0}]
+    assert ids(write(tmp_path / "set" / "dev.jsonl", rows)) == ["0", "set/dev/1", "1", "2"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_tables_have_their_lists_and_objects_as_json(tmp_path, kind):
+    golds, metadata = '["Lyon", "Lugdunum"]', '{"kind": "x"}'
+    fields = [
+        ["id", "question", "golden_answers", "metadata", "cluster"],
+        ["0", "Which?", golds, metadata, ""],
+    ]
+    with (tmp_path / f"a.{kind}").open("w", newline="") as file:
+        if kind == "csv":
+            csv.writer(file).writerows(fields)
+        else:
+            file.writelines("\t".join(row) + "\n" for row in fields)
+    [question] = load_questions(str(tmp_path / f"a.{kind}"))
+    assert (question.id, question.gold_answers) == ("0", ("Lyon", "Lugdunum"))
+    assert question.metadata == {"data_source": tmp_path.name, "kind": "x"}
+
+
+def test_a_question_that_quotes_the_words_before_it_stays_whole(tmp_path):
+    text = "What does the sign 'Question: why?' mean?"
+    [question] = load_questions(write(tmp_path / "a.jsonl", [search_r1_row(0, text)]))
+    assert question.text == text
+
+
+def test_golds_out_of_a_parquet_file_of_floats_are_whole_numbers(tmp_path):
+    table = pyarrow.table({"id": [0.0, 1.0], "question": ["When?", "How many?"], "answer": [1912.0, 2.5]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = load_questions(str(tmp_path / "a.parquet"))
+    assert [(question.id, question.gold_answers) for question in found] == [("0", ("1912",)), ("1", ("2.5",))]

@@ -249,3 +249,49 @@ def test_bm25_reaches_its_scores_on_the_classic_collections(tmp_path, collection
 )
 def test_an_answer_is_found_where_a_script_writes_no_spaces(text, gold, found):
     assert has_answer(text, [gold]) is found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["P@0", "nDCG@0", "R@0", "RR@0", "AP@00", "P(rel=0)@5", "AP(rel=3000000000)", "P@3.5", "P", "RBP(p=2)",
+     "nDCG(gains={1:3000000000})@5", "IPrec@2", "Judged@0", "RBP", "R@True", "BPM"],
+)  # fmt: skip
+def test_a_metric_out_of_range_is_one_line_and_ends_no_process(name):
+    with pytest.raises(ConfigError, match="metric") as caught:
+        parse_metrics(f"P@5,{name}", 100)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_metric_may_have_commas_in_brackets_and_grades_be_large():
+    names = [str(measure) for measure in parse_metrics("nDCG(gains={1:2,2:5})@5, P@3", 100)]
+    assert len(names) == 2 and names[1] == "P@3"
+    qrels = {"q": {"a": 1_000_000, "b": -1_000_000, "c": 5000}}
+    values = judge({"q": hits("c", "a", "b")}, qrels, parse_metrics("nDCG@5,P@3,AP,Bpref,IPrec@0.5", 100))
+    assert values["P@3"]["q"] == pytest.approx(2 / 3) and 0 < values["nDCG@5"]["q"] < 1
+
+
+def test_the_command_says_a_wrong_metric_a_wrong_grade_and_a_wrong_id_in_one_line(tmp_path, capsys):
+    write_jsonl(tmp_path / "c.jsonl", [{"id": "a\tb", "text": "red fox"}])
+    BM25Index.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "index")
+    queries, qrels = (
+        write(tmp_path / "q.tsv", "1\tfox\n"),
+        write(tmp_path / "qrels.tsv", "1 0 x 3000000000\n"),
+    )
+    asked = [
+        "evaluate-retriever",
+        f"--retriever={tmp_path / 'index'}",
+        f"--queries={queries}",
+        f"--qrels={qrels}",
+    ]
+    for options, said in (
+        (["--metrics=P@0"], "metric 'P@0': 0 must be 1 to 1,000,000"),
+        ([], "qrels.tsv:1: relevance '3000000000': must be a whole number of at most 1,000,000"),
+    ):
+        assert main([*asked, *options]) == 2
+        assert said in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    write(qrels, "1 0 x 1\n")
+    assert main([*asked, "--metrics=P@5", f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr()
+    assert (
+        "P@5" in said.out and r"'a\tb' as field 3: a table cannot hold it" in said.err
+    )  # scores are shown first
