@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from data.unicode import replace_halves_in
+
 _OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
 _PLAIN = (str, int, bool, type(None))
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -175,6 +177,6 @@ def _held_object(value: Any) -> Any:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return replace_halves_in(json.loads(text), text.encode())
     except (ValueError, RecursionError):
         return None

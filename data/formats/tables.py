@@ -20,6 +20,7 @@ from typing import Any
 
 from data.errors import ConfigError, DataError
 from data.jsonl import atomic_write, check_is_file, numbered_jsonl
+from data.unicode import replace_halves_in
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Where a row stands ("FILE:LINE", or "FILE: row N", from 1), and its columns."""
@@ -228,10 +229,11 @@ def _read_array(path: Path) -> Rows:
                 if (text[end:] + file.read()).strip():
                     raise DataError(f"{path}: more stands after the end of the array")
                 return
-            start, number = end, number + 1
+            number += 1
             if not isinstance(row, dict):
                 raise DataError(f"{path}: row {number}: expected an object {{...}}")
-            yield f"{path}: row {number}", row
+            yield f"{path}: row {number}", replace_halves_in(row, text[start:end].encode())
+            start = end
 
 
 def _next_item(text: str, start: int, first: bool) -> tuple[Any, int]:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import DataError
+from data.formats.rows import answers_of
 from data.formats.tables import fields_of, read_rows, table_line
 
 ROWS = [{"query": 'the "end', "passage": "Köln, a\\b"}, {"query": "two", "passage": '"Two" more'}]
@@ -99,3 +100,12 @@ def test_what_a_table_cannot_hold_is_refused_by_name(field):
     with pytest.raises(ValueError, match="as the first field: a table cannot hold it"):
         table_line(field, "x")
     assert table_line(" a b", "x\ufeff\u2028", 1) == " a b\tx\ufeff\u2028\t1\n"
+
+
+def test_half_a_surrogate_pair_in_an_array_or_in_a_list_in_a_string_is_replaced(tmp_path):
+    (tmp_path / "a.json").write_text(
+        '[{"a": "x \\ud83d y", "b": "[\\"\\\\ud83d\\"]"}, {"a": "\\ud83d\\ude00"}]'
+    )
+    [(_, first), (_, second)] = read_rows(tmp_path / "a.json")
+    assert (first["a"], second["a"]) == ("x \ufffd y", "😀")
+    assert answers_of(first["b"]) == ("\ufffd",)
