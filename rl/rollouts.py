@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from agent.trajectory import Ledger, StopReason, Trajectory
 from data.answers import exact_match
 from data.errors import EngineError, RunStopped
+from data.progress import Bar, no_bar
 from rl.in_flight import InFlight, OpenGroup, staleness
 
 if TYPE_CHECKING:
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
     from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-Bar = Callable[..., AbstractContextManager[Callable[[int], object]]]
-"""Shows the progress of some work: called with its title, its total and what was done before, in a `with`
-whose target is then called with how much is done."""
-
-
-@contextmanager
-def no_bar(title: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], object]]:
-    """A `Bar` that shows nothing."""
-    yield lambda done: None
-
 
 Totals = dict[str, tuple[float, float]]
 """Metrics that can still be averaged over processes: the sum of the values, and of their weights."""

@@ -29,13 +29,14 @@ from agent.transcripts import to_record
 from data.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, mark_best, save_checkpoint
 from data.errors import EngineError, RunStopped
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.progress import Bar, no_bar
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
 from rl.config import TrainConfig
 from rl.diagnosis import WINDOW, find_obstacle
 from rl.learner import Learner
 from rl.rewards import combine
-from rl.rollouts import Bar, Collected, Rollouts, Totals, averages, no_bar
+from rl.rollouts import Collected, Rollouts, Totals, averages
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
 from rl.workers import Workers

@@ -9,7 +9,7 @@ model to read.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -77,10 +77,21 @@ def warm_start(
     protocol: Protocol,
     out: Path,
     config: WarmStartConfig,
+    log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
-    """Fine-tune the policy in place on the demonstrations and save it in `out`."""
+    """Fine-tune the policy in place on the demonstrations and save it in `out`.
+
+    log gets the metrics of a step, progress the step and their number.
+    """
     from datasets import Dataset
+    from transformers import PrinterCallback
+    from transformers.utils.logging import disable_progress_bar
     from trl.trainer.sft_trainer import SFTTrainer
+
+    from retriever_server.training.reporter import Reporter
+
+    disable_progress_bar()
 
     rows = [encode_demonstration(d, policy, protocol, config.learn_everything) for d in demonstrations]
     random.Random(config.seed).shuffle(rows)
@@ -91,7 +102,9 @@ def warm_start(
             train_dataset=Dataset.from_list(rows),
             processing_class=policy.tokenizer,
             optimizers=(MuonAndAdamW(policy.model, config), None),
+            callbacks=[Reporter(log, progress)],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     policy.save(out, protocol)
     policy.model.eval()
@@ -115,6 +128,7 @@ def _arguments(scratch: str, policy: Policy, config: WarmStartConfig) -> SFTConf
         gradient_checkpointing=False,
         logging_steps=max(1, config.steps // 20),
         save_strategy="no",
+        disable_tqdm=True,
         report_to="none",
         seed=config.seed,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -11,10 +11,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+from data.progress import Track
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -157,28 +159,9 @@ def end_bars() -> None:
     _bars.clear()
 
 
-class Track:
-    """Passes items on while a bar shows how many have been; `used` tells whether it was called for any.
-
-    A range counts what its steps stand for: range(0, 100, 32) goes to 100.
-    """
-
-    def __init__(self, title: str) -> None:
-        self.title, self.used = title, False
-
-    def __call__(self, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        """Each item; `total` is their number where they have no length."""
-        self.used = True
-        begin, step = (items.start, items.step) if isinstance(items, range) else (0, 1)
-        if isinstance(items, range):
-            total = items.stop
-        elif total is None and isinstance(items, Sized):
-            total = len(items)
-        with bar(self.title, total, begin) as move:
-            for number, item in enumerate(items, start=1):
-                yield item
-                there = begin + number * step
-                move(there if total is None else min(there, total))
+def track(title: str) -> Track:
+    """Return what passes items on under a bar."""
+    return Track(title, bar)
 
 
 class StepLines:
@@ -191,9 +174,16 @@ class StepLines:
     def __init__(self, shown: Mapping[str, str], steps: int | None = None) -> None:
         self._shown, self._steps = shown, Bar("", steps, done=None)
 
-    def begin(self, step: int, steps: int) -> None:
-        """Set how far the training is, and of how many steps."""
-        self._steps.move(step, steps)
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar of the steps; yields what is told the step and their number."""
+        with bar(title, self._steps.total, done=None) as move:
+
+            def progress(step: int, steps: int) -> None:
+                self._steps.move(step, steps)
+                move(step, steps)
+
+            yield progress
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step; time/step_seconds, where it is there, counts in the time left."""

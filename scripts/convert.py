@@ -49,9 +49,9 @@ def main(
         _to(target_format, source, out, corpus, on_error)
         return
     from retriever_server.training.convert import convert_from
-    from scripts.console import Track
+    from scripts.console import track
 
-    done = convert_from(source_format, source, out, corpus, split, on_error, Track("reading examples"))
+    done = convert_from(source_format, source, out, corpus, split, on_error, track("reading examples"))
     left_out = [f"{count:,} {what}" for what, count in done.left_out.items() if count]
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
     print(f"{done.count:,} examples in {done.examples}, {len(done.corpus):,} passages{note}")

@@ -114,7 +114,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     from data.records import Question
     from retriever_server.evaluation import rank_all
     from retriever_server.opening import open_retriever
-    from scripts.console import Track
+    from scripts.console import track
 
     if spec.endswith((".run", ".trec")):
         run = load_run(spec)
@@ -134,7 +134,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     opened = open_retriever(spec)
     try:
         more = max(map(len, collection.excluded.values()), default=0)
-        rankings = rank_all(opened, asked, top_k + more, Track("searching queries"), where)
+        rankings = rank_all(opened, asked, top_k + more, track("searching queries"), where)
     finally:
         opened.close()
     return without_excluded(rankings, collection.excluded, top_k)

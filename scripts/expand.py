@@ -21,8 +21,8 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
     from data.corpus import Corpus
     from retriever_server.opening import READER
     from retriever_server.training.expansion import Generator, expand
-    from scripts.console import Track
+    from scripts.console import track
 
     generate = READER.plan(generator, (Generator,), "generator: ")
-    expand(Corpus(corpus), generate(), out, passages_at_once, Track("expanding passages"))
+    expand(Corpus(corpus), generate(), out, passages_at_once, track("expanding passages"))
     print(f"expanded passages in {out}")

@@ -111,10 +111,10 @@ def _build_bm25(given: dict[str, Any]) -> None:
     _refuse(given, _ONLY_ENCODED, "--encoder")
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index
-    from scripts.console import Track
+    from scripts.console import track
 
     passages = Corpus(_corpus(given))
-    bar = Track("reading passages")
+    bar = track("reading passages")
     settings = {name: given[name] for name in _ONLY_BM25}
     index = BM25Index.build(
         passages, given["out"], overwrite=given["overwrite"],
@@ -136,7 +136,7 @@ def _build_encoded(given: dict[str, Any]) -> None:
     from data.corpus import Corpus
     from retriever_server.encoders.sentence import load_encoder
     from retriever_server.indexes.base import building, index_kind
-    from scripts.console import Track
+    from scripts.console import track
     from scripts.on_ray.encode import encode_on_ray
 
     of = index_kind(given["kind"]) if given["kind"] else None
@@ -146,7 +146,7 @@ def _build_encoded(given: dict[str, Any]) -> None:
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
-    passages, bar = Corpus(_corpus(given)), Track("encoding passages")
+    passages, bar = Corpus(_corpus(given)), track("encoding passages")
     settings["on_error"] = given["on_error"]
     if part != (1, 1):
         out = Path(given["out"])

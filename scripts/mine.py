@@ -85,10 +85,10 @@ def _mine(
 ) -> None:
     from data.examples import Examples
     from retriever_server.training.mining import mine
-    from scripts.console import Track
+    from scripts.console import track
 
     mined = mine(
-        Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, Track("mining queries")
+        Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, track("mining queries")
     )
     each = mined.negatives / max(1, mined.examples)
     print(f"{mined.examples:,} examples in {out}, {each:.1f} negatives each; {mined.without:,} have none")
@@ -97,9 +97,9 @@ def _mine(
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:
     from data.formats.beir import load_queries
     from retriever_server.training.teachers import label
-    from scripts.console import Track
+    from scripts.console import track
 
-    stages = label(load_queries(queries), teachers, corpus, out, ranks, Track("labelling queries"))
+    stages = label(load_queries(queries), teachers, corpus, out, ranks, track("labelling queries"))
     print(f"labels of {len(teachers)} teachers; the last stage is {stages[-1]}")
 
 

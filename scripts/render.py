@@ -42,16 +42,16 @@ def main(
     """
     from data.page_sources import find_pages
     from data.rendering import Style, render
-    from scripts.console import Track
+    from scripts.console import track
 
     chosen = tuple(filter(None, (fonts or "").split(",")))
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)
     if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
         raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
-    passages, skipped = find_pages(source, Path(out) / "html", on_error, Track("reading files"), out)
+    passages, skipped = find_pages(source, Path(out) / "html", on_error, track("reading files"), out)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = time.monotonic()
-    done = render(passages, out, style, processes or cores, on_error, Track("drawing pages"))
+    done = render(passages, out, style, processes or cores, on_error, track("drawing pages"))
     rate = len(passages) / max(1e-9, time.monotonic() - start)
     left_out = f"; skipped {skipped} files and {done.skipped} pages" if skipped or done.skipped else ""
     print(f"{done.count:,} pages in {done.corpus} ({rate:,.0f}/s){left_out}")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from data.errors import ConfigError
+from data.progress import no_bar
 from retriever_server.training.recipe import RetrieverRecipe
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _SHOWN = {
     "dev/nDCG@10": "dev nDCG@10 {:.4f}",
     "dev/R@100": "R@100 {:.4f}",
     "dev/RR@10": "RR@10 {:.4f}",
+    "speed/examples_per_second": "{:.1f} examples/s",
 }
 """What the line of a step shows of its metrics; all of them lie in metrics.jsonl."""
 
@@ -38,6 +40,7 @@ def main(config: RetrieverRecipe) -> None:
     with ExitStack() as stack:
         run, progress = _open_run(config, stack) if leads else (None, lambda step, steps: None)
         from retriever_server.training.run import train
+        from scripts.console import bar
 
         try:
             folder = train(
@@ -45,6 +48,7 @@ def main(config: RetrieverRecipe) -> None:
                 run.log if run else (lambda step, metrics: None),
                 progress,
                 (lambda step: run.rewind(step + 1)) if run else (lambda step: None),
+                bar if leads else no_bar,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -75,17 +79,12 @@ def expand(argv: list[str]) -> list[str]:
 
 def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[[int, int], None]]:
     from data.run_dir import RunDir
-    from scripts.console import StepLines, bar
+    from scripts.console import StepLines
 
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     lines = StepLines(_SHOWN)
     run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines))
-    move = stack.enter_context(bar("training", done=None))
-
-    def progress(step: int, steps: int) -> None:
-        lines.begin(step, steps)
-        move(step, steps)
-
+    progress = stack.enter_context(lines.bar("training"))
     if config.wandb.project:
         from data.trackers import WandbTracker
 

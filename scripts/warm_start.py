@@ -11,6 +11,13 @@ from rl.config import ProtocolConfig, WarmStartConfig
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = {
+    "train/loss": "loss {:.4g}",
+    "train/mean_token_accuracy": "token accuracy {:.3f}",
+    "speed/examples_per_second": "{:.1f} demonstrations/s",
+}
+"""What the line of a step shows."""
+
 
 def main(
     out: str,
@@ -42,6 +49,7 @@ def main(
         raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
     from agent.policy_folder import find_policy
     from rl.demonstrations import demonstration_spans, load_demonstrations
+    from scripts.console import StepLines, say
     from scripts.wiring import make_protocol
 
     if policy != "new":
@@ -53,6 +61,8 @@ def main(
         from data.atlas.demonstrations import demonstrations as invent
 
         spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
+    size = f"{training.steps:,} steps of {training.batch_size} demonstrations"
+    say(f"warm start of {policy}: {size}, into {out}")
     from agent.policy import load_policy
     from rl.warm_start import warm_start
 
@@ -65,5 +75,7 @@ def main(
         start = make_seed_policy(texts, spoken, seed=training.seed)
     else:
         start = load_policy(policy, dtype="float32")
-    warm_start(start, spans, spoken, Path(out), training)
+    lines = StepLines(_SHOWN)
+    with lines.bar("training") as progress:
+        warm_start(start, spans, spoken, Path(out), training, lines, progress)
     print(f"{out}: learnt from {len(spans):,} demonstrations")

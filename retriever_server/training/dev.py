@@ -13,6 +13,7 @@ from data.errors import ConfigError
 from data.formats.beir import load_queries
 from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
+from data.progress import Bar, Track, no_bar
 from data.records import Qrels, Question
 from retriever_server.encoders.identity import read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
@@ -28,10 +29,11 @@ _TOP_K, _RERANKED = 100, 20
 class DevSet:
     """Queries, their relevant passages among others, and a folder of its own for what is made of them."""
 
-    def __init__(self, config: DevConfig, corpus: str, folder: Path) -> None:
+    def __init__(self, config: DevConfig, corpus: str, folder: Path, bar: Bar = no_bar) -> None:
         """Read all, and write the corpus that is searched. Raises ConfigError or DataError."""
         if config.queries is None or config.qrels is None:
             raise ConfigError("dev.queries and dev.qrels: must be given")
+        self.bar = bar
         self.measures = parse_metrics(config.metrics, _TOP_K)
         if not self.measures:
             raise ConfigError(f"dev.metrics = {config.metrics!r}: names none")
@@ -50,7 +52,8 @@ class DevSet:
         place = Path(tempfile.mkdtemp(dir=self.folder))
         try:
             retriever = open_retriever(place / "index")
-            values = judge(rank_all(retriever, self.queries, _TOP_K), self.qrels, self.measures)
+            track = Track("searching dev queries", self.bar)
+            values = judge(rank_all(retriever, self.queries, _TOP_K, track), self.qrels, self.measures)
             retriever.close()
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -63,7 +66,8 @@ class DevSet:
         spec = read_spec("the model in training", model, passage_template, inputs)
         encoder = SentenceEncoder(model, spec)
         of = index_kind(_INDEX_OF[encoder.spec.kind])
-        return self.score(lambda place: of.build(self.corpus, place, encoder, "float32"))
+        track = Track("encoding dev passages", self.bar)
+        return self.score(lambda place: of.build(self.corpus, place, encoder, "float32", progress=track))
 
     def score_reranker(self, model: Any) -> dict[str, float]:
         """The metrics of a cross-encoder that orders the first hits of BM25 anew."""

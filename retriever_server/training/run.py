@@ -20,6 +20,7 @@ from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
+from data.progress import Bar, no_bar
 from data.settings import LoraConfig
 from retriever_server.encoders.pictures import reads_files
 from retriever_server.encoders.sentence import SentenceEncoder
@@ -32,7 +33,8 @@ from retriever_server.training.items import Opening, Pairs, without_absent_image
 from retriever_server.training.llm2vec import passages_as_dataset
 from retriever_server.training.mixture import Mixture, Shuffled
 from retriever_server.training.recipe import RetrieverRecipe
-from retriever_server.training.trainer import Reporter, Scores, trainer_class
+from retriever_server.training.reporter import Reporter
+from retriever_server.training.trainer import Scores, trainer_class
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +47,16 @@ def train(
     log: Log = lambda step, metrics: None,
     progress: Progress = lambda step, steps: None,
     on_start: Callable[[int], None] = lambda step: None,
+    bar: Bar = no_bar,
 ) -> Path | None:
     """Train, or go on after the last checkpoint of `recipe.out`; the folder of the model that serves.
 
-    log gets the metrics of a step, progress the step and their number, on_start the step that is resumed.
+    log gets the metrics of a step, progress the step and their number, on_start the step that is resumed;
+    bar shows the evaluations on dev.
     Of several processes only the first saves; the others give None. Raises ConfigError and DataError
     before anything is trained, RunStopped at a loss that is no number.
     """
-    trainer, spec = build_trainer(recipe, log, progress)
+    trainer, spec = build_trainer(recipe, log, progress, bar)
     out = Path(recipe.out)
     latest = latest_checkpoint(out / "checkpoints")
     on_start(latest.step if latest else 0)
@@ -83,7 +87,9 @@ def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
     return recipe.steps or math.ceil(recipe.epochs * an_epoch)
 
 
-def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tuple[Any, EncodingSpec | None]:
+def build_trainer(
+    recipe: RetrieverRecipe, log: Log, progress: Progress, bar: Bar = no_bar
+) -> tuple[Any, EncodingSpec | None]:
     """The trainer that is ready to train, all guards passed, and the spec of what it trains."""
     _quiet()
     set_seed(recipe.seed)
@@ -115,7 +121,7 @@ def build_trainer(recipe: RetrieverRecipe, log: Log, progress: Progress) -> tupl
     of, _ = trainer_class(kind)
     data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
     trainer = of(
-        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec),
+        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec, bar),
         callbacks=[Reporter(log, progress)],
     )  # fmt: skip
     if spec is not None:
@@ -294,10 +300,10 @@ def _data(
     return sets
 
 
-def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None) -> Scores | None:
+def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None, bar: Bar) -> Scores | None:
     if recipe.dev.queries is None:
         return None
-    dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev")
+    dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
     if spec is None:
         return Scores(dev.score_reranker)
     return Scores(lambda model: dev.score_encoder(model, spec.passage_template, spec.inputs))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from scripts import console, train
-from scripts.console import Bar, StepLines, Track, bar, clock, show_table, visible
+from scripts.console import Bar, StepLines, bar, clock, show_table, track, visible
 from tests.terminal import Terminal
 
 
@@ -90,14 +90,14 @@ def test_a_step_without_the_wanted_metrics_shows_all_that_it_has(capsys):
 
 def test_items_are_passed_on_and_counted_and_ranges_count_what_they_stand_for():
     terminal = Terminal(80)
-    track = Track("steps")
+    steps = track("steps")
     with terminal.attached():
-        assert not track.used
-        assert list(track(range(20, 50, 8))) == [20, 28, 36, 44]
-        assert list(Track("known")(iter("abc"), 3)) == list("abc")
-        assert list(Track("unknown")(iter("abc"))) == list("abc")
-        assert list(Track("none")([])) == []
-    assert track.used
+        assert not steps.used
+        assert list(steps(range(20, 50, 8))) == [20, 28, 36, 44]
+        assert list(track("known")(iter("abc"), 3)) == list("abc")
+        assert list(track("unknown")(iter("abc"))) == list("abc")
+        assert list(track("none")([])) == []
+    assert steps.used
     counts = [line.replace("━", "").split()[:2] for line in terminal.lines[:-1]]
     assert counts == [["steps", "50/50"], ["known", "3/3"], ["unknown", "3"], ["none", "0/0"]]
 
@@ -111,7 +111,7 @@ def test_bars_lie_below_each_other_and_what_is_said_meanwhile_stands_above_them(
         own.addHandler(logging.StreamHandler(sys.stderr))
         with bar("outer", 2) as outer:
             for step in (1, 2):
-                for number in Track("inner")(range(5)):
+                for number in track("inner")(range(5)):
                     time.sleep(0.1)  # long enough for the bars to be drawn
                     logging.info("log %d.%d", step, number)
                 own.warning("library %d", step)

@@ -7,6 +7,7 @@ import threading
 from functools import partial
 
 import pytest
+import yaml
 
 from agent.engines.scripted import ScriptedEngine
 from data.corpus import Corpus
@@ -14,6 +15,8 @@ from data.jsonl import read_json, read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts import convert
+from tests.retriever_server.training.recipes import settings, world
+from tests.scripts.test_warm_start import RECORD as DEMONSTRATION
 from tests.terminal import Terminal
 from tests.toy import build_toy
 
@@ -202,6 +205,35 @@ def test_a_run_that_is_no_terminal_has_a_line_a_step(folder, tmp_path, capsys):
         r"step 1/3  reward \d\.\d{3}  EM \d\.\d{3}  searches \d\.\d  \d+\.\d s  ETA \d+:\d\d", lines[0]
     )
     assert re.fullmatch(r"step 3/3  dev EM \d\.\d{3}  searches \d\.\d  \d+\.\d s", lines[-1])
+
+
+def test_warm_start(tmp_path, terminal):
+    write_jsonl(tmp_path / "demonstrations.jsonl", [DEMONSTRATION] * 4)
+    options = ["--training.steps", 2, "--training.batch_size", 2, "--out", tmp_path / "out"]
+    assert terminal.run("warm-start", "--demonstrations", tmp_path / "demonstrations.jsonl", *options) == 0
+    the_bar(terminal, "training  ", "2/2")
+    steps = [line for line in terminal.lines if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in steps] == ["step 1/2", "step 2/2", "step 2/2"]
+    assert "loss " in steps[0] and "token accuracy" in steps[0] and "demonstrations/s" in steps[2]
+    assert "Writing model shards" not in terminal.raw and "{'" not in terminal.raw
+
+
+@pytest.fixture(scope="module")
+def rivers(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("rivers"))
+
+
+def test_train_retriever(rivers, tmp_path, terminal):
+    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv")}
+    recipe = settings(rivers, tmp_path / "run", steps=4, log_every=2, save_every=4, dev=dev)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert terminal.run("train-retriever", "--config", tmp_path / "recipe.yaml") == 0
+    the_bar(terminal, "training  ", "4/4")
+    steps = [line for line in terminal.lines if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in steps] == ["step 0", *["step 2/4"], *["step 4/4"] * 3]
+    assert "dev nDCG@10" in steps[0] and "loss " in steps[1] and "ETA" in steps[1]
+    for title in ("encoding dev passages", "searching dev queries"):
+        assert title in terminal.raw and title not in " ".join(terminal.lines)
 
 
 def test_sizes(terminal):

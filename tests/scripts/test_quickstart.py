@@ -7,6 +7,7 @@ from data.jsonl import read_json
 from data.run_dir import read_metrics, read_run
 from scripts import __main__ as sleuth
 from scripts import quickstart
+from tests.terminal import Terminal
 from tests.toy import bigram_policy
 
 RECIPE = """
@@ -109,3 +110,20 @@ def test_a_server_that_does_not_start_is_one_line(start, tmp_path, monkeypatch, 
     assert start() == 2
     assert f"did not start: see {tmp_path / 'run' / 'server.log'}" in capfd.readouterr().err
     assert "sleuth: " in (tmp_path / "run" / "server.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "columns", [pytest.param(60, marks=pytest.mark.slow), 80, pytest.param(200, marks=pytest.mark.slow)]
+)
+def test_in_a_terminal_no_line_is_torn_and_no_figure_cut(recipe, tmp_path, monkeypatch, columns):
+    monkeypatch.setattr(quickstart, "RECIPE", recipe)
+    terminal = Terminal(columns)
+    assert terminal.run("quickstart", f"--out={tmp_path / 'run'}", "--limit=3", "--steps=1") == 0
+    shown = [line for line in terminal.lines if line.startswith("answering questions")]
+    assert len(shown) == 2 and all("3/3" in line for line in shown)
+    (trained,) = [line for line in terminal.lines if line.startswith("training  ")]
+    assert "1/1" in trained
+    seen = " ".join(terminal.lines)
+    assert "…" not in seen and "searches" in seen and "difference" in seen
+    for line in (f"step 1/1  {what}" for what in ("reward 0.", "dev EM 0.")):
+        assert line in seen

@@ -1,0 +1,51 @@
+"""The numbers of a trainer of transformers, handed on under our names, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Reporter(TrainerCallback):
+    """Hands the numbers of a trainer on under `group/name`, and says how far it is."""
+
+    def __init__(
+        self, log: Callable[[int, Mapping[str, float]], None], progress: Callable[[int, int], None]
+    ) -> None:
+        self._log, self._progress = log, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """How far it is before its first step."""
+        self._progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Log before a checkpoint, too: nothing is lost that a resumed run does not log again."""
+        self._progress(state.global_step, state.max_steps)
+        if state.global_step % args.save_steps == 0:
+            control.should_log = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line of metrics."""
+        found = {
+            name: value
+            for key, value in (logs or {}).items()
+            if isinstance(value, int | float) and (name := _NAMES.get(key, _name(key))) is not None
+        }
+        if state.is_world_process_zero and found:
+            self._log(state.global_step, found)
+
+
+_NAMES = {"total_flos": None, "train_loss": None, "eval_runtime": None, "eval_samples_per_second": None}
+_NAMES |= {"eval_steps_per_second": None, "train_samples_per_second": "speed/examples_per_second"}
+_NAMES |= {
+    "train_steps_per_second": None,
+    "train_runtime": "speed/seconds",
+    "eval_model_preparation_time": None,
+}
+
+
+def _name(key: str) -> str:
+    return f"dev/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
