@@ -35,6 +35,8 @@ PAGE_DPI = 72 * _SCALE
 
 _PAGE = re.compile(r"(?P<file>.+)#page=(?P<page>\d{1,9})", re.DOTALL)
 _PDF_TAIL = 1 << 15  # bytes
+_MOST_SCANS = 100  # each of a progressive JPEG passes over all pixels; encoders write about ten
+_TILE_TAGS = (322, 323)  # width and height
 _pdfium = threading.Lock()  # the library is not made for several threads
 
 
@@ -66,6 +68,18 @@ def read_image(source: str | bytes, limits: ImageLimits = LIMITS) -> Image:
             if page is not None:
                 return _page(file, page, source, limits)
         return _decode(*_bytes_of(source, limits), limits)
+
+
+def image_size(content: bytes, limits: ImageLimits = LIMITS) -> tuple[int, int]:
+    """Width and height as the head of the file says; nothing is decoded. Raises DataError as `read_image`."""
+    with needs_images("images"), _refused(name := _name(content), limits):
+        return _open(content, name, limits).size
+
+
+def check_image(content: bytes, limits: ImageLimits = LIMITS) -> None:
+    """Decode the file as it is, at most four bytes a pixel. Raises DataError as `read_image`."""
+    with needs_images("images"), _refused(name := _name(content), limits):
+        _open(content, name, limits).load()
 
 
 def split_page(source: str) -> tuple[str, int | None]:
@@ -126,7 +140,7 @@ def needs_images(what: str) -> Iterator[None]:
 
 def _bytes_of(source: str | bytes, limits: ImageLimits) -> tuple[bytes, str]:
     """The bytes of the source, no more than are allowed, and its name in messages."""
-    name = source if isinstance(source, str) else f"image of {len(source)} bytes"
+    name = _name(source)
     if isinstance(source, str):
         try:
             if Path(source).exists() and not Path(source).is_file():
@@ -143,18 +157,43 @@ def _bytes_of(source: str | bytes, limits: ImageLimits) -> tuple[bytes, str]:
     return source, name
 
 
+def _name(source: str | bytes) -> str:
+    return source if isinstance(source, str) else f"image of {len(source)} bytes"
+
+
 def _decode(content: bytes, name: str, limits: ImageLimits) -> Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    with _refused(name, limits):
+        image = _open(content, name, limits)
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def _open(content: bytes, name: str, limits: ImageLimits) -> Image:
+    """The image by its head; what takes much more time or memory than its pixels is refused."""
+    from PIL import Image
 
     if content.startswith(b"%PDF"):
         raise DataError(f'{name}: a PDF; one of its pages is named as in "report.pdf#page=1"')
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    _check_size(*image.size, name, limits)
+    if image.format in ("JPEG", "MPO") and (scans := content.count(b"\xff\xda")) > _MOST_SCANS:
+        raise DataError(f"{name}: a JPEG of {scans:,} scans, over {_MOST_SCANS}")
+    width, height = (getattr(image, "tag_v2", {}).get(tag, 1) for tag in _TILE_TAGS)
+    _check_size(width, height, f"{name}: a tile", limits)
+    return image
+
+
+@contextmanager
+def _refused(name: str, limits: ImageLimits) -> Iterator[None]:
+    """Within it, whatever a decoder raises is a DataError."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limit of pixels, and of odd metadata
-            image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the head alone
-            _check_size(*image.size, name, limits)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            yield
     except DataError:
         raise
     except UnidentifiedImageError as error:

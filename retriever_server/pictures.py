@@ -13,10 +13,11 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.errors import DataError
+from data.images import ImageLimits, check_image, image_size
 from data.records import Input, Item
 from retriever_server.batching import Batcher, Batching
 from retriever_server.live import Opened
@@ -28,6 +29,8 @@ THUMBNAIL_SIDES = (16, 2048)
 """The smallest and the largest that a client may ask for, in pixels."""
 _KEPT_BYTES = 64 << 20
 _DECODING = Batching(max_batch=1, window_seconds=0, threads=2, max_waiting=1024)
+_IMAGES_OF_MOST_PIXELS = 2
+"""What all images of a request may have together."""
 _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 _NOT_SAID = ("", "application/octet-stream")
 
@@ -36,8 +39,8 @@ class Pictures:
     """Reads the images of requests, within limits, and keeps the thumbnails that were asked for last."""
 
     def __init__(self, max_images: int, max_bytes: int, max_pixels: int) -> None:
-        """max_images: in one request; max_bytes, max_pixels: of each."""
-        self._limits = max_images, max_bytes, max_pixels
+        """max_images: in one request; max_bytes, max_pixels: of each; all may have twice the pixels."""
+        self._most, self._limits = max_images, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels)
         self.batcher = Batcher(_DECODING)
         self._kept: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
         self._kept_bytes, self._lock = 0, threading.Lock()
@@ -47,29 +50,32 @@ class Pictures:
 
         Raises DataError "PLACE.0.image: what is wrong" for the first that is no image or beyond a limit.
         """
-        most, _, _ = self._limits
         coded = [each.image if isinstance(each, Pictured) else None for each in inputs]
-        given = [image for image in coded if image is not None]
-        if len(given) > most:
-            raise DataError(f"{place}: {len(given)} images, at most {most} are allowed")
-        outcomes = iter(await self.batcher.run("read", lambda items: list(map(self._checked, items)), given))
-        read = [None if image is None else next(outcomes) for image in coded]
-        for i, outcome in enumerate(read):
+        places = [f"{place}.{i}.image" for i, image in enumerate(coded) if image is not None]
+        if len(places) > self._most:
+            raise DataError(f"{place}: {len(places)} images, at most {self._most} are allowed")
+        measured = await self._each(_measured, [image for image in coded if image is not None], places)
+        if (pixels := sum(size for _, size in measured)) > (
+            most := _IMAGES_OF_MOST_PIXELS * self._limits.max_pixels
+        ):
+            raise DataError(f"{place}: images of {pixels:,} pixels together, over {most:,}")
+        contents = iter(await self._each(_decoded_once, [content for content, _ in measured], places))
+        each = zip(map(text_of, inputs), coded, strict=True)
+        return [text if image is None else Item(next(contents), text) for text, image in each]
+
+    async def _each(
+        self, act: Callable[[Any, ImageLimits], Any], images: Sequence[Any], places: Sequence[str]
+    ) -> list[Any]:
+        """What `act` makes of each image in a thread; DataError names the place of the first that is none."""
+        made = await self.batcher.run(
+            act.__name__, lambda items: [act(item, self._limits) for item in items], images
+        )
+        for place, outcome in zip(places, made, strict=True):
             if isinstance(outcome, DataError):
-                raise DataError(f"{place}.{i}.image: {outcome}")
+                raise DataError(f"{place}: {outcome}")
             if isinstance(outcome, Exception):
                 raise outcome
-        texts = map(text_of, inputs)
-        return [text if image is None else Item(image, text) for image, text in zip(read, texts, strict=True)]
-
-    def _checked(self, coded: str) -> bytes:
-        """The bytes of the image; DataError where it is none. For a worker thread."""
-        from data.images import ImageLimits, read_image
-
-        _, max_bytes, max_pixels = self._limits
-        content = _decoded(coded, max_bytes)
-        read_image(content, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels))
-        return content
+        return made
 
     async def thumbnail(self, opened: Opened, passage_id: str, side: int) -> bytes | None:
         """A JPEG of the image of this passage, at most `side` wide and high; None where none can be shown.
@@ -113,6 +119,19 @@ def text_of(asked: str | Pictured) -> str:
     return asked if isinstance(asked, str) else asked.text
 
 
+def _measured(coded: str, limits: ImageLimits) -> tuple[bytes, int]:
+    """The bytes of an image and its number of pixels, nothing decoded; DataError where it is none."""
+    content = _decoded(coded, limits.max_bytes)
+    width, height = image_size(content, limits)
+    return content, width * height
+
+
+def _decoded_once(content: bytes, limits: ImageLimits) -> bytes:
+    """The bytes of what can be decoded; DataError where it cannot."""
+    check_image(content, limits)
+    return content
+
+
 def _decoded(coded: str, max_bytes: int) -> bytes:
     """The bytes in base64 or in a data: URL that says it is an image."""
     if url := _DATA_URL.match(coded):
@@ -123,9 +142,12 @@ def _decoded(coded: str, max_bytes: int) -> bytes:
     if len(coded) > max_bytes * 4 // 3 + 4:
         raise DataError(f"over {max_bytes:,} bytes")
     try:
-        return base64.b64decode("".join(coded.split()), validate=True)
+        content = base64.b64decode("".join(coded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError("not base64 (the server opens no file and no URL)") from error
+    if len(content) > max_bytes:
+        raise DataError(f"over {max_bytes:,} bytes")
+    return content
 
 
 def _shrunk(opened: Opened, passage_id: str, side: int) -> bytes | None:

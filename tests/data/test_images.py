@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.errors import ConfigError, DataError
-from data.images import ImageLimits, png, read_image, read_pdf, split_page, thumbnail
+from data.images import ImageLimits, check_image, image_size, png, read_image, read_pdf, split_page, thumbnail
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -127,6 +127,33 @@ def test_a_truncated_image_is_refused_by_name(tmp_path, kind, cut):
 def test_a_bomb_is_refused_before_it_is_decoded(size, message):
     with pytest.raises(DataError, match=message):
         read_image(huge_png(*size))
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
+    content = saved(picture(), "JPEG", progressive=True)
+    assert 1 < content.count(b"\xff\xda") < 20 and read_image(content).size == picture().size
+    scan = content[content.index(b"\xff\xda") : -2]
+    many = content[:-2] + scan * 40 + content[-2:]
+    for refuse in (read_image, check_image, image_size):
+        with pytest.raises(DataError, match=r"a JPEG of \d+ scans, over 100"):
+            refuse(many)
+
+
+def test_a_tiff_of_tiles_larger_than_any_image_is_refused_before_it_is_decoded():
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    tags += [(322, 4, 1, 60_000), (323, 4, 1, 60_000), (324, 4, 1, 8), (325, 4, 1, 100)]
+    entries = b"".join(struct.pack("<HHLL", *tag) for tag in tags)
+    content = b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + b"\0" * 200
+    with pytest.raises(DataError, match=r"a tile: 60000 x 60000 pixels, over 16,384 on a side"):
+        image_size(content)
+
+
+def test_the_size_is_read_and_the_file_checked_without_a_copy():
+    content = saved(picture(), "PNG")
+    assert image_size(content) == picture().size
+    check_image(content)
+    with pytest.raises(DataError, match="a broken image"):
+        check_image(content[:-30])
 
 
 def test_a_file_over_the_limit_of_bytes_is_refused(tmp_path):
