@@ -8,8 +8,9 @@ encoder reads images, {"image": base64, "text": "..."} may stand for a text.
 from __future__ import annotations
 
 import base64
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,21 @@ from starlette.exceptions import HTTPException
 
 from data.errors import ConfigError, DataError
 from data.records import Passage
+from retriever_server import schema
 from retriever_server.batching import Overloaded
 from retriever_server.live import Opened
 from retriever_server.pictures import text_of
-from retriever_server.schema import EmbedBody, EmbeddingsBody, Pictured, RerankBody, documented, read, reply
+from retriever_server.schema import (
+    Body,
+    EmbedBody,
+    EmbeddingsBody,
+    Pictured,
+    RerankBody,
+    documented,
+    read,
+    reply,
+    troubles,
+)
 from retriever_server.service import QueryFailed, Service, check_unicode, without_paths
 
 _MOST_TEXTS = 4096
@@ -36,26 +48,30 @@ def add_adapters(app: FastAPI, service: Service) -> None:
         body = await read(request, EmbedBody, most)
         inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
         role = "query" if body.prompt_name == "query" else "passage"
-        rows = await _encode(service, request, inputs, role, kind)
+        rows = await _encode(service, request, inputs, role, kind, whole=body.truncate is False)
         return [_shorten(row, body.dimensions, body.normalize) for row in rows] if kind == "dense" else rows
 
-    @app.post("/embed", openapi_extra=documented(EmbedBody))
+    def post(path: str, model: type[Body], answers: Any) -> Callable[..., Any]:
+        responses = {200: {"model": answers}, **troubles(own=path.startswith("/v1/"), absent=True)}
+        return app.post(path, responses=responses, openapi_extra=documented(model))
+
+    @post("/embed", EmbedBody, list[list[float]])
     async def embed_dense(request: Request) -> Response:
         """One vector a text, as TEI."""
         return reply([row.tolist() for row in await embed(request, "dense")])
 
-    @app.post("/embed_sparse", openapi_extra=documented(EmbedBody))
+    @post("/embed_sparse", EmbedBody, list[list[schema.Weight]])
     async def embed_sparse(request: Request) -> Response:
         """The weights above zero of each text, as TEI."""
         rows = await embed(request, "sparse")
         return reply([[{"index": i, "value": v} for i, v in _nonzero(row)] for row in rows])
 
-    @app.post("/embed_all", openapi_extra=documented(EmbedBody))
+    @post("/embed_all", EmbedBody, list[list[list[float]]])
     async def embed_all(request: Request) -> Response:
         """One vector a token of each text, as TEI."""
         return reply([row.tolist() for row in await embed(request, "multi")])
 
-    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
+    @post("/v1/embeddings", EmbeddingsBody, dict[str, Any])
     async def embeddings(request: Request) -> Response:
         """One vector a text, as OpenAI."""
         body = await read(request, EmbeddingsBody, most)
@@ -67,7 +83,7 @@ def add_adapters(app: FastAPI, service: Service) -> None:
         usage = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
         return reply({"object": "list", "data": data, "model": body.model or "sleuth", "usage": usage})
 
-    @app.post("/rerank", openapi_extra=documented(RerankBody))
+    @post("/rerank", RerankBody, list[schema.Scored] | dict[str, Any])
     async def rerank(request: Request) -> Response:
         """Texts by how well they answer the query: as TEI, or for `queries` as Search-R1's reranker."""
         body = await read(request, RerankBody, most)
@@ -75,7 +91,8 @@ def add_adapters(app: FastAPI, service: Service) -> None:
             return reply(await _rerank_documents(service, request, body, body.queries))
         if body.query is None:
             raise DataError("query: must be a string")
-        scores = await _score(service, request, [(body.query, text) for text in body.texts])
+        pairs = [(body.query, text) for text in body.texts]
+        scores = await _score(service, request, pairs, whole=body.truncate is False)
         found = [
             {
                 "index": i,
@@ -88,25 +105,38 @@ def add_adapters(app: FastAPI, service: Service) -> None:
 
 
 async def _encode(
-    service: Service, request: Request, inputs: Sequence[str | Pictured], role: Any, kind: str
+    service: Service,
+    request: Request,
+    inputs: Sequence[str | Pictured],
+    role: Any,
+    kind: str,
+    whole: bool = False,
 ) -> list[Any]:
-    """A row an input: (D,) dense, a csr row sparse, (tokens, D) multi."""
+    """A row an input: (D,) dense, a csr row sparse, (tokens, D) multi. whole: refuse what would be cut."""
     with service.default.current as opened:
         encoder = _inside(opened, "encoder")
         if encoder.spec.kind != kind:
             raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
         _check_texts([text_of(each) for each in inputs])
+        if whole:
+            texts = [(_text_alone(each), role) for each in inputs]
+            await _refuse_what_is_cut(service, request, opened, encoder.tokens_of, texts)
         rows = await service.wait(service.encode(opened, inputs, role), request)
     return _checked(rows, "encoding")
 
 
-async def _score(service: Service, request: Request, pairs: list[tuple[str, str]]) -> list[float]:
-    """How well each text answers the query beside it."""
+async def _score(
+    service: Service, request: Request, pairs: list[tuple[str, str]], whole: bool = False
+) -> list[float]:
+    """How well each text answers the query beside it. whole: refuse what would be cut."""
     if len(pairs) > service.limits.max_hits:
         raise DataError(f"{len(pairs)} pairs, at most {service.limits.max_hits} are allowed")
     with service.default.current as opened:
         scorer = _inside(opened, "scorer")
         check_unicode([text for pair in pairs for text in pair])
+        if whole:
+            count = functools.partial(_tokens_of_pair, scorer)
+            await _refuse_what_is_cut(service, request, opened, count, pairs)
 
         def work(items: list[tuple[str, str]]) -> list[float]:
             with opened:
@@ -114,6 +144,33 @@ async def _score(service: Service, request: Request, pairs: list[tuple[str, str]
 
         scores = await service.wait(service.batcher.run((opened, "score"), work, pairs), request)
     return _checked(scores, "scoring")
+
+
+async def _refuse_what_is_cut(
+    service: Service, request: Request, opened: Opened, tokens_of: Callable[..., Any], items: list[Any]
+) -> None:
+    """Raise 413, as TEI, for a text or pair of which not all tokens would be read."""
+
+    def work(items: list[Any]) -> list[Any]:
+        with opened:
+            return [tokens_of(*item) or (0, -1) for item in items]
+
+    counting = service.batcher.run((opened, "tokens", object()), work, items)
+    for tokens, kept in _checked(await service.wait(counting, request), "counting tokens"):
+        if kept < 0:
+            raise DataError("truncate: false cannot be promised: the model does not say what it cuts")
+        if tokens > kept:
+            raise HTTPException(413, f"inputs: one of {tokens} tokens or more, at most {kept} are read")
+
+
+def _text_alone(asked: str | Pictured) -> str:
+    if isinstance(asked, Pictured) and asked.image is not None:
+        raise DataError("truncate: false cannot be promised for an image with its text")
+    return text_of(asked)
+
+
+def _tokens_of_pair(scorer: Any, query: str, text: str) -> Any:
+    return scorer.tokens_of(query, Passage("", text)) if hasattr(scorer, "tokens_of") else None
 
 
 def _checked(rows: list[Any], what: str) -> list[Any]:
@@ -136,7 +193,7 @@ async def _rerank_documents(
         for query, items in zip(queries, body.documents, strict=True)
         for item in items
     ]
-    scores = iter(await _score(service, request, pairs))
+    scores = iter(await _score(service, request, pairs, whole=body.truncate is False))
     rows = []
     for items in body.documents:
         scored = [{"document": _document(item), "score": next(scores)} for item in items]
@@ -163,6 +220,8 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _shorten(row: np.ndarray, dimensions: int | None, normalise: bool) -> np.ndarray:
+    if dimensions is not None and dimensions > len(row):
+        raise DataError(f"dimensions = {dimensions}: the vectors have {len(row)}")
     row = np.asarray(row, np.float32)[:dimensions]
     length = float(np.linalg.norm(row)) if normalise else 0.0
     return row / length if length else row

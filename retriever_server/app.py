@@ -205,7 +205,7 @@ def _add_dialects(app: FastAPI, service: Service, dialect: str) -> None:
 def _add_administration(
     app: FastAPI, service: Service, info: dict[str, Any], on_reload: Callable[[], None]
 ) -> None:
-    router = APIRouter()
+    router = APIRouter(responses={status: _OWN[status] for status in (401, 413, 421, 500)})
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -237,7 +237,7 @@ def _add_administration(
         await asyncio.to_thread(service.describe)
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.post("/admin/reload", responses={409: {"model": schema.Trouble}})
+    @router.post("/admin/reload", responses={status: {"model": schema.Trouble} for status in (403, 409, 422)})
     async def reload(backend: str | None = None) -> Response:
         """Open what lies at the backend's place now, and let it answer if it is another generation."""
         try:

@@ -30,6 +30,10 @@ class Scorer(ABC):
     def score(self, pairs: list[Pair]) -> list[float]:
         """A number a pair, higher is better, comparable for one query. Need not be thread-safe."""
 
+    def tokens_of(self, query: str, passage: Passage) -> tuple[int, int] | None:
+        """Tokens of a pair, and how many of them are read, as `Encoder.tokens_of`."""
+        return None
+
 
 class Rerank(Retriever):
     """The first `depth` hits of another retriever, ordered by what a scorer says of them."""
@@ -116,6 +120,12 @@ class CrossEncoder(Scorer):
         ]
         return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
 
+    def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
+        """As `Scorer.tokens_of`."""
+        text = cut_for(self._model.tokenizer, replace_halves(passage.contents), self._model.max_seq_length)
+        whole = len(self._model.tokenizer(replace_halves(query), text, verbose=False).input_ids)
+        return whole, min(whole, self._model.max_seq_length or whole)
+
 
 QUESTION = "Query: {query}\nPassage: {passage}\nIs the passage relevant to the query? Answer yes or no."
 
@@ -169,9 +179,17 @@ class YesNo(Scorer):
                 scores[i] = value
         return scores
 
-    def _prompt(self, query: Query, passage: Passage) -> list[int]:
+    def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
+        """As `Scorer.tokens_of`."""
+        whole = len(self._whole(query, passage))
+        return whole, min(whole, self.max_length)
+
+    def _whole(self, query: Query, passage: Passage) -> list[int]:
         contents = cut_for(self._tokenizer, passage.contents, self.max_length)
-        whole = self._tokens(f"{self._before}{query}{self._between}{contents}{self._after}")
+        return self._tokens(f"{self._before}{query}{self._between}{contents}{self._after}")
+
+    def _prompt(self, query: Query, passage: Passage) -> list[int]:
+        whole = self._whole(query, passage)
         if len(whole) <= self.max_length:
             return whole
         tail = self._tokens(self._after)

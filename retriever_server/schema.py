@@ -186,16 +186,25 @@ class AccessBody(Body):
     urls: list[str]
 
 
-class EmbedBody(Body):
+class Truncated(Body):
+    """How TEI says what happens to texts that are longer than the model reads."""
+
+    truncate: bool | None = Field(None, description="false: refuse them with 413; else their end is cut.")
+    truncation_direction: Literal["Right", "right"] | None = Field(None, description="The end is cut.")
+
+
+class EmbedBody(Truncated):
     """TEI's `/embed`, `/embed_sparse` and `/embed_all`."""
 
     inputs: OneOrMore
     normalize: bool = True
-    prompt_name: str | None = Field(None, description='"query" for queries; otherwise passages.')
+    prompt_name: Literal["query", "passage", "document"] | None = Field(
+        None, description="What the texts are; without it passages, as document."
+    )
     dimensions: int | None = Field(None, ge=1)
 
 
-class RerankBody(Body):
+class RerankBody(Truncated):
     """TEI's `/rerank` (`query`, `texts`) and Search-R1's (`queries`, `documents`, `rerank_topk`)."""
 
     query: str | None = None
@@ -206,6 +215,21 @@ class RerankBody(Body):
     documents: list[list[dict[str, Any]]] = []
     rerank_topk: int | None = Field(None, ge=1)
     return_scores: bool = False
+
+
+class Weight(BaseModel):
+    """A weight of a sparse vector."""
+
+    index: int
+    value: float
+
+
+class Scored(BaseModel):
+    """How well the text at `index` of a `/rerank` answers."""
+
+    index: int
+    score: float
+    text: str | None = None
 
 
 class EmbeddingsBody(Body):
@@ -224,12 +248,16 @@ class Trouble(BaseModel):
     detail: str
 
 
-def troubles(own: bool = True) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route for what may go wrong: of our own /v1, or as other projects' clients read it."""
+def troubles(own: bool = True, absent: bool = False) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route for what may go wrong: of our own /v1, or as other projects' clients read it.
+
+    absent: what is asked for may not be there.
+    """
     busy = "Too many queries wait; Retry-After says when to come back"
     described = {
         400: "Not JSON",
         401: "No token",
+        **({404: "There is no such thing here"} if absent else {}),
         413: "Too large",
         421: "Asked under a name that this server does not go by",
         422: "A wrong value",

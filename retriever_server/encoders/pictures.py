@@ -162,19 +162,22 @@ def picture_batches(
         count = max(1, min(2 * count, budget // max(1, each)))
 
 
+WHOLE = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
+"""What `preprocess` is told so that it cuts nothing."""
+
+
 def uncut(model: Any, given: list[dict[str, Any]], preprocess: Callable[..., dict]) -> dict[str, Any]:
     """The features of items with pictures, whose texts are cut so that nothing else is.
 
     Cutting what a template has made of an item, its end (often the token that is pooled) goes first, and
     without a word. Raises DataError for a picture that alone takes more tokens than the model reads.
     """
-    whole = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
-    features, limit = preprocess(given, **whole), model.max_seq_length or 0
+    features, limit = preprocess(given, **WHOLE), model.max_seq_length or 0
     mask = features.get("attention_mask") if "input_ids" in features else None  # else of sounds, not tokens
     if mask is None or not limit or mask.sum(1).max() <= limit:
         return features
     shorter = [_shortened(model, *each, limit) for each in zip(given, mask.sum(1).tolist(), strict=True)]
-    return preprocess(shorter, **whole)
+    return preprocess(shorter, **WHOLE)
 
 
 def _shortened(model: Any, given: dict[str, Any], length: int, limit: int) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class PromptReps(Transformer):
         rows = [[*ids, *[-1] * (width - len(ids))] for ids in own]
         return {**features, "own_tokens": torch.tensor(rows, dtype=torch.long), "modality": "text"}
 
+    def tokens_of(self, text: str, prompt: str | None) -> tuple[int, int]:
+        """Tokens of a text within the template, and how many are left once it is cut."""
+        before, _, after = (prompt or "{text}").partition("{text}")
+        [kept] = self._cut([text], before + after)
+        whole, read = (len(self._tokens(before + each + after)["input_ids"]) for each in (text, kept))
+        return (whole, read) if kept.split() != text.split() else (read, read)
+
     def _cut(self, texts: list[str], around: str) -> list[str]:
         """The texts without what does not fit beside `around`."""
         room = max(1, (self.max_seq_length or 512) - len(self._tokens(around)["input_ids"]))

@@ -30,6 +30,7 @@ from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
 from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.pictures import (
+    WHOLE,
     as_model_input,
     kind_of,
     one_ahead,
@@ -229,15 +230,14 @@ class SentenceEncoder(Encoder):
         return take(concatenate(parts), np.argsort(np.concatenate(order)))
 
     def _preprocess(self, inputs: list[Any], role: Role, **options: Any) -> dict[str, Any]:
-        prompt = self.spec.query_prompt if role == "query" else self.spec.passage_prompt
-        return self._model.preprocess(inputs, prompt=prompt or None, task=_TASKS[role], **options)
+        return self._model.preprocess(inputs, prompt=self._prompt(role), task=_TASKS[role], **options)
+
+    def _prompt(self, role: Role) -> str | None:
+        return (self.spec.query_prompt if role == "query" else self.spec.passage_prompt) or None
 
     def _batches(self, texts: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Positions of texts, and the features of these, trimmed to the longest of them."""
-        wrapped: list[Any] = [self._cut(str(text)) for text in texts]
-        if self.takes != {"text"}:
-            wrapped = [as_model_input(text, placeholders=self._placeholders) for text in wrapped]
-        features = self._preprocess(wrapped, role)
+        features = self._preprocess([self._given(str(text)) for text in texts], role)
         mask = features.get("attention_mask")
         if mask is None or mask.ndim != 2:  # bags of words have no padding
             yield np.arange(len(texts)), features
@@ -252,6 +252,21 @@ class SentenceEncoder(Encoder):
             self.real_tokens += int(lengths[rows].sum())
             columns = slice(mask.shape[1] - width, None) if padded_left else slice(0, width)
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
+
+    def tokens_of(self, text: str, role: Role) -> tuple[int, int] | None:
+        """As `Encoder.tokens_of`."""
+        given = [self._given(text)]
+        with self._lock:
+            if tokens_of := getattr(self._model[0], "tokens_of", None):
+                return tokens_of(given[0], self._prompt(role))
+            masks = [self._preprocess(given, role, **how).get("attention_mask") for how in (WHOLE, {})]
+        whole, read = (0 if mask is None else int(mask.sum()) for mask in masks)
+        return max(whole, read), read  # a query may be filled up
+
+    def _given(self, text: str) -> Any:
+        """A text as the model takes it."""
+        text = self._cut(text)
+        return text if self.takes == {"text"} else as_model_input(text, placeholders=self._placeholders)
 
     def _cut(self, text: str) -> str:
         return cut_for(self._tokenizer, replace_halves(text), self._longest)

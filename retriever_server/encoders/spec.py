@@ -112,6 +112,13 @@ class Encoder(ABC):
         Raises DataError for an image that cannot be read, or one for an encoder of texts.
         """
 
+    def tokens_of(self, text: str, role: Role) -> tuple[int, int] | None:
+        """Tokens of a text, and how many of them are read: fewer where it is cut. None: it cannot tell.
+
+        Of a text that is much too long the first of the two may be too small.
+        """
+        return None
+
 
 def self_test(encoder: Encoder) -> None:
     """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""

@@ -57,6 +57,8 @@ def test_no_malformed_request_makes_the_server_fail_or_hang(wanted, at_once):
             # Who asks for an answer within no time rightly gets none in time.
             too_late = response.status_code == 504 and "deadline_seconds" in str(case.body)
             assert response.status_code < 500 or too_late, (case.as_curl_command(), response.text)
+            described = operation.definition.raw["responses"]
+            assert str(response.status_code) in described, (case.as_curl_command(), response.status_code)
 
         with suppress(Unsatisfiable):  # a route without parameters cannot be asked wrongly
             check()
