@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from data.errors import ConfigError
+from data.unicode import one_i
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -59,10 +60,11 @@ def normalize_unicode(text: str, fold_accents: bool = False) -> str:
     """A normal form for every script: NFKC, case folded, no punctuation of any script, no a/an/the.
 
     Where a script puts no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Myanmar), each character
-    with its marks is a word. fold_accents drops the diacritics of Latin, Greek and Cyrillic letters; letters
-    that are not composed, such as "ø", stay.   "「東京」 the Ｃａｆé" -> "東 京 café"
+    with its marks is a word. All letters i of Turkish are one. fold_accents drops the diacritics of Latin,
+    Greek and Cyrillic letters; letters that are not composed, such as "ø", stay.
+    "「東京」 the Ｃａｆé" -> "東 京 café"
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = one_i(unicodedata.normalize("NFKC", text).casefold())
     # Again at the end: folding and leaving out characters can bring together what composes.
     text = unicodedata.normalize("NFKC", "".join(filter(_is_kept, folded)))
     if fold_accents:
@@ -124,6 +126,8 @@ def _is_kept(character: str) -> bool:
 
 def separate_characters(text: str) -> str:
     """Put spaces around each character of a script without spaces; marks stay with the one they are on."""
+    if not _SPACELESS.search(text):
+        return text
     pieces, alone = [], False
     for character in text:
         if unicodedata.category(character)[0] != "M":

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import regex
 
 from data.errors import ConfigError, DataError
-from data.unicode import replace_halves
+from data.unicode import name_of, replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
 _WORD = regex.compile(
@@ -56,14 +56,15 @@ def passages_of(
     same file gives the same ids. `open_file` opens a dump, and so may watch how far it is read.
     Raises DataError "FILE: what is wrong" where it cannot be read.
     """
-    name = replace_halves(path.relative_to(root).as_posix())  # of a name that is not UTF-8
+    name = name_of(path.relative_to(root).as_posix())
     numbers: dict[str, int] = {}
     for section in read_sections(path, open_file):
         key = section.key or name
         for text in chunk(section.text, words, overlap):
             number = numbers[key] = numbers.get(key, -1) + 1
             metadata = {"source": name, **section.metadata}
-            yield {"id": f"{key}#{number}", "title": section.title, "text": text, "metadata": metadata}
+            title, text = replace_halves(section.title), replace_halves(text)
+            yield {"id": f"{key}#{number}", "title": title, "text": text, "metadata": metadata}
 
 
 def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:

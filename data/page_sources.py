@@ -23,7 +23,7 @@ from data.errors import ConfigError, DataError
 from data.images import read_pdf
 from data.jsonl import atomic_write
 from data.records import Passage
-from data.unicode import replace_halves
+from data.unicode import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def find_pages(
 
 def pages_in(path: Path, root: Path, scratch: Path) -> list[Passage]:
     """The passages of one file: a page each, or the image itself; named by its path under `root`."""
-    name, end = replace_halves(path.relative_to(root).as_posix()), path.suffix.lower()
+    name, end = name_of(path.relative_to(root).as_posix()), path.suffix.lower()
     if end in IMAGES:
         return [Passage(name, "", path.stem, {"source": name}, str(path))]
     pdf = print_html(path, scratch) if end in HTML else path

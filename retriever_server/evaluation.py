@@ -17,6 +17,7 @@ from data.errors import ConfigError, DataError
 from data.formats.trec import MAX_GRADE
 from data.records import Hit, Qrels, Question
 from data.significance import bootstrap, randomisation_p
+from data.unicode import one_i
 from retriever_server.retriever import Filter, Retriever
 
 METRICS = "nDCG@10,R@10,R@100,RR@10,AP,P@10"
@@ -152,4 +153,4 @@ def _words(text: str) -> list[str]:
     Where a script writes no spaces, a character is a word.
     """
     decomposed = unicodedata.normalize("NFD", separate_characters(text))
-    return [word.lower() for word in regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", decomposed)]
+    return regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", one_i(decomposed.lower()))

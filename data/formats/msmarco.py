@@ -2,10 +2,13 @@
 
 a folder    collection.tsv (id, text), queries.tsv (id, text), triples.tsv (ids of query, positive, negative)
 a file      triples of texts
+
+A first line of words such as "pid passage" is a header, and passed over.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +20,10 @@ from data.formats.tables import at, read_lines, table_line
 from data.formats.training import Items, one_text, passage_of, query_ids
 from data.jsonl import open_atomic
 from data.records import Example
+
+_HEADER = re.compile(
+    r"(?i)(?=.)(query|q|pos(itive)?|neg(ative)?|passage|doc(ument)?|p)?[ _-]?(p?id|text|passage)?"
+)
 
 
 def read(path: Path, split: str, images: Path) -> Items:
@@ -63,11 +70,12 @@ def write(examples: Examples, out: Path) -> None:
 
 
 def _fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
-    for place, line in read_lines(path):
+    for number, (place, line) in enumerate(read_lines(path)):
         fields = line.split("\t")
         if len(fields) != count:
             raise DataError(f"{place}: {len(fields)} fields with tabs between, expected {count}")
-        yield place, fields
+        if number or not all(_HEADER.fullmatch(field.strip()) for field in fields):
+            yield place, fields
 
 
 def _flat(text: str) -> str:

@@ -1,7 +1,8 @@
 """Pairs and triplets in columns, as sentence-transformers has them.
 
 A file is .jsonl, .parquet, or .csv or .tsv with a header. Columns go by their names, in any order: a query, a
-positive, negatives, a label or score. Columns of ids are passed over; another name is refused.
+positive, negatives, a label or score. Columns of ids, and of pandas's index, are passed
+over; another name is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ROLES = {
     "passage": "passage|document|doc|context|answer|response|text|p|sentence2",
     "negative": r"(hard_)?neg(ative)?s?(_?\d+)?",
     "label": "labels?|scores?",
-    "id": r"(\w+_)?_?(id|idx|index|guid)|[qp]id|docid",
+    "id": r"(\w+_)?_?(id|idx|index|guid)|[qp]id|docid|(unnamed:_0)?|__index_level_0__",
 }
 _ALLOWED = (
     "one of anchor, query, question; one positive, passage, document or answer; negative or negative_1, "

@@ -6,6 +6,7 @@ Search-R1   {data_source, prompt, ability, reward_model.ground_truth.target, ext
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,11 @@ def read(path: Path, split: str, images: Path) -> Items:
 def _prompt_text(prompt: Any) -> str:
     """The text of the last user message of a prompt; a prompt may be one string too."""
     if isinstance(prompt, str):
-        return prompt
+        if not prompt.lstrip().startswith("[{"):
+            return prompt
+        try:
+            prompt = json.loads(prompt)
+        except ValueError as error:
+            raise ValueError('"prompt" must be a text, or messages as a list or as JSON') from error
     messages = [m for m in list_of(prompt, "prompt") if isinstance(m, Mapping) and m.get("role") == "user"]
     return str(messages[-1].get("content") or "") if messages else ""

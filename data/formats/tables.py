@@ -120,7 +120,7 @@ def read_parquet(path: Path, at_once: int = 1000) -> Iterator[dict[str, Any]]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(at_once):
-                yield from batch.to_pylist()
+                yield from batch.to_pylist(maps_as_pydicts="lossy")
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0][:200]}") from error
 

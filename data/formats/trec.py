@@ -140,6 +140,8 @@ def _run_line(line: str) -> tuple[str, Hit]:
     except ValueError as error:
         raise ValueError(f"{error} (query Q0 passage rank score name)") from error
     separate = [query, _, passage, rank, score, name] == line.split("\t")
+    if not separate and len(line.split()) == 6 and not re.fullmatch(r"[+-]?[0-9]+", rank):
+        raise ValueError(f"rank {rank[:40]!r}: must be a whole number")
     if not separate and (not re.fullmatch(r"[+-]?[0-9]+", rank) or _starts_with_number(name)):
         raise ValueError(f"{len(line.split())} fields, expected 6: ids with blanks need tabs")
     value = _number(score)

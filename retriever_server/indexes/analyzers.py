@@ -20,6 +20,7 @@ from functools import cache, lru_cache, partial
 import regex
 
 from data.errors import ConfigError
+from data.unicode import one_i
 from retriever_server.indexes.porter import porter
 
 Analyzer = Callable[[str], list[str]]
@@ -47,16 +48,11 @@ def plain(text: str) -> list[str]:
     lowered = unicodedata.normalize("NFKC", text).lower()
     if lowered.isascii():
         return _ASCII_WORD.findall(lowered)
-    return _word_pattern().findall(_one_i(_JOINERS.sub("", lowered)))
+    return _word_pattern().findall(one_i(_JOINERS.sub("", lowered)))
 
 
 def _plain_1(text: str) -> list[str]:
     return _WORD_1.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-def _one_i(lowered: str) -> str:
-    """Turkish has i with and without a dot, and who types without its keyboard writes either as i."""
-    return lowered.replace("i\u0307", "i").replace("ı", "i")
 
 
 @cache
@@ -94,7 +90,7 @@ def multilingual(text: str, language: str = "none", words: int = WORDS) -> list[
         normal = normal.replace("İ", "i").replace("I", "ı").casefold()
         stem = _turkish_stem
     else:
-        normal = _one_i(_JOINERS.sub("", normal.casefold()))
+        normal = one_i(_JOINERS.sub("", normal.casefold()))
     for match in _multilingual_pattern().finditer(normal):
         token = match[0]
         if match.lastgroup == "spaceless":
@@ -238,7 +234,7 @@ def _english_term(token: str) -> str:
 
 
 def _turkish_stem(word: str) -> str:
-    return _one_i(_stemmer("turkish")(word))
+    return one_i(_stemmer("turkish")(word))
 
 
 @cache

@@ -153,6 +153,7 @@ def test_f1_by_hand():
         ("cafe\u200d\u0301", "café"),
         ("दिल्ली।", "दिल्ली"),
         ("$5 €6", "5 €6"),
+        ("İSTANBUL ISPARTA ısparta", "istanbul isparta isparta"),
     ],
 )
 def test_unicode_cases(text, normal):

@@ -130,6 +130,7 @@ def test_a_run_is_ranked_by_score_and_ties_as_trec_eval_does(tmp_path):
     ("lines", "message"),
     [
         ("q1 Q0 d1 1 2.0", r":1: 5 fields, expected 6"),
+        ("qid iter docno rank sim run_id", r":1: rank 'rank': must be a whole number"),
         ("q1 Q0 d1 1 high x", r":1: score 'high': must be a number"),
         ("q1 Q0 d1 1 2 x\nq1 Q0 d1 2 1 x", r":2: passage 'd1' stands there twice"),
         ("\n", "no rankings"),

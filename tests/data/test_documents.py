@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import os
 from itertools import pairwise
 
 import pytest
@@ -167,3 +168,14 @@ def test_what_cannot_be_read_is_named(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         list(passages_of(tmp_path / name, tmp_path))
+
+
+def test_file_names_that_no_table_holds_give_ids_that_differ(tmp_path):
+    """Two names that are not UTF-8 stay two; a tab or a line end in a name is written as its escape."""
+    for name in (b"\xfe.txt", b"\xff.txt", b"a\tb.txt", b"a\nb.txt", b"a b.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("The heron waits.")
+    rows = [row for path in sorted(tmp_path.iterdir()) for row in passages_of(path, tmp_path)]
+    assert sorted(row["id"] for row in rows) == [
+        r"\udcfe.txt#0", r"\udcff.txt#0", "a b.txt#0", r"a\nb.txt#0", r"a\tb.txt#0",
+    ]  # fmt: skip
+    assert [row["title"] for row in rows if row["id"].startswith(r"\ud")] == ["\ufffd"] * 2

@@ -96,6 +96,18 @@ def test_gold_answers_under_each_name(tmp_path, answers, golds):
     assert question.gold_answers == golds
 
 
+def test_a_prompt_may_be_the_json_of_its_messages_and_metadata_a_map(tmp_path):
+    prompt = [{"role": "user", "content": "Answer. Question: why?\n"}]
+    row = {"id": "1", "prompt": json.dumps(prompt), "answer": "x"}
+    assert load_questions(write(tmp_path / "a.jsonl", [row]))[0].text == "why?"
+    with pytest.raises(DataError, match=r'b.jsonl:1: "prompt" must be a text, or messages'):
+        load_questions(write(tmp_path / "b.jsonl", [row | {"prompt": str(prompt)}]))
+    columns = {"id": ["1"], "question": ["why?"], "answer": ["x"]}
+    maps = pyarrow.array([[("kind", "one_hop")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"metadata": maps}), tmp_path / "c.parquet")
+    assert load_questions(str(tmp_path / "c.parquet"))[0].metadata["kind"] == "one_hop"
+
+
 def test_what_flashrag_left_in_a_search_r1_row_is_kept(tmp_path):
     row = {**search_r1_row(3, "other"), "id": "train_3", "question": "the real one", "golden_answers": ["G"]}
     [question] = load_questions(write(tmp_path / "a.parquet", [row]))

@@ -85,6 +85,7 @@ def test_ids_that_do_not_meet_are_said():
         ("A party of 1,000", ["art"], False),
         ("A party of 1,000", ["1,000"], True),
         ("red fox", ["fox red"], False),
+        ("İSTANBUL büyük", ["istanbul"], True),
         ("anything", ["", "  "], False),
     ],
 )

@@ -128,6 +128,13 @@ def test_triples_of_texts_are_grouped_by_their_query(tmp_path):
     assert read(done) == {"q": (["good"], ["bad", "worse"]), "r": (["fine"], ["bad"])}
 
 
+def test_headers_of_triples_and_the_column_of_pandas_index_are_no_data(tmp_path):
+    (tmp_path / "t.tsv").write_text("query\tpositive\tnegative\nq\tgood\tbad\n")
+    (tmp_path / "t.csv").write_text(",query,positive,negative\n0,q,good,bad\n")
+    for name, path in (("msmarco", tmp_path / "t.tsv"), ("sentence-transformers", tmp_path / "t.csv")):
+        assert read(convert_from(name, path, tmp_path / "out")) == {"q": (["good"], ["bad"])}
+
+
 @pytest.mark.parametrize("as_lines", [True, False])
 def test_dpr_reads_arrays_and_lines(tmp_path, as_lines):
     rows = [
