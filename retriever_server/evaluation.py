@@ -53,7 +53,9 @@ def parse_metrics(names: str, top_k: int) -> list[Any]:
     Raises ConfigError for a name that is none, and for a cutoff that lies beyond `top_k`.
     """
     listed = re.findall(r"(?:[^,(]|\([^)]*\))+", names)  # a metric may have commas in brackets
-    return [_parse_metric(name, top_k) for name in filter(None, map(str.strip, listed))]
+    if not (stripped := [name.strip() for name in listed if name.strip()]):
+        raise ConfigError(f"metrics {names!r}: name one, such as nDCG@10")
+    return [_parse_metric(name, top_k) for name in stripped]
 
 
 def _parse_metric(name: str, top_k: int) -> Any:
@@ -73,7 +75,7 @@ def _parse_metric(name: str, top_k: int) -> Any:
             if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= MAX_GRADE:
                 raise ConfigError(f"metric {name!r}: {number} must be 1 to {MAX_GRADE:,}")
     try:
-        list(ir_measures.iter_calc([measure], {"q": {"a": 1, "b": 0}}, {"q": {"a": 2.0, "b": 1.0}}))
+        list(ir_measures.iter_calc([measure], {"0": {"1": 1, "2": 0}}, {"0": {"1": 2.0, "2": 1.0}}))
     except Exception as error:  # each of its providers raises of its own kinds
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"metric {name!r}: ir-measures cannot compute it here ({reason})") from error
@@ -91,14 +93,21 @@ def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
     if not judged:
         example = f"{next(iter(rankings), '')!r} and {next(iter(qrels), '')!r}"
         raise DataError(f"none of the {len(rankings)} queries has qrels: their ids are such as {example}")
-    run = {
-        id_: {hit.passage.id: -float(rank) for rank, hit in reversed(list(enumerate(rankings[id_])))}
-        for id_ in judged
-    }
+    names: dict[str, str] = {}  # some of the providers want numbers, or write tables with blanks
+
+    def numbered(passage: str) -> str:
+        return names.setdefault(passage, str(len(names)))
+
+    asked, truth, run = list(judged), {}, {}
+    for number, id_ in enumerate(asked):
+        truth[str(number)] = {numbered(passage): grade for passage, grade in qrels[id_].items()}
+        ranked = reversed(list(enumerate(rankings[id_])))
+        run[str(number)] = {numbered(hit.passage.id): -float(rank) for rank, hit in ranked}
     values: Values = {str(measure): dict.fromkeys(judged, 0.0) for measure in measures}
     try:
-        for found in ir_measures.iter_calc(measures, judged, run):
-            values[str(found.measure)][found.query_id] = 0.0 if math.isnan(found.value) else found.value
+        for found in ir_measures.iter_calc(measures, truth, run):
+            value = 0.0 if math.isnan(found.value) else found.value
+            values[str(found.measure)][asked[int(found.query_id)]] = value
     except ArithmeticError as error:  # of some where nothing is relevant
         raise DataError(f"ir-measures cannot compute {', '.join(values)} here ({error})") from error
     return values

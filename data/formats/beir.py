@@ -121,8 +121,12 @@ def _row_queries(path: Path) -> Iterator[tuple[str, Question]]:
 
 
 def _tsv_queries(path: Path) -> Iterator[tuple[str, Question]]:
+    turned = False
     for number, (place, line) in enumerate(read_lines(path)):
-        id_, _, text = line.partition("\t")
-        header = id_.strip().lower().replace("-", "_") in _IDS and text.strip().lower() in _TEXTS
-        if not (header and number == 0):
-            yield place, Question(id_of(id_), text.strip(), ())
+        first, _, last = line.partition("\t")
+        words = [each.strip().lower().replace("-", "_") for each in (first, last)]
+        if number == 0 and any(a in _IDS and b in _TEXTS for a, b in (words, words[::-1])):
+            turned = words[1] in _IDS
+            continue
+        id_, text = (last, first) if turned else (first, last)
+        yield place, Question(id_of(id_), text.strip(), ())

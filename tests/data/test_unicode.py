@@ -79,4 +79,4 @@ def test_a_file_name_that_is_not_utf_8_gives_ids_that_are(tmp_path):
     with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as file:
         file.write("Foxes are red.")
     assert sleuth.main(["corpus", str(folder), "--out", str(out)]) == 0
-    assert Corpus(out)[0].id == "caf\ufffd.txt#0"
+    assert Corpus(out)[0].id == r"caf\udce9.txt#0"

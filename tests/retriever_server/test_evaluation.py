@@ -146,6 +146,8 @@ def test_a_wrong_line_is_named(tmp_path, load, name, text, message):
 def test_queries_are_read_as_json_lines_and_as_a_table(tmp_path):
     beir = load_queries(write(tmp_path / "a.jsonl", '{"_id": 1, "text": "fox", "answers": "x"}\n'))
     table = load_queries(write(tmp_path / "a.tsv", "1\tfox\n"))
+    turned = load_queries(write(tmp_path / "b.tsv", "text\tquery-id\nfox\t1\n"))
+    assert turned == table
     assert beir == [Question("1", "fox", ("x",))]
     assert table == [Question("1", "fox", ())]
 
@@ -296,3 +298,16 @@ def test_the_command_says_a_wrong_metric_a_wrong_grade_and_a_wrong_id_in_one_lin
     assert (
         "P@5" in said.out and r"'a\tb' as field 3: a table cannot hold it" in said.err
     )  # scores are shown first
+
+
+def test_err_is_its_formula_whatever_the_ids_are():
+    """Chapelle et al. 2009, grades up to 4; its script takes no ids but numbers, and none with blanks."""
+    qrels, rankings = {"q two": {"Grey heron": 2}}, {"q two": hits("fox", "Grey heron")}
+    [values] = judge(rankings, qrels, parse_metrics("ERR@10", 10)).values()
+    assert values == {"q two": pytest.approx((2**2 - 1) / 2**4 / 2)}
+
+
+def test_no_metric_at_all_is_refused():
+    for names in ("", " , "):
+        with pytest.raises(ConfigError, match=r"metrics .*: name one"):
+            parse_metrics(names, 10)
