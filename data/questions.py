@@ -6,6 +6,7 @@ reward_model.ground_truth.target, extra_info}, whose index starts again in every
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from data.answers import NORMALIZERS
 from data.errors import ConfigError, DataError
-from data.formats.rows import id_of, object_of, plain
+from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import extra_of, gold_answers, question_text
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
 from data.records import Question
@@ -190,7 +191,12 @@ def _parse_row(row: _Row, question_id: str, normalizer: str | None) -> Question:
 
 def _metadata(row: _Row) -> dict[str, Any]:
     given = object_of(row.record.get("metadata"), "metadata")
-    named = {key: plain(row.record.get(key)) for key in ("kind", "cluster", "data_source")}
+    beside = ("kind", "cluster", "data_source")
+    named = object_of({key: row.record.get(key) for key in beside}, ", ".join(beside))
+    try:
+        json.dumps((given, named))
+    except TypeError as error:  # bytes and spans of time, which parquet has
+        raise ValueError(f'"metadata" must be JSON ({error})') from error
     # Tables fill the fields that a row does not have with None or "", which say nothing.
     said = {
         key: value for source in (given, named) for key, value in source.items() if value not in (None, "")

@@ -108,6 +108,17 @@ def test_a_prompt_may_be_the_json_of_its_messages_and_metadata_a_map(tmp_path):
     assert load_questions(str(tmp_path / "c.parquet"))[0].metadata["kind"] == "one_hop"
 
 
+def test_metadata_that_json_cannot_hold_are_refused_where_they_are_read(tmp_path):
+    row = {"id": "1", "question": "why?", "answer": "x"}
+    for number, more in enumerate(({"metadata": {"raw": b"x"}}, {"kind": b"x"})):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | more]), path)
+        with pytest.raises(DataError, match=r'parquet: row 1: "metadata" must be JSON .*bytes'):
+            load_questions(str(path))
+    with pytest.raises(DataError, match='jsonl:1: "kind, cluster, data_source" holds nan'):
+        load_questions(write(tmp_path / "a.jsonl", [row | {"kind": float("nan")}]))
+
+
 def test_what_flashrag_left_in_a_search_r1_row_is_kept(tmp_path):
     row = {**search_r1_row(3, "other"), "id": "train_3", "question": "the real one", "golden_answers": ["G"]}
     [question] = load_questions(write(tmp_path / "a.parquet", [row]))
