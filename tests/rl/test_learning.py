@@ -38,7 +38,7 @@ FIELDS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "dual_clip": (TWO, [1.04]),
     "averaging": ({}, ["trajectory", "constant"]),
     "averaging_tokens": ({"averaging": "constant"}, [5]),
-    "updates_per_rollout": ({}, [2, 4]),
+    "updates_per_rollout": ({}, [2, 3, 4]),
     "kl_coefficient": ({}, [0.2]),
     "kl_estimator": (NEAR, ["k1", "k2"]),
     "kl_in": ({**NEAR, "advantage": "reinforce_pp"}, ["reward"]),
@@ -46,7 +46,7 @@ FIELDS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "value_clip": (PPO, [0.0]),
     "importance": ({}, ["token", "sequence"]),
     "importance_cap": ({"importance": "token"}, [1.2]),
-    "overlong_buffer": ({}, [0.9]),
+    "overlong_buffer": ({"advantage": "reinforce_pp", "gamma": 0.9}, [0.9]),
 }
 """Settings in which a field matters, and other values of it than the default's."""
 ELSEWHERE = {"dynamic_sampling_rounds", *RECIPE_FIELDS}
