@@ -22,6 +22,29 @@ logger = logging.getLogger(__name__)
 Form = Literal["tuple", "pair", "list"]
 
 
+def shown(text: str, *files: str) -> int:
+    """A number for what is read or seen, the same whatever its case and its blanks."""
+    return hash((" ".join(text.lower().split()), *files))
+
+
+class KeysOf:
+    """The numbers of the passages of a corpus (`shown`), each read once."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.known: dict[int, int] = {}
+
+    def __call__(self, position: int) -> int:
+        """That of the passage at this position."""
+        if position not in self.known:
+            passage = self.corpus[position]
+            self.known[position] = shown(passage.text, *passage.files.values())
+        return self.known[position]
+
+    def __reduce__(self) -> Any:
+        return KeysOf, (self.corpus,)  # hashes of texts are other ones in another process
+
+
 def title_and_text(passage: Passage) -> str:
     """The text of a passage where no `EncodingSpec` says another."""
     return f"{passage.title}\n{passage.text}".strip()
@@ -76,7 +99,9 @@ def as_dataset(
         logger.warning("%s: %s, and are left out", examples.path, what)
     if not columns:
         raise DataError(f"{examples.path}: no example has a score for a positive and {negatives} negatives")
-    return Dataset.from_dict(columns).with_transform(_Resolve(examples, render, max_characters))
+    return Dataset.from_dict(columns).with_transform(
+        _Resolve(examples, render, max_characters, KeysOf(examples.corpus))
+    )
 
 
 def _trusted(examples: Examples, labels_of: Literal["teacher", "any"]) -> Iterator[Example]:
@@ -146,9 +171,18 @@ class _Resolve:
     examples: Examples
     render: Callable[[Passage], Input]
     max_characters: int
+    of_passage: Callable[[int], int]
+    """The key of a passage's text, by its position."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         return {name: [self._value(name, value) for value in values] for name, values in batch.items()}
+
+    def key(self, name: str, value: Any) -> Any:
+        """The same for the same text or image: of a query, or of the passage at a position. Renders none."""
+        if name in _QUERY.values():
+            example = self.examples[value]
+            return shown(example.query, *filter(None, [example.query_image]))
+        return self.of_passage(value)
 
     def _value(self, name: str, value: Any) -> Any:
         if name == "label":

@@ -7,6 +7,7 @@ learn to use it; then unsupervised SimCSE; then supervised pairs. The first two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.records import Passage
+from retriever_server.training.examples import KeysOf
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,7 +134,22 @@ def passages_as_dataset(
     """The passages of a corpus as a data set of one column, read batch by batch."""
     from datasets import Dataset
 
-    def resolve(batch: dict[str, list[int]]) -> dict[str, list[str]]:
-        return {"text": [render(corpus[position])[:max_characters] for position in batch["text"]]}
+    transform = _Texts(corpus, render, max_characters, KeysOf(corpus))
+    return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(transform)
 
-    return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(resolve)
+
+@dataclass(frozen=True)
+class _Texts:
+    """Positions in, texts out."""
+
+    corpus: Corpus
+    render: Callable[[Passage], str]
+    max_characters: int
+    of_passage: Callable[[int], int]
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[str]]:
+        return {"text": [self.render(self.corpus[i])[: self.max_characters] for i in batch["text"]]}
+
+    def key(self, name: str, position: int) -> int:
+        """The same for the same text."""
+        return self.of_passage(position)

@@ -63,6 +63,11 @@ class Mixture(MultiDatasetDefaultBatchSampler):
             raise ConfigError(f"{given}: must be {len(sizes)} weights above 0, and together >= 1")
         self.shares, self.together, self.count = np.array(weights) / sum(weights), together, sum(sizes)
 
+    @property
+    def comes_out_even(self) -> bool:
+        """Whether all processes have as many examples in every batch."""
+        return all(getattr(sampler, "comes_out_even", False) for sampler in self.batch_samplers)
+
     def __len__(self) -> int:
         return self.count
 

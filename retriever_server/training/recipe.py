@@ -125,7 +125,7 @@ class RetrieverRecipe:
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them."""
     no_duplicates: bool = True
-    """No text twice in a batch, where it would be its own negative."""
+    """No text twice in a batch of all processes, where it would be its own negative."""
     serves: str | None = None
     """Folder of the index that this model is to replace: prompts, pooling and the rest must be its own."""
     dev: DevConfig = field(default_factory=DevConfig)

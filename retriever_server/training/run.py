@@ -27,6 +27,7 @@ from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.components import build_loss, build_model, kind_of
 from retriever_server.training.dev import DevSet
+from retriever_server.training.distinct import NoDuplicates
 from retriever_server.training.examples import as_dataset
 from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
 from retriever_server.training.items import Opening, Pairs, without_absent_images
@@ -220,7 +221,9 @@ def _arguments(recipe: RetrieverRecipe, kind: str, spec: EncodingSpec | None, se
         bf16=bfloat,
         use_cpu=cpu,
         seed=recipe.seed,
-        batch_sampler="no_duplicates" if recipe.no_duplicates and kind != "cross" else Shuffled,
+        batch_sampler=partial(NoDuplicates, processes=_processes())
+        if recipe.no_duplicates and kind != "cross"
+        else Shuffled,
         multi_dataset_batch_sampler=partial(
             Mixture, weights=[each.weight for each in sets], together=_processes()
         ),

@@ -37,6 +37,12 @@ class Training:
     def add_model_card_callback(self, default_args_dict: Any) -> None:
         """No model card: its statistics would tokenise the data before the first step."""
 
+    def _build_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._build_dataloader(*args, **kwargs)  # type: ignore[misc]
+        if getattr(loader.batch_sampler, "comes_out_even", False):
+            loader.batch_sampler.batch_size = None  # or accelerate drops batches that are not full
+        return loader
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; a loss that is no number stops the run before the optimiser sees its gradient."""
         try:
