@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +21,7 @@ from typing import IO, Any, NamedTuple
 import regex
 
 from data.errors import ConfigError, DataError
+from data.formats.html import decode_html, html_sections
 from data.unicode import name_of, replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
@@ -87,6 +87,15 @@ def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) ->
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
 
+def reason_without_text(path: Path) -> str:
+    """Why a file that can be read gives no passage."""
+    if path.stat().st_size == 0:
+        return "empty"
+    reasons = {".pdf": "no text on its pages, as of a scan", ".txt": "blank", ".md": "no text"}
+    reasons |= dict.fromkeys((".html", ".htm"), "no text beside navigation, scripts and controls")
+    return reasons.get(path.suffix.lower(), "no articles")
+
+
 def chunk(text: str, words: int, overlap: int = 0) -> Iterator[str]:
     """`text` in pieces of whole sentences, at most `words` words each unless one sentence is longer.
 
@@ -132,17 +141,11 @@ def _markdown(path: Path) -> Iterator[Section]:
 
     text = _decode(path.read_bytes())
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # front matter
-    return _html_sections(MarkdownIt().render(text), path.stem)
+    return (Section(*found, {}) for found in html_sections(MarkdownIt().render(text), path.stem))
 
 
 def _html(path: Path) -> Iterator[Section]:
-    raw = path.read_bytes()
-    declared = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
-    try:
-        html = raw.decode(declared[1].decode()) if declared else _decode(raw)
-    except (DataError, LookupError, UnicodeDecodeError):  # as browsers do
-        html = raw.decode("windows-1252", "replace")
-    return _html_sections(html, path.stem)
+    return (Section(*found, {}) for found in html_sections(decode_html(path.read_bytes()), path.stem))
 
 
 def _decode(raw: bytes) -> str:
@@ -152,70 +155,6 @@ def _decode(raw: bytes) -> str:
         return raw.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 from byte {error.start} on; iconv makes it of other encodings") from error
-
-
-def _html_sections(html: str, name: str) -> Iterator[Section]:
-    parser = _Sections(name)
-    parser.feed(re.sub(r"<!\[[^>]*>?", " ", html))  # <![if ...]> and such, which the parser cannot bear
-    parser.close()
-    return iter(parser.finish())
-
-
-class _Sections(HTMLParser):
-    """The text between headings, titled "page: heading"; navigation, scripts and forms are left out."""
-
-    LEFT_OUT = re.compile("script|style|noscript|template|nav|header|footer|aside|form|svg")
-    INLINE = re.compile(
-        "a|abbr|b|bdi|cite|code|dfn|em|i|img|kbd|mark|q|s|small|span|strong|sub|sup|time|u|var|wbr"
-    )
-
-    def __init__(self, name: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.page, self.named, self.heading = name, False, ""
-        self.inside: str = ""
-        self.skipped: list[str] = []
-        self.words: list[str] = []
-        self.titled: list[str] = []
-        self.found: list[Section] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if self.LEFT_OUT.fullmatch(tag):
-            self.skipped.append(tag)
-        elif tag == "title" or re.fullmatch("h[1-6]", tag):
-            self._flush()
-            self.inside, self.titled = tag, []
-        elif not self.INLINE.fullmatch(tag):
-            self.words.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.skipped:
-            del self.skipped[self.skipped.index(tag) :]
-        elif tag == self.inside:
-            self.inside = ""
-            title = " ".join("".join(self.titled).split())
-            if tag in ("title", "h1") and not self.named and title:
-                self.page, self.named, self.heading = title, True, ""
-            elif tag != "title":
-                self.heading = "" if title == self.page else title
-        elif not self.INLINE.fullmatch(tag):
-            self.words.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if self.inside in ("title", "h1") or (self.inside and not self.skipped):  # a header holds the h1
-            self.titled.append(data)
-        elif not self.skipped:
-            self.words.append(data.replace("\n", " "))
-
-    def finish(self) -> list[Section]:
-        self._flush()
-        return self.found
-
-    def _flush(self) -> None:
-        text = "\n".join(" ".join(line.split()) for line in "".join(self.words).split("\n"))
-        if text.strip():
-            title = f"{self.page}: {self.heading}" if self.heading else self.page
-            self.found.append(Section(title, text, {}))
-        self.words = []
 
 
 def _pdf(path: Path) -> Iterator[Section]:

@@ -36,6 +36,7 @@ def main(
         on_error: What to do with a file that cannot be read: stop, or skip it and say so.
     """
     from data.benchmarks import benchmark_passages, is_benchmark
+    from data.documents import reason_without_text
     from data.jsonl import write_jsonl
 
     if is_benchmark(source):
@@ -46,24 +47,36 @@ def main(
         raise ConfigError(f"words = {words}, overlap = {overlap}: must be 0 <= overlap < words")
     files, root = _files(Path(source))
     counts = {"passages": 0, "skipped": 0}
+    without: dict[str, list[Path]] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
         for path, open_file in _with_bar(files):
             try:
+                before = counts["passages"]
                 for row in _passages(path, root, words, overlap, open_file):
                     counts["passages"] += 1
                     yield row
+                if counts["passages"] == before:
+                    without.setdefault(reason_without_text(path), []).append(path)
             except DataError as error:
                 if on_error == "stop":
                     raise DataError(f"{error} (--on_error skip leaves such files out)") from error
                 counts["skipped"] += 1
                 logger.warning("skipped: %s", error)
         if not counts["passages"]:
-            raise DataError(f"source = {source}: no text in {len(files):,} files")
+            raise DataError(f"source = {source}: no text in {len(files):,} files{_told(without)}")
 
     write_jsonl(out, rows())
     skipped = f", {counts['skipped']} files skipped" if counts["skipped"] else ""
-    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}")
+    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}{_told(without)}")
+
+
+def _told(without: dict[str, list[Path]]) -> str:
+    """How many files gave no passage, and why."""
+    reasons = (f"{len(paths):,} {reason} (such as {paths[0].name})" for reason, paths in without.items())
+    return (
+        f"; {sum(map(len, without.values())):,} files gave nothing: {', '.join(reasons)}" if without else ""
+    )
 
 
 def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) -> Iterator[dict[str, Any]]:

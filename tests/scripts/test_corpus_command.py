@@ -69,3 +69,23 @@ def test_the_bar_follows_how_far_a_dump_is_read(tmp_path, capsys, monkeypatch):
     assert "6 passages from 3 files" in capsys.readouterr().out
     size = sum((tmp_path / name).stat().st_size for name in ("a.xml.bz2", "b.xml.gz", "c.xml"))
     assert read == sorted(read) and read[-1] == size and len(set(read)) > 3  # more than once a file
+
+
+def test_files_that_give_nothing_are_counted_with_the_reason(folder, tmp_path, capsys):
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "menu.html").write_text("<nav>only</nav>")
+    (folder / "menu2.htm").write_text("<nav>only</nav>")
+    assert sleuth.main(["corpus", str(folder), "--out", str(tmp_path / "c.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "2 passages from 6 files" in said and "4 files gave nothing: " in said
+    for reason in (
+        "1 blank (such as blank.txt)",
+        "1 empty (such as empty.txt)",
+        "2 no text beside navigation",
+    ):
+        assert reason in said
+    for path in (*folder.glob("*.md"), *folder.glob("deep/*")):
+        path.unlink()
+    assert sleuth.main(["corpus", str(folder), "--out", str(tmp_path / "d.jsonl")]) == 2
+    assert "no text in 4 files; 4 files gave nothing: " in capsys.readouterr().err
