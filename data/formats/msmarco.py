@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from data.errors import DataError
@@ -21,9 +22,9 @@ from data.formats.training import Items, one_text, passage_of, query_ids
 from data.jsonl import open_atomic
 from data.records import Example
 
-_HEADER = re.compile(
-    r"(?i)(?=.)(query|q|pos(itive)?|neg(ative)?|passage|doc(ument)?|p)?[ _-]?(p?id|text|passage)?"
-)
+# The words of headers; none is likely to be an id, so that the first row of a writer's file stays.
+_ID, _TEXT = r"(\w+[ _-]?)?id", r"text|passage|document|contents"
+_HEADERS = [(_ID, _TEXT), (_ID, _ID, _ID), ("query|question|anchor", r"pos\w*", r"neg\w*")]
 
 
 def read(path: Path, split: str, images: Path) -> Items:
@@ -74,8 +75,14 @@ def _fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
         fields = line.split("\t")
         if len(fields) != count:
             raise DataError(f"{place}: {len(fields)} fields with tabs between, expected {count}")
-        if number or not all(_HEADER.fullmatch(field.strip()) for field in fields):
+        if number or not any(map(partial(_are, fields), _HEADERS)):
             yield place, fields
+
+
+def _are(fields: list[str], words: tuple[str, ...]) -> bool:
+    return len(fields) == len(words) and all(
+        re.fullmatch(word, field.strip(), re.IGNORECASE) for word, field in zip(words, fields, strict=True)
+    )
 
 
 def _flat(text: str) -> str:

@@ -64,7 +64,7 @@ def test_the_bar_follows_how_far_a_dump_is_read(tmp_path, capsys, monkeypatch):
     for name, pack in {"a.xml.bz2": bz2.compress, "b.xml.gz": gzip.compress, "c.xml": bytes}.items():
         (tmp_path / name).write_bytes(pack(DUMP.encode().replace(b"<id>7<", b"<id>7%d<" % ord(name[0]))))
     read, move = [], Bar.move
-    monkeypatch.setattr(Bar, "move", lambda self, done: (read.append(done), move(self, done)))
+    monkeypatch.setattr(Bar, "move", lambda self, done, *of: (read.append(done), move(self, done, *of)))
     assert sleuth.main(["corpus", str(tmp_path), "--out", str(tmp_path / "c.jsonl")]) == 0
     assert "6 passages from 3 files" in capsys.readouterr().out
     size = sum((tmp_path / name).stat().st_size for name in ("a.xml.bz2", "b.xml.gz", "c.xml"))

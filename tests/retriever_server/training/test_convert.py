@@ -135,6 +135,16 @@ def test_headers_of_triples_and_the_column_of_pandas_index_are_no_data(tmp_path)
         assert read(convert_from(name, path, tmp_path / "out")) == {"q": (["good"], ["bad"])}
 
 
+def test_ids_that_are_words_are_no_header(tmp_path):
+    passages = [{"id": id_, "text": f"about {id_}"} for id_ in ("p", "pos", "neg", "passage")]
+    write_jsonl(tmp_path / "corpus.jsonl", passages)
+    row = {"query_id": "q", "query": "text", "positives": ["pos"], "negatives": ["neg"]}
+    source = ours(tmp_path, Corpus(tmp_path / "corpus.jsonl"), [row])
+    convert_to("msmarco", source, tmp_path / "theirs")
+    done = convert_from("msmarco", tmp_path / "theirs", tmp_path / "back")
+    assert plain(Examples(done.examples, done.corpus)) == [row] and len(done.corpus) == 4
+
+
 @pytest.mark.parametrize("as_lines", [True, False])
 def test_dpr_reads_arrays_and_lines(tmp_path, as_lines):
     rows = [
