@@ -63,7 +63,7 @@ def main(
         "retriever": retriever, "compare": compare, "queries": queries, "qrels": qrels,
         "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
     }  # fmt: skip
-    _show(scores, retriever if not compare else f"{retriever} against {compare}")
+    _show(scores, retriever if not compare else f"first: {retriever}, second: {compare}")
     if run_out:
         from data.formats.trec import write_run
 
@@ -90,10 +90,13 @@ def _scores(values: list[Any]) -> dict[str, dict[str, Any]]:
     from retriever_server.evaluation import compare, means
 
     differences = compare(*values) if len(values) > 1 else {}
-    return {
+    rows: dict[str, dict[str, Any]] = {
         metric: {"queries": len(of), "mean": means({metric: of})[metric], **differences.get(metric, {})}
         for metric, of in values[0].items()
     }
+    for metric, mean in means(values[1]).items() if differences else ():
+        rows[metric]["compared_mean"] = mean
+    return rows
 
 
 def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -> Any:
@@ -183,7 +186,8 @@ def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
     for metric, row in scores.items():
         cells = [metric, str(row["queries"]), f"{row['mean']:.4f}"]
         if compared:
+            cells.append(f"{row['compared_mean']:.4f}")
             cells += [f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p']:.4f}"]
         rows.append(cells)
-    more = ("difference [95 %]", "p") if compared else ()
-    show_table(title, ("metric", "queries", "mean", *more), rows)
+    means = ("first", "second", "first - second [95 %]", "p") if compared else ("mean",)
+    show_table(title, ("metric", "queries", *means), rows)

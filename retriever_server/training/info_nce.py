@@ -26,9 +26,9 @@ class Qwen3InfoNCE(GradCached):
 
     Negatives of query i: all other passages of the batch, its own hard ones among them; the other queries
     (query_to_query); and for its positive the passages of other queries (doc_to_doc). One is left out
-    where its similarity is above s(q_i, d_i+) + margin, or where it is, or belongs to, the same text:
-    it might be a positive that nobody marked. margin None: nothing is left out, as in
-    MultipleNegativesRankingLoss with these directions.
+    where its similarity is above s(q_i, d_i+) + margin, or where it is, or belongs to, the same text, or a
+    positive that the same query has elsewhere in the batch: it might be a positive that nobody marked.
+    margin None: nothing is left out, as in MultipleNegativesRankingLoss with these directions.
 
     Columns (anchor, positive, negative_1..n). mini_batch_size: encode so many texts at once and keep the
     gradients of vectors only (GradCache). gather_across_devices: texts of all processes are negatives.
@@ -97,8 +97,9 @@ def qwen3_info_nce(
     own_passages = own.repeat(1, per_query)
     positives = (queries[rows] * columns[1][rows]).sum(1)  # (R,)
     same_query = _same(texts[0], texts[0], rows)
-    same_passage = _same(texts[1], torch.cat(texts[1:]), rows)
-    shared = _same(texts[1], texts[1], rows)  # the other query's positive is this one's, too
+    # A repeated query has several positives: texts that are one of them, and queries that one belongs to.
+    same_passage = _any_of(same_query, texts[1], torch.cat(texts[1:]))
+    shared = _any_of(same_query, texts[1], texts[1])
     of = {  # similarities, what is no negative, what may be a positive
         "query_to_doc": (queries[rows] @ passages.T, _only(own, per_query), same_passage),
         "query_to_query": (queries[rows] @ queries.T, own, same_query | shared),
@@ -117,6 +118,11 @@ def qwen3_info_nce(
 def _only(own: Tensor, per_query: int) -> Tensor:
     """The own positive, but not the own hard negatives, which follow it.   (R, B) -> (R, B * N)"""
     return torch.cat([own, own.new_zeros(len(own), own.shape[1] * (per_query - 1))], 1)
+
+
+def _any_of(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Which of the texts `b` is one of those of `a` that a row chooses.   (R, A), (A,), (C,) -> (R, C)"""
+    return chosen.float() @ (a[:, None] == b[None]).float() > 0
 
 
 def _same(a: Tensor, b: Tensor, rows: slice) -> Tensor:

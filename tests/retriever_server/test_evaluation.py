@@ -167,13 +167,16 @@ def test_the_command_scores_compares_and_writes_all(tmp_path, capsys):
         **{"answers": "true", "compare": "none", "metrics": "RR@10", "out": tmp_path / "out"},
     }
     assert main(["evaluate-retriever", *(f"--{name}={value}" for name, value in arguments.items())]) == 0
-    assert "+1.0000" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "second: none" in said and "metric queries first second first - second [95 %] p" in said
+    assert "RR@10 2 1.0000 0.0000 +1.0000" in said  # the first is better
     scores = json.loads((tmp_path / "out/scores.json").read_text())["scores"]
     assert (scores["RR@10"]["mean"], scores["RR@10"]["difference"], scores["answer@1"]["queries"]) == (
         1.0,
         1.0,
         1,
     )
+    assert scores["RR@10"]["compared_mean"] == 0.0
     rows = list(read_jsonl(tmp_path / "out/queries.jsonl"))
     assert rows[1] == {"id": "2", "question": "sea", "scores": {"RR@10": 1.0}, "compared": {"RR@10": 0.0}}
     line = (tmp_path / "out/run.trec").read_text().splitlines()[0].split()

@@ -33,10 +33,11 @@ def naive(columns, texts, temperature, margin, directions):
             return float(cosine_similarity(a, b, dim=0))
 
         positive = s(query, positives[i])
+        golds = {int(texts[1][j]) for j in range(len(queries)) if texts[0][j] == texts[0][i]}
         z = math.exp(positive / temperature)
         for column, passages in enumerate(columns[1:], start=1):
             for j, passage in enumerate(passages):
-                repeated = texts[column][j] == texts[1][i]
+                repeated = int(texts[column][j]) in golds
                 if not (column == 1 and i == j):
                     value = s(query, passage)
                     masked = margin is not None and (value > positive + margin or repeated)
@@ -48,7 +49,7 @@ def naive(columns, texts, temperature, margin, directions):
         for j, other in enumerate(queries):
             if i != j and "query_to_query" in directions:
                 value = s(query, other)
-                same = texts[0][i] == texts[0][j] or texts[1][i] == texts[1][j]
+                same = texts[0][i] == texts[0][j] or int(texts[1][j]) in golds
                 masked = margin is not None and (value > positive + margin or same)
                 z += 0 if masked else math.exp(value / temperature)
         total -= math.log(math.exp(positive / temperature) / z)
@@ -66,6 +67,16 @@ def test_the_loss_is_that_of_the_formula(margin, directions, texts):
     of = columns()
     loss = qwen3_info_nce(of, texts, slice(0, 6), T, margin, directions)
     assert float(loss) == pytest.approx(naive(of, texts, T, margin, directions), abs=1e-5)
+
+
+def test_another_positive_of_a_repeated_query_is_no_negative():
+    """Three rows of one query: its loss is that of the row alone, but for the last row's own passage."""
+    of = columns(count=4, negatives=0)
+    of[0][1] = of[0][2] = of[0][0]
+    texts = keys([7, 7, 7, 8], [10, 11, 12, 13])
+    loss = qwen3_info_nce(of, texts, slice(0, 1), T, 10.0, DIRECTIONS[:1])
+    own, other = (float(cosine_similarity(of[0][0], of[1][j], dim=0)) / T for j in (0, 3))
+    assert float(loss) == pytest.approx(math.log(1 + math.exp(other - own)), abs=1e-5)
 
 
 @pytest.mark.parametrize("directions", [DIRECTIONS, DIRECTIONS[:1], DIRECTIONS[:2], DIRECTIONS[::2]])
