@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from data.records import Hit
 from retriever_server import dialects, schema
 from retriever_server.adapters import add_adapters, add_mcp, make_mcp
 from retriever_server.batching import Batching, Overloaded
-from retriever_server.guard import Guard
+from retriever_server.guard import Access, Guard
 from retriever_server.live import Live
 from retriever_server.retriever import Retriever
 from retriever_server.schema import documented, read, reply
@@ -60,6 +60,9 @@ def create_app(
     batching: Batching | None = None,
     dialect: str = "rllm",
     token: str | None = None,
+    admin_token: str | None = None,
+    hosts: Collection[str] | None = None,
+    image_folders: Sequence[str | Path] = (),
     request_log: Path | None = None,
     watch_seconds: float = 0.0,
     with_mcp: bool = False,
@@ -67,8 +70,9 @@ def create_app(
 ) -> FastAPI:
     """The application that serves a retriever, or several by name, of which the first is the default.
 
-    info joins what `/v1/info` tells; dialect answers what two clients ask alike; token
-    guards all but the probes; request_log gets a JSON line a request; watch_seconds: how often to look
+    info joins what `/v1/info` tells; dialect answers what two clients ask alike; token,
+    admin_token and hosts say who may ask (see `guard.Access`); image_folders: where, beside the folder of a
+    corpus, its pictures may lie; request_log gets a JSON line a request; watch_seconds: how often to look
     for a new generation (0: never); with_mcp mounts `/mcp`; on_reload is called after `/admin/reload`
     has swapped.
     """
@@ -76,7 +80,7 @@ def create_app(
         raise ConfigError(f"dialect {dialect!r}: must be one of {', '.join(dialects.DIALECTS)}")
     backends = {"default": Live(retriever)} if isinstance(retriever, Retriever) else retriever
     limits = limits or Limits()
-    service = Service(backends, limits, batching or Batching())
+    service = Service(backends, limits, batching or Batching(), image_folders)
     mcp = make_mcp(service) if with_mcp else None
 
     @asynccontextmanager
@@ -99,7 +103,7 @@ def create_app(
     app.add_middleware(
         Guard,
         metrics=service.metrics,
-        token=token,
+        access=Access(token, admin_token, hosts),
         max_body_bytes=limits.max_body_bytes,
         request_log=request_log,
     )
@@ -110,7 +114,7 @@ def create_app(
     _add_administration(app, service, dict(info or {}), on_reload)
     add_adapters(app, service)
     if mcp is not None:
-        add_mcp(app, mcp, guarded=token is not None)
+        add_mcp(app, mcp, guarded=token is not None or hosts is not None)
     return app
 
 
@@ -146,7 +150,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         made = await service.wait(service.thumbnail(passage_id, side, backend), request)
         if made is None:
             raise HTTPException(404, f"no picture of a passage {passage_id[:80]!r}")
-        headers = {"Cache-Control": "private, max-age=300", "X-Content-Type-Options": "nosniff"}
+        headers = {"Cache-Control": "private, max-age=300"}
         return Response(made, media_type="image/jpeg", headers=headers)
 
 

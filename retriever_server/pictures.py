@@ -14,6 +14,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
@@ -38,8 +39,14 @@ _NOT_SAID = ("", "application/octet-stream")
 class Pictures:
     """Reads the images of requests, within limits, and keeps the thumbnails that were asked for last."""
 
-    def __init__(self, max_images: int, max_bytes: int, max_pixels: int) -> None:
-        """max_images: in one request; max_bytes, max_pixels: of each; all may have twice the pixels."""
+    def __init__(
+        self, max_images: int, max_bytes: int, max_pixels: int, folders: Sequence[str | Path] = ()
+    ) -> None:
+        """max_images: in one request; max_bytes, max_pixels: of each; all may have twice the pixels.
+
+        folders: where pictures of a corpus may lie beside its own.
+        """
+        self._folders = [Path(folder).resolve() for folder in folders]
         self._most, self._limits = max_images, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels)
         self.batcher = Batcher(_DECODING)
         self._kept: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
@@ -93,7 +100,7 @@ class Pictures:
 
         def work(ids: list[str]) -> list[bytes | None]:
             with opened:
-                return [_shrunk(opened, each, side) for each in ids]
+                return [_shrunk(opened, each, side, self._folders) for each in ids]
 
         [made] = await self.batcher.run((opened, "thumbnail", side), work, [passage_id])
         if isinstance(made, DataError):
@@ -150,13 +157,19 @@ def _decoded(coded: str, max_bytes: int) -> bytes:
     return content
 
 
-def _shrunk(opened: Opened, passage_id: str, side: int) -> bytes | None:
-    """The first picture that a corpus, or a server, inside the retriever has of this passage."""
-    from data.images import read_image, thumbnail
+def _shrunk(opened: Opened, passage_id: str, side: int, folders: Sequence[Path]) -> bytes | None:
+    """The first picture that a corpus, or a server, inside the retriever has of this passage.
+
+    A corpus may come from a stranger: DataError for a file outside of its folder and of `folders`.
+    """
+    from data.images import read_image, split_page, thumbnail
 
     for corpus in opened.find_all("corpus"):
         passage = corpus.get(passage_id)
         if passage is not None and passage.image:
+            file = Path(split_page(passage.image)[0]).resolve()
+            if not any(map(file.is_relative_to, (corpus.path.parent.resolve(), *folders))):
+                raise DataError(f"{file}: outside of the folder of its corpus; --image_folders allows others")
             return thumbnail(read_image(passage.image), side)
     made: Any = (ask(passage_id, side) for ask in opened.find_all("thumbnail_of"))
     return next((each for each in made if each is not None), None)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -121,10 +122,18 @@ _PLACES = re.compile(r"https?://\S+|(?:[\w.~%-]*/)+[\w.~%#=-]*")
 class Service:
     """Backends by name (the first answers who names none), and the queue before them."""
 
-    def __init__(self, backends: Mapping[str, Live], limits: Limits, batching: Batching) -> None:
+    def __init__(
+        self,
+        backends: Mapping[str, Live],
+        limits: Limits,
+        batching: Batching,
+        image_folders: Sequence[str | Path] = (),
+    ) -> None:
         self.backends, self.limits, self.metrics = dict(backends), limits, Metrics()
         self.batcher = Batcher(batching, self.metrics)
-        self.pictures = Pictures(limits.max_images, limits.max_image_bytes, limits.max_image_pixels)
+        self.pictures = Pictures(
+            limits.max_images, limits.max_image_bytes, limits.max_image_pixels, image_folders
+        )
         self.stopping = False
         """Set when it is about to stop: new clients should go elsewhere."""
         for live in self.backends.values():

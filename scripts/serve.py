@@ -49,7 +49,13 @@ class ServeConfig:
     workers: int = 1
     """Processes that share the port and the memory map; a dead one is replaced."""
     token_file: str | None = None
-    """File with a token that every request but probes must carry: Authorization: Bearer ..."""
+    """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
+    admin_token_file: str | None = None
+    """File with another token, for administration; without it the one of token_file administers."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names under which it may be asked without a token, beside addresses, localhost and its host."""
+    image_folders: list[str] = field(default_factory=list)
+    """Folders of pictures that may be shown, beside the folder of their corpus."""
     dialect: str = "rllm"
     """How to answer what two projects' clients ask alike: rllm, zerosearch, search-r1, skyrl, asearcher."""
     topk: int = 3
@@ -89,6 +95,9 @@ class ServeConfig:
         for name in ("watch_seconds", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 0")
+        for folder in self.image_folders:
+            if not Path(folder).is_dir():
+                raise ConfigError(f"image_folders: {folder}: no such folder")
         if "default" in self.others:
             raise ConfigError("others: `default` is the name of the retriever that index gives")
 
@@ -127,6 +136,11 @@ def build_app(config: ServeConfig) -> Any:
         batching=config.batching,
         dialect=config.dialect,
         token=read_token(config.token_file) if config.token_file else None,
+        admin_token=read_token(config.admin_token_file, "admin_token_file")
+        if config.admin_token_file
+        else None,
+        hosts=_names(config),
+        image_folders=config.image_folders,
         request_log=Path(config.request_log) if config.request_log else None,
         watch_seconds=config.watch_seconds,
         with_mcp=config.mcp == "http",
@@ -135,6 +149,12 @@ def build_app(config: ServeConfig) -> Any:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=_reload, args=[app]).start())
     return app
+
+
+def _names(config: ServeConfig) -> set[str]:
+    """What this server goes by; a machine that listens on all its addresses goes by its name, too."""
+    own = socket.gethostname() if config.host in ("", "0.0.0.0", "::") else config.host
+    return {name.lower().rstrip(".") for name in (own, *config.allowed_hosts)}
 
 
 def build_worker(config: ServeConfig) -> Any:

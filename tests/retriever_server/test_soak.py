@@ -77,7 +77,10 @@ class Soak:
     def gone(self, _: httpx.Client, rng: random.Random) -> None:
         """Leave in the middle of a request, or before its answer."""
         body = b'{"queries": ["w1 w2", "w3"], "topk": 3}'
-        request = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+        request = b"POST /retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s" % (
+            len(body),
+            body,
+        )
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=30) as connection:
             connection.sendall(request[: rng.randint(1, len(request))])
             if rng.random() < 0.5:

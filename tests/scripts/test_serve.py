@@ -126,7 +126,7 @@ def test_a_request_in_flight_is_finished_before_the_stop(index):
     body = b'{"queries": ["fox"], "topk": 1}'
     with running_server(index) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            head = f"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST /retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body[:5])
             assert httpx.get(f"{server.url}/healthz").status_code == 200  # it has been read by now
             server.process.send_signal(signal.SIGTERM)
