@@ -70,7 +70,7 @@ async def evaluate(
                 if record["id"] in records:
                     raise DataError(f"question {record['id']!r} was rolled out twice")
                 _append(file, record)
-                records[record["id"]] = _brief(record)
+                records[record["id"]] = brief(record)
                 if _failed(record):
                     nonlocal failed
                     failed += 1
@@ -264,7 +264,7 @@ def _resume(path: Path) -> list[Record]:
     def standing() -> Iterator[Record]:
         for record in read_jsonl(path, tolerate_cut_tail=True):
             if not _failed(record):
-                kept.append(_brief(record))
+                kept.append(brief(record))
                 yield record
 
     write_jsonl(path, standing())
@@ -272,7 +272,7 @@ def _resume(path: Path) -> list[Record]:
     return kept
 
 
-def _brief(record: Record) -> Record:
+def brief(record: Record) -> Record:
     """What scoring needs of a record: no text of passages, so that many fit in memory."""
     segments = [s for s in record["segments"] if s["kind"] == SegmentKind.POLICY]
     tokens = [{"kind": segment["kind"], "tokens": segment["tokens"]} for segment in segments]

@@ -50,7 +50,7 @@ COMMANDS = {
     "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
-    "report": Command("scripts.report", "write report.html of a run folder", "run"),
+    "report": Command("scripts.report", "write report.html of a run or of evaluations", "run"),
 }
 QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")
 STDOUT = 1

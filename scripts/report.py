@@ -1,16 +1,40 @@
-"""`sleuth report`: a run folder in, its report.html out."""
+"""`sleuth report`: a run, an evaluation or a folder of several in, its report.html out."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
-def main(run: Path) -> None:
+def main(
+    run: Path,
+    evaluations: str | None = None,
+    verdict: Literal["all", "right", "wrong", "fixed", "broken"] = "all",
+    kind: str | None = None,
+    questions: str | None = None,
+    megabytes: float = 5.5,
+) -> None:
     """Write RUN/report.html: results, learning curves and a browser of trajectories in one file.
 
+    Where the trajectories are too many for a page, it holds a sample in which every kind of question and
+    every outcome has its share, and says so; the options choose others.
+
     Args:
-        run: Run folder, finished or not.
+        run: Run folder, finished or not; folder of an evaluation; or a folder of several of them.
+        evaluations: Only these: names or patterns such as after,dev-*. By default all, but of those on dev
+            only the first, the best and the last.
+        verdict: Only questions that are right or wrong in `after`, else in the last evaluation shown; or
+            fixed or broken since the first.
+        kind: Only questions of this kind.
+        questions: Only these ids, with commas between; or a file of them, one a line.
+        megabytes: About how large the page may get.
     """
+    from agent.report.choice import Choice
     from agent.report.page import write_report
 
-    print(write_report(run))
+    ids: list[str] = []
+    if questions:
+        file = Path(questions)
+        ids = file.read_text(encoding="utf-8").splitlines() if file.is_file() else questions.split(",")
+    wanted = tuple(id_.strip() for id_ in ids if id_.strip())
+    print(write_report(run, Choice(evaluations, verdict, kind, wanted, megabytes)))

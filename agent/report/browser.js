@@ -2,7 +2,7 @@
 
 const LABELS = { before: "Before training", after: "After training" };
 const NAMES = DATA.evaluations;
-const DEFAULTS = { eval: NAMES.includes("after") ? "after" : NAMES[0] || "", verdict: "", kind: "", stop: "", text: "", id: "" };
+const DEFAULTS = { eval: NAMES.includes("after") ? "after" : NAMES.at(-1) || "", verdict: "", kind: "", stop: "", text: "", id: "" };
 let state = { ...DEFAULTS };
 let shown = [];
 
@@ -123,7 +123,7 @@ function renderList() {
     return row;
   }));
   if (!shown.length) byId("list").append(el("p", { class: "empty" }, "No trajectory matches these filters."));
-  const left = DATA.left_out ? ` (${DATA.left_out.toLocaleString("en")} more are only in trajectories.jsonl, to keep this page small)` : "";
+  const left = DATA.left_out ? ` (${DATA.left_out.toLocaleString("en")} more are not in this page)` : "";
   byId("count").textContent = `${shown.length.toLocaleString("en")} of ${DATA.questions.length.toLocaleString("en")} questions${left}`;
   renderDetail();
 }
@@ -218,6 +218,7 @@ function browserInView() {
   return box.top < innerHeight && box.bottom > 0;
 }
 
+byId("chosen").textContent = DATA.chosen && `What this page holds: ${DATA.chosen}.`;
 if (DATA.questions.length) {
   buildFilters();
   readHash();

@@ -1,90 +1,45 @@
-"""What a run folder holds, as one object for the page. Whatever is missing stays empty."""
+"""What the scripts of the page get: curves, and the trajectories that were chosen."""
 
 from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from agent.evaluate import METRICS, paired_difference, read_records, score
+from agent.report.choice import Choice, choose, describe, every_question
+from agent.report.folders import Run, read_full
 from data.errors import ConfigError, DataError
 from data.images import read_image, thumbnail
-from data.jsonl import read_json
-from data.run_dir import read_metrics, read_run
+
+Record = Mapping[str, Any]
 
 TEXT_LIMITS = (1_000, 300, 120)
 """Characters of a passage that the page shows; the next smaller one is taken if the page gets too big."""
+_LEAST_BYTES = 400
+"""Of a question on the page: more than fit by this are not even read."""
 PICTURES, PICTURE_SIDE = 300, 240
 """How many passages are shown with a small copy of their picture, and its size in pixels. A page that got
 too big has none."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One folder of evaluations/: its name, its scores, its records by question id."""
+def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
+    """Curves and trajectories for the scripts of the page, as JSON values of about `choice.megabytes`.
 
-    name: str
-    scores: Mapping[str, Any]
-    records: Mapping[str, Mapping[str, Any]]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that the report shows of a run."""
-
-    name: str
-    info: Mapping[str, Any]
-    config: str
-    metrics: Sequence[Mapping[str, Any]]
-    phases: Mapping[str, float]
-    evaluations: Sequence[Evaluation]
-
-
-def read_run_folder(path: Path | str) -> Run:
-    """Everything the folder holds. Raises DataError where it is no run folder or a file is malformed."""
-    path = Path(path)
-    info = read_run(path)
-    config = path / "config.yaml"
-    return Run(
-        name=path.resolve().name,
-        info=info,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
-        metrics=read_metrics(path),
-        phases=_read_phases(path / "phases.json"),
-        evaluations=_read_evaluations(path / "evaluations"),
-    )
-
-
-def compare(run: Run) -> tuple[Evaluation, Evaluation, dict[str, Any]] | str:
-    """The evaluations before and after with their paired difference, or why there is none."""
-    named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    if not {"before", "after"} <= set(named):
-        return "A difference needs the evaluations “before” and “after”."
-    before, after = named["before"], named["after"]
-    try:
-        return before, after, paired_difference(before.records.values(), after.records.values())
-    except DataError as error:
-        return f"No paired difference: {error}."
-
-
-def browser_payload(run: Run, limit_bytes: int) -> dict[str, Any]:
-    """Curves and trajectories for the scripts of the page, as JSON values of about `limit_bytes` at most.
-
-    Each passage, prompt and protocol message is stored once. A payload that is too big first gets
-    shorter passages, then fewer questions; `left_out` says how many are missing.
+    Each passage, prompt and protocol message is stored once. A payload that is too big first gets shorter
+    passages, then fewer questions; `left_out` says how many are missing, and `chosen` which are there.
     """
-    questions = list(dict.fromkeys(id_ for e in run.evaluations for id_ in e.records))
-    kept = len(questions)
-    limits = iter(TEXT_LIMITS)
+    limit_bytes = choice.megabytes * 1_000_000
+    asked = choose(run, choice) if run.evaluations else []
+    candidates = asked[: max(1, int(limit_bytes / _LEAST_BYTES))]
+    full = {e.name: read_full(e, set(candidates)) for e in run.evaluations}
+    order = {id_: place for place, id_ in enumerate(every_question(run))}
+    kept, limits = len(candidates), iter(TEXT_LIMITS)
     limit = next(limits)
     while True:
-        payload = _payload(run, questions[:kept], limit) | {"left_out": len(questions) - kept}
-        size = len(json.dumps(payload, ensure_ascii=False).encode())
+        payload = _payload(run, full, sorted(candidates[:kept], key=order.__getitem__), limit)
+        payload |= {"left_out": len(order) - kept, "chosen": describe(run, choice, kept, len(asked))}
+        size = len(json.dumps(payload, ensure_ascii=False).encode(errors="surrogatepass"))
         if size <= limit_bytes or kept <= 1:
             return payload
         shorter = next(limits, None)
@@ -110,7 +65,9 @@ class _Table:
         return self._places[key]
 
 
-def _payload(run: Run, questions: Iterable[str], text_limit: int) -> dict[str, Any]:
+def _payload(
+    run: Run, full: Mapping[str, Mapping[str, Record]], questions: Iterable[str], text_limit: int
+) -> dict[str, Any]:
     texts, passages = _Table(), _Table()
 
     def one(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -118,7 +75,7 @@ def _payload(run: Run, questions: Iterable[str], text_limit: int) -> dict[str, A
 
     rows = []
     for id_ in questions:
-        records = [evaluation.records.get(id_) for evaluation in run.evaluations]
+        records = [full[evaluation.name].get(id_) for evaluation in run.evaluations]
         first = next(record for record in records if record is not None)
         rows.append(
             {
@@ -131,7 +88,11 @@ def _payload(run: Run, questions: Iterable[str], text_limit: int) -> dict[str, A
         )
     return {
         "evaluations": [evaluation.name for evaluation in run.evaluations],
-        "metrics": _series(run.metrics),
+        "metrics": {
+            f"{key} ({name})" if name else key: points
+            for name, rows in run.metrics.items()
+            for key, points in _series(rows).items()
+        },
         "questions": rows,
         "texts": texts.rows,
         "passages": passages.rows,
@@ -203,38 +164,3 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]
             if key != "step" and value is not None:
                 series.setdefault(key, []).append([row["step"], float(f"{value:.6g}")])
     return series
-
-
-def _read_phases(path: Path) -> dict[str, float]:
-    """{"seconds": {phase: seconds}}; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        seconds = read_json(path)["seconds"]
-        return {str(phase): float(value) for phase, value in seconds.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{path}: must be {{"seconds": {{phase: seconds}}}}') from error
-
-
-def _read_evaluations(path: Path) -> list[Evaluation]:
-    """All evaluations: before, after, then by name; not those of training on dev, which are a curve."""
-    first = {"before": 0, "after": 1}
-    found = (mark.parent for mark in path.glob("*/trajectories.jsonl"))
-    folders = [folder for folder in found if not re.fullmatch(r"dev-\d+", folder.name)]
-    folders.sort(key=lambda folder: (first.get(folder.name, 2), folder.name))
-    return [found for folder in folders if (found := _read_evaluation(folder)) is not None]
-
-
-def _read_evaluation(folder: Path) -> Evaluation | None:
-    records = {record["id"]: _judged(record) for record in read_records(folder)}
-    path = folder / "scores.json"
-    if path.exists():
-        return Evaluation(folder.name, read_json(path), records, True)
-    return Evaluation(folder.name, score(records.values()), records, False) if records else None
-
-
-def _judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    missing = [key for key in ("id", "segments", "searches", *METRICS) if key not in record]
-    if missing:
-        raise DataError(f"trajectory {record.get('id')!r}: no field {', '.join(missing)}")
-    return record

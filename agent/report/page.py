@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 from html import escape
 from importlib.resources import files
@@ -17,27 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from agent.report import tables
-from agent.report.collect import browser_payload, read_run_folder
+from agent.report.choice import Choice
+from agent.report.collect import browser_payload
+from agent.report.folders import read_folder
 from data.jsonl import atomic_write
 
-LIMIT_BYTES = 5_500_000
-"""Of the data; the rest of the page is about 30 kB."""
+logger = logging.getLogger(__name__)
 
 
-def write_report(run_path: Path | str) -> Path:
-    """Write RUN/report.html from what the folder holds so far; returns its path.
+def write_report(folder: Path | str, choice: Choice = Choice()) -> Path:  # noqa: B008 (frozen)
+    """Write FOLDER/report.html from what a run, an evaluation or a folder of them holds so far; its path.
 
-    Raises DataError where the folder is no run or a file in it is malformed, StorageError where the
-    page cannot be written.
+    Raises DataError where it is none of these or a file in it is malformed, ConfigError where what is chosen
+    is not there, StorageError where the page cannot be written.
     """
-    path = Path(run_path) / "report.html"
-    atomic_write(path, render_report(run_path))
+    path = Path(folder) / "report.html"
+    atomic_write(path, render_report(folder, choice))
     return path
 
 
-def render_report(run_path: Path | str, limit_bytes: int = LIMIT_BYTES) -> str:
-    """The page of a run folder as HTML."""
-    run = read_run_folder(run_path)
+def render_report(folder: Path | str, choice: Choice = Choice()) -> str:  # noqa: B008 (frozen)
+    """The page as HTML; the log says what of the folder it leaves out."""
+    run = read_folder(folder, choice.evaluations)
+    payload = browser_payload(run, choice)
+    if payload["chosen"]:
+        logger.info("report: %s", payload["chosen"])
     script = "\n".join(_asset(name) for name in ("dom.js", "curves.js", "browser.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     fields = {
@@ -48,7 +53,7 @@ def render_report(run_path: Path | str, limit_bytes: int = LIMIT_BYTES) -> str:
         "results": tables.results(run),
         "phases": tables.phases(run),
         "configuration": tables.configuration(run),
-        "data": embed_json(browser_payload(run, limit_bytes)),
+        "data": embed_json(payload),
         "script": script,
     }
     # One pass: a field's text is never read as a template.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from agent.report.collect import Evaluation, Run, compare
+from agent.report.folders import Evaluation, Run, compare
 
 LABELS = {"before": "Before training", "after": "After training"}
 
@@ -15,13 +15,14 @@ def heading(run: Run) -> str:
     """Name, status and dates of the run, its notes, and what to know of its state."""
     info = run.info
     status = str(info.get("status", "unknown"))
-    facts = [f"started {_date(info.get('created'))}", f"updated {_date(info.get('updated'))}"]
+    dates = {"started": info.get("created"), "updated": info.get("updated")}
+    facts = [f"{name} {_date(date)}" for name, date in dates.items() if date]
     notes = info.get("notes") or []
     notes = [notes] if isinstance(notes, str) else notes
     reason = f'<p class="reason">{escape(str(info["reason"]))}</p>' if info.get("reason") else ""
     items = "".join(f"<p>{escape(str(note))}</p>" for note in notes)
     return (
-        f'<p class="eyebrow">Sleuth run</p><h1>{escape(run.name)}</h1>'
+        f'<p class="eyebrow">Sleuth {run.kind}</p><h1>{escape(run.name)}</h1>'
         f'<p class="facts"><span class="status {escape(status, quote=True)}">{escape(status)}</span> '
         f"{escape(' · '.join(facts))}</p>{reason}"
         + (f'<aside class="notes" aria-label="Notes"><h2>Note</h2>{items}</aside>' if items else "")
@@ -31,7 +32,7 @@ def heading(run: Run) -> str:
 def results(run: Run) -> str:
     """The table of scores: a column an evaluation, and the paired difference before to after."""
     if not run.evaluations:
-        return '<p class="empty">No evaluation yet: nothing lies in evaluations/.</p>'
+        return '<p class="empty">No evaluation yet.</p>'
     compared = compare(run)
     difference = {} if isinstance(compared, str) else compared[2]
     kinds = list(dict.fromkeys(kind for e in run.evaluations for kind in e.scores["by_kind"]))
@@ -175,4 +176,4 @@ def _duration(seconds: float) -> str:
 
 
 def _date(value: Any) -> str:
-    return str(value or "unknown").replace("T", " ")[:16]
+    return str(value).replace("T", " ")[:16]

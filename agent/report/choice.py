@@ -1,0 +1,113 @@
+"""Chooses the questions whose trajectories a page holds: those asked for, or a fair sample of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from agent.report.folders import Run
+
+Verdict = Literal["all", "right", "wrong", "fixed", "broken"]
+Record = Mapping[str, Any]
+
+_VERDICTS: dict[str, Callable[[Record | None, Record | None], bool]] = {
+    "all": lambda first, last: True,
+    "right": lambda first, last: last is not None and last["em"] > 0,
+    "wrong": lambda first, last: last is not None and not last["em"],
+    "fixed": lambda first, last: None not in (first, last) and not first["em"] and last["em"] > 0,  # type: ignore[index]
+    "broken": lambda first, last: None not in (first, last) and first["em"] > 0 and not last["em"],  # type: ignore[index]
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a folder goes into its page."""
+
+    evaluations: str | None = None
+    """Names or patterns of evaluations, with commas between; see `folders.read_folder`."""
+    verdict: Verdict = "all"
+    """Of the evaluation `after`, else of the last one shown; fixed and broken compare it with the first."""
+    kind: str | None = None
+    """Only questions of this kind."""
+    questions: tuple[str, ...] = ()
+    """Only these ids."""
+    megabytes: float = 5.5
+    """About how large the page may get."""
+
+    def __post_init__(self) -> None:
+        require(self.megabytes > 0, "megabytes", self.megabytes, "> 0")
+
+
+def choose(run: Run, choice: Choice) -> list[str]:
+    """The ids that are asked for, in such an order that the first n, whatever n, are a fair sample of them.
+
+    Every kind of question and every pattern of verdicts has its share, and one question at least as soon as
+    there is room for all. Which ones depends on the ids alone.
+    """
+    kinds = {kind_of(run, id_) for id_ in every_question(run)}
+    require(choice.kind in (None, *kinds), "kind", choice.kind, f"one of {', '.join(sorted(kinds))}")
+    asked = [id_ for id_ in every_question(run) if _is_wanted(run, id_, choice)]
+    missing = set(choice.questions) - set(asked)
+    if missing:
+        raise ConfigError(f"questions: {min(missing)!r} is not among those that are asked for")
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for id_ in asked:
+        records = [evaluation.records.get(id_) for evaluation in run.evaluations]
+        verdicts = tuple(record and record["em"] > 0 for record in records)
+        groups[(kind_of(run, id_), *verdicts)].append(id_)
+    places: dict[str, float] = {}
+    for members in groups.values():
+        for place, id_ in enumerate(sorted(members, key=_shuffled)):
+            places[id_] = (place + 0.5) / len(members) if place else 0.0
+    return sorted(asked, key=lambda id_: (places[id_], _shuffled(id_)))
+
+
+def every_question(run: Run) -> list[str]:
+    """The ids of all evaluations, in the order in which they stand there."""
+    return list(dict.fromkeys(id_ for evaluation in run.evaluations for id_ in evaluation.records))
+
+
+def kind_of(run: Run, id_: str) -> str:
+    """The kind of a question, `all` where it has none."""
+    record = next(e.records[id_] for e in run.evaluations if id_ in e.records)
+    return str(record["metadata"].get("kind", "all"))
+
+
+def describe(run: Run, choice: Choice, kept: int, asked: int) -> str:
+    """Which trajectories the page holds and which not, in a sentence; empty where it holds them all."""
+    parts = []
+    total = len(every_question(run))
+    if asked < total:
+        parts.append(f"{asked:,} of {total:,} questions are those asked for")
+    if kept < asked:
+        parts.append(
+            f"{kept:,} of {asked:,} questions are shown, a sample in which every kind and every outcome has "
+            "its share; --verdict, --kind or --questions choose others, --megabytes makes a larger page"
+        )
+    if run.passed_over and choice.evaluations is None:
+        some = ", ".join(run.passed_over[:3]) + (", ..." if len(run.passed_over) > 3 else "")
+        parts.append(
+            f"of the evaluations on dev the first, the best and the last are shown; --evaluations '*' adds "
+            f"{len(run.passed_over):,} others ({some})"
+        )
+    return "; ".join(parts)
+
+
+def _is_wanted(run: Run, id_: str, choice: Choice) -> bool:
+    named = {evaluation.name: evaluation for evaluation in run.evaluations}
+    last = named.get("after", run.evaluations[-1]).records.get(id_)
+    return (
+        _VERDICTS[choice.verdict](run.evaluations[0].records.get(id_), last)
+        and choice.kind in (None, kind_of(run, id_))
+        and (not choice.questions or id_ in choice.questions)
+    )
+
+
+def _shuffled(id_: str) -> bytes:
+    return hashlib.sha256(id_.encode(errors="surrogatepass")).digest()
