@@ -72,6 +72,11 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     return Policy(model.to(device).eval(), tokenizer, vision)
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy alone."""
+    return AutoTokenizer.from_pretrained(find_policy(name))
+
+
 def model_class(config: PretrainedConfig) -> Any:
     """The auto class that loads a policy of this configuration: one that reads pictures, or text alone."""
     return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM

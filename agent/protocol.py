@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from data.errors import ConfigError
@@ -93,6 +93,10 @@ class Protocol:
     """An empty search is carried out; else it is no action."""
     chat: bool = True
     """Wrap the instruction in the tokenizer's chat template, if it has one."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the template is told besides, such as {"enable_thinking": False}."""
+    message_header: str = ""
+    """With what `observation` and `invalid` begin the policy's next message, if they do."""
     max_turns: int = 4
     """Searches (and invalid actions) allowed; one more completion may then only answer."""
     top_k: int = 3
@@ -123,7 +127,9 @@ class Protocol:
     def record(self) -> dict[str, Any]:
         """What sleuth.json of a policy that was trained on it holds: its name, and what differs from that."""
         own = self.name in PROTOCOLS and PROTOCOLS[self.name].titles == self.titles
-        return {"protocol": self.name} | ({} if own else {"titles": self.titles})
+        titles = {} if own else {"titles": self.titles}
+        told = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
+        return {"protocol": self.name, **titles, **told}
 
     def prompt(self, question: str) -> str:
         """The instruction with the question in it, ending in a question mark as Search-R1 has it."""
@@ -143,14 +149,26 @@ class Protocol:
         query = replace_halves(self.query_of(match[2]))
         return Search(query) if query or self.allows_empty_query else Invalid("empty query")
 
-    def is_well_formed(self, turn: str) -> bool:
-        """Whether a turn is one thought and then one action that says something, with nothing besides."""
+    def opens_thought(self, before: str) -> bool:
+        """Whether the text before a turn has begun its thought, as some chat templates do."""
+        return before.rstrip().endswith(f"<{self.think_tag}>")
+
+    def is_well_formed(self, turn: str, before: str = "") -> bool:
+        """Whether a turn is one thought and then one action that says something, with nothing besides.
+
+        before: the text that it follows. Where that begins the thought, the turn may begin it once more or
+        not; where it ends in an empty one, which is how templates say that nothing is to be thought, it may
+        have none.
+        """
         tag = rf"(?!</?(?:{'|'.join(self.tags)})>)"
         inside = rf"(?:{tag}.)*"
-        pattern = (
-            rf"\s*<{self.think_tag}>{inside}</{self.think_tag}>\s*"
-            rf"<({self.search_tag}|{self.answer_tag})>{inside}</\1>\s*"
-        )
+        opens, closes = f"<{self.think_tag}>", f"</{self.think_tag}>"
+        thought = rf"\s*{opens}{inside}{closes}"
+        if self.opens_thought(before):
+            thought = rf"(?:\s*{opens})?{inside}{closes}"
+        elif re.search(rf"{opens}\s*{closes}\s*\Z", before):
+            thought = rf"(?:{thought})?"
+        pattern = rf"{thought}\s*<({self.search_tag}|{self.answer_tag})>{inside}</\1>\s*"
         return re.fullmatch(pattern, turn, re.DOTALL) is not None and _says_something(self.parse(turn))
 
     def render_turn(self, thought: str, action: Search | Answer) -> str:
@@ -253,6 +271,7 @@ HERMES = Protocol(
     observation_tag="tool_response",
     query_of=_tool_call_query,
     call_of=_tool_call,
+    message_header="<|im_start|>assistant\n",
 )
 
 UNQUOTED = {"titles": "unquoted", "keeps_eos": True, "allows_empty_query": False}
@@ -261,11 +280,13 @@ UNQUOTED = {"titles": "unquoted", "keeps_eos": True, "allows_empty_query": False
 PROTOCOLS = {protocol.name: protocol for protocol in (SEARCH_R1, COMPACT, HERMES)}
 
 
-def get_protocol(name: str, titles: str | None = None) -> Protocol:
+def get_protocol(
+    name: str, titles: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Protocol:
     """The protocol of that name, with its own titles unless others are given. Raises ConfigError."""
     if name not in PROTOCOLS:
         raise ConfigError(f"protocol = {name!r}: must be one of {', '.join(PROTOCOLS)}")
     if titles not in (None, "quoted", "unquoted"):
         raise ConfigError(f"protocol.titles = {titles!r}: must be quoted or unquoted")
     changes = {None: {}, "quoted": {"titles": "quoted"}, "unquoted": UNQUOTED}[titles]
-    return replace(PROTOCOLS[name], **changes)
+    return replace(PROTOCOLS[name], chat_template_kwargs=dict(chat_template_kwargs or {}), **changes)

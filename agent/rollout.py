@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from typing import Protocol as Interface
 
 from agent.engines.base import Completion, Engine, Sampling
 from agent.observation import Observation, find_pictures, lay_out
+from agent.prompt import PromptFrame, encode_prompt, make_frame
 from agent.protocol import Action, Answer, Invalid, Protocol, Search
 from agent.search_tool import PICTURE, Neutraliser, render_hits
 from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data.errors import ConfigError, DataError, RetrieverError
+from data.errors import DataError, RetrieverError
 from data.records import Hit, Question
 
 if TYPE_CHECKING:
@@ -59,11 +61,23 @@ class Agent:
     """Trajectories alive at once; the engine may admit fewer."""
     vision: Vision | None = None
     """Of a policy that is shown the pictures of passages; without, it reads what is written about them."""
+    prompt_frame: PromptFrame | None = None
+    """What stands around the instruction, as the run keeps it; None: as the chat template makes it now."""
 
     @cached_property
     def neutralise(self) -> Neutraliser:
         """Defuses what speaks the protocol or is an added token of the tokenizer."""
         return Neutraliser(self.protocol, [str(t) for t in self.tokenizer.added_tokens_decoder.values()])
+
+    @cached_property
+    def frame(self) -> PromptFrame:
+        """What stands around the instruction."""
+        return self.prompt_frame or make_frame(self.protocol, self.tokenizer)
+
+    @cached_property
+    def spoken(self) -> Protocol:
+        """The protocol in the policy's chat template."""
+        return self.frame.fit(self.protocol)
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -108,18 +122,6 @@ class Agent:
         return [task.result() for task in tasks]
 
 
-def encode_prompt(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """A prompt as it begins a trajectory, text and token ids: in the chat template where there is one."""
-    if not (protocol.chat and tokenizer.chat_template):
-        return text, tokenizer.encode(text)
-    for content in (text, [{"type": "text", "text": text}]):  # the second as models that see want it
-        messages = [{"role": "user", "content": content}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        if text.strip() in prompt:
-            return prompt, tokenizer.encode(prompt, add_special_tokens=False)
-    raise ConfigError(f"protocol {protocol.name}: the policy's chat template drops what the user says")
-
-
 class _Episode:
     """The state of one rollout: the ledger so far."""
 
@@ -132,7 +134,7 @@ class _Episode:
         ledger: Ledger,
     ) -> None:
         self.agent, self.question, self.seed, self.on_segment = agent, question, seed, on_segment
-        self.protocol = agent.protocol
+        self.protocol = agent.spoken
         self.segments, self.searches = ledger.segments, ledger.searches
         self.token_ids: list[int] = []
         self.pictures: list[Picture] = []
@@ -163,7 +165,8 @@ class _Episode:
     async def _turns(self, trajectory_id: str) -> Trajectory:
         if not self.segments:
             prompt = self.protocol.prompt(self.agent.neutralise(self.question.text))
-            self._append(SegmentKind.PROMPT, *encode_prompt(prompt, self.protocol, self.agent.tokenizer))
+            prompt, ids = encode_prompt(prompt, self.protocol, self.agent.tokenizer, self.agent.frame)
+            self._append(SegmentKind.PROMPT, prompt, ids)
         for turn in range(len(self.turns), self.protocol.max_turns + 1):
             if self._room < 0:
                 return self._finish(StopReason.TOKEN_LIMIT)
@@ -280,7 +283,11 @@ class _Episode:
         self.token_ids = self.token_ids + segment.token_ids
 
     def _finish(self, reason: StopReason, answer: str | None = None) -> Trajectory:
-        well_formed = all(map(self.protocol.is_well_formed, self.turns))
+        well_formed = all(
+            self.protocol.is_well_formed(turn.text, before.text)
+            for before, turn in pairwise(self.segments)
+            if turn.kind is SegmentKind.POLICY
+        )
         return Trajectory(
             question=self.question,
             segments=self.segments,

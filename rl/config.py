@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that a wrong key is refused before any model 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from agent.protocol import get_protocol
 from data.errors import require
@@ -79,6 +79,8 @@ class ProtocolConfig:
     titles: Literal["quoted", "unquoted"] | None = None
     """quoted: as they stand in a passage's `contents`, which is Search-R1's text; unquoted: search_r1 as the
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the policy's chat template is told besides the messages, such as {enable_thinking: false}."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None

@@ -11,11 +11,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
+from agent.prompt import frozen_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from agent.trajectory import StopReason, Trajectory
@@ -42,6 +44,10 @@ _REQUIRED: dict[str, tuple[tuple[object, ...], str]] = {
     "top_k": ((0, None), _AS_SAMPLED),
     "min_p": ((None, 0), _AS_SAMPLED),
     "repetition_penalty": ((1,), _AS_SAMPLED),
+    "chat_template_kwargs": (
+        (None, {}),
+        "the protocol has them: replace(SEARCH_R1, chat_template_kwargs=...)",
+    ),
     "generation_kwargs": ((None, {}), "the limits of the protocol and the temperature are all there is"),
 }
 """Fields of GRPOConfig, what they may be, and why."""
@@ -123,7 +129,10 @@ class SearchEnvironment:
         engine = HFEngine(model, tokenizer, self.max_rows)
         await engine.update_weights(None, step)
         sampling = Sampling(temperature=args.temperature)
-        agent = Agent(engine, tokenizer, self.client, self.protocol, sampling, max_live=2 * self.max_rows)
+        frame = frozen_frame(Path(args.output_dir), self.protocol, tokenizer)
+        agent = Agent(
+            engine, tokenizer, self.client, self.protocol, sampling, 2 * self.max_rows, prompt_frame=frame
+        )
         self._rollouts += 1
         seed = hash((args.seed, trainer.accelerator.process_index, step, self._rollouts))
         training = model.training

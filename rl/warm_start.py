@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from agent.policy import Policy
+from agent.prompt import encode_prompt, make_frame
 from agent.protocol import Protocol
-from agent.rollout import encode_prompt
 from agent.trajectory import SegmentKind
 from rl.config import WarmStartConfig
 from rl.demonstrations import Span
@@ -31,13 +31,23 @@ if TYPE_CHECKING:
 def encode_demonstration(
     spans: Sequence[Span], policy: Policy, protocol: Protocol, learn_everything: bool
 ) -> dict[str, list[int]]:
-    """input_ids and labels of one demonstration; -100 is outside the loss."""
+    """input_ids and labels of one demonstration; -100 is outside the loss.
+
+    In a chat template that begins the policy's thoughts, the demonstration does not begin them again.
+    """
+    frame, before = make_frame(protocol, policy.tokenizer), ""
+    opening = frame.opening(protocol)
     input_ids, labels = [], []
     for kind, text in spans:
         if kind is SegmentKind.PROMPT and not input_ids:  # not a follow-up
-            _, ids = encode_prompt(text, protocol, policy.tokenizer)
+            text, ids = encode_prompt(text, protocol, policy.tokenizer, frame)
         else:
+            if kind is SegmentKind.OBSERVATION:
+                text += opening
+            elif protocol.opens_thought(before):
+                text = text.removeprefix(f"<{protocol.think_tag}>")
             ids = policy.tokenizer.encode(text, add_special_tokens=False)
+        before = text
         input_ids += ids
         learnt = learn_everything or kind is SegmentKind.POLICY
         labels += ids if learnt else [-100] * len(ids)

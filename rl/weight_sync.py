@@ -16,7 +16,7 @@ import torch
 
 from agent.engines.base import Completion, Engine, Sampling
 from agent.engines.vllm import VLLMEngine
-from agent.rollout import encode_prompt
+from agent.prompt import encode_prompt
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError
 from data.records import Question
@@ -89,7 +89,7 @@ class WeightSync:
 def probe_prompts(agent: Agent) -> list[list[int]]:
     """A few questions as the policy is asked them, in token ids."""
     prompts = [agent.protocol.prompt(text) for text in PROBE_QUESTIONS]
-    return [encode_prompt(prompt, agent.protocol, agent.tokenizer)[1] for prompt in prompts]
+    return [encode_prompt(prompt, agent.protocol, agent.tokenizer, agent.frame)[1] for prompt in prompts]
 
 
 async def check_engine(agent: Agent, model: PreTrainedModel, config: EngineConfig) -> dict[str, float]:

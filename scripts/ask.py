@@ -70,7 +70,7 @@ async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:
 
     from rich.console import Console
 
-    view = _View(Console(highlight=False), agent.protocol)
+    view = _View(Console(highlight=False), agent.spoken)
     watched = replace(agent, searcher=_WatchedSearcher(agent.searcher, view))
     with view.console.status("reading the question"):  # nothing where it is no terminal
         trajectories = await watched.rollout([question], seed, on_segment=view.show_segment)
@@ -104,7 +104,7 @@ class _View:
         if segment.kind == "policy":
             for label, content in split_turn(segment.text, self.protocol):
                 self._line(label, content, STYLES[label])
-        elif segment.text == self.protocol.invalid:
+        elif self.protocol.invalid.endswith(segment.text):
             self._line("invalid", "no action that the protocol knows; it is told so", "red")
 
     def show_hits(self, hits: list[Hit]) -> None:
@@ -130,6 +130,9 @@ def split_turn(turn: str, protocol: Protocol) -> list[tuple[str, str]]:
 
     "<think> a </think><search> b </search>" -> [("thought", "a"), ("search", "b")]
     """
+    closes = f"</{protocol.think_tag}>"
+    if closes in turn and f"<{protocol.think_tag}>" not in turn.split(closes)[0]:
+        turn = f"<{protocol.think_tag}>{turn}"  # the prompt began the thought
     labels = {protocol.think_tag: "thought", protocol.search_tag: "search", protocol.answer_tag: "answer"}
     parts, end = [], 0
     for match in re.finditer(rf"<({'|'.join(labels)})>(.*?)(?:</\1>|\Z)", turn, re.DOTALL):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,16 +122,19 @@ async def _evaluate(
         await opened.check()
         generation = await retriever_generation(opened.client, questions[0].text, retriever)
         settings = settings | {"retriever": generation}
-        rollout = rollout_with_bar(opened, settings["seed"], len(questions))
+        rollout = rollout_with_bar(opened, settings["seed"], len(questions), Path(out))
         return await evaluate(questions, rollout, out, settings, max_failed_share)
 
 
-def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
-    """The rollout function of an evaluation, with a bar."""
+def rollout_with_bar(opened: OpenedAgent, seed: int, total: int, folder: Path):
+    """The rollout function of the evaluation in `folder`, with a bar."""
     from agent.evaluate import roll_out_each
+    from agent.prompt import frozen_frame
     from scripts.console import bar
 
     async def rollout(todo, on_finished):
+        frame = frozen_frame(folder, opened.agent.protocol, opened.agent.tokenizer)
+        agent = replace(opened.agent, prompt_frame=frame)
         done = count(total - len(todo) + 1)
         with bar("answering questions", total, total - len(todo)) as move:
 
@@ -138,7 +142,7 @@ def rollout_with_bar(opened: OpenedAgent, seed: int, total: int):
                 on_finished(trajectory)
                 move(next(done))
 
-            await roll_out_each(opened.agent, todo, seed, finished)
+            await roll_out_each(agent, todo, seed, finished)
 
     return rollout
 

@@ -179,7 +179,7 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
                 "retriever": await retriever_generation(opened.client, questions[0].text, url),
                 **opened.settings(),
             }
-            rollout = rollout_with_bar(opened, seed=0, total=len(questions))
+            rollout = rollout_with_bar(opened, 0, len(questions), folder)
             await evaluate(questions, rollout, folder, settings)
 
     asyncio.run(run())

@@ -318,6 +318,7 @@ async def _train(
     import torch
 
     from agent.policy import load_policy, resolve_device
+    from agent.prompt import frozen_frame
     from rl.learner import Learner
     from rl.trainer import Trainer
     from scripts.console import bar
@@ -352,5 +353,7 @@ async def _train(
     near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
     protocol = opened.agent.protocol
     learner = Learner(trained, config, protocol, workers, another(dtype) if near else None)
+    kept = run and frozen_frame(run.path, protocol, opened.policy.tokenizer)
+    agent = replace(opened.agent, prompt_frame=workers.gather(kept)[0])
     async with opened:
-        await Trainer(config, learner, opened.agent, questions, dev, run, workers, on_step, bar).run()
+        await Trainer(config, learner, agent, questions, dev, run, workers, on_step, bar).run()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
 from agent.policy_folder import find_policy, own_protocol
+from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from data.device import check_device
@@ -59,7 +60,9 @@ class OpenedAgent:
         spoken = self.agent.protocol
         limits = {key: value for key, value in vars(spoken).items() if type(value) is int or key == "chat"}
         # Left out where it is what it was before there was a choice.
-        text = {"titles": spoken.titles} if spoken.titles == "quoted" else {}
+        text: dict[str, Any] = {"titles": spoken.titles} if spoken.titles == "quoted" else {}
+        if spoken.chat_template_kwargs:
+            text["chat_template_kwargs"] = dict(spoken.chat_template_kwargs)
         return {
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
@@ -96,9 +99,11 @@ def open_agent(
 
         from agent.engines.hf import HFEngine
         from agent.engines.opening import open_vllm
-        from agent.policy import load_policy, resolve_device
+        from agent.policy import load_policy, load_tokenizer, resolve_device
 
         disable_progress_bar()
+        if spoken.chat_template_kwargs:  # wrong ones are refused before the weights are read
+            make_frame(spoken, load_tokenizer(policy))
         if engine.name == "vllm" and device == "auto":
             dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
             device = "cpu"
@@ -109,7 +114,8 @@ def open_agent(
         live *= len(sampler.fleet.servers)
     else:
         sampler = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=vision)
-    agent = Agent(sampler, loaded.tokenizer, client, spoken, sampling, max_live=live, vision=vision)
+    more = {"max_live": live, "vision": vision, "prompt_frame": make_frame(spoken, loaded.tokenizer)}
+    agent = Agent(sampler, loaded.tokenizer, client, spoken, sampling, **more)
     return OpenedAgent(agent, loaded, client, engine)
 
 
@@ -143,8 +149,9 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     """The protocol that `config` names, or the policy's own, with what `config` changes of it."""
     own = own_protocol(policy)
     chosen = own if config.name in (None, own.name) else get_protocol(config.name)
-    chosen = get_protocol(chosen.name, config.titles or chosen.titles)
-    apart = ("name", "titles")
+    told = {**chosen.chat_template_kwargs, **(config.chat_template_kwargs or {})}
+    chosen = get_protocol(chosen.name, config.titles or chosen.titles, told)
+    apart = ("name", "titles", "chat_template_kwargs")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
     return replace(chosen, **limits)
 

@@ -1,5 +1,7 @@
 """Fixtures of several files: the toy world that trains in seconds, and torch as the last test found it."""
 
+from datetime import datetime
+
 import pytest
 import torch
 
@@ -16,3 +18,18 @@ def toy(tmp_path_factory):
 def determinism_ends_with_the_test():
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """Lets chat templates believe that it is another day."""
+
+    def turn_to(*date):
+        class Clock:
+            @staticmethod
+            def now():
+                return datetime(*date)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+    return turn_to

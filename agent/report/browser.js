@@ -14,6 +14,8 @@ function parseTurn(text) {
   const tags = "think|search|answer|tool_call";
   const pattern = new RegExp(`<(${tags})>([\\s\\S]*?)(</\\1>|(?=<(?:${tags})>)|$)`, "g");
   const parts = [];
+  const thought = text.indexOf("</think>");
+  if (thought >= 0 && !text.slice(0, thought).includes("<think>")) text = "<think>" + text; // begun by the prompt
   let end = 0;
   const plain = (from, to) => {
     const body = text.slice(from, to).trim();

@@ -104,7 +104,7 @@ def test_tags_that_are_special_tokens_are_read(protocol):
 def test_templates_are_filled_in_one_pass_and_what_is_no_field_stays():
     fields = ("{index}", "{title}", "{text}", "{passages}", "{other}", "{}", "{ text }")
     protocol = replace(
-        SEARCH_R1, passage="{text}|{title}|{index}|{other}|{}\n", observation="<{passages}|{text}|{}>"
+        COMPACT, passage="{text}|{title}|{index}|{other}|{}\n", observation="<{passages}|{text}|{}>"
     )
     for title in fields:
         for text in fields:

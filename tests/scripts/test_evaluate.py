@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from agent.policy import Policy
+from agent.policy import Policy, load_policy
 from agent.policy_folder import own_protocol
 from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
@@ -118,6 +118,33 @@ def test_an_evaluation_of_the_first_version_goes_on_on_its_own_text_only(folder,
         assert evaluate(folder, out, *chosen, "--protocol.titles", "unquoted") == 0
     assert evaluate(folder, out, *chosen) == 2
     assert "protocol.titles: 'absent' -> 'quoted'" in capsys.readouterr().err
+
+
+def test_an_evaluation_goes_on_as_on_the_day_it_began(folder, scripted, tmp_path, day):
+    """And what the template is told is one of its settings."""
+    policy = load_policy(str(folder / "policy"))
+    policy.tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ tone }}: {{ messages[0].content }}"
+    policy.save(tmp_path / "policy", "search_r1")
+    told = ("--policy", f"{tmp_path / 'policy'}", "--protocol.chat_template_kwargs", '{"tone": "!"}')
+    day(2026, 11, 29)
+    assert evaluate(folder, tmp_path / "out", *told) == 0
+    path = tmp_path / "out" / "trajectories.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    day(2026, 12, 1)
+    assert evaluate(folder, tmp_path / "out", *told) == 0
+    prompts = [record["segments"][0]["text"] for record in records(tmp_path / "out")]
+    assert len(prompts) == 6 and all(prompt.startswith("29 Nov!: Answer") for prompt in prompts)
+    settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert settings["protocol"]["chat_template_kwargs"] == {"tone": "!"}
+
+
+def test_a_word_that_the_template_does_not_read_is_refused_before_the_weights_are_read(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("agent.policy.load_policy", None)
+    told = ("--protocol.name", "search_r1", "--protocol.chat_template_kwargs", '{"enable_thinking": false}')
+    assert evaluate(folder, tmp_path, *told) == 2
+    assert "chat_template_kwargs: there is no chat template" in capsys.readouterr().err
 
 
 def test_other_weights_are_another_evaluation(folder, scripted, tmp_path, capsys):
