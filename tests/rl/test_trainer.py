@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from agent.prompt import encode_prompt
 from agent.trajectory import StopReason
 from data.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints
 from data.errors import RetrieverUnavailable, RunStopped
@@ -26,7 +25,7 @@ from rl.sentinel import Sentinel, Verdict
 from rl.update import Updater
 from scripts.train import train
 from scripts.wiring import open_client
-from tests.toy import bigram_policy, toy_config
+from tests.toy import toy_config
 
 
 class Killed(BaseException):
@@ -52,35 +51,6 @@ def assert_same_weights(out, other, step):
 
 def training_rows(out):
     return [row for row in read_metrics(out) if "reward/mean" in row]
-
-
-TODAY = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
-
-
-def test_a_run_asks_as_on_the_day_it_began(toy, tmp_path, day, monkeypatch):
-    """Where the chat template says what day it is: in training and on dev, and after it was interrupted."""
-    policy = bigram_policy()
-    policy.tokenizer.chat_template = TODAY
-    policy.save(tmp_path / "policy", "search_r1")
-    prompts = []
-
-    def spy(*given):
-        prompt, ids = encode_prompt(*given)
-        prompts.append(prompt)
-        return prompt, ids
-
-    monkeypatch.setattr("agent.rollout.encode_prompt", spy)
-    spoken = ProtocolConfig(max_turns=1, max_response_tokens=20)
-    config = toy_config(toy, tmp_path / "run", policy=str(tmp_path / "policy"), protocol=spoken,
-                        save_every=1, eval_every=2, eval_limit=2)  # fmt: skip
-    day(2026, 11, 29)
-    with pytest.raises(Killed):
-        train(config, on_step=kill_at(1))
-    day(2026, 12, 1)
-    train(config)
-    assert len(prompts) == 26 and all(prompt.startswith("29 Nov 2026: Answer the") for prompt in prompts)
-    train(replace(config, out=str(tmp_path / "another"), steps=1, eval_every=0))
-    assert prompts[-1].startswith("01 Dec 2026: Answer the")
 
 
 def test_reward_rises_to_where_the_answer_is_known(toy, tmp_path):
