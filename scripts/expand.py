@@ -24,5 +24,6 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
     from scripts.console import track
 
     generate = READER.plan(generator, (Generator,), "generator: ")
-    expand(Corpus(corpus), generate(), out, passages_at_once, track("expanding passages"))
+    settings = {"generator": generator}
+    expand(Corpus(corpus), generate(), out, passages_at_once, track("expanding passages"), settings)
     print(f"expanded passages in {out}")

@@ -8,7 +8,7 @@ Nogueira and Lin 2019). The text of a passage, and so what a reader sees, stays 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError
 from data.hub import find_model
-from data.jsonl import append_jsonl, read_jsonl
+from data.jsonl import append_jsonl, read_json, read_jsonl, write_json
 from data.records import Passage
 from retriever_server.training.mining import _keep_whole_batches
 
@@ -80,16 +80,22 @@ def expand(
     out: str | Path,
     passages_at_once: int = 32,
     progress: Progress = iter,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the corpus with the expansions to `out`; one that is there already stays as it is.
 
-    Killed, it goes on after the last whole batch. Raises ConfigError where `out` is of another corpus,
-    DataError where the generator gives not one text a passage.
+    settings: those of the generator, kept in `out`.settings.json. Killed, it goes on after the last whole
+    batch. Raises ConfigError where `out` is of another corpus or of other settings, DataError where the
+    generator gives not one text a passage.
     """
     out = Path(out)
     part = out.with_name(f"{out.name}.part")
     for path in (out, part):
         _check_of(corpus, path)
+    if settings is not None:
+        _check_settings(
+            {**settings, "passages_at_once": passages_at_once}, out, out.exists() or part.exists()
+        )
     if out.exists():
         return out
     for start in progress(range(_keep_whole_batches(part, passages_at_once), len(corpus), passages_at_once)):
@@ -104,6 +110,15 @@ def expand(
         append_jsonl(part, (passage_row(passage, out.parent) for passage in expanded))
     os.replace(part, out)
     return out
+
+
+def _check_settings(settings: dict[str, Any], out: Path, begun: bool) -> None:
+    """ConfigError unless what was begun is of these settings, which are kept beside it."""
+    kept = out.with_name(f"{out.name}.settings.json")
+    found = read_json(kept) if kept.exists() else "settings that were not kept"
+    if begun and found != settings:
+        raise ConfigError(f"{out}: was made by {found}, not by {settings}; remove it, or give another --out")
+    write_json(kept, settings)
 
 
 def _check_of(corpus: Corpus, path: Path) -> None:

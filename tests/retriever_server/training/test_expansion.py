@@ -71,7 +71,14 @@ def test_a_file_of_another_corpus_and_a_wrong_generator_are_refused(corpus: Corp
 def test_the_command_expands(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out.jsonl"
     generator = "{class_path: tests.retriever_server.training.test_expansion.Shout}"
-    assert main(["expand", "--corpus", str(corpus.path), "--out", str(out), "--generator", generator]) == 0
+    words = ["expand", "--corpus", str(corpus.path), "--out", str(out), "--generator", generator]
+    assert main(words) == 0
+    written = out.read_bytes()
+    assert main(words) == 0 and main([*words, "--passages_at_once", "3"]) == 2
+    said = capsys.readouterr()
+    assert "out.jsonl: was made by {" in said.err
+    assert "remove it, or give another --out" in said.err and out.read_bytes() == written
+    assert main(words) == 0
     assert "expanded passages in" in capsys.readouterr().out
     assert Corpus(out)[0].metadata["expansion"] == "WORD 0"
 
