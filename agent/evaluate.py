@@ -27,7 +27,7 @@ from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question, hash_questions
 from data.run_dir import check_free, describe_difference
-from data.significance import RESAMPLES, SEED, bootstrap
+from data.significance import FEW_CLUSTERS, RESAMPLES, SEED, bootstrap
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
@@ -197,14 +197,19 @@ def _difference(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
 
 
 def _estimates(values: np.ndarray, records: Sequence[Record]) -> list[dict[str, float | None]]:
-    """Mean, low and high of each column; one cluster alone says nothing of spread: low and high None."""
+    """Mean, low and high of each column, and the number of clusters where these are few.
+
+    One cluster alone says nothing of spread: low and high None.
+    """
     clusters = [_cluster(record) for record in records]
     means = values.mean(axis=0).tolist()
-    if len(set(clusters)) < 2:
+    count = len(set(clusters))
+    few = {"few_clusters": count} if count < FEW_CLUSTERS else {}
+    if count < 2:
         return [{"mean": mean, "low": None, "high": None} for mean in means]
     low, high = bootstrap(values, clusters).tolist()
     rows = zip(means, low, high, strict=True)
-    return [dict(zip(("mean", "low", "high"), row, strict=True)) for row in rows]
+    return [dict(zip(("mean", "low", "high"), row, strict=True)) | few for row in rows]
 
 
 def _kind(record: Record) -> str:

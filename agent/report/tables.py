@@ -135,7 +135,7 @@ def _estimate(estimate: Mapping[str, Any]) -> str:
     if low is None:
         return f"<b>{mean:.3f}</b>"
     return (
-        f"<b>{mean:.3f}</b> <small>[{low:.3f}, {high:.3f}]</small>"
+        f"<b>{mean:.3f}</b> <small>[{low:.3f}, {high:.3f}]{_few(estimate)}</small>"
         '<svg class="range" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="track" y="2.5" width="100" height="1"/>'
         f'<rect x="{100 * low:.1f}" y="1.5" width="{max(0.8, 100 * (high - low)):.1f}" height="3"/>'
@@ -148,7 +148,7 @@ def _signed(estimate: Mapping[str, Any]) -> str:
     if low is None:
         return f"<b>{mean:+.3f}</b>"
     sure = "up" if low > 0 else "down" if high < 0 else "unsure"
-    return f'<b class="{sure}">{mean:+.3f}</b> <small>[{low:+.3f}, {high:+.3f}]</small>'
+    return f'<b class="{sure}">{mean:+.3f}</b> <small>[{low:+.3f}, {high:+.3f}]{_few(estimate)}</small>'
 
 
 def _column(evaluation: Evaluation) -> str:
@@ -177,3 +177,7 @@ def _duration(seconds: float) -> str:
 
 def _date(value: Any) -> str:
     return str(value).replace("T", " ")[:16]
+
+
+def _few(estimate: Mapping[str, Any]) -> str:
+    return f" ({estimate['few_clusters']} clusters)" if "few_clusters" in estimate else ""

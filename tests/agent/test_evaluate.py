@@ -8,6 +8,7 @@ import pytest
 
 from agent.evaluate import evaluate, evaluation_record, paired_difference, read_records, score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from data import significance
 from data.errors import ConfigError, DataError, RetrieverError, RunStopped
 from data.records import Hit, Passage, Question
 from data.significance import RESAMPLES, bootstrap, format_estimate
@@ -127,6 +128,34 @@ def test_questions_that_fail_together_widen_the_interval():
     assert (clustered["clusters"], single["clusters"]) == (20, 200)
     width = [s["em"]["high"] - s["em"]["low"] for s in (clustered, single)]
     assert width[0] == pytest.approx(width[1] * np.sqrt(10), rel=0.1)
+
+
+def coverage(clusters, a, b, trials=300):
+    """How often the interval holds the true mean: clusters of ten questions of one chance ~ Beta(a, b)."""
+    generator, hits = np.random.default_rng(0), 0
+    names = [str(i) for i in range(clusters) for _ in range(10)]
+    for _ in range(trials):
+        chances = generator.beta(a, b, clusters).repeat(10)
+        low, high = bootstrap((generator.random(len(chances)) < chances)[:, None].astype(float), names)[:, 0]
+        hits += low <= a / (a + b) <= high
+    return hits / trials
+
+
+@pytest.mark.parametrize(("clusters", "least"), [(5, 0.88), (10, 0.91), (20, 0.91)])
+@pytest.mark.parametrize(("a", "b"), [(1.4, 0.6), (3, 3)])
+def test_intervals_of_few_clusters_hold_the_true_mean(monkeypatch, clusters, least, a, b):
+    monkeypatch.setattr(significance, "RESAMPLES", 2000)
+    assert coverage(clusters, a, b) >= least
+
+
+def test_below_twenty_clusters_the_interval_is_wider_and_says_so():
+    for clusters, few in ((19, True), (20, False)):
+        items = [(right if i % 2 else trajectory)(question(10 * i + j, cluster=f"c{i}"))
+                 for i in range(clusters) for j in range(3)]  # fmt: skip
+        estimate = score(items)["em"]
+        assert ("few_clusters" in estimate) == few
+        assert format_estimate(estimate).endswith(" (19 clusters)" if few else "]")
+    assert significance._tail(20) == 0.025 > significance._tail(19) > significance._tail(5) > 0
 
 
 def test_one_cluster_has_a_mean_and_no_interval():
