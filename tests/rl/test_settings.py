@@ -148,15 +148,20 @@ def test_the_deadline_of_a_search_and_the_kind_of_run_reach_the_client(toy, tmp_
     assert asked == [(str(toy / "index"), 7.5)]
 
 
-def test_splits_and_the_limit_reach_the_reader_of_questions(toy, tmp_path, monkeypatch):
+def test_splits_limit_and_normalizer_reach_the_reader_of_questions(toy, tmp_path, monkeypatch):
     from data import questions
 
     asked, load = [], questions.load_questions
-    monkeypatch.setattr(
-        questions, "load_questions", lambda source, *rest: asked.append((source, *rest)) or load(source)
-    )
-    train(toy_config(toy, tmp_path, steps=1, rollout=small(), split="a", dev_split="b", eval_limit=3))
-    assert asked == [(str(toy / "train.jsonl"), "a"), (str(toy / "dev.jsonl"), "b", 3)]
+
+    def spy(source, split=None, limit=None, normalizer=None):
+        asked.append((source, split, limit, normalizer))
+        return load(source, None, limit, normalizer)
+
+    monkeypatch.setattr(questions, "load_questions", spy)
+    given = {"split": "a", "dev_split": "b", "eval_limit": 3, "normalizer": "unicode"}
+    train(toy_config(toy, tmp_path, steps=1, rollout=small(), **given))
+    train_file, dev_file = str(toy / "train.jsonl"), str(toy / "dev.jsonl")
+    assert asked == [(train_file, "a", None, "unicode"), (dev_file, "b", 3, "unicode")]
 
 
 def test_weights_are_of_the_type_that_is_asked_for(toy, tmp_path):
@@ -199,6 +204,8 @@ def test_a_protocol_is_chosen_by_name_and_each_of_its_limits_by_itself(name):
     policy = "atlas"  # which speaks compact
     assert wiring.make_protocol(ProtocolConfig(), policy) == PROTOCOLS["compact"]
     assert wiring.make_protocol(ProtocolConfig(name=name), policy) == PROTOCOLS[name]
+    unquoted = wiring.make_protocol(ProtocolConfig(name=name, titles="unquoted"), policy)
+    assert unquoted.titles == "unquoted"
     limits = ("max_turns", "top_k", "max_response_tokens", "max_observation_tokens", "max_context_tokens")
     for limit in limits:
         given = ProtocolConfig(name=name, **{limit: 17})
@@ -214,7 +221,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
         "test_asynchrony.py": "deadline_seconds",
     },
     ProtocolConfig: {
-        HERE: "name max_turns top_k max_response_tokens max_observation_tokens max_context_tokens",
+        HERE: "name titles max_turns top_k max_response_tokens max_observation_tokens max_context_tokens",
     },
     SentinelConfig: {
         "test_sentinel.py": "action patience baseline_steps min_entropy_share max_entropy_share "
@@ -224,7 +231,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
     LoraConfig: {"test_lora.py": "rank alpha target_modules", "test_trainer.py": "dropout"},
     TrainConfig: {
         HERE: "steps save_every eval_every eval_limit keep_checkpoints keep_rollouts_every split dev_split "
-        "micro_batch_tokens packing seed rewards deterministic dtype rollout protocol",
+        "normalizer micro_batch_tokens packing seed rewards deterministic dtype rollout protocol",
         "test_learning.py": "algorithm mask_observations",
         "test_trainer.py": "gradient_checkpointing resume sentinel lora dev_questions",
         "test_config.py": "preset policy questions retriever out device",
