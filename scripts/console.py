@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,7 +205,7 @@ class StepLines:
 def say(line: str) -> None:
     """Print a line on stderr: a sign of life, which puts off the next one of a bar that is not drawn."""
     _last_line[0] = time.monotonic()
-    print(visible(line), file=sys.stderr, flush=True)
+    print(visible(line), file=_Enduring(sys.stderr), flush=True)
 
 
 def _columns() -> int:
@@ -225,7 +225,7 @@ def _display(stays: bool) -> Iterator[None]:
     from rich.console import Console, Group
     from rich.live import Live
 
-    console = Console(stderr=True, force_terminal=True)
+    console = Console(file=_Enduring(sys.stderr), force_terminal=True)  # type: ignore[arg-type]
 
     def draw() -> RenderableType:
         return Group(*(each.line(console.width - 1) for each in list(_bars)))
@@ -246,6 +246,27 @@ def _display(stays: bool) -> Iterator[None]:
             yield
         finally:
             _live.clear()
+
+
+class _Enduring:
+    """A stream whose terminal may go away: that somebody closes a window does not end the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager

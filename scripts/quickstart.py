@@ -220,9 +220,9 @@ def show_results(run: Path, seconds: dict[str, float]) -> None:
     rows += [(k, before["by_kind"][k], after["by_kind"][k], paired["by_kind"][k]) for k in before["by_kind"]]
     scores, habits = [], []
     for kind, old, new, difference in rows:
-        scores.append([kind, old["n"], *(format_estimate(part["em"]) for part in (old, new, difference))])
+        scores.append([kind, *(format_estimate(part["em"]) for part in (old, new, difference))])
         names = ("searches_per_question", "valid_format_rate")
-        habits.append([kind, *(f"{part[name]:.2f}" for name in names for part in (old, new))])
-    show_table("", ("questions", "n", "EM before", "EM after", "difference"), scores)
-    show_table("", ("questions", "searches before", "after", "valid format before", "after"), habits)
+        habits.append([kind, old["n"], *(f"{part[name]:.2f}" for name in names for part in (old, new))])
+    show_table("", ("questions", "EM before", "EM after", "difference"), scores)
+    show_table("", ("questions", "n", "searches before", "after", "valid format before", "after"), habits)
     print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -217,3 +217,20 @@ def test_a_table_into_a_file_is_as_wide_as_it_needs(capsys):
 
 def test_what_steers_a_terminal_is_not_passed_on():
     assert visible("a\x1b]0;title\x07b\nc\td") == "a\ufffd]0;title\ufffdb\nc\td"
+
+
+def test_work_goes_on_when_its_terminal_goes_away(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Gone())
+    console.say("a line")
+    assert list(track("reading")(range(3))) == [0, 1, 2]
+    with bar("training", 2) as move:
+        console.say("step 1/2")
+        move(1)
