@@ -196,7 +196,7 @@ def _difference(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
     }
 
 
-def _estimates(values: np.ndarray, records: Sequence[Record]) -> list[dict[str, float | None]]:
+def _estimates(values: np.ndarray, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Mean, low and high of each column, and the number of clusters where these are few.
 
     One cluster alone says nothing of spread: low and high None.

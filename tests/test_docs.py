@@ -224,3 +224,24 @@ def test_a_page_with_a_wrong_option_is_noticed(tmp_path):
         session.run("cat nothing", "x")
     session.close()
     assert shutil.which("bash")
+
+
+def named_tests() -> Iterator[tuple[str, str, str]]:
+    """(page, file under tests/, test) of every test that a line of a page names after its file."""
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            file = ""
+            for word in re.findall(r"`([\w/.]+)`", line):
+                if word.endswith(".py"):
+                    file = word
+                elif word.startswith("test_") and file:
+                    yield page.name, file, word
+
+
+def test_every_test_that_a_page_names_is_there():
+    found = list(named_tests())
+    assert len(found) > 15
+    for page, file, name in found:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (
+            f"{page}: {file}: {name}"
+        )

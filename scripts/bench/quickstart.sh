@@ -30,3 +30,4 @@ sleuth train --config scripts/configs/atlas.yaml --questions "$world/train.jsonl
 best="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["step"])' \
     "$out/no-observation-mask/checkpoints/best.json")"
 control no-observation-mask "$out/no-observation-mask/checkpoints/step-$(printf %06d "$best")" "$world/index"
+control no-observation-mask-last "$out/no-observation-mask/checkpoints/step-000060" "$world/index"

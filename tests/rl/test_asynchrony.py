@@ -21,6 +21,7 @@ from data.run_dir import read_metrics, read_run
 from retriever_server.client import SearchClient
 from rl.algorithm import AlgorithmConfig
 from rl.config import RolloutConfig
+from rl.importance import sampler_weights
 from rl.in_flight import staleness
 from rl.learner import Learner
 from rl.rewards import combine
@@ -118,9 +119,21 @@ def test_the_same_asynchronous_run_comes_again_where_nothing_waits(toy, tmp_path
 
 
 @pytest.mark.parametrize("bound", [1, 2, 4])
-def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(toy, tmp_path, trained, bound):
+def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
+    toy, tmp_path, trained, bound, monkeypatch
+):
+    weighed = []
+
+    def spy(kind, cap, old, sampler, row, sampled):
+        weighed.append((old, sampler, sampler_weights(kind, cap, old, sampler, row, sampled)))
+        return weighed[-1][-1]
+
+    monkeypatch.setattr("rl.update.sampler_weights", spy)
     train(asynchronous(toy, tmp_path, bound, deterministic=False), Slow(toy, 0.02))
-    lags = [staleness(trajectory, step) for trajectory, step in trained]
+    lags = [
+        step - min(s.weights_version for s in t.segments if s.kind is SegmentKind.POLICY)
+        for t, step in trained
+    ]
     assert 0 < max(lags) <= bound
     rows = read_metrics(tmp_path)
     assert [row["rollout/staleness"] for row in rows] == pytest.approx(
@@ -129,7 +142,16 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(toy,
     stale = [row for row in rows if row["rollout/staleness"] > 0 and "policy/sampler_k3" in row]
     assert any(row["policy/sampler_difference"] > 1e-3 for row in stale)
     assert any(abs(row["policy/importance_weight"] - 1) > 1e-6 for row in stale)
+    for old, sampler, weights in weighed:  # trainer / sampler, at most the cap of 2
+        torch.testing.assert_close(weights, (old - sampler).exp().clamp(max=2))
     assert set(Counter(trajectory.question.id for trajectory, _ in trained).values()) == {8}  # two epochs
+
+
+def test_the_correction_decides_what_stale_tokens_teach(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.update.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old))
+    train(asynchronous(toy, tmp_path, 2, steps=4))
+    began = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()
+    assert_same_weights(weights(tmp_path, 4), began)
 
 
 class Scripted:
