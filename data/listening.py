@@ -10,14 +10,17 @@ PROBE_SECONDS = 3.0
 """How long a server that does not listen yet is waited for at the start of a command."""
 
 
-def why_silent(url: str, seconds: float = PROBE_SECONDS) -> str:
-    """The reason why nobody can be connected to at a URL within so many seconds; "" where somebody can.
+def why_silent(url: str) -> str:
+    """The reason why nobody can be connected to at a URL within PROBE_SECONDS; "" where somebody can.
 
     http://127.0.0.1:9 -> "Connection refused"
     """
     parts = urlsplit(url)
-    port = parts.port or {"https": 443}.get(parts.scheme, 80)
-    until = time.monotonic() + seconds
+    try:
+        port = parts.port or {"https": 443}.get(parts.scheme, 80)
+    except ValueError:
+        return "invalid port"
+    until = time.monotonic() + PROBE_SECONDS
     while True:
         try:
             socket.create_connection((parts.hostname or "", port), max(0.1, until - time.monotonic())).close()

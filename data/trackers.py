@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.request import getproxies
+
+from data.errors import ConfigError
+from data.listening import why_silent
+
+_OFFLINE = "--wandb.mode offline keeps the run on this disk"
+_INIT_SECONDS = 30
 
 
 class Tracker(Protocol):
@@ -29,6 +37,25 @@ class NullTracker:
         """Do nothing."""
 
 
+def check_wandb(mode: Literal["online", "offline"]) -> None:
+    """Raise ConfigError, within seconds, where Weights & Biases cannot be logged to."""
+    if mode == "offline":
+        return
+    import wandb
+    from wandb.errors import Error
+
+    url = str(wandb.setup().settings.base_url)
+    if not getproxies() and (reason := why_silent(url)):
+        raise ConfigError(f"wandb: {url} cannot be reached ({reason}); {_OFFLINE}")
+    try:
+        silent = "prompt" in inspect.signature(wandb.login).parameters  # else of before it could be told
+        logged_in = wandb.login(prompt=False) if silent else wandb.api.api_key
+    except Error as error:
+        raise ConfigError(f"wandb: {_first_line(error)}; {_OFFLINE}") from error
+    if not logged_in:
+        raise ConfigError(f"wandb: not logged in to {url}: `wandb login` does it once; {_OFFLINE}")
+
+
 class WandbTracker:
     """Logs to Weights & Biases; `mode="offline"` writes under `directory`/wandb and needs no network.
 
@@ -46,17 +73,21 @@ class WandbTracker:
         mode: Literal["online", "offline"] = "online",
     ) -> None:
         import wandb
+        from wandb.errors import Error
 
-        self._run = wandb.init(
-            dir=str(directory),
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow" if run_id and mode == "online" else None,
-            config=dict(config or {}),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                dir=str(directory),
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow" if run_id and mode == "online" else None,
+                config=dict(config or {}),
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS),
+            )
+        except Error as error:
+            raise ConfigError(f"wandb: {_first_line(error)}; {_OFFLINE}") from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,3 +97,7 @@ class WandbTracker:
     def close(self) -> None:
         """Finish the wandb run."""
         self._run.finish()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

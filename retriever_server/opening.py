@@ -29,6 +29,7 @@ from typing import Any
 
 from data.class_path import Build, Reader
 from data.errors import ConfigError, SleuthError
+from data.hub import find_model
 from data.plugins import looking_beside
 from data.yaml_file import read_yaml
 from retriever_server.retriever import Retriever
@@ -72,8 +73,21 @@ def plan_retriever(spec: str, deadline_seconds: float = 30.0) -> Build:
     folder = Path(spec.removeprefix("random:"))
     if not folder.exists():
         raise ConfigError(f"retriever {spec!r}: must be {ALLOWED}")
-    importlib.import_module("retriever_server.indexes.base").read_manifest(folder)
+    manifest = importlib.import_module("retriever_server.indexes.base").read_manifest(folder)
+    if manifest.spec:
+        find_model(str(manifest.spec.get("model")), f"{folder}: its encoder")
     return partial(_open_random if spec.startswith("random:") else _ours("open_index"), folder)
+
+
+def check_retriever(spec: str, deadline_seconds: float = 30.0) -> None:
+    """As `plan_retriever`; a server at a URL must answer, too."""
+    plan = plan_retriever(spec, deadline_seconds)
+    if spec.startswith(("http://", "https://")):
+        remote = plan()
+        try:
+            remote.probe()
+        finally:
+            remote.close()
 
 
 def plan_file(path: Path, interface: tuple[type, ...]) -> Build:

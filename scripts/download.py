@@ -8,9 +8,11 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
+from data.listening import why_silent
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ def main(url: str, out: str, sha256: str | None = None, attempts: int = 10) -> N
         _check_digest(path, sha256)
         print(f"already there: {path} ({path.stat().st_size:,} bytes)")
         return
+    if not getproxies() and (reason := why_silent(urls[0])):  # later on it is asked again and again
+        raise DataError(f"{urls[0]}: nobody answers there ({reason})")
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

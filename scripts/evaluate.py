@@ -62,12 +62,14 @@ def main(
     """
     from agent.evaluate import check_folder
     from data.questions import load_questions
+    from retriever_server.opening import check_retriever
     from scripts.wiring import check_agent, open_agent
 
     if not 0 <= max_failed_share <= 1:
         raise ConfigError(f"max_failed_share = {max_failed_share}: must be in [0, 1]")
     check_folder(out)
     check_agent(policy, protocol, device, engine)
+    check_retriever(retriever, deadline_seconds)
     asked = load_questions(questions, split, limit, normalizer)
     opened = open_agent(
         policy,

@@ -47,9 +47,13 @@ def main(
     _check_given(queries, qrels, benchmark, answers, top_k)
     from retriever_server.evaluation import judge, judge_answers, parse_metrics
     from retriever_server.filters import parse_filter
+    from retriever_server.opening import check_retriever
 
     parse_filter(where or {})
     measures = parse_metrics(metrics, top_k)
+    for spec in filter(None, (retriever, compare)):
+        if not spec.endswith((".run", ".trec")):
+            check_retriever(spec)
     collection = _collection(benchmark, queries, qrels)
     asked = collection.queries
     runs = []

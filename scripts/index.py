@@ -134,6 +134,8 @@ def _build_encoded(given: dict[str, Any]) -> None:
     if settings.get("factory") and given["kind"] != "ann":
         raise ConfigError(f"--factory {given['factory']}: has a meaning only with --kind ann")
     from data.corpus import Corpus
+    from data.device import check_device
+    from data.hub import find_model
     from retriever_server.encoders.sentence import load_encoder
     from retriever_server.indexes.base import building, index_kind
     from scripts.console import track
@@ -142,11 +144,14 @@ def _build_encoded(given: dict[str, Any]) -> None:
     of = index_kind(given["kind"]) if given["kind"] else None
     options = {name: given[name] for name in _OF_THE_ENCODER}
     device = "auto" if given["ray"] else given["device"]  # the GPUs may be those of other machines
+    check_device(device)
+    find_model(given["encoder"], "encoder")
+    passages = Corpus(_corpus(given))
     encoder = load_encoder(given["encoder"], device=device, **options)
     of = of or index_kind(_KIND_OF[encoder.spec.kind])
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
-    passages, bar = Corpus(_corpus(given)), track("encoding passages")
+    bar = track("encoding passages")
     settings["on_error"] = given["on_error"]
     if part != (1, 1):
         out = Path(given["out"])

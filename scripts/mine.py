@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,34 +63,28 @@ def main(
 
     rules = Rules(first_rank, last_rank, per_query, pick, margin, relative_margin, keep_answers, seed)
     ranks = Ranks(positive_ranks, negative_ranks)
-    opened = [_open(spec) for spec in teachers or ([retriever] if retriever else [])]
-    passages = _corpus(corpus, opened)
+    specs = teachers or ([retriever] if retriever else [])
+    plans = [_plan(spec) for spec in specs]
+    scorer = _plan(teacher, scorer=True) if teacher else None
+    passages = _corpus(corpus, specs, plans)
     if queries == "crops":
-        queries = _write_crops(passages, Path(out), crops_per_passage, seed, bool(opened), bool(teachers))
+        queries = _write_crops(passages, Path(out), crops_per_passage, seed, bool(specs), bool(teachers))
     if teachers:
-        _label(queries, opened, passages, out, ranks)
-    elif opened:
-        _mine(
-            queries,
-            opened[0],
-            passages,
-            out,
-            rules,
-            _open(teacher, scorer=True) if teacher else None,
-            on_error,
-        )
+        _label(queries, plans, passages, out, ranks)
+    elif retriever:
+        _mine(queries, plans[0], passages, out, rules, scorer, on_error)
 
 
 def _mine(
     queries: str, retriever: Any, corpus: Any, out: str, rules: Any, teacher: Any, on_error: Any
 ) -> None:
+    """Read the examples, then build retriever and teacher and mine."""
     from data.examples import Examples
     from retriever_server.training.mining import mine
     from scripts.console import track
 
-    mined = mine(
-        Examples(queries, corpus, on_error), retriever, corpus, out, rules, teacher, track("mining queries")
-    )
+    examples, bar = Examples(queries, corpus, on_error), track("mining queries")
+    mined = mine(examples, retriever(), corpus, out, rules, teacher() if teacher else None, bar)
     each = mined.negatives / max(1, mined.examples)
     print(f"{mined.examples:,} examples in {out}, {each:.1f} negatives each; {mined.without:,} have none")
 
@@ -99,7 +94,8 @@ def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any)
     from retriever_server.training.teachers import label
     from scripts.console import track
 
-    stages = label(load_queries(queries), teachers, corpus, out, ranks, track("labelling queries"))
+    asked = load_queries(queries)
+    stages = label(asked, [each() for each in teachers], corpus, out, ranks, track("labelling queries"))
     print(f"labels of {len(teachers)} teachers; the last stage is {stages[-1]}")
 
 
@@ -119,30 +115,43 @@ def _write_crops(corpus: Any, out: Path, per_passage: int, seed: int, go_on: boo
     return str(path)
 
 
-def _corpus(path: str | None, retrievers: list[Any]) -> Any:
+def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
+    """The passages: of a file, else of the first retriever that is, or holds, an index on this machine."""
     from data.corpus import Corpus
+    from retriever_server.indexes.base import MANIFEST, corpus_of
 
     if path:
         return Corpus(path)
-    found = next((each.corpus for each in retrievers if hasattr(each, "corpus")), None)
+    folders = [Path(spec.removeprefix("random:")) for spec in specs]
+    if folder := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
+        return corpus_of(folder)
+    found = next((plan().corpus for plan in plans if hasattr(plan(), "corpus")), None)
     if found is None:
         raise ConfigError("--corpus: must be given, as no retriever is an index on this machine")
     return found
 
 
-def _open(spec: str, scorer: bool = False) -> Any:
-    """A retriever, or where one may stand the scorer that `spec` names."""
-    from retriever_server.opening import open_retriever, plan_file
+def _plan(spec: str, scorer: bool = False) -> Any:
+    """What builds, once, the retriever that `spec` names, or where one may stand the scorer."""
+    from data.hub import find_model
+    from retriever_server.opening import check_retriever, plan_file, plan_retriever
     from retriever_server.rerank import CrossEncoder, Scorer
     from retriever_server.retriever import Retriever
 
-    if not scorer or spec.startswith(("http://", "https://")) or (Path(spec) / "manifest.json").exists():
-        retriever = open_retriever(spec)
-        retriever.probe()
-        return retriever
-    if not spec.endswith((".yaml", ".yml")):
-        return CrossEncoder(spec)
-    built = plan_file(Path(spec), (Scorer, Retriever))()
-    if isinstance(built, Retriever):
-        built.probe()
+    if scorer and spec.endswith((".yaml", ".yml")):
+        build = plan_file(Path(spec), (Scorer, Retriever))
+    elif not scorer or spec.startswith(("http://", "https://")) or (Path(spec) / "manifest.json").exists():
+        check_retriever(spec)
+        build = plan_retriever(spec)
+    else:
+        find_model(spec, "teacher")
+        build = partial(CrossEncoder, spec)
+
+    @cache
+    def built() -> Any:
+        made = build()
+        if isinstance(made, Retriever):
+            made.probe()
+        return made
+
     return built

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 
 
 def main(base: str, out: str, top_tokens: int = 128, max_tokens: int = 512, dtype: str = "float32") -> None:
@@ -22,8 +22,11 @@ def main(base: str, out: str, top_tokens: int = 128, max_tokens: int = 512, dtyp
     """
     if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"--out {out}: is there, and not empty")
+    require(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16")
     from retriever_server.training.decoders import promptreps
+    from retriever_server.training.models import check_base
 
+    check_base(base)
     folders = {kind: Path(out) / kind for kind in ("dense", "sparse")}
     for kind, folder in folders.items():
         model = promptreps(base, kind, top_tokens, max_tokens, dtype)  # type: ignore[arg-type]

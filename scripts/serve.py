@@ -106,6 +106,8 @@ def main(config: ServeConfig) -> None:
     """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first."""
     if config.mcp == "stdio":
         return _speak_mcp(config)
+    if config.port:
+        _listen(config.host, config.port).close()  # whether it is free, before anything is opened
     app = build_app(config)  # with several workers too: what does not open is refused here, in one line
     opened = app.state.service.default.current
     manifest = getattr(opened.retriever, "manifest", None)
@@ -130,15 +132,16 @@ def build_app(config: ServeConfig) -> Any:
     from retriever_server.app import create_app
     from retriever_server.guard import read_token
 
+    token = read_token(config.token_file) if config.token_file else None
+    admin = config.admin_token_file
+    admin_token = read_token(admin, "admin_token_file") if admin else None
     app = create_app(
         _open_backends(config),
         _limits(config),
         batching=config.batching,
         dialect=config.dialect,
-        token=read_token(config.token_file) if config.token_file else None,
-        admin_token=read_token(config.admin_token_file, "admin_token_file")
-        if config.admin_token_file
-        else None,
+        token=token,
+        admin_token=admin_token,
         hosts=_names(config),
         image_folders=config.image_folders,
         request_log=Path(config.request_log) if config.request_log else None,
@@ -215,7 +218,10 @@ def _limits(config: ServeConfig) -> Any:
 
 def _open_backends(config: ServeConfig) -> dict[str, Any]:
     from retriever_server.live import Live, stamp
-    from retriever_server.opening import open_retriever
+    from retriever_server.opening import check_retriever, open_retriever
+
+    for spec in (config.index, *config.others.values()):
+        check_retriever(spec)
 
     def opened(spec: str) -> Any:
         retriever = open_retriever(spec)

@@ -60,11 +60,11 @@ def main(
             raise ConfigError(f"{name} = {value}: must be >= {least}")
     if 0 < sample < 1000 or sample < 0:
         raise ConfigError(f"sample = {sample}: must be 0, or at least 1000")
+    given = _load(vectors, sample) if vectors else None
     if encoder is not None:
         from retriever_server.encoders.sentence import load_encoder
 
         dimension = load_encoder(encoder).spec.dimension
-    given = _load(vectors, sample) if vectors else None
     dimension = given.shape[1] if given is not None else dimension
     rows = [*dense_rows(passages, dimension, sample, given), *other_rows(passages, words)]
     _show(rows, f"{passages:,} passages of {words} words, {dimension} dimensions", sample, vectors)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import ConfigError, SleuthError, require
+from data.errors import ConfigError, EngineError, SleuthError, require
+from data.listening import why_silent
 from data.settings import WandbConfig
 from rl.algorithm import preset_fields
 from rl.config import SentinelConfig, TrainConfig
@@ -183,6 +184,7 @@ def train(
     Returns this process's place among those of the run.
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
+    from retriever_server.opening import plan_retriever
     from scripts.console import say
     from scripts.wiring import check_agent, open_client
 
@@ -191,10 +193,14 @@ def train(
     questions, dev = _questions(config)
     _check(here, questions)
     inputs = hash_inputs(config, questions, dev)
+    retriever = (here.retriever, here.rollout.retriever_deadline_seconds)
+    if client is None and here.retriever.startswith(("http://", "https://")):
+        client = open_client(*retriever, here.deterministic)
+    elif client is None:
+        plan_retriever(*retriever)  # to be opened once the run is found to go on
     with open_run(config, inputs) if _leads() else nullcontext() as run:
         try:
-            seconds = here.rollout.retriever_deadline_seconds
-            client = client or open_client(here.retriever, seconds, here.deterministic)
+            client = client or open_client(*retriever, here.deterministic)
             if _leads():
                 size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size}"
                 say(f"training {here.policy}: {here.steps} steps of {size} trajectories, into {here.out}")
@@ -243,6 +249,8 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
 
     combine(config.rewards, config.judge)
     check_questions(config.rewards, questions)
+    if "judge" in config.rewards and (reason := why_silent(str(config.judge.url))):
+        raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and config.engine.name == "vllm":
         require(config.engine.urls is not None, "engine.urls", None, "given where several processes train")
 
@@ -270,8 +278,11 @@ def open_run(
     """
     from data.packaged import WIRED_IN
     from data.run_dir import RunDir
+    from data.trackers import WandbTracker, check_wandb
     from scripts.console import StepLines
 
+    if config.wandb.project and tracked:
+        check_wandb(config.wandb.mode)
     notes = [WIRED_IN] if config.policy == "atlas" else []
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
@@ -284,8 +295,6 @@ def open_run(
         config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside, defaults=defaults
     )
     if config.wandb.project and tracked:
-        from data.trackers import WandbTracker
-
         run.tracker = WandbTracker(
             run.path, config.wandb.project, run.path.name, run.path.name, settings, config.wandb.mode
         )

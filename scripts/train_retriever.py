@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -37,8 +37,12 @@ def main(config: RetrieverRecipe) -> None:
     scripts train-retriever ...` trains in N processes.
     """
     leads = os.environ.get("RANK", "0") == "0"  # as every launcher tells
+    from retriever_server.training.prepare import prepare
+
+    prepared = prepare(config)
     with ExitStack() as stack:
-        run, progress = _open_run(config, stack) if leads else (None, lambda step, steps: None)
+        opened = _open_run(config, prepared.inputs, stack) if leads else (None, lambda step, steps: None)
+        run, progress = opened
         from retriever_server.training.run import train
         from scripts.console import bar
 
@@ -49,6 +53,7 @@ def main(config: RetrieverRecipe) -> None:
                 progress,
                 (lambda step: run.rewind(step + 1)) if run else (lambda step: None),
                 bar if leads else no_bar,
+                prepared,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -77,17 +82,20 @@ def expand(argv: list[str]) -> list[str]:
     return [*kept, *([f"--changes={json.dumps(changes)}"] if changes else [])]
 
 
-def _open_run(config: RetrieverRecipe, stack: ExitStack) -> tuple[Any, Callable[[int, int], None]]:
+def _open_run(
+    config: RetrieverRecipe, inputs: Mapping[str, tuple[str, str]], stack: ExitStack
+) -> tuple[Any, Callable[[int, int], None]]:
     from data.run_dir import RunDir
+    from data.trackers import WandbTracker, check_wandb
     from scripts.console import StepLines
 
+    if config.wandb.project:
+        check_wandb(config.wandb.mode)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     lines = StepLines(_SHOWN)
-    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines))
+    run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines, inputs=inputs))
     progress = stack.enter_context(lines.bar("training"))
     if config.wandb.project:
-        from data.trackers import WandbTracker
-
         name = run.path.name
         run.tracker = WandbTracker(run.path, config.wandb.project, name, name, settings, config.wandb.mode)
     return run, progress

@@ -274,6 +274,11 @@ def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> st
     return f"{kind}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 
+def corpus_of(path: str | Path) -> Corpus:
+    """The corpus of the index in the folder `path`, unchanged; its encoder stays unloaded."""
+    return _open_corpus(Path(path), read_manifest(Path(path)))
+
+
 def _open_corpus(path: Path, manifest: Manifest) -> Corpus:
     candidates = [path / manifest.corpus_relative_path, Path(manifest.corpus_path)]
     corpus_path = next((p for p in candidates if p.is_file()), None)

@@ -17,7 +17,7 @@ _LOSSES = {
     "multi": "sentence_transformers.multi_vector_encoder.losses",
     "cross": "sentence_transformers.cross_encoder.losses",
 }
-_PARTS = {"resolve_base", "maxsim_scores"}
+_PARTS = {"resolve_base", "check_base", "maxsim_scores"}
 """Of builders and losses: no recipe names them."""
 KINDS = {"SentenceTransformer": "dense", "SparseEncoder": "sparse", "MultiVectorEncoder": "multi"}
 KINDS |= {"CrossEncoder": "cross"}

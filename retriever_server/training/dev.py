@@ -26,23 +26,27 @@ _INDEX_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _TOP_K, _RERANKED = 100, 20
 
 
+def read_dev(config: DevConfig) -> tuple[list[Any], Sequence[Question], Qrels]:
+    """Measures, queries and judgements of dev. Raises ConfigError or DataError."""
+    if config.queries is None or config.qrels is None:
+        raise ConfigError("dev.queries and dev.qrels: must be given")
+    measures = parse_metrics(config.metrics, _TOP_K)
+    if not measures:
+        raise ConfigError(f"dev.metrics = {config.metrics!r}: names none")
+    qrels = load_qrels(config.qrels)
+    queries = [query for query in load_queries(config.queries) if query.id in qrels][: config.limit]
+    if not queries:
+        raise ConfigError(f"dev.queries {config.queries}: none has judgements in {config.qrels}")
+    return measures, queries, {query.id: qrels[query.id] for query in queries}
+
+
 class DevSet:
     """Queries, their relevant passages among others, and a folder of its own for what is made of them."""
 
     def __init__(self, config: DevConfig, corpus: str, folder: Path, bar: Bar = no_bar) -> None:
         """Read all, and write the corpus that is searched. Raises ConfigError or DataError."""
-        if config.queries is None or config.qrels is None:
-            raise ConfigError("dev.queries and dev.qrels: must be given")
         self.bar = bar
-        self.measures = parse_metrics(config.metrics, _TOP_K)
-        if not self.measures:
-            raise ConfigError(f"dev.metrics = {config.metrics!r}: names none")
-        qrels = load_qrels(config.qrels)
-        asked = [query for query in load_queries(config.queries) if query.id in qrels]
-        self.queries: Sequence[Question] = asked[: config.limit]
-        self.qrels: Qrels = {query.id: qrels[query.id] for query in self.queries}
-        if not self.queries:
-            raise ConfigError(f"dev.queries {config.queries}: none has judgements in {config.qrels}")
+        self.measures, self.queries, self.qrels = read_dev(config)
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
         self.corpus = _sample(Corpus(config.corpus or corpus), self.qrels, config.passages, folder)

@@ -6,14 +6,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.identity import fingerprint
 from retriever_server.encoders.loading import load_model
 from retriever_server.encoders.sentence import SPEC_FILE, save_spec, saved_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NEARLY_PARALLEL = 0.9995  # beyond, the sine of the angle is too small to divide by: interpolate on the line
 

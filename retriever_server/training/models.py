@@ -24,19 +24,27 @@ Base = str | dict[str, Any]
 
 def resolve_base(base: Base) -> str:
     """What `from_pretrained` loads: a hub name or folder as it is, the others made or converted once."""
+    found = check_base(base)
     if isinstance(base, Mapping):
         from retriever_server.training.tiny import tiny_base
 
+        return tiny_base(**base)
+    return str(converted_gguf(Path(found))) if found.endswith(".gguf") else found
+
+
+def check_base(base: Any) -> str:
+    """Where a base lies, nothing loaded or made yet; "" for a tiny one. Raises ConfigError."""
+    if isinstance(base, Mapping):
         if not {"config"} <= set(base) <= {"config", "corpus", "vocabulary", "seed", "folder"}:
             raise ConfigError(
                 f"base: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
             )
-        return tiny_base(**base)
+        return ""
+    if not isinstance(base, str):
+        raise ConfigError(f"base = {base!r}: must be a name, a folder, or a mapping of config and corpus")
     path = Path(base).expanduser()
     ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if ggufs and not (path / "config.json").exists():
-        return str(converted_gguf(ggufs[0]))
-    return find_model(base, "base")
+    return str(ggufs[0]) if ggufs and not (path / "config.json").exists() else find_model(base, "base")
 
 
 def dense(

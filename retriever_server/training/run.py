@@ -17,9 +17,7 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
-from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.examples import Examples
 from data.progress import Bar, no_bar
 from data.settings import LoraConfig
 from retriever_server.encoders.pictures import reads_files
@@ -33,6 +31,7 @@ from retriever_server.training.guards import check_before, check_saved, save_enc
 from retriever_server.training.items import Opening, Pairs, without_absent_images
 from retriever_server.training.llm2vec import passages_as_dataset
 from retriever_server.training.mixture import Mixture, Shuffled
+from retriever_server.training.prepare import Prepared, prepare
 from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.reporter import Reporter
 from retriever_server.training.trainer import Scores, trainer_class
@@ -49,15 +48,16 @@ def train(
     progress: Progress = lambda step, steps: None,
     on_start: Callable[[int], None] = lambda step: None,
     bar: Bar = no_bar,
+    prepared: Prepared | None = None,
 ) -> Path | None:
     """Train, or go on after the last checkpoint of `recipe.out`; the folder of the model that serves.
 
     log gets the metrics of a step, progress the step and their number, on_start the step that is resumed;
-    bar shows the evaluations on dev.
+    bar shows the evaluations on dev. prepared: the data, where it is read already.
     Of several processes only the first saves; the others give None. Raises ConfigError and DataError
     before anything is trained, RunStopped at a loss that is no number.
     """
-    trainer, spec = build_trainer(recipe, log, progress, bar)
+    trainer, spec = build_trainer(recipe, log, progress, bar, prepared)
     out = Path(recipe.out)
     latest = latest_checkpoint(out / "checkpoints")
     on_start(latest.step if latest else 0)
@@ -89,18 +89,16 @@ def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
 
 
 def build_trainer(
-    recipe: RetrieverRecipe, log: Log, progress: Progress, bar: Bar = no_bar
+    recipe: RetrieverRecipe,
+    log: Log,
+    progress: Progress,
+    bar: Bar = no_bar,
+    prepared: Prepared | None = None,
 ) -> tuple[Any, EncodingSpec | None]:
     """The trainer that is ready to train, all guards passed, and the spec of what it trains."""
     _quiet()
     set_seed(recipe.seed)
-    corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}
-    examples = [
-        Examples(each.examples, corpora[each.corpus], each.on_error)
-        if each.examples
-        else corpora[each.corpus]
-        for each in recipe.train
-    ]
+    examples = (prepared or prepare(recipe)).sets
     model = build_model(recipe)
     kind = kind_of(model)
     spec = None if kind == "cross" else training_spec(model, recipe.passage_template, recipe.inputs)

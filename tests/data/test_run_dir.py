@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -242,6 +243,37 @@ def read_wandb_records(raw):
         if kind in (1, 4):  # whole, or the last piece
             yield wandb_internal_pb2.Record.FromString(part)
             part = b""
+
+
+def test_wandb_that_cannot_be_reached_or_logged_in_to_is_one_line(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CONFIG_HOME", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    code = "import sys; from data.trackers import check_wandb; check_wandb(sys.argv[1])"
+
+    def check(mode, url):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        command = [sys.executable, "-c", code, mode]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr.splitlines()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert "not logged in to" in check("online", f"http://127.0.0.1:{port}")[-1]
+    last = check("online", f"http://127.0.0.1:{port}")[-1]
+    assert "cannot be reached (Connection refused); --wandb.mode offline keeps the run on this disk" in last
+    assert check("offline", f"http://127.0.0.1:{port}") == []
+
+
+def test_wandb_that_refuses_a_run_is_one_line(tmp_path, monkeypatch):
+    import wandb
+    from wandb.errors import UsageError
+
+    def refuse(**_):
+        raise UsageError("No API key configured.\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"^wandb: No API key configured\.; --wandb\.mode offline"):
+        WandbTracker(tmp_path)
 
 
 def test_wandb_offline_holds_what_was_logged(tmp_path):

@@ -1,6 +1,7 @@
 """`sleuth download`: it goes on where it stopped, joins parts, and gives no broken file its name."""
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -149,7 +150,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(honours_ranges, server, t
         ("{}/absent", [], "/absent: answered 404 Not Found"),
         ("{}/f", ["--sha256", "xyz"], "must be 64 hexadecimal digits"),
         ("ftp://x", [], "url = 'ftp://x': must be http(s) addresses"),
-        ("http://:bad/", [], "url = http://:bad/: Invalid port"),
+        ("http://:bad/", [], "http://:bad/: nobody answers there (invalid port)"),
         ("{}/f", ["--attempts", "0"], "attempts = 0: must be >= 1"),
         ("{}/f", ["--out", "."], "out = .: is a folder"),
     ],
@@ -158,3 +159,23 @@ def test_what_went_wrong_is_said_in_one_line(url, options, said, server, tmp_pat
     assert download(url.format(server.url), tmp_path / "f", *options) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
+
+
+def test_where_nobody_listens_it_ends_at_once_and_not_after_all_attempts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.listening.PROBE_SECONDS", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/f"
+        assert download(url, tmp_path / "f", "--attempts", "10") == 2
+    assert capsys.readouterr().err == f"sleuth: {url}: nobody answers there (Connection refused)\n"
+    assert not (tmp_path / "f.part").exists()
+
+
+def test_a_name_that_no_server_has_ends_at_once(tmp_path, capsys, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
+    assert download("https://no.such.host/f", tmp_path / "f") == 2
+    assert "nobody answers there (Name or service not known)" in capsys.readouterr().err

@@ -158,6 +158,21 @@ def test_other_weights_are_another_evaluation(folder, scripted, tmp_path, capsys
     Policy(tiny_model("qwen2", len(tokenizer)), tokenizer).save(folder / "policy", "compact")
 
 
+def test_a_policy_by_another_spelling_of_its_path_is_the_same_evaluation(
+    folder, scripted, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    for policy in ("policy", str(folder / "policy"), "../" + folder.name + "/policy/"):
+        assert evaluate(folder, tmp_path, "--policy", policy) == 0
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(folder, scripted, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years")
+    assert evaluate(folder, tmp_path) == 2
+    assert f"{tmp_path}: holds other files (thesis.tex)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 @pytest.mark.parametrize(("control", "hits"), [("none", 0), ("random", 1)])
 def test_controls_search_without_finding(folder, scripted, tmp_path, control, hits):
     retriever = f"random:{folder / 'index'}" if control == "random" else control

@@ -82,12 +82,12 @@ def test_a_teacher_is_named_by_a_file(world):
         "class_path: tests.retriever_server.training.mined.Longest\ninit_args: {}\n"
     )
     with pytest.raises(ConfigError, match="Longest"):
-        mine._open(str(world / "teacher.yaml"), scorer=True)
+        mine._plan(str(world / "teacher.yaml"), scorer=True)
     (world / "teacher.yaml").write_text("class_path: tests.retriever_server.training.mined.Lengths\n")
-    assert mine._open(str(world / "teacher.yaml"), scorer=True).name == "numbers"
+    assert mine._plan(str(world / "teacher.yaml"), scorer=True)().name == "numbers"
     (world / "teacher.yaml").write_text("class_path: [")
     with pytest.raises(ConfigError, match=r"teacher.yaml, line 1: not YAML"):
-        mine._open(str(world / "teacher.yaml"), scorer=True)
+        mine._plan(str(world / "teacher.yaml"), scorer=True)
 
 
 def test_a_broken_line_is_named(world):

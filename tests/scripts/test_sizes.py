@@ -78,7 +78,7 @@ def test_the_command_prints_a_table_and_measures_given_vectors(tmp_path, capsys,
             ["--passages", "9", "--vectors", "{}/words.npy"],
             "words.npy: holds <U4 of shape (2000, 3)",
         ),
-        (["--passages", "9", "--encoder", "{}"], "no sentence-transformers model loads from there"),
+        (["--passages", "9", "--encoder", "{}"], "holds no config.json, so it is no model"),
     ],
 )
 def test_wrong_options_are_refused(options, said, tmp_path, capsys):

@@ -12,29 +12,46 @@ from tests.retriever_server.running import build_small_index
 
 HEAVY = ("torch", "transformers", "datasets", "faiss", "sentence_transformers", "trl", "peft", "wandb")
 RUN = f"""
-import sys
+import contextlib, io, json, sys
+import data.listening
+data.listening.PROBE_SECONDS = 0.3
 from scripts.__main__ import main
-try:
-    status = main(sys.argv[1:])
-except SystemExit as stop:
-    status = stop.code
-print(status, *(set({HEAVY}) & sys.modules.keys()), sep=",", file=sys.stderr)
+
+def run(argv):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    heavy = sorted(set({HEAVY}) & sys.modules.keys())
+    return status, heavy, out.getvalue(), err.getvalue().splitlines()
+
+print(json.dumps([run(argv) for argv in json.load(sys.stdin)]))
 """
 
 
-def run(argv, folder=None):
-    """Run `sleuth ARGV` in a process of its own -> (status, heavy modules loaded, stdout, stderr's lines)."""
-    command = [sys.executable, "-c", RUN, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    *lines, last = done.stderr.splitlines()
-    status, *heavy = last.split(",")
-    return int(status), heavy, done.stdout, lines
+def run(argvs, folder=None):
+    """Run each `sleuth ARGV` in one new process -> (status, heavy modules loaded, stdout, stderr's lines)."""
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, input=json.dumps(argvs), capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("command", sleuth.COMMANDS)
-def test_every_help_loads_nothing_heavy(command):
-    status, heavy, out, _ = run([command, "--help"])
-    assert (status, heavy) == (0, []) and f"sleuth {command}" in out
+def test_every_help_loads_nothing_heavy():
+    commands = list(sleuth.COMMANDS)
+    for command, (status, heavy, out, _) in zip(
+        commands, run([[command, "--help"] for command in commands]), strict=True
+    ):
+        assert (status, heavy) == (0, []) and f"sleuth {command}" in out
+
+
+RECIPE = """
+model: {class_path: dense, init_args: {base: atlas}}
+loss: {class_path: MultipleNegativesRankingLoss}
+train: [{examples: examples.jsonl, corpus: corpus.jsonl}]
+out: learnt
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +62,10 @@ def world(tmp_path_factory):
     row = {"id": "1", "question": "fox?", "golden_answers": ["red"]}
     (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "wrong.jsonl").write_text('{"question": "fox?"}\n')
+    example = {"query": "fox?", "positives": ["0"]}
+    (folder / "examples.jsonl").write_text(json.dumps(example) + "\n")
+    (folder / "wrong.yaml").write_text("class_path: Fuse\ninit_args: {parts: [none, nowhere]}\n")
+    (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "thesis").mkdir()
     (folder / "thesis" / "thesis.tex").write_text("years")
     with socket.socket() as taken:
@@ -54,6 +75,11 @@ def world(tmp_path_factory):
 
 
 POLICY = ["--policy", "atlas", "--questions", "questions.jsonl", "--retriever", "index", "--out", "out"]
+JUDGE = ["--rewards", "{{judge: 1}}", "--judge.url", "{dead}/v1"]
+MINE = ["--queries", "examples.jsonl", "--retriever", "index", "--out", "x"]
+JUDGED = ["--retriever", "index", "--queries", "questions.jsonl", "--answers", "true"]
+SEQ2SEQ = "{{class_path: retriever_server.training.expansion.Seq2SeqQueries, init_args: {{model: atlass}}}}"
+LEARN = ["--config", "recipe.yaml"]
 WRONG = {
     "evaluate": [
         (["--out", "x"], "missing: --policy, --questions, --retriever"),
@@ -80,6 +106,8 @@ WRONG = {
         ([*POLICY, "--out", "thesis"], "thesis: holds other files (thesis.tex)"),
         ([*POLICY, "--resume", "true", "--out", "fresh"], "nothing to resume in fresh"),
         ([*POLICY, "--rewards", "{{ems: 1}}"], "rewards.ems: must be one of em, f1"),
+        ([*POLICY, *JUDGE], "judge.url = '{dead}/v1': nobody listens (Connection refused)"),
+        ([*POLICY, "--retriever", "wrong.yaml"], "wrong.yaml: init_args.parts[1]: retriever 'nowhere'"),
         ([*POLICY, "--engine", "vllm"], "engine.python = '.venv-vllm/bin/python': no such program"),
     ],
     "ask": [
@@ -87,6 +115,55 @@ WRONG = {
         (["q", "--policy", "atlass", "--retriever", "index"], "did you mean atlas?"),
     ],
     "search": [(["q", "--retriever", "{dead}"], "{dead}: gave up after")],
+    "train-retriever": [
+        ([*LEARN, "--model.class_path", "dens"], "model.class_path: 'dens' must be one of dense"),
+        ([*LEARN, "--model.init_args.pool", "cls"], "model.init_args.pool: unknown key; dense takes base"),
+        ([*LEARN, "--model.init_args.base", "atlass"], "base = 'atlass': no folder"),
+        ([*LEARN, "--loss.class_path", "NoLoss"], "loss.class_path: 'NoLoss' must be one of"),
+        ([*LEARN, "--train", "[{{examples: none.jsonl, corpus: corpus.jsonl}}]"], "none.jsonl: No such file"),
+        ([*LEARN, "--train", "[{{examples: wrong.jsonl, corpus: corpus.jsonl}}]"], "wrong.jsonl:1: "),
+        ([*LEARN, "--dev.queries", "none.jsonl", "--dev.qrels", "none.tsv"], "none.tsv: no such file"),
+        ([*LEARN, "--serves", "nowhere"], "nowhere: no such folder"),
+        ([*LEARN, "--out", "thesis"], "thesis: holds other files (thesis.tex)"),
+        ([*LEARN, "--out", "fresh", "--resume", "true"], "nothing to resume in fresh"),
+    ],
+    "index": [
+        (["--corpus", "none.jsonl", "--encoder", "atlas", "--out", "x"], "none.jsonl: no such file"),
+        (["--corpus", "corpus.jsonl", "--encoder", "atlass", "--out", "x"], "did you mean atlas?"),
+    ],
+    "mine": [
+        (["--queries", "none.jsonl", "--retriever", "index", "--out", "x"], "none.jsonl: No such file"),
+        (["--queries", "examples.jsonl", "--retriever", "{dead}", "--out", "x"], "{dead}: gave up after"),
+        ([*MINE, "--teacher", "atlass"], "teacher = 'atlass': no folder"),
+        ([*MINE, "--teacher", "wrong.yaml"], "wrong.yaml: init_args.parts[1]: retriever 'nowhere'"),
+    ],
+    "evaluate-retriever": [
+        (
+            ["--retriever", "index", "--queries", "none.jsonl", "--answers", "true"],
+            "none.jsonl: no such file",
+        ),
+        ([*JUDGED, "--compare", "nowhere"], "retriever 'nowhere': must be"),
+        ([*JUDGED, "--retriever", "{dead}"], "{dead}: gave up after"),
+    ],
+    "serve": [
+        (["--index", "nowhere"], "retriever 'nowhere': must be"),
+        (["--index", "{dead}", "--port", "0"], "{dead}: gave up after"),
+        (["--index", "index", "--others", "{{b: nowhere}}", "--port", "0"], "retriever 'nowhere': must be"),
+        (["--index", "index", "--token_file", "none", "--port", "0"], "none: No such file"),
+    ],
+    "expand": [
+        (["--corpus", "none.jsonl", "--out", "x", "--generator", SEQ2SEQ], "none.jsonl: no such file"),
+        (["--corpus", "corpus.jsonl", "--out", "x", "--generator", SEQ2SEQ], "model = 'atlass': no folder"),
+    ],
+    "promptreps": [
+        (["--base", "atlass", "--out", "x"], "base = 'atlass': no folder"),
+        (["--base", "atlas", "--out", "x", "--dtype", "int4"], "dtype = 'int4': must be float32 or bfloat16"),
+    ],
+    "sizes": [(["--passages", "9", "--encoder", "atlass"], "encoder = 'atlass': no folder")],
+    "merge": [(["--models", "[thesis, thesis]", "--out", "x"], "thesis: ")],
+    "download": [
+        (["--url", "{dead}/f", "--out", "x"], "{dead}/f: nobody answers there (Connection refused)")
+    ],
     "warm-start": [
         (["--out", "w", "--demonstrations", "none.jsonl"], "none.jsonl: no such file"),
         (["--out", "w", "--demonstrations", "wrong.jsonl"], "wrong.jsonl:1: not a demonstration"),
@@ -95,13 +172,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(
-    ("command", "argv", "message"), [(name, *case) for name, cases in WRONG.items() for case in cases]
-)
-def test_what_is_wrong_is_one_line_before_anything_heavy(world, monkeypatch, command, argv, message):
+@pytest.mark.parametrize("command", WRONG)
+def test_what_is_wrong_is_one_line_before_anything_heavy(world, monkeypatch, command):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     dead = (world / "dead").read_text()
-    status, heavy, _, lines = run([command, *(word.format(dead=dead) for word in argv)], world)
-    assert (status, heavy) == (2, []), lines
-    assert lines[-1].startswith("sleuth: ") and message.format(dead=dead) in lines[-1]
-    assert len(lines) == 1, lines
+    argvs = [[command, *(word.format(dead=dead) for word in argv)] for argv, _ in WRONG[command]]
+    outcomes = run(argvs, world)
+    for argv, (_, message), (status, heavy, _, lines) in zip(argvs, WRONG[command], outcomes, strict=True):
+        assert (status, heavy, len(lines)) == (2, [], 1), (argv, heavy, lines)
+        assert lines[0].startswith("sleuth: ") and message.format(dead=dead) in lines[0], (argv, lines)

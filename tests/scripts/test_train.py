@@ -54,9 +54,24 @@ def test_a_dry_run_without_a_retriever_says_what_it_could_not_measure(toy, tmp_p
 def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
     assert command(toy, tmp_path / "run") == 0
     assert command(toy, tmp_path / "run", "--steps", 3) == 2
-    assert "another configuration (steps: 2 -> 3)" in capsys.readouterr().err
+    assert "another configuration (steps: 2 -> 3): --resume true goes on" in capsys.readouterr().err
     assert command(toy, tmp_path / "run", "--steps", 3, "--resume", "true") == 0
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_run_goes_on_with_its_questions_alone_however_their_path_is_written(
+    toy, tmp_path, capsys, monkeypatch
+):
+    questions = tmp_path / "train.jsonl"
+    questions.write_bytes((toy / "train.jsonl").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert command(toy, tmp_path / "run", "--questions", "train.jsonl") == 0
+    assert command(toy, tmp_path / "run", "--questions", questions, "--out", "run") == 0
+    capsys.readouterr()
+    questions.write_text(questions.read_text().replace("?", "??"))
+    assert command(toy, tmp_path / "run", "--questions", "train.jsonl") == 2
+    assert "questions: train.jsonl holds something else than then" in capsys.readouterr().err
+    assert command(toy, tmp_path / "run", "--questions", "train.jsonl", "--resume", "true") == 0
 
 
 @pytest.mark.parametrize(

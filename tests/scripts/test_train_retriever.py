@@ -53,6 +53,20 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 4, 6]
 
 
+def test_a_run_goes_on_with_its_data_alone(rivers, tmp_path, capsys):
+    lines = (rivers / "examples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    train = [{"examples": str(tmp_path / "mine.jsonl"), "corpus": str(rivers / "corpus.jsonl")}]
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=2, train=train))
+    assert sleuth.main(["train-retriever", "--config", config]) == 0
+    (tmp_path / "mine.jsonl").write_text("".join(reversed(lines)))
+    assert sleuth.main(["train-retriever", "--config", config]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"train.0.examples: {tmp_path}/mine.jsonl holds something else than then" in error
+    assert "--resume true goes on with these changes" in error
+    assert sleuth.main(["train-retriever", "--config", config, "--resume", "true"]) == 0
+
+
 def resolved(argv, capsys):
     with pytest.raises(SystemExit):
         sleuth.main(["train-retriever", *argv, "--print_config"])
@@ -105,7 +119,10 @@ def test_examples_of_a_corpus_that_has_changed_are_refused_before_a_model_loads(
     mined = tmp_path / "mined.jsonl"
     mined.write_text("".join(json.dumps({**row, "provenance": {"corpus": "0" * 16}}) + "\n" for row in rows))
     train = [{"examples": str(mined), "corpus": str(rivers / "corpus.jsonl")}]
-    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", train=train, model=component("x")))
+    config = write(
+        tmp_path / "r.yaml",
+        settings(rivers, tmp_path / "run", train=train, model=component("pretrained", base="atlas")),
+    )
     assert sleuth.main(["train-retriever", "--config", config]) == 2
     assert "another corpus, or changed since" in capsys.readouterr().err
 

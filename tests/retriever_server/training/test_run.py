@@ -318,7 +318,7 @@ def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_
         ({"passage_template": "{abstract}"}, "passage_template"),
         ({"dev": {"queries": "x"}}, "dev.qrels = None: must be given together"),
         ({"changes": {"out.x": 1}}, "changes = 'out.x': must be a key below model or loss"),
-        ({"device": "cuda"}, "torch sees no CUDA device"),
+        ({"device": "cuda"}, "device = 'cuda': must be cpu or auto"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused_in_one_line(changes, says, rivers, tmp_path):
