@@ -32,11 +32,12 @@ from data.class_path import wrong_value
 from data.errors import ConfigError
 from data.plugins import looking_beside
 from data.yaml_file import check_keys, read_checked, read_yaml
+from scripts.tiers import with_tier
 
 # The docstring under a field of a configuration becomes its line in --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-BARE_OPTIONS = {"-h", "--help", "--print_config"}  # every other option takes one value
+BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other option takes one value
 
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
@@ -47,6 +48,7 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     """
     parser = build_parser(run, prog, positional)
     argv = name_positional(argv, positional) if positional else argv
+    argv = with_tier(parser, prog.removeprefix("sleuth "), argv)
     for path in config_paths(argv):
         check_config(path)
     for option, value in options(argv):
