@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import Corpus, passage_row
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
+from data.examples import Examples
 from data.formats.beir import load_queries
 from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
 from data.progress import Bar, Track, no_bar
-from data.records import Qrels, Question
+from data.records import Input, Qrels, Question
 from retriever_server.encoders.identity import read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.rerank import Pair, Rerank, Scorer
 from retriever_server.retriever import Retriever
+from retriever_server.training.examples import KeysOf, shown
 from retriever_server.training.recipe import DevConfig
 
 _INDEX_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
@@ -50,6 +52,28 @@ class DevSet:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
         self.corpus = _sample(Corpus(config.corpus or corpus), self.qrels, config.passages, folder)
+
+    def check_held_out(self, examples: Examples, shared: str) -> None:
+        """Raise DataError where an example asks a dev question, or is answered by a dev question's passage.
+
+        shared: what may be, as in `DevConfig`. Texts are compared whatever their case and blanks.
+        """
+        questions = {_asked(query.asked) for query in self.queries} if shared != "all" else set()
+        relevant = relevant_in(self.qrels) if shared == "nothing" else set()
+        gold = {shown(p.text, *p.files.values()) for id_ in relevant if (p := self.corpus.get(id_))}
+        key_of = KeysOf(examples.corpus)
+        for index, example in enumerate(examples if questions else ()):
+            asked = _asked(example.asked) in questions
+            positions = examples.corpus.positions(example.positives).tolist() if gold else ()
+            if asked or any(key_of(position) in gold for position in positions):
+                what = (
+                    "is a dev question" if asked else "is answered by a passage that answers a dev question"
+                )
+                allow = "all" if asked else "passages"
+                raise DataError(
+                    f"{examples.place(index)}: query {example.query[:60]!r} {what}, so that dev would "
+                    f"score what was learned by heart: hold it out, or allow it by dev.shared: {allow}"
+                )
 
     def score(self, open_retriever: Callable[[Path], Retriever]) -> dict[str, float]:
         """Metric -> mean over the queries, of the retriever opened over an empty folder."""
@@ -84,6 +108,10 @@ class DevSet:
         return self.score(build)
 
 
+def _asked(query: Input) -> int:
+    return shown(query) if isinstance(query, str) else shown(query.text, str(query.image))
+
+
 class _Reader(Scorer):
     """A cross-encoder that is in memory."""
 
@@ -96,10 +124,15 @@ class _Reader(Scorer):
         return self._model.predict(texts, show_progress_bar=False).tolist()
 
 
+def relevant_in(qrels: Qrels) -> set[str]:
+    """The ids of all passages that are relevant to a query."""
+    return {id_ for of in qrels.values() for id_, grade in of.items() if grade > 0}
+
+
 def _sample(corpus: Corpus, qrels: Qrels, size: int, folder: Path) -> Corpus:
     """The corpus, or of a larger one all relevant passages and others evenly, as a file in `folder`."""
     folder.mkdir(parents=True)
-    relevant = {id_ for of in qrels.values() for id_, grade in of.items() if grade > 0}
+    relevant = relevant_in(qrels)
     if size == 0 or len(corpus) <= size:
         return corpus
     step = max(1, len(corpus) // max(1, size - len(relevant)))

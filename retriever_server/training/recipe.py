@@ -69,6 +69,9 @@ class DevConfig:
     """Names of ir-measures; the first decides which checkpoint is best."""
     limit: int = 500
     """Queries used, the first ones."""
+    shared: Literal["nothing", "passages", "all"] = "nothing"
+    """What dev may share with the training examples: no question and no relevant passage, relevant passages
+    alone, or questions, too. What is shared is refused: it is scored for having been learned by heart."""
     passages: int = 10_000
     """Size of the corpus searched: the relevant ones and others evenly drawn; 0: all."""
 

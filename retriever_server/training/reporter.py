@@ -25,6 +25,9 @@ class Reporter(TrainerCallback):
         self._progress(state.global_step, state.max_steps)
         if state.global_step % args.save_steps == 0:
             control.should_log = True
+        # The last checkpoint is scored, wherever it falls.
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

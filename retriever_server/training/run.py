@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
+from data.examples import Examples
+from data.jsonl import read_json, write_json
 from data.progress import Bar, no_bar
 from data.settings import LoraConfig
 from retriever_server.encoders.pictures import reads_files
@@ -38,6 +40,8 @@ from retriever_server.training.trainer import Scores, trainer_class
 
 logger = logging.getLogger(__name__)
 
+UNTRAINED = "untrained.json"
+"""In a run folder: the scores on dev before training."""
 Log = Callable[[int, Mapping[str, float]], None]
 Progress = Callable[[int, int], None]
 
@@ -62,7 +66,7 @@ def train(
     latest = latest_checkpoint(out / "checkpoints")
     on_start(latest.step if latest else 0)
     if trainer.evaluator is not None and latest is None:
-        trainer.evaluate()  # what the model can before it is trained
+        write_json(out / UNTRAINED, trainer.evaluate())  # what the model can before it is trained
     if latest and latest.step >= _steps(trainer, recipe):  # the loop would do one more
         trainer._load_from_checkpoint(str(latest.path))
         trainer.state.global_step = latest.step
@@ -77,9 +81,26 @@ def train(
     if best and best[0].step != trainer.state.global_step:
         logger.info("exporting step %d, the best (%s %.4f)", best[0].step, trainer.best_metric, best[1])
         trainer._load_from_checkpoint(str(best[0].path))
+    _warn_if_worse(trainer, out, best[0].step if best else trainer.state.global_step)
     # Without the wrapper that computes in bfloat16: what is saved serves in float32.
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return export(trained, spec, out / "model")
+
+
+def _warn_if_worse(trainer: Any, out: Path, step: int) -> None:
+    """Say so where what is exported scores less on dev than the model did before it was trained."""
+    metric, saved = f"eval_{trainer.best_metric}", out / "checkpoints" / f"step-{step:06d}"
+    if not (out / UNTRAINED).exists() or not (saved / "trainer_state.json").exists():
+        return
+    before = read_json(out / UNTRAINED)[metric]
+    rows = read_json(saved / "trainer_state.json")["log_history"]
+    after = next((row[metric] for row in reversed(rows) if metric in row), before)
+    if after < before:
+        logger.warning(
+            "step %d, which is exported, is worse than the untrained model (dev %s %.4f, before %.4f): "
+            "lower learning_rate, or train on more or cleaner examples",
+            step, trainer.best_metric, after, before,
+        )  # fmt: skip
 
 
 def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
@@ -99,6 +120,7 @@ def build_trainer(
     _quiet()
     set_seed(recipe.seed)
     examples = (prepared or prepare(recipe)).sets
+    dev = _dev_set(recipe, examples, bar)
     model = build_model(recipe)
     kind = kind_of(model)
     spec = None if kind == "cross" else training_spec(model, recipe.passage_template, recipe.inputs)
@@ -120,7 +142,7 @@ def build_trainer(
     of, _ = trainer_class(kind)
     data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
     trainer = of(
-        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec, bar),
+        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec, dev),
         callbacks=[Reporter(log, progress)],
     )  # fmt: skip
     if spec is not None:
@@ -301,10 +323,20 @@ def _data(
     return sets
 
 
-def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None, bar: Bar) -> Scores | None:
+def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> DevSet | None:
+    """What is scored at every checkpoint, held out from what is trained on. Raises DataError."""
     if recipe.dev.queries is None:
         return None
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
+    for each in examples:
+        if isinstance(each, Examples):
+            dev.check_held_out(each, recipe.dev.shared)
+    return dev
+
+
+def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None, dev: DevSet | None) -> Scores | None:
+    if dev is None:
+        return None
     if spec is None:
         return Scores(dev.score_reranker)
     return Scores(lambda model: dev.score_encoder(model, spec.passage_template, spec.inputs))

@@ -224,7 +224,7 @@ def rivers(tmp_path_factory):
 
 
 def test_train_retriever(rivers, tmp_path, terminal):
-    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv")}
+    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
     recipe = settings(rivers, tmp_path / "run", steps=4, log_every=2, save_every=4, dev=dev)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert terminal.run("train-retriever", "--config", tmp_path / "recipe.yaml") == 0

@@ -36,7 +36,7 @@ def weights(out):
 
 
 def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_path, capsys):
-    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv")}
+    dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
     config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=4, dev=dev))
     command = ["train-retriever", "--config", config, "--model.init_args.pooling", "cls"]
     assert sleuth.main(command) == 0

@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from data.checkpoint import list_checkpoints
 from data.errors import ConfigError, DataError, RunStopped
-from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.vectors import rows_of, similarities
 from retriever_server.training import run as training
@@ -57,7 +56,7 @@ def rivers(tmp_path_factory):
 
 
 def dev(rivers):
-    return {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv")}
+    return {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
 
 
 def weights(folder):
@@ -330,34 +329,6 @@ def test_a_wrong_setting_is_refused_in_one_line(changes, says, rivers, tmp_path)
     with pytest.raises(ConfigError, match=says) as raised:
         training.train(recipe(rivers, tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
-
-
-TAUGHT = {
-    "ContrastiveDistillation": (component("dense"), {"contrastive_weight": 0.0}, "nothing to learn without"),
-    "splade_loss": (component("splade"), {"objective": "kl"}, "nothing to learn without labels: true"),
-    "MarginMSELoss": (component("dense"), {}, "MarginMSELoss takes no examples like these, without labels"),
-}
-
-
-@pytest.mark.parametrize("name", TAUGHT)
-def test_a_loss_that_wants_a_teacher_trains_on_nobody_elses_scores(name, rivers, tmp_path):
-    model, options, says = TAUGHT[name]
-    data = {**settings(rivers, "")["train"][0], "negatives": 1}
-    rows = [{**row, "provenance": {"scores": "g", "generation": "g"}} for row in read_jsonl(data["examples"])]
-    write_jsonl(tmp_path / "own.jsonl", rows)
-    changes = {"model": component(model["class_path"], base=base(rivers)), "loss": component(name, **options)}
-    changes["steps"] = 1
-    with pytest.raises(ConfigError, match=says):
-        training.train(recipe(rivers, tmp_path / "no", **changes, train=[data]))
-    own = {**data, "examples": str(tmp_path / "own.jsonl"), "labels": True}
-    with pytest.raises(DataError, match=r"own.jsonl:1: its scores are those of the retriever"):
-        training.train(recipe(rivers, tmp_path / "own", **changes, train=[own]))
-    losses = []
-    for number, told in enumerate(({**own, "labels_of": "any"}, {**data, "labels": True})):
-        made = recipe(rivers, tmp_path / str(number), **changes, train=[told])
-        training.train(made, lambda step, row: losses.append(row.get("train/loss")))
-    first, second = (loss for loss in losses if loss is not None)
-    assert first == second > 0
 
 
 def test_changes_reach_into_the_arguments_of_model_and_loss(rivers, tmp_path):

@@ -134,7 +134,7 @@ def test_a_recipe_trains_and_its_folder_is_indexed(name, pages, tmp_path):
     train["negatives"] = min(2, train.get("negatives", 0))
     made |= {"precision": "float32", "steps": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
     made |= {"out": str(tmp_path / "run"), "dev": {"queries": str(pages / "dev.jsonl")}}
-    made["dev"] |= {"qrels": str(pages / "qrels.tsv"), "limit": 4}
+    made["dev"] |= {"qrels": str(pages / "qrels.tsv"), "limit": 4, "shared": "all"}
     (tmp_path / "recipe.json").write_text(json.dumps(made))
     assert main(["train-retriever", "--config", str(tmp_path / "recipe.json")]) == 0
     options = ["--corpus", str(pages / "corpus.jsonl"), "--encoder", str(tmp_path / "run/model")]

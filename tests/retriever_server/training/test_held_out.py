@@ -1,0 +1,99 @@
+"""What a retriever learns from and is judged by: no scores of its own miner, no dev question."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data.errors import ConfigError, DataError
+from data.jsonl import read_jsonl, write_jsonl
+from retriever_server.training import run as training
+from tests.retriever_server.training.recipes import base, component, recipe, settings, world
+
+
+@pytest.fixture(scope="module")
+def rivers(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("rivers"))
+
+
+def dev(rivers):
+    return {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
+
+
+TAUGHT = {
+    "ContrastiveDistillation": (component("dense"), {"contrastive_weight": 0.0}, "nothing to learn without"),
+    "splade_loss": (component("splade"), {"objective": "kl"}, "nothing to learn without labels: true"),
+    "MarginMSELoss": (component("dense"), {}, "MarginMSELoss takes no examples like these, without labels"),
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_loss_that_wants_a_teacher_trains_on_nobody_elses_scores(name, rivers, tmp_path):
+    model, options, says = TAUGHT[name]
+    data = {**settings(rivers, "")["train"][0], "negatives": 1}
+    rows = [{**row, "provenance": {"scores": "g", "generation": "g"}} for row in read_jsonl(data["examples"])]
+    write_jsonl(tmp_path / "own.jsonl", rows)
+    changes = {"model": component(model["class_path"], base=base(rivers)), "loss": component(name, **options)}
+    changes["steps"] = 1
+    with pytest.raises(ConfigError, match=says):
+        training.train(recipe(rivers, tmp_path / "no", **changes, train=[data]))
+    own = {**data, "examples": str(tmp_path / "own.jsonl"), "labels": True}
+    with pytest.raises(DataError, match=r"own.jsonl:1: its scores are those of the retriever"):
+        training.train(recipe(rivers, tmp_path / "own", **changes, train=[own]))
+    losses = []
+    for number, told in enumerate(({**own, "labels_of": "any"}, {**data, "labels": True})):
+        made = recipe(rivers, tmp_path / str(number), **changes, train=[told])
+        training.train(made, lambda step, row: losses.append(row.get("train/loss")))
+    first, second = (loss for loss in losses if loss is not None)
+    assert first == second > 0
+
+
+def test_dev_questions_and_passages_that_stand_in_training_are_refused_unless_allowed(rivers, tmp_path):
+    corpus = str(rivers / "corpus.jsonl")
+    held = {"corpus": corpus, "examples": str(tmp_path / "held.jsonl")}
+    rows = list(read_jsonl(rivers / "examples.jsonl"))
+    write_jsonl(tmp_path / "held.jsonl", rows[12:])  # the first twelve are those of dev
+    of = {**dev(rivers), "shared": "nothing"}
+    training.train(recipe(rivers, tmp_path / "held", train=[held], dev=of, steps=1))
+    other = {**rows[3], "query": "the length of danb's neighbour", "query_id": "new"}
+    again = {**rows[20], "query": rows[3]["query"].upper().replace(" ", "  "), "query_id": "again"}
+    for name, row, says, allowed in (
+        (
+            "passage",
+            other,
+            "is answered by a passage that answers a dev question.*dev.shared: passages",
+            "passages",
+        ),
+        ("question", again, "is a dev question, .* allow it by dev.shared: all", "all"),
+    ):
+        write_jsonl(tmp_path / f"{name}.jsonl", [*rows[12:], row])
+        train = [held, {"corpus": corpus, "examples": str(tmp_path / f"{name}.jsonl")}]
+        with pytest.raises(DataError, match=rf"{name}.jsonl:37: query .*{says}"):
+            training.train(recipe(rivers, tmp_path / "no", train=train, dev=of))
+        made = recipe(rivers, tmp_path / name, train=train, dev={**of, "shared": allowed}, steps=1)
+        training.train(made)
+    with pytest.raises(DataError, match="is a dev question"):
+        training.train(recipe(rivers, tmp_path / "no", train=train, dev={**of, "shared": "passages"}))
+
+
+@pytest.mark.parametrize("export", ["best", "last"])
+def test_an_export_worse_than_the_untrained_model_is_said(export, rivers, tmp_path, caplog, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(training.DevSet, "score_encoder", lambda *_: {"nDCG@10": next(scores)})
+    made = recipe(rivers, tmp_path / "run", dev=dev(rivers), steps=5, export=export)  # the last one, too
+    training.train(made)
+    step, score = (2, "0.5000") if export == "best" else (5, "0.3000")
+    assert f"step {step}, which is exported, is worse than the untrained model" in caplog.text
+    assert f"dev nDCG@10 {score}, before 0.9000" in caplog.text
+    assert json.loads((tmp_path / "run/untrained.json").read_text())["eval_nDCG@10"] == 0.9
+    caplog.clear()
+    training.train(made)  # finished already: said again
+    assert "is worse than the untrained model" in caplog.text
+
+
+def test_an_export_that_is_no_worse_needs_no_warning(rivers, tmp_path, caplog, monkeypatch):
+    scores = iter([0.3, 0.3, 0.5, 0.4])
+    monkeypatch.setattr(training.DevSet, "score_encoder", lambda *_: {"nDCG@10": next(scores)})
+    training.train(recipe(rivers, tmp_path / "run", dev=dev(rivers)))
+    assert "untrained" not in caplog.text
