@@ -56,13 +56,18 @@ def main(
             check_retriever(spec)
     collection = _collection(benchmark, queries, qrels)
     asked = collection.queries
-    runs = []
-    for spec in filter(None, (retriever, compare)):
-        rankings = _rank(spec, collection, top_k, where, query_template)
+
+    def judged(rankings: Any) -> Any:
         values = judge(rankings, collection.qrels, measures) if collection.qrels else {}
+        return values | (judge_answers(rankings, asked, top_k) if answers else {})
+
+    runs, parts = [], {}
+    for spec in filter(None, (retriever, compare)):
+        rankings, of_parts = _rank(spec, collection, top_k, where, query_template)
         _warn_of_strangers(spec, rankings, collection.qrels)
-        runs.append((rankings, values | (judge_answers(rankings, asked, top_k) if answers else {})))
-    scores = _scores([values for _, values in runs])
+        runs.append((rankings, judged(rankings)))
+        parts = parts or {name: judged(each) for name, each in of_parts.items() if spec is retriever}
+    scores = _scores([values for _, values in runs], parts)
     settings = {
         "retriever": retriever, "compare": compare, "queries": queries, "qrels": qrels,
         "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
@@ -89,8 +94,11 @@ def _check_given(
         raise ConfigError(f"top_k = {top_k}: must be >= 1")
 
 
-def _scores(values: list[Any]) -> dict[str, dict[str, Any]]:
-    """Of each metric the number of queries and the mean; of a second retriever the difference, too."""
+def _scores(values: list[Any], parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each metric the number of queries and the mean; of a second retriever the difference, too.
+
+    parts: the values of what the first is fused from.
+    """
     from retriever_server.evaluation import compare, means
 
     differences = compare(*values) if len(values) > 1 else {}
@@ -100,6 +108,8 @@ def _scores(values: list[Any]) -> dict[str, dict[str, Any]]:
     }
     for metric, mean in means(values[1]).items() if differences else ():
         rows[metric]["compared_mean"] = mean
+    for metric, row in rows.items() if parts else ():
+        row["parts"] = {name: means({metric: of[metric]})[metric] for name, of in parts.items()}
     return rows
 
 
@@ -114,8 +124,10 @@ def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -
     return Benchmark(load_queries(queries or ""), load_qrels(qrels) if qrels else {})
 
 
-def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str) -> Any:
-    """The rankings of a retriever, or of the file of a run, without what is excluded."""
+def _rank(
+    spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str
+) -> tuple[Any, dict[str, Any]]:
+    """The rankings of a retriever, or of the file of a run, without what is excluded; those of its parts."""
     from data.benchmarks import without_excluded
     from data.formats.trec import load_run
     from data.records import Question
@@ -126,7 +138,7 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     if spec.endswith((".run", ".trec")):
         run = load_run(spec)
         rankings = {query.id: run.get(query.id, []) for query in collection.queries}
-        return without_excluded(rankings, collection.excluded, top_k)
+        return without_excluded(rankings, collection.excluded, top_k), {}
     try:
         texts = [
             template.format(query=query.text, instruction=collection.instruction)
@@ -141,10 +153,29 @@ def _rank(spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, 
     opened = open_retriever(spec)
     try:
         more = max(map(len, collection.excluded.values()), default=0)
-        rankings = rank_all(opened, asked, top_k + more, track("searching queries"), where)
+        parts = {
+            f"{part.generation} (part {i})": part for i, part in enumerate(_parts(opened, asked), start=1)
+        }
+        found = {
+            name: without_excluded(
+                rank_all(each, asked, top_k + more, track(f"searching queries{name and f', {name}'}"), where),
+                collection.excluded,
+                top_k,
+            )
+            for name, each in {"": opened, **parts}.items()
+        }
     finally:
         opened.close()
-    return without_excluded(rankings, collection.excluded, top_k)
+    return found.pop(""), found
+
+
+def _parts(retriever: Any, asked: Sequence[Question]) -> list[Any]:
+    """What a fused retriever joins, where each of it can be asked all queries."""
+    from retriever_server.compose import Fuse
+    from retriever_server.retriever import inside
+
+    fused = next((each for each in inside(retriever) if isinstance(each, Fuse)), None)
+    return [part for part in fused.parts if all(part.accepts(q.asked) for q in asked)] if fused else []
 
 
 def _warn_of_strangers(spec: str, rankings: Any, qrels: Any) -> None:
@@ -195,3 +226,20 @@ def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
         rows.append(cells)
     means = ("first", "second", "first - second [95 %]", "p") if compared else ("mean",)
     show_table(title, ("metric", "queries", *means), rows)
+    if parts := list(next(iter(scores.values())).get("parts", ())):
+        _show_parts(scores, parts)
+
+
+def _show_parts(scores: dict[str, dict[str, Any]], parts: list[str]) -> None:
+    """A fused retriever beside what it is fused from, and a warning where it is worse than one of these."""
+    from scripts.console import show_table
+
+    rows = [[metric, row["mean"], *row["parts"].values()] for metric, row in scores.items()]
+    cells = [[metric, *(f"{value:.4f}" for value in values)] for metric, *values in rows]
+    show_table("fused, and its parts alone", ("metric", "fused", *parts), cells)
+    metric, mean, *of = rows[0]
+    if max(of) > mean:
+        best = parts[of.index(max(of))]
+        _log.warning(
+            "%s: %s alone %.4f, fused %.4f: weigh it more, or take it alone", metric, best, max(of), mean
+        )

@@ -23,6 +23,7 @@ from retriever_server.evaluation import (
     rank_all,
 )
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.retriever import Retriever
 from scripts.__main__ import main
 
 IR = Path(__file__).parents[2].parent / "shared/data/ir"
@@ -186,6 +187,42 @@ def test_the_command_scores_compares_and_writes_all(tmp_path, capsys):
         == 2
     )
     assert "nothing to judge by: give --qrels FILE" in capsys.readouterr().err
+
+
+def test_a_fused_retriever_is_shown_beside_its_parts(tmp_path, capsys, caplog):
+    rows = [("a", "red fox"), ("b", "blue sea"), ("c", "grey cow")]
+    write_jsonl(tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in rows])
+    corpus = Corpus(tmp_path / "c.jsonl")
+    BM25Index.build(corpus, tmp_path / "index")
+    write_jsonl(tmp_path / "q.jsonl", [{"id": "1", "question": "fox"}, {"id": "2", "question": "cow"}])
+    write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore\n1\ta\t1\n2\tc\t1\n")
+    never = {"class_path": f"{__name__}.LastFirst", "init_args": {"corpus": str(tmp_path / "c.jsonl")}}
+    fused = {
+        "class_path": "Fuse",
+        "init_args": {"parts": [str(tmp_path / "index"), never], "weights": [0.01, 3]},
+    }
+    cached = {"class_path": "Cached", "init_args": {"retriever": fused}}
+    (tmp_path / "fused.yaml").write_text(json.dumps(cached))
+    words = ["--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels.tsv", "--metrics", "RR@10"]
+    words += ["--retriever", tmp_path / "fused.yaml", "--out", tmp_path / "out"]
+    assert main(["evaluate-retriever", *map(str, words)]) == 0
+    found = json.loads((tmp_path / "out/scores.json").read_text())["scores"]["RR@10"]
+    bm25, last = found["parts"].values()
+    assert (bm25, last) == (1.0, (1 / 3 + 1) / 2) and found["mean"] < 1
+    said = capsys.readouterr().out
+    assert "fused, and its parts alone" in said and f"{last:.4f}" in said and "last first (part 2)" in said
+    assert "(part 1) alone 1.0000, fused 0.6667" in caplog.text
+
+
+class LastFirst(Retriever):
+    """Ranks the passages of a corpus from the last to the first, whatever is asked."""
+
+    def __init__(self, corpus: str) -> None:
+        self.passages, self.generation = [*Corpus(corpus)][::-1], "last first"
+
+    def search(self, queries, k, where=None):
+        ranking = [Hit(passage, -float(i), self.generation) for i, passage in enumerate(self.passages)]
+        return [ranking[:k] for _ in queries]
 
 
 def test_where_leaves_out_what_it_does_not_allow(tmp_path, capsys):
