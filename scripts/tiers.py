@@ -43,6 +43,33 @@ TIERS = {
         (*_AGENT, "temperature", "seed", "deadline_seconds"),
         'sleuth ask "Who wrote it?" --policy atlas --retriever runs/index',
     ),
+    "warm-start": Tier(
+        (
+            "policy", "demonstrations", "invented", "protocol.name", "training.steps", "training.batch_size",
+            "training.learning_rate", "training.learn_everything", "training.seed",
+        ),
+        "sleuth warm-start --policy smollm2 --demonstrations demos.jsonl --out runs/warm",
+    ),
+    "serve": Tier(
+        (
+            "others", "host", "port", "port_file", "workers", "token_file", "admin_token_file",
+            "allowed_hosts", "dialect", "topk", "max_topk", "watch_seconds", "drain_seconds", "request_log",
+            "mcp",
+        ),
+        "sleuth serve --index runs/index --port 8000",
+    ),
+    "index": Tier(
+        (
+            "corpus", "out", "encoder", "kind", "k1", "b", "analyzer", "language", "title_boost", "dtype",
+            "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "on_error",
+            "shard", "device", "overwrite", "verify",
+        ),
+        "sleuth index --corpus corpus.jsonl --out runs/index",
+    ),
+    "quickstart": Tier(
+        ("out", "seed", "steps", "limit", "resume", "engine.name"),
+        "sleuth quickstart --out runs/quickstart --steps 10 --limit 50",
+    ),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def shown(capsys, *argv):
 def test_the_first_tier_names_options_that_there_are_and_no_more_than_two_dozen(command):
     main = importlib.import_module(sleuth.COMMANDS[command].module).main
     assert set(TIERS[command].options) <= set(known_keys(build_parser(main, command)))
-    assert 8 <= len(TIERS[command].options) <= 24
+    assert 5 < len(TIERS[command].options) <= 24
 
 
 @pytest.mark.parametrize("command", TIERS)
@@ -34,7 +34,7 @@ def test_help_is_short_with_an_example_and_help_all_is_whole(command, capsys):
     assert TIERS[command].example in short and "`--help-all` lists all options." in short
     assert all(f"--{key} " in short for key in TIERS[command].options)
     assert all(f"--{key} " in whole for key in keys)
-    assert len(short) < 0.75 * len(whole) and shown(capsys, command, "-h") == short
+    assert len(short) < len(whole) and shown(capsys, command, "-h") == short
 
 
 def test_names_of_presets_rewards_and_protocols_are_in_both_tiers(capsys):
