@@ -47,7 +47,7 @@ def test_a_cluster_that_there_is_not_is_one_line(options, message, tmp_path, mon
     options = {**options, "ray": options["ray"].format(free_port())}
     corpus = write_corpus(tmp_path / "c.jsonl")
     with pytest.raises(ConfigError, match=message):
-        command.main(corpus, str(tmp_path / "i"), **{"encoder": "fake", **options})
+        command.main(corpus, str(tmp_path / "i"), **{"encoder": "atlas", **options})
 
 
 @pytest.fixture(scope="module")
