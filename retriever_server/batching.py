@@ -51,7 +51,12 @@ class Batching:
     max_waiting: int = 4096
     """Queries that may stand in the queue; beyond it requests get 429 or 503."""
 
+    hang_seconds: float = 30.0
+    """How long a search may take before `/readyz` says 503."""
+
     def __post_init__(self) -> None:
+        if not self.hang_seconds > 0:
+            raise ConfigError(f"hang_seconds = {self.hang_seconds}: must be > 0")
         for name in ("max_batch", "threads", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 1")

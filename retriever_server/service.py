@@ -136,6 +136,8 @@ class Service:
         )
         self.stopping = False
         """Set when it is about to stop: new clients should go elsewhere."""
+        self._told = False
+        """Whether the log knows of a search that hangs."""
         for live in self.backends.values():
             live.on_swap = self.describe
 
@@ -145,7 +147,22 @@ class Service:
         if self.stopping:
             return "the server is stopping"
         waiting = self.batcher.waiting
-        return f"{waiting} queries are waiting" if waiting >= self.batcher.settings.max_waiting else ""
+        full = f"{waiting} queries are waiting" if waiting >= self.batcher.settings.max_waiting else ""
+        return self.hanging or full
+
+    @property
+    def hanging(self) -> str:
+        """Why it is not well: a search that does not end; "" if it is."""
+        seconds = self.batcher.longest_seconds
+        hangs = seconds > self.batcher.settings.hang_seconds
+        return f"a search has been under way for {seconds:.0f} s" if hangs else ""
+
+    def check_health(self) -> bool:
+        """Whether it is well; tells the log when that changes."""
+        if bool(reason := self.hanging) != self._told:
+            self._told = bool(reason)
+            _log.error("%s", reason or "no search hangs any more")
+        return not reason
 
     @property
     def default(self) -> Live:

@@ -10,12 +10,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import ConfigError
+from data.errors import ConfigError, SleuthError
 from retriever_server.batching import Batching
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ KEEP_ALIVE_SECONDS = 300
 """A trainer asks again after its update: a connection closed meanwhile would break under its request."""
 _GRACE_SECONDS = 30
 """For requests in flight at a stop."""
+_BACKLOG = 4096
+"""Clients that may stand at the door."""
 _LAST_SECONDS = 2
 """For all else at a stop: a search that hangs in its thread is not waited for."""
 
@@ -48,6 +51,10 @@ class ServeConfig:
     """File to write the port into once the server listens."""
     workers: int = 1
     """Processes that share the port and the memory map; a dead one is replaced."""
+    max_connections: int = 0
+    """The most connections of a process; 0: as many as open files allow, of which it asks for more."""
+    stall_seconds: float = 30.0
+    """How long a client may take for the head of a request, or send or read next to nothing of the rest."""
     token_file: str | None = None
     """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
     admin_token_file: str | None = None
@@ -92,6 +99,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers = {self.workers}: must be >= 1")
+        if self.max_connections < 0 or not 0 < self.stall_seconds < float("inf"):
+            given = f"max_connections = {self.max_connections}, stall_seconds = {self.stall_seconds}"
+            raise ConfigError(f"{given}: must be >= 0 and > 0")
         for name in ("watch_seconds", "drain_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 0")
@@ -108,23 +118,29 @@ def main(config: ServeConfig) -> None:
         return _speak_mcp(config)
     if config.port:
         _listen(config.host, config.port).close()  # whether it is free, before anything is opened
+    start = time.monotonic()
     app = build_app(config)  # with several workers too: what does not open is refused here, in one line
     opened = app.state.service.default.current
     manifest = getattr(opened.retriever, "manifest", None)
     served = f"{manifest.corpus_count:,} passages ({opened.generation})" if manifest else opened.generation
+    opened_seconds = time.monotonic() - start
     with _listen(config.host, config.port) as listener:
-        address, port = listener.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        if config.port_file is not None:
-            from data.jsonl import atomic_write
-
-            atomic_write(config.port_file, f"{port}\n")
-        print(f"serving {served} at http://{shown}:{port}", flush=True)
+        announce = functools.partial(_announce, config, listener.getsockname(), served)
         if config.workers == 1:
-            _run_until_stopped(app, listener, config.drain_seconds)
+            announce()
+            _run_until_stopped(app, listener, config)
         else:
             del app, opened
-            _run_workers(config, listener)
+            _run_workers(config, listener, opened_seconds, announce)
+
+
+def _announce(config: ServeConfig, address: tuple[Any, ...], served: str) -> None:
+    host, port = address[:2]
+    if config.port_file is not None:
+        from data.jsonl import atomic_write
+
+        atomic_write(config.port_file, f"{port}\n")
+    print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
 def build_app(config: ServeConfig) -> Any:
@@ -158,20 +174,6 @@ def _names(config: ServeConfig) -> set[str]:
     """What this server goes by; a machine that listens on all its addresses goes by its name, too."""
     own = socket.gethostname() if config.host in ("", "0.0.0.0", "::") else config.host
     return {name.lower().rstrip(".") for name in (own, *config.allowed_hosts)}
-
-
-def build_worker(config: ServeConfig) -> Any:
-    """The application of one of several processes, which does not outlive the process that started it."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
-    return _drain_first(build_app(config), config.drain_seconds)
 
 
 def _drain_first(app: Any, seconds: float) -> Any:
@@ -260,7 +262,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"port = {port}: must be from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         # A name that does not resolve has a negative errno and words of its own.
         number = error.errno or 0
@@ -273,48 +275,71 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run_until_stopped(app: Any, listener: socket.socket, drain_seconds: float) -> None:
+def _run_until_stopped(app: Any, listener: socket.socket, config: ServeConfig, pulse: Any = None) -> None:
+    """Serve in this process; `pulse` is told every second that it is well, or not that it is not."""
     import uvicorn
 
-    config = uvicorn.Config(
-        functools.partial(_drain_first, app, drain_seconds),  # called when uvicorn's handlers are set
+    from retriever_server.connections import BoundedProtocol, Bounds, connections_for, raise_open_files
+
+    most = config.max_connections or connections_for(raise_open_files())
+    _log.info("at most %d connections", most)
+
+    async def look() -> None:
+        if app.state.service.check_health() and pulse is not None:
+            pulse.beat()
+
+    settings = uvicorn.Config(
+        functools.partial(_drain_first, app, config.drain_seconds),  # called when uvicorn's handlers are set
         factory=True,
+        http=functools.partial(BoundedProtocol, Bounds(most, config.stall_seconds)),  # type: ignore[arg-type]
+        ws="none",
         log_level="warning",
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_notify=0,  # that is, every second
+        callback_notify=look,
     )
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once it has stopped; being asked to stop is no failure.
         for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, _leave)
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(settings).run(sockets=[listener])
 
 
-def _run_workers(config: ServeConfig, listener: socket.socket) -> None:
-    import uvicorn
-    from uvicorn.supervisors import Multiprocess
+def _run_workers(
+    config: ServeConfig, listener: socket.socket, opened_seconds: float, announce: Callable[[], None]
+) -> None:
+    from retriever_server.metrics import share_metrics
+    from retriever_server.workers import Workers
 
-    from retriever_server.metrics import forget_process, share_metrics
-
-    class Workers(Multiprocess):
-        def keep_subprocess_alive(self) -> None:
-            before = {process.pid for process in self.processes}
-            super().keep_subprocess_alive()
-            for pid in before - {process.pid for process in self.processes}:
-                forget_process(pid or 0)
-
-        def handle_hup(self) -> None:
-            for process in self.processes:
-                os.kill(process.pid or os.getpid(), signal.SIGHUP)
-
-    settings = uvicorn.Config(
-        functools.partial(build_worker, config),
-        factory=True,
-        log_level="warning",
-        timeout_graceful_shutdown=_GRACE_SECONDS,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_worker_healthcheck=60,
-        workers=config.workers,
-    )
     with share_metrics():
-        Workers(settings, [listener]).run()
+        Workers(
+            config.workers,
+            _work,
+            config,
+            start_seconds=60 + 20 * opened_seconds,
+            silent_seconds=max(60, 2 * config.max_deadline_seconds),
+            stop_seconds=config.drain_seconds + _GRACE_SECONDS + 2 * _LAST_SECONDS,
+        ).run(listener, announce)
+
+
+def _work(config: ServeConfig, listener: socket.socket, pulse: Any) -> None:
+    """One of several processes, which does not outlive the one that started it."""
+    for early in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(early, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        app = build_app(config)
+    except Exception as error:
+        pulse.complain(f"{'' if isinstance(error, SleuthError) else f'{type(error).__name__}: '}{error}")
+        os._exit(1)
+    _run_until_stopped(app, listener, config, pulse)
