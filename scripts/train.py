@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from data.errors import ConfigError, EngineError, SleuthError, require
+from data.errors import ConfigError, EngineError, SleuthError
 from data.listening import why_silent
 from data.settings import WandbConfig
 from rl.algorithm import preset_fields
@@ -251,8 +251,6 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
     check_questions(config.rewards, questions)
     if "judge" in config.rewards and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and config.engine.name == "vllm":
-        require(config.engine.urls is not None, "engine.urls", None, "given where several processes train")
 
 
 def _located(config: TrainConfig) -> TrainConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from data.device import check_device
-from data.errors import ConfigError, EngineError
+from data.errors import ConfigError, EngineError, require
 from data.listening import why_silent
 from data.settings import EngineConfig
 from retriever_server.client import SearchClient, connect
@@ -137,6 +138,8 @@ def check_engine_servers(engine: EngineConfig) -> None:
     if engine.urls is None:
         from agent.engines.vllm_process import find_python
 
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        require(not several, "engine.urls", None, "given where several processes train")
         find_python(engine.python)
         return
     silent = {url: why_silent(url.strip()) for url in engine.urls.split(",")}
