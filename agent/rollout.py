@@ -41,7 +41,7 @@ _EPISODES = itertools.count()
 
 
 class Searcher(Interface):
-    """What the agent needs of a retriever; `retriever_server.client.SearchClient` is one."""
+    """What the agent needs of a retriever; `retriever_server.client.search_client.SearchClient` is one."""
 
     async def search(self, query: str, k: int) -> list[Hit]:
         """The best `k` passages of one query."""

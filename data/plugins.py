@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
+from data.moved import current_name
 
 OURS = ("agent", "data", "retriever_server", "rl", "scripts")
 """Never taken from a user's folder."""
@@ -42,7 +43,7 @@ def looking_beside(*files: str | Path) -> Iterator[None]:
 
 def find_plugin(name: str, place: str) -> Any:
     """What `module.name` names. `place` begins the ConfigError where there is none."""
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = current_name(name).rpartition(".")
     if not module or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{place}: {name!r} must be like module.name")
     spec = locate(module)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from agent.protocol import get_protocol
 from data.errors import require
 from data.settings import EngineConfig, LoraConfig, WandbConfig
-from rl.algorithm import AlgorithmConfig
+from rl.algorithm.presets import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from agent.vision import text_trunk
 from data.errors import ConfigError
 from data.run_dir import read_metrics
 from rl.config import TrainConfig
-from rl.lora import add_lora
+from rl.learner.lora import add_lora
 
 PROMPT_TOKENS = 256
 """Allowed for the instruction and the question."""

@@ -26,9 +26,9 @@ from rl.in_flight import InFlight, OpenGroup, staleness
 if TYPE_CHECKING:
     from agent.rollout import Agent
     from data.records import Question
+    from rl.algorithm.rewards import Reward
     from rl.config import TrainConfig
-    from rl.rewards import Reward
-    from rl.workers import Workers
+    from rl.learner.workers import Workers
 
 logger = logging.getLogger(__name__)
 

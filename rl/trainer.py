@@ -32,14 +32,14 @@ from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.progress import Bar, no_bar
 from data.records import Question
 from data.run_dir import RunDir, read_metrics
+from rl.algorithm.rewards import combine
 from rl.config import TrainConfig
 from rl.diagnosis import WINDOW, find_obstacle
-from rl.learner import Learner
-from rl.rewards import combine
+from rl.learner.learner import Learner
+from rl.learner.workers import Workers
 from rl.rollouts import Collected, Rollouts, Totals, averages
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
-from rl.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from agent.trajectory import StopReason, Trajectory
 from data.errors import ConfigError, RunStopped, require
 from data.questions import load_questions
 from data.records import Question
-from retriever_server.client import SearchClient, connect
+from retriever_server.client.search_client import SearchClient, connect
+from rl.algorithm.rewards import check_questions, combine
 from rl.config import JudgeConfig
-from rl.rewards import check_questions, combine
 
 if TYPE_CHECKING:
     from datasets import Dataset

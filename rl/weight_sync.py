@@ -20,17 +20,17 @@ from agent.prompt import encode_prompt
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError
 from data.records import Question
-from rl.batch import micro_batches
 from rl.config import RolloutConfig
-from rl.logprobs import Scorer
-from rl.workers import Workers
+from rl.learner.batch import micro_batches
+from rl.learner.logprobs import Scorer
+from rl.learner.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from agent.rollout import Agent
     from data.settings import EngineConfig
-    from rl.learner import Learner
+    from rl.learner.learner import Learner
 
 logger = logging.getLogger(__name__)
 

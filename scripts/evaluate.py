@@ -62,7 +62,7 @@ def main(
     """
     from agent.evaluate import check_folder
     from data.questions import load_questions
-    from retriever_server.opening import check_retriever
+    from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
 
     if not 0 <= max_failed_share <= 1:

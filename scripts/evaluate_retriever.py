@@ -47,7 +47,7 @@ def main(
     _check_given(queries, qrels, benchmark, answers, top_k)
     from retriever_server.evaluation import judge, judge_answers, parse_metrics
     from retriever_server.filters import parse_filter
-    from retriever_server.opening import check_retriever
+    from retriever_server.open_retriever import check_retriever
 
     parse_filter(where or {})
     measures = parse_metrics(metrics, top_k)
@@ -132,7 +132,7 @@ def _rank(
     from data.formats.trec import load_run
     from data.records import Question
     from retriever_server.evaluation import rank_all
-    from retriever_server.opening import open_retriever
+    from retriever_server.open_retriever import open_retriever
     from scripts.console import track
 
     if spec.endswith((".run", ".trec")):
@@ -171,8 +171,8 @@ def _rank(
 
 def _parts(retriever: Any, asked: Sequence[Question]) -> list[Any]:
     """What a fused retriever joins, where each of it can be asked all queries."""
-    from retriever_server.compose import Fuse
     from retriever_server.retriever import inside
+    from retriever_server.retrievers.compose import Fuse
 
     fused = next((each for each in inside(retriever) if isinstance(each, Fuse)), None)
     return [part for part in fused.parts if all(part.accepts(q.asked) for q in asked)] if fused else []

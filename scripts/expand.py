@@ -19,7 +19,7 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
         passages_at_once: How many the generator is given in one call.
     """
     from data.corpus import Corpus
-    from retriever_server.opening import READER
+    from retriever_server.open_retriever import READER
     from retriever_server.training.expansion import Generator, expand
     from scripts.console import track
 

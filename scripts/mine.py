@@ -134,9 +134,9 @@ def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
 def _plan(spec: str, scorer: bool = False) -> Any:
     """What builds, once, the retriever that `spec` names, or where one may stand the scorer."""
     from data.hub import find_model
-    from retriever_server.opening import check_retriever, plan_file, plan_retriever
-    from retriever_server.rerank import CrossEncoder, Scorer
+    from retriever_server.open_retriever import check_retriever, plan_file, plan_retriever
     from retriever_server.retriever import Retriever
+    from retriever_server.retrievers.rerank import CrossEncoder, Scorer
 
     if scorer and spec.endswith((".yaml", ".yml")):
         build = plan_file(Path(spec), (Scorer, Retriever))

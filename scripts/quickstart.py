@@ -187,7 +187,7 @@ def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit
 
 def train_policy(config: TrainConfig, url: str) -> None:
     """GRPO with live searches at `url`; resumes, and does nothing once it is finished."""
-    from retriever_server.client import connect
+    from retriever_server.client.search_client import connect
     from scripts.train import print_conclusion, train
 
     train(config, connect(url, config.rollout.retriever_deadline_seconds))

@@ -29,7 +29,7 @@ def main(
 
 
 async def _search(query: Input, retriever: str, top_k: int, deadline_seconds: float) -> list[Hit]:
-    from retriever_server.client import connect
+    from retriever_server.client.search_client import connect
 
     async with connect(retriever, deadline_seconds) as client:
         await client.probe()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError, SleuthError
-from retriever_server.batching import Batching
+from retriever_server.server.batching import Batching
 
 _log = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ def _announce(config: ServeConfig, address: tuple[Any, ...], served: str) -> Non
 
 def build_app(config: ServeConfig) -> Any:
     """The application, its retrievers opened; SIGHUP reloads them."""
-    from retriever_server.app import create_app
-    from retriever_server.guard import read_token
+    from retriever_server.server.app import create_app
+    from retriever_server.server.middleware import read_token
 
     token = read_token(config.token_file) if config.token_file else None
     admin = config.admin_token_file
@@ -202,7 +202,7 @@ def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
 
 
 def _limits(config: ServeConfig) -> Any:
-    from retriever_server.service import Limits
+    from retriever_server.server.service import Limits
 
     return Limits(
         config.topk,
@@ -219,8 +219,8 @@ def _limits(config: ServeConfig) -> Any:
 
 
 def _open_backends(config: ServeConfig) -> dict[str, Any]:
-    from retriever_server.live import Live, stamp
-    from retriever_server.opening import check_retriever, open_retriever
+    from retriever_server.open_retriever import check_retriever, open_retriever
+    from retriever_server.server.hot_swap import Live, stamp
 
     for spec in (config.index, *config.others.values()):
         check_retriever(spec)
@@ -250,8 +250,8 @@ def _reload_siblings() -> None:
 
 
 def _speak_mcp(config: ServeConfig) -> None:
-    from retriever_server.adapters import make_mcp
-    from retriever_server.service import Service
+    from retriever_server.server.routes.adapters import make_mcp
+    from retriever_server.server.service import Service
 
     make_mcp(Service(_open_backends(config), _limits(config), config.batching)).run("stdio")
 
@@ -279,7 +279,7 @@ def _run_until_stopped(app: Any, listener: socket.socket, config: ServeConfig, p
     """Serve in this process; `pulse` is told every second that it is well, or not that it is not."""
     import uvicorn
 
-    from retriever_server.connections import BoundedProtocol, Bounds, connections_for, raise_open_files
+    from retriever_server.server.connections import BoundedProtocol, Bounds, connections_for, raise_open_files
 
     most = config.max_connections or connections_for(raise_open_files())
     _log.info("at most %d connections", most)
@@ -310,8 +310,8 @@ def _run_until_stopped(app: Any, listener: socket.socket, config: ServeConfig, p
 def _run_workers(
     config: ServeConfig, listener: socket.socket, opened_seconds: float, announce: Callable[[], None]
 ) -> None:
-    from retriever_server.metrics import share_metrics
-    from retriever_server.workers import Workers
+    from retriever_server.server.metrics import share_metrics
+    from retriever_server.server.workers import Workers
 
     with share_metrics():
         Workers(

@@ -80,13 +80,13 @@ def _protocols() -> Collection[str]:
 
 
 def _presets() -> Collection[str]:
-    from rl.algorithm import PRESETS
+    from rl.algorithm.presets import PRESETS
 
     return PRESETS
 
 
 def _rewards() -> Collection[str]:
-    from rl.rewards import REWARDS
+    from rl.algorithm.rewards import REWARDS
 
     return [*REWARDS, "judge"]
 

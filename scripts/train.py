@@ -19,16 +19,16 @@ import yaml
 from data.errors import ConfigError, EngineError, SleuthError
 from data.listening import why_silent
 from data.settings import WandbConfig
-from rl.algorithm import preset_fields
+from rl.algorithm.presets import preset_fields
 from rl.config import SentinelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from agent.policy import Policy
     from data.records import Question
     from data.run_dir import RunDir
-    from retriever_server.client import SearchClient
+    from retriever_server.client.search_client import SearchClient
     from rl.estimate import Steps
-    from rl.workers import Workers
+    from rl.learner.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _dry_run(config: TrainConfig) -> None:
     find_policy(config.policy)
     protocol = make_protocol(config.protocol, config.policy)
     from rl.estimate import estimate_text
-    from rl.workers import join_workers
+    from rl.learner.workers import join_workers
 
     workers = join_workers()
     if workers.leads:
@@ -184,7 +184,7 @@ def train(
     Returns this process's place among those of the run.
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
-    from retriever_server.opening import plan_retriever
+    from retriever_server.open_retriever import plan_retriever
     from scripts.console import say
     from scripts.wiring import check_agent, open_client
 
@@ -204,7 +204,7 @@ def train(
             if _leads():
                 size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size}"
                 say(f"training {here.policy}: {here.steps} steps of {size} trajectories, into {here.out}")
-            from rl.workers import join_workers
+            from rl.learner.workers import join_workers
 
             workers = join_workers()
             asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
@@ -245,7 +245,7 @@ def _leads() -> bool:
 
 def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
     """What can be wrong with a configuration that no field knows alone, before a model loads."""
-    from rl.rewards import check_questions, combine
+    from rl.algorithm.rewards import check_questions, combine
 
     combine(config.rewards, config.judge)
     check_questions(config.rewards, questions)
@@ -326,7 +326,7 @@ async def _train(
 
     from agent.policy import load_policy, resolve_device
     from agent.prompt import frozen_frame
-    from rl.learner import Learner
+    from rl.learner.learner import Learner
     from rl.trainer import Trainer
     from scripts.console import bar
     from scripts.wiring import open_agent

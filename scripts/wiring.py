@@ -21,7 +21,7 @@ from data.device import check_device
 from data.errors import ConfigError, EngineError, require
 from data.listening import why_silent
 from data.settings import EngineConfig
-from retriever_server.client import SearchClient, connect
+from retriever_server.client.search_client import SearchClient, connect
 from rl.config import ProtocolConfig
 from scripts.console import waiting
 
@@ -99,7 +99,7 @@ def open_agent(
         from transformers.utils.logging import disable_progress_bar
 
         from agent.engines.hf import HFEngine
-        from agent.engines.opening import open_vllm
+        from agent.engines.open_vllm import open_vllm
         from agent.policy import load_policy, load_tokenizer, resolve_device
 
         disable_progress_bar()

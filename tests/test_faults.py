@@ -23,7 +23,7 @@ from data.errors import StorageError
 from data.jsonl import write_jsonl
 from data.run_dir import read_metrics, read_run
 from rl.config import ProtocolConfig, RolloutConfig
-from rl.update import Updater
+from rl.learner.update import Updater
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.retriever_server.running import running_server, start_server

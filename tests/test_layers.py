@@ -13,15 +13,15 @@ FLOORS = ["scripts", "rl", "agent", "retriever_server", "data"]  # top floor fir
 MAX_LINES = 400
 MAX_DEPTH = 6  # imports on loading, from the front door down to what imports nothing
 # All that `agent` may see of the floor below: light, and the same for every retriever.
-OPEN_TO_AGENT = {"client", "wire", "retriever"}
+OPEN_TO_AGENT = {"client", "retriever"}
 LIGHT = [
     "scripts.__main__",
     "agent.protocol",
     "agent.trajectory",
     "agent.engines.base",
-    "retriever_server.client",
+    "retriever_server.client.search_client",
     "retriever_server.retriever",
-    "retriever_server.wire",
+    "retriever_server.client.wire",
     "data.errors",
     "data.records",
     "data.corpus",

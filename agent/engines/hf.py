@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from agent.engines.base import Completion, FinishReason, Sampling
-from agent.engines.drawing import draw
-from agent.engines.pictures import Pictures, shared_with_pictures
-from agent.engines.stopping import StopFinder, eos_ids
+from agent.engines.image_cache import Pictures, shared_with_pictures
+from agent.engines.sampling import draw
+from agent.engines.stop_strings import StopFinder, eos_ids
 from agent.trajectory import Picture
 from agent.vision import Vision
 from data.errors import ConfigError, EngineError

@@ -8,8 +8,8 @@ from typing import Any
 
 from data.errors import ConfigError
 from data.modalities import modalities
+from retriever_server.encoders.image_inputs import describe_images, what_it_takes
 from retriever_server.encoders.loading import CLASSES
-from retriever_server.encoders.pictures import describe_images, what_it_takes
 from retriever_server.encoders.proofs import describe_first
 from retriever_server.encoders.spec import EncodingSpec
 

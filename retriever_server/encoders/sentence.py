@@ -27,9 +27,7 @@ from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
 from data.unicode import replace_halves
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
-from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
-from retriever_server.encoders.packing import packable, packed_forward
-from retriever_server.encoders.pictures import (
+from retriever_server.encoders.image_inputs import (
     WHOLE,
     as_model_input,
     kind_of,
@@ -40,6 +38,8 @@ from retriever_server.encoders.pictures import (
     uncut,
     what_it_takes,
 )
+from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
+from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.proofs import prove
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.token_pooling import TokenPooling

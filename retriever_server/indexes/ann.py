@@ -19,8 +19,8 @@ from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.indexes.encoded import Ranking
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.indexes.rows import Rows
 from retriever_server.indexes.shards import Shards
+from retriever_server.indexes.vector_store import Rows
 from retriever_server.retriever import Filter
 
 _FILE = "faiss.index"

@@ -28,7 +28,7 @@ from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
 from data.lock import locked
 from data.records import FORMAT_VERSION, Passage
-from retriever_server.indexes.integrity import check_files, file_hash, sample_hash
+from retriever_server.indexes.checksums import check_files, file_hash, sample_hash
 from retriever_server.retriever import Retriever
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from retriever_server.indexes.base import (
     open_index,
     write_generation,
 )
-from retriever_server.indexes.counting import TermCounts, count_terms, lucene_length
-from retriever_server.indexes.integrity import save_array
+from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.postings import Postings, best, map_postings
+from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
 from retriever_server.retriever import Filter, Query, texts_of
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from data.errors import ConfigError, CorpusChanged, DataError
 from data.records import Hit
 from retriever_server.encoders.spec import Encoder
 from retriever_server.filters import allowed
+from retriever_server.indexes.checksums import sample_hash
 from retriever_server.indexes.encoded import check_encodes
-from retriever_server.indexes.integrity import sample_hash
-from retriever_server.indexes.rows import Rows
+from retriever_server.indexes.vector_store import Rows
 from retriever_server.retriever import Filter, Query, Retriever
 
 

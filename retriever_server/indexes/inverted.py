@@ -14,8 +14,8 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Vectors
+from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.integrity import save_array
 from retriever_server.indexes.postings import Postings, best, map_postings
 from retriever_server.indexes.shards import Shards
 

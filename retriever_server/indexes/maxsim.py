@@ -15,10 +15,10 @@ from data.corpus import Corpus
 from data.errors import ConfigError, require
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
+from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.integrity import save_array
-from retriever_server.indexes.rows import Rows
 from retriever_server.indexes.shards import Shards, quantise
+from retriever_server.indexes.vector_store import Rows
 
 _PASSAGES_TOGETHER = 512
 

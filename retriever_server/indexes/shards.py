@@ -26,7 +26,7 @@ from data.modalities import read
 from data.records import Item
 from retriever_server.encoders.spec import Encoder
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
-from retriever_server.indexes.integrity import save_array
+from retriever_server.indexes.checksums import save_array
 
 logger = logging.getLogger(__name__)
 

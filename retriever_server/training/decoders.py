@@ -13,7 +13,7 @@ from retriever_server.encoders.eos import append_eos
 from retriever_server.encoders.loading import limit_tokens
 from retriever_server.encoders.proofs import prove
 from retriever_server.encoders.two_way import make_two_way
-from retriever_server.rerank import QUESTION
+from retriever_server.retrievers.rerank import QUESTION
 from retriever_server.training.models import Base, _assemble, _load, _similarity, _transformer
 
 SYSTEM = "You are an AI assistant that can understand human language."

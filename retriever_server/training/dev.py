@@ -19,8 +19,8 @@ from data.records import Input, Qrels, Question
 from retriever_server.encoders.identity import read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
-from retriever_server.rerank import Pair, Rerank, Scorer
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.rerank import Pair, Rerank, Scorer
 from retriever_server.training.examples import KeysOf, shown
 from retriever_server.training.recipe import DevConfig
 

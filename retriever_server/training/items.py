@@ -16,7 +16,7 @@ from data.errors import ConfigError
 from data.examples import Examples
 from data.modalities import read
 from data.records import Input, Item, Passage
-from retriever_server.encoders.pictures import as_model_input, kind_of, placeholders, reads_files, uncut
+from retriever_server.encoders.image_inputs import as_model_input, kind_of, placeholders, reads_files, uncut
 from retriever_server.retriever import texts_of
 
 

@@ -21,8 +21,8 @@ from data.errors import ConfigError, DataError
 from data.jsonl import append_jsonl, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
-from retriever_server.rerank import Scorer
 from retriever_server.retriever import Retriever, text_in, texts_of
+from retriever_server.retrievers.rerank import Scorer
 
 Progress = Callable[[Any], Iterable[int]]
 

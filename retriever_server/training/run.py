@@ -22,7 +22,7 @@ from data.examples import Examples
 from data.jsonl import read_json, write_json
 from data.progress import Bar, no_bar
 from data.settings import LoraConfig
-from retriever_server.encoders.pictures import reads_files
+from retriever_server.encoders.image_inputs import reads_files
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.components import build_loss, build_model, kind_of

@@ -33,7 +33,7 @@ from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json, read_jsonl, write_jsonl
 from data.run_dir import read_metrics
 from data.significance import format_estimate
-from rl.algorithm import PRESETS
+from rl.algorithm.presets import PRESETS
 from scripts.quickstart import RECIPE, build_world
 
 KIND = "two_hop"

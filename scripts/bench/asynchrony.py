@@ -30,7 +30,7 @@ from typing import Any
 
 from data.records import Hit
 from data.run_dir import read_metrics
-from retriever_server.client import SearchClient, connect
+from retriever_server.client.search_client import SearchClient, connect
 from rl.config import TrainConfig
 from scripts.quickstart import RECIPE, build_world
 

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from urllib.parse import urlsplit
 
-from retriever_server.connections import raise_open_files
+from retriever_server.server.connections import raise_open_files
 from scripts.bench.server import Client
 
 _CONNECTING_AT_ONCE = 200

@@ -298,7 +298,7 @@ def reranked(folder: Callable[[Work], Path]) -> Make:
     """BM25's first 20, ordered by a cross-encoder."""
 
     def make(work: Work, on: str) -> Retriever:
-        from retriever_server.rerank import CrossEncoder, Rerank
+        from retriever_server.retrievers.rerank import CrossEncoder, Rerank
 
         return Rerank(work.bm25(on), CrossEncoder(str(folder(work))), depth=20)
 
@@ -309,7 +309,7 @@ def fused(*parts: Make) -> Make:
     """The convex sum of several."""
 
     def make(work: Work, on: str) -> Retriever:
-        from retriever_server.compose import Fuse
+        from retriever_server.retrievers.compose import Fuse
 
         return Fuse([part(work, on) for part in parts], "convex", normalize="min-max")
 

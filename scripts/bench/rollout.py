@@ -43,7 +43,7 @@ from data.atlas.passages import render_passages
 from data.atlas.world import load_world
 from data.records import Hit, Passage, Question
 from data.settings import EngineConfig
-from retriever_server.client import InProcess, SearchClient
+from retriever_server.client.search_client import InProcess, SearchClient
 from retriever_server.retriever import Query, Retriever
 from rl.seed_policy import train_tokenizer
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from agent.engines.base import Completion, Engine, Sampling
 from agent.engines.hf import HFEngine
-from agent.engines.opening import open_vllm
+from agent.engines.open_vllm import open_vllm
 from agent.engines.vllm import VLLMEngine
 from agent.policy import Policy
 from agent.protocol import SEARCH_R1, Answer, Protocol, Search
@@ -38,7 +38,7 @@ from data.errors import ConfigError
 from data.questions import load_questions
 from data.records import Question
 from data.settings import EngineConfig
-from retriever_server.client import InProcess, SearchClient
+from retriever_server.client.search_client import InProcess, SearchClient
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.retriever import Retriever
 

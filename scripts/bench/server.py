@@ -211,7 +211,7 @@ def serve_peer(index: str) -> None:
     """Serve a flat index by the procedure of Search-R1's server, on a free port."""
     import uvicorn
 
-    from retriever_server.opening import open_retriever
+    from retriever_server.open_retriever import open_retriever
     from scripts.serve import _listen
 
     app = peer_app(open_retriever(index))

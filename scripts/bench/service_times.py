@@ -30,7 +30,7 @@ from agent.policy import Policy, load_policy
 from agent.rollout import Agent
 from data.errors import ConfigError
 from data.settings import EngineConfig
-from retriever_server.client import connect
+from retriever_server.client.search_client import connect
 from scripts.bench.rollout_engines import NEVER, PROTOCOL, EndlessHF, Laid, ServerSide, Work, make_work
 from scripts.bench.server import Client, make_bodies, started
 

@@ -29,7 +29,7 @@ import yaml
 from data.corpus import Corpus
 from data.jsonl import read_jsonl
 from data.run_dir import read_metrics
-from retriever_server.opening import open_retriever
+from retriever_server.open_retriever import open_retriever
 
 RECIPE = Path(__file__).parents[1] / "configs/atlas.yaml"
 ENCODED = {"flat": "dense", "inverted": "sparse", "maxsim": "multi"}

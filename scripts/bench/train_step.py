@@ -46,12 +46,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.records import Question
+from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.logprobs import Scorer
-from rl.optimizer import Optimizer
-from rl.rewards import Reward
+from rl.learner.logprobs import Scorer
+from rl.learner.optimizer import Optimizer
+from rl.learner.update import Updater
 from rl.rollouts import Group
-from rl.update import Updater
 from scripts.bench.rollout import hardware
 
 GROUP = 4

@@ -97,9 +97,9 @@ def _engine(
     config: TrainConfig, scratch: Path, on_gpus: bool
 ) -> tuple[Callable[[str, int], Sequence[str]], dict[str, str]]:
     """Command and environment of a server. The policy is loaded once, on this CPU, to see what it is."""
-    from agent.engines.opening import server_options
-    from agent.engines.servable import dress
+    from agent.engines.open_vllm import server_options
     from agent.engines.vllm_process import server_command, server_environment
+    from agent.engines.weight_export import dress
     from agent.policy import load_policy
     from scripts.wiring import make_protocol
 

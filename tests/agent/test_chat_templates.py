@@ -17,8 +17,8 @@ from agent.rollout import Agent
 from agent.trajectory import SegmentKind
 from data.errors import ConfigError, DataError
 from data.records import Hit, Passage
+from rl.algorithm.rewards import REWARDS
 from rl.demonstrations import demonstration_spans
-from rl.rewards import REWARDS
 from rl.warm_start import encode_demonstration
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
 

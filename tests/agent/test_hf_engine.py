@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from agent.engines.base import FinishReason, Sampling
-from agent.engines.drawing import draw
 from agent.engines.hf import HFEngine
+from agent.engines.sampling import draw
 from data.errors import ConfigError, EngineError
 from tests.fakes import byte_tokenizer, tiny_model
 

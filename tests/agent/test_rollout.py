@@ -12,7 +12,7 @@ from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
 from agent.rollout import Agent
 from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
-from rl.rewards import REWARDS
+from rl.algorithm.rewards import REWARDS
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
 
 WORLD = {"Lyon": "Lyon is a city in France.", "France": "Its capital is Paris."}

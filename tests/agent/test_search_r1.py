@@ -15,9 +15,9 @@ from agent.search_tool import Neutraliser, render_hits
 from agent.trajectory import SegmentKind
 from data.corpus import parse_passage
 from data.records import Hit
-from retriever_server.app import _render
-from retriever_server.wire import parse_hits, parse_results
-from retriever_server.wire import render_hits as answer
+from retriever_server.client.wire import parse_hits, parse_results
+from retriever_server.client.wire import render_hits as answer
+from retriever_server.server.app import _render
 from tests.fakes import byte_tokenizer, question
 
 ROOM = replace(SEARCH_R1, max_observation_tokens=10**6, max_context_tokens=10**7)

@@ -9,7 +9,7 @@ import pytest
 
 from agent.engines.base import Sampling
 from agent.engines.scripted import ScriptedEngine
-from agent.engines.stopping import StopFinder
+from agent.engines.stop_strings import StopFinder
 from agent.protocol import HERMES, SEARCH_R1
 from agent.rollout import Agent
 from agent.trajectory import StopReason

@@ -10,7 +10,7 @@ from transformers import Gemma3Config, Idefics3Config, LlamaConfig, Qwen2VLConfi
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
-from agent.engines.pictures import shared_with_pictures
+from agent.engines.image_cache import shared_with_pictures
 from agent.policy import load_policy
 from agent.protocol import COMPACT, SEARCH_R1
 from agent.rollout import Agent, encode_prompt

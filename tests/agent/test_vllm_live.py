@@ -18,15 +18,15 @@ import torch
 from agent.engines import transport
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.device_transport import IPCTransport, NCCLTransport
-from agent.engines.opening import open_vllm
+from agent.engines.open_vllm import open_vllm
 from agent.policy import Policy, load_policy
 from agent.protocol import get_protocol
 from data.errors import ConfigError, EngineError
 from data.packaged import smollm2_policy
 from data.settings import EngineConfig, LoraConfig
 from rl.config import RolloutConfig
-from rl.logprobs import Scorer
-from rl.lora import add_lora, scaled_adapter_state
+from rl.learner.logprobs import Scorer
+from rl.learner.lora import add_lora, scaled_adapter_state
 from rl.weight_sync import FLOAT32_DIFFERENCE, compare
 from tests.fakes import byte_tokenizer, tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agent.engines.servable import dress
+from agent.engines.weight_export import dress
 from agent.policy import Policy
 from data.errors import ConfigError
 from tests.fakes import byte_tokenizer, tiny_model

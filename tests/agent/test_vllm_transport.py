@@ -12,15 +12,15 @@ import torch
 from agent.engines.base import Sampling
 from agent.engines.device_transport import IPCTransport, NCCLTransport, device_arguments
 from agent.engines.hf import HFEngine
-from agent.engines.opening import open_vllm
-from agent.engines.servable import dress
+from agent.engines.open_vllm import open_vllm
 from agent.engines.transport import AdapterTransport
 from agent.engines.vllm import VLLMEngine
+from agent.engines.weight_export import dress
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from data.errors import ConfigError, EngineError
 from data.settings import EngineConfig, LoraConfig
-from rl.lora import add_lora, scaled_adapter_state
+from rl.learner.lora import add_lora, scaled_adapter_state
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import serving

@@ -13,7 +13,7 @@ from data.jsonl import parse_line, read_json
 from data.records import Passage
 from data.unicode import replace_halves
 from retriever_server.encoders.sentence import load_encoder
-from retriever_server.rerank import CrossEncoder
+from retriever_server.retrievers.rerank import CrossEncoder
 from scripts import __main__ as sleuth
 from tests.retriever_server.encoders import tiny_model
 

@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
-from retriever_server.app import create_app
-from retriever_server.guard import Access
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.server.app import create_app
+from retriever_server.server.middleware import Access
 from scripts.serve import ServeConfig, build_app
 from tests.retriever_server.running import build_small_index, running_server
 from tests.retriever_server.test_app import Stub

@@ -12,10 +12,10 @@ from scipy.sparse import csr_array
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit
-from retriever_server.app import create_app
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.encoders.vectors import Multi
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
 
 QUERY, PASSAGE = [3.0, 4.0, 0.0], [0.0, 5.0, 12.0]
 
@@ -154,7 +154,7 @@ def test_access_returns_pages_of_the_corpus_only(corpus):
 def test_mcp_search_and_fetch(corpus):
     from mcp import Client
 
-    from retriever_server.adapters import make_mcp
+    from retriever_server.server.routes.adapters import make_mcp
 
     service = create_app(Whole(corpus)).state.service
 

@@ -11,12 +11,12 @@ from fastapi.testclient import TestClient
 
 from data.errors import ConfigError
 from data.records import Hit, Passage
-from retriever_server.app import Limits, create_app
-from retriever_server.batching import Batching
-from retriever_server.guard import read_token
-from retriever_server.live import Live
-from retriever_server.rerank import Rerank
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.rerank import Rerank
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.batching import Batching
+from retriever_server.server.hot_swap import Live
+from retriever_server.server.middleware import read_token
 from tests.retriever_server.test_rerank import ByLetter
 
 

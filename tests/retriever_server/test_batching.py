@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from data.errors import ConfigError, DataError, RetrieverUnavailable
-from retriever_server.batching import Batcher, Batching, Overloaded, run_isolated
+from retriever_server.server.batching import Batcher, Batching, Overloaded, run_isolated
 
 
 class Recorder:

@@ -13,11 +13,11 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
-from retriever_server.indexes import counting
+from retriever_server.indexes import term_counts as counting
 from retriever_server.indexes.analyzers import ANALYZERS, plain
 from retriever_server.indexes.base import generation_name, open_index
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.indexes.counting import lucene_length
+from retriever_server.indexes.term_counts import lucene_length
 
 SQUAD = Path(__file__).parents[2].parent / "shared/data/squad"
 

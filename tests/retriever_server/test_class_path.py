@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from data.errors import ConfigError
-from retriever_server.opening import open_retriever, plan_file, plan_retriever
-from retriever_server.rerank import Scorer
+from retriever_server.open_retriever import open_retriever, plan_file, plan_retriever
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.rerank import Scorer
 
 ROOT = Path(__file__).parents[2]
-HEAD = "from retriever_server.retriever import Retriever\nfrom retriever_server.rerank import Scorer\n"
+HEAD = """
+from retriever_server.retriever import Retriever
+from retriever_server.retrievers.rerank import Scorer
+"""
 OWN = """
 class Mine(Retriever):
     generation = "mine"

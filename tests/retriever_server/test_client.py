@@ -21,10 +21,10 @@ from data.errors import (
     RetrieverUnavailable,
 )
 from data.records import Hit, Passage
-from retriever_server.client import InProcess, SearchClient, connect
-from retriever_server.http import Http
+from retriever_server.client.http import Http
+from retriever_server.client.search_client import InProcess, SearchClient, connect
+from retriever_server.client.wire import render_hits
 from retriever_server.retriever import Retriever
-from retriever_server.wire import render_hits
 
 
 class Echo(Retriever):
@@ -98,7 +98,7 @@ def echoed(queries: list[str]) -> dict:
 def a_look_takes_100_seconds():
     """For the client, each time it looks at its clock: deadlines pass however fast or busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retriever_server.http.time", SimpleNamespace(monotonic=count(0, 100).__next__))
+        patch.setattr("retriever_server.client.http.time", SimpleNamespace(monotonic=count(0, 100).__next__))
         yield
 
 

@@ -6,9 +6,9 @@ import gzip
 import pytest
 
 from data.errors import RetrieverRefused, RetrieverUnavailable
-from retriever_server import http as http_of_client
-from retriever_server.client import InProcess, SearchClient
-from retriever_server.http import Http
+from retriever_server.client import http as http_of_client
+from retriever_server.client.http import Http
+from retriever_server.client.search_client import InProcess, SearchClient
 from tests.retriever_server.test_client import (
     Echo,
     FlakyServer,

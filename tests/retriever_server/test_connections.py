@@ -19,9 +19,9 @@ import uvicorn
 
 from data.errors import ConfigError
 from data.records import Hit, Passage
-from retriever_server.app import create_app
-from retriever_server.connections import BoundedProtocol, Bounds, connections_for
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
+from retriever_server.server.connections import BoundedProtocol, Bounds, connections_for
 from scripts.bench.connections import drive
 from scripts.serve import ServeConfig
 from tests.retriever_server.running import build_small_index, running_server
@@ -170,7 +170,7 @@ def test_requests_that_do_not_wait_for_answers_are_bounded():
 
 
 def test_connections_beyond_the_bound_are_told_so_and_the_others_served(caplog, monkeypatch):
-    monkeypatch.setattr("retriever_server.connections._TOLD_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr("retriever_server.server.connections._TOLD_EVERY_SECONDS", 0.1)
     with bounded(most=3, stall_seconds=30) as (port, count):
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url) as kept, httpx.Client(base_url=url) as other:
@@ -190,7 +190,7 @@ def test_connections_beyond_the_bound_are_told_so_and_the_others_served(caplog, 
 
 
 def test_what_is_closed_is_counted_in_the_log(caplog, monkeypatch):
-    monkeypatch.setattr("retriever_server.connections._TOLD_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr("retriever_server.server.connections._TOLD_EVERY_SECONDS", 0.1)
     caplog.set_level(logging.WARNING)
     with bounded(stall_seconds=0.2) as (port, _):
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]

@@ -6,9 +6,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from data.records import Hit, Passage
-from retriever_server.app import create_app
-from retriever_server.live import Live
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
+from retriever_server.server.hot_swap import Live
 
 PASSAGES = [
     Passage("7", "A city.\nOn a river.", "Paris", {"url": "https://x.org/paris"}),

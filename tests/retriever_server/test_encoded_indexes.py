@@ -9,10 +9,9 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Passage
-from retriever_server.compose import Cached, Sharded
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Multi
-from retriever_server.indexes import integrity
+from retriever_server.indexes import checksums as integrity
 from retriever_server.indexes.ann import AnnIndex, default_search
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
@@ -21,6 +20,7 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
 from retriever_server.indexes.shards import quantise
+from retriever_server.retrievers.compose import Cached, Sharded
 from tests.retriever_server.encoders import WORDS, FakeEncoder
 
 KINDS = {"flat": FlatIndex, "ann": AnnIndex, "inverted": InvertedIndex, "maxsim": MaxSimIndex}
@@ -117,7 +117,7 @@ def test_equals_brute_force(tmp_path, corpus, kind, dtype, tolerance):
 
 
 def test_flat_equals_numpy_over_blocks_and_shards(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr("retriever_server.indexes.rows._BLOCK_BYTES", {"cpu": 11 * 16 * 4})
+    monkeypatch.setattr("retriever_server.indexes.vector_store._BLOCK_BYTES", {"cpu": 11 * 16 * 4})
     encoder = FakeEncoder()
     index = FlatIndex.build(corpus, tmp_path / "i", encoder, "float32", passages_per_shard=27)
     vectors = encoder.encode(TEXTS, "passage")

@@ -20,11 +20,11 @@ from data.columns import METADATA
 from data.corpus import Corpus
 from data.errors import DataError
 from data.jsonl import write_jsonl
-from retriever_server.app import create_app
-from retriever_server.controls import RandomPassages
 from retriever_server.filters import allowed
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.live import Live
+from retriever_server.retrievers.baselines import RandomPassages
+from retriever_server.server.app import create_app
+from retriever_server.server.hot_swap import Live
 
 ROWS = [
     {"year": 1999, "lang": "de"},

@@ -5,9 +5,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from data.records import Hit, Passage
-from retriever_server.app import Limits, create_app
-from retriever_server.live import Live
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.hot_swap import Live
 from tests.retriever_server.test_adapters import Fixed
 from tests.retriever_server.test_pictures import coded, picture
 

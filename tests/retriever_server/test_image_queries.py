@@ -10,14 +10,14 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused, RetrieverUnavailable
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
-from retriever_server.app import Limits, create_app
-from retriever_server.batching import run_isolated
-from retriever_server.client import InProcess, SearchClient, connect
-from retriever_server.compose import Cached, Fuse, Sharded
+from retriever_server.client.search_client import InProcess, SearchClient, connect
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.remote import Remote
-from retriever_server.rerank import Rerank
+from retriever_server.retrievers.compose import Cached, Fuse, Sharded
+from retriever_server.retrievers.remote import Remote
+from retriever_server.retrievers.rerank import Rerank
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.batching import run_isolated
 from scripts import search
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_pictures import Colours, picture
@@ -195,7 +195,7 @@ def test_a_picture_that_the_server_does_not_have_is_an_error(url):
 
 def test_the_wire_names_no_file_that_is_opened():
     """What a server calls its passage's image is neither opened nor asked of anybody but that server."""
-    from retriever_server.wire import parse_hits, parse_results
+    from retriever_server.client.wire import parse_hits, parse_results
 
     document = {"id": "1", "title": "", "text": "", "thumbnail": "/etc/passwd", "image": "/etc/passwd"}
     [[hit]] = parse_hits({"result": [[document]]}, "http://h")

@@ -9,10 +9,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from data.records import Hit, Passage
-from retriever_server import guard
-from retriever_server.app import Limits, create_app
-from retriever_server.batching import Batching
 from retriever_server.retriever import Retriever
+from retriever_server.server import middleware as guard
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.batching import Batching
 from tests.retriever_server.running import serving
 
 MANY = [f"query {i}" for i in range(2560)]

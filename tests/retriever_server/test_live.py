@@ -12,12 +12,12 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
-from retriever_server.app import create_app
-from retriever_server.batching import Batching
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.live import Live, Opened, stamp
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
+from retriever_server.server.batching import Batching
+from retriever_server.server.hot_swap import Live, Opened, stamp
 
 
 class Numbered(Retriever):

@@ -6,8 +6,8 @@ from itertools import count
 import pytest
 
 from data.records import Hit, Passage
-from retriever_server.app import Limits, create_app
 from retriever_server.retriever import Retriever, text_in
+from retriever_server.server.app import Limits, create_app
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_adapters import Fixed, LengthScorer
 

@@ -13,14 +13,14 @@ from data.corpus import Corpus
 from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
-from retriever_server.encoders.pictures import kind_of
+from retriever_server.client.wire import carried
+from retriever_server.encoders.image_inputs import kind_of
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import similarities
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import texts_of
-from retriever_server.wire import carried
 from tests.retriever_server.encoders import tiny_model
 from tests.retriever_server.training.recipes import component, recipe
 

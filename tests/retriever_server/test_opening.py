@@ -6,12 +6,12 @@ import pytest
 
 from data.errors import ConfigError
 from data.records import Hit
-from retriever_server.client import connect
-from retriever_server.compose import Cached, Fuse
+from retriever_server.client.search_client import connect
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.opening import open_retriever
-from retriever_server.remote import Remote
+from retriever_server.open_retriever import open_retriever
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.compose import Cached, Fuse
+from retriever_server.retrievers.remote import Remote
 from tests.retriever_server.running import build_small_index
 
 

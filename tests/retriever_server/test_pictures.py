@@ -15,14 +15,14 @@ from data.corpus import Corpus
 from data.images import read_image
 from data.jsonl import write_jsonl
 from data.records import Item
-from retriever_server.app import Limits, create_app
-from retriever_server.compose import Cached, Fuse
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.live import Live
-from retriever_server.rerank import Rerank
+from retriever_server.retrievers.compose import Cached, Fuse
+from retriever_server.retrievers.rerank import Rerank
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.hot_swap import Live
 from tests.retriever_server.test_rerank import ByLetter
 from tests.retriever_server.vision_models import picture as picture_of_noise
 from tests.retriever_server.vision_models import tiny_clip
@@ -305,7 +305,7 @@ def test_a_thumbnail_is_made_once(server, monkeypatch):
 
 def test_thumbnails_that_were_not_asked_for_lately_are_forgotten(server, monkeypatch):
     pictures = server.app.state.service.pictures
-    monkeypatch.setattr("retriever_server.pictures._KEPT_BYTES", 10)
+    monkeypatch.setattr("retriever_server.server.image_requests._KEPT_BYTES", 10)
     monkeypatch.setattr("data.images.thumbnail", lambda image, side: b"jpeg")
     for side in (100, 200, 100, 300):
         server.get("/v1/thumbnail/3", params={"side": side})

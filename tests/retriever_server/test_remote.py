@@ -13,12 +13,12 @@ from data.corpus import Corpus
 from data.errors import ConfigError, RetrieverError, RetrieverRefused, RetrieverTimeout, RetrieverUnavailable
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
-from retriever_server.app import create_app
-from retriever_server.client import connect
-from retriever_server.compose import Cached
+from retriever_server.client.search_client import connect
+from retriever_server.client.wire import render_hits
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.remote import Remote, Web
-from retriever_server.wire import render_hits
+from retriever_server.retrievers.compose import Cached
+from retriever_server.retrievers.remote import Remote, Web
+from retriever_server.server.app import create_app
 from tests.retriever_server.running import serving
 
 
@@ -106,7 +106,7 @@ def test_a_server_that_names_no_generation_is_named_by_its_address():
 
 
 def test_a_cache_before_a_server_sees_its_swap(monkeypatch):
-    monkeypatch.setattr("retriever_server.remote._STALE_SECONDS", 0)
+    monkeypatch.setattr("retriever_server.retrievers.remote._STALE_SECONDS", 0)
     now = ["g1"]
     routes = {"retrieve": lambda body: echo(now[0])(body), "healthz": lambda _: (200, {"generation": now[0]})}
     with answering(**routes) as server:

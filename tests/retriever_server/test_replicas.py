@@ -6,11 +6,11 @@ from contextlib import AsyncExitStack
 import pytest
 
 from data.errors import ConfigError, RetrieverRefused, RetrieverUnavailable
-from retriever_server import replicas
-from retriever_server.client import SearchClient, connect
-from retriever_server.opening import open_retriever
-from retriever_server.replicas import Replicas
-from retriever_server.wire import parse_hits
+from retriever_server.client import replicas
+from retriever_server.client.replicas import Replicas
+from retriever_server.client.search_client import SearchClient, connect
+from retriever_server.client.wire import parse_hits
+from retriever_server.open_retriever import open_retriever
 from tests.retriever_server.test_client import FlakyServer, echoed, texts
 from tests.retriever_server.test_client_faults import FAULTS
 

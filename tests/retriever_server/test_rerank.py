@@ -5,8 +5,8 @@ import torch
 
 from data.errors import ConfigError
 from data.records import Passage
-from retriever_server.compose import Cached
-from retriever_server.rerank import CrossEncoder, Rerank, Scorer, YesNo
+from retriever_server.retrievers.compose import Cached
+from retriever_server.retrievers.rerank import CrossEncoder, Rerank, Scorer, YesNo
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server import encoders
 from tests.retriever_server.test_compose import A, Fixed

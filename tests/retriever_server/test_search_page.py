@@ -11,10 +11,10 @@ from PIL import Image
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
-from retriever_server.app import create_app
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.live import Live
 from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
+from retriever_server.server.hot_swap import Live
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_pictures import Colours
 

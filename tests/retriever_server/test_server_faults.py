@@ -11,12 +11,12 @@ import pytest
 
 from data.corpus import Corpus
 from data.records import Hit, Passage
-from retriever_server.app import Limits, create_app
-from retriever_server.batching import Batching
-from retriever_server.compose import Sharded
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.remote import Remote
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.compose import Sharded
+from retriever_server.retrievers.remote import Remote
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.batching import Batching
 from tests.retriever_server.encoders import FakeEncoder
 from tests.retriever_server.running import serving, write_numbered_corpus
 

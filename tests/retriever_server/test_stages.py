@@ -3,10 +3,10 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from retriever_server.app import Limits, create_app
-from retriever_server.compose import Cached
-from retriever_server.live import Live
-from retriever_server.rerank import Rerank
+from retriever_server.retrievers.compose import Cached
+from retriever_server.retrievers.rerank import Rerank
+from retriever_server.server.app import Limits, create_app
+from retriever_server.server.hot_swap import Live
 from tests.retriever_server.test_compose import A, Fixed
 from tests.retriever_server.test_rerank import ByLetter
 

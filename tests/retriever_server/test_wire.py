@@ -7,15 +7,15 @@ import pytest
 
 from data.errors import DataError
 from data.records import Hit, Passage
-from retriever_server.dialects import asked_of_retrieve
-from retriever_server.schema import RetrieveBody, parse
-from retriever_server.wire import (
+from retriever_server.client.wire import (
     RetrieveRequest,
     parse_hits,
     parse_results,
     render_hits,
     render_request,
 )
+from retriever_server.server.routes.dialects import asked_of_retrieve
+from retriever_server.server.schema import RetrieveBody, parse
 
 HITS = [
     Hit(Passage("7", "A city.\nOn a river.", "Paris"), 0.83, "g1"),
@@ -146,7 +146,7 @@ def test_metadata_and_url_travel_where_there_are_any():
 def test_client_and_wire_import_nothing_heavy():
     heavy = ("torch", "transformers", "fastapi", "uvicorn", "bm25s")
     code = (
-        "import sys, retriever_server.client, retriever_server.wire;"
+        "import sys, retriever_server.client.search_client, retriever_server.client.wire;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,11 +15,11 @@ from torch import nn
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
+from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.learner import Learner
-from rl.rewards import Reward
+from rl.learner.learner import Learner
+from rl.learner.workers import Workers
 from rl.rollouts import Collected, Group, averages
-from rl.workers import Workers
 from tests.fakes import question, tiny_model
 from tests.rl.plain import Gradients, PlainLearner
 

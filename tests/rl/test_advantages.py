@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.advantages import ADVANTAGES, Episodes, gae, place_rewards, whiten
+from rl.algorithm.advantages import ADVANTAGES, Episodes, gae, place_rewards, whiten
 
 GROUPED = ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "turn"]
 

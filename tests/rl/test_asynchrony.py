@@ -18,16 +18,16 @@ from data.errors import ConfigError, RetrieverUnavailable, RunStopped
 from data.jsonl import read_jsonl
 from data.questions import load_questions
 from data.run_dir import read_metrics, read_run
-from retriever_server.client import SearchClient
-from rl.algorithm import AlgorithmConfig
+from retriever_server.client.search_client import SearchClient
+from rl.algorithm.importance import sampler_weights
+from rl.algorithm.presets import AlgorithmConfig
+from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig
-from rl.importance import sampler_weights
 from rl.in_flight import staleness
-from rl.learner import Learner
-from rl.rewards import combine
+from rl.learner.learner import Learner
+from rl.learner.update import Updater
+from rl.learner.workers import Workers
 from rl.rollouts import Collected, Group, Rollouts, draw_question
-from rl.update import Updater
-from rl.workers import Workers
 from scripts.train import train
 from scripts.wiring import open_agent, open_client
 from tests.fakes import question
@@ -128,7 +128,7 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
         weighed.append((old, sampler, sampler_weights(kind, cap, old, sampler, row, sampled)))
         return weighed[-1][-1]
 
-    monkeypatch.setattr("rl.update.sampler_weights", spy)
+    monkeypatch.setattr("rl.learner.update.sampler_weights", spy)
     train(asynchronous(toy, tmp_path, bound, deterministic=False), Slow(toy, 0.02))
     lags = [
         step - min(s.weights_version for s in t.segments if s.kind is SegmentKind.POLICY)
@@ -148,7 +148,7 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
 
 
 def test_the_correction_decides_what_stale_tokens_teach(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.update.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old))
+    monkeypatch.setattr("rl.learner.update.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old))
     train(asynchronous(toy, tmp_path, 2, steps=4))
     began = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()
     assert_same_weights(weights(tmp_path, 4), began)

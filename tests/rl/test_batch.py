@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
-from rl.batch import MicroBatch, micro_batches
+from rl.learner.batch import MicroBatch, micro_batches
 from tests.fakes import question
 
 PROMPT, POLICY, OBSERVATION = SegmentKind

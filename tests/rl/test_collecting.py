@@ -11,12 +11,12 @@ import pytest
 from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import RunStopped
 from data.records import Question
-from rl.algorithm import AlgorithmConfig
+from rl.algorithm.presets import AlgorithmConfig
+from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
 from rl.in_flight import staleness
-from rl.rewards import Reward
+from rl.learner.workers import Workers
 from rl.rollouts import Collected, Group, Rollouts, averages, draw_question, totals_of
-from rl.workers import Workers
 
 WANTED, SIZE = 3, 2
 QUESTIONS = [Question(str(number), f"q {number}?", ("right",)) for number in range(10)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import ConfigError
-from rl.algorithm import PRESETS, preset_fields
+from rl.algorithm.presets import PRESETS, preset_fields
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from scripts import __main__ as sleuth
 from scripts.command_line import call

@@ -12,10 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.settings import LoraConfig
-from rl.batch import micro_batches
-from rl.critic import Critic
-from rl.lora import add_lora
-from rl.losses import explained_variance, value_loss
+from rl.algorithm.losses import explained_variance, value_loss
+from rl.learner.batch import micro_batches
+from rl.learner.critic import Critic
+from rl.learner.lora import add_lora
 from tests.fakes import question, tiny_model
 
 VOCABULARY = 64

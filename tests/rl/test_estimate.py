@@ -15,11 +15,11 @@ from data.errors import ConfigError
 from data.run_dir import RunDir
 from data.settings import EngineConfig, LoraConfig
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.critic import Critic
 from rl.estimate import Needs, estimate_text, peak, seen
-from rl.lora import add_lora
-from rl.optimizer import Optimizer
-from rl.packing import packed_arguments
+from rl.learner.critic import Critic
+from rl.learner.lora import add_lora
+from rl.learner.optimizer import Optimizer
+from rl.learner.packing import packed_arguments
 from tests.fakes import tiny_model
 
 VOCABULARY = 300

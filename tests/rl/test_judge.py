@@ -9,10 +9,10 @@ import pytest
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError
-from rl import judge as module
+from rl.algorithm import judge as module
+from rl.algorithm.judge import Judge
+from rl.algorithm.rewards import combine
 from rl.config import JudgeConfig
-from rl.judge import Judge
-from rl.rewards import combine
 from tests.fakes import question
 
 

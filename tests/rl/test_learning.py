@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.settings import LoraConfig
-from rl.algorithm import PRESETS, RECIPE_FIELDS, AlgorithmConfig, preset_fields
+from rl.algorithm.presets import PRESETS, RECIPE_FIELDS, AlgorithmConfig, preset_fields
 from tests.rl.learning import configure, largest_difference, learn, make_groups, make_learner, plain_learner
 
 LAYOUTS = [(True, 24), (False, 40)]

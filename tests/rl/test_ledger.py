@@ -12,9 +12,9 @@ from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
 from agent.trajectory import SegmentKind
 from data.records import Hit, Passage
-from rl.batch import micro_batches
 from rl.config import RolloutConfig
-from rl.logprobs import Scorer
+from rl.learner.batch import micro_batches
+from rl.learner.logprobs import Scorer
 from tests.fakes import byte_tokenizer, question, tiny_model
 
 TOKENIZER = byte_tokenizer(

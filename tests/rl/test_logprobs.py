@@ -21,10 +21,10 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError
-from rl import packing
-from rl.batch import MicroBatch, micro_batches
 from rl.config import RolloutConfig
-from rl.logprobs import Scorer
+from rl.learner import packing
+from rl.learner.batch import MicroBatch, micro_batches
+from rl.learner.logprobs import Scorer
 from tests.fakes import SIZES, byte_tokenizer, question, tiny_model
 from tests.rl.test_batch import BATCH, VOCABULARY
 

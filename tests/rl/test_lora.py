@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import ConfigError, DataError
 from data.settings import LoraConfig
-from rl.lora import (
+from rl.learner.lora import (
     adapter_state,
     add_lora,
     load_adapter_state,

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.algorithm import AlgorithmConfig, Averaging
-from rl.losses import (
+from rl.algorithm.losses import (
     KL_ESTIMATORS,
     SURROGATES,
     PolicyTokens,
@@ -18,6 +17,7 @@ from rl.losses import (
     kl_clamped,
     token_weights,
 )
+from rl.algorithm.presets import AlgorithmConfig, Averaging
 
 AVERAGINGS: list[Averaging] = ["token", "trajectory", "constant"]
 CLIPPED = AlgorithmConfig(clip_low=0.2, clip_high=0.28, dual_clip=2.0)

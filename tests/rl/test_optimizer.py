@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rl.algorithm import AlgorithmConfig
-from rl.optimizer import Optimizer
+from rl.algorithm.presets import AlgorithmConfig
+from rl.learner.optimizer import Optimizer
 
 RATE, DECAY, NORM, WARM = 0.02, 0.1, 2.0, 3
 

@@ -12,8 +12,8 @@ from agent.rollout import Agent
 from agent.trajectory import StopReason, Trajectory
 from data.errors import ConfigError
 from data.jsonl import read_json
+from rl.algorithm.rewards import REWARDS, Reward, check_questions, combine
 from rl.config import JudgeConfig
-from rl.rewards import REWARDS, Reward, check_questions, combine
 from rl.search_r1_scorer import search_r1_em, search_r1_em_format
 from tests.fakes import DictSearcher, byte_tokenizer, question
 

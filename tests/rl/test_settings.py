@@ -13,7 +13,7 @@ from data.jsonl import read_jsonl
 from data.run_dir import read_metrics
 from data.settings import LoraConfig
 from rl import trainer
-from rl.algorithm import AlgorithmConfig
+from rl.algorithm.presets import AlgorithmConfig
 from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig, TrainConfig
 from rl.rollouts import Rollouts
 from scripts import wiring

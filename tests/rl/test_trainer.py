@@ -17,12 +17,12 @@ from data.errors import RetrieverUnavailable, RunStopped
 from data.run_dir import read_metrics, read_run
 from data.settings import LoraConfig
 from rl import trainer
-from rl.algorithm import AlgorithmConfig, preset_fields
+from rl.algorithm.losses import SURROGATES, value_loss
+from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig
-from rl.losses import SURROGATES, value_loss
+from rl.learner.update import Updater
 from rl.rollouts import draw_question
 from rl.sentinel import Sentinel, Verdict
-from rl.update import Updater
 from scripts.train import train
 from scripts.wiring import open_client
 from tests.toy import toy_config
@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, monk
 
     monkeypatch.setattr(Updater, "update", spy)
     monkeypatch.setitem(SURROGATES, "ppo", spoiled(SURROGATES["ppo"]))
-    monkeypatch.setattr("rl.update.value_loss", spoiled(value_loss))
+    monkeypatch.setattr("rl.learner.update.value_loss", spoiled(value_loss))
     algorithm = AlgorithmConfig(learning_rate=1e-2, critic_learning_rate=1e-2, **preset_fields("ppo"))
     train(toy_config(toy, tmp_path, steps=3, save_every=1, keep_checkpoints=3, algorithm=algorithm))
     folders = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3)]

@@ -10,9 +10,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from rl.advantages import ADVANTAGES, Episodes
-from rl.algorithm import AlgorithmConfig, preset_fields
-from rl.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
+from rl.algorithm.advantages import ADVANTAGES, Episodes
+from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
+from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from tests.fakes import byte_tokenizer, tiny_model
 
 LENGTHS = torch.tensor([9, 5, 12, 7, 12, 3])

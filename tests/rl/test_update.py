@@ -8,10 +8,10 @@ import torch
 
 from agent.trajectory import SegmentKind
 from data.settings import LoraConfig
-from rl.algorithm import AlgorithmConfig
+from rl.algorithm.credit import overlong_penalty
+from rl.algorithm.presets import AlgorithmConfig
 from rl.config import TrainConfig
-from rl.credit import overlong_penalty
-from rl.update import Updater
+from rl.learner.update import Updater
 from tests.fakes import tiny_model
 from tests.rl.learning import (
     VOCABULARY,

@@ -15,13 +15,13 @@ from agent.rollout import Agent
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.run_dir import read_metrics
-from rl.batch import micro_batches
 from rl.config import RolloutConfig, TrainConfig
-from rl.critic import Critic
 from rl.estimate import Needs
-from rl.learner import Learner
-from rl.logprobs import Scorer
-from rl.workers import Workers
+from rl.learner.batch import micro_batches
+from rl.learner.critic import Critic
+from rl.learner.learner import Learner
+from rl.learner.logprobs import Scorer
+from rl.learner.workers import Workers
 from scripts import __main__ as sleuth
 from tests.fakes import question
 from tests.rl.test_logprobs import assert_same, gradients, weights_of

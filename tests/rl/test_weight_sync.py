@@ -17,10 +17,10 @@ from data.checkpoint import latest_checkpoint
 from data.errors import EngineError, RunStopped
 from data.run_dir import read_metrics
 from data.settings import EngineConfig, LoraConfig
-from retriever_server.client import SearchClient
-from rl.learner import Learner
+from retriever_server.client.search_client import SearchClient
+from rl.learner.learner import Learner
+from rl.learner.workers import Workers
 from rl.weight_sync import WeightSync
-from rl.workers import Workers
 from scripts import __main__ as sleuth
 from scripts.train import train
 from scripts.wiring import open_client

@@ -11,12 +11,12 @@ from fastapi.testclient import TestClient
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
-from retriever_server.app import create_app
-from retriever_server.batching import Batching
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
-from retriever_server.service import Limits
+from retriever_server.server.app import create_app
+from retriever_server.server.batching import Batching
+from retriever_server.server.service import Limits
 from scripts.bench.server import LOADS, drive, make_bodies, peer_app
 from scripts.serve import _listen
 from tests.retriever_server.encoders import WORDS, tiny_model

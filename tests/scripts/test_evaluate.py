@@ -12,7 +12,7 @@ from agent.rollout import Agent
 from data.errors import DataError, EngineError
 from data.jsonl import write_jsonl
 from data.records import Question
-from retriever_server.client import SearchClient
+from retriever_server.client.search_client import SearchClient
 from rl.config import ProtocolConfig
 from scripts import __main__ as sleuth
 from scripts import wiring

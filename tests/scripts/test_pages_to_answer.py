@@ -14,7 +14,7 @@ from agent.rollout import Agent
 from agent.trajectory import Trajectory
 from data.jsonl import read_json, read_jsonl, write_jsonl
 from data.run_dir import read_metrics
-from retriever_server.client import connect
+from retriever_server.client.search_client import connect
 from scripts import __main__ as sleuth
 from tests.fakes import question
 from tests.pdfs import write_pdf

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from data.errors import ConfigError
-from retriever_server.client import connect
+from retriever_server.client.search_client import connect
+from retriever_server.client.wire import parse_hits
 from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
-from retriever_server.wire import parse_hits
 from scripts import serve
 from scripts.serve import ServeConfig
 from tests.retriever_server.running import TEXTS, build_small_index, running_server, start_server

@@ -5,8 +5,8 @@ import importlib
 import pytest
 
 from agent.protocol import PROTOCOLS
-from rl.algorithm import PRESETS
-from rl.rewards import REWARDS
+from rl.algorithm.presets import PRESETS
+from rl.algorithm.rewards import REWARDS
 from scripts import __main__ as sleuth
 from scripts.command_line import build_parser, known_keys
 from scripts.tiers import TIERS

@@ -133,8 +133,8 @@ def ail(settings, listener, pulse) -> None:
 
 MIND = """
 import socket, sys
-from retriever_server.metrics import share_metrics
-from retriever_server.workers import Workers
+from retriever_server.server.metrics import share_metrics
+from retriever_server.server.workers import Workers
 from tests.scripts.test_workers import ail
 with share_metrics(), socket.create_server(("127.0.0.1", 0)) as listener:
     Workers(1, ail, sys.argv[1], 60, 0.5, 5).run(listener, lambda: print("ready", flush=True))

@@ -9,8 +9,8 @@ from data.corpus import Corpus
 from data.examples import Examples
 from data.jsonl import write_jsonl
 from data.records import Hit
-from retriever_server.rerank import Scorer
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.rerank import Scorer
 
 COUNT = 30
 

@@ -10,7 +10,7 @@ from data.jsonl import write_jsonl
 from data.records import Passage
 from retriever_server.encoders.proofs import describe_first
 from retriever_server.encoders.sentence import load_encoder
-from retriever_server.rerank import CrossEncoder
+from retriever_server.retrievers.rerank import CrossEncoder
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

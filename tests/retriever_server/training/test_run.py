@@ -99,7 +99,7 @@ def test_what_was_trained_serves_and_loads_in_plain_sentence_transformers(method
 
 def test_a_reranker_is_trained_on_pairs_and_read_by_the_scorer_that_serves(rivers, tmp_path):
     from data.records import Passage
-    from retriever_server.rerank import CrossEncoder
+    from retriever_server.retrievers.rerank import CrossEncoder
 
     pairs = [{**settings(rivers, "")["train"][0], "negatives": 2, "form": "pair"}]
     changes = {"model": component("cross_encoder", base=base(rivers)), "train": pairs}

@@ -1,0 +1,141 @@
+"""The vLLM engine that a configuration asks for: servers joined or started, and how weights get there."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from agent.engines.stop_strings import eos_ids
+from agent.engines.transport import AdapterTransport, FolderTransport, Transport
+from agent.engines.vllm import VLLMEngine
+from agent.engines.vllm_process import ServerOptions, StartedServers
+from agent.engines.weight_export import Dress, dress
+from agent.policy import Policy
+from agent.policy_folder import find_policy
+from agent.protocol import Protocol
+from data.errors import ConfigError
+
+if TYPE_CHECKING:
+    from data.settings import EngineConfig
+
+SERVED = "served-policy"
+"""Folder of a policy in the dress that started servers load."""
+MAX_LORA_RANK = 64
+"""Of adapters that a started server takes, unless `engine.arguments` says otherwise."""
+
+
+def open_vllm(
+    config: EngineConfig, policy: Policy, source: str, protocol: Protocol, max_rows: int, folder: Path | None
+) -> VLLMEngine:
+    """An engine over the servers of `config.urls`, or over new ones that load the policy from `source`.
+
+    The policy is what weights are written with. max_rows: sequences that a started server decodes at once.
+    folder: where logs of started servers go; none: a temporary one. Raises ConfigError.
+    """
+    if policy.vision is not None:
+        raise ConfigError("engine.name = 'vllm': not with a policy that reads pictures; allowed: hf")
+    ends = sorted(eos_ids(policy.model, policy.tokenizer))
+    scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
+    if config.urls:  # what runs there already is as its owner started it
+        transport = open_transport(config, dress(policy, cpu=False), scratch)
+        urls = [url.strip() for url in config.urls.split(",")]
+        return VLLMEngine(urls, ends, transport, config.deadline_seconds, on_close=lambda: _remove(scratch))
+    cpu = not torch.cuda.is_available()
+    handed = dress(policy, cpu)
+    transport = open_transport(config, handed, scratch)
+    options = server_options(config, handed, source, protocol, max_rows, scratch, cpu)
+    place = (config.servers, folder or scratch, _devices(config.devices))
+    started = StartedServers(options, *place, config.max_restarts, config.deadline_seconds)
+
+    def stop() -> None:
+        started.stop()
+        _remove(scratch)
+
+    urls = [server.url for server in started.servers]
+    return VLLMEngine(
+        urls, ends, transport, config.deadline_seconds, started.check, started.revive, on_close=stop
+    )
+
+
+def _remove(scratch: Path) -> None:
+    shutil.rmtree(scratch / SERVED, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it may hold logs
+        scratch.rmdir()
+
+
+def open_transport(config: EngineConfig, handed: Dress, folder: Path) -> Transport:
+    """How new weights reach the servers. Raises ConfigError where there is no GPU for it."""
+    if config.lora == "adapter":
+        return AdapterTransport(handed.save_adapter, folder)
+    if config.transport == "folder":
+        return FolderTransport(handed.save, folder)
+    from agent.engines.device_transport import IPCTransport, NCCLTransport, device_arguments
+
+    device_arguments(config.transport)
+
+    def tensors(state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        return handed.weights(state or handed.policy.model.state_dict())
+
+    return {"nccl": NCCLTransport, "ipc": IPCTransport}[config.transport](tensors)
+
+
+def server_options(
+    config: EngineConfig,
+    handed: Dress,
+    source: str,
+    protocol: Protocol,
+    max_rows: int,
+    scratch: Path,
+    cpu: bool,
+) -> ServerOptions:
+    """What servers are told that are started for a policy; one in another dress is written into `scratch`."""
+    tokens = context_tokens(handed.policy, protocol)
+    usual, environment = [*cpu_arguments(tokens)] if cpu else [], {}
+    if config.lora == "adapter":
+        usual += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(MAX_LORA_RANK)]
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    elif config.transport != "folder":
+        from agent.engines.device_transport import device_arguments
+
+        arguments, environment = device_arguments(config.transport)
+        usual += arguments
+    return ServerOptions(
+        handed.save_policy(scratch / SERVED) if handed.served else find_policy(source),
+        str(handed.policy.model.dtype).removeprefix("torch."),
+        config.python,
+        max_rows,
+        tokens,
+        usual,
+        config.arguments,
+        environment,
+    )
+
+
+def context_tokens(policy: Policy, protocol: Protocol) -> int:
+    """The longest that a trajectory can be: what the protocol allows, or what the policy can read."""
+    reads = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return min(reads, protocol.max_context_tokens + protocol.max_response_tokens)
+
+
+def cpu_arguments(context: int) -> Sequence[str]:
+    """What a server without a GPU is told besides.
+
+    Its cache is small, since the trainer beside it needs the memory. A prompt is read whole: vLLM 0.32 dies
+    on a CPU (`CPU Generator does not use offset`) where it reads one with a seed in two chunks.
+    """
+    cache, at_once = str(2 << 30), str(max(4096, context))
+    chunks = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", at_once)
+    return ("--enforce-eager", "--kv-cache-memory-bytes", cache, *chunks)
+
+
+def _devices(given: str | None) -> Sequence[str]:
+    if given is not None:
+        return [device.strip() for device in given.split(",")]
+    return [str(device) for device in range(torch.cuda.device_count())]

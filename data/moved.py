@@ -1,0 +1,60 @@
+"""Modules that were renamed: names in files of earlier versions still find what they name."""
+
+MOVED = {
+    "agent.engines.drawing": "agent.engines.sampling",
+    "agent.engines.opening": "agent.engines.open_vllm",
+    "agent.engines.pictures": "agent.engines.image_cache",
+    "agent.engines.servable": "agent.engines.weight_export",
+    "agent.engines.stopping": "agent.engines.stop_strings",
+    "retriever_server.adapters": "retriever_server.server.routes.adapters",
+    "retriever_server.app": "retriever_server.server.app",
+    "retriever_server.batching": "retriever_server.server.batching",
+    "retriever_server.client": "retriever_server.client.search_client",
+    "retriever_server.compose": "retriever_server.retrievers.compose",
+    "retriever_server.connections": "retriever_server.server.connections",
+    "retriever_server.controls": "retriever_server.retrievers.baselines",
+    "retriever_server.dialects": "retriever_server.server.routes.dialects",
+    "retriever_server.encoders.pictures": "retriever_server.encoders.image_inputs",
+    "retriever_server.guard": "retriever_server.server.middleware",
+    "retriever_server.http": "retriever_server.client.http",
+    "retriever_server.indexes.counting": "retriever_server.indexes.term_counts",
+    "retriever_server.indexes.integrity": "retriever_server.indexes.checksums",
+    "retriever_server.indexes.rows": "retriever_server.indexes.vector_store",
+    "retriever_server.live": "retriever_server.server.hot_swap",
+    "retriever_server.metrics": "retriever_server.server.metrics",
+    "retriever_server.opening": "retriever_server.open_retriever",
+    "retriever_server.pages": "retriever_server.server.documents",
+    "retriever_server.pictures": "retriever_server.server.image_requests",
+    "retriever_server.qdrant": "retriever_server.retrievers.qdrant",
+    "retriever_server.remote": "retriever_server.retrievers.remote",
+    "retriever_server.replicas": "retriever_server.client.replicas",
+    "retriever_server.rerank": "retriever_server.retrievers.rerank",
+    "retriever_server.schema": "retriever_server.server.schema",
+    "retriever_server.service": "retriever_server.server.service",
+    "retriever_server.stages": "retriever_server.server.pipeline",
+    "retriever_server.wire": "retriever_server.client.wire",
+    "retriever_server.workers": "retriever_server.server.workers",
+    "rl.advantages": "rl.algorithm.advantages",
+    "rl.algorithm": "rl.algorithm.presets",
+    "rl.batch": "rl.learner.batch",
+    "rl.credit": "rl.algorithm.credit",
+    "rl.critic": "rl.learner.critic",
+    "rl.importance": "rl.algorithm.importance",
+    "rl.judge": "rl.algorithm.judge",
+    "rl.learner": "rl.learner.learner",
+    "rl.logprobs": "rl.learner.logprobs",
+    "rl.lora": "rl.learner.lora",
+    "rl.losses": "rl.algorithm.losses",
+    "rl.optimizer": "rl.learner.optimizer",
+    "rl.packing": "rl.learner.packing",
+    "rl.rewards": "rl.algorithm.rewards",
+    "rl.update": "rl.learner.update",
+    "rl.workers": "rl.learner.workers",
+}
+"""Old module -> new one."""
+
+
+def current_name(name: str) -> str:
+    """Return today's name of `module.attribute`; one that never moved is returned as it is."""
+    module, _, attribute = name.rpartition(".")
+    return f"{MOVED[module]}.{attribute}" if module in MOVED else name

@@ -1,0 +1,296 @@
+"""A server over HTTP, as a client sees it: deadline, retries, typed errors; one answer or error a query."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverRefused,
+    RetrieverTimeout,
+    RetrieverUnavailable,
+)
+from data.listening import PROBE_SECONDS
+from data.records import Hit, Passage
+from retriever_server.client.wire import (
+    RetrieveRequest,
+    parse_hits,
+    parse_results,
+    render_request,
+    render_search,
+    thumbnail_link,
+)
+from retriever_server.retriever import Filter, Query
+
+_log = logging.getLogger(__name__)
+
+Outcome = list[Hit] | RetrieverError
+_Parsed = TypeVar("_Parsed")
+
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
+PROBE_QUERY = "a"
+_REFUSES_THE_QUERIES = {400, 413, 422}
+"""Other 4xx refuse the address or the caller: asking again with fewer queries is useless."""
+_WORTH_A_RETRY = {408, 425, 429}
+_MOST_QUERIES, _MOST_HITS = 512, 20_000
+"""Of one request: more queries go in several, one after the other."""
+_MAX_REPLY_BYTES = 64 << 20
+
+
+class Http:
+    """Asks a Search-R1 server; `deadline_seconds` bounds a request with all its retries.
+
+    Images, and a filter `where`, travel by our own `/v1/search`.
+    """
+
+    waits = True
+    patience_seconds = float("inf")
+    """How long what fails is asked again, within the deadline."""
+
+    def __init__(
+        self,
+        url: str,
+        deadline_seconds: float = 30.0,
+        window_seconds: float = 0.002,
+        headers: Mapping[str, str] | None = None,
+        where: Filter | None = None,
+    ) -> None:
+        if deadline_seconds <= 0:
+            raise ConfigError(f"deadline_seconds = {deadline_seconds}: must be > 0")
+        self.url, self.headers, self.where = _checked_url(url), headers, where
+        self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
+        self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._failing = False
+        self._jitter = random.Random()  # its own: no draw here may shift a seeded run
+
+    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
+        """The hits of each query; a refused batch is halved until the bad query stands alone."""
+        start, size = time.monotonic(), max(1, min(_MOST_QUERIES, _MOST_HITS // k))
+        parts = [queries[i : i + size] for i in range(0, len(queries), size)]
+        return [outcome for part in parts for outcome in await self._ask(part, k, start)]
+
+    async def probe(self) -> None:
+        """Raise a RetrieverError, within seconds, where nobody listens or what answers ranks no passages.
+
+        An answer that is slow is waited for until the deadline.
+        """
+        hurried = copy.copy(self)
+        hurried.patience_seconds = min(self.patience_seconds, PROBE_SECONDS)
+        [outcome] = await hurried.ask([PROBE_QUERY], 1)
+        if isinstance(outcome, RetrieverError):
+            raise outcome
+
+    async def picture(self, passage: Passage, side: int) -> bytes:
+        """As the server shows it: asked once, of the server that is asked for hits alone."""
+        path = thumbnail_link(passage)
+        kind, content = await self._get_within(path, self.deadline_seconds, params={"side": side})
+        if not kind.startswith("image/"):
+            raise RetrieverUnavailable(f"{self.url}{path}: answered with {kind or 'no type'}, no image")
+        return content
+
+    async def get(self, path: str, seconds: float) -> Any:
+        """The JSON object in the answer to a GET; raises RetrieverRefused, or RetrieverUnavailable."""
+        kind, content = await self._get_within(path, seconds)
+        try:
+            if isinstance(answer := _parse_json(kind, content), dict):
+                return answer
+            raise DataError("no JSON object")
+        except DataError as error:
+            raise RetrieverUnavailable(f"{self.url}{path}: malformed answer: {error}") from error
+
+    async def _get_within(self, path: str, seconds: float, **options: Any) -> tuple[str, bytes]:
+        """The type and the bytes of the answer to a GET that is sent once."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._exchange("GET", path, **options)
+        except (_TryAgain, TimeoutError) as error:
+            reason = str(error) or f"no answer within {seconds:g} s"
+            raise RetrieverUnavailable(f"{self.url}{path}: {reason}") from error
+        except _QueriesRefused as error:
+            raise RetrieverRefused(*error.args) from error
+
+    def filtered(self, where: Filter) -> Self:
+        """The same server and connections, asked for what matches alone."""
+        found = copy.copy(self)
+        found.where = where
+        return found
+
+    async def _ask(self, queries: list[Query], k: int, start: float) -> Sequence[Outcome]:
+        try:
+            return await self._ask_until_deadline(queries, k, start)
+        except _QueriesRefused as refusal:
+            if len(queries) == 1:
+                return [RetrieverRefused(*refusal.args)]
+        half = len(queries) // 2
+        halves = (queries[:half], queries[half:])
+        left, right = await asyncio.gather(*(self._ask(part, k, start) for part in halves))
+        return [*left, *right]
+
+    async def close(self) -> None:
+        """Close the connections of this event loop."""
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        if session is not None:
+            await session.aclose()
+
+    async def _ask_until_deadline(self, queries: list[Query], k: int, start: float) -> Sequence[Outcome]:
+        attempt, last_failure = 0, None
+        while True:
+            left = self.deadline_seconds - (time.monotonic() - start)
+            try:
+                async with asyncio.timeout(left):
+                    rankings = await self._ask_once(queries, k)
+                self._note(None)
+                return rankings
+            except TimeoutError:
+                raise self._too_late(start, attempt, last_failure) from last_failure
+            except _TryAgain as failure:
+                if isinstance(failure, _TooLong) and len(queries) > 1:
+                    raise _QueriesRefused(str(failure)) from failure  # fewer may fit
+                attempt, last_failure = attempt + 1, failure
+                delay = failure.after_seconds or self._delay(attempt)
+                if time.monotonic() - start + delay >= min(self.deadline_seconds, self.patience_seconds):
+                    raise self._too_late(start, attempt, failure) from failure
+                self._note(failure)
+            await asyncio.sleep(delay)
+
+    def _note(self, failure: Exception | None) -> None:
+        """Say once that the server fails, and once that it is back."""
+        if self.patience_seconds < self.deadline_seconds:  # who asks is told soon
+            return
+        if failure is not None and not self._failing:
+            _log.warning("%s: %s; asking again for up to %.3g s", self.url, failure, self.deadline_seconds)
+        elif failure is None and self._failing:
+            _log.warning("%s: answers again", self.url)
+        self._failing = failure is not None
+
+    def _too_late(self, start: float, attempts: int, last_failure: Exception | None) -> RetrieverError:
+        elapsed = time.monotonic() - start
+        if last_failure is None:
+            return RetrieverTimeout(f"{self.url}: no answer within {elapsed:.1f} s")
+        return RetrieverUnavailable(
+            f"{self.url}: gave up after {elapsed:.1f} s, {attempts} attempts ({last_failure})"
+        )
+
+    async def _ask_once(self, queries: list[Query], k: int) -> Sequence[Outcome]:
+        texts = [query for query in queries if isinstance(query, str)]
+        if self.where is not None or len(texts) < len(queries):
+            body = render_search(queries, k, self.where)
+            rankings = await self._post("/v1/search", body, lambda answer: parse_results(answer, self.url))
+        else:
+            body = render_request(RetrieveRequest(texts, k, return_scores=True))
+            rankings = await self._post("/retrieve", body, lambda answer: parse_hits(answer, self.url))
+        if len(rankings) != len(queries):
+            raise _TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
+        if (most := max((len(row) for row in rankings if isinstance(row, list)), default=0)) > k:
+            raise _TryAgain(f"{most} hits of a query that asked for {k}")
+        return rankings
+
+    async def _post(self, path: str, body: Any, parse: Callable[[Any], _Parsed]) -> _Parsed:
+        """What `parse` reads in the JSON answer to one request; a failure that may pass is a _TryAgain."""
+        try:
+            return parse(_parse_json(*await self._exchange("POST", path, json=body)))
+        except UnicodeEncodeError as error:
+            raise _QueriesRefused("a query is not Unicode: half a surrogate pair") from error
+        except DataError as error:
+            raise _TryAgain(f"malformed answer: {error}") from error
+
+    async def _exchange(self, method: str, path: str, **options: Any) -> tuple[str, bytes]:
+        """The type and the bytes of an answer with status 200; reads no more than is sound."""
+        import httpx
+
+        content = bytearray()
+        try:
+            async with self._session().stream(method, self.url + path, **options) as response:
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > _MAX_REPLY_BYTES:
+                        raise _TooLong(f"an answer of more than {_MAX_REPLY_BYTES:,} bytes")
+        except httpx.HTTPError as error:  # a broken connection, or a body that cannot be unpacked
+            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+        self._check_status(response, content[:200].decode("utf-8", "replace"))
+        return response.headers.get("content-type", ""), bytes(content)
+
+    def _check_status(self, response: Any, body: str) -> None:
+        """Raise what the HTTP status means; a server's own reason goes into the message."""
+        status = response.status_code
+        if status == 200:
+            return
+        reason = f"{self.url}: answered {status}: {body}"
+        if status >= 500 or status < 300 or status in _WORTH_A_RETRY:
+            raise _TryAgain(reason, _seconds(response.headers.get("retry-after")))
+        if status in _REFUSES_THE_QUERIES:
+            raise _QueriesRefused(reason)
+        raise RetrieverRefused(reason)
+
+    def _delay(self, attempt: int) -> float:
+        """Exponential with half of it at random, so that clients do not come back in step."""
+        longest = min(_FIRST_DELAY_SECONDS * 2 ** (attempt - 1), _LONGEST_DELAY_SECONDS)
+        return longest * self._jitter.uniform(0.5, 1.0)
+
+    def _session(self) -> Any:
+        import httpx
+
+        loop = asyncio.get_running_loop()
+        if loop not in self._sessions:
+            for ended in [known for known in list(self._sessions) if known.is_closed()]:
+                self._sessions.pop(ended, None)  # connections cannot outlive their loop
+            # No proxy from the environment: nothing but the arguments decides where a query goes.
+            self._sessions[loop] = httpx.AsyncClient(timeout=None, trust_env=False, headers=self.headers)
+        return self._sessions[loop]
+
+
+def _checked_url(url: str) -> str:
+    """The address of the server, with or without the path `/retrieve` given."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"retriever {url!r}: must be like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/retrieve")
+
+
+class _TryAgain(Exception):
+    """A failure that may pass. `after_seconds` if the server said when."""
+
+    def __init__(self, reason: str, after_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.after_seconds = after_seconds
+
+
+class _TooLong(_TryAgain):
+    """The answer does not end."""
+
+
+class _QueriesRefused(Exception):
+    """The server refuses what is in this request."""
+
+
+def _parse_json(kind: str, content: bytes) -> Any:
+    """The JSON in an answer of this content type; DataError where there is none."""
+    if kind and "json" not in kind.lower():
+        raise DataError(f"of type {kind[:60]!r}, not JSON")
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(str(error)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A Retry-After header in seconds; None if absent or a date."""
+    return float(retry_after) if retry_after and retry_after.isdecimal() and retry_after.isascii() else None

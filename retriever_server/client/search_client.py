@@ -1,0 +1,243 @@
+"""How the agent searches: one query at a time, over HTTP or in process, with the same manners.
+
+Queries that trajectories ask at about the same time travel in one request, each different one once.
+The world may fail: connections and 5xx are retried until the deadline has passed, then a typed
+error is raised. An empty list means that nothing was found, never that something broke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverRefused,
+    RetrieverUnavailable,
+    SleuthError,
+)
+from data.records import Hit, Item, Passage
+from retriever_server.client.http import Outcome
+from retriever_server.client.replicas import open_http
+from retriever_server.client.wire import carried
+from retriever_server.retriever import Query, Retriever, inside, text_in
+
+_log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Answers a batch of queries."""
+
+    window_seconds: float
+    """How long a batch stays open for queries to join it."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it asks another machine, as `Retriever.waits`."""
+        ...
+
+    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
+        """The hits of each query, or the error that this query alone met."""
+        ...
+
+    async def probe(self) -> None:
+        """Raise a RetrieverError, soon, where nobody would answer."""
+        ...
+
+    async def picture(self, passage: Passage, side: int) -> bytes:
+        """A JPEG or PNG file of the passage's image, at most `side` pixels wide and high."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what is open."""
+        ...
+
+
+class SearchClient:
+    """Collects the queries of all trajectories into batches of at most `max_batch`; safe to share.
+
+    One client serves any number of event loops, one after the other.
+    """
+
+    def __init__(self, backend: Backend, max_batch: int = 128) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch = {max_batch}: must be >= 1")
+        self._backend, self._max_batch = backend, max_batch
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a search asks another machine: what comes back, and when, is then not repeatable."""
+        return self._backend.waits
+
+    async def search(self, query: Query, k: int) -> list[Hit]:
+        """The best `k` hits, best first; raises a RetrieverError if nobody could answer.
+
+        DataError naming the file for an image that is none, where it has to travel. A query that is not
+        Unicode is refused alone, not with all that would travel with it.
+        """
+        if k < 1:
+            raise ConfigError(f"k = {k}: must be >= 1")
+        _check_unicode(text_in(query))
+        if isinstance(query, Item) and self.waits:
+            query = await asyncio.to_thread(carried, query)
+        loop = asyncio.get_running_loop()
+        state = self._loops.setdefault(loop, _LoopState())
+        waiter: asyncio.Future[list[Hit]] = loop.create_future()
+        if k not in state.open:
+            state.open[k] = batch = {}
+            if self._backend.window_seconds:
+                loop.call_later(self._backend.window_seconds, self._send, state, batch, k)
+            else:  # after every coroutine that is ready now has run
+                loop.call_soon(self._send, state, batch, k)
+        batch = state.open[k]
+        batch.setdefault(query, []).append(waiter)
+        if len(batch) >= self._max_batch:
+            self._send(state, batch, k)
+        return await waiter
+
+    async def picture(self, passage: Passage, side: int = 1024) -> bytes:
+        """A file of the image of a passage that was found, at most `side` pixels wide and high.
+
+        Raises DataError if it has none that can be read, else a RetrieverError.
+        """
+        if not passage.image:
+            raise DataError(f"passage {passage.id!r} has no image")
+        return await self._backend.picture(passage, side)
+
+    async def probe(self) -> None:
+        """Ask once whether searches will be answered; raises a RetrieverError, soon, where not."""
+        try:
+            await self._backend.probe()
+        finally:
+            await self._backend.close()
+
+    async def close(self) -> None:
+        """Fail what still waits in this event loop, and close the connections."""
+        state = self._loops.pop(asyncio.get_running_loop(), _LoopState())
+        for k, batch in list(state.open.items()):
+            self._send(state, batch, k)
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
+        await self._backend.close()
+
+    async def __aenter__(self) -> SearchClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _send(self, state: _LoopState, batch: _Batch, k: int) -> None:
+        if state.open.get(k) is not batch:
+            return  # it was full and has gone before its window ended
+        del state.open[k]
+        task = asyncio.get_running_loop().create_task(self._answer(batch, k))
+        state.tasks.add(task)
+        task.add_done_callback(state.tasks.discard)
+
+    async def _answer(self, batch: _Batch, k: int) -> None:
+        """Ask, and hand every waiter its hits or its error; one that was cancelled is left out."""
+        outcomes: Sequence[Outcome] = []
+        failure: RetrieverError = RetrieverUnavailable("the search client was closed")
+        try:
+            outcomes = await self._backend.ask(list(batch), k)
+            failure = RetrieverError(f"{len(outcomes)} rows for {len(batch)} queries")
+        except RetrieverError as error:
+            failure = error
+        except SleuthError as error:  # a query that cannot be searched: a broken image, an image to BM25
+            failure = RetrieverError(str(error))
+        except Exception as error:
+            _log.exception("search failed")
+            failure = RetrieverError(f"search failed: {type(error).__name__}: {error}")
+        finally:
+            if len(outcomes) != len(batch):
+                outcomes = [failure] * len(batch)
+            for waiters, outcome in zip(batch.values(), outcomes, strict=True):
+                for waiter in waiters:
+                    _settle(waiter, outcome)
+
+
+_Batch = dict[Query, list["asyncio.Future[list[Hit]]"]]
+"""Each different query with those who wait for it."""
+
+
+@dataclass
+class _LoopState:
+    open: dict[int, _Batch] = field(default_factory=dict)
+    """k -> the batch that queries may still join."""
+    tasks: set[asyncio.Task] = field(default_factory=set)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}") from error
+
+
+def _settle(waiter: asyncio.Future, outcome: Outcome) -> None:
+    if waiter.done():
+        return
+    if isinstance(outcome, RetrieverError):
+        # Its own exception object: a traceback grows with every `raise` of a shared one.
+        waiter.set_exception(type(outcome)(*outcome.args))
+    else:
+        waiter.set_result(list(outcome))
+
+
+class InProcess:
+    """Searches a retriever of this process in the event loop's thread, without a window of time.
+
+    So the order in which answers arrive depends on nothing but the order of the questions. One that
+    itself waits for other machines is searched in a thread, so that the loop goes on meanwhile.
+    """
+
+    window_seconds = 0.0
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+
+    @property
+    def waits(self) -> bool:
+        """What the retriever says."""
+        return self.retriever.waits
+
+    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
+        """The hits of each query."""
+        if self.waits:
+            return await asyncio.to_thread(self.retriever.search, queries, k)
+        return self.retriever.search(queries, k)
+
+    async def probe(self) -> None:
+        """As the retriever does."""
+        await asyncio.to_thread(self.retriever.probe)
+
+    async def picture(self, passage: Passage, side: int) -> bytes:
+        """Read from its file, shrunk; that of a passage from a server by the retriever that asks there."""
+        if passage.image.startswith(("http://", "https://")):
+            for part in inside(self.retriever):
+                ask = getattr(part, "thumbnail_of", None)
+                if ask and (made := await asyncio.to_thread(ask, passage.id, side)):
+                    return made
+        from data.images import read_image, thumbnail
+
+        return thumbnail(read_image(passage.image), side)
+
+    async def close(self) -> None:
+        """Nothing of this event loop's is open; the retriever is its owner's to close."""
+
+
+def connect(spec: str, deadline_seconds: float = 30.0) -> SearchClient:
+    """A client for the URL of a server, or those of replicas; or for what `open_retriever` opens here."""
+    if spec.startswith(("http://", "https://")):
+        return SearchClient(open_http(spec, deadline_seconds))
+    from retriever_server.open_retriever import open_retriever
+
+    return SearchClient(InProcess(open_retriever(spec, deadline_seconds)))

@@ -1,0 +1,1 @@
+"""Retrievers over other retrievers: fusion, shards, caches, reranking, remote servers, baselines."""

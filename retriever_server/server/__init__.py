@@ -1,0 +1,1 @@
+"""The HTTP server: application, micro-batches, middleware, hot swap of indexes."""

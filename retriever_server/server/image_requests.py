@@ -1,0 +1,175 @@
+"""Pictures at the server: those in requests, checked before any search; thumbnails of the corpus's own.
+
+A request brings a picture as bytes and names no file or URL: strings are base64 or they are refused. A
+thumbnail is looked up by the id of a passage. Both are decoded in two threads, so that neither a flood of
+them nor a large one holds up the searches or fills the memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.images import ImageLimits, check_image, image_size
+from data.records import Input, Item
+from retriever_server.server.batching import Batcher, Batching
+from retriever_server.server.hot_swap import Opened
+from retriever_server.server.schema import Pictured
+
+_log = logging.getLogger(__name__)
+
+THUMBNAIL_SIDES = (16, 2048)
+"""The smallest and the largest that a client may ask for, in pixels."""
+_KEPT_BYTES = 64 << 20
+_DECODING = Batching(max_batch=1, window_seconds=0, threads=2, max_waiting=1024)
+_IMAGES_OF_MOST_PIXELS = 2
+"""What all images of a request may have together."""
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
+_NOT_SAID = ("", "application/octet-stream")
+
+
+class Pictures:
+    """Reads the images of requests, within limits, and keeps the thumbnails that were asked for last."""
+
+    def __init__(
+        self, max_images: int, max_bytes: int, max_pixels: int, folders: Sequence[str | Path] = ()
+    ) -> None:
+        """max_images: in one request; max_bytes, max_pixels: of each; all may have twice the pixels.
+
+        folders: where pictures of a corpus may lie beside its own.
+        """
+        self._folders = [Path(folder).resolve() for folder in folders]
+        self._most, self._limits = max_images, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels)
+        self.batcher = Batcher(_DECODING)
+        self._kept: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
+        self._kept_bytes, self._lock = 0, threading.Lock()
+
+    async def read(self, inputs: Sequence[str | Pictured], place: str) -> list[Input]:
+        """What is searched or encoded: texts, and items whose images have been decoded once, as a check.
+
+        Raises DataError "PLACE.0.image: what is wrong" for the first that is no image or beyond a limit.
+        """
+        coded = [each.image if isinstance(each, Pictured) else None for each in inputs]
+        places = [f"{place}.{i}.image" for i, image in enumerate(coded) if image is not None]
+        if len(places) > self._most:
+            raise DataError(f"{place}: {len(places)} images, at most {self._most} are allowed")
+        measured = await self._each(_measured, [image for image in coded if image is not None], places)
+        if (pixels := sum(size for _, size in measured)) > (
+            most := _IMAGES_OF_MOST_PIXELS * self._limits.max_pixels
+        ):
+            raise DataError(f"{place}: images of {pixels:,} pixels together, over {most:,}")
+        contents = iter(await self._each(_decoded_once, [content for content, _ in measured], places))
+        each = zip(map(text_of, inputs), coded, strict=True)
+        return [text if image is None else Item(next(contents), text) for text, image in each]
+
+    async def _each(
+        self, act: Callable[[Any, ImageLimits], Any], images: Sequence[Any], places: Sequence[str]
+    ) -> list[Any]:
+        """What `act` makes of each image in a thread; DataError names the place of the first that is none."""
+        made = await self.batcher.run(
+            act.__name__, lambda items: [act(item, self._limits) for item in items], images
+        )
+        for place, outcome in zip(places, made, strict=True):
+            if isinstance(outcome, DataError):
+                raise DataError(f"{place}: {outcome}")
+            if isinstance(outcome, Exception):
+                raise outcome
+        return made
+
+    async def thumbnail(self, opened: Opened, passage_id: str, side: int) -> bytes | None:
+        """A JPEG of the image of this passage, at most `side` wide and high; None where none can be shown.
+
+        Raises DataError for a wrong side, a RetrieverError where another server does not answer.
+        """
+        smallest, largest = THUMBNAIL_SIDES
+        if not smallest <= side <= largest:
+            raise DataError(f"side = {side}: must be from {smallest} to {largest}")
+        key = (opened.generation, passage_id, side)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+
+        def work(ids: list[str]) -> list[bytes | None]:
+            with opened:
+                return [_shrunk(opened, each, side, self._folders) for each in ids]
+
+        [made] = await self.batcher.run((opened, "thumbnail", side), work, [passage_id])
+        if isinstance(made, DataError):
+            # The file's name stays here: a client learns of no path of the server.
+            _log.warning("no thumbnail of passage %r: %s", passage_id, made)
+            return None
+        if isinstance(made, Exception):
+            raise made
+        if made is not None:
+            self._keep(key, made)
+        return made
+
+    def _keep(self, key: tuple[str, str, int], made: bytes) -> None:
+        with self._lock:
+            self._kept_bytes += len(made) - len(self._kept.pop(key, b""))
+            self._kept[key] = made
+            while self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+
+
+def text_of(asked: str | Pictured) -> str:
+    """The text of what was sent; "" beside an image that came alone."""
+    return asked if isinstance(asked, str) else asked.text
+
+
+def _measured(coded: str, limits: ImageLimits) -> tuple[bytes, int]:
+    """The bytes of an image and its number of pixels, nothing decoded; DataError where it is none."""
+    content = _decoded(coded, limits.max_bytes)
+    width, height = image_size(content, limits)
+    return content, width * height
+
+
+def _decoded_once(content: bytes, limits: ImageLimits) -> bytes:
+    """The bytes of what can be decoded; DataError where it cannot."""
+    check_image(content, limits)
+    return content
+
+
+def _decoded(coded: str, max_bytes: int) -> bytes:
+    """The bytes in base64 or in a data: URL that says it is an image."""
+    if url := _DATA_URL.match(coded):
+        kind = url[1].strip().lower()
+        if not kind.startswith("image/") and kind not in _NOT_SAID:
+            raise DataError(f"{kind[:40]} is not the type of an image")
+        coded = coded[url.end() :]
+    if len(coded) > max_bytes * 4 // 3 + 4:
+        raise DataError(f"over {max_bytes:,} bytes")
+    try:
+        content = base64.b64decode("".join(coded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError("not base64 (the server opens no file and no URL)") from error
+    if len(content) > max_bytes:
+        raise DataError(f"over {max_bytes:,} bytes")
+    return content
+
+
+def _shrunk(opened: Opened, passage_id: str, side: int, folders: Sequence[Path]) -> bytes | None:
+    """The first picture that a corpus, or a server, inside the retriever has of this passage.
+
+    A corpus may come from a stranger: DataError for a file outside of its folder and of `folders`.
+    """
+    from data.images import read_image, split_page, thumbnail
+
+    for corpus in opened.find_all("corpus"):
+        passage = corpus.get(passage_id)
+        if passage is not None and passage.image:
+            file = Path(split_page(passage.image)[0]).resolve()
+            if not any(map(file.is_relative_to, (corpus.path.parent.resolve(), *folders))):
+                raise DataError(f"{file}: outside of the folder of its corpus; --image_folders allows others")
+            return thumbnail(read_image(passage.image), side)
+    made: Any = (ask(passage_id, side) for ask in opened.find_all("thumbnail_of"))
+    return next((each for each in made if each is not None), None)

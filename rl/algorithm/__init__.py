@@ -1,0 +1,1 @@
+"""The algorithm as pure functions in tables: presets, advantages, losses, credit, rewards."""

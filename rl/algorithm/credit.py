@@ -1,0 +1,108 @@
+"""What each token of a step is credited with: rewards put on turns, less KL, turned into advantages.
+
+Everything per token is ragged: the trained tokens of one trajectory after those of another. What the
+prompt and the observations hold is in none of these tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from agent.trajectory import SegmentKind, Trajectory
+from rl.algorithm.advantages import ADVANTAGES, Episodes, place_rewards, whiten
+from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
+
+if TYPE_CHECKING:
+    from rl.config import TrainConfig
+    from rl.learner.workers import Workers
+    from rl.rollouts import Group, Totals
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's groups of a step, and what is known of their trained tokens."""
+
+    groups: Sequence[Group]
+    device: torch.device
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    """old, reference (log-probs), values, advantages, returns: a tensor (tokens,) a trajectory."""
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        """Those of all groups, in order; a row is a place in this list."""
+        return [trajectory for group in self.groups for trajectory in group.trajectories]
+
+    def joined(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
+        """A column over these rows, or all, one after another (N,)."""
+        column = self.columns[name]
+        chosen = column if rows is None else [column[row] for row in rows]
+        return torch.cat([torch.empty(0, device=self.device), *chosen])
+
+    def part(self, number: int, parts: int, count: int) -> list[int]:
+        """The rows of the number-th of `parts` equal shares of all processes' `count` groups."""
+        numbers = [group.number for group in self.groups for _ in group.trajectories]
+        return [row for row, group in enumerate(numbers) if group * parts // count == number]
+
+
+def credit(batch: Batch, config: TrainConfig, workers: Workers, token_limit: int) -> Totals:
+    """Add the batch's advantages, and with a critic the returns that it should have foreseen.
+
+    token_limit: the most tokens that a policy may write in a trajectory. Returns metrics.
+    """
+    algorithm, totals = config.algorithm, {}
+    turn_tokens = [_turn_tokens(t, config.mask_observations) for t in batch.trajectories]
+    counts = torch.tensor([sum(tokens) for tokens in turn_tokens], dtype=torch.long)
+    rewards = place_rewards([r.turns for g in batch.groups for r in g.rewards], turn_tokens)
+    if algorithm.overlong_buffer:
+        written = counts[counts > 0]
+        rewards[written.cumsum(0) - 1] += overlong_penalty(written, token_limit, algorithm.overlong_buffer)
+    rewards = rewards.to(batch.device)
+    if "reference" in batch.columns and algorithm.kl_in == "reward":
+        both = batch.joined("old"), batch.joined("reference")
+        kl = KL_ESTIMATORS[algorithm.kl_estimator](*both)
+        totals["policy/kl"] = (float(kl.sum()), float(kl.numel()))
+        totals["policy/kl_clamped_fraction"] = (
+            float(kl_clamped(algorithm.kl_estimator, *both)),
+            float(kl.numel()),
+        )
+        rewards = rewards - algorithm.kl_coefficient * kl
+    values = batch.joined("values") if "values" in batch.columns else None
+    turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]
+    episodes = Episodes(
+        rewards, counts, torch.tensor(turns, dtype=torch.long), config.rollout.group_size, values
+    )
+    advantages = ADVANTAGES[algorithm.advantage](episodes, algorithm.gamma, algorithm.gae_lambda)
+    if values is not None:
+        returns, size = advantages + values, len(values)
+        batch.columns["returns"] = list(returns.split(counts.tolist()))
+        totals["critic/explained_variance"] = (explained_variance(values, returns) * size, float(size))
+    if algorithm.whiten:
+        advantages = whiten(advantages, workers.sum)
+    batch.columns["advantages"] = list(advantages.split(counts.tolist()))
+    return totals
+
+
+def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:
+    """0 up to the last `buffer` (a share) of `limit` tokens, then falling to -1 (DAPO, eq. 13).
+
+    written (B,) tokens -> (B,)   [80, 90, 100, 120] of limit 100, buffer .2 -> [0, -.5, -1, -1]
+    """
+    width = buffer * limit
+    return -((written - (limit - width)) / width).clamp(0, 1)
+
+
+def _turn_tokens(trajectory: Trajectory, mask_observations: bool) -> list[int]:
+    """How many trained tokens each turn of the policy has, with what it read if that is trained, too."""
+    turns: list[int] = []
+    for segment in trajectory.segments[1:]:
+        if segment.kind is SegmentKind.POLICY:
+            turns.append(len(segment.token_ids))
+        elif not mask_observations and turns:
+            turns[-1] += len(segment.token_ids)
+    return turns

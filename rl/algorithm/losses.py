@@ -1,0 +1,191 @@
+"""The losses, token by token: surrogates, KL estimates, the weights that average them, the critic's.
+
+Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one trajectory after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rl.algorithm.presets import AlgorithmConfig, Averaging
+
+MAX_LOG_RATIO = 20.0
+"""Beyond it, up or down, the log-ratio of a token counts as the bound and has no gradient, as in verl: its
+exponential would be a loss that no float holds. It also bounds k3."""
+MAX_SEQUENCE_LOG_RATIO = 10.0
+"""The same for the mean of a trajectory (gspo), upwards."""
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What a surrogate is a function of; only `logprobs` has a gradient."""
+
+    logprobs: Tensor  # (N,) under the policy as it is now
+    old_logprobs: Tensor  # (N,) under the policy that sampled, by the trainer
+    advantages: Tensor  # (N,)
+    row: Tensor  # (N,) long, from 0: the trajectory each token belongs to; trajectories are whole
+
+    @property
+    def ratio(self) -> Tensor:
+        """How much likelier each token has become (N,)."""
+        return (self.logprobs - self.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+    @property
+    def sequence_ratio(self) -> Tensor:
+        """The geometric mean of its trajectory's ratios, for each token, with the token's own gradient (N,).
+
+        GSPO-token (Zheng et al. 2025, arXiv 2507.18071, section 4.3): where the tokens of a trajectory share
+        advantage and weight, loss and gradient are those of GSPO, one ratio a trajectory.
+        """
+        moved = self.sequence_log_ratio + self.logprobs - self.logprobs.detach()
+        return moved.clamp(max=MAX_SEQUENCE_LOG_RATIO).exp()
+
+    @property
+    def sequence_log_ratio(self) -> Tensor:
+        """The mean of its trajectory's log-ratios, for each token (N,); no gradient."""
+        counts = torch.bincount(self.row).clamp(min=1)
+        difference = (self.logprobs - self.old_logprobs).detach()
+        means = difference.new_zeros(counts.numel()).index_add(0, self.row, difference) / counts
+        return means[self.row]
+
+
+def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimised.
+
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); the two bounds apart as in DAPO (arXiv 2503.14476,
+    eq. 10), and for A < 0 no more than -dual_clip A (Ye et al. 2020, arXiv 1912.09729).
+    """
+    return _clipped(tokens.ratio, tokens.advantages, algorithm)
+
+
+def gspo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+    """The clipped surrogate with one ratio a trajectory, the geometric mean of its tokens' (GSPO)."""
+    return _clipped(tokens.sequence_ratio, tokens.advantages, algorithm)
+
+
+def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+    """-sg(min(r, 1 + clip_high)) A log p: the clip bounds the weight but cuts no token's gradient.
+
+    MiniMax 2025, arXiv 2506.13585, eq. 4, with no lower bound, as they ran it; `clip_low` is not read.
+    """
+    return -tokens.ratio.detach().clamp(max=1 + algorithm.clip_high) * tokens.advantages * tokens.logprobs
+
+
+def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+    """-sg(r) A log p: REINFORCE (Williams 1992), each token weighted by its ratio when off-policy.
+
+    Its gradient is that of -r A, the surrogate without a clip; its value means nothing.
+    """
+    return -tokens.ratio.detach() * tokens.advantages * tokens.logprobs
+
+
+SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "reinforce": reinforce,
+}
+"""(tokens, algorithm) -> loss of each token (N,)."""
+
+
+def clip_fraction(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+    """Share of tokens () whose gradient the clip cuts off (ppo, gspo) or whose weight it lowers (cispo).
+
+    0 without tokens, and for reinforce, which has no clip.
+    """
+    with torch.no_grad():
+        ratio = tokens.sequence_ratio if algorithm.surrogate == "gspo" else tokens.ratio
+        high, low = ratio > 1 + algorithm.clip_high, ratio < 1 - algorithm.clip_low
+        if algorithm.surrogate == "cispo":
+            cut = high
+        elif algorithm.surrogate == "reinforce":
+            cut = torch.zeros_like(high)
+        else:
+            low |= ratio > (algorithm.dual_clip or torch.inf)
+            cut = torch.where(tokens.advantages > 0, high, low) & (tokens.advantages != 0)
+        return cut.float().sum() / max(1, cut.numel())
+
+
+def clamped(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> int:
+    """How many tokens have a log-ratio beyond the bound."""
+    with torch.no_grad():
+        if algorithm.surrogate == "gspo":
+            return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
+        return int(((tokens.logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO).sum())
+
+
+def token_weights(
+    averaging: Averaging, counts: Tensor, total_tokens: int, total_trajectories: int, constant_tokens: int
+) -> Tensor:
+    """Weights (N,) by which the summed loss of the micro-batches is the average over the global batch.
+
+    counts: (b,) policy tokens of each trajectory of this micro-batch; the totals are of the global batch.
+    token: every token alike (DAPO, arXiv 2503.14476, eq. 8); trajectory: the mean over trajectories of
+    their means (GRPO, arXiv 2402.03300, eq. 3); constant: every trajectory's sum over `constant_tokens`,
+    whatever its length (Dr. GRPO, arXiv 2503.20783).
+    """
+    if averaging == "trajectory":
+        each = 1 / (counts.clamp(min=1) * max(1, total_trajectories))
+    else:
+        divisor = total_tokens if averaging == "token" else total_trajectories * constant_tokens
+        each = torch.full(counts.shape, 1 / max(1, divisor), device=counts.device)
+    return each.repeat_interleave(counts)
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(p / q): unbiased. For kl_in reward; in the loss its gradient is zero on average.   (N,) -> (N,)"""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Half of log(p / q) squared: biased, but its gradient in the loss is the KL's own.   (N,) -> (N,)"""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """q / p - 1 - log(q / p): unbiased and never negative; its gradient is another's.   (N,) -> (N,)"""
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return difference.exp() - 1 - difference
+
+
+def kl_clamped(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> int:
+    """How many tokens have a log-ratio beyond the bound of the estimator."""
+    return int(((logprobs - ref_logprobs).abs() > MAX_LOG_RATIO).sum()) if estimator == "k3" else 0
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""Estimates of KL(policy p || reference q) at tokens that p sampled (Schulman 2020, "Approximating KL
+divergence"; on their gradients: arXiv 2512.21852)."""
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error, clipped as in Schulman's code for PPO (arXiv 1707.06347; the half is verl's).
+
+    All (N,) -> (N,). The worse of the error and that of the value held within `clip` of the old one: a
+    value that has moved further, towards its return, has no gradient. clip 0: the plain squared error.
+    """
+    error = (values - returns) ** 2
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * error
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
+
+    0 where the returns do not vary.
+    """
+    spread = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    if algorithm.dual_clip:
+        ratio = ratio.clamp(max=algorithm.dual_clip)  # beyond 1 + clip_high: matters where A < 0 alone
+    return -torch.minimum(ratio * advantages, clipped * advantages)

@@ -1,0 +1,193 @@
+"""Rewards: functions of a finished trajectory, combined by weights.
+
+They read what the agent found in the policy's own turns: its answer, its form, its searches. Neither
+the prompt's example answer nor an answer inside a passage can score (but in search_r1_legacy).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, cast
+
+from agent.trajectory import SegmentKind, Trajectory
+from data.answers import cover_em, exact_match, f1
+from data.class_path import hints_of
+from data.errors import ConfigError
+from data.formats.rows import ids_of
+from data.plugins import find_plugin
+from data.records import Question
+from rl.algorithm.judge import Judge, Verdict
+from rl.config import JudgeConfig
+from rl.search_r1_scorer import search_r1_legacy, search_r1_legacy_format
+
+RewardFunction = Callable[[Trajectory], float | list[float]]
+"""One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
+
+_NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
+GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
+"""Where a question's metadata may name its gold passages, and by what; the first that is there counts.
+`entities` is how the embedded world names them."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a trajectory earned."""
+
+    turns: list[float]
+    """Weighted, one a policy turn; what is paid for the outcome is on the last."""
+    parts: dict[str, float]
+    """By name, summed over the turns, without its weight; what failed is not among them."""
+    error: str | None = None
+    """What failed; the trajectory then stays out of the loss."""
+
+    @property
+    def total(self) -> float:
+        """The weighted sum."""
+        return sum(self.turns)
+
+
+def no_answer(trajectory: Trajectory) -> float:
+    """-1.0 where the policy gave no answer, or an empty one, else 0.0."""
+    return 0.0 if trajectory.answer else -1.0
+
+
+def search_cost(trajectory: Trajectory) -> list[float]:
+    """-1.0 on each turn that searched; a search beyond the last turn allowed was none."""
+    costs = [0.0] * count_turns(trajectory)
+    for search in trajectory.searches:
+        costs[search.turn] -= 1.0
+    return costs
+
+
+def gold_passage(trajectory: Trajectory) -> list[float]:
+    """The share of the question's gold passages (GOLD_KEYS) that each turn's search was the first to find.
+
+    Their sum is the recall of all searches; 0 throughout for a question that names no gold passage.
+    """
+    gold, field = gold_passages(trajectory.question)
+    missing, shares = set(gold), [0.0] * count_turns(trajectory)
+    for search in trajectory.searches:
+        found = missing & {getattr(hit.passage, field) for hit in search.hits}
+        shares[search.turn] += len(found) / max(len(gold), 1)
+        missing -= found
+    return shares
+
+
+def gold_passages(question: Question) -> tuple[set[str], str]:
+    """The question's gold passages, and which field of a passage names them; none: an empty set."""
+    for key, field in GOLD_KEYS.items():
+        if names := ids_of(question.metadata.get(key), key):
+            return set(names), field
+    return set(), "id"
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "em": lambda t: exact_match(t.answer, t.question.gold_answers, t.question.normalizer),
+    "f1": lambda t: f1(t.answer, t.question.gold_answers, t.question.normalizer),
+    "cover_em": lambda t: cover_em(t.answer, t.question.gold_answers, t.question.normalizer),
+    "format": lambda t: float(t.valid_format),
+    "no_answer": no_answer,
+    "search_cost": search_cost,
+    "gold_passage": gold_passage,
+    "search_r1_legacy": search_r1_legacy,
+    "search_r1_legacy_format": search_r1_legacy_format,
+}
+"""By name; besides these `judge`, which takes many trajectories at once and may fail."""
+
+
+def combine(
+    weights: Mapping[str, float], judge: JudgeConfig | None = None, cache: Path | None = None
+) -> Callable[[Sequence[Trajectory]], list[Reward]]:
+    """What rewards trajectories by the weighted sum of rewards.
+
+    weights: by a name of REWARDS, "judge", or "module:function", a RewardFunction of the user's own.
+    cache: where the judge's verdicts are kept. Raises ConfigError: at once where a name is unknown or
+    cannot be imported or the judge has no URL, and in use where a function returns no finite number.
+    """
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"rewards.{name} = {weight}: must be a finite number")
+    functions = {name: _find(name) for name in weights if name != "judge"}
+    ask = Judge(judge or JudgeConfig(), cache) if "judge" in weights else None
+
+    def reward(trajectories: Sequence[Trajectory]) -> list[Reward]:
+        verdicts = ask(trajectories) if ask else [None] * len(trajectories)
+        pairs = zip(trajectories, verdicts, strict=True)
+        return [_weigh(trajectory, functions, weights, verdict) for trajectory, verdict in pairs]
+
+    return reward
+
+
+def check_questions(weights: Mapping[str, float], questions: Sequence[Question]) -> None:
+    """Raise ConfigError where gold passages are to be rewarded and no question names any."""
+    if "gold_passage" in weights and not any([gold_passages(question)[0] for question in questions]):
+        raise ConfigError(f"rewards.gold_passage: no question's metadata has {', '.join(GOLD_KEYS)}")
+
+
+def count_turns(trajectory: Trajectory) -> int:
+    """How many turns the policy wrote."""
+    return sum(segment.kind is SegmentKind.POLICY for segment in trajectory.segments)
+
+
+def _weigh(
+    trajectory: Trajectory,
+    functions: Mapping[str, RewardFunction],
+    weights: Mapping[str, float],
+    verdict: Verdict | None,
+) -> Reward:
+    turns = count_turns(trajectory)
+    results = {name: function(trajectory) for name, function in functions.items()}
+    if isinstance(verdict, float):
+        results["judge"] = verdict
+    values = {name: _by_turn(name, result, turns) for name, result in results.items()}
+    return Reward(
+        turns=[sum(weights[name] * of[turn] for name, of in values.items()) for turn in range(turns)],
+        parts={name: sum(of) for name, of in values.items()},
+        error=verdict if isinstance(verdict, str) else None,
+    )
+
+
+def _by_turn(name: str, result: float | list[float], turns: int) -> list[float]:
+    """One number a turn; an outcome stands on the last, and alone where there is no turn."""
+    values = result if isinstance(result, list) else [0.0] * (turns - 1) + [result]
+    for value in values:
+        if not (isinstance(value, Real) and math.isfinite(value)):
+            raise ConfigError(
+                f"rewards.{name} returned {value!r}: must be a finite number, or a list of them"
+            )
+    if turns and len(values) != turns:
+        raise ConfigError(
+            f"rewards.{name} returned {len(values)} numbers for {turns} turns: must be one a turn"
+        )
+    return [float(value) for value in values]
+
+
+def _find(name: str) -> RewardFunction:
+    """The function of that name; a module of the user's own lies beside the recipe or where the command runs.
+
+    What is called with a trajectory must take just that: classes and functions in C are refused, too.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join([*REWARDS, "judge"])
+        raise ConfigError(f"rewards.{name}: must be one of {known}, or module:function of your own")
+    place = f"rewards.{name}"
+    function = find_plugin(f"{module}.{attribute}", place)
+    if not callable(function) or inspect.isclass(function) or inspect.isbuiltin(function):
+        kind = "built-in function" if inspect.isbuiltin(function) else type(function).__name__
+        raise ConfigError(f"{place}: is a {kind}, must be a Python function of one trajectory")
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+    one = len(needed) == 1 and needed[0].kind in (inspect.Parameter.POSITIONAL_ONLY, _NAMED)
+    takes = hints_of(function).get(needed[0].name, Trajectory) if one else None
+    if takes not in (Trajectory, Any, object):
+        signature = inspect.signature(function)
+        raise ConfigError(f"{place}: takes {signature}, must be a Python function of one trajectory")
+    return cast(RewardFunction, function)  # what it returns is checked when it is called

@@ -1,0 +1,1 @@
+"""From a batch of trajectories to better weights: packing, log-probabilities, updates, processes."""

@@ -1,0 +1,122 @@
+"""Log-probs of taken tokens under a policy, with their entropy, where they are needed and nowhere else.
+
+The head is applied only at the positions that predict a trained token (a trajectory is mostly what it
+read), a chunk of tokens at a time, and again in the backward pass: logits of a whole micro-batch never
+exist, nor do their gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from agent.engines.sampling import kept_tokens
+from agent.vision import Vision, text_trunk
+from rl.learner.packing import packed_arguments
+
+if TYPE_CHECKING:
+    from rl.config import RolloutConfig
+    from rl.learner.batch import MicroBatch
+
+
+class TokenLogprobs(NamedTuple):
+    """One entry a trained token of a micro-batch."""
+
+    logprobs: Tensor  # (N,)
+    entropy: Tensor  # (N,), in nats
+
+
+def hidden_states(trunk: PreTrainedModel, batch: MicroBatch, vision: Vision | None = None) -> Tensor:
+    """The trunk's last hidden states (N, H) at the positions before the trained tokens.
+
+    vision: of a policy with eyes; the trunk reads the pixels that the sampler read, with their gradient.
+    """
+    device = trunk.device
+    inputs = {"input_ids": batch.token_ids.to(device)}
+    if vision is not None:
+        inputs = {"inputs_embeds": vision.embed(trunk, inputs["input_ids"], batch.pictures)}
+        trunk = text_trunk(trunk)
+    elif batch.pictures:
+        raise ValueError("hidden_states: trajectories with pictures need the policy's vision")
+    masking = (
+        packed_arguments(trunk, batch.lengths)
+        if batch.attention_mask is None
+        else {"attention_mask": batch.attention_mask.to(device)}
+    )
+    hidden = trunk(
+        **inputs,
+        position_ids=batch.position_ids.to(device),
+        use_cache=False,
+        **masking,
+    ).last_hidden_state  # (R, T, H)
+    before = _trained(batch) - 1  # in the same row and trajectory: its first token is never trained
+    return hidden.flatten(0, 1).index_select(0, before.to(device))
+
+
+def _trained(batch: MicroBatch) -> Tensor:
+    """Where the trained tokens are (N,) in the flattened rows."""
+    return batch.loss_mask.flatten().nonzero()[:, 0]
+
+
+class Scorer(nn.Module):
+    """A policy as a function of micro-batches: what it thinks of the tokens that were sampled.
+
+    Log-probs are those of the distribution that was sampled from: at its temperature and, with
+    `renormalise_logprobs`, within what top_p and top_k leave of it. A taken token always counts as left:
+    sampler and trainer round differently at the edge.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rollout: RolloutConfig,
+        chunk_tokens: int = 256,
+        vision: Vision | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.rollout, self.chunk_tokens, self.vision = model, rollout, chunk_tokens, vision
+
+    def forward(self, batch: MicroBatch, entropy_gradient: bool = False) -> TokenLogprobs:
+        """Log-probs of the trained tokens given all before them, and the entropy at each of them."""
+        hidden = hidden_states(self.model.base_model, batch, self.vision)  # type: ignore[arg-type]  # (N, H)
+        taken = batch.token_ids.flatten()[_trained(batch)].to(hidden.device)
+        chunks = zip(hidden.split(self.chunk_tokens), taken.split(self.chunk_tokens), strict=True)
+        scores = [
+            checkpoint(self._score, *chunk, entropy_gradient, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        return TokenLogprobs(*(torch.cat(parts) for parts in zip(*scores, strict=True)))
+
+    def _score(self, hidden: Tensor, taken: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy (C,) of a chunk of hidden states (C, H)."""
+        distribution = torch.log_softmax(self._logits(hidden, taken), -1)  # (C, V)
+        logprobs = distribution.gather(1, taken[:, None])[:, 0]
+        # Last, so that the backward pass, which needs nothing of it, does not run it again.
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy = -(distribution.exp() * distribution).sum(-1)
+        return logprobs, entropy
+
+    def _logits(self, hidden: Tensor, taken: Tensor) -> Tensor:
+        """Logits (C, V) in float32, at the sampler's temperature; what it left out is the lowest number."""
+        head: Any = self.model.get_output_embeddings()
+        logits = head(hidden).float()
+        # What some architectures do after their head: Cohere, Granite, Gemma 2.
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        config = self.model.config.get_text_config()
+        times, over, cap = (getattr(config, name, None) for name in names)
+        if times or over:
+            logits = logits * ((times or 1) / (over or 1))
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if self.rollout.temperature != 1:
+            logits = logits / self.rollout.temperature
+        if self.rollout.renormalise_logprobs and (self.rollout.top_p < 1 or self.rollout.top_k):
+            with torch.no_grad():
+                kept = kept_tokens(logits.softmax(-1), [self.rollout.top_k], [self.rollout.top_p])
+                kept.scatter_(1, taken[:, None], True)
+            logits = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
+        return logits
