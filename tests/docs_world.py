@@ -19,9 +19,15 @@ PASSAGES = [
     {"id": "4", "title": "Emma", "text": "Emma is a novel by Jane Austen."},
 ]
 QUESTIONS = [
-    {"id": "q1", "question": "Which river flows through Paris?", "golden_answers": ["Seine"]},
-    {"id": "q2", "question": "Which is the longest river in France?", "golden_answers": ["Loire"]},
-    {"id": "q3", "question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]},
+    {"id": f"q{i}", "question": text, "golden_answers": [answer], "metadata": {"supporting_ids": [passage]}}
+    for i, (text, answer, passage) in enumerate(
+        [
+            ("Which river flows through Paris?", "Seine", "3"),
+            ("Which is the longest river in France?", "Loire", "1"),
+            ("Who wrote Emma?", "Jane Austen", "4"),
+        ],
+        start=1,
+    )
 ]
 MODELS = {
     "sentence-transformers/all-MiniLM-L6-v2": "dense",
@@ -39,17 +45,19 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def stand_ins(folder: Path, root: Path, demo: bool) -> None:
+def stand_ins(folder: Path, root: Path, page: str) -> None:
     """Fill the folder in which the blocks of a page run: the repository's own folders by link, then data.
 
-    demo: make the index that another page makes, too.
+    What the page makes itself is left to it.
     """
+    demo = "runs/demo/corpus.jsonl <<" not in page
     for name in ("scripts", "agent", "rl", "retriever_server", "data", "docs", "pyproject.toml", ".venv"):
         (folder / name).symlink_to(root / name)
-    for name in ("POLICY", "Qwen/Qwen2.5-3B", "runs/mine/checkpoints/step-000100"):
+    policies = ["POLICY", "Qwen/Qwen2.5-3B"]
+    policies += ["runs/mine/checkpoints/step-000100"] * ("out: runs/mine" not in page)
+    policies += ["runs/quickstart/policy"] * ("quickstart.sh" not in page)
+    for name in policies:
         shutil.copytree(root / "agent" / "seed_policy", folder / name)
-    (folder / "runs/quickstart").mkdir()
-    (folder / "runs/quickstart/policy").symlink_to(folder / "POLICY")
     for name, kind in MODELS.items():
         saved = Path(tiny_model(folder / "made" / name, kind, positions=512))
         shutil.copytree(saved, folder / name)
