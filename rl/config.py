@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from agent.engines.config import EngineConfig
 from agent.protocol import get_protocol
 from data.errors import require
-from data.settings import EngineConfig, LoraConfig, WandbConfig
+from data.settings import LoraConfig, WandbConfig
 from rl.algorithm.presets import AlgorithmConfig
 
 
@@ -302,8 +303,9 @@ class TrainConfig:
         )
         adapted = self.engine.lora == "merged" or self.lora.rank > 0
         require(adapted, "engine.lora", self.engine.lora, "merged where lora.rank is 0")
-        local = self.engine.name == "hf" or not self.deterministic
-        require(local, "deterministic", True, "false with engine vllm, which batches as requests come")
+        local = not self.deterministic or self.engine.shares_model
+        allowed = f"false with engine {self.engine.label}, which batches as requests come"
+        require(local, "deterministic", True, allowed)
 
 
 @dataclass(frozen=True)

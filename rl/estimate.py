@@ -72,7 +72,7 @@ class Needs:
         self.critic = (trunk + self.text.hidden_size + 1) * config.algorithm.needs_critic
         # Under fsdp trained weights lie in float32, shared out; the engine has a whole copy of its own.
         self.share = world_size if config.sharding == "fsdp" else 1
-        self.served = config.engine.name == "vllm"  # by servers, which have memory of their own
+        self.served = not config.engine.shares_model  # by servers, which have memory of their own
         self.stored_bytes = 4 if self.share > 1 else self.dtype.itemsize
         self.copy_bytes = 4 * (self.stored_bytes < 4)  # of the optimiser's own, in float32
         self.trunk = text_trunk(model.to(self.dtype).base_model)

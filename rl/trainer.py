@@ -157,7 +157,7 @@ class Trainer:
             self.step += 1
             return learned
 
-        if not self.config.rollout.max_staleness or self.config.engine.name == "hf":
+        if not self.config.rollout.max_staleness or self.agent.engine.shares_model:
             return learn()
         update = asyncio.ensure_future(asyncio.to_thread(learn))
         try:
@@ -279,7 +279,7 @@ class Trainer:
         if found is not None:
             await self._load(found)
             logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)
-        elif self.config.engine.name != "hf":
+        elif not self.agent.engine.shares_model:
             await self.sync.update(self.step)  # servers that are joined may hold another run's weights
         self.workers.wait()
 

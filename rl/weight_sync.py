@@ -1,4 +1,4 @@
-"""New weights for the engine after every step, and the proof that they arrived.
+"""Hand new weights to the engine after every step, and check that they arrived.
 
 An engine in a process of its own is given the weights, and then asked: it completes a few prompts, and its
 log-probs of what it wrote must be the trainer's. One layer left behind (the packed LM head of tied
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from agent.engines.base import Completion, Engine, Sampling
-from agent.engines.vllm import VLLMEngine
 from agent.prompt import encode_prompt
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError
@@ -28,8 +27,8 @@ from rl.learner.workers import Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from agent.engines.config import EngineConfig
     from agent.rollout import Agent
-    from data.settings import EngineConfig
     from rl.learner.learner import Learner
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ FLOAT32_DIFFERENCE, HALF_DIFFERENCE = 1e-3, 0.05
 """What is allowed unless the configuration says: rounding in half precision moves log-probs by 0.01."""
 
 Completions = Mapping[str, Sequence[Completion]]
-"""What each server, by its URL, made of the same prompts."""
+"""Completions of the same prompts by each server, by its name."""
 
 
 class WeightSync:
@@ -67,14 +66,14 @@ class WeightSync:
         Raises EngineError, in all processes, where the engine cannot load them or does not then agree.
         """
         state = self.learner.weights_for_engine()
-        if not isinstance(self.engine, VLLMEngine):
+        if self.engine.shares_model:
             await self.engine.update_weights(state, version)
             return {}
         completions, failure = {}, None
         if self.workers.leads:
             try:
                 await self.engine.update_weights(state, version)
-                completions = await self.engine.complete_on_each(self.prompts, self.sampling)
+                completions = await self.engine.probe(self.prompts, self.sampling)
             except EngineError as error:
                 failure = str(error)
         else:
@@ -82,8 +81,8 @@ class WeightSync:
         completions, failure = self.workers.gather((completions, failure))[0]
         if failure is not None:
             raise EngineError(failure)
-        limit = allowed_difference(self.config, self.learner.half)
-        return compare(completions, self.prompts, self.learner.scorer, limit, f"after step {version}")
+        when = f"after step {version}"
+        return compare(completions, self.prompts, self.learner.scorer, self.config, self.learner.half, when)
 
 
 def probe_prompts(agent: Agent) -> list[list[int]]:
@@ -93,31 +92,31 @@ def probe_prompts(agent: Agent) -> list[list[int]]:
 
 
 async def check_engine(agent: Agent, model: PreTrainedModel, config: EngineConfig) -> dict[str, float]:
-    """Metrics of a probe of servers that should have the model's weights; EngineError where they have not."""
-    assert isinstance(agent.engine, VLLMEngine)
+    """Probe an engine that should have the model's weights; metrics, or EngineError where it has not."""
     prompts = probe_prompts(agent)
-    completions = await agent.engine.complete_on_each(prompts, Sampling(max_tokens=PROBE_TOKENS, seed=0))
-    limit = allowed_difference(config, model.dtype != torch.float32)
-    return compare(completions, prompts, Scorer(model, RolloutConfig()), limit, "at the start")
-
-
-def allowed_difference(config: EngineConfig, half: bool) -> float:
-    """The mean difference of log-probs, in nats, above which engine and trainer are of different weights.
-
-    half: whether either computes in half precision.
-    """
-    return config.max_probe_difference or (HALF_DIFFERENCE if half else FLOAT32_DIFFERENCE)
+    completions = await agent.engine.probe(prompts, Sampling(max_tokens=PROBE_TOKENS, seed=0))
+    half = model.dtype != torch.float32
+    return compare(completions, prompts, Scorer(model, RolloutConfig()), config, half, "at the start")
 
 
 @torch.no_grad()
 def compare(
-    completions: Completions, prompts: Sequence[list[int]], scorer: Scorer, limit: float, when: str
+    completions: Completions,
+    prompts: Sequence[list[int]],
+    scorer: Scorer,
+    config: EngineConfig,
+    half: bool,
+    when: str,
 ) -> dict[str, float]:
     """Mean and largest difference of the servers' log-probs from the scorer's, in nats, over all tokens.
 
-    Raises EngineError, with the numbers of the server that is furthest off, where a mean is above `limit`.
+    half: whether either computes in half precision. Raises EngineError, with its numbers, for a server whose
+    mean is above `engine.max_probe_difference`.
     """
-    means, largest, worst = [], 0.0, (0.0, "")
+    if not completions:
+        return {}
+    limit = config.max_probe_difference or (HALF_DIFFERENCE if half else FLOAT32_DIFFERENCE)
+    means, largest = [], 0.0
     for url, completed in completions.items():
         trajectories = [_trajectory(p, c) for p, c in zip(prompts, completed, strict=True) if c.token_ids]
         taken = [
@@ -128,15 +127,13 @@ def compare(
         mean, most = float(differences.mean()), float(differences.max())
         if not mean <= limit:  # NaN is no agreement
             raise EngineError(
-                f"engine vllm: {url} does not have the policy's weights {when}: log-probs of "
+                f"engine {config.label}: {url} does not have the policy's weights {when}: log-probs of "
                 f"{len(differences)} probed tokens differ by {mean:.2g} nats on average, {most:.2g} at most "
                 f"(allowed on average: {limit:g}, engine.max_probe_difference)"
             )
         means.append(mean)
-        largest, worst = max(largest, most), max(worst, (mean, url))
-    if not means:
-        raise EngineError(f"engine vllm: no server completed the probe {when}")
-    return {"sync/probe_difference": worst[0], "sync/probe_largest_difference": largest}
+        largest = max(largest, most)
+    return {"sync/probe_difference": max(means), "sync/probe_largest_difference": largest}
 
 
 def _trajectory(prompt: list[int], completion: Completion) -> Trajectory:

@@ -6,9 +6,9 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
+from agent.engines.config import EngineConfig
 from data.errors import RetrieverError
 from data.records import Hit, Passage, Question
-from data.settings import EngineConfig
 from data.unicode import replace_halves
 from rl.config import ProtocolConfig
 

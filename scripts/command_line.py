@@ -165,35 +165,56 @@ def check_value(option: str, value: str) -> None:
 
 
 def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
-    """argv where a word stands for a group that has a name: `--protocol compact`, `protocol: compact`."""
-    groups = [key.removesuffix(".name") for key in known_keys(parser) if key.endswith(".name")]
+    """argv where a word stands for a group that has a name: `--protocol compact`, `protocol: compact`.
+
+    A group of a class_path alone gets its default name, so that jsonargparse takes it for the group it is.
+    """
+    named = {
+        key.removesuffix(".name"): name
+        for key, name in parser.get_defaults().items()
+        if key.endswith(".name")
+    }
     words: list[str] = []
     for number, word in enumerate(argv):
         option, joined, value = word.partition("=")
         value = value if joined else next(iter(argv[number + 1 :]), "")
-        if option[2:] in groups and value[:1] != "{" and not value.endswith((".yaml", ".yml", ".json")):
+        if option[2:] in named and value[:1] != "{" and not value.endswith((".yaml", ".yml", ".json")):
             words.append(f"{option}.name{joined}{value if joined else ''}")
+        elif option[2:] in named and joined:
+            words.append(f"{option}={with_name(value, named[option[2:]])}")
+        elif number and argv[number - 1][2:] in named:
+            words.append(with_name(word, named[argv[number - 1][2:]]))
         elif number and argv[number - 1] == "--config":
-            words.append(spelled_out(Path(word), groups))
+            words.append(spelled_out(Path(word), named))
         elif option == "--config" and joined:
-            words.append(f"--config={spelled_out(Path(value), groups)}")
+            words.append(f"--config={spelled_out(Path(value), named)}")
         else:
             words.append(word)
     return words
 
 
-def spelled_out(path: Path, groups: list[str]) -> str:
+def spelled_out(path: Path, named: dict[str, Any]) -> str:
     """The path of a configuration; its text with `group: {name: word}` where it says `group: word`."""
-    text = read_checked(path)
+    text = whole = read_checked(path)
     root = yaml.compose(text)
-    found = [
-        (value.start_mark.index, value.end_mark.index)
-        for key, value in root.value
-        if key.value in groups and value.tag == "tag:yaml.org,2002:str"
-    ]
-    for start, end in reversed(found):  # from the end, so that places before stay where they are
-        text = f"{text[:start]}{{name: {text[start:end]}}}{text[end:]}"
-    return text if found else str(path)
+    for key, value in reversed(root.value):  # from the end, so that places before stay where they are
+        start, end = value.start_mark.index, value.end_mark.index
+        if key.value not in named:
+            continue
+        if value.tag == "tag:yaml.org,2002:str":
+            text = f"{text[:start]}{{name: {text[start:end]}}}{text[end:]}"
+        elif isinstance(value, yaml.MappingNode):
+            indent = " " * value.start_mark.column
+            text = text[:start] + with_name(text[start:end], named[key.value], indent) + text[end:]
+    return str(path) if text == whole else text
+
+
+def with_name(mapping: str, name: Any, indent: str = "") -> str:
+    """The YAML of a group of class_path and init_args alone with a name before them; other text as it is."""
+    found = yaml.safe_load(indent + mapping)
+    if not is_component(found) or not found.keys() <= {"class_path", "init_args"}:
+        return mapping
+    return f"{{name: {name}, {mapping[1:]}" if mapping[0] == "{" else f"name: {name}\n{indent}{mapping}"
 
 
 def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

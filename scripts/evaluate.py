@@ -9,9 +9,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from agent.engines.config import EngineConfig
 from data.errors import ConfigError
 from data.records import Question
-from data.settings import EngineConfig
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:

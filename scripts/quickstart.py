@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agent.engines.config import EngineConfig
 from data.child import Child
 from data.errors import EngineError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
 from data.run_dir import RunStatus
-from data.settings import EngineConfig
 from rl.config import TrainConfig
 from scripts.train import open_run
 

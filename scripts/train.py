@@ -87,7 +87,7 @@ def _dry_run(config: TrainConfig) -> None:
     workers = join_workers()
     if workers.leads:
         count = config.ray.trainers if config.ray.address else workers.count
-        here = count == 1 and not config.ray.address and config.engine.name == "hf"
+        here = count == 1 and not config.ray.address and config.engine.shares_model
         measure = partial(measure_step, config) if here else None
         print(estimate_text(config, protocol, count, measure))
     workers.leave()
@@ -337,7 +337,7 @@ async def _train(
         torch.use_deterministic_algorithms(True)
     sharded = workers.count > 1 and config.sharding == "fsdp"
     # What writes the weights of servers need not lie on a GPU beside the shares.
-    aside = sharded and config.engine.name == "vllm" and config.device == "auto"
+    aside = sharded and not config.engine.shares_model and config.device == "auto"
 
     def another(dtype: str) -> Policy:  # what is divided goes to its GPU layer by layer: a whole may not fit
         return load_policy(config.policy, "cpu" if sharded else config.device, dtype)

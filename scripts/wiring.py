@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.base import Sampling
+from agent.engines.config import EngineConfig
+from agent.engines.open_engine import check_engine
 from agent.policy_folder import find_policy, own_protocol
 from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from data.device import check_device
-from data.errors import ConfigError, EngineError, require
-from data.listening import why_silent
-from data.settings import EngineConfig
+from data.errors import ConfigError
 from retriever_server.client.search_client import SearchClient, connect
 from rl.config import ProtocolConfig
 from scripts.console import waiting
@@ -44,14 +43,13 @@ class OpenedAgent:
 
     async def __aexit__(self, *error: object) -> None:
         try:
-            if self.engine.name == "vllm":
-                await self.agent.engine.close()  # type: ignore[attr-defined]
+            await self.agent.engine.close()
         finally:
             await self.client.__aexit__(*error)
 
     async def check(self) -> None:
-        """See that the servers of its engine, if any, have the policy's weights; EngineError if not."""
-        if self.engine.name == "vllm":
+        """See that its engine has the policy's weights; EngineError if not."""
+        if not self.agent.engine.shares_model:
             from rl.weight_sync import check_engine
 
             await check_engine(self.agent, self.policy.model, self.engine)
@@ -68,7 +66,7 @@ class OpenedAgent:
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
             "temperature": self.agent.sampling.temperature,
-            **({"engine": "vllm"} if self.engine.name == "vllm" else {}),
+            **({} if self.agent.engine.shares_model else {"engine": self.engine.label}),
             "protocol": {"name": spoken.name, **limits, **text},
         }
 
@@ -98,25 +96,27 @@ def open_agent(
     with waiting(f"loading {policy}"):
         from transformers.utils.logging import disable_progress_bar
 
-        from agent.engines.hf import HFEngine
-        from agent.engines.open_vllm import open_vllm
+        from agent.engines.open_engine import open_engine
         from agent.policy import load_policy, load_tokenizer, resolve_device
 
         disable_progress_bar()
         if spoken.chat_template_kwargs:  # wrong ones are refused before the weights are read
             make_frame(spoken, load_tokenizer(policy))
-        if engine.name == "vllm" and device == "auto":
+        if device == "auto" and not engine.shares_model:
             dtype = "bfloat16" if dtype == "auto" and resolve_device(device) != "cpu" else dtype
             device = "cpu"
         loaded = load_policy(policy, device, dtype)
-    live, vision = 2 * max_rows, loaded.vision
-    if engine.name == "vllm":
-        sampler = open_vllm(engine, loaded, policy, spoken, max_rows, folder)
-        live *= len(sampler.fleet.servers)
-    else:
-        sampler = HFEngine(loaded.model, loaded.tokenizer, max_rows, vision=vision)
-    more = {"max_live": live, "vision": vision, "prompt_frame": make_frame(spoken, loaded.tokenizer)}
-    agent = Agent(sampler, loaded.tokenizer, client, spoken, sampling, **more)
+    sampler = open_engine(engine, loaded, policy, spoken, max_rows, folder)
+    agent = Agent(
+        sampler,
+        loaded.tokenizer,
+        client,
+        spoken,
+        sampling,
+        max_live=2 * max_rows * sampler.replicas,
+        vision=loaded.vision,
+        prompt_frame=make_frame(spoken, loaded.tokenizer),
+    )
     return OpenedAgent(agent, loaded, client, engine)
 
 
@@ -128,24 +128,8 @@ def check_agent(policy: str, protocol: ProtocolConfig | None, device: str, engin
     find_policy(policy)
     spoken = make_protocol(protocol or ProtocolConfig(), policy)
     check_device(device)
-    if engine.name == "vllm":
-        check_engine_servers(engine)
+    check_engine(engine)
     return spoken
-
-
-def check_engine_servers(engine: EngineConfig) -> None:
-    """Raise where vLLM servers cannot be started here, or none of those that are to be joined listens."""
-    if engine.urls is None:
-        from agent.engines.vllm_process import find_python
-
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        require(not several, "engine.urls", None, "given where several processes train")
-        find_python(engine.python)
-        return
-    silent = {url: why_silent(url.strip()) for url in engine.urls.split(",")}
-    if all(silent.values()):
-        reasons = "; ".join(f"{url}: {reason}" for url, reason in silent.items())
-        raise EngineError(f"engine.urls: no vLLM server listens ({reasons})")
 
 
 def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:

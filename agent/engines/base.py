@@ -6,10 +6,11 @@ inside a token, that token stays as it was sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from data.errors import ConfigError
 
@@ -66,9 +67,18 @@ class Completion:
     """Of the first token, where new weights came in between: the oldest of all."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Serves many trajectories at once; each awaits only its own completion."""
 
+    shares_model: bool = False
+    """Whether it samples from the model in the trainer's memory. Then each process of a run has its own, and
+    it stands still during an update. Else it is handed weights, by the leading process alone."""
+    replicas: int = 1
+    """Servers behind it: so many times more trajectories are kept alive."""
+    weights_version: int = 0
+    """Of the weights that it samples with."""
+
+    @abstractmethod
     async def generate(
         self,
         prompt_ids: list[int],
@@ -78,17 +88,27 @@ class Engine(Protocol):
     ) -> Completion:
         """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache.
 
-        pictures: those among the tokens, for a policy with eyes.
+        pictures: those among the tokens, for a policy that reads images.
         """
-        ...
 
-    async def release(self, trajectory_id: str) -> None:
+    async def release(self, trajectory_id: str) -> None:  # noqa: B027 (an engine may keep nothing)
         """Forget the trajectory; its place is free for another."""
-        ...
 
+    @abstractmethod
     async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
-        """New weights for whatever is sampled from here on; None where the engine shares the model.
+        """Sample with new weights from here on; None: with those of the model as it is.
 
-        Completions under way go on with the new weights.
+        Completions under way go on with the new weights. Raises EngineError where they cannot be loaded.
         """
-        ...
+
+    async def probe(
+        self, prompts: Sequence[list[int]], sampling: Sampling
+    ) -> Mapping[str, Sequence[Completion]]:
+        """Complete the same prompts on each server: by its name, for the trainer to compare log-probs.
+
+        {} where there is nothing to compare.
+        """
+        return {}
+
+    async def close(self) -> None:  # noqa: B027 (an engine may hold nothing open)
+        """Close connections, and end what was started for this engine."""

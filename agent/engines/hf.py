@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.engines.image_cache import Pictures, shared_with_pictures
 from agent.engines.sampling import draw
 from agent.engines.stop_strings import StopFinder, eos_ids
@@ -128,8 +128,10 @@ class RowCache(Cache):
         return self.length
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Serves many trajectories from one transformers model. See the head of this file."""
+
+    shares_model = True
 
     def __init__(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,15 @@ from torch import Tensor
 from agent.engines.stop_strings import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, StartedServers
+from agent.engines.vllm_process import ServerOptions, StartedServers, server_command, server_environment
 from agent.engines.weight_export import Dress, dress
-from agent.policy import Policy
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
 
 if TYPE_CHECKING:
-    from data.settings import EngineConfig
+    from agent.engines.config import EngineConfig
+    from agent.policy import Policy
 
 SERVED = "served-policy"
 """Folder of a policy in the dress that started servers load."""
@@ -116,6 +117,30 @@ def server_options(
         config.arguments,
         environment,
     )
+
+
+def plan_server(
+    config: EngineConfig,
+    source: str,
+    dtype: str,
+    protocol: Protocol,
+    max_rows: int,
+    scratch: Path,
+    on_gpus: bool,
+) -> tuple[Callable[[str, int], Sequence[str]], dict[str, str]]:
+    """Command (of host and port) and environment of a server that another process starts.
+
+    The policy is loaded once, on this CPU, to see what it is. scratch: see `server_options`.
+    """
+    from agent.policy import load_policy
+
+    dtype = "bfloat16" if dtype == "auto" and on_gpus else dtype
+    handed = dress(load_policy(source, "cpu", dtype), cpu=False)  # as the trainers do, who join
+    options = server_options(config, handed, source, protocol, max_rows, scratch, not on_gpus)
+    python = str(shutil.which(options.python))
+    given = server_environment(None, options.environment)
+    environment = {name: value for name, value in given.items() if os.environ.get(name) != value}
+    return (lambda host, port: server_command(python, options, port, host)), environment
 
 
 def context_tokens(policy: Policy, protocol: Protocol) -> int:

@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.engines.stop_strings import StopFinder
 from agent.trajectory import Picture
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Writes the next turn of a script for each trajectory, cut at stop strings like a real engine.
 
     script: the turns of every trajectory, or a function of the text so far to the next turn.
     Log-probs are -1.0 a token. After the last turn of a script the last one is repeated.
     """
+
+    shares_model = True
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, script: Sequence[str] | Callable[[str], str]

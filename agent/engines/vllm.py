@@ -9,12 +9,12 @@ what it was writing kept and its cache made anew. A restarted completion has its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from agent.engines.base import Completion, FinishReason, Sampling
+from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.engines.fleet import Fleet, Server, ServerLost
 from agent.engines.transport import Transport
 from agent.trajectory import Picture
@@ -25,7 +25,7 @@ FRESH = "default"
 """What a server calls the weights that it was started with."""
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Serves many trajectories from vLLM servers. See the head of this file."""
 
     def __init__(
@@ -44,6 +44,7 @@ class VLLMEngine:
         server that was started has died before it answers; `revive`: see `Fleet`; `on_close` ends them.
         """
         self.fleet = Fleet(urls, deadline_seconds, self._catch_up, revive)
+        self.replicas = len(urls)
         self.stop_ids, self.deadline_seconds = list(stop_ids), deadline_seconds
         self.weights_version = 0
         self.max_length = 0
@@ -118,10 +119,10 @@ class VLLMEngine:
         self._model = {"model": self.transport.model} if self.transport.model else {}
         self.transport.settle()
 
-    async def complete_on_each(
+    async def probe(
         self, prompts: Sequence[list[int]], sampling: Sampling
-    ) -> dict[str, list[Completion]]:
-        """By the URL of each live server, what it makes of the same prompts, the same seed for each."""
+    ) -> Mapping[str, Sequence[Completion]]:
+        """Complete the same prompts on each live server, by its URL; the same seed for each."""
 
         async def on(server: Server) -> list[Completion]:
             parameters = [self._parameters(sampling, self.max_length - len(ids)) for ids in prompts]

@@ -117,7 +117,7 @@ class Learner:
         With `engine.lora: adapter` its adapters alone. For servers the leading process alone has it.
         """
         engine, state = self.config.engine, self.model.state_dict()
-        if engine.name == "hf":
+        if engine.shares_model:
             return merged_state(self.model, {n: whole(w) for n, w in state.items()}) if self.sharded else None
         if engine.lora == "adapter":
             return scaled_adapter_state(self.model)

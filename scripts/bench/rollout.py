@@ -35,6 +35,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 from agent.engines.base import Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.hf import HFEngine
 from agent.policy import Policy, load_policy
 from agent.protocol import SEARCH_R1, Answer, Search
@@ -42,7 +43,6 @@ from agent.rollout import Agent
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
 from data.records import Hit, Passage, Question
-from data.settings import EngineConfig
 from retriever_server.client.search_client import InProcess, SearchClient
 from retriever_server.retriever import Query, Retriever
 from rl.seed_policy import train_tokenizer

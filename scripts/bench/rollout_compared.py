@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from agent.engines.config import EngineConfig
 from agent.policy import Policy
 from data.errors import ConfigError
-from data.settings import EngineConfig
 from scripts.bench.rollout_engines import PROTOCOL, Outcome, ServerSide, Work, make_work, run_hf
 
 SIDES = ("hf", "vllm", "trl")

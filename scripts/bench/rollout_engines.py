@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.engines.base import Completion, Engine, Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.hf import HFEngine
 from agent.engines.open_vllm import open_vllm
 from agent.engines.vllm import VLLMEngine
@@ -37,7 +38,6 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from data.questions import load_questions
 from data.records import Question
-from data.settings import EngineConfig
 from retriever_server.client.search_client import InProcess, SearchClient
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.retriever import Retriever
@@ -108,7 +108,7 @@ def make_work(policy: Policy, folder: Path, count: int, index_folder: Path) -> W
 # ---- our engines -----------------------------------------------------------------------------------
 
 
-class Laid:
+class Laid(Engine):
     """An engine whose completions are as long as planned, and end in the planned action."""
 
     def __init__(self, engine: Engine, work: Work) -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
 
-from data.settings import EngineConfig
+from agent.engines.config import EngineConfig
 
 BATCH = 128
 """Queries that a replica takes at once, at most."""

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.engines.base import Engine, Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.vllm import VLLMEngine
 from agent.policy import Policy, load_policy
 from agent.rollout import Agent
 from data.errors import ConfigError
-from data.settings import EngineConfig
 from retriever_server.client.search_client import connect
 from scripts.bench.rollout_engines import NEVER, PROTOCOL, EndlessHF, Laid, ServerSide, Work, make_work
 from scripts.bench.server import Client, make_bodies, started

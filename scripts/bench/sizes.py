@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from transformers import Qwen2Config
 
+from agent.engines.config import EngineConfig
 from agent.protocol import SEARCH_R1
-from data.settings import EngineConfig, LoraConfig
+from data.settings import LoraConfig
 from rl.config import RolloutConfig, TrainConfig
 from rl.estimate import Lengths, Needs, peak
 

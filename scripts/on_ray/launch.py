@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from agent.engines.vllm_process import find_python
+from agent.engines.open_engine import check_engine
 from data.checkpoint import latest_checkpoint
 from data.errors import DataError, RunStopped, require
 from data.jsonl import atomic_write, write_json
@@ -28,7 +28,7 @@ from data.plugins import folders
 from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig
 from scripts.on_ray.cluster import connect_ray
-from scripts.on_ray.layout import OURS, engines_to_start, lay_out
+from scripts.on_ray.layout import OURS, lay_out
 from scripts.on_ray.member import LOOK_EVERY_SECONDS, Lost, Member, Service, pause_seconds
 from scripts.on_ray.place import PYTHON
 
@@ -47,7 +47,7 @@ def launch(config: TrainConfig) -> None:
     Raises RunStopped where it cannot go on, ConfigError before anything starts; KeyboardInterrupt, all ended.
     """
     _check(config)
-    services = config.ray.retrievers + engines_to_start(config)
+    services = config.ray.retrievers + config.engine.servers_to_start
     ray = connect_ray(str(config.ray.address), cpus=config.ray.cpus * (config.ray.trainers + services))
     try:
         _Launch(ray, config).run()
@@ -65,8 +65,8 @@ def _check(config: TrainConfig) -> None:
     require(served, "ray.retrievers", config.ray.retrievers, "0 where retriever is served already")
     require(config.ray.places is None, "ray.places", config.ray.places, "none without a launcher")
     require(config.engine.devices is None, "engine.devices", config.engine.devices, "none with --ray")
-    if engines_to_start(config):
-        find_python(config.engine.python)
+    if config.engine.servers_to_start:
+        check_engine(config.engine)
 
 
 class _Launch:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +31,15 @@ class Layout:
         return [*self.engines, *self.replicas]
 
 
-def engines_to_start(config: TrainConfig) -> int:
-    """How many vLLM servers are the launcher's to start."""
-    return config.engine.servers if config.engine.name == "vllm" and config.engine.urls is None else 0
-
-
 def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
     """Find room for all processes of the run; none is started. ConfigError where there is no room in time.
 
-    scratch: where a policy goes that engines are given in another dress; all machines see it, and `logs`.
+    scratch: where a policy goes that engines are served as another model; all machines see it, and `logs`.
     """
     settings = config.ray
     with_gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     gpus = {"trainer": settings.trainer_gpus, "engine": settings.engine_gpus, "retriever": 0}
-    engines_wanted = engines_to_start(config)
+    engines_wanted = config.engine.servers_to_start
     counts = {"trainer": settings.trainers, "engine": engines_wanted, "retriever": settings.retrievers}
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     room = [{"CPU": settings.cpus, "GPU": gpus[kind] * with_gpus} for kind in kinds]
@@ -63,7 +56,18 @@ def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
     trainers = [Member(*place) for place in places[:first]]
     engines: list[Service] = []
     if engines_wanted:
-        command, environment = _engine(config, scratch, with_gpus and settings.engine_gpus > 0)
+        from agent.engines.open_vllm import plan_server
+        from scripts.wiring import make_protocol
+
+        command, environment = plan_server(
+            config.engine,
+            config.policy,
+            config.dtype,
+            make_protocol(config.protocol, config.policy),
+            config.rollout.max_rows,
+            scratch,
+            with_gpus and settings.engine_gpus > 0,
+        )
         engines = [Service(*place, command, environment, "/health", limit) for place in places[first:last]]
     replicas = [Service(*place, _replica(config), OURS, "/readyz", limit) for place in places[last:]]
     return Layout(group, trainers, engines, replicas)
@@ -91,24 +95,3 @@ def _replica(config: TrainConfig) -> Callable[[str, int], Sequence[str]]:
         return [*serve, "--host", host, "--port", str(port), "--drain_seconds", "0"]
 
     return command
-
-
-def _engine(
-    config: TrainConfig, scratch: Path, on_gpus: bool
-) -> tuple[Callable[[str, int], Sequence[str]], dict[str, str]]:
-    """Command and environment of a server. The policy is loaded once, on this CPU, to see what it is."""
-    from agent.engines.open_vllm import server_options
-    from agent.engines.vllm_process import server_command, server_environment
-    from agent.engines.weight_export import dress
-    from agent.policy import load_policy
-    from scripts.wiring import make_protocol
-
-    dtype = "bfloat16" if config.dtype == "auto" and on_gpus else config.dtype
-    handed = dress(load_policy(config.policy, "cpu", dtype), cpu=False)  # as the trainers do, who join
-    protocol = make_protocol(config.protocol, config.policy)
-    rows = config.rollout.max_rows
-    options = server_options(config.engine, handed, config.policy, protocol, rows, scratch, not on_gpus)
-    python = str(shutil.which(options.python))
-    given = server_environment(None, options.environment)
-    environment = {name: value for name, value in given.items() if os.environ.get(name) != value}
-    return (lambda host, port: server_command(python, options, port, host)), environment

@@ -17,17 +17,18 @@ import torch
 
 from agent.engines import transport
 from agent.engines.base import FinishReason, Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.device_transport import IPCTransport, NCCLTransport
 from agent.engines.open_vllm import open_vllm
 from agent.policy import Policy, load_policy
 from agent.protocol import get_protocol
 from data.errors import ConfigError, EngineError
 from data.packaged import smollm2_policy
-from data.settings import EngineConfig, LoraConfig
+from data.settings import LoraConfig
 from rl.config import RolloutConfig
 from rl.learner.logprobs import Scorer
 from rl.learner.lora import add_lora, scaled_adapter_state
-from rl.weight_sync import FLOAT32_DIFFERENCE, compare
+from rl.weight_sync import compare
 from tests.fakes import byte_tokenizer, tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
@@ -83,9 +84,9 @@ def test_logprobs_are_those_of_transformers_before_and_after_three_syncs(make, t
     scorer = Scorer(policy.model, RolloutConfig())
 
     async def probe(engine, when):
-        found = await engine.complete_on_each(prompts, sampling)
+        found = await engine.probe(prompts, sampling)
         assert {c.weights_version for each in found.values() for c in each} == {engine.weights_version}
-        return compare(found, prompts, scorer, FLOAT32_DIFFERENCE, when)
+        return compare(found, prompts, scorer, EngineConfig(), False, when)
 
     async def run(engine):
         try:
@@ -134,8 +135,10 @@ def test_adapters_loaded_as_adapters_give_the_log_probs_of_the_policy(make, tmp_
                             if ".lora_B." in name:
                                 parameter.normal_(std=0.02)
                     await engine.update_weights(scaled_adapter_state(policy.model), version)
-                found.append(await engine.complete_on_each(prompts, Sampling(max_tokens=16, seed=1)))
-                differences.append(compare(found[-1], prompts, scorer, FLOAT32_DIFFERENCE, f"sync {version}"))
+                found.append(await engine.probe(prompts, Sampling(max_tokens=16, seed=1)))
+                differences.append(
+                    compare(found[-1], prompts, scorer, EngineConfig(), False, f"sync {version}")
+                )
             return found, differences
         finally:
             await engine.close()

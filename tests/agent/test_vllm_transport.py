@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from agent.engines.base import Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.device_transport import IPCTransport, NCCLTransport, device_arguments
 from agent.engines.hf import HFEngine
 from agent.engines.open_vllm import open_vllm
@@ -19,7 +20,7 @@ from agent.engines.weight_export import dress
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from data.errors import ConfigError, EngineError
-from data.settings import EngineConfig, LoraConfig
+from data.settings import LoraConfig
 from rl.learner.lora import add_lora, scaled_adapter_state
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import byte_tokenizer, tiny_model

@@ -9,11 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
+from agent.engines.config import EngineConfig
 from agent.engines.hf import RowCache
 from agent.protocol import SEARCH_R1
 from data.errors import ConfigError
 from data.run_dir import RunDir
-from data.settings import EngineConfig, LoraConfig
+from data.settings import LoraConfig
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.estimate import Needs, estimate_text, peak, seen
 from rl.learner.critic import Critic

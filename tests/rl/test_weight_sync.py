@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from agent.engines.base import Sampling
+from agent.engines.config import EngineConfig
 from agent.engines.vllm import VLLMEngine
 from agent.policy import load_policy
 from data.checkpoint import latest_checkpoint
 from data.errors import EngineError, RunStopped
 from data.run_dir import read_metrics
-from data.settings import EngineConfig, LoraConfig
+from data.settings import LoraConfig
 from retriever_server.client.search_client import SearchClient
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers

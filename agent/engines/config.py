@@ -1,0 +1,75 @@
+"""Which engine samples, and how it is opened and handed weights; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data.errors import require
+from data.plugins import find_plugin
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What samples: this process, vLLM servers (docs/scaling.md), or a class of your own."""
+
+    name: Literal["hf", "vllm"] = "hf"
+    """hf: transformers, in this process; vllm: servers, started here or joined."""
+    class_path: str | None = None
+    """An engine of your own, module.Class (docs/agent.md); it takes the place of `name`."""
+    init_args: dict[str, Any] | None = None
+    """Arguments of that class."""
+    urls: str | None = None
+    """Of vLLM servers that run already, separated by commas; none: they are started."""
+    servers: int = 1
+    """How many to start, each on CUDA devices of its own where there are enough."""
+    python: str = ".venv-vllm/bin/python"
+    """Of the environment that vLLM lives in: scripts/vllm_env.sh makes it."""
+    arguments: str = ""
+    """More of what a started server is told, such as --max-model-len 4096 --gpu-memory-utilization 0.5."""
+    devices: str | None = None
+    """CUDA devices of the started servers, such as 1,2,3; none: all that are visible."""
+    sync_folder: str | None = None
+    """Where weights are handed over; all servers must see it. None: a folder of this machine's own."""
+    transport: Literal["folder", "nccl", "ipc"] = "folder"
+    """How new weights reach servers: by files; from GPU to GPU; within one GPU that is shared with them."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """What servers get of LoRA: whole weights, adapters merged; or the adapters alone, by files."""
+    max_restarts: int = 3
+    """Of each server that was started here, where it dies or hangs; those that are joined are not ours."""
+    deadline_seconds: float = 600.0
+    """The longest wait for a completion, for new weights to be loaded, or for servers to start."""
+    max_probe_difference: float | None = None
+    """Mean difference of a probe's log-probs from the trainer's that stops the run, in nats; none: 0.001
+    in float32, else 0.05."""
+
+    def __post_init__(self) -> None:
+        require(self.servers >= 1, "engine.servers", self.servers, ">= 1")
+        require(self.deadline_seconds > 0, "engine.deadline_seconds", self.deadline_seconds, "> 0")
+        require(self.max_restarts >= 0, "engine.max_restarts", self.max_restarts, ">= 0")
+        by_files = self.lora == "merged" or self.transport == "folder"
+        require(by_files, "engine.transport", self.transport, "folder with engine.lora adapter")
+        limit = self.max_probe_difference
+        require(limit is None or limit > 0, "engine.max_probe_difference", limit, "> 0")
+        require(self.name == "vllm" or self.urls is None, "engine.urls", self.urls, "none for engine hf")
+        alone = self.class_path is None or (self.name == "hf" and self.urls is None)
+        require(alone, "engine.class_path", self.class_path, "given without engine.name and engine.urls")
+        taken = self.class_path is not None or self.init_args is None
+        require(taken, "engine.init_args", self.init_args, "none without engine.class_path")
+
+    @property
+    def label(self) -> str:
+        """The name of the engine in messages and settings."""
+        return self.class_path or self.name
+
+    @property
+    def shares_model(self) -> bool:
+        """`Engine.shares_model` of the engine that this describes; nothing is opened."""
+        if self.class_path is not None:
+            return bool(getattr(find_plugin(self.class_path, "engine.class_path"), "shares_model", False))
+        return self.name == "hf"
+
+    @property
+    def servers_to_start(self) -> int:
+        """How many servers are started for it."""
+        return self.servers if self.name == "vllm" and self.urls is None else 0
