@@ -3,7 +3,8 @@
 #
 #   bash scripts/test.sh [--slow] [--torch-index URL] [pytest arguments]
 #
-# --slow adds the tests marked slow. Tests marked gpu run where there is one. macOS: not run.
+# --slow adds the tests marked slow. Tests marked gpu run where there is one. A process for each core (at most 8),
+# each with one thread; `-n 0` runs them in this one. macOS: not run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 setup_env test "$@"
@@ -17,4 +18,5 @@ has_gpu || marks="${marks:+$marks and }not gpu"
 
 # More threads than free cores make torch spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -m "$marks" ${pytest_args[@]+"${pytest_args[@]}"}
+workers="$(.venv/bin/python -c 'import os; print(min(8, os.cpu_count() or 1))')"
+exec .venv/bin/python -m pytest -n "$workers" --dist loadfile -m "$marks" ${pytest_args[@]+"${pytest_args[@]}"}
