@@ -12,12 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.errors import ConfigError, SleuthError
-from retriever_server.server.batching import Batching
+from retriever_server.server.config import ServeConfig
 
 _log = logging.getLogger(__name__)
 
@@ -31,87 +30,6 @@ _LAST_SECONDS = 2
 """For all else at a stop: a search that hangs in its thread is not waited for."""
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first.
-
-    After SIGTERM /readyz says 503 while searches go on for `drain_seconds`; Ctrl-C does not wait for that.
-    SIGHUP opens again what lies at the places of the retrievers, as POST /admin/reload does.
-    """
-
-    index: str
-    """Folder of an index, made by `sleuth index`; a YAML file of retrievers; or a server's URL."""
-    others: dict[str, str] = field(default_factory=dict)
-    """More retrievers beside it, by name, for clients that name a backend."""
-    host: str = "127.0.0.1"
-    """Address to listen on. The default is seen by this machine only."""
-    port: int = 8000
-    """0 takes a free one."""
-    port_file: str | None = None
-    """File to write the port into once the server listens."""
-    workers: int = 1
-    """Processes that share the port and the memory map; a dead one is replaced."""
-    max_connections: int = 0
-    """The most connections of a process; 0: as many as open files allow, of which it asks for more."""
-    stall_seconds: float = 30.0
-    """How long a client may take for the head of a request, or send or read next to nothing of the rest."""
-    token_file: str | None = None
-    """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
-    admin_token_file: str | None = None
-    """File with another token, for administration; without it the one of token_file administers."""
-    allowed_hosts: list[str] = field(default_factory=list)
-    """Names under which it may be asked without a token, beside addresses, localhost and its host."""
-    image_folders: list[str] = field(default_factory=list)
-    """Folders of pictures that may be shown, beside the folder of their corpus."""
-    dialect: str = "rllm"
-    """How to answer what two projects' clients ask alike: rllm, zerosearch, search-r1, skyrl, asearcher."""
-    topk: int = 3
-    """Passages a query where the client does not say."""
-    max_topk: int = 100
-    """The most that a client may ask for."""
-    max_queries: int = 100_000
-    """The most queries in one request; they are searched in pieces."""
-    max_hits: int = 300_000
-    """The most hits in one answer: queries times passages a query."""
-    max_query_chars: int = 8192
-    """The longest query."""
-    max_body_bytes: int = 8 << 20
-    """The largest request."""
-    max_deadline_seconds: int = 60
-    """The longest that a request may take."""
-    max_images: int = 16
-    """The most images in one request."""
-    max_image_bytes: int = 4 << 20
-    """The largest image, as a file."""
-    max_image_pixels: int = 20_000_000
-    """The largest image, width times height."""
-    batching: Batching = field(default_factory=Batching)
-    """How the queries of different requests travel together."""
-    watch_seconds: float = 1.0
-    """How often to look for a new generation at the places of the retrievers; 0: never."""
-    drain_seconds: float = 2.0
-    """How long SIGTERM leaves others to see at /readyz that this server goes, before it refuses requests."""
-    request_log: str | None = None
-    """File to which a JSON line a request is appended."""
-    mcp: Literal["off", "http", "stdio"] = "off"
-    """The Model Context Protocol: at /mcp beside the rest, or on stdin and stdout instead of it."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers = {self.workers}: must be >= 1")
-        if self.max_connections < 0 or not 0 < self.stall_seconds < float("inf"):
-            given = f"max_connections = {self.max_connections}, stall_seconds = {self.stall_seconds}"
-            raise ConfigError(f"{given}: must be >= 0 and > 0")
-        for name in ("watch_seconds", "drain_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 0")
-        for folder in self.image_folders:
-            if not Path(folder).is_dir():
-                raise ConfigError(f"image_folders: {folder}: no such folder")
-        if "default" in self.others:
-            raise ConfigError("others: `default` is the name of the retriever that index gives")
-
-
 def main(config: ServeConfig) -> None:
     """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first."""
     if config.mcp == "stdio":
@@ -120,7 +38,7 @@ def main(config: ServeConfig) -> None:
         _listen(config.host, config.port).close()  # whether it is free, before anything is opened
     start = time.monotonic()
     app = build_app(config)  # with several workers too: what does not open is refused here, in one line
-    opened = app.state.service.default.current
+    opened = app.state.service.backend(None).current
     manifest = getattr(opened.retriever, "manifest", None)
     served = f"{manifest.corpus_count:,} passages ({opened.generation})" if manifest else opened.generation
     opened_seconds = time.monotonic() - start
@@ -153,7 +71,7 @@ def build_app(config: ServeConfig) -> Any:
     admin_token = read_token(admin, "admin_token_file") if admin else None
     app = create_app(
         _open_backends(config),
-        _limits(config),
+        config,
         batching=config.batching,
         dialect=config.dialect,
         token=token,
@@ -201,26 +119,9 @@ def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
     timer.start()
 
 
-def _limits(config: ServeConfig) -> Any:
-    from retriever_server.server.service import Limits
-
-    return Limits(
-        config.topk,
-        config.max_topk,
-        config.max_queries,
-        config.max_hits,
-        config.max_query_chars,
-        config.max_body_bytes,
-        config.max_deadline_seconds,
-        config.max_images,
-        config.max_image_bytes,
-        config.max_image_pixels,
-    )
-
-
 def _open_backends(config: ServeConfig) -> dict[str, Any]:
     from retriever_server.open_retriever import check_retriever, open_retriever
-    from retriever_server.server.hot_swap import Live, stamp
+    from retriever_server.server.backends import HotSwappable, stamp
 
     for spec in (config.index, *config.others.values()):
         check_retriever(spec)
@@ -230,9 +131,9 @@ def _open_backends(config: ServeConfig) -> dict[str, Any]:
         retriever.probe()
         return retriever
 
-    def live(spec: str) -> Live:
+    def live(spec: str) -> HotSwappable:
         reopen = functools.partial(opened, spec)
-        return Live(reopen(), reopen, functools.partial(stamp, spec))
+        return HotSwappable(reopen(), reopen, functools.partial(stamp, spec))
 
     return {name: live(spec) for name, spec in {"default": config.index, **config.others}.items()}
 
@@ -240,7 +141,7 @@ def _open_backends(config: ServeConfig) -> dict[str, Any]:
 def _reload(app: Any) -> None:
     for name in app.state.service.backends:
         try:
-            app.state.service.reload(name)
+            app.state.service.backend(name).reload()
         except Exception as error:
             _log.error("%s not swapped: %s", name, error)
 
@@ -250,10 +151,10 @@ def _reload_siblings() -> None:
 
 
 def _speak_mcp(config: ServeConfig) -> None:
-    from retriever_server.server.routes.adapters import make_mcp
-    from retriever_server.server.service import Service
+    from retriever_server.server.routes.mcp import make_mcp
+    from retriever_server.server.service import SearchService
 
-    make_mcp(Service(_open_backends(config), _limits(config), config.batching)).run("stdio")
+    make_mcp(SearchService(_open_backends(config), config, config.batching)).run("stdio")
 
 
 def _listen(host: str, port: int) -> socket.socket:

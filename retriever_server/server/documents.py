@@ -1,4 +1,4 @@
-"""The pages of a corpus, by the id of a passage or by the url in the metadata of one or more passages."""
+"""Look up documents of a corpus by the id of a passage, or by the url in the metadata of its passages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-def find_pages(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
-    """The page at each place: a passage by its id, or all passages of a url as one, in their order.
+def find_documents(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
+    """Return the document at each place: a passage by its id, or all passages of a url in one.
 
     None where there is none: nothing outside the corpus is ever looked for.
     """
-    pages = {place: corpus.get(place) for place in places}
-    urls = [place for place, page in pages.items() if page is None and is_url(place)]
+    documents = {place: corpus.get(place) for place in places}
+    urls = [place for place, found in documents.items() if found is None and is_url(place)]
     parts: dict[str, list[Passage]] = {url: [] for url in urls}
     positions = load_columns(corpus).result().positions("url", one_of(urls)) if urls else ()
     for position in sorted(set(map(int, positions))):
@@ -34,5 +34,5 @@ def find_pages(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
     for url, found in parts.items():
         if found:
             text = "\n".join(part.text for part in found)
-            pages[url] = Passage(found[0].id, text, found[0].title, found[0].metadata)
-    return [pages[place] for place in places]
+            documents[url] = Passage(found[0].id, text, found[0].title, found[0].metadata)
+    return [documents[place] for place in places]

@@ -1,6 +1,6 @@
-"""Pictures at the server: those in requests, checked before any search; thumbnails of the corpus's own.
+"""Images in requests, checked before any search, and thumbnails of the images of a corpus.
 
-A request brings a picture as bytes and names no file or URL: strings are base64 or they are refused. A
+A request brings an image as bytes and names no file or URL: strings are base64 or they are refused. A
 thumbnail is looked up by the id of a passage. Both are decoded in two threads, so that neither a flood of
 them nor a large one holds up the searches or fills the memory.
 """
@@ -20,9 +20,10 @@ from typing import Any
 from data.errors import DataError
 from data.images import ImageLimits, check_image, image_size
 from data.records import Input, Item
+from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.batching import Batcher, Batching
-from retriever_server.server.hot_swap import Opened
-from retriever_server.server.schema import Pictured
+from retriever_server.server.config import Limits
+from retriever_server.server.schema import ImageInput
 
 _log = logging.getLogger(__name__)
 
@@ -36,28 +37,24 @@ _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 _NOT_SAID = ("", "application/octet-stream")
 
 
-class Pictures:
+class ImageReader:
     """Reads the images of requests, within limits, and keeps the thumbnails that were asked for last."""
 
-    def __init__(
-        self, max_images: int, max_bytes: int, max_pixels: int, folders: Sequence[str | Path] = ()
-    ) -> None:
-        """max_images: in one request; max_bytes, max_pixels: of each; all may have twice the pixels.
-
-        folders: where pictures of a corpus may lie beside its own.
-        """
+    def __init__(self, limits: Limits, folders: Sequence[str | Path] = ()) -> None:
+        """folders: where images of a corpus may lie beside its own."""
         self._folders = [Path(folder).resolve() for folder in folders]
-        self._most, self._limits = max_images, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels)
+        self._most = limits.max_images
+        self._limits = ImageLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
         self.batcher = Batcher(_DECODING)
         self._kept: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
         self._kept_bytes, self._lock = 0, threading.Lock()
 
-    async def read(self, inputs: Sequence[str | Pictured], place: str) -> list[Input]:
-        """What is searched or encoded: texts, and items whose images have been decoded once, as a check.
+    async def read(self, inputs: Sequence[str | ImageInput], place: str) -> list[Input]:
+        """Return texts, and items whose images have been decoded once, as a check.
 
         Raises DataError "PLACE.0.image: what is wrong" for the first that is no image or beyond a limit.
         """
-        coded = [each.image if isinstance(each, Pictured) else None for each in inputs]
+        coded = [each.image if isinstance(each, ImageInput) else None for each in inputs]
         places = [f"{place}.{i}.image" for i, image in enumerate(coded) if image is not None]
         if len(places) > self._most:
             raise DataError(f"{place}: {len(places)} images, at most {self._most} are allowed")
@@ -67,13 +64,19 @@ class Pictures:
         ):
             raise DataError(f"{place}: images of {pixels:,} pixels together, over {most:,}")
         contents = iter(await self._each(_decoded_once, [content for content, _ in measured], places))
-        each = zip(map(text_of, inputs), coded, strict=True)
-        return [text if image is None else Item(next(contents), text) for text, image in each]
+        return [
+            each
+            if isinstance(each, str)
+            else each.text
+            if each.image is None
+            else Item(next(contents), each.text)
+            for each in inputs
+        ]
 
     async def _each(
         self, act: Callable[[Any, ImageLimits], Any], images: Sequence[Any], places: Sequence[str]
     ) -> list[Any]:
-        """What `act` makes of each image in a thread; DataError names the place of the first that is none."""
+        """Return `act` of each image, in a thread; DataError names the place of the first that is none."""
         made = await self.batcher.run(
             act.__name__, lambda items: [act(item, self._limits) for item in items], images
         )
@@ -84,7 +87,7 @@ class Pictures:
                 raise outcome
         return made
 
-    async def thumbnail(self, opened: Opened, passage_id: str, side: int) -> bytes | None:
+    async def thumbnail(self, lease: RetrieverLease, passage_id: str, side: int) -> bytes | None:
         """A JPEG of the image of this passage, at most `side` wide and high; None where none can be shown.
 
         Raises DataError for a wrong side, a RetrieverError where another server does not answer.
@@ -92,17 +95,17 @@ class Pictures:
         smallest, largest = THUMBNAIL_SIDES
         if not smallest <= side <= largest:
             raise DataError(f"side = {side}: must be from {smallest} to {largest}")
-        key = (opened.generation, passage_id, side)
+        key = (lease.generation, passage_id, side)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
 
         def work(ids: list[str]) -> list[bytes | None]:
-            with opened:
-                return [_shrunk(opened, each, side, self._folders) for each in ids]
+            with lease:
+                return [_shrunk(lease, each, side, self._folders) for each in ids]
 
-        [made] = await self.batcher.run((opened, "thumbnail", side), work, [passage_id])
+        [made] = await self.batcher.run((lease, "thumbnail", side), work, [passage_id])
         if isinstance(made, DataError):
             # The file's name stays here: a client learns of no path of the server.
             _log.warning("no thumbnail of passage %r: %s", passage_id, made)
@@ -119,11 +122,6 @@ class Pictures:
             self._kept[key] = made
             while self._kept_bytes > _KEPT_BYTES:
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1])
-
-
-def text_of(asked: str | Pictured) -> str:
-    """The text of what was sent; "" beside an image that came alone."""
-    return asked if isinstance(asked, str) else asked.text
 
 
 def _measured(coded: str, limits: ImageLimits) -> tuple[bytes, int]:
@@ -157,19 +155,19 @@ def _decoded(coded: str, max_bytes: int) -> bytes:
     return content
 
 
-def _shrunk(opened: Opened, passage_id: str, side: int, folders: Sequence[Path]) -> bytes | None:
-    """The first picture that a corpus, or a server, inside the retriever has of this passage.
+def _shrunk(lease: RetrieverLease, passage_id: str, side: int, folders: Sequence[Path]) -> bytes | None:
+    """Return the first image that a corpus, or a server, inside the retriever has of this passage.
 
     A corpus may come from a stranger: DataError for a file outside of its folder and of `folders`.
     """
     from data.images import read_image, split_page, thumbnail
 
-    for corpus in opened.find_all("corpus"):
+    for corpus in lease.find_all("corpus"):
         passage = corpus.get(passage_id)
         if passage is not None and passage.image:
             file = Path(split_page(passage.image)[0]).resolve()
             if not any(map(file.is_relative_to, (corpus.path.parent.resolve(), *folders))):
                 raise DataError(f"{file}: outside of the folder of its corpus; --image_folders allows others")
             return thumbnail(read_image(passage.image), side)
-    made: Any = (ask(passage_id, side) for ask in opened.find_all("thumbnail_of"))
+    made: Any = (ask(passage_id, side) for ask in lease.find_all("thumbnail_of"))
     return next((each for each in made if each is not None), None)

@@ -1,4 +1,7 @@
-"""Stands before every request: who may ask, how much may be sent, and one line about what came of it."""
+"""ASGI middleware: who may ask, how much may be sent, metrics and the request log.
+
+It refuses before a body is read, which no dependency of a route could: FastAPI reads bodies first.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
@@ -91,8 +95,8 @@ def _is_own(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
-class Guard:
-    """ASGI middleware: who may ask, size of the body, frames, metrics, request log, `X-Request-ID`."""
+class RequestMiddleware:
+    """Checks access and size of each request, notes its metrics and log line, adds headers to its answer."""
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class Guard:
         headers = {name: value for name, value in scope["headers"] if name in _READ}
         request_id = headers.get(b"x-request-id", b"")[:64] or uuid.uuid4().hex.encode()
         scope["facts"] = {}
+        _have_read_as_json(scope, headers)
 
         async def note_and_send(message: Message) -> None:
             nonlocal status
@@ -129,6 +134,8 @@ class Guard:
             message = await receive()
             size = len(message.get("body", b""))
             held, self._held = held + size, self._held + size
+            if held > self._max_bytes:
+                raise HTTPException(413, f"body: more than {self._max_bytes} bytes")
             if held > _SMALL_BODY_BYTES and self._held > _BODIES_HELD * self._max_bytes:
                 raise Overloaded(f"{self._held >> 20} MiB of other requests are worked on", 1)
             return message
@@ -157,13 +164,21 @@ class Guard:
         return self._access.refusal(path, headers)
 
 
-_READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id"}
+_READ = {b"authorization", b"content-length", b"content-type", b"host", b"x-api-key", b"x-request-id"}
 _ALWAYS = (
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", b"frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 )
 """No page of others shows ours in a frame, and nothing is taken for another type."""
+
+
+def _have_read_as_json(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    """Let a body be JSON whatever its type says (`curl -d` says another), but for forms and MCP."""
+    kind = headers.get(b"content-type", b"").lower()
+    if not kind.startswith((b"multipart/", b"application/json")) and scope["path"] != "/mcp":
+        others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+        scope["headers"] = [*others, (b"content-type", b"application/json")]
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:

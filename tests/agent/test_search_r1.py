@@ -17,7 +17,7 @@ from data.corpus import parse_passage
 from data.records import Hit
 from retriever_server.client.wire import parse_hits, parse_results
 from retriever_server.client.wire import render_hits as answer
-from retriever_server.server.app import _render
+from retriever_server.server.routes.search import render_hit
 from tests.fakes import byte_tokenizer, question
 
 ROOM = replace(SEARCH_R1, max_observation_tokens=10**6, max_context_tokens=10**7)
@@ -81,7 +81,7 @@ def ways(contents):
     yield "corpus", here
     for scores in (True, False):
         yield "our /retrieve", parse_hits(answer([[hit]], "g", scores))[0][0].passage
-    found = {"results": [{"error": None, "hits": [_render(hit, "")]}]}
+    found = {"results": [{"error": None, "hits": [render_hit(hit, "")]}]}
     [[ours]] = parse_results(found)  # pyright: ignore[reportGeneralTypeIssues]
     yield "our /v1/search", ours.passage
     for name, document in (("their dense server", row), ("their BM25 server", bm25)):

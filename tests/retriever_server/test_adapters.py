@@ -154,7 +154,7 @@ def test_access_returns_pages_of_the_corpus_only(corpus):
 def test_mcp_search_and_fetch(corpus):
     from mcp import Client
 
-    from retriever_server.server.routes.adapters import make_mcp
+    from retriever_server.server.routes.mcp import make_mcp
 
     service = create_app(Whole(corpus)).state.service
 

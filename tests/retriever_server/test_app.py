@@ -14,8 +14,8 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
+from retriever_server.server.backends import HotSwappable
 from retriever_server.server.batching import Batching
-from retriever_server.server.hot_swap import Live
 from retriever_server.server.middleware import read_token
 from tests.retriever_server.test_rerank import ByLetter
 
@@ -36,7 +36,7 @@ class Stub(Retriever):
         return [[Hit(Passage(str(i), q, metadata=found), 1.0, "stub") for i in range(k)] for q in queries]
 
 
-LIMITS = Limits(default_top_k=2, max_top_k=5, max_queries=3, max_query_chars=10, max_body_bytes=1000)
+LIMITS = Limits(topk=2, max_topk=5, max_queries=3, max_query_chars=10, max_body_bytes=1000)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_long_search_does_not_block_the_server():
     ("limits", "message"),
     [
         ({"max_queries": 0}, "max_queries = 0: must be >= 1"),
-        ({"default_top_k": 9, "max_top_k": 5}, "default_top_k = 9: must be <= max_top_k = 5"),
+        ({"topk": 9, "max_topk": 5}, "topk = 9: must be <= max_topk = 5"),
     ],
 )
 def test_wrong_limits_are_refused(limits, message):
@@ -307,7 +307,7 @@ def test_the_page_needs_no_other_host(server):
 
 
 def test_the_description_has_examples_and_every_route():
-    backends = {"default": Live(Stub()), "reranked": Live(Rerank(Stub(), ByLetter()))}
+    backends = {"default": HotSwappable(Stub()), "reranked": HotSwappable(Rerank(Stub(), ByLetter()))}
     with TestClient(create_app(backends)) as server:
         assert_described(server)
 
@@ -317,5 +317,6 @@ def assert_described(server):
     assert "$defs" not in json.dumps(description)  # nothing is referred to that is not there
     assert {"/v1/search", "/retrieve", "/rerank", "/v1/embeddings", "/metrics"} <= set(description["paths"])
     body = description["paths"]["/v1/search"]["post"]["requestBody"]["content"]["application/json"]
-    for example in body["schema"]["examples"]:
+    schema = description["components"]["schemas"][body["schema"]["$ref"].rpartition("/")[2]]
+    for example in schema["examples"]:
         assert server.post("/v1/search", json=example).status_code == 200

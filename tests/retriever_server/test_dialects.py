@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 
 PASSAGES = [
     Passage("7", "A city.\nOn a river.", "Paris", {"url": "https://x.org/paris"}),
@@ -108,6 +108,26 @@ def test_what_no_dialect_asks_is_refused(path):
         assert server.post(path, json={"question": "a"}).status_code == 422
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (["a"], "body: must be a JSON object"),
+        ({"queries": "a"}, "queries: Input should be a valid list"),
+        ({"queries": [1]}, "queries.0: Input should be a valid string"),
+        ({"queries": [], "topk": "3"}, "topk: Input should be a valid integer"),
+        ({"queries": [], "topk": True}, "topk"),
+        ({"queries": [], "topk": 1.5}, "topk"),
+        ({"queries": [], "return_scores": 1}, "return_scores: Input should be a valid boolean"),
+    ],
+)
+def test_wrong_requests_name_the_field(body, message):
+    with TestClient(create_app(TwoPassages())) as server:
+        answer = server.post("/retrieve", json=body)
+        null = server.post("/retrieve", content=b"null")
+    assert answer.status_code == 422 and answer.json()["detail"].startswith(message)
+    assert null.status_code == 422 and null.json() == {"detail": "body: must be a JSON object"}
+
+
 class Named(Retriever):
     """Finds one passage with a picture, whose metadata is the filter; `wait` is not found in time."""
 
@@ -133,7 +153,7 @@ ROUTES = [
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 def test_every_dialect_may_name_a_backend_a_filter_and_a_deadline(path, body):
-    backends = {name: Live(Named(name)) for name in ("one", "two")}
+    backends = {name: HotSwappable(Named(name)) for name in ("one", "two")}
     with TestClient(create_app(backends)) as server:
         assert "one" in server.post(path, json=body).text
         answer = server.post(path, json={**body, "backend": "two"}).text

@@ -24,7 +24,7 @@ from retriever_server.filters import allowed
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.retrievers.baselines import RandomPassages
 from retriever_server.server.app import create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 
 ROWS = [
     {"year": 1999, "lang": "de"},
@@ -210,7 +210,7 @@ def test_no_search_without_a_filter_waits_for_one_with(tmp_path, corpus, monkeyp
     monkeypatch.setattr(data.columns, "_write", write_slowly)
 
     async def run() -> None:
-        app = create_app({"default": Live(index)})
+        app = create_app({"default": HotSwappable(index)})
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 
             async def ask(path, **body):

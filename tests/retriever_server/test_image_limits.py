@@ -7,7 +7,7 @@ from PIL import Image
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import Limits, create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 from tests.retriever_server.test_adapters import Fixed
 from tests.retriever_server.test_pictures import coded, picture
 
@@ -36,7 +36,7 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def server():
-    backends = {"text": Live(Found(False)), "pages": Live(Found(True))}
+    backends = {"text": HotSwappable(Found(False)), "pages": HotSwappable(Found(True))}
     with TestClient(create_app(backends, Limits(max_image_pixels=1000, max_images=4))) as client:
         yield client
 

@@ -78,7 +78,7 @@ def test_so_are_the_pairs_of_a_reranker(echo):
     ],
 )
 def test_more_than_is_allowed_is_refused_and_never_cut(echo, path, body, reason):
-    with TestClient(create_app(echo, Limits(max_queries=10, max_hits=20, default_top_k=1))) as server:
+    with TestClient(create_app(echo, Limits(max_queries=10, max_hits=20, topk=1))) as server:
         answer = server.post(path, json=body)
     assert answer.status_code == 422 and reason in answer.json()["detail"]
     assert not echo.batches

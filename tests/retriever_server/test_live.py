@@ -16,8 +16,8 @@ from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
+from retriever_server.server.backends import HotSwappable, RetrieverLease, stamp
 from retriever_server.server.batching import Batching
-from retriever_server.server.hot_swap import Live, Opened, stamp
 
 
 class Numbered(Retriever):
@@ -41,7 +41,7 @@ def test_under_load_no_request_fails_and_none_mixes_generations():
         made.append(Numbered(len(made)))
         return made[-1]
 
-    live = Live(made[0], reopen)
+    live = HotSwappable(made[0], reopen)
 
     async def ask(client) -> set[str]:
         # More queries than a batch holds: they travel in several.
@@ -69,7 +69,7 @@ def test_under_load_no_request_fails_and_none_mixes_generations():
 
 
 def test_the_old_one_is_closed_once_its_last_user_has_left():
-    opened = Opened(Numbered(0))
+    opened = RetrieverLease(Numbered(0))
     with opened:
         opened.retire()
         with opened:
@@ -89,7 +89,7 @@ def test_what_does_not_open_or_search_takes_nobodys_place():
             raise retriever
         return retriever
 
-    live = Live(Numbered(0), reopen)
+    live = HotSwappable(Numbered(0), reopen)
     app = create_app({"default": live}, token="t")
     with TestClient(app, headers={"Authorization": "Bearer t"}) as server:
         answer = server.post("/admin/reload")
@@ -102,12 +102,12 @@ def test_what_does_not_open_or_search_takes_nobodys_place():
 
 def test_a_retriever_without_a_place_cannot_be_reloaded():
     with pytest.raises(ConfigError, match="no place on disk"):
-        Live(Numbered(0)).reload()
+        HotSwappable(Numbered(0)).reload()
 
 
 def test_a_new_stamp_swaps_and_metrics_tell():
     numbers, swapped = [0], threading.Event()
-    live = Live(Numbered(0), lambda: Numbered(numbers[0]), lambda: (numbers[0],))
+    live = HotSwappable(Numbered(0), lambda: Numbered(numbers[0]), lambda: (numbers[0],))
     with TestClient(create_app({"default": live}, watch_seconds=0.01)) as server:
         noted, live.on_swap = live.on_swap, lambda: (noted(), swapped.set())
         numbers[0] = 1
@@ -135,7 +135,7 @@ def test_a_corpus_rewritten_under_the_server_is_5xx_without_a_path_and_never_ano
         {"id": str(i), "text": text, "metadata": {"url": f"http://x/{i}"}} for i, text in enumerate(texts)
     ]
     write_jsonl(tmp_path / "corpus.jsonl", rows)
-    live = Live(BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index"))
+    live = HotSwappable(BM25Index.build(Corpus(tmp_path / "corpus.jsonl"), tmp_path / "index"))
     with TestClient(create_app({"default": live}), raise_server_exceptions=False) as client:
         assert "old" in client.post("/retrieve", json={"queries": ["w30"]}).text
         for new in (texts[0].replace("old", "new"), ""):

@@ -11,7 +11,7 @@ from data.errors import ConfigError, CorpusChanged, DataError, RetrieverUnavaila
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
-from retriever_server.server.service import without_paths
+from retriever_server.server.errors import without_paths
 from tests.retriever_server.test_adapters import Fixed
 
 PLACE = "/srv/private/corpus.jsonl"

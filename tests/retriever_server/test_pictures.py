@@ -22,7 +22,7 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retrievers.compose import Cached, Fuse
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 from tests.retriever_server.test_rerank import ByLetter
 from tests.retriever_server.vision_models import picture as picture_of_noise
 from tests.retriever_server.vision_models import tiny_clip
@@ -97,10 +97,10 @@ def texts(folder):
 @pytest.fixture
 def server(pages, texts):
     backends = {
-        "pages": Live(pages),
-        "texts": Live(texts),
-        "both": Live(Cached(Fuse([texts, pages]))),
-        "reranked": Live(Rerank(pages, ByLetter())),
+        "pages": HotSwappable(pages),
+        "texts": HotSwappable(texts),
+        "both": HotSwappable(Cached(Fuse([texts, pages]))),
+        "reranked": HotSwappable(Rerank(pages, ByLetter())),
     }
     limits = Limits(max_images=3, max_image_bytes=20_000, max_image_pixels=1_000_000)
     with TestClient(create_app(backends, limits)) as client:
@@ -304,7 +304,7 @@ def test_a_thumbnail_is_made_once(server, monkeypatch):
 
 
 def test_thumbnails_that_were_not_asked_for_lately_are_forgotten(server, monkeypatch):
-    pictures = server.app.state.service.pictures
+    pictures = server.app.state.service.images
     monkeypatch.setattr("retriever_server.server.image_requests._KEPT_BYTES", 10)
     monkeypatch.setattr("data.images.thumbnail", lambda image, side: b"jpeg")
     for side in (100, 200, 100, 300):

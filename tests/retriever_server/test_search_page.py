@@ -14,7 +14,7 @@ from data.records import Hit, Passage
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_pictures import Colours
 
@@ -105,7 +105,7 @@ TITLES = "[...document.querySelectorAll('#hits h2')].map(title => title.textCont
 
 
 def test_a_person_types_picks_a_backend_and_reads(browser):
-    app = create_app({"bm25": Live(Named("g1")), "flat": Live(Named("g2"))})
+    app = create_app({"bm25": HotSwappable(Named("g1")), "flat": HotSwappable(Named("g2"))})
     with serving(app) as url:
         browser.call("Page.navigate", url=url)
         browser.wait_for("document.getElementById('backend')?.options.length == 2")
@@ -136,7 +136,9 @@ def test_pages_are_shown_and_a_picture_is_searched_with(browser, tmp_path):
         Image.new("RGB", (400, 300), colour).save(tmp_path / f"{name}.png")
     write_jsonl(tmp_path / "c.jsonl", [{"id": n, "title": n, "image": f"{n}.png"} for n in ("red", "blue")])
     index = FlatIndex.build(Corpus(tmp_path / "c.jsonl"), tmp_path / "flat", Colours())
-    with serving(create_app({"flat": Live(index), "text": Live(Named("g1"))}, token="t")) as url:
+    with serving(
+        create_app({"flat": HotSwappable(index), "text": HotSwappable(Named("g1"))}, token="t")
+    ) as url:
         browser.call("Page.navigate", url=url)
         browser.wait_for("document.getElementById('token')?.hidden === false")
         browser.evaluate("document.getElementById('token').value = 't'")

@@ -6,7 +6,7 @@ from fastapi.testclient import TestClient
 from retriever_server.retrievers.compose import Cached
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
-from retriever_server.server.hot_swap import Live
+from retriever_server.server.backends import HotSwappable
 from tests.retriever_server.test_compose import A, Fixed
 from tests.retriever_server.test_rerank import ByLetter
 
@@ -25,11 +25,11 @@ class Broken(ByLetter):
 @pytest.fixture
 def server():
     backends = {
-        "bm25": Live(Fixed("g", A)),
-        "reranked": Live(Cached(Rerank(Fixed("h", {"x": 1.0}), ByLetter(), depth=2))),
-        "broken": Live(Rerank(Fixed("h", A), Broken())),
+        "bm25": HotSwappable(Fixed("g", A)),
+        "reranked": HotSwappable(Cached(Rerank(Fixed("h", {"x": 1.0}), ByLetter(), depth=2))),
+        "broken": HotSwappable(Rerank(Fixed("h", A), Broken())),
     }
-    with TestClient(create_app(backends, Limits(default_top_k=1, max_top_k=5))) as client:
+    with TestClient(create_app(backends, Limits(topk=1, max_topk=5))) as client:
         yield client
 
 

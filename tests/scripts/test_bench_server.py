@@ -16,7 +16,7 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.batching import Batching
-from retriever_server.server.service import Limits
+from retriever_server.server.config import Limits
 from scripts.bench.server import LOADS, drive, make_bodies, peer_app
 from scripts.serve import _listen
 from tests.retriever_server.encoders import WORDS, tiny_model

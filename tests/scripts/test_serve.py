@@ -117,7 +117,7 @@ def test_wrong_ports_hosts_and_limits_are_refused(index):
         serve.main(ServeConfig(str(index), port=70000))
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
         serve.main(ServeConfig(str(index), host="192.0.2.1", port=0))
-    with pytest.raises(ConfigError, match="default_top_k = 200: must be <= max_top_k = 100"):
+    with pytest.raises(ConfigError, match="topk = 200: must be <= max_topk = 100"):
         serve.main(ServeConfig(str(index), topk=200))
 
 

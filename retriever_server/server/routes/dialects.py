@@ -1,4 +1,4 @@
-"""How other projects' clients ask for passages and how each wants them back.
+"""Searches of other projects' clients: what each asks, and the shape in which it reads the answer.
 
     Search-R1, verl, slime  {"queries", "topk", "return_scores"}  {"result": [[{"document", "score"}]]}
     SkyRL                   {"query", "topk", "return_scores"}    the same, one row
@@ -18,114 +18,155 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import APIRouter, Response
+
 from data.errors import DataError
 from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
-from retriever_server.server.schema import BatchSearchBody, RetrieveBody, SingleSearchBody
+from retriever_server.server.errors import ANY_SEARCH, error_replies
+from retriever_server.server.replies import JsonReply, reply_with
+from retriever_server.server.schema import (
+    AccessBody,
+    BatchSearchBody,
+    RetrieveBody,
+    SearchOptions,
+    SingleSearchBody,
+)
+from retriever_server.server.service import Caller, CallerOf, Found, ServiceOf
 
 DIALECTS = ("rllm", "zerosearch", "search-r1", "skyrl", "asearcher")
 _TOP_K_NAMES = ("topk", "topk_rerank", "top_k", "k", "top_n")
 
+router = APIRouter(responses=error_replies(*ANY_SEARCH))
+
+
+@router.post("/retrieve")
+async def retrieve(body: RetrieveBody, caller: CallerOf) -> Response:
+    """Search as the clients of Search-R1, verl, slime, SkyRL, rLLM, ZeroSearch and ASearcher do."""
+    return await _answer(parse_retrieve(body, caller.service.dialect), body, caller)
+
+
+@router.post("/search")
+async def search(body: SingleSearchBody, caller: CallerOf) -> Response:
+    """Search as the clients of ReCall (`query`) and Serper (`q`) do."""
+    if body.query is None and body.q is None:
+        raise DataError("query: must be a string")
+    if body.query is not None:
+        request = DialectRequest([body.query], body.top_n, "recall", body.return_score)
+    else:
+        request = DialectRequest([body.q or ""], body.num, "serper")
+    return await _answer(request, body, caller)
+
+
+@router.post("/batch_search")
+async def batch_search(body: BatchSearchBody, caller: CallerOf) -> Response:
+    """Search for several queries as ReCall does."""
+    request = DialectRequest(body.query, body.top_n, "recall-batch", body.return_score)
+    return await _answer(request, body, caller)
+
+
+@router.post("/access")
+async def access(body: AccessBody, service: ServiceOf) -> Response:
+    """Return pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
+    if len(body.urls) > service.limits.max_queries:
+        raise DataError(f"urls: {len(body.urls)}, at most {service.limits.max_queries} are allowed")
+    pages = await service.fetch(body.urls)
+    return JsonReply({"result": [{"contents": page.contents} if page else None for page in pages]})
+
+
+async def _answer(request: DialectRequest, options: SearchOptions, caller: Caller) -> Response:
+    found = await caller.search(request.queries, request.top_k, options)
+    rankings = found.rankings()
+
+    def make() -> Any:
+        return _SHAPES[request.shape](request, rankings, found)
+
+    return await reply_with(make, len(rankings))
+
 
 @dataclass(frozen=True)
-class Asked:
-    """What a client of any dialect asks."""
+class DialectRequest:
+    """A search of a client of any dialect."""
 
     queries: list[str]
     top_k: int | None
     shape: str
-    """Key of SHAPES."""
+    """Key of _SHAPES."""
     return_scores: bool = False
-    backend: str | None = None
-    """That of the links to pictures, where it is not the default."""
 
 
 Rankings = list[list[Hit]]
-Shape = Callable[[Asked, Rankings, str], Any]
+Shape = Callable[[DialectRequest, Rankings, Found], Any]
 
 
-def asked_of_retrieve(body: RetrieveBody, dialect: str) -> Asked:
-    """What `POST /retrieve` asks, and the shape of its answer."""
+def parse_retrieve(body: RetrieveBody, dialect: str) -> DialectRequest:
+    """Return the search of a `POST /retrieve`, and the shape of its answer."""
     top_k = next((value for name in _TOP_K_NAMES if (value := getattr(body, name)) is not None), None)
     scored = bool(body.return_scores or body.return_score)
     if body.queries is not None:
-        return Asked(body.queries, top_k, "asearcher" if dialect == "asearcher" else "rows", scored)
+        return DialectRequest(body.queries, top_k, "asearcher" if dialect == "asearcher" else "rows", scored)
     if body.query is None:
         raise DataError("queries: must be a list of strings (or query a string)")
     if body.topk is not None or dialect not in ("rllm", "zerosearch"):
-        return Asked([body.query], top_k, "rows", scored)
+        return DialectRequest([body.query], top_k, "rows", scored)
     both = body.top_k is not None and body.k is not None
-    return Asked([body.query], top_k, "rllm" if both else dialect)
-
-
-def asked_of_search(body: SingleSearchBody) -> Asked:
-    """What `POST /search` asks: of ReCall by `query`, of Serper by `q`."""
-    if body.query is not None:
-        return Asked([body.query], body.top_n, "recall", body.return_score)
-    if body.q is None:
-        raise DataError("query: must be a string")
-    return Asked([body.q], body.num, "serper")
-
-
-def asked_of_batch_search(body: BatchSearchBody) -> Asked:
-    """What `POST /batch_search` of ReCall asks."""
-    return Asked(body.query, body.top_n, "recall-batch", body.return_score)
+    return DialectRequest([body.query], top_k, "rllm" if both else dialect)
 
 
 def url_of(hit: Hit) -> str:
-    """Where `/access` finds the passage: its own url if its metadata has one, else its id."""
+    """Return where `/access` finds the passage: its own url if its metadata has one, else its id."""
     return str(hit.passage.metadata.get("url") or hit.passage.id)
 
 
-def _rows(asked: Asked, rankings: Rankings, generation: str) -> Any:
-    return render_hits(rankings, generation, asked.return_scores, asked.backend)
+def _rows(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
+    return render_hits(rankings, found.generation, request.return_scores, found.linked)
 
 
-def _asearcher(asked: Asked, rankings: Rankings, generation: str) -> Any:
-    answer = render_hits(rankings, generation, asked.return_scores, asked.backend)
+def _asearcher(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
+    answer = render_hits(rankings, found.generation, request.return_scores, found.linked)
     for row, hits in zip(answer["result"], rankings, strict=True):
         for item, hit in zip(row, hits, strict=True):
             item.get("document", item)["url"] = url_of(hit)
     return answer
 
 
-def _rllm(asked: Asked, rankings: Rankings, generation: str) -> Any:
+def _rllm(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     results = [
         {
             "id": hit.passage.id,
             "content": hit.passage.given_contents,
             "score": hit.score,
-            "document": render_document(hit, asked.backend),  # where its own tool looks
+            "document": render_document(hit, found.linked),  # where its own tool looks
         }
         for hit in rankings[0]
     ]
-    named = {"query": asked.queries[0], "method": generation}
-    return {**named, "results": results, "num_results": len(results), "generation": generation}
+    named = {"query": request.queries[0], "method": found.generation}
+    return {**named, "results": results, "num_results": len(results), "generation": found.generation}
 
 
-def _zerosearch(asked: Asked, rankings: Rankings, generation: str) -> Any:
+def _zerosearch(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     return [{"text": hit.passage.given_contents} for hit in rankings[0]]
 
 
-def _recall(asked: Asked, rankings: Rankings, generation: str) -> Any:
+def _recall(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     documents = [
         [{"id": hit.passage.id, "contents": hit.passage.given_contents} for hit in row] for row in rankings
     ]
     scores = [[hit.score for hit in row] for row in rankings]
-    if asked.shape == "recall":
-        return [documents[0], scores[0]] if asked.return_scores else documents[0]
-    return [documents, scores] if asked.return_scores else documents
+    if request.shape == "recall":
+        return [documents[0], scores[0]] if request.return_scores else documents[0]
+    return [documents, scores] if request.return_scores else documents
 
 
-def _serper(asked: Asked, rankings: Rankings, generation: str) -> Any:
+def _serper(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     organic = [
         {"title": hit.passage.title, "link": url_of(hit), "snippet": hit.passage.text, "position": rank}
         for rank, hit in enumerate(rankings[0], start=1)
     ]
-    return {"searchParameters": {"q": asked.queries[0]}, "organic": organic}
+    return {"searchParameters": {"q": request.queries[0]}, "organic": organic}
 
 
-SHAPES: dict[str, Shape] = {
+_SHAPES: dict[str, Shape] = {
     "rows": _rows,
     "asearcher": _asearcher,
     "rllm": _rllm,

@@ -1,0 +1,221 @@
+"""Backends: retrievers that answer, are replaced while requests are in flight, and are searched in stages.
+
+A request keeps the retrievers it began with; an old one is closed when the last of its requests is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError, DataError, SleuthError
+from data.records import Hit
+from retriever_server.retriever import Filter, Query, Retriever, inside
+from retriever_server.server.schema import Stage
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP_QUERY = "a"
+
+
+class RetrieverLease:
+    """A retriever in use: `with lease:` keeps it open although another has taken its place."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever, self.generation = retriever, retriever.generation
+        self._users, self._retired, self._lock = 0, False, threading.Lock()
+
+    def find(self, attribute: str) -> Any:
+        """Return what the retriever, or the first one inside it, has under this name (`encoder`); or None."""
+        return next(iter(self.find_all(attribute)), None)
+
+    def find_all(self, attribute: str) -> list[Any]:
+        """Return all of them, the outermost first."""
+        found = (getattr(part, attribute, None) for part in inside(self.retriever))
+        return [each for each in found if each]
+
+    def __enter__(self) -> RetrieverLease:
+        with self._lock:
+            self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave(1, False)
+
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None) -> list[list[Hit]]:
+        """Search as the retriever does; for worker threads."""
+        with self:
+            rankings = self.retriever.search(queries, k, where)
+            if self.retriever.waits:  # another machine's generation may have changed meanwhile
+                self.generation = self.retriever.generation
+            return rankings
+
+    def retire(self) -> None:
+        """Close it as soon as nobody uses it."""
+        self._leave(0, True)
+
+    def _leave(self, users: int, retire: bool) -> None:
+        with self._lock:
+            was_over = self._retired and not self._users
+            self._users -= users
+            self._retired |= retire
+            over = self._retired and not self._users and not was_over
+        if over:
+            self.retriever.close()
+
+
+class HotSwappable:
+    """A retriever that can be replaced under load by what lies at its place now.
+
+    reopen opens that; stamp changes whenever it may be another. Without them it stays what it is.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        reopen: Callable[[], Retriever] | None = None,
+        stamp: Callable[[], object] | None = None,
+    ) -> None:
+        self.current = RetrieverLease(retriever)
+        self._reopen, self._stamp = reopen, stamp
+        self._seen = stamp() if stamp else None
+        self._one_at_a_time = threading.Lock()
+        self.on_swap: Callable[[], object] = lambda: None
+        """Called, in some thread, after another generation has taken over."""
+
+    @property
+    def generation(self) -> str:
+        """The generation of the retriever that answers new requests."""
+        return self.current.generation
+
+    def reload(self) -> bool:
+        """Open what lies there now and let it answer; whether it was another generation.
+
+        Takes as long as opening and one search. Raises what they raise; the old one then goes on.
+        """
+        if self._reopen is None:
+            raise ConfigError("this retriever has no place on disk to be opened from again")
+        with self._one_at_a_time:
+            self._seen = self._stamp() if self._stamp else None
+            found = RetrieverLease(self._reopen())
+            before = self.generation
+            if found.generation == before:
+                found.retire()
+                return False
+            found.search([_WARM_UP_QUERY], 1, None)  # what cannot search takes nobody's place
+            old, self.current = self.current, found
+        old.retire()
+        self.on_swap()
+        _log.info("swapped %s for %s", before, found.generation)
+        return True
+
+    async def watch(self, every_seconds: float) -> None:
+        """Reload whenever the stamp changes, for ever; what does not open is logged and left."""
+        while self._stamp is not None:
+            await asyncio.sleep(every_seconds)
+            try:
+                # Twice the same: not in the middle of being replaced.
+                found = self._stamp()
+                if found and found != self._seen and found == self._stamp():
+                    await asyncio.to_thread(self.reload)
+            except (SleuthError, OSError, ValueError) as error:
+                _log.error("%s stays: %s", self.generation, error)
+            except Exception:
+                _log.exception("%s stays", self.generation)
+
+
+def stamp(spec: str) -> tuple:
+    """Return another value once the index folder or YAML file `spec` was replaced; () where it is missing."""
+    path = Path(spec)
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            text = path.read_text(encoding="utf-8")
+            named = re.findall(r"[^\s,\[\]{}\"']+", text)
+            return (text, *(stamp(name) for name in named if "/" in name or name.endswith("ml")))
+        status = (path / "manifest.json").stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+class SearchPipeline:
+    """The stages of one search: a backend finds passages, and rerankers of others order them anew.
+
+        [{"retrieve": "default", "k": 100}, {"rerank": "reranked", "k": 10}]
+
+    A backend that has a `Rerank` in it, however deep, lends that, whoever found the passages.
+    `with pipeline:` keeps open what it uses.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], lease: Callable[[str], RetrieverLease], top_k: int, max_k: int
+    ) -> None:
+        """lease: what answers now for a backend's name. Raises DataError for stages that cannot be."""
+        self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list[Any]()
+        for i, stage in enumerate(stages):
+            right, wrong = (stage.rerank, stage.retrieve) if i else (stage.retrieve, stage.rerank)
+            if right is None or wrong is not None:
+                kind = "rerank" if i else "retrieve"
+                raise DataError(f"stages.{i}: must name a backend by `{kind}`, and by nothing else")
+            self._leases.append(lease(right))
+            if i:
+                self._rerankers.append(reranker := self._leases[-1].find("reranker"))
+                if reranker is None:
+                    raise DataError(f"stages.{i}.rerank: backend {right!r} has no reranker")
+        self.k = _hits_of_each(stages, [reranker.depth for reranker in self._rerankers], top_k, max_k)
+        """Hits that each stage gives."""
+        self.key = (*self._leases, *self.k)
+        """Equal for searches that may travel together."""
+
+    def takes_images(self) -> bool:
+        """Whether a query may hold an image: what finds passages must take it, and rerankers read texts."""
+        return not self._rerankers and self._leases[0].retriever.takes_images()
+
+    def corpora(self) -> list[Any]:
+        """Return the corpora here that the first stage searches."""
+        return self._leases[0].find_all("corpus")
+
+    def search(self, queries: Sequence[Query], where: Filter | None) -> list[list[Hit]]:
+        """Return the hits of the last stage; for worker threads."""
+        with self:
+            rankings = self._leases[0].search(queries, self.k[0], where)
+            for reranker, depth, k in zip(self._rerankers, self.k, self.k[1:], strict=False):
+                rankings = reranker.reorder(queries, rankings, k, depth)
+            return rankings
+
+    def report(self) -> list[Mapping[str, Any]]:
+        """Return each stage as JSON: its backend, its number of hits, and their generation."""
+        generations = [self._leases[0].generation]
+        for reranker, depth in zip(self._rerankers, self.k, strict=False):
+            generations.append(reranker.name_of(generations[-1], depth))
+        rows = zip(self._stages, self.k, generations, strict=True)
+        return [
+            {**stage.model_dump(exclude_none=True), "k": k, "generation": name} for stage, k, name in rows
+        ]
+
+    def __enter__(self) -> SearchPipeline:
+        for lease in self._leases:
+            lease.__enter__()
+        return self
+
+    def __exit__(self, *of: object) -> None:
+        for lease in self._leases:
+            lease.__exit__(*of)
+
+
+def _hits_of_each(stages: Sequence[Stage], depths: Sequence[int], top_k: int, max_k: int) -> list[int]:
+    """Hits of each stage: as it says, else what the reranker after it looks at; of the last, top_k."""
+    given, after = [], top_k
+    for stage, depth in zip(reversed(stages), [0, *reversed(depths)], strict=True):
+        after = min(max(after, depth), max_k) if stage.k is None else stage.k
+        given.insert(0, after)
+    for i, k in enumerate(given):
+        most = given[i - 1] if i else max_k
+        if not 1 <= k <= most:
+            raise DataError(f"stages.{i}.k = {k}: must be from 1 to {most}")
+    return given

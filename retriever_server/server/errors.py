@@ -1,0 +1,142 @@
+"""Errors of requests: the status and the one-line reason that a client gets, here and in the OpenAPI page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from data.errors import ConfigError, CorpusChanged, DataError, RetrieverError
+from retriever_server.server.batching import Overloaded
+from retriever_server.server.replies import JsonReply
+
+_DESCRIPTIONS = {
+    400: "Not JSON",
+    401: "No token",
+    403: "Not the token of administrators",
+    404: "There is no such thing here",
+    409: "The new generation does not open",
+    413: "Too large",
+    421: "Asked under a name that this server does not go by",
+    422: "A wrong value",
+    429: "Too many queries wait; Retry-After says when to come back",
+    500: "An error of the server's own",
+    501: "A package that reads images or forms is not installed",
+    503: "The search failed; outside of /v1 also: too many queries wait, Retry-After says when to come back",
+    504: "The deadline has passed",
+}
+ANY_SEARCH = (400, 401, 413, 421, 422, 500, 501, 503, 504)
+"""Statuses of whatever searches, encodes or scores."""
+
+
+class ErrorReply(BaseModel):
+    """The reason why a request was not answered."""
+
+    detail: str
+
+
+def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route or router that may answer with these statuses."""
+    return {status: {"model": ErrorReply, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class WrongQuery(DataError):
+    """This query of the request, and no other, cannot be searched."""
+
+
+class QueryFailed(Exception):
+    """A query of the request met this error; its text is for clients, and names no path."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error) if isinstance(error, WrongQuery) else f"search failed: {_public(error)}")
+        self.error = error
+
+
+def _public(error: Exception) -> str:
+    if isinstance(error, DataError | ConfigError):
+        return "the server cannot read its own data; its log says more"
+    reason = (error.strerror if isinstance(error, OSError) else None) or without_paths(str(error))
+    return f"{type(error).__name__}: {reason}"
+
+
+def without_paths(text: str) -> str:
+    """Return the text with "..." for each path.   "/srv/a.npy: gone" -> "...: gone"; http://h/a stays."""
+    return _PATHS.sub(lambda found: found[0] if found[0].startswith("http") else "...", text)
+
+
+_PATHS = re.compile(r"https?://\S+|(?:[\w.~%-]*/)+[\w.~%#=-]*")
+
+
+def add_error_replies(app: FastAPI) -> None:
+    """Have all errors answered as {"detail": reason}."""
+    for kind in (
+        *(DataError, ConfigError, RetrieverError, CorpusChanged, QueryFailed, Overloaded, TimeoutError),
+        *(RequestValidationError, HTTPException, ClientGone, ClientDisconnect, Exception),
+    ):
+        app.add_exception_handler(kind, answer_error)
+
+
+async def answer_error(request: Request, error: Exception) -> JsonReply:
+    """Answer with the status and the reason of what a route raised."""
+    error = await _met_in_body(request, error)
+    status, reason = _status_and_reason(error)
+    headers = getattr(error, "headers", None)
+    if isinstance(error, Overloaded):
+        # Clients of other projects come back after 503 alone: some take 429 for an answer without hits.
+        status = 429 if request.url.path.startswith("/v1/") else 503
+        headers = {"Retry-After": str(error.retry_after_seconds)}
+    return JsonReply({"detail": reason}, status, headers)
+
+
+async def _met_in_body(request: Request, error: Exception) -> Exception:
+    """Return what FastAPI met when it read the body, and hides behind an error of its own."""
+    wrong = isinstance(error, RequestValidationError)
+    cause = error.__cause__
+    if (wrong or getattr(error, "status_code", 0) == 400) and isinstance(cause, Exception):
+        not_json = isinstance(cause, ValueError | RecursionError)
+        return HTTPException(400, f"body: not JSON ({cause})") if not_json else cause
+    if wrong and error.errors()[0]["loc"] == ("body",) and not await request.body():
+        return HTTPException(400, "body: not JSON (Expecting value: line 1 column 1 (char 0))")
+    return error
+
+
+def _status_and_reason(error: Exception) -> tuple[int, str]:
+    match error:
+        case HTTPException():
+            return error.status_code, str(error.detail)
+        case RequestValidationError():
+            return 422, first_of(error.errors())
+        case QueryFailed():
+            return 422 if isinstance(error.error, WrongQuery) else 503, str(error)
+        case ClientGone() | ClientDisconnect():
+            return 499, "the client has gone"
+        case DataError():
+            return 422, str(error)
+        case ConfigError():
+            return 501, str(error)
+        case RetrieverError() | CorpusChanged() | Overloaded():
+            return 503, without_paths(str(error))
+        case TimeoutError():
+            return 504, str(error)
+    return 500, "an error of the server; its log says more"
+
+
+def first_of(errors: Sequence[Any]) -> str:
+    """Return the first of a validator's errors: "field: what is wrong"."""
+    first, place = errors[0], list(errors[0]["loc"])
+    if first["type"] in _NO_OBJECT or place == ["body"]:  # whose message names a class of ours
+        first = {**first, "msg": "must be a JSON object"}
+    return f"{'.'.join(map(str, place[1:] if place[0] == 'body' and place[1:] else place))}: {first['msg']}"
+
+
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
