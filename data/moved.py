@@ -7,6 +7,7 @@ MOVED = {
     "agent.engines.servable": "agent.engines.weight_export",
     "agent.engines.stopping": "agent.engines.stop_strings",
     "retriever_server.adapters": "retriever_server.server.routes.embeddings",
+    "data.atlas.factbook": "examples.atlas.factbook",
     "retriever_server.app": "retriever_server.server.app",
     "retriever_server.batching": "retriever_server.server.batching",
     "retriever_server.client": "retriever_server.client.search_client",
@@ -50,6 +51,7 @@ MOVED = {
     "rl.rewards": "rl.algorithm.rewards",
     "rl.update": "rl.learner.update",
     "rl.workers": "rl.learner.workers",
+    "scripts.compile_atlas": "examples.atlas.compile",
 }
 """Old module -> new one."""
 

@@ -110,7 +110,7 @@ def load_world(path: Path = TABLE) -> World:
     if table.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: format_version is {table.get('format_version')}, allowed is {FORMAT_VERSION}; "
-            "rebuild it with `python -m scripts.compile_atlas`"
+            "rebuild it with `python -m examples.atlas.compile`"
         )
     return World(tuple(_entity(row) for row in table["entities"]), source=table["source"])
 

