@@ -15,6 +15,8 @@ SleuthError
 `scripts/__main__.py` prints any of them as one line, exit status 2, no traceback.
 """
 
+from collections.abc import Callable
+
 
 class SleuthError(Exception):
     """Base of all errors that Sleuth raises on purpose."""
@@ -64,3 +66,22 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise ConfigError unless `ok`: what was given, what is allowed."""
     if not ok:
         raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "> 0": lambda value: value > 0,
+    ">= 0": lambda value: value >= 0,
+    ">= 1": lambda value: value >= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+}
+
+
+def require_range(config: object, group: str, allowed: str, *names: str) -> None:
+    """Raise ConfigError unless these fields of a configuration lie in a range, such as ">= 1".
+
+    group: precedes their names in the error, such as "rollout."
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(_RANGES[allowed](value), f"{group}{name}", value, allowed)

@@ -1,4 +1,4 @@
-"""What a training run is told: plain frozen dataclasses, whose field docstrings are the help.
+"""The configuration of a training run: plain frozen dataclasses, whose field docstrings are the help.
 
 Nothing heavy is imported here, so that a wrong key is refused before any model loads.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from agent.engines.config import EngineConfig
 from agent.protocol import get_protocol
-from data.errors import require
+from data.errors import require, require_range
 from data.settings import LoraConfig, WandbConfig
 from rl.algorithm.presets import AlgorithmConfig
 
@@ -44,22 +44,17 @@ class RolloutConfig:
     """How long an update waits for its trajectories before the run stops with its state saved."""
 
     def __post_init__(self) -> None:
-        require(self.questions_per_step >= 1, "rollout.questions_per_step", self.questions_per_step, ">= 1")
-        require(self.group_size >= 1, "rollout.group_size", self.group_size, ">= 1")
+        require_range(self, "rollout.", ">= 1", "questions_per_step", "group_size", "max_rows")
+        require_range(self, "rollout.", ">= 0", "top_k", "max_staleness")
+        require_range(
+            self, "rollout.", "> 0", "temperature", "retriever_deadline_seconds", "deadline_seconds"
+        )
+        require_range(self, "rollout.", "in [0, 1]", "max_failed_share")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
-        require(self.top_k >= 0, "rollout.top_k", self.top_k, ">= 0")
         for name, full in (("top_p", 1), ("top_k", 0)):
             # The tokens sampled would not be those that the log-probs of the loss speak of.
             kept = self.renormalise_logprobs or getattr(self, name) == full
             require(kept, f"rollout.{name}", getattr(self, name), f"{full}, or renormalise_logprobs true")
-        require(self.temperature > 0, "rollout.temperature", self.temperature, "> 0")
-        require(self.max_rows >= 1, "rollout.max_rows", self.max_rows, ">= 1")
-        require(
-            0 <= self.max_failed_share <= 1, "rollout.max_failed_share", self.max_failed_share, "in [0, 1]"
-        )
-        for name in ("retriever_deadline_seconds", "deadline_seconds"):
-            require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "> 0")
-        require(self.max_staleness >= 0, "rollout.max_staleness", self.max_staleness, ">= 0")
 
     @property
     def batches_in_flight(self) -> int:
@@ -100,7 +95,7 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class SentinelConfig:
-    """What counts as a collapse, and what is then done. Compared with the run's own first steps."""
+    """The bounds of a collapse, against the run's own first steps, and what is then done."""
 
     action: Literal["warn", "stop", "roll_back"] = "warn"
     """After `patience` alarms in a row: only warn, stop with the state saved, or go back to the best
@@ -126,8 +121,7 @@ class SentinelConfig:
     """Roll-backs before the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("patience", "baseline_steps", "max_roll_backs"):
-            require(getattr(self, name) >= 1, f"sentinel.{name}", getattr(self, name), ">= 1")
+        require_range(self, "sentinel.", ">= 1", "patience", "baseline_steps", "max_roll_backs")
 
 
 @dataclass(frozen=True)
@@ -148,8 +142,7 @@ class JudgeConfig:
     """Requests in all; the run stops when they are spent."""
 
     def __post_init__(self) -> None:
-        for name in ("timeout_seconds", "max_concurrent", "max_calls"):
-            require(getattr(self, name) > 0, f"judge.{name}", getattr(self, name), "> 0")
+        require_range(self, "judge.", "> 0", "timeout_seconds", "max_concurrent", "max_calls")
 
 
 @dataclass(frozen=True)
@@ -180,11 +173,9 @@ class RayConfig:
     """Written by the launcher for the trainers that it starts: where their engines and retriever are."""
 
     def __post_init__(self) -> None:
-        require(self.trainers >= 1, "ray.trainers", self.trainers, ">= 1")
-        for name in ("retrievers", "trainer_gpus", "engine_gpus", "max_restarts"):
-            require(getattr(self, name) >= 0, f"ray.{name}", getattr(self, name), ">= 0")
-        for name in ("cpus", "start_seconds", "quiet_seconds"):
-            require(getattr(self, name) > 0, f"ray.{name}", getattr(self, name), "> 0")
+        require_range(self, "ray.", ">= 1", "trainers")
+        require_range(self, "ray.", ">= 0", "retrievers", "trainer_gpus", "engine_gpus", "max_restarts")
+        require_range(self, "ray.", "> 0", "cpus", "start_seconds", "quiet_seconds")
 
 
 @dataclass(frozen=True)
@@ -258,22 +249,12 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", self.steps, ">= 1")
-        require(self.eval_every >= 0, "eval_every", self.eval_every, ">= 0")
+        require_range(self, "", ">= 1", "steps", "save_every", "keep_checkpoints", "micro_batch_tokens")
+        require_range(self, "", ">= 0", "eval_every", "keep_rollouts_every")
         require(self.eval_limit is None or self.eval_limit >= 1, "eval_limit", self.eval_limit, ">= 1")
-        require(self.save_every >= 1, "save_every", self.save_every, ">= 1")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
-        require(self.keep_rollouts_every >= 0, "keep_rollouts_every", self.keep_rollouts_every, ">= 0")
-        require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, ">= 1")
-        require(
-            self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"),
-            "device",
-            self.device,
-            "auto, cpu or cuda",
-        )
-        require(
-            self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "auto, float32 or bfloat16"
-        )
+        device, dtype = self.device.split(":")[0], self.dtype
+        require(device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        require(dtype in ("auto", "float32", "bfloat16"), "dtype", dtype, "auto, float32 or bfloat16")
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward with its weight")
         staleness = self.rollout.max_staleness
         require(
@@ -328,5 +309,4 @@ class WarmStartConfig:
     """Of the order of the demonstrations."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate"):
-            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        require_range(self, "training.", "> 0", "steps", "batch_size", "learning_rate")

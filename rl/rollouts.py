@@ -1,27 +1,31 @@
 """The questions of a step, rolled out and rewarded: whole groups of trajectories, ready to learn from.
 
 What is drawn and sampled depends on the seed and on `position` alone, how many questions the run has
-drawn so far: not on the number of processes, nor on where a run was interrupted. With `max_staleness` it also
-depends on when trajectories finish.
+drawn so far: not on the number of processes, nor on where a run was interrupted.
+
+Groups that were begun and are not yet trained on are a bounded queue between rollouts and updates. With
+`max_staleness` 0 it is empty after every step: rollouts and updates take turns. Above, what is under way at
+an update goes on with the new weights, and a group that straggles lets later ones go first for as long as no
+group, itself included, will be older than `max_staleness` updates when its turn comes; what is sampled then
+also depends on when trajectories finish. Each process has a queue of its own share; all draw and take in the
+same order.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
 from agent.trajectory import Ledger, StopReason, Trajectory
-from data.answers import exact_match
 from data.errors import EngineError, RunStopped
 from data.progress import Bar, no_bar
-from rl.in_flight import InFlight, OpenGroup, staleness
+from rl.groups import Collected, Group, OpenGroup, staleness, totals_of
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
@@ -32,43 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Totals = dict[str, tuple[float, float]]
-"""Metrics that can still be averaged over processes: the sum of the values, and of their weights."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The trajectories of one question and their rewards; `number` orders the groups of all processes."""
-
-    number: int
-    trajectories: list[Trajectory]
-    rewards: list[Reward]
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing failed: a group short of a member has another baseline."""
-        failed = any(t.stop_reason is StopReason.SEARCH_FAILED for t in self.trajectories)
-        return not failed and not any(reward.error for reward in self.rewards)
-
-    @property
-    def flat(self) -> bool:
-        """Whether all rewards agree, which says nothing about which trajectory was better."""
-        totals = [reward.total for reward in self.rewards]
-        return min(totals) == max(totals)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one step learns from."""
-
-    groups: list[Group]
-    """This process's, whole and usable."""
-    count: int
-    """Groups of all processes."""
-    drawn: int
-    """Groups of all processes that were used up for it, usable or not."""
-    totals: Totals
-    """Of everything that was rolled out, used or not."""
+CLOSE_SECONDS = 60.0
+"""How long trajectories that were told to end may take to do so."""
 
 
 class Rollouts:
@@ -83,16 +52,19 @@ class Rollouts:
         workers: Workers,
         bar: Bar = no_bar,
     ) -> None:
-        self.bar = bar
+        self.agent, self.bar = agent, bar
         self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
-        self.in_flight = InFlight(agent, config.seed, config.rollout.max_staleness)
+        self.in_flight: list[OpenGroup] = []  # this process's share, oldest first
         self.taken: list[OpenGroup] = []  # in the step under way
         self.batches = 0  # begun and not taken, by each process its share
         self.position = 0  # questions that the run has drawn so far
         self.settled = 0  # of these, before the step under way
+        self._tasks: set[asyncio.Task[list[Trajectory]]] = set()
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Event()
 
     async def collect(self, version: int) -> Collected:
-        """The groups of the step after `version`, numbered from 0 over all processes.
+        """Return the groups of the step after `version`, numbered from 0 over all processes.
 
         With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) flat groups are replaced by those
         of further questions, for some rounds. Raises RunStopped where too much failed.
@@ -118,7 +90,7 @@ class Rollouts:
         return Collected(chosen, len(numbers), sum(self.workers.gather(len(groups))), totals)
 
     async def _next(self, version: int) -> list[Group]:
-        """One batch: as many groups as this process has in any. Those behind it are begun before the wait."""
+        """Return one batch, as many groups as this process has in any; later ones are begun before it."""
         rollout = self.config.rollout
         steps_left = self.config.steps - version
         while self.batches < max(1, min(rollout.batches_in_flight, steps_left)):
@@ -127,7 +99,7 @@ class Rollouts:
         broken, taken = None, []
         try:
             with self.bar("answering questions", count * rollout.group_size) as move:
-                taken = await self.in_flight.take(count, version, rollout.deadline_seconds, move)
+                taken = await self._take(count, version, move)
         except TimeoutError:
             broken = f"no trajectories for {rollout.deadline_seconds:g} s (rollout.deadline_seconds)"
         except EngineError as error:
@@ -148,22 +120,68 @@ class Rollouts:
         mine = range(self.position + self.workers.rank, self.position + count, self.workers.count)
         self.position += count
         self.batches += 1
-        self.in_flight.begin(
-            [
-                OpenGroup(
-                    number,
-                    version,
-                    draw_question(self.questions, number, self.config.seed),
-                    [Ledger() for _ in range(size)],
-                    [None] * size,
-                )
-                for number in mine
-            ]
+        drawn = [(number, draw_question(self.questions, number, self.config.seed)) for number in mine]
+        self._roll_out(
+            [OpenGroup(n, version, q, [Ledger() for _ in range(size)], [None] * size) for n, q in drawn]
         )
 
+    def _roll_out(self, groups: Sequence[OpenGroup]) -> None:
+        """Let the agent finish these groups, as one batch; each trajectory has a seed by its number."""
+        self.in_flight += groups
+        slots = [(g, at) for g in groups for at, trajectory in enumerate(g.finished) if trajectory is None]
+
+        def on_finished(index: int, trajectory: Trajectory) -> None:
+            group, at = slots[index]
+            group.finished[at] = trajectory
+            self._changed.set()
+
+        rollout = self.agent.rollout(
+            [group.question for group, _ in slots],
+            self.config.seed,
+            on_finished,
+            keys=[group.number * len(group.finished) + at for group, at in slots],
+            ledgers=[group.ledgers[at] for group, at in slots],
+        )
+        task = asyncio.get_running_loop().create_task(rollout)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[list[Trajectory]]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
+            self._changed.set()
+
+    async def _take(self, count: int, version: int, progress: Callable[[int], object]) -> list[OpenGroup]:
+        """Wait for the oldest `count` finished groups that may go before the others.
+
+        `progress` is told how many trajectories of so many groups are finished. Raises TimeoutError past
+        the deadline, and what a rollout raised.
+        """
+        if not count:
+            return []
+        async with asyncio.timeout(self.config.rollout.deadline_seconds):
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                if (chosen := self._ripe(count, version)) is not None:
+                    self.in_flight = [group for group in self.in_flight if group not in chosen]
+                    return chosen
+                progress(sum(sorted((len(g.trajectories) for g in self.in_flight), reverse=True)[:count]))
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _ripe(self, count: int, version: int) -> list[OpenGroup] | None:
+        chosen = [group for group in self.in_flight if group.done][:count]
+        left = [group for group in self.in_flight if group not in chosen]
+        # The others are trained on `count` a step from the next one on, the oldest first.
+        oldest = version - self.config.rollout.max_staleness
+        in_time = all(group.version > oldest + at // count for at, group in enumerate(left))
+        return chosen if len(chosen) == count and in_time else None
+
     def kept(self) -> list[dict[str, Any]]:
-        """What this process has in flight from before the step under way, which is done again, as records."""
-        held = [*self.taken, *self.in_flight.groups]
+        """Return as records what is in flight from before the step under way, which is done again."""
+        held = [*self.taken, *self.in_flight]
         return [group.to_record() for group in held if group.number < self.settled]
 
     def restore(self, position: int, records: Sequence[Mapping[str, Any]], version: int) -> None:
@@ -184,11 +202,16 @@ class Rollouts:
         self.batches = len(records) // count
         for start in range(0, len(records), count):
             batch = records[start : start + count][self.workers.rank :: self.workers.count]
-            self.in_flight.begin([OpenGroup.from_record(record) for record in batch])
+            self._roll_out([OpenGroup.from_record(record) for record in batch])
 
     async def close(self) -> None:
         """End what is under way, and forget it."""
-        await self.in_flight.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
+        self.in_flight, self._failure = [], None
         self.taken, self.batches = [], 0
 
     def _check_failures(self, groups: Sequence[Group], broken: str | None) -> None:
@@ -218,7 +241,7 @@ class Rollouts:
 
 
 def draw_question(questions: Sequence[Question], number: int, seed: int) -> Question:
-    """The number-th question of a run: a new order every epoch, which depends on the seed alone."""
+    """Return the number-th question of a run: a new order every epoch, which depends on the seed alone."""
     epoch, index = divmod(number, len(questions))
     return questions[_order(len(questions), f"{seed}/{epoch}")[index]]
 
@@ -226,47 +249,3 @@ def draw_question(questions: Sequence[Question], number: int, seed: int) -> Ques
 @lru_cache(maxsize=4)
 def _order(count: int, key: str) -> list[int]:
     return random.Random(key).sample(range(count), count)
-
-
-def totals_of(groups: Sequence[Group]) -> Totals:
-    """What the trajectories of a step did and earned, to be averaged over all processes."""
-    pairs = [pair for g in groups for pair in zip(g.trajectories, g.rewards, strict=True)]
-    trajectories = [t for t, _ in pairs]
-
-    def average(values: Sequence[float]) -> tuple[float, float]:
-        return float(sum(values)), float(len(values))
-
-    shown = any(t.pictures for t in trajectories)
-    stops = Counter(t.stop_reason for t in trajectories)
-    scored = [reward for _, reward in pairs if not reward.error]
-    right = [t for t in trajectories if exact_match(t.answer, t.question.gold_answers)]
-    names = scored[0].parts if scored else ()
-    return {
-        "reward/mean": average([r.total for r in scored]),
-        "reward/group_std": average([pstdev([r.total for r in g.rewards]) for g in groups]),
-        **{f"reward/{name}": average([r.parts[name] for r in scored]) for name in names},
-        "rollout/zero_variance_groups": average([g.flat for g in groups]),
-        "rollout/em": (float(len(right)), float(len(trajectories))),
-        "rollout/searches": average([len(t.searches) for t in trajectories]),
-        "rollout/valid_format": average([t.valid_format for t in trajectories]),
-        "rollout/invalid_actions": average([t.invalid_actions for t in trajectories]),
-        "rollout/policy_tokens": average([sum(t.loss_mask) for t in trajectories]),
-        "rollout/total_tokens": average([len(t.token_ids) for t in trajectories]),
-        **({"rollout/pictures": average([len(t.pictures) for t in trajectories])} if shown else {}),
-        **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
-        "policy/correct_logprob": average([logprob for t in right for logprob in _written(t)]),
-    }
-
-
-def _written(trajectory: Trajectory) -> list[float]:
-    """The sampler's log-probs of the tokens that the policy sampled."""
-    return [logprob for logprob in trajectory.logprobs if logprob is not None]
-
-
-def averages(parts: Sequence[Totals]) -> dict[str, float]:
-    """The metrics of all processes as one; what nobody measured is left out."""
-    sums: dict[str, list[float]] = {}
-    for part in parts:
-        for name, pair in part.items():
-            sums[name] = [a + b for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
-    return {name: value / weight for name, (value, weight) in sums.items() if weight}

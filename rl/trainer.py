@@ -35,9 +35,10 @@ from data.run_dir import RunDir, read_metrics
 from rl.algorithm.rewards import combine
 from rl.config import TrainConfig
 from rl.diagnosis import WINDOW, find_obstacle
+from rl.groups import Collected, Totals, averages
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
-from rl.rollouts import Collected, Rollouts, Totals, averages
+from rl.rollouts import Rollouts
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
 
@@ -122,8 +123,14 @@ class Trainer:
         started = time.monotonic()
         collected = await self.rollouts.collect(self.step)
         rollout_seconds = time.monotonic() - started
+
+        def update() -> Totals:
+            learned = self.learner.learn(collected, self.step)
+            self.step += 1  # also where the run is interrupted meanwhile
+            return learned
+
         with self.bar("updating the policy"):
-            learned = await self._learn(collected)
+            learned = await self._beside_rollouts(update)
         if self.config.keep_rollouts_every and self.step % self.config.keep_rollouts_every == 0:
             self._keep(collected)
         synced = await self.sync.update(self.step)
@@ -141,33 +148,30 @@ class Trainer:
         }
         if self.run_dir is not None:
             self.run_dir.log(self.step, metrics)
-        await self._heed(metrics)
+        await self._apply_alarm(metrics)
 
-    async def _learn(self, collected: Collected) -> Totals:
-        """The update after which this is the next step.
+    async def _beside_rollouts(self, update: Callable[[], Totals]) -> Totals:
+        """Do the update in a thread, while asynchronous rollouts go on; to its end, if it is interrupted.
 
-        An engine that shares the model stands still meanwhile, with the event loop. Beside one that does
-        not, asynchronous rollouts go on, and an update that is interrupted is brought to its end.
+        An engine that shares the model stands still meanwhile, with the event loop.
         """
 
-        def learn() -> Totals:
+        def on_device() -> Totals:
             device = self.learner.model.device  # a thread has a current CUDA device of its own
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                learned = self.learner.learn(collected, self.step)
-            self.step += 1
-            return learned
+                return update()
 
         if not self.config.rollout.max_staleness or self.agent.engine.shares_model:
-            return learn()
-        update = asyncio.ensure_future(asyncio.to_thread(learn))
+            return on_device()
+        updating = asyncio.ensure_future(asyncio.to_thread(on_device))
         try:
-            return await asyncio.shield(update)
+            return await asyncio.shield(updating)
         except asyncio.CancelledError:
-            await update
+            await updating
             raise
 
     def _keep(self, collected: Collected) -> None:
-        """What this step learned from, without its tokens: read it, or see which generations answered."""
+        """Write the trajectories of this step to disk, without their tokens."""
         rows = [
             {**to_record(trajectory, tokens=False), "reward": reward.total, "group": group.number}
             for group in collected.groups
@@ -175,7 +179,7 @@ class Trainer:
         ]
         write_jsonl(self.path / "rollouts" / f"step-{self.step:06d}-{self.workers.rank}.jsonl", rows)
 
-    async def _heed(self, metrics: dict[str, float]) -> None:
+    async def _apply_alarm(self, metrics: dict[str, float]) -> None:
         """Warn, stop or go back where the sentinel sees a collapse; the leading process decides."""
         if self.workers.leads:
             self._say_obstacle(metrics)

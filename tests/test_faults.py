@@ -23,7 +23,7 @@ from data.errors import StorageError
 from data.jsonl import write_jsonl
 from data.run_dir import read_metrics, read_run
 from rl.config import ProtocolConfig, RolloutConfig
-from rl.learner.update import Updater
+from rl.learner.learner import Learner
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.retriever_server.running import running_server, start_server
@@ -35,14 +35,14 @@ PATIENCE_SECONDS = 60
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Every trajectory that reaches the updater."""
-    seen, update = [], Updater.update
+    """Every trajectory that reaches the learner."""
+    seen, update = [], Learner.learn
 
-    def spy(self, groups, *rest):
-        seen.extend(trajectory for group in groups for trajectory in group.trajectories)
-        return update(self, groups, *rest)
+    def spy(self, collected, step):
+        seen.extend(trajectory for group in collected.groups for trajectory in group.trajectories)
+        return update(self, collected, step)
 
-    monkeypatch.setattr(Updater, "update", spy)
+    monkeypatch.setattr(Learner, "learn", spy)
     return seen
 
 

@@ -1,21 +1,25 @@
-"""Advantages: what the rewards say about each token. Pure functions of ragged tensors, one table.
+"""Advantages of tokens, from rewards: pure functions of ragged tensors, and the table of their names.
 
 Everything per token is flat (N,): the policy tokens of all trajectories, one trajectory after another.
-Observation tokens are in none of it, so no value, discount or mean can pass through them.
+Observation tokens are in none of it, so no value, discount or mean can pass through them. A new advantage is
+a function here and a line of the table: the configuration takes its names from there. Torch is not imported
+on loading, for the configuration's sake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Episodes:
+class RewardBatch:
     """The rewards of a batch of trajectories; those of one question are neighbours."""
 
     rewards: Tensor  # (N,) of each policy token
@@ -28,90 +32,71 @@ class Episodes:
     @property
     def row(self) -> Tensor:
         """Which trajectory each token belongs to (N,)."""
-        return torch.arange(self.counts.numel(), device=self.counts.device).repeat_interleave(self.counts)
+        return self.counts.new_tensor(range(len(self.counts))).repeat_interleave(self.counts)
 
 
-def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence[Sequence[int]]) -> Tensor:
-    """Rewards by token (N,): each turn's on the last policy token of the turn.
-
-    Both have one entry a turn of each trajectory: its reward, and how many policy tokens it has. The
-    reward of a turn without any goes to the token before it; where there is none, to the next turn's.
-    [[.2, 1]], [[2, 3]] -> [0, .2, 0, 0, 1]
-    """
-    flat: list[float] = []
-    for rewards, lengths in zip(turn_rewards, turn_tokens, strict=True):
-        first, waiting = len(flat), 0.0
-        for reward, length in zip(rewards, lengths, strict=True):
-            flat += [0.0] * length
-            waiting += reward
-            if len(flat) > first:
-                flat[-1] += waiting
-                waiting = 0.0
-    return torch.tensor(flat)
-
-
-def gae(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def gae(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation over policy tokens (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     The step after a policy token is the next *policy* token, however long the observation between them;
     after the last, the value is 0. Advantage + value is the critic's target.
     """
-    values = episodes.values
+    values = batch.values
     if values is None:
         raise ValueError("advantage gae needs the critic's values")
     following = values.roll(-1)
-    following[(episodes.counts.cumsum(0) - 1)[episodes.counts > 0]] = 0
-    deltas = episodes.rewards + gamma * following - values
-    return _returns_to_go(deltas, episodes.counts, gamma * gae_lambda)
+    following[(batch.counts.cumsum(0) - 1)[batch.counts > 0]] = 0
+    deltas = batch.rewards + gamma * following - values
+    return _returns_to_go(deltas, batch.counts, gamma * gae_lambda)
 
 
-def reinforce_pp(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def reinforce_pp(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """Return from each token on (REINFORCE++, Hu et al. 2025, arXiv 2501.03262). Whiten it after."""
-    return _returns_to_go(episodes.rewards, episodes.counts, gamma)
+    return _returns_to_go(batch.rewards, batch.counts, gamma)
 
 
-def grpo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def grpo(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """A trajectory's return against its group's mean, over the group's spread, for all its tokens (Shao et
     al. 2024, arXiv 2402.03300, section 4.1.2).   [1, 0, 0, 1] -> [.866, -.866, -.866, .866]
 
     The spread is the sample standard deviation + 1e-4, as in TRL; a group of equal returns gives
     exactly 0. Trajectories without policy tokens are not in the mean.
     """
-    return _by_trajectory(episodes, _scale)
+    return _by_trajectory(batch, _scale)
 
 
-def centred(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def centred(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """A trajectory's return less its group's mean: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.2)
     and, whitened after, REINFORCE++-baseline (2501.03262).   [1, 0, 0, 1] -> [.5, -.5, -.5, .5]
     """
-    return _by_trajectory(episodes, lambda differences, count: differences)
+    return _by_trajectory(batch, lambda differences, count: differences)
 
 
-def rloo(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def rloo(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """A trajectory's return less the mean of the others' (Ahmadian et al. 2024, arXiv 2402.14740):
     G / (G - 1) times that from the whole group's.   [1, 0, 0, 1] -> [.667, -.667, -.667, .667]
     """
-    return _by_trajectory(episodes, lambda differences, count: differences * count / (count - 1).clamp(min=1))
+    return _by_trajectory(batch, lambda differences, count: differences * count / (count - 1).clamp(min=1))
 
 
-def turn(episodes: Episodes, gamma: float, gae_lambda: float) -> Tensor:
+def turn(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     """The return from a turn on against the group's at the same turn, over its spread; for all its tokens.
 
     A variant of MT-GRPO (Zeng et al. 2025, arXiv 2505.11821) for any number of turns: it normalises, as
     grpo does, the sum of the rewards of the turn and the later ones, discounted by gamma a turn, over
     those of the group that got as far. With a reward at the end only and gamma 1 it is grpo a turn.
     """
-    row, turns = episodes.row, episodes.turns
-    shape = (episodes.counts.numel(), int(turns.max()) + 1 if turns.numel() else 1)
-    rewards = episodes.rewards.new_zeros(shape).index_put((row, turns), episodes.rewards, accumulate=True)
-    present = torch.zeros(shape, dtype=torch.bool, device=row.device)
+    row, turns = batch.row, batch.turns
+    shape = (batch.counts.numel(), int(turns.max()) + 1 if turns.numel() else 1)
+    rewards = batch.rewards.new_zeros(shape).index_put((row, turns), batch.rewards, accumulate=True)
+    present = rewards.new_zeros(shape).bool()
     present[row, turns] = True
-    from_end = accumulate(rewards.flip(1).unbind(1), lambda later, now: now + gamma * later)
-    returns = torch.stack(list(from_end), 1).flip(1)  # (B, turns)
-    return _against_group(returns, present, episodes.group_size, _scale)[row, turns]
+    for at in reversed(range(shape[1] - 1)):
+        rewards[:, at] += gamma * rewards[:, at + 1]  # from now on the return (B, turns)
+    return _against_group(rewards, present, batch.group_size, _scale)[row, turns]
 
 
-ADVANTAGES: dict[str, Callable[[Episodes, float, float], Tensor]] = {
+ADVANTAGES: dict[str, Callable[[RewardBatch, float, float], Tensor]] = {
     "gae": gae,
     "grpo": grpo,
     "dr_grpo": centred,
@@ -120,19 +105,10 @@ ADVANTAGES: dict[str, Callable[[Episodes, float, float], Tensor]] = {
     "reinforce_pp_baseline": centred,
     "turn": turn,
 }
-"""(episodes, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
-
-
-def whiten(advantages: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """Advantages (N,) with mean 0 and standard deviation 1 over the tokens of all processes.
-
-    total: adds up a small tensor over the processes; every process calls it once, whatever its N.
-    """
-    exact = advantages.double()
-    count, first, second = total(torch.stack([(exact**power).sum() for power in range(3)]))
-    mean = first / count.clamp(min=1)
-    variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
-    return ((exact - mean) * (variance + 1e-8).rsqrt()).to(advantages.dtype)
+"""(batch, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
+WITH_CRITIC = {"gae"}
+WITHOUT_GROUPS = {"gae", "reinforce_pp"}
+"""Those that do not compare a trajectory with others of its question."""
 
 
 def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:
@@ -144,11 +120,11 @@ def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:
     return rewards.new_tensor(flat)
 
 
-def _by_trajectory(episodes: Episodes, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    returns = episodes.rewards.new_zeros(episodes.counts.numel())
-    returns = returns.index_add(0, episodes.row, episodes.rewards)[:, None]
-    present = episodes.counts[:, None] > 0
-    return _against_group(returns, present, episodes.group_size, scale)[episodes.row, 0]
+def _by_trajectory(batch: RewardBatch, scale: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    returns = batch.rewards.new_zeros(batch.counts.numel())
+    returns = returns.index_add(0, batch.row, batch.rewards)[:, None]
+    present = batch.counts[:, None] > 0
+    return _against_group(returns, present, batch.group_size, scale)[batch.row, 0]
 
 
 def _against_group(
@@ -165,8 +141,8 @@ def _against_group(
     count = (~absent).sum(1, keepdim=True)
     mean = groups.masked_fill(absent, 0).sum(1, keepdim=True) / count.clamp(min=1)
     # Equal returns that no float holds exactly have a mean a little off: their difference is noise.
-    highest = groups.masked_fill(absent, -torch.inf).amax(1, keepdim=True)
-    lowest = groups.masked_fill(absent, torch.inf).amin(1, keepdim=True)
+    highest = groups.masked_fill(absent, -math.inf).amax(1, keepdim=True)
+    lowest = groups.masked_fill(absent, math.inf).amin(1, keepdim=True)
     differences = (groups - mean).masked_fill(absent | (highest == lowest), 0)
     return scale(differences, count).view_as(returns)
 

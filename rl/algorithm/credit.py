@@ -1,4 +1,4 @@
-"""What each token of a step is credited with: rewards put on turns, less KL, turned into advantages.
+"""Credit assignment: rewards put on turns, less KL, turned into advantages of tokens.
 
 Everything per token is ragged: the trained tokens of one trajectory after those of another. What the
 prompt and the observations hold is in none of these tensors.
@@ -6,7 +6,7 @@ prompt and the observations hold is in none of these tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from agent.trajectory import SegmentKind, Trajectory
-from rl.algorithm.advantages import ADVANTAGES, Episodes, place_rewards, whiten
+from rl.algorithm.advantages import ADVANTAGES, RewardBatch
 from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
     from rl.config import TrainConfig
+    from rl.groups import Group, Totals
     from rl.learner.workers import Workers
-    from rl.rollouts import Group, Totals
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """This process's groups of a step, and what is known of their trained tokens."""
 
     groups: Sequence[Group]
@@ -50,7 +50,9 @@ class Batch:
         return [row for row, group in enumerate(numbers) if group * parts // count == number]
 
 
-def credit(batch: Batch, config: TrainConfig, workers: Workers, token_limit: int) -> Totals:
+def assign_advantages(
+    batch: TrainingBatch, config: TrainConfig, workers: Workers, token_limit: int
+) -> Totals:
     """Add the batch's advantages, and with a critic the returns that it should have foreseen.
 
     token_limit: the most tokens that a policy may write in a trajectory. Returns metrics.
@@ -74,10 +76,10 @@ def credit(batch: Batch, config: TrainConfig, workers: Workers, token_limit: int
         rewards = rewards - algorithm.kl_coefficient * kl
     values = batch.joined("values") if "values" in batch.columns else None
     turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]
-    episodes = Episodes(
+    earned = RewardBatch(
         rewards, counts, torch.tensor(turns, dtype=torch.long), config.rollout.group_size, values
     )
-    advantages = ADVANTAGES[algorithm.advantage](episodes, algorithm.gamma, algorithm.gae_lambda)
+    advantages = ADVANTAGES[algorithm.advantage](earned, algorithm.gamma, algorithm.gae_lambda)
     if values is not None:
         returns, size = advantages + values, len(values)
         batch.columns["returns"] = list(returns.split(counts.tolist()))
@@ -86,6 +88,37 @@ def credit(batch: Batch, config: TrainConfig, workers: Workers, token_limit: int
         advantages = whiten(advantages, workers.sum)
     batch.columns["advantages"] = list(advantages.split(counts.tolist()))
     return totals
+
+
+def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Rewards by token (N,): each turn's on the last policy token of the turn.
+
+    Both have one entry a turn of each trajectory: its reward, and how many policy tokens it has. The
+    reward of a turn without any goes to the token before it; where there is none, to the next turn's.
+    [[.2, 1]], [[2, 3]] -> [0, .2, 0, 0, 1]
+    """
+    flat: list[float] = []
+    for rewards, lengths in zip(turn_rewards, turn_tokens, strict=True):
+        first, waiting = len(flat), 0.0
+        for reward, length in zip(rewards, lengths, strict=True):
+            flat += [0.0] * length
+            waiting += reward
+            if len(flat) > first:
+                flat[-1] += waiting
+                waiting = 0.0
+    return torch.tensor(flat)
+
+
+def whiten(advantages: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Advantages (N,) with mean 0 and standard deviation 1 over the tokens of all processes.
+
+    total: adds up a small tensor over the processes; every process calls it once, whatever its N.
+    """
+    exact = advantages.double()
+    count, first, second = total(torch.stack([(exact**power).sum() for power in range(3)]))
+    mean = first / count.clamp(min=1)
+    variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
+    return ((exact - mean) * (variance + 1e-8).rsqrt()).to(advantages.dtype)
 
 
 def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:

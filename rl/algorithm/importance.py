@@ -8,16 +8,16 @@ other: below temperature 1 it is what many sampled tokens have.
 from __future__ import annotations
 
 import math
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from rl.algorithm.losses import MAX_LOG_RATIO
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def sampler_weights(
-    kind: Literal["none", "token", "sequence"],
+    kind: str,
     cap: float,
     old_logprobs: Tensor,
     sampler_logprobs: Tensor,
@@ -39,10 +39,10 @@ def sampler_weights(
     if kind == "token":
         return log_ratio.exp().clamp(max=cap)
     if kind == "sequence":
-        size = torch.bincount(row).numel()
+        size = row.bincount().numel()
         summed = log_ratio.new_zeros(size).index_add(0, row, log_ratio)
         return (summed.abs() <= math.log(cap)).to(log_ratio.dtype)[row]
-    return torch.ones_like(log_ratio)
+    return log_ratio.new_ones(log_ratio.shape)
 
 
 def mismatch(

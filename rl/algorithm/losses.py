@@ -1,17 +1,21 @@
 """The losses, token by token: surrogates, KL estimates, the weights that average them, the critic's.
 
-Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one trajectory after another.
+Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one trajectory after another. A new
+surrogate or estimate is a function here and a line of its table: the configuration takes its names from
+there. Torch is not imported on loading, for the configuration's sake.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rl.algorithm.presets import AlgorithmConfig, Averaging
+Averaging = Literal["token", "trajectory", "constant"]
 
 MAX_LOG_RATIO = 20.0
 """Beyond it, up or down, the log-ratio of a token counts as the bound and has no gradient, as in verl: its
@@ -47,13 +51,26 @@ class PolicyTokens:
     @property
     def sequence_log_ratio(self) -> Tensor:
         """The mean of its trajectory's log-ratios, for each token (N,); no gradient."""
-        counts = torch.bincount(self.row).clamp(min=1)
+        counts = self.row.bincount().clamp(min=1)
         difference = (self.logprobs - self.old_logprobs).detach()
         means = difference.new_zeros(counts.numel()).index_add(0, self.row, difference) / counts
         return means[self.row]
 
 
-def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+class Clipping(Protocol):
+    """The fields of `AlgorithmConfig` that a surrogate reads."""
+
+    @property
+    def surrogate(self) -> str: ...
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+    @property
+    def dual_clip(self) -> float: ...
+
+
+def ppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimised.
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); the two bounds apart as in DAPO (arXiv 2503.14476,
@@ -62,12 +79,12 @@ def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return _clipped(tokens.ratio, tokens.advantages, algorithm)
 
 
-def gspo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def gspo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """The clipped surrogate with one ratio a trajectory, the geometric mean of its tokens' (GSPO)."""
     return _clipped(tokens.sequence_ratio, tokens.advantages, algorithm)
 
 
-def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def cispo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """-sg(min(r, 1 + clip_high)) A log p: the clip bounds the weight but cuts no token's gradient.
 
     MiniMax 2025, arXiv 2506.13585, eq. 4, with no lower bound, as they ran it; `clip_low` is not read.
@@ -75,7 +92,7 @@ def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -tokens.ratio.detach().clamp(max=1 + algorithm.clip_high) * tokens.advantages * tokens.logprobs
 
 
-def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def reinforce(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """-sg(r) A log p: REINFORCE (Williams 1992), each token weighted by its ratio when off-policy.
 
     Its gradient is that of -r A, the surrogate without a clip; its value means nothing.
@@ -83,7 +100,7 @@ def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -tokens.ratio.detach() * tokens.advantages * tokens.logprobs
 
 
-SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
+SURROGATES: dict[str, Callable[[PolicyTokens, Clipping], Tensor]] = {
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
@@ -92,30 +109,28 @@ SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
 """(tokens, algorithm) -> loss of each token (N,)."""
 
 
-def clip_fraction(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def clip_fraction(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """Share of tokens () whose gradient the clip cuts off (ppo, gspo) or whose weight it lowers (cispo).
 
     0 without tokens, and for reinforce, which has no clip.
     """
-    with torch.no_grad():
-        ratio = tokens.sequence_ratio if algorithm.surrogate == "gspo" else tokens.ratio
-        high, low = ratio > 1 + algorithm.clip_high, ratio < 1 - algorithm.clip_low
-        if algorithm.surrogate == "cispo":
-            cut = high
-        elif algorithm.surrogate == "reinforce":
-            cut = torch.zeros_like(high)
-        else:
-            low |= ratio > (algorithm.dual_clip or torch.inf)
-            cut = torch.where(tokens.advantages > 0, high, low) & (tokens.advantages != 0)
-        return cut.float().sum() / max(1, cut.numel())
+    ratio = (tokens.sequence_ratio if algorithm.surrogate == "gspo" else tokens.ratio).detach()
+    high, low = ratio > 1 + algorithm.clip_high, ratio < 1 - algorithm.clip_low
+    if algorithm.surrogate == "cispo":
+        cut = high
+    elif algorithm.surrogate == "reinforce":
+        cut = high & False
+    else:
+        low |= ratio > (algorithm.dual_clip or math.inf)
+        cut = high.where(tokens.advantages > 0, low) & (tokens.advantages != 0)
+    return cut.float().sum() / max(1, cut.numel())
 
 
-def clamped(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> int:
-    """How many tokens have a log-ratio beyond the bound."""
-    with torch.no_grad():
-        if algorithm.surrogate == "gspo":
-            return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
-        return int(((tokens.logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO).sum())
+def clamped(tokens: PolicyTokens, algorithm: Clipping) -> int:
+    """Count the tokens whose log-ratio is beyond the bound."""
+    if algorithm.surrogate == "gspo":
+        return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
+    return int(((tokens.logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO).sum())
 
 
 def token_weights(
@@ -132,7 +147,7 @@ def token_weights(
         each = 1 / (counts.clamp(min=1) * max(1, total_trajectories))
     else:
         divisor = total_tokens if averaging == "token" else total_trajectories * constant_tokens
-        each = torch.full(counts.shape, 1 / max(1, divisor), device=counts.device)
+        each = counts.float().new_full(counts.shape, 1 / max(1, divisor))
     return each.repeat_interleave(counts)
 
 
@@ -153,7 +168,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_clamped(estimator: str, logprobs: Tensor, ref_logprobs: Tensor) -> int:
-    """How many tokens have a log-ratio beyond the bound of the estimator."""
+    """Count the tokens whose log-ratio is beyond the bound of the estimator."""
     return int(((logprobs - ref_logprobs).abs() > MAX_LOG_RATIO).sum()) if estimator == "k3" else 0
 
 
@@ -171,7 +186,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     error = (values - returns) ** 2
     if clip:
         near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns) ** 2)
+        error = error.maximum((near - returns) ** 2)
     return 0.5 * error
 
 
@@ -184,8 +199,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+def _clipped(ratio: Tensor, advantages: Tensor, algorithm: Clipping) -> Tensor:
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     if algorithm.dual_clip:
         ratio = ratio.clamp(max=algorithm.dual_clip)  # beyond 1 + clip_high: matters where A < 0 alone
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    return -(ratio * advantages).minimum(clipped * advantages)

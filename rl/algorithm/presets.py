@@ -1,4 +1,4 @@
-"""Which algorithm trains: fields that combine freely, and the presets that name the known combinations.
+"""The settings of the algorithm, which combine freely, and the presets that name the known combinations.
 
 advantage x surrogate x averaging x KL; the functions themselves are in advantages.py and losses.py.
 """
@@ -6,13 +6,18 @@ advantage x surrogate x averaging x KL; the functions themselves are in advantag
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from data.errors import require
+from data.errors import require, require_range
+from rl.algorithm.advantages import ADVANTAGES, WITH_CRITIC, WITHOUT_GROUPS
+from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, Averaging
 
-Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "turn"]
-Surrogate = Literal["ppo", "gspo", "cispo", "reinforce"]
-Averaging = Literal["token", "trajectory", "constant"]
+if TYPE_CHECKING:
+    Advantage = Surrogate = Estimator = str
+else:  # the names that the tables have
+    Advantage, Surrogate, Estimator = (
+        Literal[tuple(table)] for table in (ADVANTAGES, SURROGATES, KL_ESTIMATORS)
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class AlgorithmConfig:
     """Optimiser updates a batch of trajectories, each on its share of them; 1 is on-policy."""
     kl_coefficient: float = 0.0
     """Weight of the KL divergence from the starting policy; 0 loads no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Estimator = "k3"
     """Schulman's estimators: k1 unbiased, k2 half the square, k3 never negative."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Add it to the loss, or take it off the reward of each token."""
@@ -76,39 +81,27 @@ class AlgorithmConfig:
     """Share of the policy's tokens, the last, over which the reward falls to -1 (DAPO); 0: off."""
 
     def __post_init__(self) -> None:
-        positive = ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high")
-        for name in positive:
-            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "> 0")
-        for name in (
-            "warmup_steps",
-            "critic_warmup_steps",
-            "critic_only_steps",
-            "weight_decay",
-            "averaging_tokens",
-            "kl_coefficient",
-            "entropy_coefficient",
-            "value_clip",
-            "dynamic_sampling_rounds",
-        ):
-            require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), ">= 0")
-        for name in ("gamma", "gae_lambda", "overlong_buffer"):
-            require(0 <= getattr(self, name) <= 1, f"algorithm.{name}", getattr(self, name), "in [0, 1]")
-        require(self.importance_cap >= 1, "algorithm.importance_cap", self.importance_cap, ">= 1")
-        require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
+        require_range(
+            self, "algorithm.", "> 0", "learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high"
+        )
+        at_least_0 = ("warmup_steps", "critic_warmup_steps", "critic_only_steps", "weight_decay")
+        at_least_0 += ("averaging_tokens", "kl_coefficient", "entropy_coefficient", "value_clip")
+        require_range(self, "algorithm.", ">= 0", *at_least_0, "dynamic_sampling_rounds")
+        require_range(self, "algorithm.", "in [0, 1]", "gamma", "gae_lambda", "overlong_buffer")
+        require_range(self, "algorithm.", "in (0, 1)", "clip_low")
+        require_range(self, "algorithm.", ">= 1", "importance_cap", "updates_per_rollout")
         dual = self.dual_clip
         require(dual == 0 or dual > 1 + self.clip_high, "algorithm.dual_clip", dual, "0 or > 1 + clip_high")
-        updates = self.updates_per_rollout
-        require(updates >= 1, "algorithm.updates_per_rollout", updates, ">= 1")
 
     @property
     def needs_critic(self) -> bool:
         """Whether values are learned beside the policy."""
-        return self.advantage == "gae"
+        return self.advantage in WITH_CRITIC
 
     @property
     def needs_groups(self) -> bool:
         """Whether a trajectory is compared with others of its question."""
-        return self.advantage not in ("gae", "reinforce_pp") or self.dynamic_sampling_rounds > 0
+        return self.advantage not in WITHOUT_GROUPS or self.dynamic_sampling_rounds > 0
 
 
 RECIPE_FIELDS = (
@@ -120,7 +113,7 @@ RECIPE_FIELDS = (
     "critic_warmup_steps",
     "critic_only_steps",
 )
-"""What no preset sets: it depends on the model and the data, not on the algorithm."""
+"""No preset sets these: they depend on the model and the data, not on the algorithm."""
 
 _SEARCH_R1 = {"kl_coefficient": 0.001, "entropy_coefficient": 0.001, "updates_per_rollout": 2}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +22,7 @@ from data.plugins import find_plugin
 from data.records import Question
 from rl.algorithm.judge import Judge, Verdict
 from rl.config import JudgeConfig
+from rl.groups import Reward
 from rl.search_r1_scorer import search_r1_legacy, search_r1_legacy_format
 
 RewardFunction = Callable[[Trajectory], float | list[float]]
@@ -32,23 +32,6 @@ _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
 """Where a question's metadata may name its gold passages, and by what; the first that is there counts.
 `entities` is how the embedded world names them."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What a trajectory earned."""
-
-    turns: list[float]
-    """Weighted, one a policy turn; what is paid for the outcome is on the last."""
-    parts: dict[str, float]
-    """By name, summed over the turns, without its weight; what failed is not among them."""
-    error: str | None = None
-    """What failed; the trajectory then stays out of the loss."""
-
-    @property
-    def total(self) -> float:
-        """The weighted sum."""
-        return sum(self.turns)
 
 
 def no_answer(trajectory: Trajectory) -> float:

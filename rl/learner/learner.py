@@ -1,5 +1,9 @@
-"""What training changes, in one place: the policy, its adapters, the critic, their optimisers; and all of
-it on disk as plain safetensors.
+"""A policy in training: the policy, its adapters, the critic, their optimisers; one step; all of it on disk.
+
+Rewarded groups in, one or more optimiser updates out, for the policy and, with PPO, its critic. A loss is
+averaged over the *global* batch, however it is cut into micro-batches and processes. Trajectories whose
+advantages are zero have no gradient without a KL or entropy term: they are not fed through the model, but
+they stay in the denominator.
 
 checkpoint/
   model.safetensors, config.json, ...   the policy as anybody loads it, adapters merged
@@ -10,8 +14,10 @@ checkpoint/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +27,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from agent.vision import text_trunk
 from data.errors import ConfigError
+from data.records import Question
+from rl.algorithm.credit import TrainingBatch, assign_advantages
+from rl.algorithm.losses import token_weights, value_loss
+from rl.algorithm.policy_loss import ScoredTokens, policy_loss
+from rl.groups import add_total
+from rl.learner.batch import MicroBatch, micro_batches
 from rl.learner.critic import Critic
 from rl.learner.logprobs import Scorer
 from rl.learner.lora import (
@@ -33,20 +46,30 @@ from rl.learner.lora import (
     merged_state,
     scaled_adapter_state,
     training_dropout,
+    without_adapters,
 )
 from rl.learner.optimizer import Optimizer
 from rl.learner.packing import check_packing
-from rl.learner.update import Updater
 from rl.learner.workers import Workers, gather, shard, whole
 
 if TYPE_CHECKING:
     from agent.policy import Policy
     from agent.protocol import Protocol
     from rl.config import TrainConfig
-    from rl.rollouts import Collected, Totals
+    from rl.groups import Collected, Totals
+
+logger = logging.getLogger(__name__)
 
 Snapshot = dict[str, dict[str, Tensor]]
 """Full tensors by part and name."""
+Measure = Callable[[MicroBatch], Tensor]
+"""A number for each trained token of a micro-batch (N,)."""
+_NOTHING = Trajectory(
+    Question("nothing", "", ()),
+    [Segment(SegmentKind.PROMPT, [0], ""), Segment(SegmentKind.POLICY, [0], "", [None])],
+    StopReason.ANSWERED,
+)
+"""Fed where a process has less to do than another, for its part in sharing out the weights."""
 
 
 class Learner:
@@ -60,9 +83,11 @@ class Learner:
         workers: Workers,
         reference: Policy | None = None,
     ) -> None:
+        """reference: the policy to stay near, where that is not this one without its adapters."""
         self.policy, self.config, self.protocol, self.workers = policy, config, protocol, workers
         self.model: PreTrainedModel = policy.model
-        vision = policy.vision
+        self.token_limit = (protocol.max_turns + 1) * protocol.max_response_tokens
+        vision, algorithm = policy.vision, config.algorithm
         self.sharded = workers.count > 1 and config.sharding == "fsdp"
         if self.sharded and vision:  # a process that was shown no picture would hold up the others
             raise ConfigError("sharding = 'fsdp': not with a policy that reads pictures; allowed: none")
@@ -71,27 +96,17 @@ class Learner:
         add_lora(self.model, config.lora, config.seed)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.critic = Critic.from_policy(self.model, vision) if config.algorithm.needs_critic else None
+        self.critic = Critic.from_policy(self.model, vision) if algorithm.needs_critic else None
         self.scorer = Scorer(self.model, config.rollout, vision=vision)
         near = reference and Scorer(reference.model, config.rollout, vision=vision)
-        kept_near = self.scorer if config.lora.rank else near
+        near = self.scorer if config.lora.rank else near
         if self.sharded:
-            for module in {self.scorer, self.critic, kept_near} - {None}:
+            for module in {self.scorer, self.critic, near} - {None}:
                 _shard(module, config.dtype)
-        algorithm = config.algorithm
+        self.reference = near if algorithm.kl_coefficient else None
         self.optimizer = Optimizer(self.model, algorithm, algorithm.learning_rate, algorithm.warmup_steps)
         self.critic_optimizer = self.critic and Optimizer(
             self.critic, algorithm, algorithm.critic_learning_rate, algorithm.critic_warmup_steps
-        )
-        self.updater = Updater(
-            self.scorer,
-            self.optimizer,
-            config,
-            workers,
-            (kept_near or None) if config.algorithm.kl_coefficient else None,
-            self.critic,
-            self.critic_optimizer,
-            (protocol.max_turns + 1) * protocol.max_response_tokens,
         )
 
     @property
@@ -104,12 +119,129 @@ class Learner:
         """Update on what was collected for the step after `step`; nothing changes where that is nothing."""
         if not collected.count:
             return {}
+        algorithm, batch = self.config.algorithm, TrainingBatch(collected.groups, self.model.device)
         torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # of LoRA's dropout
-        with ExitStack() as stack:
-            stack.enter_context(training_dropout(self.model))
-            for module in (self.model, self.critic) if self.critic else (self.model,):
-                stack.enter_context(_recomputing(module))
-            return self.updater.update(collected.groups, collected.count, step)
+        with training_dropout(self.model), _recomputing(self.model), _recomputing(self.critic):
+            self._score(batch)
+            totals = assign_advantages(batch, self.config, self.workers, self.token_limit)
+            for part in range(algorithm.updates_per_rollout):
+                rows = batch.part(part, algorithm.updates_per_rollout, collected.count)
+                if self.critic is None or step >= algorithm.critic_only_steps:
+                    self._update_policy(batch, rows, totals)
+                if self.critic is not None:
+                    self._update_critic(self.critic, batch, rows, totals)
+        for name in ("policy/clamped_fraction", "policy/kl_clamped_fraction"):
+            beyond, tokens = totals.get(name, (0.0, 0.0))
+            if beyond:
+                logger.warning("%d of %d tokens have a log-ratio beyond its bound (%s)", beyond, tokens, name)
+        return totals
+
+    @torch.no_grad()
+    def _score(self, batch: TrainingBatch) -> None:
+        """Add what must be known of the batch before the first update changes the policy."""
+        algorithm, reference = self.config.algorithm, self.reference
+        if algorithm.updates_per_rollout > 1 or (reference and algorithm.kl_in == "reward"):
+            batch.columns["old"] = self._measured(batch, self._logprobs)
+        if reference is not None:
+            with without_adapters(reference.model) if self.config.lora.rank else nullcontext():
+                batch.columns["reference"] = self._measured(batch, lambda each: reference(each).logprobs)
+        if self.critic is not None:
+            batch.columns["values"] = self._measured(batch, self.critic)
+
+    def _measured(self, batch: TrainingBatch, measure: Measure) -> list[Tensor]:
+        """Return one tensor (tokens,) a trajectory."""
+        found: dict[int, Tensor] = {}
+        for each in self._micro_batches(batch, range(len(batch.trajectories))):
+            parts = measure(each).split(each.counts.tolist())
+            found.update(zip(each.rows, parts, strict=bool(each.rows)))
+        return [found[row] for row in range(len(batch.trajectories))]
+
+    def _update_policy(self, batch: TrainingBatch, rows: Sequence[int], totals: Totals) -> None:
+        """Update the policy once on its share of the batch."""
+        algorithm, advantages = self.config.algorithm, batch.columns["advantages"]
+        tokens, trajectories = self._everywhere(sum(len(advantages[row]) for row in rows), len(rows))
+        kl_in_loss = "reference" in batch.columns and algorithm.kl_in == "loss"
+        always = kl_in_loss or algorithm.entropy_coefficient > 0
+        fed = [row for row in rows if always or advantages[row].any()]
+        if not self._everywhere(len(fed))[0]:
+            return
+        constant = algorithm.averaging_tokens or self.token_limit
+
+        def loss_of(each: MicroBatch) -> Tensor:
+            taken = self.scorer(each, entropy_gradient=algorithm.entropy_coefficient > 0)
+            scored = ScoredTokens(
+                taken.logprobs,
+                batch.joined("old", each.rows) if "old" in batch.columns else taken.logprobs.detach(),
+                batch.joined("advantages", each.rows),
+                each.row.to(batch.device),
+                taken.entropy,
+                each.sampler_logprobs.to(batch.device),
+                each.sampled.to(batch.device),
+                batch.joined("reference", each.rows) if kl_in_loss else None,
+            )
+            loss = policy_loss(scored, algorithm, totals)
+            weights = token_weights(algorithm.averaging, each.counts, tokens, trajectories, constant)
+            return (weights.to(loss.device) * loss).sum()
+
+        loss = self._accumulate(batch, fed, loss_of, self._logprobs)
+        add_total(totals, "policy/loss", loss, 1 / self.workers.count)
+        add_total(totals, "policy/grad_norm", self._apply(self.scorer, self.optimizer), 1)
+
+    def _update_critic(
+        self, critic: Critic, batch: TrainingBatch, rows: Sequence[int], totals: Totals
+    ) -> None:
+        """Update the critic once: its values of policy tokens towards their returns."""
+        assert self.critic_optimizer is not None
+        (tokens,) = self._everywhere(sum(len(batch.columns["returns"][row]) for row in rows))
+        if not tokens:
+            return
+
+        def loss_of(each: MicroBatch) -> Tensor:
+            old, returns = (batch.joined(name, each.rows) for name in ("values", "returns"))
+            return value_loss(critic(each), old, returns, self.config.algorithm.value_clip).sum() / tokens
+
+        loss = self._accumulate(batch, rows, loss_of, critic)
+        add_total(totals, "critic/loss", loss, 1 / self.workers.count)
+        add_total(totals, "critic/grad_norm", self._apply(critic, self.critic_optimizer), 1)
+
+    def _accumulate(
+        self, batch: TrainingBatch, rows: Sequence[int], loss_of: Measure, idle: Measure
+    ) -> float:
+        """Add up the gradients of these rows and return their loss. `idle` takes part without any."""
+        total = 0.0
+        # FSDP averages gradients over the processes, where the loss is a share of the global average.
+        scale = self.workers.count if self.sharded else 1
+        for each in self._micro_batches(batch, rows):
+            loss = loss_of(each) if each.rows else idle(each).sum() * 0
+            if not loss.isfinite():  # its gradient may be: as it is now, no process takes this update
+                loss = loss * torch.nan
+            (loss * scale).backward()
+            total += float(loss.detach())
+        return total
+
+    def _apply(self, module: nn.Module, optimizer: Optimizer) -> float:
+        """Let the optimiser take the accumulated gradient of all processes; returns its norm."""
+        if not self.sharded:
+            self.workers.sum_gradients(p for p in module.parameters() if p.requires_grad)
+        return optimizer.update()
+
+    def _logprobs(self, each: MicroBatch) -> Tensor:
+        return self.scorer(each).logprobs
+
+    def _everywhere(self, *counts: int) -> list[int]:
+        """Sum counts over the processes."""
+        return [int(total) for total in self.workers.sum(torch.tensor(counts, dtype=torch.float64))]
+
+    def _micro_batches(self, batch: TrainingBatch, rows: Sequence[int]) -> Iterator[MicroBatch]:
+        """Cut the rows into micro-batches; where weights are shared out, as many as any process has."""
+        config, all_tokens = self.config, not self.config.mask_observations
+        cut = list(
+            micro_batches(batch.trajectories, rows, config.micro_batch_tokens, config.packing, all_tokens)
+        )
+        if self.sharded:  # agreed on before the first of them, for every pass asks all processes
+            idle = replace(next(micro_batches([_NOTHING], [0], 2)), rows=[])
+            cut += [idle] * (max(self.workers.gather(len(cut))) - len(cut))
+        yield from cut
 
     def weights_for_engine(self) -> dict[str, Tensor] | None:
         """The whole policy, which all processes must ask for; None where the engine shares the model.
@@ -175,13 +307,13 @@ def _shard(module: nn.Module, dtype: str) -> None:
 
 
 @contextmanager
-def _recomputing(module: nn.Module) -> Iterator[None]:
+def _recomputing(module: nn.Module | None) -> Iterator[None]:
     """Let layers recompute their activations, where gradient checkpointing is on.
 
     They do so in training mode only, which would cost the engine its cache and everyone dropout: so
     the layers alone are in it, and only now.
     """
-    layers = [layer for layer in _layers(module) if layer.gradient_checkpointing]
+    layers = [layer for layer in _layers(module) if layer.gradient_checkpointing] if module else []
     for layer in layers:
         layer.training = True
     try:

@@ -6,7 +6,7 @@ The model has the shapes of SmolLM2-135M and random weights; the trajectories ha
 tokens (the quantiles of a log-uniform distribution): a prompt, then what the policy wrote (two fifths of
 the rest) and what it read, in one to four searches. Each side runs in a process of its own:
 
-ours       `Updater.update`: packed micro-batches of as many tokens as TRL's have, padding included
+ours       `Learner.learn`: packed micro-batches of as many tokens as TRL's have, padding included
 trl        `GRPOTrainer.train`, which gets the trajectories from a `rollout_func` with an `env_mask`. It pads
            them to the longest prompt and the longest completion of the whole batch
 trl_valid  the same; but on a CPU TRL applies the head to padding, prompts and observations, too, and here
@@ -44,14 +44,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from agent.policy import Policy
+from agent.protocol import COMPACT
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.records import Question
 from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.learner.logprobs import Scorer
-from rl.learner.optimizer import Optimizer
-from rl.learner.update import Updater
-from rl.rollouts import Group
+from rl.groups import Collected, Group
+from rl.learner.learner import Learner
+from rl.learner.workers import Workers
 from scripts.bench.rollout import hardware
 
 GROUP = 4
@@ -182,29 +183,27 @@ def _resident(name: str) -> int:
 
 
 def ours(count: int, rows: int, profile: bool = False) -> Meter:
-    """`Updater.update`; with `profile` the operations are printed by their share of the time."""
+    """`Learner.learn`; with `profile` the operations are printed by their share of the time."""
     groups, model, meter = make_groups(count), make_model(), Meter()
     config = TrainConfig(
-        policy="",
-        questions="",
-        retriever="",
-        out="",
+        *[""] * 4,
         rollout=RolloutConfig(questions_per_step=len(groups), group_size=GROUP),
         algorithm=AlgorithmConfig(learning_rate=RATE),
         micro_batch_tokens=rows * padded_tokens(groups),
         gradient_checkpointing=True,
     )
-    model.gradient_checkpointing_enable()
     model.train()
-    optimizer = Optimizer(model, config.algorithm, RATE)
-    updater = Updater(Scorer(model, config.rollout), optimizer, config)
-    updater.update(make_groups(count, SHORTEST + 1), len(groups))
+    policy = Policy(model, None)  # type: ignore[arg-type]  # no text is read or written
+    learner = Learner(policy, config, COMPACT, Workers())
+    first, size = make_groups(count, SHORTEST + 1), len(groups)
+    learner.learn(Collected(first, size, size, {}), 0)
+    collected = Collected(groups, size, size, {})
     meter.watch(model)
     if profile:
-        print_profile(lambda: updater.update(groups, len(groups)))
+        print_profile(lambda: learner.learn(collected, 1))
         return meter
     meter.start()
-    totals = updater.update(groups, len(groups))
+    totals = learner.learn(collected, 1)
     meter.stop()
     meter.gradient_norm = totals["policy/grad_norm"][0]
     return meter

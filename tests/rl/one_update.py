@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from rl.config import TrainConfig
+from rl.groups import Collected
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers, join_workers, whole
-from rl.rollouts import Collected
 from scripts.command_line import call
 from scripts.train import expand
 from tests.fakes import tiny_model

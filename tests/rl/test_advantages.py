@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.algorithm.advantages import ADVANTAGES, Episodes, gae, place_rewards, whiten
+from rl.algorithm.advantages import ADVANTAGES, RewardBatch, gae
+from rl.algorithm.credit import place_rewards, whiten
 
 GROUPED = ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "turn"]
 
@@ -26,7 +27,7 @@ def batches(draw, group_sizes=(2, 3, 4)):
 
 def flat(batch, group_size, values=None):
     tokens = [(reward, number) for turns in batch for number, turn in enumerate(turns) for reward in turn]
-    return Episodes(
+    return RewardBatch(
         torch.tensor([reward for reward, _ in tokens]),
         torch.tensor([sum(len(turn) for turn in turns) for turns in batch]),
         torch.tensor([number for _, number in tokens], dtype=torch.long),
@@ -121,7 +122,7 @@ CORRECT = torch.tensor([0.637, 0.566, 0.385, 0.300])
 
 def estimate(values, gamma, gae_lambda):
     turns = torch.tensor([0, 0, 1, 1])
-    return gae(Episodes(REWARDS, torch.tensor([4]), turns, 1, values), gamma, gae_lambda)
+    return gae(RewardBatch(REWARDS, torch.tensor([4]), turns, 1, values), gamma, gae_lambda)
 
 
 def padded_gae(observation_values, gamma, gae_lambda, skip=False):

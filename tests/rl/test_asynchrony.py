@@ -23,11 +23,10 @@ from rl.algorithm.importance import sampler_weights
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig
-from rl.in_flight import staleness
+from rl.groups import Collected, Group, staleness
 from rl.learner.learner import Learner
-from rl.learner.update import Updater
 from rl.learner.workers import Workers
-from rl.rollouts import Collected, Group, Rollouts, draw_question
+from rl.rollouts import Rollouts, draw_question
 from scripts.train import train
 from scripts.wiring import open_agent, open_client
 from tests.fakes import question
@@ -76,14 +75,14 @@ class Slow(SearchClient):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """(trajectory, step) of all that reached the updater."""
-    seen, update = [], Updater.update
+    """(trajectory, step) of all that reached the learner."""
+    seen, update = [], Learner.learn
 
-    def spy(self, groups, count, step):
-        seen.extend((trajectory, step) for group in groups for trajectory in group.trajectories)
-        return update(self, groups, count, step)
+    def spy(self, collected, step):
+        seen.extend((trajectory, step) for group in collected.groups for trajectory in group.trajectories)
+        return update(self, collected, step)
 
-    monkeypatch.setattr(Updater, "update", spy)
+    monkeypatch.setattr(Learner, "learn", spy)
     return seen
 
 
@@ -128,7 +127,7 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
         weighed.append((old, sampler, sampler_weights(kind, cap, old, sampler, row, sampled)))
         return weighed[-1][-1]
 
-    monkeypatch.setattr("rl.learner.update.sampler_weights", spy)
+    monkeypatch.setattr("rl.algorithm.policy_loss.sampler_weights", spy)
     train(asynchronous(toy, tmp_path, bound, deterministic=False), Slow(toy, 0.02))
     lags = [
         step - min(s.weights_version for s in t.segments if s.kind is SegmentKind.POLICY)
@@ -148,7 +147,9 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
 
 
 def test_the_correction_decides_what_stale_tokens_teach(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.learner.update.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old))
+    monkeypatch.setattr(
+        "rl.algorithm.policy_loss.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old)
+    )
     train(asynchronous(toy, tmp_path, 2, steps=4))
     began = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()
     assert_same_weights(weights(tmp_path, 4), began)

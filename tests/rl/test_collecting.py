@@ -14,9 +14,9 @@ from data.records import Question
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
-from rl.in_flight import staleness
+from rl.groups import Collected, Group, averages, staleness, totals_of
 from rl.learner.workers import Workers
-from rl.rollouts import Collected, Group, Rollouts, averages, draw_question, totals_of
+from rl.rollouts import Rollouts, draw_question
 
 WANTED, SIZE = 3, 2
 QUESTIONS = [Question(str(number), f"q {number}?", ("right",)) for number in range(10)]

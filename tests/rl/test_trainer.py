@@ -20,7 +20,7 @@ from rl import trainer
 from rl.algorithm.losses import SURROGATES, value_loss
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig
-from rl.learner.update import Updater
+from rl.learner.learner import Learner
 from rl.rollouts import draw_question
 from rl.sentinel import Sentinel, Verdict
 from scripts.train import train
@@ -189,14 +189,15 @@ class Unreliable:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The batches that reach the updater."""
-    batches, update = [], Updater.update
+    """The batches that reach the learner."""
+    batches, update = [], Learner.learn
 
-    def spy(self, groups, *rest):
-        batches.append([trajectory for group in groups for trajectory in group.trajectories])
-        return update(self, groups, *rest)
+    def spy(self, collected, step):
+        if collected.count:
+            batches.append([trajectory for group in collected.groups for trajectory in group.trajectories])
+        return update(self, collected, step)
 
-    monkeypatch.setattr(Updater, "update", spy)
+    monkeypatch.setattr(Learner, "learn", spy)
     return batches
 
 
@@ -276,18 +277,18 @@ def test_observations_can_be_put_into_the_loss(toy, tmp_path):
 )
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, monkeypatch, caplog, spoil):
     """Of policy or critic, also where its gradient would be finite; the next step learns again."""
-    steps, update = [], Updater.update
+    steps, update = [], Learner.learn
 
-    def spy(self, groups, count, step):
+    def spy(self, collected, step):
         steps.append(step)
-        return update(self, groups, count, step)
+        return update(self, collected, step)
 
     def spoiled(loss_of):
         return lambda *given: spoil(loss_of(*given)) if steps[-1] == 1 else loss_of(*given)
 
-    monkeypatch.setattr(Updater, "update", spy)
+    monkeypatch.setattr(Learner, "learn", spy)
     monkeypatch.setitem(SURROGATES, "ppo", spoiled(SURROGATES["ppo"]))
-    monkeypatch.setattr("rl.learner.update.value_loss", spoiled(value_loss))
+    monkeypatch.setattr("rl.learner.learner.value_loss", spoiled(value_loss))
     algorithm = AlgorithmConfig(learning_rate=1e-2, critic_learning_rate=1e-2, **preset_fields("ppo"))
     train(toy_config(toy, tmp_path, steps=3, save_every=1, keep_checkpoints=3, algorithm=algorithm))
     folders = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3)]

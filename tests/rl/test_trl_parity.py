@@ -10,7 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from rl.algorithm.advantages import ADVANTAGES, Episodes
+from rl.algorithm.advantages import ADVANTAGES, RewardBatch
 from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from tests.fakes import byte_tokenizer, tiny_model
@@ -155,5 +155,5 @@ def test_group_advantages_are_those_of_trl():
     groups = rewards.view(-1, 4)
     expected = (groups - groups.mean(1, keepdim=True)) / (nanstd(groups, dim=1, keepdim=True) + 1e-4)
     ones = torch.ones(12, dtype=torch.long)
-    result = ADVANTAGES["grpo"](Episodes(rewards, ones, ones - 1, 4), 1.0, 1.0)
+    result = ADVANTAGES["grpo"](RewardBatch(rewards, ones, ones - 1, 4), 1.0, 1.0)
     torch.testing.assert_close(result, expected.flatten(), atol=1e-5, rtol=1e-5)

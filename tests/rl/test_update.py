@@ -11,7 +11,7 @@ from data.settings import LoraConfig
 from rl.algorithm.credit import overlong_penalty
 from rl.algorithm.presets import AlgorithmConfig
 from rl.config import TrainConfig
-from rl.learner.update import Updater
+from rl.learner.learner import Learner
 from tests.fakes import tiny_model
 from tests.rl.learning import (
     VOCABULARY,
@@ -77,12 +77,12 @@ def test_a_sampler_that_was_sure_is_corrected_where_the_trainer_is_not():
 
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
 def test_log_ratios_beyond_the_bounds_leave_the_update_finite_and_are_told(monkeypatch, caplog, kl_in):
-    measured = Updater._measured
+    measured = Learner._measured
 
     def far_off(self, batch, measure):
         return [each - 99 for each in measured(self, batch, measure)]
 
-    monkeypatch.setattr(Updater, "_measured", far_off)
+    monkeypatch.setattr(Learner, "_measured", far_off)
     learned = learn(make_learner(changed(updates_per_rollout=2, kl_coefficient=0.1, kl_in=kl_in)), GROUPS)
     assert all(g.isfinite().all() for given in learned.policy for g in given.gradients.values())
     assert learned.metrics["policy/clamped_fraction"] == 1 and math.isfinite(learned.metrics["policy/loss"])
