@@ -11,7 +11,7 @@ MOVED = {
     "retriever_server.app": "retriever_server.server.app",
     "retriever_server.batching": "retriever_server.server.batching",
     "retriever_server.client": "retriever_server.client.search_client",
-    "retriever_server.compose": "retriever_server.retrievers.compose",
+    "retriever_server.compose": "retriever_server.retrievers.side_by_side",
     "retriever_server.connections": "retriever_server.server.connections",
     "retriever_server.controls": "retriever_server.retrievers.baselines",
     "retriever_server.dialects": "retriever_server.server.routes.dialects",
@@ -26,8 +26,10 @@ MOVED = {
     "retriever_server.opening": "retriever_server.open_retriever",
     "retriever_server.pages": "retriever_server.server.documents",
     "retriever_server.pictures": "retriever_server.server.image_requests",
-    "retriever_server.qdrant": "retriever_server.retrievers.qdrant",
+    "retriever_server.qdrant": "examples.qdrant.qdrant",
     "retriever_server.remote": "retriever_server.retrievers.remote",
+    "retriever_server.retrievers.compose": "retriever_server.retrievers.side_by_side",
+    "retriever_server.retrievers.qdrant": "examples.qdrant.qdrant",
     "retriever_server.replicas": "retriever_server.client.replicas",
     "retriever_server.rerank": "retriever_server.retrievers.rerank",
     "retriever_server.schema": "retriever_server.server.schema",
@@ -58,7 +60,17 @@ MOVED = {
 """Old module -> new one."""
 
 
+_FROM_COMPOSE = {"Fuse": "fuse", "Sharded": "shard", "Cached": "cache"}
+MOVED_CLASSES = {
+    f"{module}.{name}": f"retriever_server.retrievers.{file}.{name}"
+    for module in ("retriever_server.compose", "retriever_server.retrievers.compose")
+    for name, file in _FROM_COMPOSE.items()
+} | {f"retriever_server.{room}remote.Web": "examples.web_search.web.Web" for room in ("", "retrievers.")}
+"""Old name of a class that left the others of its module -> new one."""
+
+
 def current_name(name: str) -> str:
     """Return today's name of `module.attribute`; one that never moved is returned as it is."""
     module, _, attribute = name.rpartition(".")
-    return f"{MOVED[module]}.{attribute}" if module in MOVED else name
+    moved = f"{MOVED[module]}.{attribute}" if module in MOVED else name
+    return MOVED_CLASSES.get(name, moved)

@@ -49,7 +49,8 @@ def find_plugin(name: str, place: str) -> Any:
     spec = locate(module)
     if spec is None:
         looked = ", ".join(dict.fromkeys(map(str, folders())))
-        raise ConfigError(f"{place}: {name!r}: no module {module} in {looked}, nor installed")
+        there = "; it is in Sleuth's repository" if module.startswith("examples.") else ""
+        raise ConfigError(f"{place}: {name!r}: no module {module} in {looked}, nor installed{there}")
     names = defined_names(spec, place)
     if names is not None and attribute not in names:
         close = difflib.get_close_matches(attribute, names, n=1) or sorted(names)[:5] or ["nothing"]

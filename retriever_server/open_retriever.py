@@ -36,15 +36,15 @@ from retriever_server.retriever import Retriever
 
 SHORT_NAMES = {
     "open_index": "retriever_server.indexes.base",  # the folder of an index, with options for opening it
-    "Fuse": "retriever_server.retrievers.compose",
-    "Sharded": "retriever_server.retrievers.compose",
-    "Cached": "retriever_server.retrievers.compose",
+    "Fuse": "retriever_server.retrievers.fuse",
+    "Sharded": "retriever_server.retrievers.shard",
+    "Cached": "retriever_server.retrievers.cache",
     "Rerank": "retriever_server.retrievers.rerank",
     "CrossEncoder": "retriever_server.retrievers.rerank",
     "YesNo": "retriever_server.retrievers.rerank",
     "Remote": "retriever_server.retrievers.remote",
-    "Web": "retriever_server.retrievers.remote",
-    "Qdrant": "retriever_server.retrievers.qdrant",
+    "Web": "examples.web_search.web",
+    "Qdrant": "examples.qdrant.qdrant",
     "FaissFile": "retriever_server.indexes.faiss_file",
 }
 """Name -> module, imported only when a file names it."""

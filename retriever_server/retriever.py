@@ -1,13 +1,18 @@
-"""The one interface that everything which finds passages implements, in process or behind HTTP."""
+"""The one interface of everything that finds passages, in process or behind HTTP, and that of scorers."""
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.errors import DataError
+from data.errors import DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
+    from retriever_server.encoders.spec import Encoder
 
 Query = Input
 """What is searched: a text, an image, or both."""
@@ -18,18 +23,36 @@ Filter = Mapping[str, Any]
     {"year": 1999, "lang": {"in": ["de", "fr"]}, "pages": {"gte": 10, "lt": 20}}
 """
 
+Outcome = list[Hit] | RetrieverError
+"""The hits of one query, or the error that it alone met."""
+
 
 def text_in(query: Query) -> str:
-    """The text of a query; "" where it is an image alone."""
+    """Return the text of a query; "" where it is an image alone."""
     return query if isinstance(query, str) else query.text
 
 
 def texts_of(queries: Sequence[Query], what: str) -> list[str]:
-    """The queries of what reads text alone; DataError naming it if one holds an image (audio, ...)."""
+    """Return the queries of a retriever of text; DataError naming it if one holds an image (audio, ...)."""
     if held := {query.modality for query in queries if isinstance(query, Item)}:
         given = min(held).replace("image", "an image")
         raise DataError(f"{what}: reads text only, a query with {given} was given")
     return list(map(str, queries))
+
+
+class Scorer(ABC):
+    """Judges how well a passage answers a query."""
+
+    name: str
+    """The model and its settings: part of the generation."""
+
+    @abstractmethod
+    def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
+        """Return a number a pair, higher is better, comparable for one query. Need not be thread-safe."""
+
+    def tokens_of(self, query: str, passage: Passage) -> tuple[int, int] | None:
+        """Count the tokens of a pair, and those that are read, as `Encoder.tokens_of`."""
+        return None
 
 
 class Retriever(ABC):
@@ -37,13 +60,22 @@ class Retriever(ABC):
 
     generation: str
     """Names what answers: the index on disk, its settings and its corpus. Stamped on every hit."""
-
     waits: bool = False
     """Whether a search waits for another machine, so that it must not hold up an event loop."""
+    parts: Sequence[Retriever] = ()
+    """The retrievers that it asks in turn (see `Wrapper`)."""
+    encoder: Encoder | None = None
+    """Makes the vectors of queries, if vectors are what it searches."""
+    corpus: Corpus | None = None
+    """The passages, if they lie here."""
+    scorer: Scorer | None = None
+    """Scores a passage for a query, if that is how it ranks."""
+    window_seconds: float = 0.0
+    """How long a client waits for other queries to travel in the same request."""
 
     @abstractmethod
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The best `k` passages of each query among those that `where` allows, best first.
+        """Return the best `k` passages of each query among those that `where` allows, best first.
 
         queries (Q,) -> Q lists of at most k hits, fewer only where fewer match. One return type,
         always. Thread-safe. Raises DataError for a filter that is none.
@@ -52,37 +84,81 @@ class Retriever(ABC):
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:
-        """The scores of these passages for each query, by id, as a search would give them if it found them.
+        """Score these passages for each query, by id, as a search would if it found them.
 
-        Those that it can give: a passage that is not in the index has none; what only ranks gives none.
+        A passage that is not in the index has no score; a retriever that only ranks gives none.
         """
         return [{} for _ in queries]
 
     def takes_images(self) -> bool:
         """Whether a query may be an image, or hold one. May ask another machine."""
-        return False
-
-    def probe(self) -> None:
-        """Raise a RetrieverError, soon, where a server that it asks does not answer."""
-        for part in (getattr(self, "retriever", None), *getattr(self, "parts", ())):
-            if isinstance(part, Retriever):
-                part.probe()
+        return self.encoder is not None and "image" in self.encoder.takes
 
     def accepts(self, query: Query) -> bool:
         """Whether it can search this: every text, and images where it takes them."""
         return not isinstance(query, Item) or self.takes_images()
 
+    def thumbnail(self, passage_id: str, side: int) -> bytes | None:
+        """Return the image of a passage as a server that it asks shows it; None where none does."""
+        shown = (part.thumbnail(passage_id, side) for part in self.parts)
+        return next((image for image in shown if image is not None), None)
+
+    def probe(self) -> None:
+        """Raise a RetrieverError, soon, where a server that it asks does not answer."""
+        for part in self.parts:
+            part.probe()
+
     def describe(self) -> dict[str, Any]:
-        """What `/v1/info` tells of it, as JSON."""
+        """Describe it as JSON, for `/v1/info`."""
         return {"kind": type(self).__name__, "generation": self.generation}
 
-    def close(self) -> None:  # noqa: B027 (most hold nothing open)
+    def close(self) -> None:
         """Let go of what is open."""
+        for part in self.parts:
+            part.close()
+
+    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
+        """Search from an event loop: the hits of each query, or its error.
+
+        In the loop's own thread, so that the order of answers depends on that of the questions alone;
+        one that waits for other machines is searched in a thread, so that the loop goes on meanwhile.
+        """
+        if self.waits:
+            return await asyncio.to_thread(self.search, queries, k)
+        return self.search(queries, k)
+
+    async def picture(self, passage: Passage, side: int) -> bytes:
+        """Return a JPEG or PNG file of the passage's image, at most `side` pixels wide and high."""
+        elsewhere = passage.image.startswith(("http://", "https://"))
+        if elsewhere and (made := await asyncio.to_thread(self.thumbnail, passage.id, side)):
+            return made
+        from data.images import read_image, thumbnail
+
+        return thumbnail(read_image(passage.image), side)
+
+    async def leave(self) -> None:  # noqa: B027 (most hold nothing open)
+        """Let go of what is open for this event loop alone."""
 
 
-def inside(retriever: Any) -> Iterator[Any]:
-    """A retriever and all that it is made of, the outer before the inner."""
+class Wrapper(Retriever):
+    """A retriever over others: what it does not do itself, the first of them does that can."""
+
+    def __init__(self, *parts: Retriever) -> None:
+        self.parts = parts
+        self.waits = any(part.waits for part in parts)
+        self.encoder = next((part.encoder for part in parts if part.encoder), None)
+        self.corpus = next((part.corpus for part in parts if part.corpus is not None), None)
+        self.scorer = next((part.scorer for part in parts if part.scorer), None)
+
+
+def corpora_in(retriever: Retriever) -> list[Corpus]:
+    """Return the different corpora of a retriever and all that it is made of, the outer before the inner."""
+    found = [part.corpus for part in inside(retriever) if part.corpus is not None]
+    return list({id(corpus): corpus for corpus in found}.values())
+
+
+def inside(retriever: Retriever) -> Iterator[Retriever]:
+    """Yield a retriever and all that it is made of, the outer before the inner."""
     yield retriever
-    for part in (getattr(retriever, "retriever", None), *getattr(retriever, "parts", ())):
-        if part:
-            yield from inside(part)
+    for part in retriever.parts:
+        yield from inside(part)

@@ -172,7 +172,7 @@ def _rank(
 def _parts(retriever: Any, asked: Sequence[Question]) -> list[Any]:
     """What a fused retriever joins, where each of it can be asked all queries."""
     from retriever_server.retriever import inside
-    from retriever_server.retrievers.compose import Fuse
+    from retriever_server.retrievers.fuse import Fuse
 
     fused = next((each for each in inside(retriever) if isinstance(each, Fuse)), None)
     return [part for part in fused.parts if all(part.accepts(q.asked) for q in asked)] if fused else []

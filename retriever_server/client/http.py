@@ -21,7 +21,7 @@ from data.errors import (
     RetrieverUnavailable,
 )
 from data.listening import PROBE_SECONDS
-from data.records import Hit, Passage
+from data.records import Passage
 from retriever_server.client.wire import (
     RetrieveRequest,
     parse_hits,
@@ -30,11 +30,10 @@ from retriever_server.client.wire import (
     render_search,
     thumbnail_link,
 )
-from retriever_server.retriever import Filter, Query
+from retriever_server.retriever import Filter, Outcome, Query
 
 _log = logging.getLogger(__name__)
 
-Outcome = list[Hit] | RetrieverError
 _Parsed = TypeVar("_Parsed")
 
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
@@ -53,7 +52,6 @@ class Http:
     Images, and a filter `where`, travel by our own `/v1/search`.
     """
 
-    waits = True
     patience_seconds = float("inf")
     """How long what fails is asked again, within the deadline."""
 

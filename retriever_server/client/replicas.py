@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from data.errors import ConfigError, RetrieverTimeout, RetrieverUnavailable
 from data.records import Passage
-from retriever_server.client.http import Http, Outcome
-from retriever_server.retriever import Filter, Query
+from retriever_server.client.http import Http
+from retriever_server.retriever import Filter, Outcome, Query
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +61,6 @@ class _Replica(Http):
 
 class Replicas:
     """Asks whichever replica is least busy; `deadline_seconds` bounds a request with all its retries."""
-
-    waits = True
 
     def __init__(
         self, urls: Sequence[str], deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from data.errors import (
@@ -23,40 +22,10 @@ from data.errors import (
     SleuthError,
 )
 from data.records import Hit, Item, Passage
-from retriever_server.client.http import Outcome
-from retriever_server.client.replicas import open_http
 from retriever_server.client.wire import carried
-from retriever_server.retriever import Query, Retriever, inside, text_in
+from retriever_server.retriever import Outcome, Query, Retriever, text_in
 
 _log = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """Answers a batch of queries."""
-
-    window_seconds: float
-    """How long a batch stays open for queries to join it."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it asks another machine, as `Retriever.waits`."""
-        ...
-
-    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
-        """The hits of each query, or the error that this query alone met."""
-        ...
-
-    async def probe(self) -> None:
-        """Raise a RetrieverError, soon, where nobody would answer."""
-        ...
-
-    async def picture(self, passage: Passage, side: int) -> bytes:
-        """A JPEG or PNG file of the passage's image, at most `side` pixels wide and high."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of what is open."""
-        ...
 
 
 class SearchClient:
@@ -65,16 +34,16 @@ class SearchClient:
     One client serves any number of event loops, one after the other.
     """
 
-    def __init__(self, backend: Backend, max_batch: int = 128) -> None:
+    def __init__(self, retriever: Retriever, max_batch: int = 128) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch = {max_batch}: must be >= 1")
-        self._backend, self._max_batch = backend, max_batch
+        self._retriever, self._max_batch = retriever, max_batch
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
 
     @property
     def waits(self) -> bool:
         """Whether a search asks another machine: what comes back, and when, is then not repeatable."""
-        return self._backend.waits
+        return self._retriever.waits
 
     async def search(self, query: Query, k: int) -> list[Hit]:
         """The best `k` hits, best first; raises a RetrieverError if nobody could answer.
@@ -92,8 +61,8 @@ class SearchClient:
         waiter: asyncio.Future[list[Hit]] = loop.create_future()
         if k not in state.open:
             state.open[k] = batch = {}
-            if self._backend.window_seconds:
-                loop.call_later(self._backend.window_seconds, self._send, state, batch, k)
+            if self._retriever.window_seconds:
+                loop.call_later(self._retriever.window_seconds, self._send, state, batch, k)
             else:  # after every coroutine that is ready now has run
                 loop.call_soon(self._send, state, batch, k)
         batch = state.open[k]
@@ -109,14 +78,14 @@ class SearchClient:
         """
         if not passage.image:
             raise DataError(f"passage {passage.id!r} has no image")
-        return await self._backend.picture(passage, side)
+        return await self._retriever.picture(passage, side)
 
     async def probe(self) -> None:
         """Ask once whether searches will be answered; raises a RetrieverError, soon, where not."""
         try:
-            await self._backend.probe()
+            await asyncio.to_thread(self._retriever.probe)
         finally:
-            await self._backend.close()
+            await self._retriever.leave()
 
     async def close(self) -> None:
         """Fail what still waits in this event loop, and close the connections."""
@@ -126,7 +95,7 @@ class SearchClient:
         for task in state.tasks:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)
-        await self._backend.close()
+        await self._retriever.leave()
 
     async def __aenter__(self) -> SearchClient:
         return self
@@ -147,7 +116,7 @@ class SearchClient:
         outcomes: Sequence[Outcome] = []
         failure: RetrieverError = RetrieverUnavailable("the search client was closed")
         try:
-            outcomes = await self._backend.ask(list(batch), k)
+            outcomes = await self._retriever.ask(list(batch), k)
             failure = RetrieverError(f"{len(outcomes)} rows for {len(batch)} queries")
         except RetrieverError as error:
             failure = error
@@ -192,52 +161,8 @@ def _settle(waiter: asyncio.Future, outcome: Outcome) -> None:
         waiter.set_result(list(outcome))
 
 
-class InProcess:
-    """Searches a retriever of this process in the event loop's thread, without a window of time.
-
-    So the order in which answers arrive depends on nothing but the order of the questions. One that
-    itself waits for other machines is searched in a thread, so that the loop goes on meanwhile.
-    """
-
-    window_seconds = 0.0
-
-    def __init__(self, retriever: Retriever) -> None:
-        self.retriever = retriever
-
-    @property
-    def waits(self) -> bool:
-        """What the retriever says."""
-        return self.retriever.waits
-
-    async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
-        """The hits of each query."""
-        if self.waits:
-            return await asyncio.to_thread(self.retriever.search, queries, k)
-        return self.retriever.search(queries, k)
-
-    async def probe(self) -> None:
-        """As the retriever does."""
-        await asyncio.to_thread(self.retriever.probe)
-
-    async def picture(self, passage: Passage, side: int) -> bytes:
-        """Read from its file, shrunk; that of a passage from a server by the retriever that asks there."""
-        if passage.image.startswith(("http://", "https://")):
-            for part in inside(self.retriever):
-                ask = getattr(part, "thumbnail_of", None)
-                if ask and (made := await asyncio.to_thread(ask, passage.id, side)):
-                    return made
-        from data.images import read_image, thumbnail
-
-        return thumbnail(read_image(passage.image), side)
-
-    async def close(self) -> None:
-        """Nothing of this event loop's is open; the retriever is its owner's to close."""
-
-
 def connect(spec: str, deadline_seconds: float = 30.0) -> SearchClient:
-    """A client for the URL of a server, or those of replicas; or for what `open_retriever` opens here."""
-    if spec.startswith(("http://", "https://")):
-        return SearchClient(open_http(spec, deadline_seconds))
+    """Open a client for the URL of a server, those of replicas, or whatever `open_retriever` opens."""
     from retriever_server.open_retriever import open_retriever
 
-    return SearchClient(InProcess(open_retriever(spec, deadline_seconds)))
+    return SearchClient(open_retriever(spec, deadline_seconds))

@@ -42,6 +42,7 @@ class EncodedIndex(Index):
     vectors: ClassVar[str]
     """The kind of encoder it needs."""
     passages_per_shard: ClassVar[int] = 50_000
+    encoder: Encoder
     whole: bool = True
     """False where only the largest entries of a vector are stored."""
 
@@ -194,10 +195,6 @@ class EncodedIndex(Index):
         unfound = {position: 0.0 for position in np.flatnonzero(allowed).tolist() if self.vectors == "sparse"}
         known = unfound | known  # what shares no word with the query
         return {id_: known[position] for id_, position in places.items() if position in known}
-
-    def takes_images(self) -> bool:
-        """Whether the encoder reads images."""
-        return "image" in self.encoder.takes
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:
         """Which passages a search may find, None for all."""

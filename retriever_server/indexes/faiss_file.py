@@ -27,6 +27,9 @@ class FaissFile(Retriever):
     with these prompts (E5's by default), or one that is loaded.
     """
 
+    corpus: Corpus
+    encoder: Encoder
+
     def __init__(
         self,
         index: str,
@@ -73,10 +76,6 @@ class FaissFile(Retriever):
             [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
             for ranked in self.rows.search(self.encoder.encode(queries, "query"), k, mask)
         ]
-
-    def takes_images(self) -> bool:
-        """Whether the encoder reads images."""
-        return "image" in self.encoder.takes
 
     def _check_not_rewritten(self) -> None:
         """Raise CorpusChanged where the very file that is mapped is another now; to read on may kill us."""

@@ -26,6 +26,8 @@ class NoPassages(Retriever):
 class RandomPassages(Retriever):
     """Passages drawn at random from a corpus; the same query always draws the same."""
 
+    corpus: Corpus
+
     def __init__(self, corpus: Corpus) -> None:
         self.corpus, self.generation = corpus, f"random-{corpus.content_hash[:12]}"
 

@@ -6,7 +6,6 @@ Two such models: `CrossEncoder` (sentence-transformers) and `YesNo` (a language 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,33 +14,21 @@ from data.errors import ConfigError
 from data.hub import find_model
 from data.records import Hit, Passage
 from data.unicode import replace_halves
-from retriever_server.retriever import Filter, Query, Retriever, texts_of
+from retriever_server.retriever import Filter, Query, Retriever, Scorer, Wrapper, texts_of
 
 Pair = tuple[str, Passage]
 
 
-class Scorer(ABC):
-    """Judges how well a passage answers a query."""
-
-    name: str
-    """Says which model with which settings: part of the generation."""
-
-    @abstractmethod
-    def score(self, pairs: list[Pair]) -> list[float]:
-        """A number a pair, higher is better, comparable for one query. Need not be thread-safe."""
-
-    def tokens_of(self, query: str, passage: Passage) -> tuple[int, int] | None:
-        """Tokens of a pair, and how many of them are read, as `Encoder.tokens_of`."""
-        return None
-
-
-class Rerank(Retriever):
+class Rerank(Wrapper):
     """The first `depth` hits of another retriever, ordered by what a scorer says of them."""
+
+    scorer: Scorer
 
     def __init__(self, retriever: Retriever, scorer: Scorer, depth: int = 50) -> None:
         if depth < 1:
             raise ConfigError(f"depth = {depth}: must be >= 1")
-        self.retriever, self.scorer, self.depth, self.waits = retriever, scorer, depth, retriever.waits
+        super().__init__(retriever)
+        self.retriever, self.scorer, self.depth = retriever, scorer, depth
         self._one_at_a_time = threading.Lock()  # tokenizers refuse two threads at once
 
     @property
@@ -49,23 +36,18 @@ class Rerank(Retriever):
         """The retriever behind, the scorer, and how deep it looks."""
         return self.name_of(self.retriever.generation)
 
-    @property
-    def reranker(self) -> Rerank:
-        """Itself: for who looks inside a retriever for one."""
-        return self
-
     def name_of(self, generation: str, depth: int | None = None) -> str:
-        """What its hits are named after, where this generation found what it orders."""
+        """Return the generation of hits that it orders anew, where this one found them."""
         return f"rerank({generation}, {self.scorer.name}, {depth or self.depth})"
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The `k` best of the first hits (`depth`, or k if that is more); ties in their first order."""
+        """Return the `k` best of the first `depth` hits, or k if that is more; ties in their first order."""
         return self.reorder(queries, self.retriever.search(queries, max(k, self.depth), where), k)
 
     def reorder(
         self, queries: Sequence[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
     ) -> list[list[Hit]]:
-        """The `k` best of these hits; `depth`: how many there were to be, where another found them."""
+        """Return the `k` best of these hits; `depth`: how many there were to be, where another found them."""
         asked = texts_of(queries, self.scorer.name)
         pairs = [(query, hit.passage) for query, hits in zip(asked, rankings, strict=True) for hit in hits]
         with self._one_at_a_time:
@@ -79,7 +61,7 @@ class Rerank(Retriever):
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:
-        """As `Retriever.score`: what the scorer says."""
+        """As `Retriever.score`, by the scorer."""
         asked = texts_of(queries, self.scorer.name)
         pairs = [(query, passage) for query, each in zip(asked, passages, strict=True) for passage in each]
         with self._one_at_a_time:
@@ -87,13 +69,13 @@ class Rerank(Retriever):
         return [{passage.id: next(scores) for passage in each} for each in passages]
 
     def describe(self) -> dict[str, Any]:
-        """What is behind, and who orders it."""
+        """Describe the retriever behind, and the scorer."""
         behind = {"scorer": self.scorer.name, "retriever": self.retriever.describe()}
         return {**super().describe(), **behind}
 
-    def close(self) -> None:
-        """Close the retriever behind."""
-        self.retriever.close()
+    def takes_images(self) -> bool:
+        """Scorers read texts."""
+        return False
 
 
 class CrossEncoder(Scorer):
@@ -112,7 +94,7 @@ class CrossEncoder(Scorer):
         )
 
     def score(self, pairs: list[Pair]) -> list[float]:
-        """The model's own number for each pair."""
+        """Return the model's own number for each pair."""
         tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
         texts = [
             (replace_halves(query), cut_for(tokenizer, replace_halves(passage.contents), longest))
@@ -169,7 +151,7 @@ class YesNo(Scorer):
             raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token of {model}")
 
     def score(self, pairs: list[Pair]) -> list[float]:
-        """The difference of the two logits after each prompt, in batches of similar length."""
+        """Return the difference of the two logits after each prompt, in batches of similar length."""
         prompts = [self._prompt(*pair) for pair in pairs]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         scores = [0.0] * len(prompts)
@@ -224,7 +206,7 @@ class YesNo(Scorer):
 
 
 def _load(model: str, load: Any) -> Any:
-    """What `load` loads; ConfigError where there is no such model."""
+    """Return what `load` loads; ConfigError where there is no such model."""
     try:
         return load()
     except (OSError, ValueError) as error:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit
-from retriever_server.retriever import Filter, Query, Retriever, inside
+from retriever_server.retriever import Filter, Query, Retriever, corpora_in, inside
+from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.schema import Stage
 
 _log = logging.getLogger(__name__)
@@ -29,15 +31,6 @@ class RetrieverLease:
     def __init__(self, retriever: Retriever) -> None:
         self.retriever, self.generation = retriever, retriever.generation
         self._users, self._retired, self._lock = 0, False, threading.Lock()
-
-    def find(self, attribute: str) -> Any:
-        """Return what the retriever, or the first one inside it, has under this name (`encoder`); or None."""
-        return next(iter(self.find_all(attribute)), None)
-
-    def find_all(self, attribute: str) -> list[Any]:
-        """Return all of them, the outermost first."""
-        found = (getattr(part, attribute, None) for part in inside(self.retriever))
-        return [each for each in found if each]
 
     def __enter__(self) -> RetrieverLease:
         with self._lock:
@@ -156,7 +149,7 @@ class SearchPipeline:
         self, stages: Sequence[Stage], lease: Callable[[str], RetrieverLease], top_k: int, max_k: int
     ) -> None:
         """lease: what answers now for a backend's name. Raises DataError for stages that cannot be."""
-        self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list[Any]()
+        self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list[Rerank]()
         for i, stage in enumerate(stages):
             right, wrong = (stage.rerank, stage.retrieve) if i else (stage.retrieve, stage.rerank)
             if right is None or wrong is not None:
@@ -164,9 +157,10 @@ class SearchPipeline:
                 raise DataError(f"stages.{i}: must name a backend by `{kind}`, and by nothing else")
             self._leases.append(lease(right))
             if i:
-                self._rerankers.append(reranker := self._leases[-1].find("reranker"))
-                if reranker is None:
+                found = (part for part in inside(self._leases[-1].retriever) if isinstance(part, Rerank))
+                if (reranker := next(found, None)) is None:
                     raise DataError(f"stages.{i}.rerank: backend {right!r} has no reranker")
+                self._rerankers.append(reranker)
         self.k = _hits_of_each(stages, [reranker.depth for reranker in self._rerankers], top_k, max_k)
         """Hits that each stage gives."""
         self.key = (*self._leases, *self.k)
@@ -176,9 +170,9 @@ class SearchPipeline:
         """Whether a query may hold an image: what finds passages must take it, and rerankers read texts."""
         return not self._rerankers and self._leases[0].retriever.takes_images()
 
-    def corpora(self) -> list[Any]:
+    def corpora(self) -> list[Corpus]:
         """Return the corpora here that the first stage searches."""
-        return self._leases[0].find_all("corpus")
+        return corpora_in(self._leases[0].retriever)
 
     def search(self, queries: Sequence[Query], where: Filter | None) -> list[list[Hit]]:
         """Return the hits of the last stage; for worker threads."""

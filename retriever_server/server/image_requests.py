@@ -20,6 +20,7 @@ from typing import Any
 from data.errors import DataError
 from data.images import ImageLimits, check_image, image_size
 from data.records import Input, Item
+from retriever_server.retriever import corpora_in
 from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.batching import Batcher, Batching
 from retriever_server.server.config import Limits
@@ -162,12 +163,11 @@ def _shrunk(lease: RetrieverLease, passage_id: str, side: int, folders: Sequence
     """
     from data.images import read_image, split_page, thumbnail
 
-    for corpus in lease.find_all("corpus"):
+    for corpus in corpora_in(lease.retriever):
         passage = corpus.get(passage_id)
         if passage is not None and passage.image:
             file = Path(split_page(passage.image)[0]).resolve()
             if not any(map(file.is_relative_to, (corpus.path.parent.resolve(), *folders))):
                 raise DataError(f"{file}: outside of the folder of its corpus; --image_folders allows others")
             return thumbnail(read_image(passage.image), side)
-    made: Any = (ask(passage_id, side) for ask in lease.find_all("thumbnail_of"))
-    return next((each for each in made if each is not None), None)
+    return lease.retriever.thumbnail(passage_id, side)

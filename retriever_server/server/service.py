@@ -179,7 +179,7 @@ class SearchService:
         Raises DataError if the default backend has no corpus of its own.
         """
         with self.backend(None).current as lease:
-            if (corpus := lease.find("corpus")) is None:
+            if (corpus := lease.retriever.corpus) is None:
                 raise DataError("this retriever has no corpus of its own to read pages from")
             if any(map(is_url, places)):
                 await wait_for_columns(corpus)

@@ -309,7 +309,7 @@ def fused(*parts: Make) -> Make:
     """The convex sum of several."""
 
     def make(work: Work, on: str) -> Retriever:
-        from retriever_server.retrievers.compose import Fuse
+        from retriever_server.retrievers.fuse import Fuse
 
         return Fuse([part(work, on) for part in parts], "convex", normalize="min-max")
 

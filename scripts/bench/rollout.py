@@ -43,7 +43,7 @@ from agent.rollout import Agent
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
 from data.records import Hit, Passage, Question
-from retriever_server.client.search_client import InProcess, SearchClient
+from retriever_server.client.search_client import SearchClient
 from retriever_server.retriever import Query, Retriever
 from rl.seed_policy import train_tokenizer
 
@@ -171,7 +171,7 @@ def ours(task: Task) -> Outcome:
     """All questions as coroutines over the hf engine."""
     engine = ForcedEngine(task.policy.model, task.policy.tokenizer, max_rows=len(task.questions))
     engine.plans = task.plans
-    client = SearchClient(InProcess(task.retriever))
+    client = SearchClient(task.retriever)
     agent = Agent(engine, task.policy.tokenizer, client, PROTOCOL, Sampling(temperature=0))
     done = asyncio.run(agent.rollout(task.questions))
     texts = [trajectory.policy_text for trajectory in done]

@@ -38,7 +38,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from data.questions import load_questions
 from data.records import Question
-from retriever_server.client.search_client import InProcess, SearchClient
+from retriever_server.client.search_client import SearchClient
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.retriever import Retriever
 
@@ -137,7 +137,7 @@ class Laid(Engine):
 
 async def roll_out(engine: Engine, work: Work, seed: int) -> Outcome:
     """Our agent over an engine of ours, all trajectories at once."""
-    client = SearchClient(InProcess(work.retriever))
+    client = SearchClient(work.retriever)
     agent = Agent(Laid(engine, work), work.policy.tokenizer, client, PROTOCOL, max_live=len(work.questions))
     clock = Clock()
     done = await agent.rollout(work.questions, seed)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from data.moved import MOVED, current_name
+from data.moved import MOVED, MOVED_CLASSES, current_name
 from data.plugins import find_plugin
 
 
@@ -13,8 +13,14 @@ def test_every_new_name_is_a_module(module):
     assert importlib.import_module(module)
 
 
-def test_a_class_is_found_by_its_old_name():
-    from retriever_server.retrievers.compose import Fuse
+@pytest.mark.parametrize("name", sorted(MOVED_CLASSES))
+def test_every_class_that_moved_alone_is_found(name):
+    assert find_plugin(name, "class_path").__name__ == name.rpartition(".")[2]
 
-    assert find_plugin("retriever_server.compose.Fuse", "class_path") is Fuse
+
+def test_a_class_is_found_by_its_old_name():
+    from retriever_server.retrievers.fuse import Fuse
+
+    for module in ("retriever_server.compose", "retriever_server.retrievers.compose"):
+        assert find_plugin(f"{module}.Fuse", "class_path") is Fuse
     assert current_name("mine.Retriever") == "mine.Retriever"

@@ -22,9 +22,10 @@ from data.errors import (
 )
 from data.records import Hit, Passage
 from retriever_server.client.http import Http
-from retriever_server.client.search_client import InProcess, SearchClient, connect
+from retriever_server.client.search_client import SearchClient, connect
 from retriever_server.client.wire import render_hits
 from retriever_server.retriever import Retriever
+from retriever_server.retrievers.remote import Remote
 
 
 class Echo(Retriever):
@@ -108,7 +109,7 @@ def ask_server(server: FlakyServer, *queries: str, deadline_seconds: float = 10.
     async def run():
         async with (
             server.running(),
-            SearchClient(Http(server.url, deadline_seconds)) as client,
+            SearchClient(Remote(server.url, deadline_seconds)) as client,
         ):
             asked = (client.search(query, 3) for query in queries)
             return await asyncio.gather(*asked, return_exceptions=True)
@@ -120,7 +121,7 @@ def test_queries_asked_together_travel_together_each_once():
     retriever = Echo()
 
     async def run():
-        async with SearchClient(InProcess(retriever)) as client:
+        async with SearchClient(retriever) as client:
             return await asyncio.gather(*(client.search(q, 2) for q in "abcab"))
 
     assert [texts(hits) for hits in asyncio.run(run())] == [["a"], ["b"], ["c"], ["a"], ["b"]]
@@ -131,7 +132,7 @@ def test_batches_are_cut_at_max_batch_and_by_k():
     retriever = Echo()
 
     async def run():
-        async with SearchClient(InProcess(retriever), max_batch=3) as client:
+        async with SearchClient(retriever, max_batch=3) as client:
             asked = [client.search(str(i), k) for k in (1, 2) for i in range(7)]
             return await asyncio.gather(*asked)
 
@@ -151,7 +152,7 @@ def test_over_http_too():
 
 def test_waiters_do_not_share_one_list():
     async def run():
-        async with SearchClient(InProcess(Echo())) as client:
+        async with SearchClient(Echo()) as client:
             return await asyncio.gather(client.search("a", 1), client.search("a", 1))
 
     first, second = asyncio.run(run())
@@ -162,7 +163,7 @@ def test_waiters_do_not_share_one_list():
 def test_cancelling_one_waiter_leaves_the_others():
     async def run():
         server = FlakyServer()
-        async with server.running(), SearchClient(Http(server.url)) as client:
+        async with server.running(), SearchClient(Remote(server.url)) as client:
             tasks = [asyncio.ensure_future(client.search("same", 1)) for _ in range(3)]
             await asyncio.sleep(0)
             tasks[0].cancel()
@@ -237,7 +238,7 @@ def test_a_failing_retriever_in_process_is_an_error(wrong_rows):
     retriever = Short() if wrong_rows else Echo(ZeroDivisionError("oops"))
 
     async def run():
-        async with SearchClient(InProcess(retriever)) as client:
+        async with SearchClient(retriever) as client:
             await client.search("a", 1)
 
     expected = "0 rows for 1 queries" if wrong_rows else "search failed: ZeroDivisionError: oops"
@@ -247,7 +248,7 @@ def test_a_failing_retriever_in_process_is_an_error(wrong_rows):
 
 def test_a_query_that_cannot_be_searched_is_an_error_in_one_line(caplog):
     async def run():
-        async with SearchClient(InProcess(Echo(DataError("a.png: a broken image")))) as client:
+        async with SearchClient(Echo(DataError("a.png: a broken image"))) as client:
             await client.search("a", 1)
 
     with pytest.raises(RetrieverError, match=r"^a\.png: a broken image$"):
@@ -257,8 +258,9 @@ def test_a_query_that_cannot_be_searched_is_an_error_in_one_line(caplog):
 
 def test_one_client_serves_successive_event_loops(tmp_path):
     server = FlakyServer()
-    http = Http("http://127.0.0.1:1")
-    clients = SearchClient(http), SearchClient(InProcess(Echo()))
+    remote = Remote("http://127.0.0.1:1")
+    http = remote._http
+    clients = SearchClient(remote), SearchClient(Echo())
 
     async def run(query: str):
         async with server.running():
@@ -274,7 +276,7 @@ def test_closing_fails_those_who_wait_and_the_client_can_be_used_again():
     async def run():
         server = FlakyServer(60.0)
         async with server.running():
-            client = SearchClient(Http(server.url))
+            client = SearchClient(Remote(server.url))
             waiting = asyncio.ensure_future(client.search("a", 1))
             while not server.requests:  # until it is on its way
                 await asyncio.sleep(0.001)
@@ -302,8 +304,8 @@ def test_a_url_may_end_in_retrieve():
     "make",
     [
         lambda: Http("http://h:1", deadline_seconds=0),
-        lambda: SearchClient(InProcess(Echo()), max_batch=0),
-        lambda: asyncio.run(SearchClient(InProcess(Echo())).search("a", 0)),
+        lambda: SearchClient(Echo(), max_batch=0),
+        lambda: asyncio.run(SearchClient(Echo()).search("a", 0)),
     ],
 )
 def test_wrong_settings_are_refused(make):

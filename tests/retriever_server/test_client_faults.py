@@ -8,7 +8,8 @@ import pytest
 from data.errors import RetrieverRefused, RetrieverUnavailable
 from retriever_server.client import http as http_of_client
 from retriever_server.client.http import Http
-from retriever_server.client.search_client import InProcess, SearchClient
+from retriever_server.client.search_client import SearchClient
+from retriever_server.retrievers.remote import Remote
 from tests.retriever_server.test_client import (
     Echo,
     FlakyServer,
@@ -101,7 +102,7 @@ def test_a_query_that_is_no_unicode_fails_alone(in_process):
     async def run():
         server = FlakyServer()
         async with server.running():
-            backend = InProcess(Strict()) if in_process else Http(server.url)
+            backend = Strict() if in_process else Remote(server.url)
             async with SearchClient(backend) as client:
                 asked = (client.search(query, 1) for query in ("a", "half \ud800 a pair", "b"))
                 return await asyncio.gather(*asked, return_exceptions=True)

@@ -8,7 +8,9 @@ import pytest
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverTimeout, RetrieverUnavailable
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
-from retriever_server.retrievers.compose import Cached, Fuse, Sharded
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.fuse import Fuse
+from retriever_server.retrievers.shard import Sharded
 
 
 class Fixed(Retriever):
@@ -132,7 +134,7 @@ def test_a_wrong_filter_is_the_callers_and_no_missing_shard():
 
 
 def test_a_hanging_part_takes_a_bounded_number_of_threads(monkeypatch):
-    monkeypatch.setattr("retriever_server.retrievers.compose._IN_FLIGHT", 2)
+    monkeypatch.setattr("retriever_server.retrievers.side_by_side._IN_FLIGHT", 2)
     shards = Sharded([Stuck("slow", A), Fixed("good", B)], 0.01)
     for said in ("no answer", "no answer", "2 searches are under way already"):
         with pytest.raises(RetrieverTimeout if said == "no answer" else RetrieverUnavailable, match=said):

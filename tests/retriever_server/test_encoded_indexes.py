@@ -20,7 +20,8 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
 from retriever_server.indexes.shards import quantise
-from retriever_server.retrievers.compose import Cached, Sharded
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.shard import Sharded
 from tests.retriever_server.encoders import WORDS, FakeEncoder
 
 KINDS = {"flat": FlatIndex, "ann": AnnIndex, "inverted": InvertedIndex, "maxsim": MaxSimIndex}

@@ -10,18 +10,20 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverRefused, RetrieverUnavailable
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
-from retriever_server.client.search_client import InProcess, SearchClient, connect
+from retriever_server.client.search_client import SearchClient, connect
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.retrievers.compose import Cached, Fuse, Sharded
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.fuse import Fuse
 from retriever_server.retrievers.remote import Remote
 from retriever_server.retrievers.rerank import Rerank
+from retriever_server.retrievers.shard import Sharded
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import run_isolated
 from scripts import search
+from tests.retriever_server.answering import answering, echo
 from tests.retriever_server.running import serving
 from tests.retriever_server.test_pictures import Colours, picture
-from tests.retriever_server.test_remote import answering, echo
 from tests.retriever_server.test_rerank import ByLetter
 
 NAMES = {"a/1": "red", "2": "green", "3": "blue"}
@@ -139,8 +141,8 @@ def test_remote_passes_images_on_and_shows_their_pages(url, pages, folder):
         found[2][0].passage.image == f"{url}/v1/thumbnail/a%2F1"
         and found[0][0].generation == pages.generation
     )
-    assert Image.open(io.BytesIO(remote.thumbnail_of("a/1", 100) or b"")).size == (100, 75)
-    assert remote.thumbnail_of("nothing", 100) is None
+    assert Image.open(io.BytesIO(remote.thumbnail("a/1", 100) or b"")).size == (100, 75)
+    assert remote.thumbnail("nothing", 100) is None
     assert ids(remote.search([BLUE], 1, {"year": 1})) == [[]]
     remote.close()
 
@@ -149,7 +151,7 @@ def test_a_server_before_a_server_shows_its_pages(url, texts):
     with serving(create_app(Cached(Fuse([texts, Remote(url)])))) as outer:
         remote = Remote(outer)
         [[hit]] = remote.search([BLUE], 1)
-        assert hit.passage.image == f"{outer}/v1/thumbnail/3" and remote.thumbnail_of("3", 64)
+        assert hit.passage.image == f"{outer}/v1/thumbnail/3" and remote.thumbnail("3", 64)
         remote.close()
 
 
@@ -178,8 +180,8 @@ def test_a_client_asks_with_images_and_fetches_pictures(url, pages, folder):
     folder_blue = str(folder / "blue.png")
     for client in (
         connect(url),
-        SearchClient(InProcess(pages)),
-        SearchClient(InProcess(Cached(Remote(url)))),
+        SearchClient(pages),
+        SearchClient(Cached(Remote(url))),
     ):
         assert asyncio.run(use(client)) == ([["2"], ["3"], ["3"]], (100, 75))
 

@@ -10,7 +10,8 @@ from retriever_server.client.search_client import connect
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.open_retriever import open_retriever
 from retriever_server.retriever import Retriever
-from retriever_server.retrievers.compose import Cached, Fuse
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.fuse import Fuse
 from retriever_server.retrievers.remote import Remote
 from tests.retriever_server.running import build_small_index
 

@@ -19,7 +19,8 @@ from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.retrievers.compose import Cached, Fuse
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.fuse import Fuse
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable

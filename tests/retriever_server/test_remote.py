@@ -1,10 +1,7 @@
-"""Remote and Web against a small real server that says what it was asked."""
+"""Remote against a small real server that says what it was asked."""
 
 import asyncio
-import json
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -12,72 +9,14 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, RetrieverError, RetrieverRefused, RetrieverTimeout, RetrieverUnavailable
 from data.jsonl import write_jsonl
-from data.records import Hit, Passage
+from data.records import Hit
 from retriever_server.client.search_client import connect
-from retriever_server.client.wire import render_hits
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.retrievers.compose import Cached
-from retriever_server.retrievers.remote import Remote, Web
+from retriever_server.retrievers.cache import Cached
+from retriever_server.retrievers.remote import Remote
 from retriever_server.server.app import create_app
+from tests.retriever_server.answering import answering, echo
 from tests.retriever_server.running import serving
-
-
-class Answering(ThreadingHTTPServer):
-    """Answers (method, path) by a function of the body, and records what came."""
-
-    daemon_threads = True
-
-    def __init__(self, routes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.routes, self.seen = routes, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def paths(self) -> list[str]:
-        return [path for path, _, _ in self.seen]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def answer(self) -> None:
-        server: Answering = self.server  # type: ignore[assignment]
-        sent = self.rfile.read(int(self.headers.get("content-length") or 0)) or b"null"
-        lines = [json.loads(line) for line in sent.splitlines()]
-        body = lines if "ndjson" in self.headers.get("content-type", "") else lines[0]
-        server.seen.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
-        route = server.routes.get(self.path)
-        status, content = (404, {}) if route is None else route(body)
-        sent = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(sent)))
-        self.end_headers()
-        self.wfile.write(sent)
-
-    do_GET = do_POST = answer
-
-    def log_message(self, format, *args) -> None:
-        pass
-
-
-@contextmanager
-def answering(**routes):
-    server = Answering({f"/{path.replace('__', '/')}": route for path, route in routes.items()})
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def echo(generation: str):
-    """Finds one passage a query: the query."""
-
-    def retrieve(body):
-        rankings = [
-            [Hit(Passage(q, f"about {q}", q), 0.5, generation)][: body["topk"]] for q in body["queries"]
-        ]
-        return 200, render_hits(rankings, generation, body["return_scores"])
-
-    return retrieve
 
 
 @pytest.fixture
@@ -151,41 +90,6 @@ def test_a_failing_server_is_a_typed_error_at_the_deadline(route):
     either = (RetrieverTimeout, RetrieverUnavailable)  # a busy machine may not get to the second attempt
     with answering(retrieve=route) as server, pytest.raises(either, match=server.url):
         Remote(server.url, deadline_seconds=0.5).search(["a"], 1)
-
-
-def organic(body):
-    results = [
-        {"title": f"T{i}", "link": f"http://x/{i}", "snippet": f"{body['q']} {i}"} for i in range(body["num"])
-    ]
-    return 200, {"organic": [*results, {"title": "no snippet", "link": "http://x"}]}
-
-
-def test_web_search_speaks_serper_and_is_kept_on_disk(tmp_path, secret):
-    with answering(search=organic) as server:
-        web = Web(f"{server.url}/search", secret, str(tmp_path / "cache"))
-        [[first, second], other] = web.search(["a", "b"], 2)
-        assert (first.passage.id, first.passage.title, first.passage.text) == ("http://x/0", "T0", "a 0")
-        assert first.score > second.score and first.passage.metadata["url"] == "http://x/0"
-        assert other[0].passage.text == "b 0" and first.generation == web.generation
-        path, body, headers = server.seen[0]
-        assert (path, body["num"], headers["x-api-key"]) == ("/search", 2, "s3cret")
-        again = Web(server.url, secret, str(tmp_path / "cache"))
-        assert again.search(["b", "a"], 2)[1] == [first, second]
-        assert len(server.seen) == 2
-        Web(server.url, secret, str(tmp_path / "cache"), max_age_days=0).search(["a"], 2)
-        assert len(server.seen) == 3
-    assert "s3cret" not in "".join(f.read_text() for f in (tmp_path / "cache").rglob("*.json"))
-
-
-def test_a_failed_web_search_is_an_error_and_is_not_kept(tmp_path, secret):
-    answers = {"a": (200, {"organic": []}), "b": (403, {"message": "Unauthorized."})}
-    with answering(search=lambda body: answers[body["q"]]) as server:
-        web = Web(server.url, secret, str(tmp_path / "cache"), deadline_seconds=5)
-        with pytest.raises(RetrieverRefused, match="403") as caught:
-            web.search(["a", "b"], 2)
-        assert "s3cret" not in str(caught.value)
-        assert web.search(["a"], 2) == [[]]
-        assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "two\nlines", "ключ"])

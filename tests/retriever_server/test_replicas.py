@@ -7,10 +7,10 @@ import pytest
 
 from data.errors import ConfigError, RetrieverRefused, RetrieverUnavailable
 from retriever_server.client import replicas
-from retriever_server.client.replicas import Replicas
 from retriever_server.client.search_client import SearchClient, connect
 from retriever_server.client.wire import parse_hits
 from retriever_server.open_retriever import open_retriever
+from retriever_server.retrievers.remote import Remote
 from tests.retriever_server.test_client import FlakyServer, echoed, texts
 from tests.retriever_server.test_client_faults import FAULTS
 
@@ -24,9 +24,9 @@ def with_servers(servers, act, deadline_seconds=20.0):
         async with AsyncExitStack() as stack:
             for server in servers:
                 await stack.enter_async_context(server.running())
-            backend = Replicas([server.url for server in servers], deadline_seconds)
-            async with SearchClient(backend, max_batch=1) as client:
-                return await act(client, backend)
+            remote = Remote(",".join(server.url for server in servers), deadline_seconds)
+            async with SearchClient(remote, max_batch=1) as client:
+                return await act(client, remote._http)
 
     return asyncio.run(run())
 

@@ -5,7 +5,7 @@ import torch
 
 from data.errors import ConfigError
 from data.records import Passage
-from retriever_server.retrievers.compose import Cached
+from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.rerank import CrossEncoder, Rerank, Scorer, YesNo
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server import encoders

@@ -13,8 +13,8 @@ from data.corpus import Corpus
 from data.records import Hit, Passage
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
-from retriever_server.retrievers.compose import Sharded
 from retriever_server.retrievers.remote import Remote
+from retriever_server.retrievers.shard import Sharded
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import Batching
 from tests.retriever_server.encoders import FakeEncoder

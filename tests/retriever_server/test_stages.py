@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from retriever_server.retrievers.compose import Cached
+from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable

@@ -16,6 +16,7 @@ from agent.trajectory import StopReason
 from data.errors import ConfigError, RetrieverUnavailable, RunStopped
 from data.records import Question
 from retriever_server.client.search_client import SearchClient
+from retriever_server.retriever import Retriever
 from rl.trl_bridge import SearchEnvironment
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.toy import TAGS, bigram_policy
@@ -34,17 +35,17 @@ class Watched(GRPOTrainer):
         return made
 
 
-class Down:
+class Down(Retriever):
     """A retriever that nobody answers for."""
 
-    window_seconds, waits = 0.0, True
+    generation, waits = "down", True
+
+    def search(self, queries, k, where=None):
+        raise RetrieverUnavailable("down")
 
     async def ask(self, queries, k):
         """An error for each query."""
         return [RetrieverUnavailable("down")] * len(queries)
-
-    async def close(self):
-        """Nothing is open."""
 
 
 def environment(toy, **changes):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Response
@@ -25,6 +25,7 @@ from retriever_server.server.replies import JsonReply
 from retriever_server.server.schema import EmbedBody, EmbeddingsBody, ImageInput, RerankBody
 from retriever_server.server.service import Caller, CallerOf, check_unicode, texts_of
 
+_Found = TypeVar("_Found")
 _MOST_TEXTS = 4096
 """To encode in one request."""
 
@@ -110,7 +111,7 @@ async def _encode(
 ) -> list[Any]:
     """Return a row an input: (D,) dense, csr sparse, (tokens, D) multi. whole: refuse what would be cut."""
     with caller.service.backend(None).current as lease:
-        encoder = _inside(lease, "encoder")
+        encoder = _present(lease.retriever.encoder, "encoder")
         if encoder.spec.kind != kind:
             raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
         if len(inputs) > _MOST_TEXTS:
@@ -142,7 +143,7 @@ async def _score(caller: Caller, pairs: list[tuple[str, str]], whole: bool = Fal
     if len(pairs) > service.limits.max_hits:
         raise DataError(f"{len(pairs)} pairs, at most {service.limits.max_hits} are allowed")
     with service.backend(None).current as lease:
-        scorer = _inside(lease, "scorer")
+        scorer = _present(lease.retriever.scorer, "scorer")
         check_unicode([text for pair in pairs for text in pair])
 
         def tokens_of(query: str, text: str) -> Any:
@@ -185,9 +186,9 @@ def _checked(rows: list[Any], what: str) -> list[Any]:
     return rows
 
 
-def _inside(lease: RetrieverLease, attribute: str) -> Any:
-    if (found := lease.find(attribute)) is None:
-        raise HTTPException(404, f"the retriever has no {attribute}")
+def _present(found: _Found | None, name: str) -> _Found:
+    if found is None:
+        raise HTTPException(404, f"the retriever has no {name}")
     return found
 
 

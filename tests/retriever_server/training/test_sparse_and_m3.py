@@ -16,7 +16,7 @@ from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.base import index_kind
-from retriever_server.retrievers.compose import Fuse
+from retriever_server.retrievers.fuse import Fuse
 from retriever_server.training.m3 import M3Loss, m3
 from retriever_server.training.models import splade
 from retriever_server.training.sparse import deepimpact, splade_loss, unicoil

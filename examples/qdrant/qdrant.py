@@ -15,6 +15,7 @@ from typing import Any
 from data.errors import ConfigError, RetrieverUnavailable
 from data.listening import why_silent
 from data.records import Hit, Passage
+from data.secret import read_secret
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.encoders.vectors import Vectors, rows_of
 from retriever_server.filters import parse_filter
@@ -25,6 +26,8 @@ _POINTS_TOGETHER = 256
 
 class Qdrant(Retriever):
     """Queries are encoded here; Qdrant searches, filters and keeps the passages."""
+
+    encoder: Encoder
 
     def __init__(
         self,
@@ -56,11 +59,7 @@ class Qdrant(Retriever):
         self.encoder, self.collection, self.waits = _load(encoder, device), collection, url is not None
         self._vector, self._metadata_key = vector, metadata_key
         self._keys = {"id": id_key, "title": title_key, "text": text_key}
-        key = None
-        if key_file is not None:
-            from retriever_server.retrievers.remote import read_secret
-
-            key = read_secret(key_file)
+        key = None if key_file is None else read_secret(key_file)
         self._where = url or path
         self._client = QdrantClient(
             url=url, path=path, api_key=key, timeout=max(1, round(deadline_seconds)),
@@ -86,10 +85,6 @@ class Qdrant(Retriever):
         with self._answering():
             answers = self._client.query_batch_points(self.collection, requests)
         return [[self._hit(point) for point in answer.points] for answer in answers]
-
-    def takes_images(self) -> bool:
-        """Whether the encoder reads images."""
-        return "image" in self.encoder.takes
 
     def upload(self, passages: Iterable[Passage]) -> None:
         """Encode passages and put them into the collection, which is made if it is not there."""

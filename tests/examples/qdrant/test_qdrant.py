@@ -5,8 +5,8 @@ import pytest
 
 from data.errors import ConfigError, DataError, RetrieverUnavailable
 from data.records import Passage
+from examples.qdrant.qdrant import Qdrant
 from retriever_server.encoders.vectors import rows_of
-from retriever_server.retrievers.qdrant import Qdrant
 from tests.retriever_server.encoders import FakeEncoder
 from tests.retriever_server.test_filters import agrees
 

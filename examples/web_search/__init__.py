@@ -1,0 +1,1 @@
+"""A paid web search as a retriever."""
