@@ -11,14 +11,16 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit
 from retriever_server.retriever import Filter, Query, Retriever, corpora_in, inside
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.schema import Stage
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from data.jsonl import write_jsonl
 from data.records import Hit
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.encoders.vectors import Multi
-from retriever_server.retriever import Retriever
+from retriever_server.retriever import Retriever, Wrapper
 from retriever_server.server.app import create_app
 
 QUERY, PASSAGE = [3.0, 4.0, 0.0], [0.0, 5.0, 12.0]
@@ -52,10 +52,11 @@ class Whole(Retriever):
         return [[Hit(passage, 1.0, "w") for passage in self.corpus][:k] for _ in queries]
 
 
-class Outer(Retriever):
+class Outer(Wrapper):
     """As a Rerank or Cached: what it has is inside."""
 
     def __init__(self, retriever: Retriever) -> None:
+        super().__init__(retriever)
         self.retriever, self.generation = retriever, "outer"
 
     def search(self, queries, k, where=None):
