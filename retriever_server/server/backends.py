@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit
 from retriever_server.retriever import Filter, Query, Retriever, corpora_in, inside
-from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.schema import Stage
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
+    from retriever_server.retrievers.rerank import Rerank
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class SearchPipeline:
         self, stages: Sequence[Stage], lease: Callable[[str], RetrieverLease], top_k: int, max_k: int
     ) -> None:
         """lease: what answers now for a backend's name. Raises DataError for stages that cannot be."""
-        self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list[Rerank]()
+        self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list["Rerank"]()
         for i, stage in enumerate(stages):
             right, wrong = (stage.rerank, stage.retrieve) if i else (stage.retrieve, stage.rerank)
             if right is None or wrong is not None:
@@ -159,8 +159,7 @@ class SearchPipeline:
                 raise DataError(f"stages.{i}: must name a backend by `{kind}`, and by nothing else")
             self._leases.append(lease(right))
             if i:
-                found = (part for part in inside(self._leases[-1].retriever) if isinstance(part, Rerank))
-                if (reranker := next(found, None)) is None:
+                if (reranker := _reranker_in(self._leases[-1].retriever)) is None:
                     raise DataError(f"stages.{i}.rerank: backend {right!r} has no reranker")
                 self._rerankers.append(reranker)
         self.k = _hits_of_each(stages, [reranker.depth for reranker in self._rerankers], top_k, max_k)
@@ -202,6 +201,12 @@ class SearchPipeline:
     def __exit__(self, *of: object) -> None:
         for lease in self._leases:
             lease.__exit__(*of)
+
+
+def _reranker_in(retriever: Retriever) -> Rerank | None:
+    from retriever_server.retrievers.rerank import Rerank
+
+    return next((part for part in inside(retriever) if isinstance(part, Rerank)), None)
 
 
 def _hits_of_each(stages: Sequence[Stage], depths: Sequence[int], top_k: int, max_k: int) -> list[int]:
