@@ -124,6 +124,14 @@ class HotSwappable:
                 _log.exception("%s stays", self.generation)
 
 
+def backend_of(backends: Mapping[str, HotSwappable], name: str | None) -> HotSwappable:
+    """Return the backend of this name, the default for None; DataError where there is none."""
+    name = next(iter(backends)) if name is None else name
+    if name not in backends:
+        raise DataError(f"backend {name!r}: must be one of {', '.join(backends)}")
+    return backends[name]
+
+
 def stamp(spec: str) -> tuple:
     """Return another value once the index folder or YAML file `spec` was replaced; () where it is missing."""
     path = Path(spec)
@@ -148,16 +156,16 @@ class SearchPipeline:
     """
 
     def __init__(
-        self, stages: Sequence[Stage], lease: Callable[[str], RetrieverLease], top_k: int, max_k: int
+        self, stages: Sequence[Stage], backends: Mapping[str, HotSwappable], top_k: int, max_k: int
     ) -> None:
-        """lease: what answers now for a backend's name. Raises DataError for stages that cannot be."""
+        """Raises DataError for stages that cannot be."""
         self._stages, self._leases, self._rerankers = stages, list[RetrieverLease](), list["Rerank"]()
         for i, stage in enumerate(stages):
             right, wrong = (stage.rerank, stage.retrieve) if i else (stage.retrieve, stage.rerank)
             if right is None or wrong is not None:
                 kind = "rerank" if i else "retrieve"
                 raise DataError(f"stages.{i}: must name a backend by `{kind}`, and by nothing else")
-            self._leases.append(lease(right))
+            self._leases.append(backend_of(backends, right).current)
             if i:
                 if (reranker := _reranker_in(self._leases[-1].retriever)) is None:
                     raise DataError(f"stages.{i}.rerank: backend {right!r} has no reranker")

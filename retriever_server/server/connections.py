@@ -1,4 +1,4 @@
-"""Connections of a server, bounded and timed: what uvicorn leaves open for as long as its clients like.
+"""Serve an application with uvicorn, its connections bounded and timed, until a signal stops it.
 
 A request has `stall_seconds` for its head; its body, and later the answer, must move on by `LEAST_RATE`. Who
 waits for an answer, or is idle between two requests, is left alone. What is closed is counted in the log.
@@ -7,23 +7,117 @@ waits for an answer, or is idle between two requests, is left alone. What is clo
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
+import signal
+import socket
+import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from data.errors import ConfigError
+from retriever_server.server.config import ServeConfig
 
 _log = logging.getLogger(__name__)
 
 LEAST_RATE = 1024
 """Bytes a second of a body, or of an answer that is more than the machine holds for its client."""
+KEEP_ALIVE_SECONDS = 300
+"""A trainer asks again after its update: a connection closed meanwhile would break under its request."""
+GRACE_SECONDS = 30
+"""For requests in flight at a stop."""
+LAST_SECONDS = 2
+"""For all else at a stop: a search that hangs in its thread is not waited for."""
+_BACKLOG = 4096
+"""Clients that may stand at the door."""
 _MOST_OPEN_FILES = 1 << 16
 _RESERVED_FILES = 128
 """For what a request opens."""
 _LONGEST_HEAD = 1 << 16
 _MOST_PIPELINED = 32
 _TOLD_EVERY_SECONDS = 5.0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that already queues connections, so that who reads the port may call at once."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port = {port}: must be from 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        # A name that does not resolve has a negative errno and words of its own.
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; give another --port, or 0 for a free one"
+        ) from error
+    # asyncio does not set it on connections of a ready-made listener: 40 ms an answer without it.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def run_until_stopped(app: FastAPI, listener: socket.socket, config: ServeConfig, pulse: Any = None) -> None:
+    """Serve in this process; `pulse` is told every second that it is well, or not that it is not."""
+    most = config.max_connections or connections_for(raise_open_files())
+    _log.info("at most %d connections", most)
+
+    async def look() -> None:
+        if app.state.service.check_health() and pulse is not None:
+            pulse.beat()
+
+    settings = uvicorn.Config(
+        functools.partial(_drain_first, app, config.drain_seconds),  # called when uvicorn's handlers are set
+        factory=True,
+        http=functools.partial(BoundedProtocol, Bounds(most, config.stall_seconds)),  # type: ignore[arg-type]
+        ws="none",
+        log_level="warning",
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_notify=0,  # that is, every second
+        callback_notify=look,
+    )
+    # uvicorn raises the signal again once it has stopped; being asked to stop is no failure.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        _handle(stop, _leave)
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _handle(signal_number: int, act: Callable[..., object]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal_number, act)
+
+
+def _drain_first(app: FastAPI, seconds: float) -> FastAPI:
+    """Have SIGTERM make the application unready at once, and uvicorn stop `seconds` later."""
+    service, stop = app.state.service, signal.getsignal(signal.SIGTERM)
+
+    def drain(*signal_and_frame: Any) -> None:
+        if not service.stopping and callable(stop):
+            service.stopping = True
+            _later(seconds, stop, *signal_and_frame)
+
+    _handle(signal.SIGTERM, drain)
+    return app
+
+
+def _leave(*_: Any) -> None:
+    _later(LAST_SECONDS, os._exit, 0)
+    sys.exit(0)
+
+
+def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
+    timer = threading.Timer(seconds, act, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def raise_open_files() -> int:

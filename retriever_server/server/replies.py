@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
 
 from data.errors import RetrieverError
 
-_LONG_ANSWER = 64
-"""Rankings; more are written in a thread."""
+LONG_ANSWER = 64
+"""Rankings; more are written in a thread, and hold up no other answer."""
 
 
 class JsonReply(Response):
@@ -29,15 +27,6 @@ class JsonReply(Response):
             return _render(content).encode()
         except (ValueError, TypeError) as error:
             raise RetrieverError(f"what was found cannot be sent as JSON: {error}") from error
-
-
-async def reply_with(make: Callable[[], Any], rankings: int) -> JsonReply:
-    """Answer with what `make` returns; a long answer is made in a thread, and holds up no other."""
-
-    def write() -> JsonReply:
-        return JsonReply(make())
-
-    return await asyncio.to_thread(write) if rankings > _LONG_ANSWER else write()
 
 
 def _render(content: Any) -> str:

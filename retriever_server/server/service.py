@@ -18,7 +18,7 @@ from data.columns import wait_for_columns
 from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
 from retriever_server.filters import parse_filter, prepare
-from retriever_server.server.backends import HotSwappable, SearchPipeline
+from retriever_server.server.backends import HotSwappable, SearchPipeline, backend_of
 from retriever_server.server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.server.config import Limits
 from retriever_server.server.documents import find_documents, is_url
@@ -46,13 +46,6 @@ class Found:
     """Each stage, as JSON."""
     linked: str | None
     """The backend in links to pictures; None for the default."""
-
-    def rankings(self) -> list[list[Hit]]:
-        """Return the hits of all queries; raises the first error that one of them met."""
-        for outcome in self.outcomes:
-            if isinstance(outcome, Exception):
-                raise QueryFailed(outcome)
-        return self.outcomes  # type: ignore[return-value]
 
 
 class SearchService:
@@ -103,11 +96,9 @@ class SearchService:
             _log.error("%s", reason or "no search hangs any more")
         return not reason
 
-    def backend(self, name: str | None) -> HotSwappable:
-        """Return the backend of this name, the default for None; DataError where there is none."""
-        if name is not None and name not in self.backends:
-            raise DataError(f"backend {name!r}: must be one of {', '.join(self.backends)}")
-        return self.backends[name or next(iter(self.backends))]
+    def backend(self, name: str | None = None) -> HotSwappable:
+        """Return the backend of this name, the default without one; DataError where there is none."""
+        return backend_of(self.backends, name)
 
     async def search(
         self,
@@ -127,9 +118,7 @@ class SearchService:
         stages = stages or [Stage(retrieve=default if backend is None else backend)]
         k = self.limits.topk if top_k is None else top_k
         self._check(queries, k, where)
-        with SearchPipeline(
-            stages, lambda name: self.backend(name).current, k, self.limits.max_topk
-        ) as pipeline:
+        with SearchPipeline(stages, self.backends, k, self.limits.max_topk) as pipeline:
             self._check_number(len(queries), k := pipeline.k[-1])
             outcomes = await self._search(pipeline, queries, where)
             report = pipeline.report()
@@ -178,7 +167,7 @@ class SearchService:
 
         Raises DataError if the default backend has no corpus of its own.
         """
-        with self.backend(None).current as lease:
+        with self.backend().current as lease:
             if (corpus := lease.retriever.corpus) is None:
                 raise DataError("this retriever has no corpus of its own to read pages from")
             if any(map(is_url, places)):
@@ -214,8 +203,18 @@ class Caller:
     def __init__(
         self, service: SearchService, request: Request | None = None, deadline: str | None = None
     ) -> None:
-        """deadline: seconds, of a header; what a body says counts more."""
+        """request: its body must have been read. deadline: seconds, of a header; a body's count more."""
         self.service, self._request, self._deadline = service, request, deadline
+
+    async def rank(
+        self, queries: Sequence[str], top_k: int | None, options: SearchOptions | None = None
+    ) -> tuple[list[list[Hit]], Found]:
+        """Search for hits of all queries; raises also QueryFailed, for the first that has none."""
+        found = await self.search(queries, top_k, options)
+        for outcome in found.outcomes:
+            if isinstance(outcome, Exception):
+                raise QueryFailed(outcome)
+        return found.outcomes, found  # type: ignore[return-value]
 
     async def search(
         self,
@@ -236,18 +235,19 @@ class Caller:
 
     async def wait(self, work: Coroutine[Any, Any, T], deadline_seconds: float | None = None) -> T:
         """Return what `work` returns; it is cancelled at the deadline, or when the client has gone."""
-        working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._leave())
+        working = asyncio.ensure_future(work)
+        awaited: set[asyncio.Future[Any]] = {working}
+        if self._request is not None:  # whose next message says that it has gone
+            awaited.add(asyncio.ensure_future(self._request.receive()))
         try:
             seconds = min(self._seconds(deadline_seconds), self.service.limits.max_deadline_seconds)
-            await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
-            if leaving.done():
-                raise ClientGone
-            raise TimeoutError(f"no answer within {seconds:g} s")
+            raise ClientGone if done else TimeoutError(f"no answer within {seconds:g} s")
         finally:
-            working.cancel()
-            leaving.cancel()
+            for each in awaited:
+                each.cancel()
 
     def _seconds(self, asked: float | None) -> float:
         """The body's wish, else the header's; DataError where that is no number of seconds."""
@@ -260,13 +260,6 @@ class Caller:
         if not seconds > 0:
             raise DataError(f"{_DEADLINE_HEADER}: must be a number of seconds > 0")
         return seconds
-
-    async def _leave(self) -> None:
-        """Return when the client has gone; its body must have been read."""
-        if self._request is None:
-            await asyncio.Event().wait()
-        while (await self._request.receive())["type"] != "http.disconnect":  # type: ignore[union-attr]
-            pass
 
 
 def texts_of(inputs: Sequence[str | ImageInput]) -> list[str]:
@@ -313,6 +306,7 @@ async def get_service(request: Request) -> SearchService:
 
 async def get_caller(request: Request) -> Caller:
     """Return the client of this request."""
+    await request.body()
     return Caller(request.app.state.service, request, request.headers.get(_DEADLINE_HEADER))
 
 

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +55,26 @@ class Pulse:
     def complaint(self) -> str:
         """What it said, or ""."""
         return self._heard.recv() if self._heard.poll() else ""
+
+
+def begin_work(open_app: Callable[[], Any], pulse: Pulse) -> Any:
+    """Return the application of a worker, which does not outlive its parent; end here if it does not open."""
+    for early in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(early, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        return open_app()
+    except Exception as error:
+        pulse.complain(f"{'' if isinstance(error, SleuthError) else f'{type(error).__name__}: '}{error}")
+        os._exit(1)
 
 
 class _Worker:

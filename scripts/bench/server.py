@@ -212,10 +212,10 @@ def serve_peer(index: str) -> None:
     import uvicorn
 
     from retriever_server.open_retriever import open_retriever
-    from scripts.serve import _listen
+    from retriever_server.server.connections import listen
 
     app = peer_app(open_retriever(index))
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         print(f"peer at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 

@@ -144,9 +144,9 @@ def serve_canned() -> None:
     """Serve it on a free port, and print where."""
     import uvicorn
 
-    from scripts.serve import _listen
+    from retriever_server.server.connections import listen
 
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         print(f"canned at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(canned_app(), log_level="warning")).run(sockets=[listener])
 

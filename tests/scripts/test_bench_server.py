@@ -17,8 +17,8 @@ from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.batching import Batching
 from retriever_server.server.config import Limits
+from retriever_server.server.connections import listen
 from scripts.bench.server import LOADS, drive, make_bodies, peer_app
-from scripts.serve import _listen
 from tests.retriever_server.encoders import WORDS, tiny_model
 
 
@@ -34,7 +34,7 @@ def test_every_request_is_answered_or_asked_again(load, monkeypatch):
     """The queue is shorter than the clients are many: some get a 429, none is lost."""
     monkeypatch.setitem(LOADS, "single", (8, 1))
     app = create_app(Echo(), Limits(max_queries=64), batching=Batching(max_waiting=64))
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()

@@ -16,6 +16,7 @@ from retriever_server.client.search_client import connect
 from retriever_server.client.wire import parse_hits
 from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
+from retriever_server.server.connections import listen
 from scripts import serve
 from scripts.serve import ServeConfig
 from tests.retriever_server.running import TEXTS, build_small_index, running_server, start_server
@@ -179,7 +180,7 @@ def test_a_search_that_hangs_does_not_hold_up_the_stop(tmp_path):
 
 def test_small_answers_are_sent_at_once():
     with (
-        serve._listen("127.0.0.1", 0) as listener,
+        listen("127.0.0.1", 0) as listener,
         socket.create_connection(listener.getsockname()),
     ):
         accepted, _ = listener.accept()

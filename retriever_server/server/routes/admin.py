@@ -31,7 +31,7 @@ async def page() -> Response:
 @router.get("/health", include_in_schema=False)
 async def healthz(service: ServiceOf) -> dict[str, str]:
     """Answer: the process lives."""
-    return {"status": "ok", "generation": service.backend(None).generation}
+    return {"status": "ok", "generation": service.backend().generation}
 
 
 @router.get("/readyz", responses=error_replies(503))

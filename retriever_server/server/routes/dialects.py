@@ -14,6 +14,7 @@ and `deadline_seconds`, as `/v1/search` has them.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from data.errors import DataError
 from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
 from retriever_server.server.errors import ANY_SEARCH, error_replies
-from retriever_server.server.replies import JsonReply, reply_with
+from retriever_server.server.replies import LONG_ANSWER, JsonReply
 from retriever_server.server.schema import (
     AccessBody,
     BatchSearchBody,
@@ -75,13 +76,12 @@ async def access(body: AccessBody, service: ServiceOf) -> Response:
 
 
 async def _answer(request: DialectRequest, options: SearchOptions, caller: Caller) -> Response:
-    found = await caller.search(request.queries, request.top_k, options)
-    rankings = found.rankings()
+    rankings, found = await caller.rank(request.queries, request.top_k, options)
 
-    def make() -> Any:
-        return _SHAPES[request.shape](request, rankings, found)
+    def write() -> Response:
+        return JsonReply(_SHAPES[request.shape](request, rankings, found))
 
-    return await reply_with(make, len(rankings))
+    return await asyncio.to_thread(write) if len(rankings) > LONG_ANSWER else write()
 
 
 @dataclass(frozen=True)

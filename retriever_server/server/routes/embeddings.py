@@ -110,7 +110,7 @@ async def _encode(
     caller: Caller, inputs: Sequence[str | ImageInput], role: Any, kind: str, whole: bool = False
 ) -> list[Any]:
     """Return a row an input: (D,) dense, csr sparse, (tokens, D) multi. whole: refuse what would be cut."""
-    with caller.service.backend(None).current as lease:
+    with caller.service.backend().current as lease:
         encoder = _present(lease.retriever.encoder, "encoder")
         if encoder.spec.kind != kind:
             raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
@@ -142,7 +142,7 @@ async def _score(caller: Caller, pairs: list[tuple[str, str]], whole: bool = Fal
     service = caller.service
     if len(pairs) > service.limits.max_hits:
         raise DataError(f"{len(pairs)} pairs, at most {service.limits.max_hits} are allowed")
-    with service.backend(None).current as lease:
+    with service.backend().current as lease:
         scorer = _present(lease.retriever.scorer, "scorer")
         check_unicode([text for pair in pairs for text in pair])
 

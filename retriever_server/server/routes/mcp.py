@@ -24,7 +24,7 @@ def make_mcp(service: SearchService) -> Any:
     async def search(query: str, top_k: int | None = None) -> dict[str, Any]:
         """Passages that answer a query, best first: id, title, url and text of each."""
         try:
-            [hits] = (await Caller(service).search([query], top_k)).rankings()
+            [hits], _ = await Caller(service).rank([query], top_k)
         except (DataError, ConfigError, QueryFailed, Overloaded, TimeoutError) as error:
             raise ToolError(str(error)) from error
         return {"results": [{**_render(hit.passage), "score": hit.score} for hit in hits]}

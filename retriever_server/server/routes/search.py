@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from data.images import needs_images
 from data.records import Hit
 from retriever_server.client.wire import thumbnail_link
 from retriever_server.server.errors import ANY_SEARCH, QueryFailed, error_replies
-from retriever_server.server.replies import reply_with
+from retriever_server.server.replies import LONG_ANSWER, JsonReply
 from retriever_server.server.schema import SearchBody, SearchForm, SearchReply
 from retriever_server.server.service import CallerOf, Outcome
 
@@ -38,12 +39,12 @@ async def search(body: SearchBody, caller: CallerOf) -> Response:
     """Return the best passages of each query; a query that fails has an error instead of hits."""
     found = await caller.search(body.queries, body.top_k, body, body.stages)
 
-    def make() -> dict[str, Any]:
+    def write() -> Response:
         results = [_render_result(outcome, found.linked) for outcome in found.outcomes]
         answer = {"results": results, "backend": found.backend, "generation": found.generation}
-        return {**answer, "stages": found.stages} if body.stages else answer
+        return JsonReply({**answer, "stages": found.stages} if body.stages else answer)
 
-    return await reply_with(make, len(found.outcomes))
+    return await asyncio.to_thread(write) if len(found.outcomes) > LONG_ANSWER else write()
 
 
 @router.get(
