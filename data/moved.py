@@ -53,6 +53,8 @@ MOVED = {
     "rl.optimizer": "rl.learner.optimizer",
     "rl.packing": "rl.learner.packing",
     "rl.rewards": "rl.algorithm.rewards",
+    "rl.search_r1_scorer": "examples.search_r1_scorer.scorer",
+    "rl.seed_policy": "examples.seed_policy.seed_policy",
     "rl.update": "rl.learner.learner",
     "rl.workers": "rl.learner.workers",
     "scripts.compile_atlas": "examples.atlas.compile",

@@ -33,7 +33,7 @@ def main(
 
     Args:
         out: Folder for the policy.
-        policy: Folder or name of the policy to start from; new makes the seed policy from nothing.
+        policy: Folder or name of the policy to start from; new makes the seed policy (examples/seed_policy).
         demonstrations: JSONL file of demonstrations (docs/data-formats.md).
         invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
         invented_seed: Of the invented worlds.
@@ -55,6 +55,10 @@ def main(
     if policy != "new":
         find_policy(policy)
     spoken = make_protocol(protocol, policy)
+    if policy == "new":
+        from data.plugins import find_plugin
+
+        make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
     if demonstrations:
         spans = load_demonstrations(demonstrations, spoken)
     else:
@@ -68,7 +72,6 @@ def main(
 
     if policy == "new":
         from data.packaged import WIRED_IN
-        from rl.seed_policy import make_seed_policy
 
         logger.info(WIRED_IN)
         texts = (text for demonstration in spans[:4000] for _, text in demonstration)

@@ -1,7 +1,7 @@
 """Rewards: functions of a finished trajectory, combined by weights.
 
 They read what the agent found in the policy's own turns: its answer, its form, its searches. Neither
-the prompt's example answer nor an answer inside a passage can score (but in search_r1_legacy).
+the prompt's example answer nor an answer inside a passage can score.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from data.records import Question
 from rl.algorithm.judge import Judge, Verdict
 from rl.config import JudgeConfig
 from rl.groups import Reward
-from rl.search_r1_scorer import search_r1_legacy, search_r1_legacy_format
 
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
@@ -77,10 +76,13 @@ REWARDS: dict[str, RewardFunction] = {
     "no_answer": no_answer,
     "search_cost": search_cost,
     "gold_passage": gold_passage,
-    "search_r1_legacy": search_r1_legacy,
-    "search_r1_legacy_format": search_r1_legacy_format,
 }
 """By name; besides these `judge`, which takes many trajectories at once and may fail."""
+EXAMPLES = {
+    name: f"examples.search_r1_scorer.scorer.{name}"
+    for name in ("search_r1_legacy", "search_r1_legacy_format")
+}
+"""Names of functions that a checkout of the repository has."""
 
 
 def combine(
@@ -157,9 +159,11 @@ def _find(name: str) -> RewardFunction:
     """
     if name in REWARDS:
         return REWARDS[name]
+    if name in EXAMPLES:
+        return find_plugin(EXAMPLES[name], f"rewards.{name}")
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = ", ".join([*REWARDS, "judge"])
+        known = ", ".join([*REWARDS, *EXAMPLES, "judge"])
         raise ConfigError(f"rewards.{name}: must be one of {known}, or module:function of your own")
     place = f"rewards.{name}"
     function = find_plugin(f"{module}.{attribute}", place)

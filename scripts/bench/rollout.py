@@ -42,10 +42,10 @@ from agent.protocol import SEARCH_R1, Answer, Search
 from agent.rollout import Agent
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
+from data.plugins import find_plugin
 from data.records import Hit, Passage, Question
 from retriever_server.client.search_client import SearchClient
 from retriever_server.retriever import Query, Retriever
-from rl.seed_policy import train_tokenizer
 
 PROTOCOL = replace(SEARCH_R1, chat=False)  # the procedure of Search-R1 on a base model
 PASSAGE_WORDS = 100
@@ -108,6 +108,7 @@ def make_task(count: int, policy: str | None, device: str, dtype: str, hidden: i
     questions = [Question(f"q{i}", f"Which {' '.join(draw.sample(words, 9))}?", ("x",)) for i in range(count)]
     if policy is not None:
         return Task(load_policy(policy, device, dtype), questions, retriever)
+    train_tokenizer = find_plugin("examples.seed_policy.seed_policy.train_tokenizer", "bench")
     tokenizer = train_tokenizer([p.text for p in passages], PROTOCOL, 8192)
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -17,7 +17,7 @@ from data.run_dir import read_metrics
 from scripts import train
 from scripts.__main__ import main
 from scripts.command_line import call
-from tests.rl.test_workers import REPO, launch
+from tests.rl.learner.test_workers import REPO, launch
 
 CRITIC = ("--preset=search_r1_ppo", "--algorithm.critic_learning_rate=1e-2")
 ADAPTERS = ("--lora.rank=4", "--lora.dropout=0.1")

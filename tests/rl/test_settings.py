@@ -18,7 +18,7 @@ from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig, TrainConfig
 from rl.rollouts import Rollouts
 from scripts import wiring
 from scripts.train import train
-from tests.rl.learning import configure, learn, make_groups, make_learner
+from tests.rl.learner.learning import configure, learn, make_groups, make_learner
 from tests.toy import toy_config
 
 

@@ -24,7 +24,7 @@ from rl.learner.logprobs import Scorer
 from rl.learner.workers import Workers
 from scripts import __main__ as sleuth
 from tests.fakes import question
-from tests.rl.test_logprobs import assert_same, gradients, weights_of
+from tests.rl.learner.test_logprobs import assert_same, gradients, weights_of
 from tests.vision import PageSearcher, draw_pages, seeing_policy
 
 LAYOUTS = pytest.mark.parametrize("packing", [True, False])

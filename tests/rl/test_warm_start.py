@@ -15,9 +15,9 @@ from agent.trajectory import SegmentKind
 from data.errors import DataError
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
+from examples.seed_policy.seed_policy import SeedConfig, make_seed_policy
 from rl.config import WarmStartConfig
 from rl.demonstrations import demonstration_spans, load_demonstrations
-from rl.seed_policy import SeedConfig, make_seed_policy
 from rl.warm_start import encode_demonstration, warm_start
 from tests.fakes import byte_tokenizer, question, tiny_model
 

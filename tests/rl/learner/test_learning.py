@@ -8,7 +8,14 @@ import torch
 
 from data.settings import LoraConfig
 from rl.algorithm.presets import PRESETS, RECIPE_FIELDS, AlgorithmConfig, preset_fields
-from tests.rl.learning import configure, largest_difference, learn, make_groups, make_learner, plain_learner
+from tests.rl.learner.learning import (
+    configure,
+    largest_difference,
+    learn,
+    make_groups,
+    make_learner,
+    plain_learner,
+)
 
 LAYOUTS = [(True, 24), (False, 40)]
 """Packing, and the tokens of a micro-batch."""

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes agent/seed_policy, the policy that the embedded world starts from: half an hour on two CPU cores.
 #
-#   bash scripts/make_seed_policy.sh OUT
+#   bash examples/seed_policy/make_seed_policy.sh OUT
 #
 # First all tokens are learnt, to read; then only what the policy itself would write; last, more questions
 # of two hops. Demonstrations are over invented worlds: no real name is seen.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${1:?give a folder for the policy}"
 
 two_hops='{one_hop: 0.25, two_hop: 0.6, three_hop: 0.075, comparison: 0.075}'

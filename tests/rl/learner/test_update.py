@@ -13,7 +13,7 @@ from rl.algorithm.presets import AlgorithmConfig
 from rl.config import TrainConfig
 from rl.learner.learner import Learner
 from tests.fakes import tiny_model
-from tests.rl.learning import (
+from tests.rl.learner.learning import (
     VOCABULARY,
     Learned,
     configure,

@@ -21,7 +21,7 @@ from rl.groups import Collected, Group, averages
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
 from tests.fakes import question, tiny_model
-from tests.rl.plain import Gradients, PlainLearner
+from tests.rl.learner.plain import Gradients, PlainLearner
 
 VOCABULARY = 64
 RATE = 0.1

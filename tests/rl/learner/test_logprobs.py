@@ -26,7 +26,7 @@ from rl.learner import packing
 from rl.learner.batch import MicroBatch, micro_batches
 from rl.learner.logprobs import Scorer
 from tests.fakes import SIZES, byte_tokenizer, question, tiny_model
-from tests.rl.test_batch import BATCH, VOCABULARY
+from tests.rl.learner.test_batch import BATCH, VOCABULARY
 
 KINDS = ["qwen2", "qwen3", "llama", "gemma3"]
 LAYOUTS = ["packed", "right", "left"]

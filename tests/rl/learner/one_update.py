@@ -19,7 +19,7 @@ from rl.learner.workers import Workers, join_workers, whole
 from scripts.command_line import call
 from scripts.train import expand
 from tests.fakes import tiny_model
-from tests.rl.learning import GROUPS, VOCABULARY, make_groups
+from tests.rl.learner.learning import GROUPS, VOCABULARY, make_groups
 
 ALGORITHMS = {
     "token-average": [],

@@ -5,7 +5,7 @@ import torch
 
 from agent.policy import load_policy
 from agent.protocol import COMPACT, PROTOCOLS
-from rl.seed_policy import SeedConfig, make_seed_policy, train_tokenizer
+from examples.seed_policy.seed_policy import SeedConfig, make_seed_policy, train_tokenizer
 
 NAMES = ["Reykjavík", "N'Djamena", "Saint Kitts and Nevis", "Côte d'Ivoire", "Xi'an", "1,234.5 km", "東京"]
 TEXTS = [f"Question: where is {name}?\n" for name in NAMES] * 20

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.run_dir import read_metrics
-from tests.rl.one_update import CASES
+from tests.rl.learner.one_update import CASES
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 
 
 def launch(processes, *command):
@@ -36,7 +36,7 @@ def recorded(tmp_path_factory):
     """The folders of gradients that one process and two wrote."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     for processes, folder in enumerate(folders, start=1):
-        launch(processes, "tests.rl.one_update", folder)
+        launch(processes, "tests.rl.learner.one_update", folder)
     return folders
 
 

@@ -1,0 +1,1 @@
+"""The published scorers of Search-R1, bug by bug."""

@@ -1,0 +1,1 @@
+"""The making of the policy that the embedded world starts from."""
