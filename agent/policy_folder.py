@@ -25,6 +25,7 @@ def own_protocol(policy: str) -> Protocol:
         return get_protocol("search_r1")
     try:
         record = read_json(path)
-        return get_protocol(record["protocol"], record.get("titles"), record.get("chat_template_kwargs"))
+        told = (record.get("titles"), record.get("chat_template_kwargs"), record.get("tools", ["search"]))
+        return get_protocol(record["protocol"], *told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error

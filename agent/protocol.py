@@ -1,4 +1,4 @@
-"""How a policy speaks: its prompt, its actions, what it is shown, and within what limits.
+"""How a policy speaks: its prompt, its actions, its observations, and their limits.
 
 A `Protocol` is a value. `SEARCH_R1` is the contract of Search-R1 string by string (Jin et al. 2025,
 arXiv 2503.09516); docs/protocol.md lists what differs. `COMPACT` says the same in few tokens, for tiny
@@ -7,22 +7,15 @@ policies. `HERMES` is tool calls over chat turns, as Qwen models were taught.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
 from data.unicode import replace_halves
-
-
-@dataclass(frozen=True)
-class Search:
-    """The policy asks the retriever."""
-
-    query: str
 
 
 @dataclass(frozen=True)
@@ -34,39 +27,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Invalid:
-    """What the policy wrote is no action; it is told so and tries again."""
+    """The policy wrote no action; it is told so and tries again."""
 
     reason: str
 
 
-Action = Search | Answer | Invalid
-
-
-def _plain_query(inside: str) -> str:
-    return inside.strip()
-
-
-def _plain_call(query: str) -> str:
-    return query
-
-
-def _tool_call_query(inside: str) -> str:
-    """The query of {"name": "search", "arguments": {"query": "..."}}; empty if it is anything else."""
-    try:
-        call = json.loads(inside)
-        query = call["arguments"]["query"] if call["name"] == "search" else ""
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return query.strip() if isinstance(query, str) else ""
-
-
-def _tool_call(query: str) -> str:
-    return json.dumps({"name": "search", "arguments": {"query": query}}, ensure_ascii=False)
+Action = Call | Answer | Invalid
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of speaking. Templates take {question}, {passages}, {index}, {title}, {text}."""
+    """One way of speaking. Templates take {question}, {tools}, {passages}, {index}, {title}, {text}."""
 
     name: str
     instruction: str
@@ -79,12 +50,12 @@ class Protocol:
     search_tag: str = "search"
     answer_tag: str = "answer"
     observation_tag: str = "information"
-    query_of: Callable[[str], str] = _plain_query
-    """What stands inside the search tag -> the query; "" makes the action invalid."""
-    call_of: Callable[[str], str] = _plain_call
-    """Its inverse: a query -> what stands inside the search tag."""
+    tools: tuple[str, ...] = (SEARCH.name,)
+    """What the policy may call, see agent/tools.py: search, and in a tag of its name each other."""
+    json_calls: bool = False
+    """All calls stand in the search tag, as JSON with the name of the tool."""
     padding: tuple[str, str] = (" ", " ")
-    """Written before and after what stands inside a tag, in demonstrations."""
+    """Written before and after the content of a tag, in demonstrations."""
     titles: Literal["quoted", "unquoted"] = "unquoted"
     """quoted: {title} is the first line of a passage's `contents` as it stands, {text} is all after it."""
     keeps_eos: bool = True
@@ -94,9 +65,9 @@ class Protocol:
     chat: bool = True
     """Wrap the instruction in the tokenizer's chat template, if it has one."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What the template is told besides, such as {"enable_thinking": False}."""
+    """Further arguments of the template, such as {"enable_thinking": False}."""
     message_header: str = ""
-    """With what `observation` and `invalid` begin the policy's next message, if they do."""
+    """The end of `observation` and `invalid` that begins the policy's next message, if one does."""
     max_turns: int = 4
     """Searches (and invalid actions) allowed; one more completion may then only answer."""
     top_k: int = 3
@@ -112,49 +83,78 @@ class Protocol:
                 raise ConfigError(f"protocol.{limit} = {getattr(self, limit)}: must be >= 1")
         if self.max_turns < 0:
             raise ConfigError(f"protocol.max_turns = {self.max_turns}: must be >= 0")
+        if SEARCH.name not in self.tools or not set(self.tools) <= TOOLS.keys():
+            allowed = f"{SEARCH.name}, with or without {', '.join(TOOLS.keys() - {SEARCH.name})}"
+            raise ConfigError(f"protocol.tools = {list(self.tools)}: must be {allowed}")
 
     @property
-    def stop(self) -> tuple[str, str]:
-        """The strings that end a turn: the closing tags of the two actions."""
-        return f"</{self.search_tag}>", f"</{self.answer_tag}>"
+    def call_tags(self) -> dict[str, str]:
+        """The tags that calls stand in, each with its tool."""
+        others = () if self.json_calls else self.tools
+        return {self.search_tag: SEARCH.name} | {name: name for name in others if name != SEARCH.name}
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The strings that end a turn: the closing tags of the actions."""
+        return tuple(f"</{tag}>" for tag in (*self.call_tags, self.answer_tag))
 
     @property
     def tags(self) -> tuple[str, ...]:
         """The names that only policy and protocol may put between angle brackets."""
-        return self.think_tag, self.search_tag, self.answer_tag, self.observation_tag
+        return self.think_tag, *self.call_tags, self.answer_tag, self.observation_tag
 
     @property
     def record(self) -> dict[str, Any]:
-        """What sleuth.json of a policy that was trained on it holds: its name, and what differs from that."""
+        """The content of sleuth.json of a policy that was trained on it: its name, and where it differs."""
         own = self.name in PROTOCOLS and PROTOCOLS[self.name].titles == self.titles
         titles = {} if own else {"titles": self.titles}
         told = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
-        return {"protocol": self.name, **titles, **told}
+        tools = {"tools": list(self.tools)} if self.tools != (SEARCH.name,) else {}
+        return {"protocol": self.name, **titles, **told, **tools}
 
     def prompt(self, question: str) -> str:
         """The instruction with the question in it, ending in a question mark as Search-R1 has it."""
         question = question.strip()
         if not question.endswith("?"):
             question += "?"
-        return self.instruction.replace("{question}", question)
+        more = "".join(self._told(name) for name in self.tools if name != SEARCH.name)
+        return _fill(self.instruction, question=question, tools=more)
+
+    def _told(self, name: str) -> str:
+        """A further tool, in the words of the instruction."""
+        tool = TOOLS[name]
+        if self.json_calls:
+            call = write_call(Call(name, tool.example))
+            return f"Another tool, {name}, {tool.does}: <{self.search_tag}>{call}</{self.search_tag}>. "
+        return f"<{name}> {tool.example} </{name}> {tool.does}. "
 
     def parse(self, turn: str) -> Action:
         """The first action in what the policy wrote in one turn. Never raises."""
-        actions = f"{self.search_tag}|{self.answer_tag}"
+        actions = "|".join((*self.call_tags, self.answer_tag))
         match = re.search(rf"<({actions})>(.*?)</\1>", turn, re.DOTALL)
         if match is None:
             return Invalid("no action")
         if match[1] == self.answer_tag:
             return Answer(match[2].strip())
-        query = replace_halves(self.query_of(match[2]))
-        return Search(query) if query or self.allows_empty_query else Invalid("empty query")
+        call = self.read_call(match[1], match[2])
+        if call and call.tool in self.tools and (call.argument or self._allows_nothing(call)):
+            return call
+        return Invalid("empty query")
+
+    def _allows_nothing(self, call: Call) -> bool:
+        return self.allows_empty_query and call.tool == SEARCH.name
+
+    def read_call(self, tag: str, inside: str) -> Call | None:
+        """The call whose tag has this content; None where it is none."""
+        call = read_call(inside) if self.json_calls else Call(self.call_tags[tag], inside.strip())
+        return call and replace(call, argument=replace_halves(call.argument))
 
     def opens_thought(self, before: str) -> bool:
-        """Whether the text before a turn has begun its thought, as some chat templates do."""
+        """Return whether the text before a turn has begun its thought, as some chat templates do."""
         return before.rstrip().endswith(f"<{self.think_tag}>")
 
     def is_well_formed(self, turn: str, before: str = "") -> bool:
-        """Whether a turn is one thought and then one action that says something, with nothing besides.
+        """Return whether a turn is one thought, then one action that says something, and nothing else.
 
         before: the text that it follows. Where that begins the thought, the turn may begin it once more or
         not; where it ends in an empty one, which is how templates say that nothing is to be thought, it may
@@ -168,16 +168,19 @@ class Protocol:
             thought = rf"(?:\s*{opens})?{inside}{closes}"
         elif re.search(rf"{opens}\s*{closes}\s*\Z", before):
             thought = rf"(?:{thought})?"
-        pattern = rf"{thought}\s*<({self.search_tag}|{self.answer_tag})>{inside}</\1>\s*"
+        actions = "|".join((*self.call_tags, self.answer_tag))
+        pattern = rf"{thought}\s*<({actions})>{inside}</\1>\s*"
         return re.fullmatch(pattern, turn, re.DOTALL) is not None and _says_something(self.parse(turn))
 
-    def render_turn(self, thought: str, action: Search | Answer) -> str:
+    def render_turn(self, thought: str, action: Call | Answer) -> str:
         """A turn as a demonstration writes it; `parse` gives the action back."""
-        tag, inside = (
-            (self.search_tag, self.call_of(action.query))
-            if isinstance(action, Search)
-            else (self.answer_tag, action.text)
-        )
+        if isinstance(action, Answer):
+            tag, inside = self.answer_tag, action.text
+        elif self.json_calls:
+            tag, inside = self.search_tag, write_call(action)
+        else:
+            tag = next(tag for tag, tool in self.call_tags.items() if tool == action.tool)
+            inside = action.argument
         before, after = self.padding
         return (
             f"<{self.think_tag}>{before}{thought}{after}</{self.think_tag}>"
@@ -199,9 +202,9 @@ class Protocol:
 
 
 def _says_something(action: Action) -> bool:
-    """Whether an action holds anything that can be seen: more than blanks and characters of no width."""
+    """Return whether an action holds anything visible: more than blanks and characters of no width."""
     match action:
-        case Search(said) | Answer(said):
+        case Call(_, said) | Answer(said):
             return any(c.isprintable() and not c.isspace() for c in said)
     return False
 
@@ -218,7 +221,7 @@ SEARCH_R1 = Protocol(
         "every time you get new information. After reasoning, if you find you lack some knowledge, "
         "you can call a search engine by <search> query </search> and it will return the top "
         "searched results between <information> and </information>. You can search as many times "
-        "as your want. If you find no further external knowledge needed, you can directly provide "
+        "as your want. {tools}If you find no further external knowledge needed, you can directly provide "
         "the answer inside <answer> and </answer>, without detailed illustrations. For example, "
         "<answer> Beijing </answer>. Question: {question}\n"
     ),
@@ -254,7 +257,7 @@ HERMES = Protocol(
     instruction=(
         "Answer the question. First reason between <think> and </think>. You have one tool, "
         'search, which finds passages: <tool_call>{"name": "search", "arguments": {"query": '
-        '"..."}}</tool_call>. It replies in <tool_response>. Search as often as you need, then '
+        '"..."}}</tool_call>. It replies in <tool_response>. {tools}Search as often as you need, then '
         "write the short answer between <answer> and </answer>.\nQuestion: {question}"
     ),
     passage="Doc {index} (Title: {title}) {text}\n",
@@ -269,8 +272,7 @@ HERMES = Protocol(
     ),
     search_tag="tool_call",
     observation_tag="tool_response",
-    query_of=_tool_call_query,
-    call_of=_tool_call,
+    json_calls=True,
     message_header="<|im_start|>assistant\n",
 )
 
@@ -281,12 +283,16 @@ PROTOCOLS = {protocol.name: protocol for protocol in (SEARCH_R1, COMPACT, HERMES
 
 
 def get_protocol(
-    name: str, titles: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+    name: str,
+    titles: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[str] = (SEARCH.name,),
 ) -> Protocol:
-    """The protocol of that name, with its own titles unless others are given. Raises ConfigError."""
+    """Return the protocol of that name, with its own titles unless others are given. Raises ConfigError."""
     if name not in PROTOCOLS:
         raise ConfigError(f"protocol = {name!r}: must be one of {', '.join(PROTOCOLS)}")
     if titles not in (None, "quoted", "unquoted"):
         raise ConfigError(f"protocol.titles = {titles!r}: must be quoted or unquoted")
     changes = {None: {}, "quoted": {"titles": "quoted"}, "unquoted": UNQUOTED}[titles]
-    return replace(PROTOCOLS[name], chat_template_kwargs=dict(chat_template_kwargs or {}), **changes)
+    more: dict[str, Any] = {"chat_template_kwargs": dict(chat_template_kwargs or {}), "tools": tuple(tools)}
+    return replace(PROTOCOLS[name], **changes, **more)

@@ -71,18 +71,51 @@ class SearchRecord:
     error: str | None = None
     turn: int = 0
     """The policy turn that asked, from 0: invalid turns count, too."""
+    tool: str = "search"
+    """What was called; `query` is its argument."""
+
+
+class _Tokens:
+    """Tokens and pictures of a list of segments."""
+
+    segments: list[Segment]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens in order, prompt first."""
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All pictures in order; `start` counts in `token_ids`."""
+        found, offset = [], 0
+        for segment in self.segments:
+            found += [replace(picture, start=offset + picture.start) for picture in segment.pictures]
+            offset += len(segment.token_ids)
+        return found
 
 
 @dataclass(eq=False)
-class Ledger:
-    """What there is of a trajectory, while it grows; a rollout that is given one goes on from there."""
+class Ledger(_Tokens):
+    """A trajectory while it grows; a rollout that is given one goes on from there."""
 
     segments: list[Segment] = field(default_factory=list)
     searches: list[SearchRecord] = field(default_factory=list)
 
+    @property
+    def turns(self) -> int:
+        """Turns that the policy has written."""
+        return sum(segment.kind is SegmentKind.POLICY for segment in self.segments)
+
+    def rewind(self) -> None:
+        """Go back to the last observation: a turn that has none yet is written again."""
+        if self.segments and self.segments[-1].kind is SegmentKind.POLICY:
+            self.segments.pop()
+        self.searches[:] = [search for search in self.searches if search.turn < self.turns]
+
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(_Tokens):
     """A finished rollout of one question."""
 
     question: Question
@@ -93,11 +126,6 @@ class Trajectory:
     invalid_actions: int = 0
     valid_format: bool = False
     """Every policy turn is one well-formed action of the protocol, and the last one is an answer."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """All tokens in order, prompt first."""
-        return [token for segment in self.segments for token in segment.token_ids]
 
     @property
     def loss_mask(self) -> list[int]:
@@ -113,15 +141,6 @@ class Trajectory:
         for segment in self.segments:
             sampled = segment.kind is SegmentKind.POLICY and segment.logprobs
             found += sampled or [None] * len(segment.token_ids)
-        return found
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """All pictures in order; `start` counts in `token_ids`."""
-        found, offset = [], 0
-        for segment in self.segments:
-            found += [replace(picture, start=offset + picture.start) for picture in segment.pictures]
-            offset += len(segment.token_ids)
         return found
 
     @property

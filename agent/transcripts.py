@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from agent.tools import SEARCH
 from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.records import FORMAT_VERSION, Hit, Passage, Question
@@ -103,6 +104,7 @@ def _search_record(search: SearchRecord) -> dict[str, Any]:
         "seconds": search.seconds,
         "error": search.error,
         "turn": search.turn,
+        **({} if search.tool == SEARCH.name else {"tool": search.tool}),
     }
 
 
@@ -115,4 +117,5 @@ def _search(record: Mapping[str, Any]) -> SearchRecord:
         )
         for hit in record["hits"]
     ]
-    return SearchRecord(record["query"], hits, record["seconds"], record["error"], record.get("turn", 0))
+    turn, tool = record.get("turn", 0), record.get("tool", SEARCH.name)
+    return SearchRecord(record["query"], hits, record["seconds"], record["error"], turn, tool)

@@ -48,6 +48,9 @@ def cover_em(prediction: str | None, gold_answers: Golds, normalizer: str = "squ
     return _best(prediction, gold_answers, normalizer, _covers)
 
 
+METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
+
+
 def normalize_answer(text: str) -> str:
     """SQuAD's normal form, as in Search-R1: lower case, no ASCII punctuation, no a/an/the, single spaces.
 

@@ -31,6 +31,8 @@ from data.records import Passage, split_contents
 logger = logging.getLogger(__name__)
 
 _SLOW_BYTES = 1 << 26  # about a second
+MOST_PARTS = 1000
+"""Passages of one document that are put together."""
 
 
 class Corpus:
@@ -126,11 +128,31 @@ class Corpus:
                 return passage
         return None
 
+    def document(self, passage_id: str) -> Passage | None:
+        """Return the whole document of a passage: those beside it with its url, else its title, as one.
+
+        None where there is no such passage.
+        """
+        if (passage := self.get(passage_id)) is None or not (key := _document_of(passage)):
+            return passage
+        position, parts = int(self.positions([passage_id])[0]), [passage]
+        for step in (-1, 1):
+            at = position + step
+            while 0 <= at < len(self) and len(parts) < MOST_PARTS and _document_of(self[at]) == key:
+                parts.insert(0 if step < 0 else len(parts), self[at])
+                at += step
+        return Passage(passage_id, "\n".join(part.text for part in parts), passage.title, passage.metadata)
+
     def positions(self, ids: Sequence[str]) -> np.ndarray:
         """The position of each id, -1 for one that none has. (N,), int64; goes by 64 bits of hash alone."""
         wanted = np.array([_hash_id(passage_id) for passage_id in ids], dtype=np.uint64)
         slots = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
         return np.where(self._hashes[slots] == wanted, self._positions[slots].astype(np.int64), -1)
+
+
+def _document_of(passage: Passage) -> str:
+    """The url of a passage, else its title; "" where it has neither."""
+    return str(passage.metadata.get("url") or passage.title)
 
 
 def parse_passage(record: Mapping[str, Any]) -> Passage:

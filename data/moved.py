@@ -8,6 +8,7 @@ MOVED = {
     "agent.engines.stopping": "agent.engines.stop_strings",
     "retriever_server.adapters": "retriever_server.server.routes.embeddings",
     "data.atlas.factbook": "examples.atlas.factbook",
+    "agent.observation": "agent.search_tool",
     "retriever_server.app": "retriever_server.server.app",
     "retriever_server.batching": "retriever_server.server.batching",
     "retriever_server.client": "retriever_server.client.search_client",

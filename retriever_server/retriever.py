@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.errors import DataError, RetrieverError
+from data.errors import DataError, RetrieverError, RetrieverRefused
 from data.records import Hit, Input, Item, Passage
 
 if TYPE_CHECKING:
@@ -135,6 +135,18 @@ class Retriever(ABC):
         from data.images import read_image, thumbnail
 
         return thumbnail(read_image(passage.image), side)
+
+    async def document(self, passage_id: str) -> Passage | None:
+        """Return the document that a passage is from, as one passage; None where there is no such passage.
+
+        Its passages are those beside it with its url, else its title. Raises RetrieverRefused where there is
+        neither a corpus here nor a Sleuth server over one.
+        """
+        if self.corpus is not None:
+            return self.corpus.document(passage_id)
+        if self.parts:
+            return await self.parts[0].document(passage_id)
+        raise RetrieverRefused(f"{type(self).__name__}: no corpus to read documents from")
 
     async def leave(self) -> None:  # noqa: B027 (most hold nothing open)
         """Let go of what is open for this event loop alone."""

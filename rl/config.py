@@ -77,6 +77,8 @@ class ProtocolConfig:
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """What the policy's chat template is told besides the messages, such as {enable_thinking: false}."""
+    tools: list[str] | None = None
+    """What the policy may call: [search, open_page] (docs/agent.md). None: as its folder says."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None
@@ -89,8 +91,8 @@ class ProtocolConfig:
     """Of a trajectory before its last turn."""
 
     def __post_init__(self) -> None:
-        if self.name is not None:
-            get_protocol(self.name)
+        if self.name is not None or self.tools is not None:
+            get_protocol(self.name or "search_r1", tools=self.tools or ["search"])
 
 
 @dataclass(frozen=True)

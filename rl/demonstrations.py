@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.protocol import Answer, Protocol, Search
-from agent.search_tool import Neutraliser
+from agent.protocol import Answer, Protocol
+from agent.search_tool import TagSanitizer
+from agent.tools import Search
 from agent.trajectory import SegmentKind
 from data.errors import DataError
 from data.jsonl import numbered_jsonl
@@ -26,7 +27,7 @@ def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterat
     Passages are neutralised as in a rollout, but for the tokenizer's own special tokens. Raises
     KeyError or TypeError where the record lacks a field: the caller knows file and line.
     """
-    neutralise = Neutraliser(protocol)
+    sanitize = TagSanitizer(protocol)
     yield SegmentKind.PROMPT, protocol.prompt(record["question"])
     for step in record["steps"]:
         if "answer" in step:
@@ -34,7 +35,7 @@ def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterat
             continue
         yield SegmentKind.POLICY, protocol.render_turn(step["think"], Search(step["search"]))
         passages = [
-            Passage(p["id"], neutralise(p["text"]), neutralise(p.get("title", ""))) for p in step["passages"]
+            Passage(p["id"], sanitize(p["text"]), sanitize(p.get("title", ""))) for p in step["passages"]
         ]
         rendered = protocol.render_passages(passages[: protocol.top_k])
         yield SegmentKind.OBSERVATION, protocol.render_observation(rendered)

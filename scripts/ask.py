@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.engines.config import EngineConfig
 from data.errors import RetrieverError
@@ -14,11 +14,17 @@ from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
-    from agent.rollout import Agent, Searcher
+    from agent.rollout import Agent
     from agent.trajectory import Segment, Trajectory
 
 PREVIEW_CHARS = 160
-STYLES = {"thought": "italic", "search": "bold cyan", "answer": "bold green", "text": "dim"}
+STYLES = {
+    "thought": "italic",
+    "search": "bold cyan",
+    "open_page": "bold cyan",
+    "answer": "bold green",
+    "text": "dim",
+}
 
 
 def main(
@@ -78,9 +84,9 @@ async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:
 
 
 class _WatchedSearcher:
-    """Shows what a searcher found."""
+    """Shows the hits of a searcher."""
 
-    def __init__(self, searcher: Searcher, view: _View) -> None:
+    def __init__(self, searcher: Any, view: _View) -> None:
         self._searcher, self._view = searcher, view
 
     async def search(self, query: str, k: int) -> list[Hit]:
@@ -90,7 +96,14 @@ class _WatchedSearcher:
 
     async def picture(self, passage: Passage) -> bytes:
         """As the searcher has it."""
-        return await self._searcher.picture(passage)  # type: ignore[attr-defined]
+        return await self._searcher.picture(passage)
+
+    async def document(self, passage_id: str) -> Passage | None:
+        """As the searcher has it."""
+        page = await self._searcher.document(passage_id)
+        if page is not None:
+            self._view.show_hits([Hit(page, 0.0, "")])
+        return page
 
 
 class _View:
@@ -100,10 +113,10 @@ class _View:
         self.console, self.protocol = console, protocol
 
     def show_segment(self, segment: Segment) -> None:
-        """What the policy wrote, part by part; of observations only that an action was invalid."""
+        """Print a turn part by part; of observations only that an action was invalid."""
         if segment.kind == "policy":
             for label, content in split_turn(segment.text, self.protocol):
-                self._line(label, content, STYLES[label])
+                self._line(label, content, STYLES.get(label, STYLES["search"]))
         elif self.protocol.invalid.endswith(segment.text):
             self._line("invalid", "no action that the protocol knows; it is told so", "red")
 
@@ -126,19 +139,20 @@ class _View:
 
 
 def split_turn(turn: str, protocol: Protocol) -> list[tuple[str, str]]:
-    """The parts of a turn as (thought | search | answer | text, what it says); empty ones left out.
+    """The parts of a turn as (thought | name of a tool | answer | text, content); empty ones left out.
 
     "<think> a </think><search> b </search>" -> [("thought", "a"), ("search", "b")]
     """
     closes = f"</{protocol.think_tag}>"
     if closes in turn and f"<{protocol.think_tag}>" not in turn.split(closes)[0]:
         turn = f"<{protocol.think_tag}>{turn}"  # the prompt began the thought
-    labels = {protocol.think_tag: "thought", protocol.search_tag: "search", protocol.answer_tag: "answer"}
+    labels = {protocol.think_tag: "thought", **protocol.call_tags, protocol.answer_tag: "answer"}
     parts, end = [], 0
     for match in re.finditer(rf"<({'|'.join(labels)})>(.*?)(?:</\1>|\Z)", turn, re.DOTALL):
-        inside = match[2].strip()
-        query = protocol.query_of(match[2]) if match[1] == protocol.search_tag else ""
-        parts += [("text", turn[end : match.start()].strip()), (labels[match[1]], query or inside)]
+        label, inside = labels[match[1]], match[2].strip()
+        if match[1] in protocol.call_tags and (call := protocol.read_call(match[1], inside)):
+            label, inside = call.tool, call.argument or inside
+        parts += [("text", turn[end : match.start()].strip()), (label, inside)]
         end = match.end()
     parts.append(("text", turn[end:].strip()))
     return [(label, " ".join(content.split())) for label, content in parts if content]

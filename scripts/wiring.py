@@ -18,8 +18,9 @@ from agent.policy_folder import find_policy, own_protocol
 from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
+from agent.tools import OPEN_PAGE
 from data.device import check_device
-from data.errors import ConfigError
+from data.errors import ConfigError, RetrieverRefused
 from retriever_server.client.search_client import SearchClient, connect
 from rl.config import ProtocolConfig
 from scripts.console import waiting
@@ -39,6 +40,8 @@ class OpenedAgent:
 
     async def __aenter__(self) -> OpenedAgent:
         await self.client.__aenter__()
+        if OPEN_PAGE.name in self.agent.protocol.tools:
+            await self._check_documents()
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -46,6 +49,15 @@ class OpenedAgent:
             await self.agent.engine.close()
         finally:
             await self.client.__aexit__(*error)
+
+    async def _check_documents(self) -> None:
+        """Raise ConfigError where the retriever has no documents to open."""
+        for hit in await self.client.search("a", 1):
+            try:
+                await self.client.document(hit.passage.id)
+            except RetrieverRefused as error:
+                needs = "open_page needs an index in this process or a Sleuth server of one"
+                raise ConfigError(f"protocol.tools: {needs}: {error}") from error
 
     async def check(self) -> None:
         """See that its engine has the policy's weights; EngineError if not."""
@@ -62,6 +74,8 @@ class OpenedAgent:
         text: dict[str, Any] = {"titles": spoken.titles} if spoken.titles == "quoted" else {}
         if spoken.chat_template_kwargs:
             text["chat_template_kwargs"] = dict(spoken.chat_template_kwargs)
+        if len(spoken.tools) > 1:
+            text["tools"] = list(spoken.tools)
         return {
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
@@ -137,8 +151,9 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     own = own_protocol(policy)
     chosen = own if config.name in (None, own.name) else get_protocol(config.name)
     told = {**chosen.chat_template_kwargs, **(config.chat_template_kwargs or {})}
-    chosen = get_protocol(chosen.name, config.titles or chosen.titles, told)
-    apart = ("name", "titles", "chat_template_kwargs")
+    tools = chosen.tools if config.tools is None else config.tools
+    chosen = get_protocol(chosen.name, config.titles or chosen.titles, told, tools)
+    apart = ("name", "titles", "chat_template_kwargs", "tools")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
     return replace(chosen, **limits)
 

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -96,6 +96,24 @@ class Http:
             raise RetrieverUnavailable(f"{self.url}{path}: answered with {kind or 'no type'}, no image")
         return content
 
+    async def document(self, passage_id: str) -> Passage | None:
+        """The whole document of a passage, by the `/access` of our server; None where there is none such."""
+
+        def parse(answer: Any) -> Passage | None:
+            from data.corpus import parse_passage
+
+            try:
+                [page] = answer["result"]
+                return page and parse_passage({"id": passage_id, "contents": page["contents"]})
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"no pages: {error!r}") from error
+
+        body = {"urls": [passage_id], "whole": True}
+        try:
+            return await self._until_deadline(lambda: self._post("/access", body, parse), time.monotonic())
+        except _QueriesRefused as refusal:
+            raise RetrieverRefused(*refusal.args) from refusal
+
     async def get(self, path: str, seconds: float) -> Any:
         """The JSON object in the answer to a GET; raises RetrieverRefused, or RetrieverUnavailable."""
         kind, content = await self._get_within(path, seconds)
@@ -125,7 +143,7 @@ class Http:
 
     async def _ask(self, queries: list[Query], k: int, start: float) -> Sequence[Outcome]:
         try:
-            return await self._ask_until_deadline(queries, k, start)
+            return await self._until_deadline(lambda: self._ask_once(queries, k), start, len(queries) > 1)
         except _QueriesRefused as refusal:
             if len(queries) == 1:
                 return [RetrieverRefused(*refusal.args)]
@@ -140,19 +158,22 @@ class Http:
         if session is not None:
             await session.aclose()
 
-    async def _ask_until_deadline(self, queries: list[Query], k: int, start: float) -> Sequence[Outcome]:
+    async def _until_deadline(
+        self, send: Callable[[], Awaitable[_Parsed]], start: float, several: bool = False
+    ) -> _Parsed:
+        """What `send` gives, tried again until the deadline; several: a request that might be halved."""
         attempt, last_failure = 0, None
         while True:
             left = self.deadline_seconds - (time.monotonic() - start)
             try:
                 async with asyncio.timeout(left):
-                    rankings = await self._ask_once(queries, k)
+                    answer = await send()
                 self._note(None)
-                return rankings
+                return answer
             except TimeoutError:
                 raise self._too_late(start, attempt, last_failure) from last_failure
             except _TryAgain as failure:
-                if isinstance(failure, _TooLong) and len(queries) > 1:
+                if isinstance(failure, _TooLong) and several:
                     raise _QueriesRefused(str(failure)) from failure  # fewer may fit
                 attempt, last_failure = attempt + 1, failure
                 delay = failure.after_seconds or self._delay(attempt)

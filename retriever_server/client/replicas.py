@@ -90,6 +90,10 @@ class Replicas:
         """As a replica shows it."""
         return await self._with_any(lambda part: part.picture(passage, side))
 
+    async def document(self, passage_id: str) -> Passage | None:
+        """As a replica reads it."""
+        return await self._with_any(lambda part: part.document(passage_id))
+
     async def get(self, path: str, seconds: float) -> Any:
         """The answer to a GET of the replica that is asked next."""
         return await self._choose().get(path, seconds)

@@ -80,6 +80,10 @@ class SearchClient:
             raise DataError(f"passage {passage.id!r} has no image")
         return await self._retriever.picture(passage, side)
 
+    async def document(self, passage_id: str) -> Passage | None:
+        """As `Retriever.document`."""
+        return await self._retriever.document(passage_id)
+
     async def probe(self) -> None:
         """Ask once whether searches will be answered; raises a RetrieverError, soon, where not."""
         try:

@@ -117,6 +117,10 @@ class Remote(Retriever):
         """As `Retriever.picture`: the server shows it."""
         return await self._http.picture(passage, side)
 
+    async def document(self, passage_id: str) -> Passage | None:
+        """As `Retriever.document`: the server reads it."""
+        return await self._http.document(passage_id)
+
     async def leave(self) -> None:
         """Close the connections of this event loop."""
         await self._http.close()

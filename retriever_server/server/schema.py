@@ -184,6 +184,7 @@ class AccessBody(Body):
     """`POST /access` of ASearcher: pages of the corpus, by their id or url."""
 
     urls: list[str]
+    whole: bool = Field(False, description="Of an id: the whole document that the passage is from.")
 
 
 class Truncated(Body):

@@ -162,17 +162,21 @@ class SearchService:
             allowed = f"at most {self.limits.max_hits} hits are allowed"
             raise DataError(f"queries: {queries} of {k} hits each, {allowed}")
 
-    async def fetch(self, places: Sequence[str]) -> list[Passage | None]:
+    async def fetch(self, places: Sequence[str], whole: bool = False) -> list[Passage | None]:
         """Return the documents of the corpus with these ids or urls; None where there is none such.
+
+        whole: for an id, the document that the passage is from.
 
         Raises DataError if the default backend has no corpus of its own.
         """
         with self.backend().current as lease:
             if (corpus := lease.retriever.corpus) is None:
                 raise DataError("this retriever has no corpus of its own to read pages from")
-            if any(map(is_url, places)):
+            if not whole and any(map(is_url, places)):
                 await wait_for_columns(corpus)
             try:
+                if whole:
+                    return [await asyncio.to_thread(corpus.document, place) for place in places]
                 return await asyncio.to_thread(find_documents, corpus, places)
             except (DataError, ConfigError) as error:  # a passage that is none any more
                 raise QueryFailed(error) from error

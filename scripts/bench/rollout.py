@@ -38,8 +38,9 @@ from agent.engines.base import Sampling
 from agent.engines.config import EngineConfig
 from agent.engines.hf import HFEngine
 from agent.policy import Policy, load_policy
-from agent.protocol import SEARCH_R1, Answer, Search
+from agent.protocol import SEARCH_R1, Answer
 from agent.rollout import Agent
+from agent.tools import Call, Search
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
 from data.plugins import find_plugin
@@ -213,13 +214,13 @@ def lockstep(task: Task, stop: bool) -> Outcome:
         sampled += width * len(live)
         turns = [cut_after_tag(text) for text in tokenizer.batch_decode(written)]
         actions = [PROTOCOL.parse(text) for text in turns]
-        queries = [action.query for action in actions if isinstance(action, Search)]
+        queries = [action.argument for action in actions if isinstance(action, Call)]
         found = iter(task.retriever.search(queries, PROTOCOL.top_k) if turn < PROTOCOL.max_turns else [])
         searches += len(queries) if turn < PROTOCOL.max_turns else 0
         for i, text, action in zip(live, turns, actions, strict=True):
             texts[i] += text
             observation = ""
-            if isinstance(action, Search):
+            if isinstance(action, Call):
                 passages = [hit.passage for hit in next(found, [])]
                 observation = PROTOCOL.render_observation(PROTOCOL.render_passages(passages))
             elif not isinstance(action, Answer):

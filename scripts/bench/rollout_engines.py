@@ -31,7 +31,7 @@ from agent.engines.hf import HFEngine
 from agent.engines.open_vllm import open_vllm
 from agent.engines.vllm import VLLMEngine
 from agent.policy import Policy
-from agent.protocol import SEARCH_R1, Answer, Protocol, Search
+from agent.protocol import SEARCH_R1, Protocol
 from agent.rollout import Agent
 from agent.trajectory import SegmentKind, Trajectory
 from data.corpus import Corpus
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 class Planned(Protocol):
     """Acts as the last tags say: what was sampled before them may have some of its own."""
 
-    def parse(self, turn: str) -> Search | Answer | Any:
+    def parse(self, turn: str) -> Any:
         """The action that was given."""
         return super().parse(turn[max(turn.rfind("<search>"), turn.rfind("<answer>")) :])
 

@@ -15,7 +15,7 @@ from trl.chat_template_utils import qwen2_5_chat_template
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from agent.search_tool import Neutraliser, render_hits
+from agent.search_tool import TagSanitizer, render_hits
 from data.records import Question
 from scripts.bench.rollout_engines import PROTOCOL, Clock, Outcome, Turn, Work
 
@@ -68,7 +68,7 @@ class TRLSide:
 
     def __init__(self, work: Work) -> None:
         self.retriever, self.tokenizer = work.retriever, work.policy.tokenizer
-        self.neutralise = Neutraliser(PROTOCOL)
+        self.sanitize = TagSanitizer(PROTOCOL)
         self.searches = 0
         tokenizer: Any = copy.deepcopy(work.policy.tokenizer)
         tokenizer.chat_template = qwen2_5_chat_template  # SmolLM2 writes ChatML, too; its own knows no tools
@@ -105,7 +105,7 @@ class TRLSide:
         self.searches += 1
         hits = self.retriever.search([query], PROTOCOL.top_k)[0]
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
-        return query + render_hits(hits, PROTOCOL, self.neutralise, encode, PROTOCOL.max_observation_tokens)
+        return query + render_hits(hits, PROTOCOL, self.sanitize, encode, PROTOCOL.max_observation_tokens)
 
     def __call__(self, work: Work, seed: int) -> Outcome:
         """One rollout of all questions."""

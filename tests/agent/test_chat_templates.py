@@ -12,8 +12,9 @@ from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
 from agent.policy_folder import own_protocol
 from agent.prompt import PROMPT_FILE, encode_prompt, frozen_frame, make_frame
-from agent.protocol import COMPACT, HERMES, SEARCH_R1, Search
+from agent.protocol import COMPACT, HERMES, SEARCH_R1
 from agent.rollout import Agent
+from agent.tools import Search
 from agent.trajectory import SegmentKind
 from data.errors import ConfigError, DataError
 from data.records import Hit, Passage

@@ -7,8 +7,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from agent.engines.scripted import ScriptedEngine
-from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
-from agent.rollout import Agent, encode_prompt
+from agent.prompt import encode_prompt
+from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer
+from agent.rollout import Agent
+from agent.tools import Search
 from agent.trajectory import SegmentKind, StopReason
 from data.errors import ConfigError
 from data.records import Passage

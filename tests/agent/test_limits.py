@@ -8,9 +8,11 @@ import pytest
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
+from agent.environment import MIN_OBSERVATION_TOKENS
 from agent.evaluate import roll_out_each
-from agent.protocol import COMPACT, Answer, Search
-from agent.rollout import MIN_OBSERVATION_TOKENS, Agent
+from agent.protocol import COMPACT, Answer
+from agent.rollout import Agent
+from agent.tools import Search
 from agent.trajectory import StopReason
 from data.errors import EngineError
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model

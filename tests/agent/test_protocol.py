@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid, Search, get_protocol
+from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid, get_protocol
+from agent.tools import Call, Search
 from data.errors import ConfigError
 from data.records import Passage
 
@@ -110,8 +111,8 @@ PIECES = st.sampled_from(
 def test_any_text_is_an_action_that_can_be_written_down(protocol, parts):
     turn = "".join(parts)
     action = protocol.parse(turn)
-    if isinstance(action, Search):
-        assert action.query.encode().decode() == action.query.strip()
+    if isinstance(action, Call):
+        assert action.argument.encode().decode() == action.argument.strip()
     if isinstance(action, Invalid):
         assert not protocol.is_well_formed(turn)
 

@@ -8,8 +8,9 @@ import pytest
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
-from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Search
+from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer
 from agent.rollout import Agent
+from agent.tools import Search
 from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
 from rl.algorithm.rewards import REWARDS

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from agent.engines.scripted import ScriptedEngine
 from agent.protocol import HERMES, SEARCH_R1, get_protocol
 from agent.rollout import Agent
-from agent.search_tool import Neutraliser, render_hits
+from agent.search_tool import TagSanitizer, render_hits
 from agent.trajectory import SegmentKind
 from data.corpus import parse_passage
 from data.records import Hit
@@ -66,7 +66,7 @@ def shown(passage, protocol=ROOM):
     return render_hits(
         hits,
         protocol,
-        Neutraliser(protocol),
+        TagSanitizer(protocol),
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         10**6,
     )

@@ -12,9 +12,10 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.image_cache import shared_with_pictures
 from agent.policy import load_policy
+from agent.prompt import encode_prompt
 from agent.protocol import COMPACT, SEARCH_R1
-from agent.rollout import Agent, encode_prompt
-from agent.search_tool import PICTURE, UNREADABLE, Neutraliser, render_hits
+from agent.rollout import Agent
+from agent.search_tool import PICTURE, UNREADABLE, TagSanitizer, render_hits
 from agent.trajectory import Picture, SegmentKind, StopReason
 from agent.transcripts import from_record, to_record
 from agent.vision import reads_pictures
@@ -31,8 +32,8 @@ def encode(text):
 
 
 def observe(passage, budget=500, **options):
-    neutralise = Neutraliser(COMPACT)
-    return render_hits([Hit(passage, 1.0, "g")], COMPACT, neutralise, encode, budget, **options)
+    sanitize = TagSanitizer(COMPACT)
+    return render_hits([Hit(passage, 1.0, "g")], COMPACT, sanitize, encode, budget, **options)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 
 from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
-from agent.protocol import COMPACT, HERMES, Search
+from agent.protocol import COMPACT, HERMES
+from agent.tools import Search
 from scripts import __main__ as sleuth
 from scripts.ask import split_turn
 from tests.fakes import byte_tokenizer, tiny_model

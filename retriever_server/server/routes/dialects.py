@@ -71,7 +71,7 @@ async def access(body: AccessBody, service: ServiceOf) -> Response:
     """Return pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
     if len(body.urls) > service.limits.max_queries:
         raise DataError(f"urls: {len(body.urls)}, at most {service.limits.max_queries} are allowed")
-    pages = await service.fetch(body.urls)
+    pages = await service.fetch(body.urls, body.whole)
     return JsonReply({"result": [{"contents": page.contents} if page else None for page in pages]})
 
 
