@@ -20,6 +20,7 @@ MOVED = {
     "retriever_server.guard": "retriever_server.server.middleware",
     "retriever_server.http": "retriever_server.client.http",
     "retriever_server.indexes.counting": "retriever_server.indexes.term_counts",
+    "retriever_server.indexes.porter": "retriever_server.indexes.analyzers",
     "retriever_server.indexes.integrity": "retriever_server.indexes.checksums",
     "retriever_server.indexes.rows": "retriever_server.indexes.vector_store",
     "retriever_server.live": "retriever_server.server.backends",

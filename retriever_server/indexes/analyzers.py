@@ -21,7 +21,6 @@ import regex
 
 from data.errors import ConfigError
 from data.unicode import one_i
-from retriever_server.indexes.porter import porter
 
 Analyzer = Callable[[str], list[str]]
 
@@ -40,6 +39,8 @@ ENGLISH_STOP_WORDS = frozenset(
 """Those of Lucene's EnglishAnalyzer."""
 MAX_TOKEN_CHARS = 255
 """Lucene cuts what is longer into pieces of this length."""
+_BLY_OR_LOGY = re.compile("(?:bl|log)[iy](?:es|(?:ed|ing)?s?)$")
+_DOUBLED = re.compile(r"(.)\1(?:ed|ing)s?$")
 _TERMS_REMEMBERED = 1 << 18
 
 
@@ -72,12 +73,12 @@ def english(text: str, cut: Analyzer = plain) -> list[str]:
 
 
 def anserini(text: str) -> list[str]:
-    """The terms of Anserini's DefaultEnglishAnalyzer.   "The dog's running." -> ["dog", "run"]"""
+    """Return the terms of Anserini's DefaultEnglishAnalyzer.   "The dog's running." -> ["dog", "run"]"""
     return [term for term in map(_english_term, segment(text)) if term]
 
 
 def multilingual(text: str, language: str = "none", words: int = WORDS) -> list[str]:
-    """Folded terms of any script, stemmed where the language has a stemmer ("none": not).
+    """Return folded terms of any script, stemmed where the language has a stemmer ("none": not).
 
     "Die Häuser" (german) -> ["die", "haus"];   "北京大学" -> ["北京", "京大", "大学"]
     Chinese, Japanese and Korean become overlapping pairs as in Lucene's CJKBigramFilter, Thai, Lao,
@@ -137,7 +138,7 @@ def spaceless_share(texts: Iterable[str]) -> float:
 
 
 def segment(text: str) -> list[str]:
-    """The tokens of Lucene's StandardTokenizer: words between the word breaks of UAX #29.
+    """Return the tokens of Lucene's StandardTokenizer: words between the word breaks of UAX #29.
 
     "O'Neil's 3.5% e.g. wi-fi" -> ["O'Neil's", "3.5", "e.g", "wi", "fi"]
     Ideographs and hiragana stand alone, emoji are tokens, South-East Asian scripts stay in one run.
@@ -150,7 +151,7 @@ def segment(text: str) -> list[str]:
 
 
 def _cut(token: str, pattern: re.Pattern | regex.Pattern) -> list[str]:
-    """A token as a scanner sees it whose window is 255 characters wide."""
+    """Cut a token as a scanner sees it whose window is 255 characters wide."""
     pieces, start = [], 0
     while found := pattern.search(token, start, start + MAX_TOKEN_CHARS):
         pieces.append(found[0])
@@ -161,7 +162,7 @@ def _cut(token: str, pattern: re.Pattern | regex.Pattern) -> list[str]:
 def _words(
     letter: str, digit: str, quote: str, mid_letter: str, mid_number: str, joiner: str, more: str
 ) -> str:
-    """A pattern of words: letters and digits side by side, joined by what UAX #29 lets stand between them.
+    """Return a pattern of words: letters and digits side by side, and what UAX #29 lets stand between.
 
     A mid-letter (.':) joins letters alone, a mid-number (.',;) digits alone, a joiner (_) everything.
     """
@@ -171,7 +172,7 @@ def _words(
 
 @cache
 def _ascii_pattern() -> re.Pattern:
-    """What `_unicode_pattern` is to a text of ASCII alone, six times as fast."""
+    """Return `_unicode_pattern` for a text of ASCII alone, six times as fast."""
     return re.compile(_words("[A-Za-z]", "[0-9]", "", "[.:']", "[.,;']", "_", ""))
 
 
@@ -208,7 +209,7 @@ _MARKS = r"[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*"
 
 
 def _unicode_words(letter: str, apostrophe: str, more: str) -> str:
-    """The words of all scripts; `apostrophe` is what joins letters besides points and colons."""
+    """Return a pattern of words of all scripts; `apostrophe` joins letters, besides points and colons."""
     hebrew = rf"\p{{WB=Hebrew_Letter}}{_MARKS}"
     quote = rf"{hebrew}(?:'{_MARKS}|\"{_MARKS}(?={hebrew}))|"
     points = r"\p{WB=MidNumLet}" if apostrophe else r"[\p{WB=MidNumLet}--[\u2018\u2019\uFF07]]"
@@ -225,12 +226,34 @@ def _unicode_words(letter: str, apostrophe: str, more: str) -> str:
 
 @lru_cache(_TERMS_REMEMBERED)
 def _english_term(token: str) -> str:
-    """What Lucene's English filters make of a token; "" of a stop word."""
+    """Return the term that Lucene's English filters make of a token; "" of a stop word."""
     if len(token) > 1 and token[-1] in "sS" and token[-2] in "'\u2019\uff07":
         token = token[:-2]
     # Character by character, as Java does: no final sigma, no dot left over from a Turkish I.
     term = token.lower() if token.isascii() else "".join(char.lower()[0] for char in token)
     return "" if term in ENGLISH_STOP_WORDS else porter(term)
+
+
+def porter(word: str) -> str:
+    """Return Porter's stem of a lower-cased word, as Lucene makes it.   "relational" -> "relat"
+
+    Snowball's "porter" is that of the paper. Lucene leaves words of two letters alone, takes one of any
+    two equal consonants before -ed and -ing, and has the changes of Porter's later releases: bli -> ble and
+    logi -> log behind a vowel and a consonant.
+    """
+    if len(word) < 3:
+        return word
+    stem = _stemmer("porter")(word)
+    if stem[-1] == stem[-2:-1] and stem[-1] not in "aeiouylsz" and _DOUBLED.search(word):
+        return stem[:-1]
+    if not stem.endswith(("bli", "logi")) or not _BLY_OR_LOGY.search(word):
+        return stem
+    shape = ""
+    for letter in stem.removesuffix("bli").removesuffix("logi"):
+        shape += "v" if letter in "aeiou" or (letter == "y" and shape.endswith("c")) else "c"
+    if "vc" not in shape:
+        return stem
+    return stem[:-1] if stem.endswith("logi") else _stemmer("porter")(f"{stem[:-1]}e")
 
 
 def _turkish_stem(word: str) -> str:
@@ -239,7 +262,7 @@ def _turkish_stem(word: str) -> str:
 
 @cache
 def _stemmer(language: str) -> Callable[[str], str]:
-    """The Snowball stemmer of a language, with a memory; safe in threads, as PyStemmer's own are not."""
+    """Return the Snowball stemmer of a language, with a memory; PyStemmer's own are not safe in threads."""
     if language == "none":
         return str
     import Stemmer

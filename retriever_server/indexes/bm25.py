@@ -32,7 +32,7 @@ from retriever_server.indexes.base import (
     write_generation,
 )
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.postings import Postings, best, map_postings
+from retriever_server.indexes.postings import best, open_postings, write_postings
 from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
 from retriever_server.retriever import Filter, Query, texts_of
 
@@ -56,16 +56,12 @@ class BM25Index(Index):
             raise DataError(f"{path}: built by an older version of this program; build the index again")
         self._analyze = load_analyzer(settings["analyzer"], settings["language"], settings.get("words", 1))
         self._cosine = settings.get("scoring") == "tfidf"
-        # Plain array views of the memory maps: slicing np.memmap costs more than the sum itself.
-        self._terms, starts, positions, weights = (
-            np.load(path / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-            for name in ("terms", "starts", "positions", "weights")
-        )
-        self._postings = Postings(starts, positions, weights, len(corpus))
+        self._terms = np.load(path / "terms.npy", mmap_mode="r").view(np.ndarray)
+        self._postings = open_postings(path, len(corpus))
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> BM25Index:
-        """The index in the folder `path`; call `open_index`, which checks it first."""
+        """Open the index in the folder `path`; call `open_index`, which checks it first."""
         return cls(path, manifest, corpus)
 
     @classmethod
@@ -94,7 +90,7 @@ class BM25Index(Index):
         _warn_of_spaceless(corpus, analyzer)
 
         def write(folder: Path) -> None:
-            write_postings(folder, corpus, settings, progress)
+            _write(folder, corpus, settings, progress)
 
         if found_at(Path(out), generation_name("bm25", settings, corpus.content_hash), overwrite) is None:
             with building(Path(out)):
@@ -102,7 +98,7 @@ class BM25Index(Index):
         return open_index(out)  # type: ignore[return-value]
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The best `k` passages of each query, best first; none where it has no known word."""
+        """Return the best `k` passages of each query, best first; none where it has no known word."""
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
         mask = allowed(self.corpus, where) if where else None
@@ -126,11 +122,11 @@ class BM25Index(Index):
         return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in best(scores, k, mask)]
 
     def _scores(self, terms: list[int]) -> np.ndarray:
-        """The score of every passage for a query of these terms.   -> (P,)"""
+        """Return the score of every passage for a query of these terms.   -> (P,)"""
         return self._cosines(terms) if self._cosine else self._postings.scores(terms)
 
     def _cosines(self, terms: list[int]) -> np.ndarray:
-        """The cosine of every passage with a query of these terms.   -> (P,)"""
+        """Return the cosine of every passage with a query of these terms.   -> (P,)"""
         rows, counts = np.unique(terms, return_counts=True)
         frequencies = self._postings.starts[rows + 1] - self._postings.starts[rows]
         weights = (1 + np.log(counts)) * np.log(len(self.corpus) / frequencies)
@@ -138,14 +134,14 @@ class BM25Index(Index):
         return self._postings.scores(rows.tolist(), (weights / (length or 1)).tolist())
 
     def _known(self, words: list[str]) -> list[int]:
-        """The rows of those words that the corpus has."""
+        """Return the rows of those words that the corpus has."""
         hashes = np.array([_hash(word) for word in words], np.uint64)
         rows = np.searchsorted(self._terms, hashes)
         rows[rows == len(self._terms)] = 0
         return rows[self._terms[rows] == hashes].tolist()
 
 
-def write_postings(folder: Path, corpus: Corpus, settings: dict[str, Any], progress: Callable) -> None:
+def _write(folder: Path, corpus: Corpus, settings: dict[str, Any], progress: Callable) -> None:
     """Count the terms of the corpus block by block on disk, then scatter the blocks into the postings."""
     analyze = load_analyzer(settings["analyzer"], settings["language"])
     with count_terms(folder, progress(corpus), analyze, settings["title_boost"]) as counts:
@@ -155,21 +151,10 @@ def write_postings(folder: Path, corpus: Corpus, settings: dict[str, Any], progr
         by_hash = np.argsort(hashes)
         row_of = np.argsort(by_hash)  # of each term in the vocabulary's order
         frequencies = counts.document_frequencies()
-        starts = np.concatenate([[0], np.cumsum(frequencies[by_hash])]).astype(np.int64)
         save_array(folder / "terms.npy", hashes[by_hash])
-        save_array(folder / "starts.npy", starts)
-        positions, weights = map_postings(folder, int(starts[-1]))
         weigh = _SCORINGS[settings.get("scoring", "bm25")](counts, frequencies, settings)
-        free = starts[:-1].copy()
-        for terms, passages, occurrences in counts.blocks():
-            order = np.argsort(row_of[terms], kind="stable")
-            rows, passages, occurrences = row_of[terms][order], passages[order], occurrences[order]
-            target = free[rows] + np.arange(len(rows)) - np.searchsorted(rows, rows)
-            positions[target] = passages
-            weights[target] = weigh(terms[order], passages, occurrences)
-            free += np.bincount(rows, minlength=len(free))
-        positions.flush()
-        weights.flush()
+        blocks = ((row_of[t], passages, weigh(t, passages, found)) for t, passages, found in counts.blocks())
+        write_postings(folder, frequencies[by_hash], blocks)
 
 
 Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -1,4 +1,4 @@
-"""What the indexes of an encoder's vectors share: building in shards, opening with checks, searching.
+"""The base of indexes of an encoder's vectors: building in shards, opening with checks, searching.
 
 Adding or deleting passages is a new generation: the corpus changes, and is indexed again.
 """
@@ -29,20 +29,46 @@ from retriever_server.indexes.base import (
     write_generation,
 )
 from retriever_server.indexes.shards import Progress, Shards, silent
-from retriever_server.retriever import Filter, Query
+from retriever_server.retriever import Filter, Query, Retriever
 
 Ranking = tuple[np.ndarray, np.ndarray]
 """Positions and scores, best first. (<= k,), (<= k,)"""
 
 
-class EncodedIndex(Index):
+class VectorSearch(Retriever):
+    """Ranks passages by the vectors of an encoder, however these are stored."""
+
+    corpus: Corpus
+    encoder: Encoder
+
+    @abstractmethod
+    def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
+        """Rank the best `k` positions that `mask` (P,) allows for each encoded query."""
+
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """Return the best `k` passages of each query among those that `where` allows, best first."""
+        if k < 1:
+            raise ConfigError(f"k = {k}: must be >= 1")
+        if not queries:
+            return []
+        rankings = self.rank(self.encoder.encode(queries, "query"), k, self._mask(where))
+        return [
+            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
+            for ranked in rankings
+        ]
+
+    def _mask(self, where: Filter | None) -> np.ndarray | None:
+        """Mark the passages that a search may find; None for all."""
+        return allowed(self.corpus, where) if where else None
+
+
+class EncodedIndex(VectorSearch, Index):
     """An index over the vectors of an encoder; its kinds say what is stored and how it is ranked."""
 
     kind: ClassVar[str]
     vectors: ClassVar[str]
     """The kind of encoder it needs."""
     passages_per_shard: ClassVar[int] = 50_000
-    encoder: Encoder
     whole: bool = True
     """False where only the largest entries of a vector are stored."""
 
@@ -98,7 +124,7 @@ class EncodedIndex(Index):
         cls, corpus: Corpus, out: Path, encoder: Encoder, dtype: str,
         passages_per_shard: int | None = None, on_error: str = "stop", **settings: Any,
     ) -> tuple[Shards, dict[str, Any]]:  # fmt: skip
-        """The shards that `build` would write first, and all settings; encode some of them elsewhere."""
+        """Return the shards that `build` would write first, and all settings, to encode some elsewhere."""
         if encoder.spec.kind != cls.vectors:
             raise ConfigError(
                 f"encoder {encoder.spec.model}: makes {encoder.spec.kind} vectors, "
@@ -121,7 +147,7 @@ class EncodedIndex(Index):
         recheck: int = 4,
         **options: Any,
     ) -> Self:
-        """The index in the folder `path`; call `open_index`, which checks its files first.
+        """Open the index in the folder `path`; call `open_index`, which checks its files first.
 
         encoder: one that is loaded; else the one of the manifest is. recheck: so many passages are
         encoded again and compared with what is stored. options: of the kind.
@@ -145,7 +171,7 @@ class EncodedIndex(Index):
     @classmethod
     @abstractmethod
     def checked_settings(cls, corpus: Corpus, spec: EncodingSpec, **settings: Any) -> dict[str, Any]:
-        """All settings of the kind as JSON, defaults filled in; ConfigError for a wrong one."""
+        """Return all settings of the kind as JSON, defaults filled in; ConfigError for a wrong one."""
 
     @classmethod
     @abstractmethod
@@ -153,28 +179,12 @@ class EncodedIndex(Index):
         """Put the files of the index into `folder`, from all shards."""
 
     @abstractmethod
-    def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
-        """For each encoded query the best `k` positions that `mask` (P,) allows, and their scores."""
-
-    @abstractmethod
     def stored(self, position: int) -> np.ndarray:
-        """What is stored of a passage, as float32: one row, or one a token."""
+        """Return what is stored of a passage, as float32: one row, or one a token."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Passages indexed."""
-
-    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The best `k` passages of each query among those that `where` allows, best first."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
-        if not queries:
-            return []
-        rankings = self.rank(self.encoder.encode(queries, "query"), k, self._mask(where))
-        return [
-            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
-            for ranked in rankings
-        ]
+        """Count the passages indexed."""
 
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
@@ -197,8 +207,7 @@ class EncodedIndex(Index):
         return {id_: known[position] for id_, position in places.items() if position in known}
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:
-        """Which passages a search may find, None for all."""
-        mask = allowed(self.corpus, where) if where else None
+        mask = super()._mask(where)
         if not len(self.skipped):
             return mask
         mask = np.ones(len(self), bool) if mask is None else mask.copy()

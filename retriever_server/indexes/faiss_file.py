@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, CorpusChanged, DataError
-from data.records import Hit
+from data.errors import CorpusChanged, DataError
 from retriever_server.encoders.spec import Encoder
-from retriever_server.filters import allowed
+from retriever_server.encoders.vectors import Vectors
 from retriever_server.indexes.checksums import sample_hash
-from retriever_server.indexes.encoded import check_encodes
+from retriever_server.indexes.encoded import Ranking, VectorSearch, check_encodes
 from retriever_server.indexes.vector_store import Rows
-from retriever_server.retriever import Filter, Query, Retriever
 
 
-class FaissFile(Retriever):
+class FaissFile(VectorSearch):
     """Exact search of the vectors in a faiss Flat file; row i is passage i of the corpus.
 
     index: such as `e5_Flat.index`, memory-mapped. corpus: such as `wiki-18.jsonl`. encoder: a model's name
     with these prompts (E5's by default), or one that is loaded.
     """
-
-    corpus: Corpus
-    encoder: Encoder
 
     def __init__(
         self,
@@ -64,18 +58,10 @@ class FaissFile(Retriever):
         made_of = f"{sample_hash(path)} {self.corpus.content_hash} {encoder.spec.hash}"
         self.generation = f"faiss-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
-    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """The best `k` passages of each query among those that `where` allows, best first."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
-        if not queries:
-            return []
+    def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
+        """As `VectorSearch.rank`, exactly."""
         self._check_not_rewritten()
-        mask = allowed(self.corpus, where) if where else None
-        return [
-            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
-            for ranked in self.rows.search(self.encoder.encode(queries, "query"), k, mask)
-        ]
+        return self.rows.search(queries, k, mask)
 
     def _check_not_rewritten(self) -> None:
         """Raise CorpusChanged where the very file that is mapped is another now; to read on may kill us."""

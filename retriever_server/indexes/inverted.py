@@ -16,7 +16,7 @@ from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import Vectors
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.postings import Postings, best, map_postings
+from retriever_server.indexes.postings import best, open_postings, write_postings
 from retriever_server.indexes.shards import Shards
 
 
@@ -27,11 +27,7 @@ class InvertedIndex(EncodedIndex):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        starts, positions, weights = (
-            np.load(self.path / f"{name}.npy", mmap_mode="r").view(np.ndarray)
-            for name in ("starts", "positions", "weights")
-        )
-        self.postings = Postings(starts, positions, weights, self.manifest.corpus_count)
+        self.postings = open_postings(self.path, self.manifest.corpus_count)
         scale = self.path / "scale.npy"
         self.scale = float(np.load(scale)[0]) if scale.exists() else 1.0
         self.whole = "terms_per_passage" not in self.manifest.settings
@@ -49,7 +45,7 @@ class InvertedIndex(EncodedIndex):
 
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
-        """The shards, sorted by term through the disk.
+        """Write the shards, sorted by term through the disk.
 
         Weights are float32, or with dtype int8 of 8 bits: 1 to 255 times one scale for all.
         """
@@ -62,23 +58,11 @@ class InvertedIndex(EncodedIndex):
             counts += np.bincount(of_term, minlength=terms)
             largest = max(largest, impacts.max(initial=0))
         scale = np.full(1, largest / 255, np.float32)
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        save_array(folder / "starts.npy", starts)
+        blocks = (_largest(shards, shard, limit) for shard in range(len(shards)))
         if eight_bits:
             save_array(folder / "scale.npy", scale)
-        positions, weights = map_postings(folder, int(starts[-1]), np.uint8 if eight_bits else np.float32)
-        free = starts[:-1].copy()
-        for shard in range(len(shards)):
-            of_term, passages, impacts = _largest(shards, shard, limit)
-            order = np.argsort(of_term, kind="stable")
-            of_term = of_term[order]
-            target = free[of_term] + np.arange(len(order)) - np.searchsorted(of_term, of_term)
-            if eight_bits:
-                impacts = np.clip(np.rint(impacts / scale), 1, 255)
-            positions[target], weights[target] = passages[order], impacts[order]
-            free += np.bincount(of_term, minlength=terms)
-        positions.flush()
-        weights.flush()
+            blocks = ((t, p, np.clip(np.rint(weights / scale), 1, 255)) for t, p, weights in blocks)
+        write_postings(folder, counts, blocks, np.uint8 if eight_bits else np.float32)
 
     def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`.   queries csr (Q, V)"""
@@ -90,7 +74,7 @@ class InvertedIndex(EncodedIndex):
         return rankings
 
     def stored(self, position: int) -> np.ndarray:
-        """The vector of a passage, by a search in every posting list.   (1, V)"""
+        """Return the vector of a passage, by a search in every posting list.   (1, V)"""
         postings, row = self.postings, np.zeros((1, len(self.postings.starts) - 1), np.float32)
         for term, (start, end) in enumerate(zip(postings.starts[:-1], postings.starts[1:], strict=True)):
             at = start + np.searchsorted(postings.positions[start:end], position)
@@ -103,7 +87,7 @@ class InvertedIndex(EncodedIndex):
 
 
 def _largest(shards: Shards, shard: int, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms, passages and weights of a shard, the `limit` largest weights of each passage."""
+    """Return terms, passages and weights of a shard, the `limit` largest weights of each passage."""
     lengths = np.array(shards.load(shard, "lengths"))
     terms, weights = (np.array(shards.load(shard, name)) for name in ("terms", "weights"))
     passages = np.repeat(np.array(shards.positions(shard)), lengths)

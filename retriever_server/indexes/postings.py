@@ -6,12 +6,14 @@ What BM25 and learned sparse vectors share: a search is a sum over the postings 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from retriever_server.indexes.checksums import save_array
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Postings:
     """Passages of the corpus, P."""
 
     def scores(self, terms: Sequence[int], term_weights: Sequence[float] | None = None) -> np.ndarray:
-        """The sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
+        """Return the sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
         spans = [slice(self.starts[term], self.starts[term + 1]) for term in terms]
         if not spans:
             return np.zeros(self.count)
@@ -39,8 +41,40 @@ class Postings:
         return np.bincount(positions, weights=np.concatenate(weights), minlength=self.count)
 
 
-def map_postings(folder: Path, count: int, dtype: Any = np.float32) -> list[np.memmap]:
-    """positions.npy and weights.npy (of `dtype`) for so many postings, mapped to be written. Raises OSError.
+def write_postings(
+    folder: Path, counts: np.ndarray, blocks: Iterable[tuple[np.ndarray, ...]], dtype: Any = np.float32
+) -> None:
+    """Write starts.npy, positions.npy and weights.npy into a folder. Raises OSError.
+
+    counts (V,): postings of each term. blocks: terms, passages and weights, (N,) each, those of a later
+    block in later passages; within a block each term's in the order of passages.
+    """
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    save_array(folder / "starts.npy", starts)
+    positions, weights = _map_postings(folder, int(starts[-1]), dtype)
+    free = starts[:-1].copy()
+    for terms, passages, values in blocks:
+        order = np.argsort(terms, kind="stable")
+        terms = terms[order]
+        target = free[terms] + np.arange(len(order)) - np.searchsorted(terms, terms)
+        positions[target], weights[target] = passages[order], values[order]
+        free += np.bincount(terms, minlength=len(free))
+    positions.flush()
+    weights.flush()
+
+
+def open_postings(folder: Path, count: int) -> Postings:
+    """Map the postings of an index over `count` passages."""
+    # Plain array views of the memory maps: slicing np.memmap costs more than the sum itself.
+    starts, positions, weights = (
+        np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+        for name in ("starts", "positions", "weights")
+    )
+    return Postings(starts, positions, weights, count)
+
+
+def _map_postings(folder: Path, count: int, dtype: Any) -> list[np.memmap]:
+    """Map positions.npy and weights.npy (of `dtype`) for so many postings, to be written.
 
     Their disk space is taken at once: who writes into a map when the disk is full is killed (SIGBUS).
     """
@@ -59,7 +93,7 @@ def map_postings(folder: Path, count: int, dtype: Any = np.float32) -> list[np.m
 
 
 def best(scores: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
-    """Positions of the `k` best positive scores that `mask` allows, best first, ties in order.
+    """Return the positions of the `k` best positive scores that `mask` allows, best first, ties in order.
 
     (P,) -> (<= k,)
     """

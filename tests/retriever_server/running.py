@@ -121,3 +121,10 @@ def running_server(
         server.process.wait(timeout=20)
         if server.process.stdout is not None:
             server.process.stdout.close()
+
+
+def run_index(*arguments, **options) -> None:
+    """`sleuth index` with these options."""
+    from scripts.index import IndexConfig, main
+
+    main(IndexConfig(*arguments, **options))

@@ -20,10 +20,10 @@ from retriever_server.indexes.analyzers import (
     load_analyzer,
     multilingual,
     plain,
+    porter,
     segment,
     stopwords,
 )
-from retriever_server.indexes.porter import porter
 
 
 @pytest.mark.parametrize(
@@ -143,22 +143,13 @@ STEMS = {
     },
     **{"ion": "ion", "ies": "i", "oed": "o", "2nd": "2nd", "3.50": "3.50"},
     **{"sociology": "sociolog", "visibly": "visibl", "as": "as", "us": "us", "s": "s"},  # *
+    **{"grokking": "grok", "specced": "spec", "logies": "logi", "bly": "bly", "apologies": "apolog"},
 }
 
 
 @pytest.mark.parametrize(("word", "stem"), STEMS.items())
 def test_stems_are_those_of_lucenes_porter(word, stem):
     assert porter(word) == stem
-
-
-def test_stems_equal_snowballs_porter_but_for_the_known_changes():
-    snowball = pytest.importorskip("Stemmer").Stemmer("porter")
-    rng = random.Random(2)
-    endings = ["", "ed", "ing", "eed", "y", "ational", "ion", "ement", "e", "lle", "s", "ies", "sses"]
-    for _ in range(5000):
-        word = "".join(rng.choices("aeiouybdgmnprt", k=rng.randint(2, 6))) + rng.choice(endings)
-        if len(word) > 2 and not re.search("bl[iy]|log[iy]", word):
-            assert porter(word) == snowball.stemWord(word), word
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from retriever_server.encoders.vectors import Multi, concatenate, rows_of, simil
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.faiss_file import FaissFile
 from retriever_server.training.models import cross_encoder
-from scripts import index as command
 from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
+from tests.retriever_server.running import run_index
 
 KINDS = ("dense", "sparse", "multi")
 RNG = np.random.default_rng(1)
@@ -140,13 +140,13 @@ def write_corpus(path: Path) -> Corpus:
 def test_the_command_builds_parts_then_the_index_and_verifies_it(tmp_path, models, capsys, vectors, kind):
     write_corpus(tmp_path / "c.jsonl")
     arguments = (str(tmp_path / "c.jsonl"), str(tmp_path / "i"), models[vectors])
-    command.main(*arguments, shard="1/2", device="cpu")
+    run_index(*arguments, shard="1/2", device="cpu")
     assert capsys.readouterr().out.startswith("part 1/2 is encoded (1 shards); run it without --shard")
-    command.main(*arguments, device="cpu")
+    run_index(*arguments, device="cpu")
     assert f"indexed 40 passages in {tmp_path / 'i'} (generation {kind}-" in capsys.readouterr().out
-    command.main(*arguments, device="cpu")
+    run_index(*arguments, device="cpu")
     assert capsys.readouterr().out.startswith("already there: 40 passages")
-    command.main(verify=str(tmp_path / "i"))
+    run_index(verify=str(tmp_path / "i"))
     assert capsys.readouterr().out.startswith("whole: 40 passages")
     index = open_index(tmp_path / "i", device="cpu")  # with the encoder of its manifest
     assert index.search([TEXTS[3]], 40)[0][0].score > 0
@@ -166,7 +166,7 @@ def test_the_command_builds_parts_then_the_index_and_verifies_it(tmp_path, model
 )
 def test_the_command_refuses_what_would_mean_nothing(options, message):
     with pytest.raises(ConfigError, match=message):
-        command.main(**{"corpus": "c.jsonl", "out": "i", "encoder": "model", **options})
+        run_index(**{"corpus": "c.jsonl", "out": "i", "encoder": "model", **options})
 
 
 def test_search_r1_files_open_as_they_are(tmp_path):

@@ -20,9 +20,9 @@ from retriever_server.indexes.ann import AnnIndex
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.maxsim import MaxSimIndex
-from scripts import index as command
 from tests.pdfs import write_pdf
 from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.running import run_index
 from tests.retriever_server.vision_models import picture, tiny_clip, tiny_colqwen2, tiny_vlm
 
 COUNT = 24
@@ -259,19 +259,19 @@ def test_one_command_indexes_a_folder_of_pages_and_pdfs(models, tmp_path, capsys
     (folder / "broken.png").write_bytes(b"no picture")
     given = {"corpus": str(folder), "out": str(tmp_path / "i"), "encoder": models[name], "device": "cpu"}
     with pytest.raises(DataError, match=r"broken\.png: .*--on_error skip"):
-        command.main(**given)
-    command.main(**given, on_error="skip", token_pooling="rows:4" if name == "multi" else "")
+        run_index(**given)
+    run_index(**given, on_error="skip", token_pooling="rows:4" if name == "multi" else "")
     said = capsys.readouterr().out
     assert "indexed 3 passages" in said and re.search(r"\d+ images; the model waited for them \d+%", said)
     hits = open_index(tmp_path / "i", device="cpu").search([picture(3)], 3)[0]
     assert {hit.passage.id for hit in hits} == {"cover.png", "report.pdf#page=1", "report.pdf#page=2"}
     assert name == "multi" or hits[0].passage.id == "cover.png"
     assert "second page" in next(hit.passage.text for hit in hits if hit.passage.id.endswith("2"))
-    command.main(str(folder), str(tmp_path / "words"), on_error="skip")  # BM25, of what the PDFs say
+    run_index(str(folder), str(tmp_path / "words"), on_error="skip")  # BM25, of what the PDFs say
     found = open_index(tmp_path / "words").search(["second lines"], 1)[0]
     assert found[0].passage.id == "report.pdf#page=2" and found[0].passage.image.endswith(".png")
     with pytest.raises(ConfigError, match="--token_pooling rows:4: has a meaning only with --encoder"):
-        command.main(str(folder), str(tmp_path / "words"), token_pooling="rows:4")
+        run_index(str(folder), str(tmp_path / "words"), token_pooling="rows:4")
 
 
 def test_another_resolution_is_refused_by_the_spec(pages, tmp_path):

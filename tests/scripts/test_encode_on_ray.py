@@ -14,9 +14,9 @@ from data.errors import ConfigError, RunStopped
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, read_manifest
 from retriever_server.indexes.encoded import EncodedIndex
-from scripts import index as command
 from scripts.on_ray import encode
 from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
+from tests.retriever_server.running import run_index
 
 
 def write_corpus(path: Path) -> str:
@@ -47,7 +47,7 @@ def test_a_cluster_that_there_is_not_is_one_line(options, message, tmp_path, mon
     options = {**options, "ray": options["ray"].format(free_port())}
     corpus = write_corpus(tmp_path / "c.jsonl")
     with pytest.raises(ConfigError, match=message):
-        command.main(corpus, str(tmp_path / "i"), **{"encoder": "atlas", **options})
+        run_index(corpus, str(tmp_path / "i"), **{"encoder": "atlas", **options})
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +85,18 @@ def test_two_nodes_write_what_one_process_writes_though_a_worker_is_killed(
 ):
     monkeypatch.setattr(EncodedIndex, "passages_per_shard", 15)
     corpus, model = write_corpus(tmp_path / "c.jsonl"), tiny_model(tmp_path / "m", "dense")
-    command.main(corpus, str(tmp_path / "alone"), model, device="cpu")
+    run_index(corpus, str(tmp_path / "alone"), model, device="cpu")
     arguments = {"ray": cluster.address, "device": "cpu", "encoder": model}
     killed: list[int] = []
     threading.Thread(target=kill_a_worker, args=(killed,), daemon=True).start()
-    command.main(corpus, str(tmp_path / "i"), **arguments)
+    run_index(corpus, str(tmp_path / "i"), **arguments)
     assert killed
     assert f"indexed 90 passages in {tmp_path / 'i'}" in capsys.readouterr().out
     alone, together = (read_manifest(tmp_path / name) for name in ("alone", "i"))
     assert alone.checksums == together.checksums and alone.generation == together.generation
     assert open_index(tmp_path / "i").search(["river"], 3)
     monkeypatch.setattr(encode, "connect_ray", lambda _: pytest.fail("it is there already"))
-    command.main(corpus, str(tmp_path / "i"), **arguments)
+    run_index(corpus, str(tmp_path / "i"), **arguments)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, tmp
     monkeypatch.setattr(encode, "encode_shard", failing_once_in_three)
     arguments = {"ray": cluster.address, "device": "cpu", "encoder": model}
     with pytest.raises(RunStopped, match=r"1 of 3 shards are missing: 00001 \(00001: OSError: broken"):
-        command.main(corpus, str(tmp_path / "i"), **arguments)
+        run_index(corpus, str(tmp_path / "i"), **arguments)
     assert not (tmp_path / "i").exists()
     [folder] = tmp_path.glob(".i.encoding-*")
     assert len(list(folder.glob("*.tried"))) == encode.ATTEMPTS
@@ -116,7 +116,7 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, tmp
     seen: list[int] = []
     real = encode._finished
     monkeypatch.setattr(encode, "_finished", lambda *a: (seen.append(p) or p for p in real(*a)))
-    command.main(corpus, str(tmp_path / "i"), **arguments)
+    run_index(corpus, str(tmp_path / "i"), **arguments)
     assert len(before) == 2 and seen == list(range(30, 60))  # the others were not encoded again
     assert len(open_index(tmp_path / "i").corpus) == 90
 
@@ -140,6 +140,6 @@ def test_a_task_takes_a_gpu_where_the_cluster_has_one(cluster, tmp_path, monkeyp
     monkeypatch.setattr(encode, "encode_shard", only_say_where)
     corpus, model = write_corpus(tmp_path / "c.jsonl"), tiny_model(tmp_path / "m", "dense")
     with pytest.raises(RunStopped, match=r"OSError: device cuda, GPUs \[0\]"):
-        command.main(corpus, str(tmp_path / "i"), model, ray=cluster.address)
+        run_index(corpus, str(tmp_path / "i"), model, ray=cluster.address)
     with pytest.raises(RunStopped, match=r"OSError: device cpu, GPUs \[\]"):
-        command.main(corpus, str(tmp_path / "i"), model, ray=cluster.address, device="cpu")
+        run_index(corpus, str(tmp_path / "i"), model, ray=cluster.address, device="cpu")

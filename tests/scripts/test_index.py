@@ -13,8 +13,8 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.base import building, open_index
-from scripts import index
 from tests.retriever_server.encoders import WORDS, tiny_model
+from tests.retriever_server.running import run_index
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +28,9 @@ def corpus(tmp_path):
 
 def test_an_index_is_built_once_and_opens(tmp_path, corpus, capsys):
     out = str(tmp_path / "index")
-    index.main(corpus, out)
+    run_index(corpus, out)
     assert capsys.readouterr().out.startswith(f"indexed 1 passages in {out} (generation bm25-")
-    index.main(corpus, out)
+    run_index(corpus, out)
     assert capsys.readouterr().out.startswith(f"already there: 1 passages in {out}")
     [[hit]] = open_index(out).search(["animal"], 3)
     assert hit.passage.title == "Fox"
@@ -38,30 +38,30 @@ def test_an_index_is_built_once_and_opens(tmp_path, corpus, capsys):
 
 def test_settings_reach_the_index_and_overwrite_replaces(tmp_path, corpus):
     out = str(tmp_path / "index")
-    index.main(corpus, out)
+    run_index(corpus, out)
     with pytest.raises(ConfigError, match="--overwrite true"):
-        index.main(corpus, out, k1=2.0)
-    index.main(corpus, out, k1=2.0, b=0.1, analyzer="stopwords", title_boost=3, overwrite=True)
+        run_index(corpus, out, k1=2.0)
+    run_index(corpus, out, k1=2.0, b=0.1, analyzer="stopwords", title_boost=3, overwrite=True)
     settings = {"k1": 2.0, "b": 0.1, "analyzer": "stopwords", "title_boost": 3}
     assert settings.items() <= open_index(out).manifest.settings.items()
 
 
 def test_a_missing_corpus_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        index.main(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
+        run_index(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99" if not torch.cuda.is_available() else "tpu"])
 def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
     with pytest.raises(ConfigError, match=f"device = .{device}.: must be "):
-        index.main(corpus, str(tmp_path / "index"), encoder="model", device=device)
+        run_index(corpus, str(tmp_path / "index"), encoder="model", device=device)
 
 
 def test_an_index_keeps_the_prefix_of_vectors_that_it_is_told(tmp_path):
     texts = [f"{word} {other}" for word in WORDS[:8] for other in WORDS[8:12]]
     write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
     model, out = tiny_model(tmp_path / "model", "dense"), str(tmp_path / "index")
-    index.main(str(tmp_path / "c.jsonl"), out, encoder=model, dimension=8, dtype="float32")
+    run_index(str(tmp_path / "c.jsonl"), out, encoder=model, dimension=8, dtype="float32")
     opened = open_index(out)
     whole = load_encoder(model)
     [query], passages = whole.encode(["big red fox"], "query"), whole.encode(texts, "passage")
@@ -72,12 +72,12 @@ def test_an_index_keeps_the_prefix_of_vectors_that_it_is_told(tmp_path):
     assert [hit.score for hit in hits] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
     assert [scores[int(hit.passage.id)] for hit in hits] == pytest.approx(np.sort(scores)[::-1].tolist())
     with pytest.raises(ConfigError, match="dimension = 33: must be from 1 to the 32 of"):
-        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=model, dimension=33)
+        run_index(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=model, dimension=33)
     with pytest.raises(ConfigError, match="makes no dense vectors"):
         other = tiny_model(tmp_path / "sparse", "sparse")
-        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=other, dimension=8)
+        run_index(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), encoder=other, dimension=8)
     with pytest.raises(ConfigError, match="--dimension 8: has a meaning only with --encoder"):
-        index.main(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), dimension=8)
+        run_index(str(tmp_path / "c.jsonl"), str(tmp_path / "j"), dimension=8)
 
 
 def test_a_second_builder_at_the_same_place_is_one_line_and_status_2(tmp_path, corpus):
