@@ -3,7 +3,7 @@
 checkpoints/
   step-000040/     what `write` put there, and checkpoint.json {format_version, step}, written last
   step-000060/
-  step-000060.old/ while that step is saved again; it counts until the new one is whole
+  step-000060.old/ while that step is saved again where two folders cannot be exchanged; it counts until then
   best.json        {format_version, step, score}: this one is never pruned
 """
 
@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import ConfigError, DataError, StorageError
+from data.atomic import atomic_write, new_folder, remove_folder, sync_files
+from data.errors import ConfigError, DataError, StorageError, reason_of
 from data.records import FORMAT_VERSION
 
 MARK = "checkpoint.json"
@@ -44,20 +45,18 @@ def save_checkpoint(
         raise ConfigError(f"keep = {keep}: at least 1 checkpoint must be kept")
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
-    partial = directory / f".partial-{final.name}"
     try:
         _tidy(directory)
-        partial.mkdir(parents=True)
-        write(partial)
-        _write_json(partial / MARK, {"format_version": FORMAT_VERSION, "step": step})
-        _flush_to_disk(partial)
-        _replace(partial, final)
+        with new_folder(final, mark=MARK, aside=final.with_name(f"{final.name}.old")) as partial:
+            write(partial)
+            mark = {"format_version": FORMAT_VERSION, "step": step}
+            (partial / MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+            sync_files(partial)
     except Exception as error:
         if _is_storage(error):
-            raise StorageError(f"cannot save checkpoint {final}: {_reason(error)}") from error
+            reason = reason_of(error).splitlines()[0]
+            raise StorageError(f"cannot save checkpoint {final}: {reason}") from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     prune_checkpoints(directory, keep)
     return Checkpoint(step, final)
 
@@ -79,13 +78,8 @@ def latest_checkpoint(directory: Path | str) -> Checkpoint | None:
 
 def mark_best(directory: Path | str, step: int, score: float) -> None:
     """Name the checkpoint of `step` the best so far, at `score`; pruning spares it from now on."""
-    directory = Path(directory)
-    partial = directory / f".partial-{BEST}"
-    try:
-        _write_json(partial, {"format_version": FORMAT_VERSION, "step": step, "score": score})
-        os.replace(partial, directory / BEST)
-    except OSError as error:
-        raise StorageError(f"cannot write {directory / BEST}: {_reason(error)}") from error
+    best = {"format_version": FORMAT_VERSION, "step": step, "score": score}
+    atomic_write(Path(directory) / BEST, json.dumps(best) + "\n")
 
 
 def best_checkpoint(directory: Path | str) -> tuple[Checkpoint, float] | None:
@@ -103,25 +97,16 @@ def prune_checkpoints(directory: Path | str, keep: int) -> None:
     best = best_checkpoint(directory)
     for old in list_checkpoints(directory)[:-keep]:
         if best is None or old.step != best[0].step:
-            doomed = old.path.with_name(f".partial-{old.path.name}")  # at no time is it half a checkpoint
             with suppress(OSError):
-                os.rename(old.path, doomed)
-                shutil.rmtree(doomed)
-
-
-def _replace(partial: Path, final: Path) -> None:
-    """Give `partial` the name `final`; an older folder of that name (a step done again) makes way."""
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+                pruned = old.path.with_name(f".{old.path.name}.pruned")  # at no time half a checkpoint
+                os.rename(old.path, pruned)
+                remove_folder(pruned)
 
 
 def _tidy(directory: Path) -> None:
     """Undo or end what a killed process was at. A run has one writer (its lock), so none is live."""
-    for left in directory.glob(".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in (*directory.glob(".step-*"), *directory.glob(".partial-*")):  # those of earlier versions
+        remove_folder(left, MARK)
     for old in directory.glob("step-*.old"):
         if old.with_suffix("").exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -129,26 +114,10 @@ def _tidy(directory: Path) -> None:
             os.rename(old, old.with_suffix(""))
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """Force all files to the disk before the rename, so that a power cut leaves no empty 'whole' folder."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def _is_storage(error: Exception) -> bool:
     """Whether the disk is at fault. safetensors and torch report a full disk by errors of their own."""
     own = type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
     return isinstance(error, OSError) or own or "PytorchStreamWriter failed" in str(error)
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
 
 
 def _read_mark(mark: Path) -> Checkpoint:

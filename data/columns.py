@@ -99,7 +99,7 @@ async def wait_for_columns(corpus: Corpus) -> None:
 
 def save_columns(corpus: Corpus, path: Path) -> None:
     """Write the file; raises StorageError."""
-    from data.sealed import write_sealed
+    from data.atomic import write_sealed
 
     with write_sealed(path) as file:
         _write(corpus, file)
@@ -118,8 +118,8 @@ def _kept(corpus: Corpus) -> Any:
     """The Arrow file of its index or of the cache; made if there is none, in memory for a small corpus."""
     import pyarrow as pa
 
+    from data.atomic import read_sealed
     from data.offsets import cached_file
-    from data.sealed import read_sealed
 
     if corpus.index_folder and (found := read_sealed(corpus.index_folder / METADATA)) is not None:
         return found

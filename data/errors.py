@@ -85,3 +85,8 @@ def require_range(config: object, group: str, allowed: str, *names: str) -> None
     for name in names:
         value = getattr(config, name)
         require(_RANGES[allowed](value), f"{group}{name}", value, allowed)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what went wrong, without the name of the file: the text of a system's error, else its own."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

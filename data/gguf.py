@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from data.errors import StorageError
+from data.atomic import make_once
 
 CACHE = Path.home() / ".cache" / "sleuth" / "models"
 """Where converted models are kept for the next time."""
@@ -40,33 +36,3 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, written by `write(folder)` unless it is there; it appears whole or not at all.
-
-    Of two processes that write at once, the first to finish wins. Raises StorageError.
-    """
-    if folder.exists():
-        return folder
-    building: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        building.chmod(0o755)  # mkdtemp makes it private
-        write(building)
-        _move_into_place(building, folder)
-    except OSError as error:
-        raise StorageError(f"{folder}: could not be written ({error})") from error
-    finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
-    return folder
-
-
-def _move_into_place(building: Path, folder: Path) -> None:
-    try:
-        os.rename(building, folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster, with the same content
-            raise

@@ -9,12 +9,13 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from data.errors import DataError, SleuthError, StorageError
+from data.atomic import atomic_write, open_atomic
+from data.errors import DataError, SleuthError, StorageError, reason_of
 from data.unicode import replace_halves_in
 
 
@@ -73,7 +74,24 @@ def append_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise StorageError(f"{path}: cannot be written: {reason_of(error)}") from error
+
+
+def append_in_batches(
+    out: Path,
+    count: int,
+    size: int,
+    rows: Callable[[range], Iterable[Mapping[str, Any]]],
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> None:
+    """Write `rows` of each batch of so many positions to `out`.part, which becomes `out` when all are there.
+
+    Started again after it was killed, it goes on after the last complete batch.
+    """
+    part = out.with_name(f"{out.name}.part")
+    for start in progress(range(_keep_whole_batches(part, size), count, size)):
+        append_jsonl(part, rows(range(start, min(start + size, count))))
+    os.replace(part, out)
 
 
 def read_json(path: str | Path) -> Any:
@@ -88,44 +106,12 @@ def read_json(path: str | Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise DataError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing the file as a whole; StorageError if that fails."""
     atomic_write(path, _encode(value, indent=2) + b"\n")
-
-
-def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Replace the file by `content` (text as UTF-8), whole or not at all; raises StorageError."""
-    with open_atomic(path, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextmanager
-def open_atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write ("w": UTF-8 text, "wb": bytes) that replaces `path` when the block ends well.
-
-    Until then it is a temporary file in the same folder, which is made if missing; if the block
-    fails, that one is removed and the old file stays. Raises StorageError where the disk refuses.
-    """
-    path = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if _is_foreign(error, temporary, path):
-            raise
-        raise StorageError(f"{path}: cannot be written: {_reason(error)}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def check_is_file(path: Path) -> None:
@@ -156,7 +142,7 @@ def _numbered_objects(path: Path, tolerate_cut_tail: bool) -> Iterator[tuple[int
     except SleuthError:
         raise
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number}: {_reason(error)}") from error
+        raise DataError(f"{path}: cannot be read after line {number}: {reason_of(error)}") from error
     except ValueError as error:
         # Only the last line of a file can lack its newline.
         if not (tolerate_cut_tail and not line.endswith(b"\n")):
@@ -193,23 +179,12 @@ def _mend_tail(file: IO[bytes]) -> None:
         file.truncate(end + len(tail) - len(line))
 
 
-def _is_foreign(error: OSError, temporary: Path, path: Path) -> bool:
-    """Whether an error out of the caller's block is about something else than writing this file."""
-    if isinstance(error, SleuthError | ConnectionError | TimeoutError):
-        return True
-    ours = (temporary, path, *path.parents)
-    return error.filename is not None and Path(error.filename) not in ours
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
+def _keep_whole_batches(part: Path, size: int) -> int:
+    """Cut the file after its last complete batch; return how many lines stay."""
+    if not part.exists():
+        return 0
+    with open(part, "rb+") as file:
+        whole = sum(line.endswith(b"\n") for line in file) // size * size
+        file.seek(0)
+        file.truncate(sum(len(line) for line in islice(file, whole)))
+    return whole

@@ -52,7 +52,7 @@ class Offsets:
     @staticmethod
     def load(path: Path) -> Offsets | None:
         """The table in a file; None where there is none, or it is damaged or of another layout."""
-        from data.sealed import read_sealed
+        from data.atomic import read_sealed
 
         content = read_sealed(path)
         if content is None or len(content) % 8 or len(content) < 8 * _HEADER:
@@ -63,7 +63,7 @@ class Offsets:
 
     def save(self, path: Path) -> None:
         """Write the file; raises StorageError."""
-        from data.sealed import write_sealed
+        from data.atomic import write_sealed
 
         with write_sealed(path) as file:
             file.write(self.table.data)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from data.atomic import make_once
 from data.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def smollm2_policy() -> Path:
     if folder.exists():
         return folder
     gguf = _smollm2_gguf()
-    from data.gguf import convert_gguf, make_once
+    from data.gguf import convert_gguf
 
     logger.info("converting %s into %s, once: about half a minute", gguf.name, folder)
     return make_once(folder, lambda building: convert_gguf(gguf, building))

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
+from data.atomic import atomic_write
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.images import read_pdf
-from data.jsonl import atomic_write
 from data.records import Passage
 from data.unicode import name_of
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+from data.atomic import atomic_write
 from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require
 from data.images import PAGE_DPI, png, read_image, split_page
@@ -155,7 +156,7 @@ class _Job:
                 path = self.out / self.name(passage)
                 if not _is_whole(path):
                     image, complaint = draw(passage, self.style)
-                    _write(path, png(image))
+                    atomic_write(path, png(image), sync=False)  # that would cost more than drawing
             except DataError as found:
                 error = str(found)
             yield position, error, complaint
@@ -213,19 +214,6 @@ def _is_whole(path: Path) -> bool:
             return file.read() == _PNG_END
     except OSError:
         return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all; not forced to disk, which would cost more than the drawing (see `_is_whole`)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _in_processes(job: _Job, count: int) -> _Outcomes:

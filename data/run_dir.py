@@ -23,8 +23,9 @@ from typing import Any, Self
 
 import yaml
 
+from data.atomic import atomic_write
 from data.errors import ConfigError, DataError, RunStopped, StorageError
-from data.jsonl import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from data.jsonl import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from data.lock import lock
 from data.records import FORMAT_VERSION
 from data.trackers import NullTracker, Tracker

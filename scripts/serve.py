@@ -45,7 +45,7 @@ def main(config: ServeConfig) -> None:
 def _announce(config: ServeConfig, address: tuple[Any, ...], served: str) -> None:
     host, port = address[:2]
     if config.port_file is not None:
-        from data.jsonl import atomic_write
+        from data.atomic import atomic_write
 
         atomic_write(config.port_file, f"{port}\n")
     print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -21,7 +21,7 @@ from agent.report import tables
 from agent.report.choice import Choice
 from agent.report.collect import browser_payload
 from agent.report.folders import read_folder
-from data.jsonl import atomic_write
+from data.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data.atomic import open_atomic
 from data.corpus import parse_passage, passage_row, relative_to
 from data.errors import ConfigError, DataError
 from data.examples import Examples
@@ -17,7 +18,7 @@ from data.formats.search_r1 import gold_answers
 from data.formats.tables import at, kind_of, read_lines, read_rows, table_line
 from data.formats.training import Items, judged_items, query_ids, title_as_text
 from data.formats.trec import load_qrels
-from data.jsonl import open_atomic, write_jsonl
+from data.jsonl import write_jsonl
 from data.records import Benchmark, Passage, Question
 
 _IDS, _TEXTS = ("id", "_id", "query_id", "qid"), ("question", "query", "text")

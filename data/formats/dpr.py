@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from data.atomic import open_atomic
 from data.examples import Examples
 from data.formats.rows import answers_of
 from data.formats.tables import at, read_rows
 from data.formats.training import Items, items_of, passages_by_id, passages_in
-from data.jsonl import open_atomic
 
 _NAMES = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from data.atomic import open_atomic
 from data.errors import DataError
 from data.examples import Examples
 from data.formats.beir import load_queries
 from data.formats.rows import needed_id
 from data.formats.tables import at, read_lines, table_line
 from data.formats.training import Items, one_text, passage_of, query_ids
-from data.jsonl import open_atomic
 from data.records import Example
 
 # The words of headers; none is likely to be an id, so that the first row of a writer's file stays.

@@ -18,8 +18,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from data.atomic import atomic_write
 from data.errors import ConfigError, DataError
-from data.jsonl import atomic_write, check_is_file, numbered_jsonl
+from data.jsonl import check_is_file, numbered_jsonl
 from data.unicode import replace_halves_in
 
 Rows = Iterator[tuple[str, dict[str, Any]]]

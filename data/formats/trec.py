@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.atomic import open_atomic
 from data.errors import DataError
 from data.formats.rows import number_of
 from data.formats.tables import at, fields_of, kind_of, read_lines, table_line
-from data.jsonl import open_atomic
 from data.records import Hit, Passage, Qrels
 
 MAX_GRADE = 1_000_000

@@ -6,15 +6,11 @@ its corpus. A folder without a manifest is no index: an interrupted build leaves
 
 from __future__ import annotations
 
-import ctypes
-import glob
 import hashlib
 import importlib
 import inspect
 import json
 import os
-import shutil
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.atomic import new_folder
 from data.columns import METADATA, save_columns
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
@@ -236,36 +233,15 @@ def write_generation(
     if (found := found_at(out, generation, overwrite)) is not None:
         return found
     try:
-        with _folder_beside(out) as folder:
+        with new_folder(out, mark=MANIFEST) as folder:
             write(folder)
             corpus.save_offsets(folder)
             save_columns(corpus, folder / METADATA)
             manifest = _describe(folder, out, kind, settings, corpus, generation, spec, dtype)
             write_json(folder / MANIFEST, asdict(manifest))
-            _move_into_place(folder, out)
     except OSError as error:
         raise StorageError(f"{out}: the index could not be written ({error})") from error
     return manifest
-
-
-@contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """An empty folder to build in, which goes at the end; those that killed builds left go at once."""
-    prefix = f".{out.name}.building-"
-    for left in out.parent.glob(glob.escape(prefix) + "*"):
-        _discard(left)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
-        yield folder
-    finally:
-        _discard(folder)
-
-
-def _discard(folder: Path) -> None:
-    """The manifest goes first: killed in between, what is left is no index."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> str:
@@ -341,21 +317,3 @@ def _describe(
         dimension=spec.dimension if spec else 0,
     )
     return replace(manifest, checksum=manifest.own_hash)
-
-
-def _move_into_place(folder: Path, out: Path) -> None:
-    """At no moment is `out` missing; what was there (a server may have it mapped) is at `folder` then."""
-    if not out.exists():
-        os.rename(folder, out)
-    elif not _exchange(folder, out):  # not Linux, or a file system that cannot: missing for a moment
-        old = folder.with_name(folder.name + ".old")
-        os.rename(out, old)
-        os.rename(folder, out)
-        _discard(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Whether the two folders have changed places, which Linux can do at once (renameat2)."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and not rename(here, os.fsencode(one), here, os.fsencode(other), exchange)

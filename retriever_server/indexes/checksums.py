@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.atomic import open_atomic
 from data.errors import DataError
-from data.jsonl import open_atomic
 
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 _WHOLE_BYTES = 1 << 28  # read in a quarter of a second

@@ -7,8 +7,7 @@ Nogueira and Lin 2019). The text of a passage, and so what a reader sees, stays 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError
 from data.hub import find_model
-from data.jsonl import append_jsonl, read_json, read_jsonl, write_json
+from data.jsonl import append_in_batches, read_json, read_jsonl, write_json
 from data.records import Passage
-from retriever_server.training.mining import _keep_whole_batches
 
 
 @runtime_checkable
@@ -98,8 +96,9 @@ def expand(
         )
     if out.exists():
         return out
-    for start in progress(range(_keep_whole_batches(part, passages_at_once), len(corpus), passages_at_once)):
-        passages = [corpus[i] for i in range(start, min(start + passages_at_once, len(corpus)))]
+
+    def rows(batch: range) -> Iterator[dict[str, Any]]:
+        passages = [corpus[i] for i in batch]
         texts = list(generate(passages))
         if len(texts) != len(passages):
             raise DataError(f"the generator gave {len(texts)} texts for {len(passages)} passages")
@@ -107,8 +106,9 @@ def expand(
             replace(passage, metadata={**passage.metadata, "expansion": text})
             for passage, text in zip(passages, texts, strict=True)
         )
-        append_jsonl(part, (passage_row(passage, out.parent) for passage in expanded))
-    os.replace(part, out)
+        return (passage_row(passage, out.parent) for passage in expanded)
+
+    append_in_batches(out, len(corpus), passages_at_once, rows, progress)
     return out
 
 

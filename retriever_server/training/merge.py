@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.atomic import new_folder
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.identity import fingerprint
 from retriever_server.encoders.loading import load_model
@@ -45,16 +47,14 @@ def merge(models: list[str], out: str, weights: list[float] | None = None) -> No
     first, *others = map(Path, models)
     files = _weights(first)
     _check_alike(first, others, files)
-    partial = Path(out).with_name(f".partial-{Path(out).name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(first, partial, ignore=lambda folder, names: _skipped(first, folder, names))
-    for file in files:
-        _merge_file(file, [first, *others], partial, shares)
-    for spec in _specs(partial):
-        _sign(partial / spec.parent)
-    record = {"format_version": 1, "method": "slerp", "models": models, "weights": shares}
-    (partial / "merged.json").write_text(json.dumps(record, indent=2))
-    partial.replace(out)
+    with new_folder(Path(out)) as merged:
+        shutil.copytree(first, merged, ignore=partial(_skipped, first), dirs_exist_ok=True)
+        for file in files:
+            _merge_file(file, [first, *others], merged, shares)
+        for spec in _specs(merged):
+            _sign(merged / spec.parent)
+        record = {"format_version": 1, "method": "slerp", "models": models, "weights": shares}
+        (merged / "merged.json").write_text(json.dumps(record, indent=2))
 
 
 def _checked(models: list[str], out: str, weights: list[float] | None) -> list[float]:

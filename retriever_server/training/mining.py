@@ -8,17 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.jsonl import append_jsonl, read_jsonl
+from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.retriever import Retriever, text_in, texts_of
@@ -255,11 +253,12 @@ def write_in_batches(
     part = out.with_name(f"{out.name}.part")
     if part.exists():
         _check_run(part, run)
-    done = _keep_whole_batches(part, size)
-    for start in progress(range(done, len(examples), size)):
-        batch = [examples[i] for i in range(start, min(start + size, len(examples)))]
-        append_jsonl(part, [{**row, "provenance": {**row["provenance"], "run": run}} for row in rows(batch)])
-    os.replace(part, out)
+
+    def named(batch: range) -> list[dict[str, Any]]:
+        found = rows([examples[i] for i in batch])
+        return [{**row, "provenance": {**row["provenance"], "run": run}} for row in found]
+
+    append_in_batches(out, len(examples), size, named, progress)
     return _summary(out)
 
 
@@ -277,17 +276,6 @@ def _check_run(path: Path, run: str) -> None:
             f"{path}: comes from other queries, another retriever or other settings; "
             "remove it, or give another --out"
         )
-
-
-def _keep_whole_batches(part: Path, size: int) -> int:
-    """Cut the file after its last whole batch; how many lines stay."""
-    if not part.exists():
-        return 0
-    with open(part, "rb+") as file:
-        whole = sum(line.endswith(b"\n") for line in file) // size * size
-        file.seek(0)
-        file.truncate(sum(len(line) for line in islice(file, whole)))
-    return whole
 
 
 def _summary(path: Path) -> Mined:

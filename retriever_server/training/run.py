@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
+from data.atomic import new_folder
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
 from data.examples import Examples
@@ -159,23 +159,16 @@ def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
     Raises DataError where what loads from there gives other vectors.
     """
     merge_adapters(model)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
     model.eval()
-    if spec is None:
-        model.save_pretrained(str(partial), create_model_card=False)
-    else:
+    with new_folder(folder) as partial:
+        if spec is None:
+            model.save_pretrained(str(partial), create_model_card=False)
+            return folder
         save_encoder(model, spec, partial)
         saved = training_spec(model, spec.passage_template, spec.inputs)
         check_saved(SentenceEncoder(model, saved), partial)
         for name, part in getattr(model[-1], "parts", lambda _: {})(model).items():  # M3 is three encoders
             save_encoder(part, training_spec(part, spec.passage_template, spec.inputs), partial / name)
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.atomic import make_once
 from data.corpus import Corpus
 from data.errors import ConfigError
-from data.gguf import make_once
 from retriever_server.training.tiny_vision import write_vit, write_vlm
 
 logger = logging.getLogger(__name__)

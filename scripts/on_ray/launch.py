@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from agent.engines.open_engine import check_engine
+from data.atomic import atomic_write
 from data.checkpoint import latest_checkpoint
 from data.errors import DataError, RunStopped, require
-from data.jsonl import atomic_write, write_json
+from data.jsonl import write_json
 from data.plugins import folders
 from data.run_dir import RunStatus, read_run
 from rl.config import RayConfig, TrainConfig

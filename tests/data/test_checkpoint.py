@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from data import atomic
 from data.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
@@ -122,6 +123,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_the_old_checkpoint_or_the_new
     """Also where there is no other, and `keep` is 1; the next save puts all names right."""
     save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("old"))
     left, rename = [renamed], os.rename
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)  # as on systems that cannot
 
     def killed_rename(*names):
         if not left[0]:
@@ -142,6 +144,20 @@ def test_a_kill_while_a_step_is_saved_again_leaves_the_old_checkpoint_or_the_new
     save_checkpoint(tmp_path, 6, write_weights, keep=1)
     assert (tmp_path / "step-000005" / "a").read_text() == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "step-000005", "step-000006"]
+
+
+def test_a_kill_after_two_folders_were_exchanged_leaves_the_new_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("old"))
+
+    def killed(folder, ignore_errors=False):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("shutil.rmtree", killed)
+        save_checkpoint(tmp_path, 5, lambda folder: (folder / "a").write_text("new"))
+    assert (latest_checkpoint(tmp_path).path / "a").read_text() == "new" and steps(tmp_path) == [5]
+    save_checkpoint(tmp_path, 6, write_weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000005", "step-000006"]
 
 
 def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path, monkeypatch):
