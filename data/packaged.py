@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from data.atomic import make_once
 from data.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +40,7 @@ def smollm2_policy() -> Path:
     if folder.exists():
         return folder
     gguf = _smollm2_gguf()
+    from data.atomic import make_once
     from data.gguf import convert_gguf
 
     logger.info("converting %s into %s, once: about half a minute", gguf.name, folder)
