@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.atomic import atomic_write, open_atomic
 from data.errors import DataError, StorageError
 from data.jsonl import (
     append_jsonl,
-    atomic_write,
-    open_atomic,
     read_json,
     read_jsonl,
     write_json,
