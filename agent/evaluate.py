@@ -28,6 +28,7 @@ from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question, hash_questions
 from data.run_dir import check_free, describe_difference
 from data.significance import FEW_CLUSTERS, RESAMPLES, SEED, bootstrap
+from data.significance import format_estimate as format_estimate  # of earlier versions
 
 if TYPE_CHECKING:
     from agent.rollout import Agent

@@ -1,4 +1,13 @@
-"""Modules that were renamed: names in files of earlier versions still find what they name."""
+"""Modules that were renamed: files and programs of earlier versions still find them by their old names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 MOVED = {
     "agent.engines.drawing": "agent.engines.sampling",
@@ -57,6 +66,7 @@ MOVED = {
     "rl.rewards": "rl.algorithm.rewards",
     "rl.search_r1_scorer": "examples.search_r1_scorer.scorer",
     "rl.seed_policy": "examples.seed_policy.seed_policy",
+    "rl.trl_bridge": "examples.trl.search_environment",
     "rl.update": "rl.learner.learner",
     "rl.workers": "rl.learner.workers",
     "scripts.compile_atlas": "examples.atlas.compile",
@@ -78,3 +88,35 @@ def current_name(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     moved = f"{MOVED[module]}.{attribute}" if module in MOVED else name
     return MOVED_CLASSES.get(name, moved)
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module by its old name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED[module.__name__]
+        try:
+            sys.modules[module.__name__] = import_module(new)
+        except ModuleNotFoundError as error:
+            if error.name is None or not new.startswith(error.name):
+                raise
+            there = f"{module.__name__} moved to {new}, which is in Sleuth's repository"
+            raise ModuleNotFoundError(there, name=module.__name__) from None
+
+
+def find_moved_modules() -> None:
+    """Let Python import modules by their old names, where nothing else has the name."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
+
+
+def take_name(package: str, name: str, names: Sequence[str]) -> object:
+    """Return what a module offered that is a package today: for its `__getattr__`. Raises AttributeError."""
+    if name not in names:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(import_module(MOVED[package]), name)

@@ -1,1 +1,7 @@
 """From a batch of trajectories to better weights: packing, log-probabilities, updates, processes."""
+
+from data.moved import take_name
+
+
+def __getattr__(name: str) -> object:
+    return take_name(__name__, name, ("Learner",))

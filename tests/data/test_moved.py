@@ -1,6 +1,8 @@
 """Names of earlier versions find what they name."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +26,29 @@ def test_a_class_is_found_by_its_old_name():
     for module in ("retriever_server.compose", "retriever_server.retrievers.compose"):
         assert find_plugin(f"{module}.Fuse", "class_path") is Fuse
     assert current_name("mine.Retriever") == "mine.Retriever"
+
+
+IMPORTS = """
+from agent.evaluate import format_estimate, paired_difference, read_records, score
+from retriever_server.client import SearchClient, connect
+from retriever_server.training.examples import Examples, as_dataset
+from rl.algorithm import AlgorithmConfig
+from rl.learner import Learner
+from rl.rewards import combine
+from rl.trl_bridge import SearchEnvironment
+import rl.algorithm.rewards
+assert combine is rl.algorithm.rewards.combine and rl.algorithm.rewards.__name__ == "rl.algorithm.rewards"
+"""
+
+
+def test_python_imports_what_earlier_versions_documented():
+    """In a process of its own: nothing is imported before by its new name."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_nowhere_is_still_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"rl\.nothing"):
+        importlib.import_module("rl.nothing")
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from rl.learner import nothing")

@@ -15,9 +15,9 @@ from agent.protocol import COMPACT
 from agent.trajectory import StopReason
 from data.errors import ConfigError, RetrieverUnavailable, RunStopped
 from data.records import Question
+from examples.trl.search_environment import SearchEnvironment
 from retriever_server.client.search_client import SearchClient
 from retriever_server.retriever import Retriever
-from rl.trl_bridge import SearchEnvironment
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.toy import TAGS, bigram_policy
 

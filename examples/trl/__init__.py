@@ -1,0 +1,1 @@
+"""Sleuth's rollouts and rewards inside TRL's GRPOTrainer."""
