@@ -13,6 +13,7 @@ from urllib.request import getproxies
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
 from data.listening import why_silent
+from retriever_server.client.retries import delay_seconds, may_pass
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
             failures = 0 if part.stat().st_size > have else failures + 1
             if 0 < failures < attempts:
                 _log.warning("%s: %s; attempt %d of %d follows", url, reason, failures + 1, attempts)
-            time.sleep(min(2.0**failures / 10, 30.0) if failures else 0.0)
+            time.sleep(delay_seconds(failures, 30.0) if failures else 0.0)
     raise DataError(f"{url}: gave up after {attempts} attempts ({reason}); the same command goes on")
 
 
@@ -111,7 +112,7 @@ def _fetch_rest(session: Any, url: str, part: Path, state: dict[str, Any], move:
         if status == 416 and have:  # the file is another, and shorter
             os.truncate(part, state["start"])
             return False
-        if status >= 500 or status in (408, 429):
+        if may_pass(status):
             return False
         if status not in (200, 206):
             raise DataError(f"{url}: answered {status} {answer.reason_phrase}")

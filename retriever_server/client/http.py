@@ -6,7 +6,6 @@ import asyncio
 import copy
 import json
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
@@ -22,6 +21,7 @@ from data.errors import (
 )
 from data.listening import PROBE_SECONDS
 from data.records import Passage
+from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
 from retriever_server.client.wire import (
     RetrieveRequest,
     parse_hits,
@@ -36,11 +36,9 @@ _log = logging.getLogger(__name__)
 
 _Parsed = TypeVar("_Parsed")
 
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
 PROBE_QUERY = "a"
 _REFUSES_THE_QUERIES = {400, 413, 422}
 """Other 4xx refuse the address or the caller: asking again with fewer queries is useless."""
-_WORTH_A_RETRY = {408, 425, 429}
 _MOST_QUERIES, _MOST_HITS = 512, 20_000
 """Of one request: more queries go in several, one after the other."""
 _MAX_REPLY_BYTES = 64 << 20
@@ -69,7 +67,6 @@ class Http:
         self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
         self._failing = False
-        self._jitter = random.Random()  # its own: no draw here may shift a seeded run
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
         """The hits of each query; a refused batch is halved until the bad query stands alone."""
@@ -129,7 +126,7 @@ class Http:
         try:
             async with asyncio.timeout(seconds):
                 return await self._exchange("GET", path, **options)
-        except (_TryAgain, TimeoutError) as error:
+        except (TryAgain, TimeoutError) as error:
             reason = str(error) or f"no answer within {seconds:g} s"
             raise RetrieverUnavailable(f"{self.url}{path}: {reason}") from error
         except _QueriesRefused as error:
@@ -172,11 +169,11 @@ class Http:
                 return answer
             except TimeoutError:
                 raise self._too_late(start, attempt, last_failure) from last_failure
-            except _TryAgain as failure:
+            except TryAgain as failure:
                 if isinstance(failure, _TooLong) and several:
                     raise _QueriesRefused(str(failure)) from failure  # fewer may fit
                 attempt, last_failure = attempt + 1, failure
-                delay = failure.after_seconds or self._delay(attempt)
+                delay = failure.after_seconds or delay_seconds(attempt)
                 if time.monotonic() - start + delay >= min(self.deadline_seconds, self.patience_seconds):
                     raise self._too_late(start, attempt, failure) from failure
                 self._note(failure)
@@ -209,19 +206,19 @@ class Http:
             body = render_request(RetrieveRequest(texts, k, return_scores=True))
             rankings = await self._post("/retrieve", body, lambda answer: parse_hits(answer, self.url))
         if len(rankings) != len(queries):
-            raise _TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
+            raise TryAgain(f"{len(rankings)} rows for {len(queries)} queries")
         if (most := max((len(row) for row in rankings if isinstance(row, list)), default=0)) > k:
-            raise _TryAgain(f"{most} hits of a query that asked for {k}")
+            raise TryAgain(f"{most} hits of a query that asked for {k}")
         return rankings
 
     async def _post(self, path: str, body: Any, parse: Callable[[Any], _Parsed]) -> _Parsed:
-        """What `parse` reads in the JSON answer to one request; a failure that may pass is a _TryAgain."""
+        """What `parse` reads in the JSON answer to one request; a failure that may pass is a TryAgain."""
         try:
             return parse(_parse_json(*await self._exchange("POST", path, json=body)))
         except UnicodeEncodeError as error:
             raise _QueriesRefused("a query is not Unicode: half a surrogate pair") from error
         except DataError as error:
-            raise _TryAgain(f"malformed answer: {error}") from error
+            raise TryAgain(f"malformed answer: {error}") from error
 
     async def _exchange(self, method: str, path: str, **options: Any) -> tuple[str, bytes]:
         """The type and the bytes of an answer with status 200; reads no more than is sound."""
@@ -235,7 +232,7 @@ class Http:
                     if len(content) > _MAX_REPLY_BYTES:
                         raise _TooLong(f"an answer of more than {_MAX_REPLY_BYTES:,} bytes")
         except httpx.HTTPError as error:  # a broken connection, or a body that cannot be unpacked
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
         self._check_status(response, content[:200].decode("utf-8", "replace"))
         return response.headers.get("content-type", ""), bytes(content)
 
@@ -245,16 +242,11 @@ class Http:
         if status == 200:
             return
         reason = f"{self.url}: answered {status}: {body}"
-        if status >= 500 or status < 300 or status in _WORTH_A_RETRY:
-            raise _TryAgain(reason, _seconds(response.headers.get("retry-after")))
+        if may_pass(status) or status < 300:
+            raise TryAgain(reason, retry_after(response.headers))
         if status in _REFUSES_THE_QUERIES:
             raise _QueriesRefused(reason)
         raise RetrieverRefused(reason)
-
-    def _delay(self, attempt: int) -> float:
-        """Exponential with half of it at random, so that clients do not come back in step."""
-        longest = min(_FIRST_DELAY_SECONDS * 2 ** (attempt - 1), _LONGEST_DELAY_SECONDS)
-        return longest * self._jitter.uniform(0.5, 1.0)
 
     def _session(self) -> Any:
         import httpx
@@ -280,15 +272,7 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/retrieve")
 
 
-class _TryAgain(Exception):
-    """A failure that may pass. `after_seconds` if the server said when."""
-
-    def __init__(self, reason: str, after_seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.after_seconds = after_seconds
-
-
-class _TooLong(_TryAgain):
+class _TooLong(TryAgain):
     """The answer does not end."""
 
 
@@ -308,8 +292,3 @@ def _parse_json(kind: str, content: bytes) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After header in seconds; None if absent or a date."""
-    return float(retry_after) if retry_after and retry_after.isdecimal() and retry_after.isascii() else None

@@ -9,7 +9,9 @@ import pytest
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError
-from rl.algorithm import judge as module
+from retriever_server.client import chat as module
+from retriever_server.client import retries
+from rl.algorithm import judge as judge_module
 from rl.algorithm.judge import Judge
 from rl.algorithm.rewards import combine
 from rl.config import JudgeConfig
@@ -54,7 +56,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(module, "_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "FIRST_DELAY_SECONDS", 0.001)
     running = Server()
     yield running
     running.http.shutdown()
@@ -131,6 +133,14 @@ def test_the_cache_outlives_a_restart_and_a_cut_last_line(server, tmp_path):
     assert Judge(config, cache)(answered("Paris", "Oslo")) == [1.0, 0.0]
 
 
+def test_a_cache_of_the_version_that_kept_scores_is_read(server, tmp_path):
+    [trajectory] = answered("Paris")
+    key = judge_module._key(judge_module._request("judge", trajectory))
+    (tmp_path / "judge.jsonl").write_text(json.dumps({"key": key, "score": 1.0}) + "\n")
+    assert Judge(JudgeConfig(server.url), tmp_path / "judge.jsonl")([trajectory]) == [1.0]
+    assert not server.requests
+
+
 def test_another_model_is_asked_again(server, tmp_path):
     Judge(JudgeConfig(server.url, "a"), tmp_path / "judge.jsonl")(answered("Paris"))
     Judge(JudgeConfig(server.url, "b"), tmp_path / "judge.jsonl")(answered("Paris"))
@@ -140,7 +150,7 @@ def test_another_model_is_asked_again(server, tmp_path):
 def test_a_failing_server_is_tried_three_times_then_an_error_that_is_not_kept(server, tmp_path):
     judge = Judge(JudgeConfig(server.url), tmp_path / "judge.jsonl")
     server.reply = 503
-    assert "3 tries failed (HTTPError: answered 503)" in str(judge(answered("Paris"))[0])
+    assert "3 tries failed (answered 503)" in str(judge(answered("Paris"))[0])
     assert len(server.requests) == 3
     server.reply = "YES"
     assert judge(answered("Paris")) == [1.0]
@@ -173,7 +183,7 @@ def test_a_server_that_drips_cannot_hold_a_request_beyond_its_timeout(server, mo
     monkeypatch.setattr(
         module.httpx.Response, "iter_bytes", lambda self: (time.sleep(0.02) or b" " for _ in range(500))
     )
-    monkeypatch.setattr(module, "_TRIES", 1)
+    monkeypatch.setattr(module, "TRIES", 1)
     assert "does not end" in str(Judge(JudgeConfig(server.url, timeout_seconds=1))(answered("Paris"))[0])
 
 

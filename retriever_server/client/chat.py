@@ -1,0 +1,171 @@
+"""The client of chat endpoints, OpenAI's `/chat/completions`: retries, replies kept on disk, a budget.
+
+A reply is kept by a hash of address and request, so that nothing is asked twice, also after a restart. A
+request that fails is an error with its reason, never a reply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from data.errors import ConfigError, SleuthError
+from data.jsonl import append_jsonl, read_jsonl
+from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
+
+TRIES = 3
+_Parsed = TypeVar("_Parsed")
+
+
+class ChatError(SleuthError):
+    """Says why there is no reply to a request."""
+
+
+class ChatClient:
+    """Asks one server; safe to share. The file `cache` (JSON lines) is this process's alone."""
+
+    def __init__(
+        self,
+        url: str | None,
+        name: str = "chat",
+        key_file: str | None = None,
+        timeout_seconds: float = 30.0,
+        max_concurrent: int = 8,
+        max_calls: int = 100_000,
+        max_tokens: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """name: begins what it says. max_calls, max_tokens: of all requests, those before a restart too.
+
+        Raises ConfigError where the URL is wrong or the key cannot be read.
+        """
+        self.url, self.name, self.timeout_seconds = (
+            f"{_checked(url, name)}/chat/completions",
+            name,
+            timeout_seconds,
+        )
+        self.max_concurrent, self.max_calls, self.max_tokens = max_concurrent, max_calls, max_tokens
+        self._headers = {"Content-Type": "application/json"}
+        if key_file is not None:
+            self._headers["Authorization"] = f"Bearer {_read_key(key_file, name)}"
+        self._cache, self._lock = cache, threading.Lock()
+        kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
+        self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
+        self._calls, self._tokens = len(kept), sum(each.get("tokens", 0) for each in kept)
+
+    def ask(
+        self, requests: Sequence[Mapping[str, Any]], parse: Callable[[str], _Parsed]
+    ) -> list[_Parsed | ChatError]:
+        """Return what `parse` makes of the reply to each request (its JSON body), or the error it met.
+
+        Equal requests are asked once. A reply for which `parse` raises ValueError is an error, and not kept.
+        """
+        bodies = [json.dumps(request).encode() for request in requests]
+        # No proxy from the environment: nothing but the arguments decides where a request goes.
+        client = httpx.Client(timeout=self.timeout_seconds, headers=self._headers, trust_env=False)
+        different = list(dict.fromkeys(bodies))
+        with client, ThreadPoolExecutor(self.max_concurrent) as pool:
+            outcomes = pool.map(lambda body: self._settle(client, body, parse), different)
+            known = dict(zip(different, outcomes, strict=True))
+        return [known[body] for body in bodies]
+
+    def _settle(
+        self, client: httpx.Client, body: bytes, parse: Callable[[str], _Parsed]
+    ) -> _Parsed | ChatError:
+        """Ask until there is a reply that can be parsed, and keep it."""
+        key = hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
+        try:
+            if key in self._known:
+                return parse(self._known[key])
+            reply, tokens = self._ask_again(client, body)
+            parsed = parse(reply)
+        except ValueError as error:  # asking the same again would be useless
+            return ChatError(f"{self.name} {self.url}: {error}")
+        except ChatError as error:
+            return error
+        with self._lock:
+            self._known[key], self._tokens = reply, self._tokens + tokens
+            if self._cache:
+                append_jsonl(self._cache, [{"key": key, "reply": reply, "tokens": tokens}])
+        return parsed
+
+    def _ask_again(self, client: httpx.Client, body: bytes) -> tuple[str, int]:
+        """Return the reply and its tokens, after some tries; raises ChatError, ValueError at a refusal."""
+        failures = 0
+        while True:
+            self._spend()
+            try:
+                return self._ask_once(client, body)
+            except TryAgain as error:
+                failures, delay = failures + 1, error.after_seconds or delay_seconds(failures + 1)
+                if failures == TRIES or delay > self.timeout_seconds:
+                    tries = "1 try" if failures == 1 else f"{failures} tries"
+                    raise ChatError(f"{self.name} {self.url}: {tries} failed ({error})") from error
+            time.sleep(delay)
+
+    def _spend(self) -> None:
+        """Count a request; raise ChatError where the budget is spent."""
+        with self._lock:
+            if self._calls >= self.max_calls:
+                raise ChatError(
+                    f"{self.name}: all {self.max_calls} requests of {self.name}.max_calls are spent"
+                )
+            if self.max_tokens is not None and self._tokens >= self.max_tokens:
+                raise ChatError(
+                    f"{self.name}: all {self.max_tokens} tokens of {self.name}.max_tokens are spent"
+                )
+            self._calls += 1
+
+    def _ask_once(self, client: httpx.Client, body: bytes) -> tuple[str, int]:
+        end, content = time.monotonic() + self.timeout_seconds, b""
+        try:
+            with client.stream("POST", self.url, content=body) as response:
+                for chunk in response.iter_bytes():  # the client's own timeout is for each chunk
+                    content += chunk
+                    if time.monotonic() > end:
+                        raise httpx.ReadTimeout("the reply does not end")
+        except httpx.HTTPError as error:
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
+        if may_pass(response.status_code):
+            raise TryAgain(f"answered {response.status_code}", retry_after(response.headers))
+        if response.status_code != 200:
+            raise ValueError(f"answered {response.status_code}: {content[:200].decode(errors='replace')}")
+        return _parse(content)
+
+
+def _parse(content: bytes) -> tuple[str, int]:
+    """Return the text of a chat completion, and the tokens that it says it took."""
+    try:
+        completion = json.loads(content)
+        text = completion["choices"][0]["message"]["content"]
+        return str(text), int((completion.get("usage") or {}).get("total_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"not a chat completion: {content[:100]!r}") from None
+
+
+def _checked(url: str | None, name: str) -> str:
+    try:
+        parts = urlsplit(url or "")
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not url or not valid:
+        raise ConfigError(f"{name}.url = {url!r}: the {name} needs one like http://127.0.0.1:8001/v1")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _read_key(path: str, name: str) -> str:
+    """Return the first line of the file of a key."""
+    try:
+        return Path(path).read_text(encoding="ascii").split("\n")[0].strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}.api_key_file = {path!r}: cannot be read: {error}") from error

@@ -1,0 +1,96 @@
+"""The client of chat endpoints: what is asked once, what again, and what is not asked at all."""
+
+import json
+import time
+
+import pytest
+
+from data.errors import ConfigError
+from retriever_server.client import retries
+from retriever_server.client.chat import ChatClient, ChatError
+from tests.retriever_server.answering import answering
+
+
+def completion(text, tokens=5):
+    return {"choices": [{"message": {"content": text}}], "usage": {"total_tokens": tokens}}
+
+
+def bodies(*texts):
+    return [{"model": "m", "messages": [{"role": "user", "content": text}]} for text in texts]
+
+
+def echo(body):
+    return 200, completion(body["messages"][0]["content"].upper())
+
+
+def test_replies_come_in_order_and_equal_requests_are_asked_once():
+    with answering(v1__chat__completions=echo) as server:
+        client = ChatClient(f"{server.url}/v1")
+        assert client.ask(bodies("a", "b", "a"), str) == ["A", "B", "A"]
+        assert client.ask(bodies("b"), str) == ["B"]
+        assert len(server.seen) == 2
+
+
+def test_replies_are_kept_by_address_and_request(tmp_path):
+    with answering(v1__chat__completions=echo, v2__chat__completions=echo) as server:
+        for path, many in (("v1", 1), ("v1", 1), ("v2", 2)):
+            client = ChatClient(f"{server.url}/{path}", cache=tmp_path / "chat.jsonl")
+            assert client.ask(bodies("a"), str) == ["A"]
+            assert len(server.seen) == many
+
+
+def test_a_reply_that_cannot_be_parsed_is_an_error_and_asked_again():
+    with answering(v1__chat__completions=echo) as server:
+        client = ChatClient(f"{server.url}/v1", "teller")
+        [error, number] = client.ask(bodies("a", "7"), int)
+        assert isinstance(error, ChatError) and str(error).startswith(
+            f"teller {server.url}/v1/chat/completions: "
+        )
+        assert number == 7
+        client.ask(bodies("a", "7"), int)
+        assert len(server.seen) == 3
+
+
+def test_tokens_are_a_budget_too_after_a_restart_as_well(tmp_path):
+    with answering(v1__chat__completions=echo) as server:
+        settings = {"max_tokens": 8, "max_concurrent": 1, "cache": tmp_path / "chat.jsonl"}
+        outcomes = ChatClient(f"{server.url}/v1", **settings).ask(bodies("a", "b", "c"), str)
+        assert (
+            outcomes[:2] == ["A", "B"]
+            and str(outcomes[2]) == "chat: all 8 tokens of chat.max_tokens are spent"
+        )
+        [kept, spent] = ChatClient(f"{server.url}/v1", **settings).ask(bodies("a", "c"), str)
+        assert kept == "A" and isinstance(spent, ChatError)
+        assert len(server.seen) == 2
+
+
+@pytest.fixture
+def saying_when(monkeypatch):
+    """A server that is busy once and says for how long."""
+    monkeypatch.setattr(retries, "FIRST_DELAY_SECONDS", 0.001)
+    from tests.retriever_server.test_client import FlakyServer
+
+    def serve(seconds):
+        return FlakyServer((429, {"retry-after": seconds}, "busy"), (200, {}, json.dumps(completion("A"))))
+
+    return serve
+
+
+def test_retry_after_is_honoured_where_it_is_worth_it(saying_when):
+    import asyncio
+
+    async def ask(seconds):
+        async with saying_when(seconds).running() as server:
+            client = ChatClient(server.url, timeout_seconds=5.0)
+            return await asyncio.to_thread(client.ask, bodies("a"), str), server
+
+    start = time.monotonic()
+    assert asyncio.run(ask("1"))[0] == ["A"] and time.monotonic() - start >= 1
+    [[error], server] = asyncio.run(ask("3600"))
+    assert "1 try failed (answered 429)" in str(error) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("url", [None, "", "localhost:8000", "http://x:99999/v1"])
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(ConfigError, match=r"chat\.url = .*needs one like http://"):
+        ChatClient(url)
