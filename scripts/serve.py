@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.secret import read_secret
 from retriever_server.server.config import ServeConfig
 
 _log = logging.getLogger(__name__)
@@ -54,11 +55,10 @@ def _announce(config: ServeConfig, address: tuple[Any, ...], served: str) -> Non
 def build_app(config: ServeConfig) -> Any:
     """Return the application, its retrievers opened; SIGHUP reloads them."""
     from retriever_server.server.app import create_app
-    from retriever_server.server.middleware import read_token
 
-    token = read_token(config.token_file) if config.token_file else None
-    admin = config.admin_token_file
-    admin_token = read_token(admin, "admin_token_file") if admin else None
+    def secret(option: str) -> str | None:
+        return read_secret(path, option) if (path := getattr(config, option)) else None
+
     # A machine that listens on all its addresses goes by its name.
     own = socket.gethostname() if config.host in ("", "0.0.0.0", "::") else config.host
     app = create_app(
@@ -66,8 +66,8 @@ def build_app(config: ServeConfig) -> Any:
         config,
         batching=config.batching,
         dialect=config.dialect,
-        token=token,
-        admin_token=admin_token,
+        token=secret("token_file"),
+        admin_token=secret("admin_token_file"),
         hosts={name.lower().rstrip(".") for name in (own, *config.allowed_hosts)},
         image_folders=config.image_folders,
         request_log=Path(config.request_log) if config.request_log else None,

@@ -59,7 +59,7 @@ class Qdrant(Retriever):
         self.encoder, self.collection, self.waits = _load(encoder, device), collection, url is not None
         self._vector, self._metadata_key = vector, metadata_key
         self._keys = {"id": id_key, "title": title_key, "text": text_key}
-        key = None if key_file is None else read_secret(key_file)
+        key = None if key_file is None else read_secret(key_file, "key_file")
         self._where = url or path
         self._client = QdrantClient(
             url=url, path=path, api_key=key, timeout=max(1, round(deadline_seconds)),

@@ -45,7 +45,8 @@ class Web(Retriever):
         """`url` without /search; `key_file` holds the API key, sent as X-API-KEY to that address alone."""
         if concurrency < 1:
             raise ConfigError(f"concurrency = {concurrency}: must be >= 1")
-        self._http = _Serper(url.rstrip("/").removesuffix("/search"), deadline_seconds, read_secret(key_file))
+        key = read_secret(key_file, "key_file")
+        self._http = _Serper(url.rstrip("/").removesuffix("/search"), deadline_seconds, key)
         self._bridge = Bridge()
         self._cache, self._max_age_days, self._concurrency = Path(cache), max_age_days, concurrency
         self.generation = f"web({urlsplit(url).netloc})"

@@ -20,6 +20,7 @@ import httpx
 
 from data.errors import ConfigError, SleuthError
 from data.jsonl import append_jsonl, read_jsonl
+from data.secret import read_secret
 from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
 
 TRIES = 3
@@ -56,7 +57,8 @@ class ChatClient:
         self.max_concurrent, self.max_calls, self.max_tokens = max_concurrent, max_calls, max_tokens
         self._headers = {"Content-Type": "application/json"}
         if key_file is not None:
-            self._headers["Authorization"] = f"Bearer {_read_key(key_file, name)}"
+            key = read_secret(key_file, f"{name}.api_key_file", first_line=True)
+            self._headers["Authorization"] = f"Bearer {key}"
         self._cache, self._lock = cache, threading.Lock()
         kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
         self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
@@ -161,11 +163,3 @@ def _checked(url: str | None, name: str) -> str:
     if not url or not valid:
         raise ConfigError(f"{name}.url = {url!r}: the {name} needs one like http://127.0.0.1:8001/v1")
     return url.rstrip("/").removesuffix("/chat/completions")
-
-
-def _read_key(path: str, name: str) -> str:
-    """Return the first line of the file of a key."""
-    try:
-        return Path(path).read_text(encoding="ascii").split("\n")[0].strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}.api_key_file = {path!r}: cannot be read: {error}") from error

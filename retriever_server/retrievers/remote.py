@@ -27,7 +27,7 @@ class Remote(Retriever):
 
     def __init__(self, url: str, deadline_seconds: float = 30.0, token_file: str | None = None) -> None:
         """`deadline_seconds` bounds a search with all its retries; `token_file` holds a bearer token."""
-        headers = {"Authorization": f"Bearer {read_secret(token_file)}"} if token_file else {}
+        headers = {"Authorization": f"Bearer {read_secret(token_file, 'token_file')}"} if token_file else {}
         self._http = open_http(url, deadline_seconds, headers)
         self.window_seconds, self._bridge = self._http.window_seconds, Bridge()
         self._last = ""

@@ -213,14 +213,3 @@ class RequestLog:
         }
         with contextlib.suppress(OSError):
             self._file.write(json.dumps(line).encode() + b"\n")
-
-
-def read_token(path: str | Path, option: str = "token_file") -> str:
-    """The token in a file: its one line. Raises ConfigError, which names the option."""
-    try:
-        token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option} {path}: {getattr(error, 'strerror', None) or 'not ASCII'}") from None
-    if not token or len(token.split()) != 1:
-        raise ConfigError(f"{option} {path}: must hold one word, the token")
-    return token

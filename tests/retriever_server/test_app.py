@@ -11,12 +11,12 @@ from fastapi.testclient import TestClient
 
 from data.errors import ConfigError
 from data.records import Hit, Passage
+from data.secret import read_secret
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable
 from retriever_server.server.batching import Batching
-from retriever_server.server.middleware import read_token
 from tests.retriever_server.test_rerank import ByLetter
 
 
@@ -241,7 +241,7 @@ async def leave_early(app, body) -> int:
 
 def test_a_token_guards_all_but_the_probes_and_the_page(tmp_path):
     (tmp_path / "token").write_text("s3cret\n")
-    with TestClient(create_app(Stub(), token=read_token(tmp_path / "token"))) as server:
+    with TestClient(create_app(Stub(), token=read_secret(tmp_path / "token", "token_file"))) as server:
         for path in ("/healthz", "/readyz", "/"):
             assert server.get(path).status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
@@ -256,7 +256,7 @@ def test_a_token_guards_all_but_the_probes_and_the_page(tmp_path):
 def test_a_file_without_a_token_is_refused(tmp_path, content, message):
     (tmp_path / "token").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        read_token(tmp_path / "token")
+        read_secret(tmp_path / "token", "token_file")
 
 
 def test_administration_needs_a_token(server):
