@@ -12,14 +12,7 @@ import pytest
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
-from tests.retriever_server.running import build_small_index, running_server
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.05)
+from tests.retriever_server.running import build_small_index, running_server, wait_until
 
 
 def build_other_index(folder: Path) -> str:

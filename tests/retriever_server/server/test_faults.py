@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -18,9 +17,7 @@ from retriever_server.retrievers.shard import Sharded
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import Batching
 from tests.retriever_server.encoders import FakeEncoder
-from tests.retriever_server.running import serving, write_numbered_corpus
-
-PATIENCE_SECONDS = 60
+from tests.retriever_server.running import PATIENCE_SECONDS, serving, wait_until, write_numbered_corpus
 
 
 class Echo(Retriever):
@@ -49,13 +46,6 @@ def echo():
 
 def post(url: str, path: str, **body) -> httpx.Response:
     return httpx.post(f"{url}{path}", json=body, timeout=PATIENCE_SECONDS)
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("fault", ["slow", "dead"])

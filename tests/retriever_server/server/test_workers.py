@@ -15,10 +15,9 @@ import pytest
 
 from data.errors import ConfigError
 from retriever_server.retriever import Retriever
-from tests.retriever_server.running import COMMAND, running_server
+from tests.retriever_server.running import COMMAND, PATIENCE_SECONDS, running_server, wait_until
 
-ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 60
+ROOT = Path(__file__).parents[3]
 
 
 class Faulty(Retriever):
@@ -53,7 +52,9 @@ def written(folder: Path, fault: str = "") -> Path:
     """The YAML file of a faulty retriever."""
     file = folder / "faulty.yaml"
     arguments = f"{{fault: '{fault}', place: '{folder / 'released'}'}}"
-    file.write_text(f"class_path: tests.scripts.test_workers.Faulty\ninit_args: {arguments}\n")
+    file.write_text(
+        f"class_path: tests.retriever_server.server.test_workers.Faulty\ninit_args: {arguments}\n"
+    )
     return file
 
 
@@ -114,13 +115,6 @@ def test_while_a_search_hangs_the_server_is_not_ready_and_then_it_is_again(tmp_p
         assert client.post("/v1/search", json={"queries": ["a"]}).status_code == 200
 
 
-def wait_until(condition) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def ail(settings, listener, pulse) -> None:
     """A worker that is well for a moment; settings: a folder in which each leaves its pid."""
     (Path(settings) / str(os.getpid())).touch()
@@ -135,7 +129,7 @@ MIND = """
 import socket, sys
 from retriever_server.server.metrics import share_metrics
 from retriever_server.server.workers import Workers
-from tests.scripts.test_workers import ail
+from tests.retriever_server.server.test_workers import ail
 with share_metrics(), socket.create_server(("127.0.0.1", 0)) as listener:
     Workers(1, ail, sys.argv[1], 60, 0.5, 5).run(listener, lambda: print("ready", flush=True))
 """

@@ -24,9 +24,13 @@ from retriever_server.server.app import create_app
 from retriever_server.server.connections import BoundedProtocol, Bounds, connections_for
 from scripts.bench.connections import drive
 from scripts.serve import ServeConfig
-from tests.retriever_server.running import build_small_index, running_server
+from tests.retriever_server.running import (
+    PATIENCE_SECONDS,
+    build_small_index,
+    running_server,
+    wait_until,
+)
 
-PATIENCE_SECONDS = 60
 QUERY = b'{"queries": ["a"]}'
 HEAD = b"POST /retrieve HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
@@ -55,13 +59,6 @@ def bounded(most: int = 1000, stall_seconds: float = 0.5):
         finally:
             server.should_exit = True
             thread.join(timeout=PATIENCE_SECONDS)
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def read_all(connection: socket.socket) -> bytes:

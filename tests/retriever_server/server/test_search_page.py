@@ -16,7 +16,7 @@ from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.backends import HotSwappable
 from tests.retriever_server.running import serving
-from tests.retriever_server.test_pictures import Colours
+from tests.retriever_server.server.test_image_requests import Colours
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]

@@ -13,10 +13,9 @@ from retriever_server.retriever import Retriever
 from retriever_server.server import middleware as guard
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import Batching
-from tests.retriever_server.running import serving
+from tests.retriever_server.running import PATIENCE_SECONDS, serving
 
 MANY = [f"query {i}" for i in range(2560)]
-PATIENCE_SECONDS = 60
 
 
 class Echo(Retriever):

@@ -331,7 +331,7 @@ def test_images_are_embedded_beside_texts(server):
 
 
 def test_an_image_for_an_encoder_of_texts_is_refused():
-    from tests.retriever_server.test_adapters import Fixed, Whole
+    from tests.retriever_server.server.test_embeddings import Fixed, Whole
 
     with TestClient(create_app(Whole(encoder=Fixed("dense")))) as server:
         answer = server.post("/embed", json={"inputs": [{"image": coded(picture("red"))}]})

@@ -10,7 +10,7 @@ from retriever_server.training.decoders import promptreps
 from tests.fakes import byte_tokenizer
 from tests.fakes import tiny_model as tiny_language_model
 from tests.retriever_server.encoders import tiny_model
-from tests.retriever_server.test_adapters import Fixed, LengthScorer, Whole, ask
+from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer, Whole, ask
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
 ROUTES = {"dense": "/embed", "sparse": "/embed_sparse", "multi": "/embed_all"}

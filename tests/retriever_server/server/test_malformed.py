@@ -9,7 +9,7 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever, text_in
 from retriever_server.server.app import Limits, create_app
 from tests.retriever_server.running import serving
-from tests.retriever_server.test_adapters import Fixed, LengthScorer
+from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer
 
 HANG_SECONDS = 30
 

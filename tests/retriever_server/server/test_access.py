@@ -14,8 +14,8 @@ from retriever_server.server.app import create_app
 from retriever_server.server.middleware import Access
 from scripts.serve import ServeConfig, build_app
 from tests.retriever_server.running import build_small_index, running_server
-from tests.retriever_server.test_app import Stub
-from tests.retriever_server.test_pictures import picture
+from tests.retriever_server.server.test_app import Stub
+from tests.retriever_server.server.test_image_requests import picture
 
 OWN = ["127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "localhost", "LocalHost.:80", "a.localhost", "192.0.2.7"]
 OWN += ["Retriever", "retriever.:8000"]

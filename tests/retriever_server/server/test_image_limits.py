@@ -8,8 +8,8 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable
-from tests.retriever_server.test_adapters import Fixed
-from tests.retriever_server.test_pictures import coded, picture
+from tests.retriever_server.server.test_embeddings import Fixed
+from tests.retriever_server.server.test_image_requests import coded, picture
 
 
 class Found(Retriever):

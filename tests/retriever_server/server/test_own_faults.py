@@ -12,7 +12,7 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.errors import without_paths
-from tests.retriever_server.test_adapters import Fixed
+from tests.retriever_server.server.test_embeddings import Fixed
 
 PLACE = "/srv/private/corpus.jsonl"
 ERRORS = [
