@@ -1,4 +1,4 @@
-"""How an answer is judged by gold: exact match, F1 and cover-EM, each the best over the gold answers.
+"""Scores of answers against gold answers: exact match, F1 and cover-EM, each the best over the golds.
 
 A normalizer turns a text into words with single spaces between them; the metrics compare words. Two cases
 differ from SQuAD's script: an empty prediction or None never matches, and a text that normalizes to nothing
@@ -120,7 +120,7 @@ def _covers(words: list[str], gold: list[str]) -> float:
 
 
 def _is_kept(character: str) -> bool:
-    """Not punctuation, and not an invisible mark such as a zero-width space or a soft hyphen (Cf)."""
+    """Return whether it is neither punctuation nor an invisible mark, such as a zero-width space (Cf)."""
     if character in string.punctuation:
         return False
     category = unicodedata.category(character)

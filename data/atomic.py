@@ -150,7 +150,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _is_foreign(error: OSError, temporary: Path, path: Path) -> bool:
-    """Whether an error out of the caller's block is about something else than writing this file."""
+    """Return whether an error out of the caller's block is about something else than writing this file."""
     if isinstance(error, SleuthError | ConnectionError | TimeoutError):
         return True
     ours = (temporary, path, *path.parents)

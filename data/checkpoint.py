@@ -62,7 +62,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(directory: Path | str) -> list[Checkpoint]:
-    """All complete checkpoints of a directory, oldest first; an absent directory has none.
+    """Return the complete checkpoints of a directory, oldest first; an absent directory has none.
 
     Raises DataError where one was written by a newer format.
     """
@@ -115,7 +115,7 @@ def _tidy(directory: Path) -> None:
 
 
 def _is_storage(error: Exception) -> bool:
-    """Whether the disk is at fault. safetensors and torch report a full disk by errors of their own."""
+    """Return whether the disk is at fault; safetensors and torch raise errors of their own when it is full."""
     own = type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
     return isinstance(error, OSError) or own or "PytorchStreamWriter failed" in str(error)
 

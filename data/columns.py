@@ -70,7 +70,7 @@ def json_type(value: Any) -> str:
 
 
 def is_float(value: int | float) -> bool:
-    """Whether a float equals this number."""
+    """Return whether a float equals this number."""
     try:
         return isinstance(value, float) or float(value) == value
     except OverflowError:

@@ -23,7 +23,7 @@ def cut(text: str, tokens: int, count: Callable[[str], int]) -> str:
 
 
 def cut_for(tokenizer: Any, text: str, tokens: int | None) -> str:
-    """As `cut`, for a tokenizer of transformers that reads the first `tokens` tokens; None reads all."""
+    """Cut a text for a tokenizer of transformers that reads the first `tokens` tokens; None reads all."""
     if tokens is None or getattr(tokenizer, "truncation_side", "left") == "left":  # or it reads the last
         return text
     return cut(

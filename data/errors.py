@@ -1,4 +1,4 @@
-"""Every error a caller may want to catch, and what it means.
+"""Errors that a caller may want to catch, and their meaning.
 
 SleuthError
 ├── ConfigError            our caller is wrong: a value, an argument, a combination

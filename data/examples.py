@@ -1,4 +1,4 @@
-"""What a retriever learns from: queries with the ids of good and of bad passages; JSON lines, one a line.
+"""Training examples of retrievers: queries with the ids of good and of bad passages, in JSON lines.
 
     {"query_id": "q1", "query": "capital of Italy", "positives": ["0"], "negatives": ["7", "3"],
      "scores": {"0": 9.1, "7": 2.5}, "answers": ["Rome"], "provenance": {"corpus": "f00d..."}}

@@ -42,7 +42,7 @@ _pdfium = threading.Lock()  # the library is not made for several threads
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may take before it is refused, unread or undecoded.
+    """Limits beyond which an image is refused, unread or undecoded.
 
     max_bytes: of the file (not of a PDF, whose pages are read one by one). max_pixels: width times height.
     max_side: width and height, in pixels.
@@ -130,7 +130,7 @@ def sample_images() -> list[bytes]:
 
 @contextmanager
 def needs_images(what: str) -> Iterator[None]:
-    """Within it, a package of the extra `images` that is not installed is a ConfigError that says so."""
+    """Turn a missing package of the extra `images` into a ConfigError that names it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -187,7 +187,7 @@ def _open(content: bytes, name: str, limits: ImageLimits) -> Image:
 
 @contextmanager
 def _refused(name: str, limits: ImageLimits) -> Iterator[None]:
-    """Within it, whatever a decoder raises is a DataError."""
+    """Turn whatever a decoder raises into a DataError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -229,7 +229,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _has_end(path: str) -> bool:
-    """Whether a PDF's last mark stands near its end; something else may follow it."""
+    """Return whether a PDF's last mark stands near its end; something else may follow it."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _PDF_TAIL))

@@ -28,7 +28,7 @@ def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[di
 
 
 def numbered_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `read_jsonl`, each object with its line number, counted from 1."""
+    """Read as `read_jsonl`, each object with its line number, counted from 1."""
     check_is_file(Path(path))
     return _numbered_objects(Path(path), tolerate_cut_tail)
 

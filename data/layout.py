@@ -29,7 +29,7 @@ _PLAIN = {**dict.fromkeys(map(ord, "‐‑‒–—―−"), "-"), ord("ß"): "s
 
 @dataclass(frozen=True)
 class Layout:
-    """How a page looks. Colours as Pillow reads them.
+    """Look of a page. Colours as Pillow reads them.
 
     title_scale: size of the title by that of the text. band: colour behind the title, whose letters are
     then those of the paper. rule: a line under the title. middle: all in the middle of the height.
@@ -96,7 +96,7 @@ def draw_page(
 
 
 class _Page:
-    """Where everything of a page goes, at one size of letters."""
+    """Places of the title, lines and boxes of a page, at one size of letters."""
 
     def __init__(self, layout: Layout, width: int, height: int, size: int, font: str) -> None:
         self.layout, self.width, self.height, self.size, self.font = layout, width, height, size, font
@@ -124,7 +124,7 @@ class _Page:
         return fits
 
     def _title(self, title: str) -> tuple[bool, float]:
-        """Whether the title fits, and where what is under it starts."""
+        """Place the title; return whether it fits, and where the text under it starts."""
         if not title:
             return True, self.margin
         size, across = round(self.size * self.layout.title_scale), self.width - 2 * self.margin
@@ -207,7 +207,7 @@ def _for_font(text: str, font: str) -> str:
 
 @lru_cache(maxsize=20_000)
 def _lacks(font: str, letter: str) -> bool:
-    """Whether the font draws for the letter what it draws for one that does not exist."""
+    """Return whether the font draws for the letter what it draws for one that does not exist."""
     if not letter.isprintable() or letter.isspace():
         return False
     drawn = _font(font, 32)

@@ -1,4 +1,4 @@
-"""Whether anybody listens at a URL: asked before anything slow, and of no more than the port."""
+"""A test whether anybody listens at a URL: made before anything slow, and of the port alone."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def lock(path: Path, what: str, holder: str, shared: bool = False) -> IO[str]:
 
 @contextmanager
 def locked(path: Path, what: str, shared: bool = False) -> Iterator[None]:
-    """As `lock` for the block, by this process; the last holder removes the file."""
+    """Lock for the block, as this process; the last holder removes the file."""
     file = lock(path, what, this_process(), shared)
     try:
         yield
@@ -70,7 +70,7 @@ def locked(path: Path, what: str, shared: bool = False) -> Iterator[None]:
 
 
 def _holder(file: IO[str]) -> str:
-    """Who has the lock: it writes that down right after it got it. Closes the file."""
+    """Return who has the lock: it writes that down right after it got it. Closes the file."""
     with file:
         for _ in range(20):
             file.seek(0)

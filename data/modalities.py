@@ -1,4 +1,4 @@
-"""What an item may hold beside text, and how it is read: images here; sounds, videos by who registers them.
+"""Modalities of items beside text, and their readers: images here, others by whoever registers them.
 
     register("audio", read_wav)  # {"id": "7", "audio": "a.wav"} is a passage now, "audio" an encoder's inputs
 
@@ -66,12 +66,12 @@ def modalities() -> tuple[str, ...]:
 
 
 def kinds() -> tuple[str, ...]:
-    """What an encoder may take.   -> ("text", "image", "text+image", ...)"""
+    """Return the kinds of input that an encoder may take.   -> ("text", "image", "text+image", ...)"""
     return ("text", *(kind for name in modalities() for kind in (name, f"text+{name}")))
 
 
 def read(item: Item) -> Any:
-    """What the file of an item holds, as models take it: the picture of an image. Raises DataError."""
+    """Read the file of an item as models take it: the picture of an image. Raises DataError."""
     from data.errors import require
 
     require(item.modality in modalities(), "modality", item.modality, f"one of {', '.join(modalities())}")

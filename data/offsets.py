@@ -70,7 +70,7 @@ class Offsets:
 
     @property
     def stamp(self) -> Stamp:
-        """That of the corpus when it was read."""
+        """Size and time of the corpus when it was read."""
         return int(self.table[1]), int(self.table[2])
 
     @property
@@ -80,7 +80,7 @@ class Offsets:
 
     @property
     def count(self) -> int:
-        """P."""
+        """Number of passages, P."""
         return int(self.table[4])
 
     @property
@@ -90,7 +90,7 @@ class Offsets:
 
     @property
     def is_slow(self) -> bool:
-        """Whether reading the corpus again takes so long that what was found belongs into the cache."""
+        """Return whether reading the corpus again takes so long that the table belongs into the cache."""
         return self.stamp[0] >= _WORTH_CACHING_BYTES
 
     @cached_property
@@ -106,7 +106,7 @@ def hash_of(content: bytes) -> int:
 
 
 def cached_file(name: str) -> Path | None:
-    """Where the user's cache keeps a file about a corpus; None for a user without a home."""
+    """Return the path of a file about a corpus in the user's cache; None for a user without a home."""
     try:
         return Path.home() / ".cache" / "sleuth" / "corpora" / name
     except RuntimeError:
@@ -114,7 +114,7 @@ def cached_file(name: str) -> Path | None:
 
 
 def table_place(path: Path, folder: str | Path | None) -> Path | None:
-    """Where the table of a corpus is kept: in `folder`, or without one in the user's cache."""
+    """Return the path of the table of a corpus: in `folder`, or without one in the user's cache."""
     if folder is not None:
         return Path(folder) / f"{path.name}.offsets"
     whose = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What can be rendered, found: the passages of a corpus, the pages of PDF and HTML files, images.
+"""Sources of pages to render: the passages of a corpus, the pages of PDF and HTML files, images.
 
 A page of a PDF becomes a passage whose text is what the PDF says is written there. HTML is printed to PDF
 by a headless Chromium, where one is installed, that can reach no network.

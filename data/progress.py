@@ -1,4 +1,4 @@
-"""How far some work is: what the floors tell, and the command line shows (scripts/console.py)."""
+"""Progress of long work: told by the floors, shown by the command line (scripts/console.py)."""
 
 from __future__ import annotations
 

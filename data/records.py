@@ -32,7 +32,7 @@ class Passage:
 
     @property
     def files(self) -> dict[str, str]:
-        """What it holds beside text, by modality: its image and its media."""
+        """Files that it holds beside text, by modality: its image and its media."""
         return {**({"image": self.image} if self.image else {}), **self.media}
 
     @property
@@ -73,7 +73,7 @@ def split_contents(contents: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Item:
-    """What is encoded, asked or judged where it is not a text alone: an image, or an image and its text.
+    """An input of encoders and judges that is not a text alone: an image, or an image and its text.
 
     image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `data.modalities` reads it.
     modality: what the file is, where it is no image.
@@ -109,7 +109,7 @@ class Question:
 
     @property
     def asked(self) -> Input:
-        """What is searched: its text, its image, or both."""
+        """The query that is searched: its text, its image, or both."""
         image = self.metadata.get("query_image")
         return Item(str(image), self.text) if image else self.text
 
@@ -134,7 +134,7 @@ class Example:
 
     @property
     def is_scored_by_miner(self) -> bool:
-        """Whether the scores are those of the retriever that found the negatives: no teacher's."""
+        """Return whether the scores are those of the retriever that found the negatives, and no teacher's."""
         return bool(self.scores) and self.provenance.get("scores") == self.provenance.get("generation", "")
 
     @property

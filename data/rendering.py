@@ -45,7 +45,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Style:
-    """How passages without a picture are drawn, and how large one with a picture may be."""
+    """Look of passages that are drawn, and the largest size of pictures that are there."""
 
     layouts: tuple[str, ...] = ("page",)
     """Names in `data.layout.LAYOUTS`; of several each passage has one, by its id."""
@@ -73,7 +73,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What came out: the corpus, its passages, and how many of them were left out as broken."""
+    """Result of a rendering: the corpus, its passages, and how many of them were left out as broken."""
 
     corpus: Path
     count: int
@@ -201,13 +201,13 @@ def _hash_file(path: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _hash_of(path: str, size: int, changed: int) -> str:
-    """Of a file's bytes; a PDF of many pages is read once."""
+    """Hash a file's bytes; a PDF of many pages is read once."""
     with open(path, "rb") as file:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a picture is there with its end: after a power cut a renamed file may be empty."""
+    """Return whether a picture is there with its end: after a power cut a renamed file may be empty."""
     try:
         with open(path, "rb") as file:
             file.seek(-len(_PNG_END), os.SEEK_END)
@@ -217,7 +217,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _in_processes(job: _Job, count: int) -> _Outcomes:
-    """What the shares of so many processes yield, as it comes; they end when the reader stops or dies."""
+    """Yield the outcomes of so many processes as they come; these end when the reader stops or dies."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     workers = [

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunStatus(StrEnum):
-    """How a run stands. A killed one still says `running`, but nobody holds its lock."""
+    """State of a run. A killed one still says `running`, but nobody holds its lock."""
 
     RUNNING = "running"
     INTERRUPTED = "interrupted"
@@ -174,7 +174,7 @@ class RunDir:
 
 
 def has_results(path: Path | str) -> bool:
-    """Whether a run folder holds anything that another configuration would be mixed with."""
+    """Return whether a run folder holds anything that another configuration would be mixed with."""
     return any((Path(path) / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
@@ -245,7 +245,7 @@ def describe_difference(
 
 
 def _same_path(old: Any, new: Any, folder: str) -> bool:
-    """Whether two texts name the same files, commas between them."""
+    """Return whether two texts name the same files, commas between them."""
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
     before = [os.path.realpath(os.path.join(folder, os.path.expanduser(part))) for part in old.split(",")]

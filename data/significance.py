@@ -1,4 +1,4 @@
-"""How sure a difference is: intervals by resampling clusters, p-values by flipping signs; seeded."""
+"""Significance of differences: intervals by resampling clusters, p-values by flipping signs; seeded."""
 
 from __future__ import annotations
 

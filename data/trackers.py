@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides metrics.jsonl: nowhere, or to Weights & Biases."""
+"""Trackers of a run's numbers besides metrics.jsonl: none, or Weights & Biases."""
 
 from __future__ import annotations
 

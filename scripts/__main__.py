@@ -72,7 +72,7 @@ def run_script(run: Callable[..., Any]) -> NoReturn:
 
 
 def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `run` returns, or the exit status of its error, which is one line where it is the user's."""
+    """Return what `run` returns, or the exit status of its error: one line where it is the user's."""
     try:
         try:
             return run(argv)
@@ -114,7 +114,7 @@ def dispatch(argv: list[str]) -> int:
 
 
 def usage() -> str:
-    """What `sleuth --help` prints."""
+    """Return the text of `sleuth --help`."""
     rows = "\n".join(f"  {name:<20}{command.help}" for name, command in COMMANDS.items())
     return (
         "usage: sleuth COMMAND [--config FILE.yaml] [--key value ...]\n\n"

@@ -1,4 +1,4 @@
-"""From a typed `main` to a command line: jsonargparse, with its errors in one line.
+"""Command lines out of typed functions: jsonargparse, with its errors in one line.
 
     def main(corpus: Path, k1: float = 0.9) -> None      sleuth index --corpus c.jsonl --k1 1.2
     def main(config: TrainConfig) -> None                sleuth train --algorithm.clip .2
@@ -41,7 +41,7 @@ BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other o
 
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
-    """What `run` returns, called with the values that argv and its configuration files give.
+    """Call `run` with the values that argv and its configuration files give.
 
     positional names the option that may be given by its value alone. Raises ConfigError, in one
     line, for an unknown key, a wrong value, a file that is missing or malformed.
@@ -89,7 +89,7 @@ class ConfigFile(ActionConfigFile):
 
 
 def is_component(value: Any) -> bool:
-    """Whether this is a mapping that names a class."""
+    """Return whether this is a mapping that names a class."""
     return isinstance(value, dict) and "class_path" in value
 
 

@@ -1,4 +1,4 @@
-"""Everything that Sleuth draws in a terminal: bars with rate and ETA, tables, the line of a training step.
+"""Bars with rate and ETA, tables, and the line of a training step, for terminals.
 
 Bars are drawn on stderr, one below the other, with what is logged above them. Where stderr is no terminal, or
 one whose cursor cannot move (TERM=dumb), a bar is a log line a minute instead.
@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Bar:
-    """How far some work is. The rate leaves out what was `done` before; None: the first move tells it."""
+    """Progress of some work. The rate leaves out what was `done` before; None: the first move tells it."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Bar:
 
     @property
     def begun(self) -> bool:
-        """Whether it is known what was done before."""
+        """Return whether it is known what was done before."""
         return self._before is not None
 
     def move(self, done: float, total: float | None = None) -> None:
@@ -59,7 +59,7 @@ class Bar:
         self.done, self.total = done, self.total if total is None else total
 
     def figures(self, now: float) -> list[str]:
-        """How much is done, the time left (or gone), the rate: the most important first.
+        """Return how much is done, the time left (or gone), the rate: the most important first.
 
         37 of 100 after 10 s -> ["37/100", "ETA 0:17", "3.7/s"]
         """
@@ -215,7 +215,7 @@ def _columns() -> int:
 
 
 def can_draw() -> bool:
-    """Whether stderr is a terminal whose lines can be drawn anew."""
+    """Return whether stderr is a terminal whose lines can be drawn anew."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown", "")
 
 

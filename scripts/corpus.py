@@ -35,8 +35,8 @@ def main(
         overlap: About how many words a passage repeats of the one before, in whole sentences.
         on_error: What to do with a file that cannot be read: stop, or skip it and say so.
     """
-    from data.benchmarks import benchmark_passages, is_benchmark
-    from data.documents import reason_without_text
+    from data.formats.benchmarks import benchmark_passages, is_benchmark
+    from data.formats.documents import reason_without_text
     from data.jsonl import write_jsonl
 
     if is_benchmark(source):
@@ -72,7 +72,7 @@ def main(
 
 
 def _told(without: dict[str, list[Path]]) -> str:
-    """How many files gave no passage, and why."""
+    """Return how many files gave no passage, and why."""
     reasons = (f"{len(paths):,} {reason} (such as {paths[0].name})" for reason, paths in without.items())
     return (
         f"; {sum(map(len, without.values())):,} files gave nothing: {', '.join(reasons)}" if without else ""
@@ -80,7 +80,7 @@ def _told(without: dict[str, list[Path]]) -> str:
 
 
 def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) -> Iterator[dict[str, Any]]:
-    from data.documents import passages_of
+    from data.formats.documents import passages_of
 
     passages = passages_of(path, root, words, overlap, open_file)
     # A file that breaks half-way gives nothing; a dump is too large to wait for its end.
@@ -89,7 +89,7 @@ def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) 
 
 def _files(source: Path) -> tuple[list[Path], Path]:
     """The documents at `source`, sorted, and the folder that their names start from."""
-    from data.documents import READERS
+    from data.formats.documents import READERS
 
     if not source.exists():
         raise ConfigError(f"source = {source}: no such file or folder")

@@ -60,7 +60,7 @@ def main(url: str, out: str, sha256: str | None = None, attempts: int = 10) -> N
 
 
 def _fetch_all(urls: list[str], part: Path, attempts: int) -> None:
-    """All urls one after the other into `part`; the state says where the present one begins."""
+    """Fetch all urls one after the other into `part`; the state says where the present one begins."""
     state: dict[str, Any] = {"urls": urls, "finished": 0, "start": 0, "tag": None}
     if part.exists() and _state_path(part).exists():
         state = read_json(_state_path(part))

@@ -114,8 +114,8 @@ def _scores(values: list[Any], parts: dict[str, Any]) -> dict[str, dict[str, Any
 
 
 def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -> Any:
-    from data.benchmarks import load_benchmark
     from data.formats.beir import load_queries
+    from data.formats.benchmarks import load_benchmark
     from data.formats.trec import load_qrels
     from data.records import Benchmark
 
@@ -128,7 +128,7 @@ def _rank(
     spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str
 ) -> tuple[Any, dict[str, Any]]:
     """The rankings of a retriever, or of the file of a run, without what is excluded; those of its parts."""
-    from data.benchmarks import without_excluded
+    from data.formats.benchmarks import without_excluded
     from data.formats.trec import load_run
     from data.records import Question
     from retriever_server.evaluation import rank_all

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.engines.config import EngineConfig
-from data.child import Child
 from data.errors import EngineError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
+from data.managed_process import ManagedProcess
 from data.run_dir import RunStatus
 from rl.config import TrainConfig
 from scripts.train import open_run
@@ -146,7 +146,7 @@ def serve(index: Path, run: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "scripts", "serve", "--index", str(index), "--port", "0"]
     log = run / "server.log"
     log.write_bytes(b"")
-    server = Child([*command, "--port_file", str(port_file)], log, grace_seconds=STOP_SECONDS)
+    server = ManagedProcess([*command, "--port_file", str(port_file)], log, grace_seconds=STOP_SECONDS)
     try:
         deadline = time.monotonic() + SERVER_SECONDS
         while not port_file.exists():

@@ -171,7 +171,7 @@ def _scaled_factory(factory: str, count: int) -> str:
 
 
 def _growth(kind: str, measured: int, passages: int) -> float:
-    """How much longer a search takes: with all vectors, with those of the lists searched, with the hops."""
+    """Return how much longer a search takes: by all vectors, by those of the lists searched, by the hops."""
     if kind.startswith("ann HNSW"):
         return max(1.0, math.log(passages) / math.log(measured))
     ratio = passages / measured

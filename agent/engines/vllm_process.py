@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.child import Child
 from data.errors import ConfigError, EngineError
+from data.managed_process import ManagedProcess
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class ServerProcess:
         self._launch()
 
     def _launch(self) -> None:
-        self.child = Child(self._command, self.log, self._environment, grace_seconds=STOP_SECONDS)
+        self.child = ManagedProcess(self._command, self.log, self._environment, grace_seconds=STOP_SECONDS)
 
     def check(self) -> None:
         """Raise EngineError, with the last line that it printed, if it has ended."""

@@ -1,4 +1,4 @@
-"""What a half-taught searcher does, over invented worlds: to warm a policy up, not to solve its task.
+"""Demonstrations by a half-taught searcher in invented worlds: to warm a policy up, not to solve its task.
 
 It searches the entity that the question names and reads one passage: the one with that title. One-hop
 questions it answers rightly. Where the answer needs another passage it does NOT reason: it either stops
@@ -28,7 +28,7 @@ LAST = ("I can answer.", "Now answer.", "Time to answer.")
 
 @dataclass(frozen=True)
 class Demonstrator:
-    """How the half-taught searcher behaves, and what it is asked."""
+    """Settings of the half-taught searcher: its behaviour and its questions."""
 
     p_stop: float = 0.6
     """Chance that it stops after one search where the answer needs more."""

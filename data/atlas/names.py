@@ -51,7 +51,7 @@ LENGTHS = range(3, 25)
 
 @cache
 def real_names() -> frozenset[str]:
-    """Every name of the embedded world, lower case."""
+    """Return the names of the embedded world, lower case."""
     return frozenset(name.lower() for entity in load_world().entities for name in entity.names)
 
 
@@ -110,7 +110,7 @@ class Language:
 
 
 def holds_real_name(text: str) -> bool:
-    """Whether a run of its words is a name of the embedded world."""
+    """Return whether some words of the text, one after the other, are a name of the embedded world."""
     words = text.lower().split()
     runs = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
     return any(run in real_names() for run in runs)

@@ -70,7 +70,7 @@ def make_questions(
 
 
 def asks(world: World, split: str | None, rng: random.Random) -> Iterator[Ask]:
-    """Everything that can be asked about the entities of a split; comparisons are drawn at random."""
+    """Yield all questions about the entities of a split; comparisons are drawn at random."""
     entities = list(of_split(world, split))
     for entity in entities:
         yield from one_hop(world, entity)
@@ -79,7 +79,7 @@ def asks(world: World, split: str | None, rng: random.Random) -> Iterator[Ask]:
 
 
 def one_hop(world: World, entity: Entity) -> Iterator[Ask]:
-    """What the entity's own passage answers."""
+    """Yield the questions that the entity's own passage answers."""
     for relation, values in entity.facts.items():
         if relation != "kind":
             yield Ask("one_hop", relation, (entity,), values)

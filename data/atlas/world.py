@@ -53,7 +53,7 @@ class Entity:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every accepted form of its name, the printed one first."""
+        """Accepted forms of its name, the printed one first."""
         return (self.name, *self.aliases)
 
 

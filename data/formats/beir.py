@@ -25,7 +25,7 @@ _IDS, _TEXTS = ("id", "_id", "query_id", "qid"), ("question", "query", "text")
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a folder has this layout."""
+    """Return whether a folder has this layout."""
     return (folder / "queries.jsonl").is_file() and (folder / "qrels").is_dir()
 
 

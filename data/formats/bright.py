@@ -27,7 +27,7 @@ _POST = ("{} post", "passages", "post")
 
 
 def is_bright(folder: Path) -> bool:
-    """Whether a folder has this layout."""
+    """Return whether a folder has this layout."""
     return (folder / "examples").is_dir() and (folder / "documents").is_dir()
 
 

@@ -147,7 +147,7 @@ class _Sections(_Nesting):
             self.words.append(text)
 
     def _has_title(self, tag: str) -> bool:
-        """Whether a heading counts: in a header as the name of the page alone, in a drawing never."""
+        """Return whether a heading counts: in a header as the name of the page alone, in a drawing never."""
         if self.names["svg"]:
             return False
         return not self.left_out or tag in ("title", "h1")

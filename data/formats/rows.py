@@ -54,7 +54,7 @@ def id_of(value: Any, name: str = "id") -> str:
 
 
 def needed_id(value: Any, name: str = "id") -> str:
-    """As `id_of`; ValueError where there is none."""
+    """Return an id as `id_of` does; ValueError where there is none."""
     if not (id_ := id_of(value, name)):
         raise ValueError(f'no "{name}"')
     return id_

@@ -1,4 +1,4 @@
-"""What the formats of training data share: items read, and the texts of examples to write."""
+"""Shared parts of the formats of training data: items read, and the texts of examples to write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Items = Iterator[tuple[str, Passage | Example]]
 
 @dataclass(frozen=True)
 class Format:
-    """How the training data of a project is read and written.
+    """A project's form of training data: its reader and its writer.
 
     read: of a file or folder, the split of its qrels, and the folder for images that come as bytes.
     """

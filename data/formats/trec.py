@@ -129,7 +129,7 @@ def _falling(hits: Sequence[Hit]) -> Iterator[float]:
 
 
 def _header(fields: Sequence[str]) -> tuple[str, ...]:
-    """What each column holds, where the fields are the words of a header; else nothing."""
+    """Return the role of each column, where the fields are the words of a header; else nothing."""
     roles = tuple(_ROLES.get(re.sub(r"[- ]", "_", field.strip().lower()), "") for field in fields)
     return roles if sorted(roles) in (sorted(_BEIR), sorted(_TREC)) else ()
 

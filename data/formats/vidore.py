@@ -27,7 +27,7 @@ _TEXTS = ("text", "markdown")
 
 
 def is_vidore(folder: Path) -> bool:
-    """Whether a folder has one of these layouts."""
+    """Return whether a folder has one of these layouts."""
     first = next((folder / "data").glob("*.parquet"), None)
     return _is_three(folder) or (first is not None and {"query", "image"} <= set(parquet_columns(first)))
 

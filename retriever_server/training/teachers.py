@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.corpus import Corpus
-from data.documents import chunk, count_words
 from data.errors import ConfigError, DataError
 from data.examples import Examples
+from data.formats.documents import chunk, count_words
 from data.jsonl import write_jsonl
 from data.records import Example, Question
 from retriever_server.retriever import Retriever

@@ -14,8 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.child import Child
 from data.errors import ConfigError
+from data.managed_process import ManagedProcess
 
 PYTHON = "{python}"
 """In a command: the Python that Ray runs on that machine."""
@@ -27,7 +27,7 @@ class Place:
     """Runs one process at a time, and says how it is."""
 
     def __init__(self) -> None:
-        self.child: Child | None = None
+        self.child: ManagedProcess | None = None
 
     def address(self, port: int | None = None) -> tuple[str, int]:
         """This machine's address, and a free port of it: `port` if that is free, or soon."""
@@ -51,7 +51,7 @@ class Place:
             if not needed.is_dir():
                 raise ConfigError(f"{needed}: all machines must see it, and {socket.gethostname()} does not")
         command = [sys.executable if word == PYTHON else word for word in command]
-        self.child = Child(command, Path(log), {**os.environ, **environment}, Path(folder))
+        self.child = ManagedProcess(command, Path(log), {**os.environ, **environment}, Path(folder))
 
     def state(self) -> tuple[int, str] | None:
         """None while it runs; then its exit status and the last that it said."""

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from data.benchmarks import benchmark_passages
 from data.corpus import Corpus
+from data.formats.benchmarks import benchmark_passages
 from data.jsonl import write_jsonl
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training.convert import convert_from

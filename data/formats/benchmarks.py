@@ -27,7 +27,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def is_benchmark(name: str | Path) -> bool:
-    """Whether FOLDER[:PART] holds a collection of BEIR's, BRIGHT's or ViDoRe's form."""
+    """Return whether FOLDER[:PART] holds a collection of BEIR's, BRIGHT's or ViDoRe's form."""
     folder, _ = _place(str(name))
     return bright.is_bright(folder) or vidore.is_vidore(folder) or beir.is_beir(folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.child import Child
+from data.managed_process import ManagedProcess
 
 STUBBORN = ["sh", "-c", "trap '' TERM; echo ready; sleep 100 & wait; wait"]
 WILLING = ["sh", "-c", "trap 'echo asked; exit 3' TERM; echo ready; sleep 100 & wait"]
@@ -33,7 +33,7 @@ def group_lives(number: int) -> bool:
 
 
 def started(command, log, **options):
-    child = Child(command, log, **options)
+    child = ManagedProcess(command, log, **options)
     wait_for(lambda: "ready" in log.read_text())
     return child
 
@@ -42,7 +42,7 @@ def test_it_runs_with_its_environment_in_its_folder_and_says_how_it_ended(tmp_pa
     log = tmp_path / "log"
     log.write_text("of another\n")
     script = "echo $NAME; pwd; echo ValueError: no; echo on; exit 7"
-    child = Child(["/bin/sh", "-c", script], log, {"NAME": "given"}, tmp_path)
+    child = ManagedProcess(["/bin/sh", "-c", script], log, {"NAME": "given"}, tmp_path)
     wait_for(lambda: child.status is not None)
     assert child.status == 7 and child.seconds is None
     assert log.read_text().split("\n")[:3] == ["of another", "given", str(tmp_path)]
@@ -67,8 +67,8 @@ def test_it_is_asked_to_end_before_it_is_killed(tmp_path):
 def test_it_ends_when_its_parent_is_killed(command, grace, asked, tmp_path):
     log = tmp_path / "log"
     code = (
-        "import sys, time; from pathlib import Path; from data.child import Child\n"
-        f"child = Child({command!r}, Path({str(log)!r}), grace_seconds={grace})\n"
+        "import sys, time; from pathlib import Path; from data.managed_process import ManagedProcess\n"
+        f"child = ManagedProcess({command!r}, Path({str(log)!r}), grace_seconds={grace})\n"
         "print(child.process.pid, flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:

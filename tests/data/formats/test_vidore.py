@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from data.benchmarks import benchmark_passages, is_benchmark, load_benchmark
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.formats.benchmarks import benchmark_passages, is_benchmark, load_benchmark
 from data.images import png, read_image
 from data.jsonl import write_jsonl
 from data.records import Item, Question

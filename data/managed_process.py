@@ -18,7 +18,7 @@ WATCHED = (
 )
 
 
-class Child:
+class ManagedProcess:
     """A process in a process group of its own, with all that it starts; it runs from here on."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Child:
         folder: Path | None = None,
         grace_seconds: int = 0,
     ) -> None:
-        """What it prints is added to `log`. environment: all of it; ours if not given.
+        """Start it; its output is added to `log`. environment: all of it; ours if not given.
 
         grace_seconds: between SIGTERM and SIGKILL where we end first; 0: killed at once.
         """
@@ -53,7 +53,7 @@ class Child:
 
     @property
     def seconds(self) -> float | None:
-        """Since when it runs; None: it has ended."""
+        """Seconds since it was started; None once it has ended."""
         return time.monotonic() - self._started if self.status is None else None
 
     def last_words(self) -> str:

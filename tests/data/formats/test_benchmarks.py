@@ -6,13 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.benchmarks import (
+from data.errors import ConfigError, DataError
+from data.formats.benchmarks import (
     benchmark_passages,
     is_benchmark,
     load_benchmark,
     without_excluded,
 )
-from data.errors import ConfigError, DataError
 from data.formats.trec import load_qrels, load_run, write_qrels
 
 

@@ -88,7 +88,7 @@ def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) ->
 
 
 def reason_without_text(path: Path) -> str:
-    """Why a file that can be read gives no passage."""
+    """Return the reason why a file that can be read gives no passage."""
     if path.stat().st_size == 0:
         return "empty"
     reasons = {".pdf": "no text on its pages, as of a scan", ".txt": "blank", ".md": "no text"}

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from data.corpus import Corpus
-from data.documents import chunk, passages_of, read_sections
 from data.errors import DataError
+from data.formats.documents import chunk, passages_of, read_sections
 from data.jsonl import write_jsonl
 
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
