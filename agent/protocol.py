@@ -15,7 +15,7 @@ from typing import Any, Literal
 from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
-from data.unicode import replace_halves
+from data.text import replace_halves
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent.protocol import Protocol
 from agent.trajectory import Picture
-from data.cut import cut
 from data.errors import DataError
 from data.records import Hit, Passage
+from data.text import cut
 
 if TYPE_CHECKING:
     from agent.vision import Vision

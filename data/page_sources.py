@@ -23,7 +23,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.images import read_pdf
 from data.records import Passage
-from data.unicode import name_of
+from data.text import name_of
 
 logger = logging.getLogger(__name__)
 

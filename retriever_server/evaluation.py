@@ -17,7 +17,7 @@ from data.errors import ConfigError, DataError
 from data.formats.trec import MAX_GRADE
 from data.records import Hit, Qrels, Question
 from data.significance import bootstrap, randomisation_p
-from data.unicode import one_i
+from data.text import one_i
 from retriever_server.retriever import Filter, Retriever
 
 METRICS = "nDCG@10,R@10,R@100,RR@10,AP,P@10"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agent.engines.config import EngineConfig
 from data.errors import RetrieverError
 from data.records import Hit, Passage, Question
-from data.unicode import replace_halves
+from data.text import replace_halves
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import asyncio
 
 from data.errors import ConfigError
 from data.records import Hit, Input, Item
-from data.unicode import replace_halves
+from data.text import replace_halves
 
 
 def main(

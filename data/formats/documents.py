@@ -22,7 +22,7 @@ import regex
 
 from data.errors import ConfigError, DataError
 from data.formats.html import decode_html, html_sections
-from data.unicode import name_of, replace_halves
+from data.text import name_of, replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
 _WORD = regex.compile(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from data.unicode import replace_halves_in
+from data.text import replace_halves_in
 
 _OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
 _PLAIN = (str, int, bool, type(None))

@@ -21,7 +21,7 @@ from typing import Any
 from data.atomic import atomic_write
 from data.errors import ConfigError, DataError
 from data.jsonl import check_is_file, numbered_jsonl
-from data.unicode import replace_halves_in
+from data.text import replace_halves_in
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Where a row stands ("FILE:LINE", or "FILE: row N", from 1), and its columns."""

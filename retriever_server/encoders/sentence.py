@@ -18,14 +18,13 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from data.cut import cut_for
 from data.device import check_device
 from data.errors import ConfigError, DataError, require
 from data.hub import find_model
 from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
-from data.unicode import replace_halves
+from data.text import cut_for, replace_halves
 from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.image_inputs import (
     WHOLE,

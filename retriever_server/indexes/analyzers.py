@@ -20,7 +20,7 @@ from functools import cache, lru_cache, partial
 import regex
 
 from data.errors import ConfigError
-from data.unicode import one_i
+from data.text import one_i
 
 Analyzer = Callable[[str], list[str]]
 

@@ -9,11 +9,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from data.cut import cut_for
 from data.errors import ConfigError
 from data.hub import find_model
 from data.records import Hit, Passage
-from data.unicode import replace_halves
+from data.text import cut_for, replace_halves
 from retriever_server.retriever import Filter, Query, Retriever, Scorer, Wrapper, texts_of
 
 Pair = tuple[str, Passage]

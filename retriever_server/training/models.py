@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError
-from data.gguf import converted_gguf
 from data.hub import find_model
+from data.packaged import converted_gguf
 from retriever_server.encoders.loading import limit_tokens
 
 logger = logging.getLogger(__name__)

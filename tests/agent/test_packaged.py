@@ -38,7 +38,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     fake_gguf(monkeypatch, tmp_path)
-    monkeypatch.setattr("data.gguf.convert_gguf", full_disk)
+    monkeypatch.setattr("data.packaged.convert_gguf", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         smollm2_policy()
     assert list(cache.iterdir()) == []
@@ -52,7 +52,7 @@ def test_of_two_that_convert_at_once_both_get_the_one_whole_folder(cache, tmp_pa
         (folder / "config.json").write_text("{}")
 
     fake_gguf(monkeypatch, tmp_path)
-    monkeypatch.setattr("data.gguf.convert_gguf", convert)
+    monkeypatch.setattr("data.packaged.convert_gguf", convert)
     folders = []
     threads = [threading.Thread(target=lambda: folders.append(smollm2_policy())) for _ in range(2)]
     for thread in threads:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
-from data.cut import cut, cut_for
+from data.text import cut, cut_for
 from tests.fakes import byte_tokenizer
 
 PIECES = ["a", " ", "\n", "word ", "x" * 200, "é", "e\u0301", "\u0301", "国", "\u200b", "<b>", "word", "𝄞"]

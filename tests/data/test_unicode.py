@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.corpus import Corpus
 from data.jsonl import parse_line, read_json
 from data.records import Passage
-from data.unicode import replace_halves
+from data.text import replace_halves
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder
 from scripts import __main__ as sleuth
