@@ -8,7 +8,7 @@ import pytest
 from data.corpus import Corpus
 from scripts import __main__ as sleuth
 from scripts.console import Bar
-from tests.data.test_documents import DUMP
+from tests.data.formats.test_documents import DUMP
 
 
 @pytest.fixture

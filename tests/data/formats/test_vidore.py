@@ -14,7 +14,7 @@ from data.jsonl import write_jsonl
 from data.records import Item, Question
 from retriever_server.evaluation import rank_all
 from scripts import __main__ as sleuth
-from tests.data.test_benchmarks import write_lines, write_parquet
+from tests.data.formats.test_benchmarks import write_lines, write_parquet
 
 Image = pytest.importorskip("PIL.Image")
 
