@@ -1,4 +1,4 @@
-"""What lies on disk, and how it is judged by gold. The lowest floor: imports nothing of ours from above."""
+"""Files on disk, and scores against gold answers. The lowest floor: imports nothing of ours from above."""
 
 from data.moved import find_moved_modules
 
