@@ -68,7 +68,7 @@ def test_tokens_are_a_budget_too_after_a_restart_as_well(tmp_path):
 def saying_when(monkeypatch):
     """A server that is busy once and says for how long."""
     monkeypatch.setattr(retries, "FIRST_DELAY_SECONDS", 0.001)
-    from tests.retriever_server.test_client import FlakyServer
+    from tests.retriever_server.client.test_search_client import FlakyServer
 
     def serve(seconds):
         return FlakyServer((429, {"retry-after": seconds}, "busy"), (200, {}, json.dumps(completion("A"))))

@@ -17,7 +17,7 @@ from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable
 from retriever_server.server.batching import Batching
-from tests.retriever_server.test_rerank import ByLetter
+from tests.retriever_server.retrievers.test_rerank import ByLetter
 
 
 class Stub(Retriever):

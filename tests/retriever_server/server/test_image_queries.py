@@ -22,9 +22,9 @@ from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import run_isolated
 from scripts import search
 from tests.retriever_server.answering import answering, echo
+from tests.retriever_server.retrievers.test_rerank import ByLetter
 from tests.retriever_server.running import serving
 from tests.retriever_server.server.test_image_requests import Colours, picture
-from tests.retriever_server.test_rerank import ByLetter
 
 NAMES = {"a/1": "red", "2": "green", "3": "blue"}
 BLUE = Item(picture("blue"))

@@ -24,7 +24,7 @@ from retriever_server.retrievers.fuse import Fuse
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable
-from tests.retriever_server.test_rerank import ByLetter
+from tests.retriever_server.retrievers.test_rerank import ByLetter
 from tests.retriever_server.vision_models import picture as picture_of_noise
 from tests.retriever_server.vision_models import tiny_clip
 

@@ -7,8 +7,8 @@ from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.rerank import Rerank
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.backends import HotSwappable
-from tests.retriever_server.test_compose import A, Fixed
-from tests.retriever_server.test_rerank import ByLetter
+from tests.retriever_server.retrievers.test_compose import A, Fixed
+from tests.retriever_server.retrievers.test_rerank import ByLetter
 
 
 class Broken(ByLetter):

@@ -21,7 +21,7 @@ from retriever_server.open_retriever import SHORT_NAMES, open_retriever
 from tests.retriever_server.answering import answering
 from tests.retriever_server.encoders import tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/retrievers.md").read_text()
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
 BLOCKS = [text for text in EXAMPLES if "class_path: my_search" not in text]

@@ -19,7 +19,7 @@ from retriever_server.indexes.base import generation_name, open_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.term_counts import lucene_length
 
-SQUAD = Path(__file__).parents[2].parent / "shared/data/squad"
+SQUAD = Path(__file__).parents[3].parent / "shared/data/squad"
 
 
 def corpus_of(folder: Path, *texts: str) -> Corpus:

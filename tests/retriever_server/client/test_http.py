@@ -10,7 +10,7 @@ from retriever_server.client import http as http_of_client
 from retriever_server.client.http import Http
 from retriever_server.client.search_client import SearchClient
 from retriever_server.retrievers.remote import Remote
-from tests.retriever_server.test_client import (
+from tests.retriever_server.client.test_search_client import (
     Echo,
     FlakyServer,
     a_look_takes_100_seconds,

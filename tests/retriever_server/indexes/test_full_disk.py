@@ -20,7 +20,7 @@ from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import MaxSimIndex
 from tests.retriever_server.encoders import WORDS, FakeEncoder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DISK_BYTES = 8 << 20
 
 

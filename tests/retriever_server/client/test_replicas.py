@@ -11,8 +11,8 @@ from retriever_server.client.search_client import SearchClient, connect
 from retriever_server.client.wire import parse_hits
 from retriever_server.open_retriever import open_retriever
 from retriever_server.retrievers.remote import Remote
-from tests.retriever_server.test_client import FlakyServer, echoed, texts
-from tests.retriever_server.test_client_faults import FAULTS
+from tests.retriever_server.client.test_http import FAULTS
+from tests.retriever_server.client.test_search_client import FlakyServer, echoed, texts
 
 FAILURES = {"503": (503, {}, "stopping"), "hangs": 9.0, **FAULTS}
 
