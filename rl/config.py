@@ -24,7 +24,7 @@ class RolloutConfig:
     group_size: int = 8
     """Trajectories of one question; their mean reward is the baseline."""
     temperature: float = 1.0
-    """Of sampling; the trainer's log-probs are taken at the same temperature."""
+    """Softmax temperature of sampling; the trainer's log-probs are taken at the same temperature."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this mass; below 1 only with `renormalise_logprobs`."""
     top_k: int = 0
@@ -34,7 +34,7 @@ class RolloutConfig:
     max_rows: int = 128
     """Trajectories that the engine decodes at once."""
     max_failed_share: float = 0.1
-    """Of a batch whose searches may fail before the run stops with its state saved."""
+    """Share of a batch whose searches may fail before the run stops with its state saved."""
     retriever_deadline_seconds: float = 60.0
     """How long a search is retried before it counts as failed."""
     max_staleness: int = 0
@@ -76,19 +76,19 @@ class ProtocolConfig:
     """quoted: as they stand in a passage's `contents`, which is Search-R1's text; unquoted: search_r1 as the
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """What the policy's chat template is told besides the messages, such as {enable_thinking: false}."""
+    """Arguments of the policy's chat template besides the messages, such as {enable_thinking: false}."""
     tools: list[str] | None = None
-    """What the policy may call: [search, open_page] (docs/agent.md). None: as its folder says."""
+    """Tools that the policy may call: [search, open_page] (docs/agent.md). None: as its folder says."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None
     """Passages shown a search."""
     max_response_tokens: int | None = None
-    """Of one turn."""
+    """Tokens of one turn."""
     max_observation_tokens: int | None = None
-    """Of one observation."""
+    """Tokens of one observation."""
     max_context_tokens: int | None = None
-    """Of a trajectory before its last turn."""
+    """Tokens of a trajectory before its last turn."""
 
     def __post_init__(self) -> None:
         if self.name is not None or self.tools is not None:
@@ -137,7 +137,7 @@ class JudgeConfig:
     api_key_file: str | None = None
     """File whose first line is the key; none: no key is sent."""
     timeout_seconds: float = 30.0
-    """Of one request; it is tried three times."""
+    """Seconds of one request; it is tried three times."""
     max_concurrent: int = 8
     """Requests at once."""
     max_calls: int = 100_000
@@ -166,13 +166,11 @@ class RayConfig:
     spread: bool = False
     """Processes on as many machines as there are, rather than on as few."""
     max_restarts: int = 5
-    """Of the trainers in a row without a new checkpoint; of an engine or replica until it answers."""
+    """Restarts of the trainers without a new checkpoint, and of an engine or replica until it answers."""
     start_seconds: float = 900.0
     """The longest wait for room in the cluster, and for engines and replicas to answer."""
     quiet_seconds: float = 3600.0
     """Trainers that write nothing for so long hang, and are started again."""
-    places: str | None = None
-    """Written by the launcher for the trainers that it starts: where their engines and retriever are."""
 
     def __post_init__(self) -> None:
         require_range(self, "ray.", ">= 1", "trainers")
@@ -200,11 +198,11 @@ class TrainConfig:
     dry_run: bool = False
     """Only print what the run will need: memory by part, seconds a step, disk."""
     split: str | None = None
-    """Of the training questions, where their source has several."""
+    """Split of the training questions, where their source has several."""
     dev_questions: str | None = None
     """Questions for `eval_every` and the choice of the best checkpoint."""
     dev_split: str | None = None
-    """Of the dev questions."""
+    """Split of the dev questions."""
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
     """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
     metadata say, else squad."""
@@ -240,13 +238,13 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: str = "auto"
-    """Of the weights: float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
+    """Type of the weights: float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
     deterministic: bool = False
     """One thread and deterministic kernels: the same run, bit for bit (retriever in process)."""
     mask_observations: bool = True
     """False trains on what the retriever wrote, too: only to show what that does."""
     seed: int = 0
-    """Of the order of questions and of every trajectory's generator."""
+    """Seed of the order of questions and of every trajectory's generator."""
     ray: RayConfig = field(default_factory=RayConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -302,13 +300,13 @@ class WarmStartConfig:
     learning_rate: float = 2e-3
     """Its peak, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
     weight_decay: float = 0.01
-    """Of both optimisers: Muon for the matrices inside the layers, AdamW for the rest."""
+    """Weight decay of both optimisers: Muon for the matrices inside the layers, AdamW for the rest."""
     learn_everything: bool = False
     """Put the prompt and the passages into the loss, too."""
     group_by_length: bool = False
     """Demonstrations of like length in a batch: faster, but those that are short then count for more."""
     seed: int = 0
-    """Of the order of the demonstrations."""
+    """Seed of the order of the demonstrations."""
 
     def __post_init__(self) -> None:
         require_range(self, "training.", "> 0", "steps", "batch_size", "learning_rate")

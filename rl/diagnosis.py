@@ -1,4 +1,4 @@
-"""Says from a run's metrics why a policy has nothing to learn from, and what to do about it.
+"""Say from a run's metrics why a policy has nothing to learn from, and what to do about it.
 
 Pure functions over rows of metrics.jsonl; `sentinel.py` beside it watches for collapse instead.
 """
@@ -25,11 +25,11 @@ class Obstacle:
 
     name: str
     seen: str
-    """In the metrics."""
+    """As the metrics show it."""
     cause: str
-    """The likeliest."""
+    """The likeliest cause."""
     remedy: str
-    """What to do next, with its command."""
+    """The next thing to do, with its command."""
 
     def __str__(self) -> str:
         return f"{self.seen}. Most likely {self.cause}. Next: {self.remedy}."
@@ -138,7 +138,7 @@ def conclude(rows: Sequence[Row], config: TrainConfig, protocol: str) -> str:
 
 
 def _change(rows: Sequence[Row], key: str, label: str) -> list[str]:
-    """Of a metric the mean of its first and of its last few values; nothing where it was never taken."""
+    """Return a metric's mean over its first and its last few values; nothing where it was never taken."""
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:
         return []

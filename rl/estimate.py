@@ -1,4 +1,4 @@
-"""What a training run will need, before it starts: memory by part, disk, seconds a step.
+"""Estimate what a training run needs, before it starts: memory by part, disk, seconds a step.
 
 Bytes follow from the shapes of the policy, built without its weights on torch's meta device; seconds from
 FLOPs over rates measured on this machine. Trajectories are as long as in the run's last steps or in a trial,
@@ -46,8 +46,8 @@ Rates = tuple[float, float]
 """FLOPs a second with the model's matrices: of many tokens, and of one a trajectory (bound by memory)."""
 
 
-class Needs:
-    """What `config` needs of each of `world_size` processes; counts are of parameters."""
+class ResourceEstimate:
+    """Memory, disk and time of each of `world_size` processes; counts are of parameters."""
 
     def __init__(self, config: TrainConfig, world_size: int = 1) -> None:
         """Loads no weights. Raises ConfigError where the policy's shape is not to be found."""
@@ -137,12 +137,12 @@ class Needs:
     def activation_bytes(self) -> float:
         """Bytes a token from forward to backward: what autograd saves, and a layer's gradients."""
         tokens, layers = 128, self.text.num_hidden_layers
-        weights = {parameter.untyped_storage()._cdata for parameter in self.trunk.parameters()}
+        weights = {_storage_id(parameter) for parameter in self.trunk.parameters()}
         saved: dict[int, int] = {}
 
         def save(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage._cdata] = storage.nbytes() * (storage._cdata not in weights)
+            known = _storage_id(tensor) in weights
+            saved[_storage_id(tensor)] = tensor.untyped_storage().nbytes() * (not known)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
@@ -192,7 +192,7 @@ class Needs:
         inner = getattr(self.text, "intermediate_size", 4 * outer)
         # As many matrices as the model has, but no more than it takes to be out of any cache.
         count = max(1, min(self.body // (outer * inner), 2**27 // (outer * inner * self.dtype.itemsize)))
-        there = {"device": self.device, "dtype": self.dtype}
+        there: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         matrices = torch.randn(count, outer, inner, **there).unbind()
 
         def rate(rows: int) -> float:
@@ -202,6 +202,10 @@ class Needs:
             return 2 * rows * outer * inner * count / best
 
         return rate(4096 if self.device.startswith("cuda") else 256), rate(self.rows)
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def peak(memory: dict[str, dict[str, float]]) -> float:
@@ -214,7 +218,7 @@ Steps = tuple[Lengths, float, str]
 """Lengths, seconds of a step, and which steps were measured."""
 
 
-def seen(out: str, last: int = 10) -> Steps | None:
+def recent_steps(out: str, last: int = 10) -> Steps | None:
     """Return the lengths and the median seconds of the last steps of the run in `out`; None without any."""
     keys = [f"rollout/{name}" for name in ("policy_tokens", "total_tokens", "zero_variance_groups")]
     keys += ["time/step_seconds", "step"]
@@ -236,10 +240,10 @@ def estimate_text(
 
     measure: takes real steps over so many questions, where the run in `config.out` has taken none.
     """
-    needs = Needs(config, world_size)
+    needs = ResourceEstimate(config, world_size)
     program_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     limit, rates = needs.longest(protocol), needs.measure_rates()
-    found = seen(config.out)
+    found = recent_steps(config.out)
     if (
         measure
         and not found

@@ -21,14 +21,14 @@ Totals = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Reward:
-    """What a trajectory earned."""
+    """The reward of a trajectory."""
 
     turns: list[float]
-    """Weighted, one a policy turn; what is paid for the outcome is on the last."""
+    """Weighted, one a policy turn; the reward of the outcome is on the last."""
     parts: dict[str, float]
-    """By name, summed over the turns, without its weight; what failed is not among them."""
+    """By name, summed over the turns, without weights; rewards that failed are not among them."""
     error: str | None = None
-    """What failed; the trajectory then stays out of the loss."""
+    """The reason of a failure; the trajectory then stays out of the loss."""
 
     @property
     def total(self) -> float:

@@ -1,4 +1,4 @@
-"""Watches a run's metrics for collapse, against the run's own first steps.
+"""Watch a run's metrics for collapse, against the run's own first steps.
 
 What it knows follows from the rows of metrics.jsonl alone, in their order: built from the rows up to
 step s, it judges step s + 1 as if it had watched them all, so a resumed run ends as the other would.
@@ -18,7 +18,7 @@ from rl.config import SentinelConfig
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one step gave cause for."""
+    """The judgement of one step."""
 
     alarms: list[str]
     """One line each: metric, value, bound and baseline."""
@@ -32,7 +32,7 @@ class _Check:
     setting: str
     """Field of SentinelConfig."""
     bound: Callable[[float, float], float]
-    """Of the baseline and the setting."""
+    """A function of the baseline and the setting."""
     is_ceiling: bool
     needs_baseline: bool = True
 

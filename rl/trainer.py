@@ -225,7 +225,7 @@ class Trainer:
     async def _dev_metrics(self) -> dict[str, float]:
         greedy = replace(self.agent, sampling=Sampling(temperature=0))
 
-        async def rollout(questions, on_finished):
+        async def rollout(questions: Sequence[Question], on_finished: Callable[[Trajectory], None]) -> None:
             total = len(self.dev_questions)
             done = itertools.count(total - len(questions) + 1)
             with self.bar("answering dev questions", total, total - len(questions)) as move:
@@ -252,7 +252,7 @@ class Trainer:
         return self.workers.gather(done)[0]
 
     def _due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last, is due; 0 is never."""
+        """Tell whether a thing done every so many steps, and after the last, is due; 0 is never."""
         if not every or not self.step:
             return False
         return self.step == self.config.steps or self.step % every == 0

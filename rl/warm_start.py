@@ -75,7 +75,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__(named.values(), defaults={})
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
-    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of all parameters."""
         for part in self._parts:
             part.step()

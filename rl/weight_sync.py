@@ -37,7 +37,7 @@ PROBE_TOKENS = 16
 """Written to each prompt of a probe."""
 PROBE_QUESTIONS = ("Who wrote Hamlet?", "What is the capital of Chad?", "Which metal is liquid?", "Why?")
 FLOAT32_DIFFERENCE, HALF_DIFFERENCE = 1e-3, 0.05
-"""What is allowed unless the configuration says: rounding in half precision moves log-probs by 0.01."""
+"""Allowed unless the configuration says otherwise: rounding in half precision moves log-probs by 0.01."""
 
 Completions = Mapping[str, Sequence[Completion]]
 """Completions of the same prompts by each server, by its name."""

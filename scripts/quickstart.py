@@ -27,7 +27,7 @@ RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
 TITLE_BOOST = 3
 SERVER_SECONDS = 60.0
 PHASES_LEAVE = ("world", "phases.json", "evaluations", "server.log", "server.port")
-"""What the phases before training write into the run folder."""
+"""Files that the phases before training write into the run folder."""
 STOP_SECONDS = 30
 
 

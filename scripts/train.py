@@ -41,7 +41,7 @@ _SHOWN = {
     "time/step_seconds": "{:.1f} s",
     "time/evaluate_seconds": "{:.1f} s",
 }
-"""What the line of a step shows of its metrics; all of them lie in metrics.jsonl."""
+"""Metrics on the line of a step; all of them lie in metrics.jsonl."""
 
 
 def main(config: TrainConfig) -> None:
@@ -57,7 +57,11 @@ def main(config: TrainConfig) -> None:
     if config.ray.address is not None:
         _launch(config)
         return print_conclusion(config)
-    workers = train(config)
+    conclude(config, train(config))
+
+
+def conclude(config: TrainConfig, workers: Workers) -> None:
+    """Say what came of it, and end a process that is one of several."""
     if workers.leads:
         print_conclusion(config)
     workers.exit()
@@ -98,7 +102,7 @@ def measure_step(config: TrainConfig, questions: int) -> Steps | None:
 
     None, with a warning that says why, where they cannot be taken here.
     """
-    from rl.estimate import seen
+    from rl.estimate import recent_steps
 
     class Measured(Exception):
         """Ends the run without a checkpoint."""
@@ -119,7 +123,7 @@ def measure_step(config: TrainConfig, questions: int) -> Steps | None:
             logger.warning("not measured: %s", error)
         except Measured:
             pass
-        found = seen(out, last=1)
+        found = recent_steps(out, last=1)
     if found is None:
         return None
     lengths, seconds, _ = found
@@ -178,9 +182,11 @@ def train(
     config: TrainConfig,
     client: SearchClient | None = None,
     on_step: Callable[[int], None] = lambda step: None,
+    here: TrainConfig | None = None,
 ) -> Workers:
     """Run or resume the training that `config` describes; `client` stands in for `config.retriever`.
 
+    here: the same, with engines and retriever where a launcher has started them.
     Returns this process's place among those of the run.
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
@@ -188,7 +194,7 @@ def train(
     from scripts.console import say
     from scripts.wiring import check_agent, open_client
 
-    here = _located(config)
+    here = here or config
     check_agent(here.policy, here.protocol, here.device, here.engine)
     questions, dev = _questions(config)
     _check(here, questions)
@@ -244,24 +250,13 @@ def _leads() -> bool:
 
 
 def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
-    """What can be wrong with a configuration that no field knows alone, before a model loads."""
+    """Raise where rewards, questions and judge do not go together, before a model loads."""
     from rl.algorithm.rewards import check_questions, combine
 
     combine(config.rewards, config.judge)
     check_questions(config.rewards, questions)
     if "judge" in config.rewards and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
-
-
-def _located(config: TrainConfig) -> TrainConfig:
-    """The same run, with engines and retriever where its launcher says that they are."""
-    if config.ray.places is None:
-        return config
-    from data.jsonl import read_json
-
-    places = read_json(config.ray.places)
-    engine = replace(config.engine, urls=places["engines"], sync_folder=places["weights"])
-    return replace(config, engine=engine, retriever=places["retriever"])
 
 
 def open_run(

@@ -16,7 +16,7 @@ _SHOWN = {
     "train/mean_token_accuracy": "token accuracy {:.3f}",
     "speed/examples_per_second": "{:.1f} demonstrations/s",
 }
-"""What the line of a step shows."""
+"""Metrics on the line of a step."""
 
 
 def main(

@@ -104,7 +104,7 @@ class SearchEnvironment:
         check_questions(dict.fromkeys(names, 1.0), list(self._questions.values()))
         return [_reward_function(name, judge) for name in names]
 
-    def rollout_func(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+    def rollout_func(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """One trajectory a prompt (TRL has repeated each for its group), from the trainer's model as it is.
 
         Returns `prompt_ids`, `completion_ids`, `logprobs` and `env_mask`, and `trajectory` for the reward

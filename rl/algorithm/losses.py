@@ -26,7 +26,7 @@ MAX_SEQUENCE_LOG_RATIO = 10.0
 
 @dataclass(frozen=True)
 class PolicyTokens:
-    """What a surrogate is a function of; only `logprobs` has a gradient."""
+    """The tokens of a micro-batch; only `logprobs` has a gradient."""
 
     logprobs: Tensor  # (N,) under the policy as it is now
     old_logprobs: Tensor  # (N,) under the policy that sampled, by the trainer

@@ -14,7 +14,7 @@ from rl.groups import Totals, add_total
 
 @dataclass(frozen=True)
 class ScoredTokens(PolicyTokens):
-    """All that the loss is a function of; `logprobs` and `entropy` have a gradient."""
+    """All that the loss of a micro-batch's tokens reads; `logprobs` and `entropy` have a gradient."""
 
     entropy: Tensor  # (N,)
     sampler_logprobs: Tensor  # (N,)

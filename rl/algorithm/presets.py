@@ -25,15 +25,15 @@ class AlgorithmConfig:
     """How rewards become an update. The defaults are GRPO with the token average of DAPO, on-policy."""
 
     learning_rate: float = 1e-6
-    """Of the policy's AdamW, after `warmup_steps`."""
+    """Learning rate of the policy's AdamW, after `warmup_steps`."""
     warmup_steps: int = 0
     """Optimiser updates of linear warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     critic_learning_rate: float = 1e-5
-    """Of the critic's AdamW (advantage gae only)."""
+    """Learning rate of the critic's AdamW (advantage gae only)."""
     critic_warmup_steps: int = 0
     """Optimiser updates of the critic's linear warm-up (advantage gae only)."""
     critic_only_steps: int = 0
@@ -43,7 +43,7 @@ class AlgorithmConfig:
     gamma: float = 1.0
     """Discount a policy token (gae, reinforce_pp), or a turn (turn); observations are not counted."""
     gae_lambda: float = 1.0
-    """Of generalised advantage estimation: 1 is the plain return, 0 one step ahead."""
+    """Lambda of generalised advantage estimation: 1 is the plain return, 0 one step ahead."""
     whiten: bool = False
     """Shift and scale advantages to mean 0 and spread 1 over all policy tokens of the batch."""
     surrogate: Surrogate = "ppo"

@@ -88,7 +88,7 @@ EXAMPLES = {
 def combine(
     weights: Mapping[str, float], judge: JudgeConfig | None = None, cache: Path | None = None
 ) -> Callable[[Sequence[Trajectory]], list[Reward]]:
-    """What rewards trajectories by the weighted sum of rewards.
+    """Return a function that rewards trajectories by the weighted sum of rewards.
 
     weights: by a name of REWARDS, "judge", or "module:function", a RewardFunction of the user's own.
     cache: where the judge's verdicts are kept. Raises ConfigError: at once where a name is unknown or

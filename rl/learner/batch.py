@@ -37,7 +37,7 @@ class MicroBatch:
     sampled: Tensor  # (N,) bool, False where the sampler did not draw the token (observations, if trained)
     counts: Tensor  # (B,) long, trained tokens of each trajectory
     pictures: list[Picture] = field(default_factory=list)
-    """What policies with eyes were shown; `start` counts in the flattened rows."""
+    """Images that the policy was shown; `start` counts in the flattened rows."""
 
     @property
     def row(self) -> Tensor:

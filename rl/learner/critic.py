@@ -30,9 +30,9 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Values (N,)."""
-        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())[:, 0]
+    def forward(self, input: Tensor) -> Tensor:
+        """Return values (N,)."""
+        return nn.functional.linear(input.float(), self.weight.float(), self.bias.float())[:, 0]
 
 
 class Critic(nn.Module):

@@ -15,7 +15,7 @@ checkpoint/
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -101,8 +101,9 @@ class Learner:
         near = reference and Scorer(reference.model, config.rollout, vision=vision)
         near = self.scorer if config.lora.rank else near
         if self.sharded:
-            for module in {self.scorer, self.critic, near} - {None}:
-                _shard(module, config.dtype)
+            for module in {self.scorer, self.critic, near}:
+                if module is not None:
+                    _shard(module, config.dtype)
         self.reference = near if algorithm.kl_coefficient else None
         self.optimizer = Optimizer(self.model, algorithm, algorithm.learning_rate, algorithm.warmup_steps)
         self.critic_optimizer = self.critic and Optimizer(
@@ -307,7 +308,7 @@ def _shard(module: nn.Module, dtype: str) -> None:
 
 
 @contextmanager
-def _recomputing(module: nn.Module | None) -> Iterator[None]:
+def _recomputing(module: nn.Module | None) -> Generator[None]:
     """Let layers recompute their activations, where gradient checkpointing is on.
 
     They do so in training mode only, which would cost the engine its cache and everyone dropout: so

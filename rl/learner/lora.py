@@ -7,7 +7,7 @@ small updates. Their start depends on the seed alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Generator[None]:
     """The reference policy, inside: the weights that training started from."""
     layers = _adapted(model).values()
     if not layers:
@@ -73,7 +73,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_dropout(model: nn.Module) -> Iterator[None]:
+def training_dropout(model: nn.Module) -> Generator[None]:
     """Dropout on the adapters' input, inside, by torch's generator; the model stays in evaluation mode."""
     dropouts = nn.ModuleList(layer.lora_dropout for layer in _adapted(model).values())
     dropouts.train()

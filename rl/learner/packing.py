@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 """Attention over packed rows: trajectories one after another, none of which sees another.
 
 A mask that keeps them apart would have T x T entries. Instead the row is cut into its trajectories and
@@ -27,7 +28,7 @@ _NO_MASK = torch.empty(1, 1, 0, 0)
 
 
 def packed_arguments(trunk: PreTrainedModel, lengths: list[int]) -> dict[str, Any]:
-    """What a trunk's forward needs to read one row (1, sum(lengths)) as several trajectories.
+    """Return the arguments by which a trunk reads one row (1, sum(lengths)) as several trajectories.
 
     From here on the trunk looks up our attention; see `check_packing`.
     """

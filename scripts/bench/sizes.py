@@ -21,7 +21,7 @@ from agent.engines.config import EngineConfig
 from agent.protocol import SEARCH_R1
 from data.settings import LoraConfig
 from rl.config import RolloutConfig, TrainConfig
-from rl.estimate import Lengths, Needs, peak
+from rl.estimate import Lengths, ResourceEstimate, peak
 
 SHAPES = {
     "3B": (2048, 11008, 36, 16, 2, 151936, True),
@@ -71,7 +71,7 @@ LAYOUTS = (
 )
 
 
-def needs_of(layout: Layout, folder: Path) -> Needs:
+def needs_of(layout: Layout, folder: Path) -> ResourceEstimate:
     """What `sleuth train --dry-run` would compute with."""
     width, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[layout.policy]
     Qwen2Config(
@@ -98,10 +98,10 @@ def needs_of(layout: Layout, folder: Path) -> Needs:
         gradient_checkpointing=True,
     )
     served = replace(config, engine=EngineConfig(name="vllm", servers=layout.servers or 1))
-    return Needs(served if layout.servers else config, layout.trainers)
+    return ResourceEstimate(served if layout.servers else config, layout.trainers)
 
 
-def seconds_of(layout: Layout, needs: Needs) -> tuple[float, float]:
+def seconds_of(layout: Layout, needs: ResourceEstimate) -> tuple[float, float]:
     """Of the roofline, a step: rollout, update."""
     card = CARDS[layout.card]
     samplers = layout.servers * layout.parallel or layout.trainers

@@ -25,7 +25,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker must know to write the very shards that the launcher asks for."""
+    """All that a worker must know to write the very shards that the launcher asks for."""
 
     folder: str
     corpus: str

@@ -61,10 +61,9 @@ def launch(config: TrainConfig) -> None:
 
 
 def _check(config: TrainConfig) -> None:
-    """What would not go together."""
+    """Raise ConfigError where settings do not go together."""
     served = not (config.ray.retrievers and config.retriever.startswith(("http://", "https://")))
     require(served, "ray.retrievers", config.ray.retrievers, "0 where retriever is served already")
-    require(config.ray.places is None, "ray.places", config.ray.places, "none without a launcher")
     require(config.engine.devices is None, "engine.devices", config.engine.devices, "none with --ray")
     if config.engine.servers_to_start:
         check_engine(config.engine)
@@ -151,7 +150,7 @@ class _Launch:
             "weights": weights if self.layout.engines else engine.sync_folder,
         }
         write_json(self.folder / "places.json", places)
-        told = replace(self.config, resume=False, ray=RayConfig(places=str(self.folder / "places.json")))
+        told = replace(self.config, resume=False, ray=RayConfig())
         atomic_write(self.folder / "train.yaml", yaml.safe_dump(asdict(told), sort_keys=False))
         ours = os.pathsep.join([OURS["PYTHONPATH"], *map(str, folders())])  # the user's modules, too
         hosts = [trainer.settle() for trainer in self.layout.trainers]
@@ -160,7 +159,7 @@ class _Launch:
                 **{"RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0"},
                 **{"MASTER_ADDR": hosts[0][0], "MASTER_PORT": str(hosts[0][1]), "PYTHONPATH": ours},
             }
-            command = ["-P", "-m", "scripts", "train", "--config", str(self.folder / "train.yaml")]
+            command = ["-P", "-m", "scripts.on_ray.trainer", "--config", str(self.folder / "train.yaml")]
             trainer.start([PYTHON, *command], environment)
 
     def _watch_trainers(self) -> None:
@@ -212,7 +211,7 @@ def _at_once(act: Callable[[Any], None], members: Sequence[Member]) -> None:
 
 
 def _urls(services: Sequence[Service]) -> str:
-    """Of those that are not given up."""
+    """Return the URLs of those that are not given up."""
     return ",".join(service.url for service in services if not service.given_up)
 
 

@@ -16,7 +16,7 @@ from data.errors import ConfigError
 from data.run_dir import RunDir
 from data.settings import LoraConfig
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.estimate import Needs, estimate_text, peak, seen
+from rl.estimate import ResourceEstimate, estimate_text, peak, recent_steps
 from rl.learner.critic import Critic
 from rl.learner.lora import add_lora
 from rl.learner.optimizer import Optimizer
@@ -40,12 +40,12 @@ def configure(folder, **changes):
 
 
 def memory(config, world_size=1, longest=100):
-    phases = Needs(config, world_size).memory(longest)
+    phases = ResourceEstimate(config, world_size).memory(longest)
     return {name: size for parts in phases.values() for name, size in parts.items()}
 
 
 def seconds(config, fed=1.0, written=40):
-    return Needs(config).seconds((written, 100, fed), RATES)
+    return ResourceEstimate(config).seconds((written, 100, fed), RATES)
 
 
 def kept_by_autograd(model, forward):
@@ -80,7 +80,7 @@ def test_weights_optimiser_and_checkpoint_are_of_the_size_of_the_real_ones(folde
     assert (parts["policy weights"], parts.get("adapters", 0)) == (plain, adapters)
     assert parts["AdamW moments"] + parts.get("float32 copies of trained weights", 0) == state
     one = plain + adapters + state
-    assert Needs(config).disk() == {"2 checkpoints": 2 * one, "another while it is written": one}
+    assert ResourceEstimate(config).disk() == {"2 checkpoints": 2 * one, "another while it is written": one}
 
 
 def test_a_critic_is_of_the_size_of_the_real_one_and_only_gae_has_it(folder):
@@ -116,12 +116,15 @@ def test_activations_are_what_autograd_keeps_of_a_packed_micro_batch(tmp_path, k
         trunk(input_ids=ids, use_cache=False, **packed_arguments(trunk, [100, 300]))
 
     with_gradients = kept_by_autograd(model, forward) * 3 / 2  # of one of its two layers
-    assert Needs(configure(tmp_path)).activation_bytes() * 400 == pytest.approx(with_gradients, rel=0.1)
+    assert ResourceEstimate(configure(tmp_path)).activation_bytes() * 400 == pytest.approx(
+        with_gradients, rel=0.1
+    )
 
 
 def test_checkpointed_activations_are_the_inputs_of_the_layers_and_two_layers_of_activations(folder):
     once, again = (
-        Needs(configure(folder, gradient_checkpointing=on)).activation_bytes() for on in (False, True)
+        ResourceEstimate(configure(folder, gradient_checkpointing=on)).activation_bytes()
+        for on in (False, True)
     )
     assert again == pytest.approx(2 * 32 * 4 + once * 2 / 3)
 
@@ -146,7 +149,7 @@ def test_servers_hold_the_cache_and_a_copy_that_the_trainer_then_has_not(folder)
     assert memory(by_nccl, 4, 300)[handed_over] == own[handed_over]
     cache = RowCache(tiny_model("qwen2", VOCABULARY), max_rows=6)
     cache.reserve(6, 512)
-    server = Needs(served, 4).server_memory(513)
+    server = ResourceEstimate(served, 4).server_memory(513)
     assert list(server.values()) == [own["the engine's own weights"], cache.storage.nbytes]
     text = estimate_text(served, SEARCH_R1, world_size=4)
     assert "Memory of each vLLM server" in text and "KV cache of 6 rows of 4,096" in text
@@ -166,7 +169,7 @@ def test_the_peak_counts_phases_that_exclude_each_other_once():
     ],
 )
 def test_a_trajectory_is_as_long_as_its_tightest_limit_allows(folder, limits, written, total):
-    assert Needs(configure(folder)).longest(replace(SEARCH_R1, **limits)) == (written, total, 1.0)
+    assert ResourceEstimate(configure(folder)).longest(replace(SEARCH_R1, **limits)) == (written, total, 1.0)
 
 
 def test_seconds_are_the_flops_that_torch_counts_over_the_rate(folder):
@@ -175,7 +178,7 @@ def test_seconds_are_the_flops_that_torch_counts_over_the_rate(folder):
         ids = torch.zeros(2, tokens, dtype=torch.long)
         model(input_ids=ids, use_cache=False).logits.sum().backward()
     config = configure(folder, rollout=RolloutConfig(1, 2))
-    parts = Needs(config).seconds((tokens, tokens, 1.0), RATES)  # all of them written
+    parts = ResourceEstimate(config).seconds((tokens, tokens, 1.0), RATES)  # all of them written
     assert parts["update of the policy"] * 1e9 == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert parts["writing"] * 1e8 == pytest.approx(counter.get_total_flops() / 3, rel=0.15)
 
@@ -204,7 +207,7 @@ def test_only_what_has_something_to_learn_from_is_fed_unless_a_kl_term_wants_all
 
 def test_a_run_that_has_begun_tells_its_lengths_and_seconds(folder, tmp_path):
     config = configure(folder, out=str(tmp_path / "run"))
-    assert seen(config.out) is None
+    assert recent_steps(config.out) is None
     text = estimate_text(config, SEARCH_R1)
     assert "a step, if so long, at least" in text and "(at most, by the limits of protocol search_r1)" in text
     with RunDir(config.out, {}) as run:
@@ -212,7 +215,7 @@ def test_a_run_that_has_begun_tells_its_lengths_and_seconds(folder, tmp_path):
             lengths = {"rollout/policy_tokens": 40 + step, "rollout/total_tokens": 200}
             run.log(step, {**lengths, "rollout/zero_variance_groups": flat, "time/step_seconds": taken})
             run.log(step, {"dev/em": 0.1})
-    assert seen(config.out) == ((42, 200, pytest.approx(0.4)), 8, "as in steps 1 to 3")
+    assert recent_steps(config.out) == ((42, 200, pytest.approx(0.4)), 8, "as in steps 1 to 3")
     text = estimate_text(config, SEARCH_R1)
     assert re.search(r"a step, measured +8\.00 s\n  all 100 steps +0\.22 h", text)
 
@@ -232,7 +235,7 @@ def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
 
 def test_the_table_names_every_part_and_nothing_is_written(folder):
     config = configure(folder, algorithm=AlgorithmConfig(advantage="gae", kl_coefficient=0.1), steps=7)
-    text, needs = estimate_text(config, SEARCH_R1, world_size=2), Needs(config, 2)
+    text, needs = estimate_text(config, SEARCH_R1, world_size=2), ResourceEstimate(config, 2)
     for name in [*memory(config, 2, 4096), *needs.disk(), *seconds(config)]:
         assert name in text
     assert "Memory of each of 2 (torch.float32, cpu)" in text and "all 7 steps" in text
@@ -247,4 +250,4 @@ def test_more_than_there_is_is_marked(folder):
 
 def test_a_policy_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^policy = '.*': its config.json cannot be read: "):
-        Needs(configure(tmp_path))
+        ResourceEstimate(configure(tmp_path))

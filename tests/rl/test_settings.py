@@ -217,7 +217,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
     RolloutConfig: {
         HERE: "max_rows retriever_deadline_seconds",
         "test_collecting.py": "questions_per_step group_size max_failed_share max_staleness",
-        "test_learning.py": "temperature top_p top_k renormalise_logprobs",
+        "learner/test_learning.py": "temperature top_p top_k renormalise_logprobs",
         "test_asynchrony.py": "deadline_seconds",
     },
     ProtocolConfig: {
@@ -229,15 +229,15 @@ SHOWN_IN: dict[type, dict[str, str]] = {
         "min_valid_share max_correct_logprob_fall max_grad_norm_ratio max_sampler_difference",
         "test_trainer.py": "max_roll_backs",
     },
-    LoraConfig: {"test_lora.py": "rank alpha target_modules", "test_trainer.py": "dropout"},
+    LoraConfig: {"learner/test_lora.py": "rank alpha target_modules", "test_trainer.py": "dropout"},
     TrainConfig: {
         HERE: "steps save_every eval_every eval_limit keep_checkpoints keep_rollouts_every split dev_split "
         "normalizer micro_batch_tokens packing seed rewards deterministic dtype rollout protocol",
-        "test_learning.py": "algorithm mask_observations",
+        "learner/test_learning.py": "algorithm mask_observations",
         "test_trainer.py": "gradient_checkpointing resume sentinel lora dev_questions",
         "test_config.py": "preset policy questions retriever out device",
         "test_estimate.py": "sharding",
-        "test_judge.py": "judge",
+        "algorithm/test_judge.py": "judge",
         "test_weight_sync.py": "engine",
         "../scripts/test_train.py": "wandb dry_run",
         "../scripts/test_train_on_ray.py": "ray",

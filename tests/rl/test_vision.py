@@ -16,7 +16,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.run_dir import read_metrics
 from rl.config import RolloutConfig, TrainConfig
-from rl.estimate import Needs
+from rl.estimate import ResourceEstimate
 from rl.learner.batch import micro_batches
 from rl.learner.critic import Critic
 from rl.learner.learner import Learner
@@ -178,6 +178,6 @@ def test_a_policy_with_eyes_is_trained_by_the_same_command(tmp_path, monkeypatch
 def test_a_dry_run_counts_a_policy_with_eyes(tmp_path):
     policy = seeing_policy(tmp_path)
     config = TrainConfig(policy=str(tmp_path), questions="q", retriever="r", out="o", device="cpu")
-    needs = Needs(config)
+    needs = ResourceEstimate(config)
     assert needs.whole == policy.model.num_parameters()
     assert needs.activation_bytes() > 0
