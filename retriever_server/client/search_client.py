@@ -22,7 +22,7 @@ from data.errors import (
     SleuthError,
 )
 from data.records import Hit, Item, Passage
-from retriever_server.client.wire import carried
+from retriever_server.client.wire import with_image_bytes
 from retriever_server.retriever import Outcome, Query, Retriever, text_in
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class SearchClient:
             raise ConfigError(f"k = {k}: must be >= 1")
         _check_unicode(text_in(query))
         if isinstance(query, Item) and self.waits:
-            query = await asyncio.to_thread(carried, query)
+            query = await asyncio.to_thread(with_image_bytes, query)
         loop = asyncio.get_running_loop()
         state = self._loops.setdefault(loop, _LoopState())
         waiter: asyncio.Future[list[Hit]] = loop.create_future()

@@ -78,7 +78,7 @@ def parse_hits(body: Any, url: str = "") -> list[list[Hit]]:
 
 
 def render_search(queries: Sequence[Input], k: int, where: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The JSON body that asks `/v1/search`; images must be bytes (`carried`)."""
+    """The JSON body that asks `/v1/search`; images must be bytes (`with_image_bytes`)."""
     body = {"queries": [_render_query(query) for query in queries], "top_k": k}
     return body if where is None else {**body, "where": where}
 
@@ -96,7 +96,7 @@ def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError
         raise DataError(f"no answer of /v1/search ({error!r})") from error
 
 
-def carried(query: Input) -> Input:
+def with_image_bytes(query: Input) -> Input:
     """The query with the bytes of its image in it, read here: what can travel. DataError naming the file."""
     if isinstance(query, str):
         return query

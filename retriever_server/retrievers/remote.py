@@ -12,7 +12,7 @@ from data.records import Hit, Passage
 from data.secret import read_secret
 from retriever_server.client.bridge import Bridge
 from retriever_server.client.replicas import open_http
-from retriever_server.client.wire import carried
+from retriever_server.client.wire import with_image_bytes
 from retriever_server.retriever import Filter, Outcome, Query, Retriever
 
 _STALE_SECONDS = 1.0
@@ -79,7 +79,7 @@ class Remote(Retriever):
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
         http = self._http if where is None else self._http.filtered(where)
-        asked = [carried(query) for query in queries]
+        asked = [with_image_bytes(query) for query in queries]
         outcomes = self._bridge.run(http.ask(asked, k)) if queries else []
         if failure := next((each for each in outcomes if isinstance(each, RetrieverError)), None):
             raise failure

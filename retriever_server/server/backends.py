@@ -89,7 +89,7 @@ class HotSwappable:
         return self.current.generation
 
     def reload(self) -> bool:
-        """Open what lies there now and let it answer; whether it was another generation.
+        """Open what lies there now and let it answer; return whether it was another generation.
 
         Takes as long as opening and one search. Raises what they raise; the old one then goes on.
         """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from data.errors import (
     ConfigError,
@@ -27,6 +27,9 @@ from data.errors import (
     SleuthError,
 )
 from data.records import Item
+
+if TYPE_CHECKING:
+    from retriever_server.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -72,25 +75,17 @@ class Overloaded(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class Observer(Protocol):
-    """Is told what the batcher does."""
-
-    def note_batch(self, size: int, failed: int, seconds: float, waiting: int) -> None:
-        """A batch of `size` different items took `seconds`; `failed` failed, `waiting` are left."""
-        ...
-
-
 _QUEUED_OF_ONE = 128
 """The most items of one request in the queue, or two batches if that is more."""
 _WAITED_SHARE = 0.2
-"""Of what a batch takes: clients that were answered together come back together, but not at once."""
+"""A share of the time of a batch: clients that were answered together come back together, but not at once."""
 
 
 class Batcher:
     """Puts items with the same key into batches. For one event loop at a time."""
 
-    def __init__(self, settings: Batching, observer: Observer | None = None) -> None:
-        self.settings, self._observer = settings, observer
+    def __init__(self, settings: Batching, metrics: Metrics | None = None) -> None:
+        self.settings, self._metrics = settings, metrics
         self.waiting = 0
         """Items that are not yet being worked on."""
         self._groups: dict[Hashable, deque[_Entry]] = {}
@@ -101,7 +96,7 @@ class Batcher:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, key: Hashable, work: Work, items: Sequence[Hashable]) -> list[Any]:
-        """For each item its result, or the exception it met.
+        """Return the result of each item, or the exception that it met.
 
         Items of one `key` may be worked on together, by the `work` of any of them. Raises Overloaded.
         Being cancelled takes those out that still wait.
@@ -125,7 +120,7 @@ class Batcher:
 
     @property
     def longest_seconds(self) -> float:
-        """How long the oldest batch has been worked on."""
+        """Seconds since the oldest batch was begun."""
         return time.perf_counter() - min(self._begun.values()) if self._begun else 0.0
 
     async def close(self) -> None:
@@ -170,7 +165,7 @@ class Batcher:
                     _log.exception("a batch was given up")
 
     async def _wait_for_others(self) -> None:
-        """Until the batch is full, nobody came for `window_seconds`, or a share of a batch's time is over."""
+        """Wait until the batch is full, nobody came for `window_seconds`, or a share of its time is over."""
         window = self.settings.window_seconds
         end = time.perf_counter() + max(window, _WAITED_SHARE * self._seconds_per_batch)
         self._full.clear()
@@ -184,7 +179,7 @@ class Batcher:
                 pass
 
     def _take(self) -> list[_Entry]:
-        """The next batch: the oldest items of the key that has waited longest; without the abandoned."""
+        """Return the next batch: the oldest wanted items of the key that has waited longest."""
         if not self._groups:
             return []
         key = next(iter(self._groups))
@@ -215,9 +210,9 @@ class Batcher:
         seconds = time.perf_counter() - start
         self._seconds_per_item += 0.2 * (seconds / len(items) - self._seconds_per_item)
         self._seconds_per_batch += 0.2 * (seconds - self._seconds_per_batch)
-        if self._observer:
+        if self._metrics:
             failed = sum(isinstance(outcome, Exception) for outcome in outcomes)
-            self._observer.note_batch(len(items), failed, seconds, self.waiting)
+            self._metrics.note_batch(len(items), failed, seconds, self.waiting)
 
     def _retry_after(self) -> int:
         expected = self.waiting * self._seconds_per_item / self.settings.threads
@@ -225,7 +220,7 @@ class Batcher:
 
 
 def run_isolated(work: Work, items: list[Any]) -> list[Any]:
-    """For each item its result or its exception: a failed batch is halved until the bad one is alone."""
+    """Return the result or exception of each item: a failed batch is halved until the bad one is alone."""
     try:
         results = list(work(items))
         if len(results) != len(items):
@@ -263,7 +258,7 @@ class _Job:
             self.future.set_result(self._outcomes)
 
     def give_up(self, error: Exception) -> None:
-        """Let what has no outcome yet have this one."""
+        """Settle all items that have no outcome with this error."""
         if not self.future.done():
             self.future.set_result([error if each is None else each for each in self._outcomes])
 

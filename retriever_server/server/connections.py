@@ -121,7 +121,7 @@ def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
 
 
 def raise_open_files() -> int:
-    """Allow this process, and those it starts, as many open files as the system lets it; how many."""
+    """Allow this process and its children as many open files as the system does; return how many."""
     try:
         import resource
     except ImportError:  # Windows
@@ -136,7 +136,7 @@ def raise_open_files() -> int:
 
 
 def connections_for(open_files: int) -> int:
-    """How many connections leave room for the files of another generation beside this one."""
+    """Return how many connections leave room for the files of another generation beside this one."""
     try:
         held = len(os.listdir("/proc/self/fd"))
     except OSError:
@@ -145,14 +145,14 @@ def connections_for(open_files: int) -> int:
 
 
 class Bounds:
-    """What the connections of one process may do; it tells the log what became of those that did more."""
+    """Limits of the connections of one process; tells the log how many were closed, and why."""
 
     def __init__(self, most: int, stall_seconds: float) -> None:
         self.most, self.stall_seconds = most, stall_seconds
         self._closed: Counter[str] = Counter()
 
     def note(self, loop: asyncio.AbstractEventLoop, why: str) -> None:
-        """A connection was closed; the log is told within seconds, of all at once."""
+        """Count a closed connection; the log is told within seconds, of all at once."""
         if not self._closed:
             loop.call_later(_TOLD_EVERY_SECONDS, self._tell)
         self._closed[why] += 1
@@ -171,7 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds = bounds
         self._refused, self._received, self._head = False, 0, 0
         self._seen: tuple[str, Any] = ("", None)
-        """What it did when it was last looked at, and in which request."""
+        """What the client did at the last look, and in which request."""
         self._since, self._moved = 0.0, 0
         """Since when it does that, or moves too slowly, and how far it had come then."""
         self._looking: asyncio.TimerHandle | None = None
@@ -211,7 +211,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._answer(b"431 Request Header Fields Too Large", b"the head of the request is too large")
 
     def _doing(self) -> str:
-        """What the client does now: send a head or a body, take an answer; "" where it has nothing to do."""
+        """Return what the client does now: send a head or a body, take an answer; "" for nothing."""
         if self.transport.get_write_buffer_size():
             return "answer"
         if self.cycle is None or self.cycle.response_complete:

@@ -78,7 +78,7 @@ _PATHS = re.compile(r"https?://\S+|(?:[\w.~%-]*/)+[\w.~%#=-]*")
 
 
 def add_error_replies(app: FastAPI) -> None:
-    """Have all errors answered as {"detail": reason}."""
+    """Register the answer {"detail": reason} for all errors."""
     for kind in (
         *(DataError, ConfigError, RetrieverError, CorpusChanged, QueryFailed, Overloaded, TimeoutError),
         *(RequestValidationError, HTTPException, ClientGone, ClientDisconnect, Exception),

@@ -33,7 +33,7 @@ THUMBNAIL_SIDES = (16, 2048)
 _KEPT_BYTES = 64 << 20
 _DECODING = Batching(max_batch=1, window_seconds=0, threads=2, max_waiting=1024)
 _IMAGES_OF_MOST_PIXELS = 2
-"""What all images of a request may have together."""
+"""The most pixels of all images of a request together, in images of the most pixels."""
 _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 _NOT_SAID = ("", "application/octet-stream")
 
@@ -89,7 +89,7 @@ class ImageReader:
         return made
 
     async def thumbnail(self, lease: RetrieverLease, passage_id: str, side: int) -> bytes | None:
-        """A JPEG of the image of this passage, at most `side` wide and high; None where none can be shown.
+        """Return a JPEG of the image of this passage, at most `side` wide and high; None without one.
 
         Raises DataError for a wrong side, a RetrieverError where another server does not answer.
         """
@@ -126,20 +126,20 @@ class ImageReader:
 
 
 def _measured(coded: str, limits: ImageLimits) -> tuple[bytes, int]:
-    """The bytes of an image and its number of pixels, nothing decoded; DataError where it is none."""
+    """Return the bytes of an image and its number of pixels, nothing decoded; DataError where it is none."""
     content = _decoded(coded, limits.max_bytes)
     width, height = image_size(content, limits)
     return content, width * height
 
 
 def _decoded_once(content: bytes, limits: ImageLimits) -> bytes:
-    """The bytes of what can be decoded; DataError where it cannot."""
+    """Return the bytes if they can be decoded; DataError where they cannot."""
     check_image(content, limits)
     return content
 
 
 def _decoded(coded: str, max_bytes: int) -> bytes:
-    """The bytes in base64 or in a data: URL that says it is an image."""
+    """Return the bytes in base64 or in a data: URL that says it is an image."""
     if url := _DATA_URL.match(coded):
         kind = url[1].strip().lower()
         if not kind.startswith("image/") and kind not in _NOT_SAID:

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus. Several workers add up where `share_metrics` was called before."""
+"""Metrics for Prometheus. Those of several workers add up where `share_metrics` was called before."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def share_metrics() -> tempfile.TemporaryDirectory[str]:
-    """A folder through which this process's children add up their numbers; call it before they start."""
+    """Return a folder in which child processes add up their numbers; call it before they start."""
     folder = tempfile.TemporaryDirectory(prefix="sleuth-metrics-")
     os.environ[_FOLDER] = folder.name
     return folder
 
 
 def forget_process(pid: int) -> None:
-    """Leave the gauges of a dead process out from now on."""
+    """Drop the gauges of a dead process."""
     for path in Path(os.environ[_FOLDER]).glob(f"gauge_live*_{pid}.db"):
         path.unlink(missing_ok=True)
 
@@ -55,19 +55,19 @@ class Metrics:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="livesum")
 
     def note_request(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self.requests.labels(route, str(status)).inc()
         self.request_seconds.labels(route).observe(seconds)
 
     def note_batch(self, size: int, failed: int, seconds: float, waiting: int) -> None:
-        """A batch was searched; `waiting` queries wait for the next."""
+        """Count a searched batch; `waiting` queries wait for the next."""
         self.waiting.set(waiting)
         self.batch_queries.observe(size)
         self.search_seconds.observe(seconds)
         self.failed_queries.inc(failed)
 
     def note_backend(self, name: str, generation: str, description: Mapping[str, Any]) -> None:
-        """What a backend says of itself."""
+        """Note what a backend says of itself."""
         before = self._serving.get(name, generation)
         self.generation.labels(name, before).set(0)
         self.generation.labels(name, generation).set(1)
@@ -77,7 +77,7 @@ class Metrics:
         self.partial.labels(name).set(_total(description, "partial_searches"))
 
     def render(self) -> bytes:
-        """The text format of Prometheus."""
+        """Return the text format of Prometheus."""
         registry = self._registry
         if _FOLDER in os.environ:
             registry = CollectorRegistry()
@@ -86,7 +86,7 @@ class Metrics:
 
 
 def _total(description: Any, name: str) -> int:
-    """The sum of all counts of this name in what a retriever says of itself, however deep."""
+    """Return the sum of all counts of this name in a retriever's description, however deep."""
     if isinstance(description, list):
         return sum(_total(part, name) for part in description)
     if not isinstance(description, Mapping):

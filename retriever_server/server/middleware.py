@@ -46,7 +46,7 @@ class Access:
     """
 
     def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
-        """The status and the reason with which a request is refused; None for one that is welcome."""
+        """Return the status and the reason with which a request is refused; None if it may pass."""
         if path.startswith("/admin/"):
             return self._administration(headers)
         if self.token is None:
@@ -83,13 +83,13 @@ def _carries(headers: Mapping[bytes, bytes], *tokens: str | None) -> bool:
 
 
 def _name_in(host: str) -> str:
-    """The name in a Host header.   "LocalHost.:8000" -> "localhost"; "[::1]:8000" -> "::1" """
+    """Return the name in a Host header.   "LocalHost.:8000" -> "localhost"; "[::1]:8000" -> "::1" """
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.strip().lower().rstrip(".")
 
 
 def _is_own(name: str) -> bool:
-    """An address, or a name that every machine gives itself alone."""
+    """Whether it is an address, or a name that every machine gives itself alone."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return name == "localhost" or name.endswith(".localhost")

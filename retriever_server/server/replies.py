@@ -30,7 +30,7 @@ class JsonReply(Response):
 
 
 def _render(content: Any) -> str:
-    """JSON, written in pieces: between them other threads have their turn."""
+    """Write JSON in pieces: between them other threads have their turn."""
     if isinstance(content, dict):
         fields = (f"{json.dumps(name)}: {_render(value)}" for name, value in content.items())
         return f"{{{', '.join(fields)}}}"

@@ -75,7 +75,7 @@ class SearchService:
 
     @property
     def unready(self) -> str:
-        """The reason why no new client should come now; "" if it may."""
+        """The reason why no new client should come now, or ""."""
         if self.stopping:
             return "the server is stopping"
         waiting = self.batcher.waiting
@@ -84,7 +84,7 @@ class SearchService:
 
     @property
     def hanging(self) -> str:
-        """How long a search has not ended that should have; "" if none hangs."""
+        """The report of a search that hangs, or ""."""
         seconds = self.batcher.longest_seconds
         hangs = seconds > self.batcher.settings.hang_seconds
         return f"a search has been under way for {seconds:.0f} s" if hangs else ""
@@ -254,7 +254,7 @@ class Caller:
                 each.cancel()
 
     def _seconds(self, asked: float | None) -> float:
-        """The body's wish, else the header's; DataError where that is no number of seconds."""
+        """Return the deadline of the body, else of the header; DataError where that is none."""
         if asked is not None or self._deadline is None:
             return math.inf if asked is None else asked
         try:

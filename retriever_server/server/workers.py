@@ -33,27 +33,27 @@ class WorkersFailed(SleuthError):
 
 
 class Pulse:
-    """How a worker tells the process that minds it that it is well, or why it cannot be."""
+    """Reports of a worker to the process that watches it: that it is well, or why it cannot serve."""
 
     def __init__(self, context: Any) -> None:
         self._beat = context.Value("d", 0.0, lock=False)  # nobody waits for the other
         self._heard, self._said = context.Pipe(duplex=False)
 
     def beat(self) -> None:
-        """It serves, and is well."""
+        """Report that this worker is well."""
         self._beat.value = time.monotonic()
 
     def complain(self, reason: str) -> None:
-        """It cannot serve."""
+        """Report why this worker cannot serve."""
         self._said.send(reason)
 
     @property
     def last(self) -> float:
-        """When it was last well, 0 before it serves."""
+        """Time of the last beat, 0 before the first."""
         return self._beat.value
 
     def complaint(self) -> str:
-        """What it said, or ""."""
+        """Return the report of why it cannot serve, or ""."""
         return self._heard.recv() if self._heard.poll() else ""
 
 
@@ -94,7 +94,7 @@ class _Worker:
         return time.monotonic() - (self.pulse.last or self.begun)
 
     def how_it_ended(self) -> str:
-        """In words, once it has."""
+        """Say how its process ended."""
         code = self.process.exitcode
         return self.pulse.complaint() or (
             f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -157,7 +157,7 @@ class Workers:
         multiprocessing.connection.wait([each.process.sentinel for each in self._workers], _LOOK_SECONDS)
 
     def _wait_until_all_serve(self) -> bool:
-        """False where it is told to stop before."""
+        """Return False if it is told to stop before."""
         while not self._stopping.is_set():
             self._wait()
             for worker in self._workers:

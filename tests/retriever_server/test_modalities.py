@@ -13,7 +13,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
 from data.records import Item, Passage
-from retriever_server.client.wire import carried
+from retriever_server.client.wire import with_image_bytes
 from retriever_server.encoders.image_inputs import kind_of
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.encoders.spec import EncodingSpec
@@ -152,7 +152,7 @@ def test_items_and_specs_name_their_modality(audio):
     with pytest.raises(DataError, match="bm25: reads text only, a query with audio was given"):
         texts_of([item], "bm25")
     with pytest.raises(DataError, match="a query of audio: a server is asked with texts and images"):
-        carried(item)
+        with_image_bytes(item)
 
 
 def test_what_nobody_registered_is_refused_by_name(audio, sounds, monkeypatch):

@@ -30,7 +30,7 @@ async def page() -> Response:
 @router.get("/healthz")
 @router.get("/health", include_in_schema=False)
 async def healthz(service: ServiceOf) -> dict[str, str]:
-    """Answer: the process lives."""
+    """Say that the process lives."""
     return {"status": "ok", "generation": service.backend().generation}
 
 
