@@ -90,3 +90,8 @@ def require_range(config: object, group: str, allowed: str, *names: str) -> None
 def reason_of(error: BaseException) -> str:
     """Return what went wrong, without the name of the file: the text of a system's error, else its own."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of a library says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

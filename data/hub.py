@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from data.errors import ConfigError
+from data.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ def _ask_hub(name: str, kind: str) -> str:
     if isinstance(answers[0], RepositoryNotFoundError):
         return f"the hub has no such {kind}"
     if isinstance(answers[0], HfHubHTTPError):
-        return f"the hub refuses it ({_first_line(answers[0])})"
-    _go_offline(f"the hub cannot be reached ({_first_line(answers[0])})")
+        return f"the hub refuses it ({first_line(answers[0])})"
+    _go_offline(f"the hub cannot be reached ({first_line(answers[0])})")
     return _offline[0]
 
 
@@ -152,7 +152,7 @@ def _bound_retries() -> None:
             except Exception as error:
                 unreachable = type(error).__name__ in ("ConnectError", "ConnectTimeout")
                 if unreachable and not reached and request.url.host == urlsplit(constants.ENDPOINT).hostname:
-                    _go_offline(f"the hub cannot be reached ({_first_line(error)})")
+                    _go_offline(f"the hub cannot be reached ({first_line(error)})")
                 raise
             reached = True
             return response
@@ -162,10 +162,6 @@ def _bound_retries() -> None:
 
     set_client_factory(client)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of every retry
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _hint(name: str, known: Iterable[str] = ()) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from data.atomic import atomic_write
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.formats.documents import find_files
 from data.images import read_pdf
 from data.records import Passage
 from data.text import name_of
@@ -53,7 +54,9 @@ def find_pages(
     source = Path(source)
     if source.suffix == ".jsonl":
         return Corpus(source), 0
-    files, root = _files(source, Path(passed_over or scratch))
+    if source.is_file() and source.suffix.lower() not in ENDS:
+        raise ConfigError(f"source = {source}: must end in .jsonl, {', '.join(ENDS)}")
+    files, root = find_files(source, ENDS, Path(passed_over or scratch))
     passages: list[Passage] = []
     skipped = 0
     for path in progress(files, len(files)) if progress else files:
@@ -138,19 +141,3 @@ def _printed(path: Path, folder: Path) -> bytes:
 
 def _undated(found: re.Match[bytes]) -> bytes:
     return found[0].replace(found[1], re.sub(rb"\d", b"0", found[1]))  # of the same length: PDFs count bytes
-
-
-def _files(source: Path, passed_over: Path) -> tuple[list[Path], Path]:
-    """The files at `source`, sorted, and the folder that their names start from."""
-    if not source.exists():
-        raise ConfigError(f"source = {source}: no such file or folder")
-    if source.is_file():
-        if source.suffix.lower() not in ENDS:
-            raise ConfigError(f"source = {source}: must end in .jsonl, {', '.join(ENDS)}")
-        return [source], source.parent
-    none_of_it = passed_over.resolve()
-    found = (path for path in source.rglob("*") if path.suffix.lower() in ENDS and path.is_file())
-    files = sorted(path for path in found if none_of_it not in path.resolve().parents)
-    if not files:
-        raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ENDS)}")
-    return files, source

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.answers import NORMALIZERS
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, first_line
 from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import extra_of, gold_answers, question_text
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
@@ -114,7 +114,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:
     try:
         found = datasets.load_dataset_builder(str(path)).config.data_files or {}
     except Exception as error:  # it raises of every kind
-        raise DataError(f"{path}: `datasets` finds no data in this folder ({_first_line(error)})") from error
+        raise DataError(f"{path}: `datasets` finds no data in this folder ({first_line(error)})") from error
     files = {str(name): [Path(file) for file in files] for name, files in found.items()}
     chosen = _choose(str(path), split, list(files))
     rows = (row for file in files[chosen] for row in _rows_of(file))
@@ -134,7 +134,7 @@ def _read_hub(name: str, split: str | None) -> Iterator[_Row]:
         splits = datasets.load_dataset(where, config)
     except Exception as error:  # it raises of every kind: offline, not found, no such config, malformed
         needs = "this needs the network, or a local .jsonl, .json or .parquet file"
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise DataError(f"{name}: no file here, and not had from the hub ({reason}); {needs}") from error
     assert isinstance(splits, Mapping), "load_dataset without a split gives all of them"
     chosen = _choose(name, split, list(map(str, splits)))
@@ -148,10 +148,6 @@ def _choose(name: str, split: str | None, there: Sequence[str]) -> str:
     if chosen not in there:
         raise ConfigError(f"{name}: split = {split!r}: must be one of {', '.join(there)}")
     return chosen
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def _unique_ids(rows: Sequence[_Row]) -> Iterator[str]:

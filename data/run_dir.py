@@ -28,7 +28,7 @@ from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from data.lock import lock
 from data.records import FORMAT_VERSION
-from data.trackers import NullTracker, Tracker
+from data.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class RunDir:
         process is writing the run.
         """
         self.path = Path(path)
-        self.tracker: Tracker = NullTracker()
+        self.tracker = Tracker()
         self._on_log = on_log
         self._defaults = json.loads(json.dumps(defaults or {}, default=str))
         plain = json.loads(json.dumps(config, default=str))  # as it will be read back

@@ -5,36 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.request import getproxies
 
-from data.errors import ConfigError
+from data.errors import ConfigError, first_line
 from data.listening import why_silent
 
 _OFFLINE = "--wandb.mode offline keeps the run on this disk"
 _INIT_SECONDS = 30
 
 
-class Tracker(Protocol):
-    """Receives every metric of a run."""
+class Tracker:
+    """Receiver of a run's numbers; this one, of runs that asked for none, forgets them."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one step."""
-        ...
 
     def close(self) -> None:
         """Send what is pending; nothing is logged afterwards."""
-        ...
-
-
-class NullTracker:
-    """Sends nothing anywhere: the tracker of runs that asked for none."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Forget the metrics."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def check_wandb(mode: Literal["online", "offline"]) -> None:
@@ -51,12 +39,12 @@ def check_wandb(mode: Literal["online", "offline"]) -> None:
         silent = "prompt" in inspect.signature(wandb.login).parameters  # else of before it could be told
         logged_in = wandb.login(prompt=False) if silent else wandb.api.api_key
     except Error as error:
-        raise ConfigError(f"wandb: {_first_line(error)}; {_OFFLINE}") from error
+        raise ConfigError(f"wandb: {first_line(error)}; {_OFFLINE}") from error
     if not logged_in:
         raise ConfigError(f"wandb: not logged in to {url}: `wandb login` does it once; {_OFFLINE}")
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Logs to Weights & Biases; `mode="offline"` writes under `directory`/wandb and needs no network.
 
     A resumed run goes back in steps, which wandb's own counter refuses: `step` is therefore a metric,
@@ -87,7 +75,7 @@ class WandbTracker:
                 settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS),
             )
         except Error as error:
-            raise ConfigError(f"wandb: {_first_line(error)}; {_OFFLINE}") from error
+            raise ConfigError(f"wandb: {first_line(error)}; {_OFFLINE}") from error
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -97,7 +85,3 @@ class WandbTracker:
     def close(self) -> None:
         """Finish the wandb run."""
         self._run.finish()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,7 +36,7 @@ def main(
         on_error: What to do with a file that cannot be read: stop, or skip it and say so.
     """
     from data.formats.benchmarks import benchmark_passages, is_benchmark
-    from data.formats.documents import reason_without_text
+    from data.formats.documents import DUMPS, READERS, find_files, reason_without_text
     from data.jsonl import write_jsonl
 
     if is_benchmark(source):
@@ -45,7 +45,7 @@ def main(
         return
     if not 0 <= overlap < words:
         raise ConfigError(f"words = {words}, overlap = {overlap}: must be 0 <= overlap < words")
-    files, root = _files(Path(source))
+    files, root = find_files(Path(source), (*READERS, *DUMPS))
     counts = {"passages": 0, "skipped": 0}
     without: dict[str, list[Path]] = {}
 
@@ -85,21 +85,6 @@ def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) 
     passages = passages_of(path, root, words, overlap, open_file)
     # A file that breaks half-way gives nothing; a dump is too large to wait for its end.
     return passages if ".xml" in path.suffixes else iter(list(passages))
-
-
-def _files(source: Path) -> tuple[list[Path], Path]:
-    """The documents at `source`, sorted, and the folder that their names start from."""
-    from data.formats.documents import READERS
-
-    if not source.exists():
-        raise ConfigError(f"source = {source}: no such file or folder")
-    if source.is_file():
-        return [source], source.parent
-    ends = (*READERS, ".xml", ".xml.bz2", ".xml.gz")
-    files = sorted(p for p in source.rglob("*") if p.name.lower().endswith(ends) and p.is_file())
-    if not files:
-        raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ends)}")
-    return files, source
 
 
 def _with_bar(files: list[Path]) -> Iterator[tuple[Path, Callable[[Path], IO[bytes]]]]:

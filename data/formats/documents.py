@@ -70,10 +70,10 @@ def passages_of(
 def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:
     """The sections of a file, by the end of its name; DataError where they cannot be read."""
     read = READERS.get("".join(path.suffixes[-1:]).lower())
-    if path.name.endswith((".xml", ".xml.bz2", ".xml.gz")):
+    if path.name.endswith(DUMPS):
         read = partial(_wikipedia, open_file=open_file)
     if read is None:
-        raise DataError(f"{path}: must end in {', '.join([*READERS, '.xml, .xml.bz2, .xml.gz'])}")
+        raise DataError(f"{path}: must end in {', '.join([*READERS, *DUMPS])}")
     try:
         yield from read(path)
     except ConfigError:
@@ -85,6 +85,25 @@ def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) ->
         named = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         reason = getattr(error, "strerror", None) or named
         raise DataError(f"{path}: cannot be read: {reason}") from error
+
+
+def find_files(
+    source: Path, ends: tuple[str, ...], passed_over: Path | None = None
+) -> tuple[list[Path], Path]:
+    """Return the files at `source`, sorted, and the folder that their names start from.
+
+    ends: of the names of files that a folder is searched for, with all its subfolders. passed_over: a folder
+    in it that is left out. Raises ConfigError where nothing is there.
+    """
+    if not source.exists():
+        raise ConfigError(f"source = {source}: no such file or folder")
+    if source.is_file():
+        return [source], source.parent
+    found = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ends) and path.is_file())
+    files = [path for path in found if not (passed_over and passed_over.resolve() in path.resolve().parents)]
+    if not files:
+        raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ends)}")
+    return files, source
 
 
 def reason_without_text(path: Path) -> str:
@@ -208,4 +227,5 @@ def _unpacked(file: IO[bytes], suffix: str) -> IO[str]:
     return io.TextIOWrapper(unpack[suffix](file) if suffix in unpack else file, encoding="utf-8")
 
 
+DUMPS = (".xml", ".xml.bz2", ".xml.gz")
 READERS = {".txt": _text, ".md": _markdown, ".html": _html, ".htm": _html, ".pdf": _pdf}
