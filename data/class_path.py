@@ -81,7 +81,7 @@ class Reader:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self, node: Any, interface: tuple[type, ...], place: str) -> Plan:
-        """The call that a mapping describes; nothing is called. `place` begins its ConfigErrors."""
+        """Return the call that a mapping describes; nothing is called. `place` begins its ConfigErrors."""
         name, arguments = parts_of(node, place)
         make = self.find(name, f"{place}class_path")
         if not self._is_own_function(make):
@@ -136,7 +136,7 @@ class Reader:
         return read
 
     def _read_one(self, value: Any, hint: Any, takes: Signature, place: str) -> Any:
-        """A plan for a mapping with a class_path, or for a text that stands for an object; else `value`."""
+        """Return a plan for a mapping with a class_path or a text that stands for an object, else `value`."""
         interface = classes_in(hint)
         if isinstance(value, Mapping) and "class_path" in value:
             if not interface:
@@ -149,7 +149,7 @@ class Reader:
 
 
 class Signature:
-    """What a class or function takes, by name; `place` begins its errors, `hidden` are not shown in them."""
+    """The parameters of a class or function; `place` begins its errors, `hidden` are not shown in them."""
 
     def __init__(self, make: Callable[..., Any], name: str, place: str, hidden: Collection[str] = ()) -> None:
         self.make, self.name, self.place = make, name, place
@@ -242,7 +242,7 @@ def check_interface(make: Any, name: str, interface: tuple[type, ...], place: st
 
 
 def classes_in(hint: Any) -> tuple[type, ...]:
-    """The classes of objects that an annotation names.   list[Retriever] | str | None -> (Retriever,)"""
+    """Return the classes that an annotation names.   list[Retriever] | str | None -> (Retriever,)"""
     if get_origin(hint) is Callable:
         return (Callable,)  # type: ignore[return-value]
     if isinstance(hint, type) and get_origin(hint) is None:
@@ -252,7 +252,7 @@ def classes_in(hint: Any) -> tuple[type, ...]:
 
 
 def hints_of(make: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of what is called; {} where they cannot be read."""
+    """Return the annotations of what is called; {} where they cannot be read."""
     try:
         return get_type_hints(make.__init__ if isinstance(make, type) else make)
     except Exception:  # names that exist for type checkers alone
@@ -297,7 +297,7 @@ def _names(interface: tuple[type, ...]) -> str:
 
 
 def wrong_value(message: str) -> tuple[str, str]:
-    """The key, and what is wrong with its value, of a message of jsonargparse; "" and all of others.
+    """Return the key, and what is wrong with its value, of a message of jsonargparse; "" and all of others.
 
     'Parser key "k": Expected a <class 'int'>. Got value: many' -> ("k", "got 'many', expected int")
     """

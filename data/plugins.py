@@ -42,7 +42,7 @@ def looking_beside(*files: str | Path) -> Iterator[None]:
 
 
 def find_plugin(name: str, place: str) -> Any:
-    """What `module.name` names. `place` begins the ConfigError where there is none."""
+    """Return the object `module.name`. `place` begins the ConfigError where there is none."""
     module, _, attribute = current_name(name).rpartition(".")
     if not module or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{place}: {name!r} must be like module.name")
@@ -69,7 +69,7 @@ def find_plugin(name: str, place: str) -> Any:
 
 
 def locate(module: str) -> ModuleSpec | None:
-    """Where a module lies; nothing is imported, no package above it either."""
+    """Find where a module lies; nothing is imported, no package above it either."""
     importlib.invalidate_caches()
     for folder in folders():
         if str(folder) not in sys.path:
@@ -86,7 +86,7 @@ def locate(module: str) -> ModuleSpec | None:
 
 
 def defined_names(spec: ModuleSpec, place: str) -> set[str] | None:
-    """The names that the source of a module binds; None where that cannot be told without running it."""
+    """Return the names that a module's source binds; None where only running it would tell."""
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     try:
@@ -99,19 +99,19 @@ def defined_names(spec: ModuleSpec, place: str) -> set[str] | None:
 
 
 def what_was_raised(error: BaseException) -> str:
-    """An error in a user's code as one line.   -> "ValueError: no key (my_search.py, line 12)" """
+    """Return an error in a user's code as one line.   -> "ValueError: no key (my_search.py, line 12)" """
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def folders() -> list[Path]:
-    """Where modules are looked for first."""
+    """Return the folders where modules are looked for first."""
     return [*_beside.get(), Path.cwd()]
 
 
 def _in_folders(top: str) -> ModuleSpec | None:
-    """A top-level module of a user's folder; not a folder without __init__.py, which may be any folder."""
+    """Find a top-level module in a user's folder; one without __init__.py may be any folder, and is none."""
     if top in OURS:
         return None
     spec = PathFinder.find_spec(top, [str(folder) for folder in folders()])
@@ -138,7 +138,7 @@ def _import(module: str, place: str) -> Any:
 
 
 def _bound(node: ast.AST) -> Iterator[str]:
-    """The names that statements bind, those inside `if`, `try`, `with` and loops too; "*" for a star."""
+    """Yield the names that statements bind, inside `if`, `try`, `with` and loops too; "*" for a star."""
     for each in ast.iter_child_nodes(node):
         if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield each.name
@@ -151,14 +151,14 @@ def _bound(node: ast.AST) -> Iterator[str]:
 
 
 def names_in_source(module: str, imported: bool = False) -> list[str]:
-    """The functions and classes that an installed module defines, and those it imports; it is not run."""
+    """List the functions and classes that an installed module defines or imports; it is not run."""
     kinds = (ast.FunctionDef, ast.ClassDef, *((ast.ImportFrom,) if imported else ()))
     body = [each for each in _source(module) if isinstance(each, kinds)]
     return [name for each in body for name in _bound(ast.Module([each], []))]
 
 
 def parameters_in_source(module: str, name: str) -> list[str] | None:
-    """The parameters of a function or class that a module defines; None where there may be others."""
+    """Return the parameters of a function or class that a module defines; None where there may be others."""
     node = next((each for each in _source(module) if getattr(each, "name", None) == name), None)
     if isinstance(node, ast.ClassDef):
         node = next((each for each in node.body if getattr(each, "name", None) == "__init__"), None)

@@ -1,4 +1,4 @@
-"""How good a retriever is: rank metrics against qrels, gold answers in the passages, two side by side."""
+"""Evaluation of retrievers: rank metrics against qrels, gold answers in the passages, two side by side."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rank_all(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     where: Filter | None = None,
 ) -> Rankings:
-    """The best `top_k` hits of every query among what `where` allows; `progress` wraps the batches."""
+    """Return the best `top_k` hits of every query among what `where` allows; `progress` wraps the batches."""
     rankings: Rankings = {}
     for start in progress(range(0, len(queries), _QUERIES_AT_ONCE)):
         batch = queries[start : start + _QUERIES_AT_ONCE]
@@ -48,7 +48,7 @@ def rank_all(
 
 
 def parse_metrics(names: str, top_k: int) -> list[Any]:
-    """The ir-measures of names with commas between them; recall@k, MRR@k and MAP are understood too.
+    """Return the ir-measures of names with commas between them; recall@k, MRR@k and MAP are understood too.
 
     Raises ConfigError for a name that is none, and for a cutoff that lies beyond `top_k`.
     """
@@ -83,7 +83,7 @@ def _parse_metric(name: str, top_k: int) -> Any:
 
 
 def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
-    """What each measure gives for each query that has qrels; one without hits gets 0.
+    """Score each query that has qrels by each measure; one without hits gets 0.
 
     Hits count in their order, whatever their scores. Raises DataError where no query has qrels.
     """
@@ -133,7 +133,7 @@ def has_answer(text: str, gold_answers: Iterable[str]) -> bool:
 
 
 def means(values: Values) -> dict[str, float]:
-    """The mean of each metric over its queries."""
+    """Return the mean of each metric over its queries."""
     return {metric: float(np.mean(list(of.values()))) for metric, of in values.items()}
 
 
@@ -150,7 +150,7 @@ def compare(ours: Values, other: Values) -> dict[str, dict[str, float]]:
 
 
 def _first_with_answer(hits: Sequence[Hit], gold_answers: Sequence[str]) -> float:
-    """The rank, from 0, of the first passage that holds an answer; infinity without one."""
+    """Return the rank, from 0, of the first passage that holds an answer; infinity without one."""
     ranks = (rank for rank, hit in enumerate(hits) if has_answer(hit.passage.text, gold_answers))
     return next(ranks, float("inf"))
 

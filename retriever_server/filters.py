@@ -72,7 +72,7 @@ async def prepare(corpus: Corpus, where: Filter) -> None:
 
 
 def parse_filter(where: Any) -> dict[str, Agrees]:
-    """What each field of a filter asks of values; DataError says what is wrong with it."""
+    """Return the condition on each field of a filter; DataError says what is wrong with it."""
     if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
         raise DataError(f"filter {_short(where)}: must be an object of field names and what they must be")
     return {name: _parse_condition(name, condition) for name, condition in where.items()}

@@ -77,7 +77,7 @@ class MTEBRetriever:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What MTEB's tables call it."""
+        """Its entry in MTEB's tables."""
         return _meta(self._name, None)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class MTEBEncoder:
             )
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], *, prompt_type: Any = None, **_: Any) -> np.ndarray:
-        """The vectors of all batches of texts.   -> (N, D) float32"""
+        """Return the vectors of all batches of texts.   -> (N, D) float32"""
         passages = getattr(prompt_type, "value", prompt_type) == "document"
         texts: list[str] = []
         for batch in inputs:
@@ -131,14 +131,14 @@ class MTEBEncoder:
         return self.encoder.encode(texts, "passage" if passages else "query")
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """All scores of one set with the other, as the spec says.   (N, D), (M, D) -> torch (N, M)"""
+        """Return all scores of one set with the other, as the spec says.   (N, D), (M, D) -> torch (N, M)"""
         import torch
 
         a, b = (torch.from_numpy(self._finished(each)) for each in (embeddings1, embeddings2))
         return a @ b.T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """The scores of the pairs.   (N, D), (N, D) -> torch (N,)"""
+        """Return the scores of the pairs.   (N, D), (N, D) -> torch (N,)"""
         import torch
 
         a, b = (torch.from_numpy(self._finished(each)) for each in (embeddings1, embeddings2))
@@ -146,7 +146,7 @@ class MTEBEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What MTEB's tables call it."""
+        """Its entry in MTEB's tables."""
         return _meta(Path(self.encoder.spec.model).name, self.encoder)
 
     def _rendered(self, batch: Mapping[str, Any]) -> list[str]:
@@ -166,7 +166,7 @@ class MTEBEncoder:
 
 
 def _row(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A document of MTEB's as a passage of ours; one without any text keeps its place by a full stop."""
+    """Turn a document of MTEB's into a passage; one without any text keeps its place by a full stop."""
     id_, title = str(document["id"]), (document.get("title") or "").strip()
     text = (document.get("text") or "").strip()
     if not text:

@@ -1,4 +1,4 @@
-"""What `--retriever` accepts, opened: the one way from a word or a YAML file to a Retriever.
+"""The one way from a word or a YAML file, as `--retriever` accepts it, to a Retriever.
 
     http://127.0.0.1:8000    a Sleuth or Search-R1 server
     runs/atlas/index         the folder of an index
@@ -55,7 +55,7 @@ ALLOWED = "an http(s) URL or the folder of an index, a .yaml file, none, or rand
 
 
 def open_retriever(spec: str, deadline_seconds: float = 30.0) -> Retriever:
-    """The retriever that `spec` names (see above); `deadline_seconds` is for a URL.
+    """Return the retriever that `spec` names (see above); `deadline_seconds` is for a URL.
 
     Raises ConfigError in one line: file, key, what is allowed; DataError for an index that has changed.
     """
@@ -63,7 +63,7 @@ def open_retriever(spec: str, deadline_seconds: float = 30.0) -> Retriever:
 
 
 def plan_retriever(spec: str, deadline_seconds: float = 30.0) -> Build:
-    """What opens the retriever, once all that `spec` names is checked; raises as `open_retriever`."""
+    """Return what opens the retriever, once all that `spec` names is checked; raises as `open_retriever`."""
     if spec.startswith(("http://", "https://")):
         return partial(_ours("Remote"), spec, deadline_seconds)
     if spec.endswith((".yaml", ".yml")):
@@ -91,7 +91,7 @@ def check_retriever(spec: str, deadline_seconds: float = 30.0) -> None:
 
 
 def plan_file(path: Path, interface: tuple[type, ...]) -> Build:
-    """What builds the object, of the interface, that a YAML file describes, once all of it is checked."""
+    """Check a YAML file, and return what builds the object, of the interface, that it describes."""
     if path.resolve() in _OPENING.get():
         raise ConfigError(f"{path}: names itself, or a file that names it")
     token = _OPENING.set((*_OPENING.get(), path.resolve()))

@@ -95,7 +95,7 @@ def _check_given(
 
 
 def _scores(values: list[Any], parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each metric the number of queries and the mean; of a second retriever the difference, too.
+    """Return the number of queries and the mean of each metric; of a second retriever the difference, too.
 
     parts: the values of what the first is fused from.
     """
@@ -127,7 +127,7 @@ def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -
 def _rank(
     spec: str, collection: Any, top_k: int, where: dict[str, Any] | None, template: str
 ) -> tuple[Any, dict[str, Any]]:
-    """The rankings of a retriever, or of the file of a run, without what is excluded; those of its parts."""
+    """Rank by a retriever, or read the file of a run, without what is excluded; its parts, too."""
     from data.formats.benchmarks import without_excluded
     from data.formats.trec import load_run
     from data.records import Question
@@ -170,7 +170,7 @@ def _rank(
 
 
 def _parts(retriever: Any, asked: Sequence[Question]) -> list[Any]:
-    """What a fused retriever joins, where each of it can be asked all queries."""
+    """Return the parts of a fused retriever that can be asked all queries."""
     from retriever_server.retriever import inside
     from retriever_server.retrievers.fuse import Fuse
 
@@ -231,7 +231,7 @@ def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
 
 
 def _show_parts(scores: dict[str, dict[str, Any]], parts: list[str]) -> None:
-    """A fused retriever beside what it is fused from, and a warning where it is worse than one of these."""
+    """Show a fused retriever beside its parts; warn where it is worse than one of these."""
     from scripts.console import show_table
 
     rows = [[metric, row["mean"], *row["parts"].values()] for metric, row in scores.items()]

@@ -69,7 +69,7 @@ class Http:
         self._failing = False
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
-        """The hits of each query; a refused batch is halved until the bad query stands alone."""
+        """Return the hits of each query; a refused batch is halved until the bad query stands alone."""
         start, size = time.monotonic(), max(1, min(_MOST_QUERIES, _MOST_HITS // k))
         parts = [queries[i : i + size] for i in range(0, len(queries), size)]
         return [outcome for part in parts for outcome in await self._ask(part, k, start)]
@@ -86,7 +86,7 @@ class Http:
             raise outcome
 
     async def picture(self, passage: Passage, side: int) -> bytes:
-        """As the server shows it: asked once, of the server that is asked for hits alone."""
+        """Ask once for the image, of the server that is asked for hits alone."""
         path = thumbnail_link(passage)
         kind, content = await self._get_within(path, self.deadline_seconds, params={"side": side})
         if not kind.startswith("image/"):
@@ -94,7 +94,7 @@ class Http:
         return content
 
     async def document(self, passage_id: str) -> Passage | None:
-        """The whole document of a passage, by the `/access` of our server; None where there is none such."""
+        """Return the whole document of a passage, by our server's `/access`; None where there is none."""
 
         def parse(answer: Any) -> Passage | None:
             from data.corpus import parse_passage
@@ -112,7 +112,7 @@ class Http:
             raise RetrieverRefused(*refusal.args) from refusal
 
     async def get(self, path: str, seconds: float) -> Any:
-        """The JSON object in the answer to a GET; raises RetrieverRefused, or RetrieverUnavailable."""
+        """Return the JSON object in the answer to a GET; raises RetrieverRefused, or RetrieverUnavailable."""
         kind, content = await self._get_within(path, seconds)
         try:
             if isinstance(answer := _parse_json(kind, content), dict):
@@ -122,7 +122,7 @@ class Http:
             raise RetrieverUnavailable(f"{self.url}{path}: malformed answer: {error}") from error
 
     async def _get_within(self, path: str, seconds: float, **options: Any) -> tuple[str, bytes]:
-        """The type and the bytes of the answer to a GET that is sent once."""
+        """Return the type and the bytes of the answer to a GET that is sent once."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._exchange("GET", path, **options)
@@ -133,7 +133,7 @@ class Http:
             raise RetrieverRefused(*error.args) from error
 
     def filtered(self, where: Filter) -> Self:
-        """The same server and connections, asked for what matches alone."""
+        """Return the same server and connections, asked for what matches alone."""
         found = copy.copy(self)
         found.where = where
         return found
@@ -158,7 +158,7 @@ class Http:
     async def _until_deadline(
         self, send: Callable[[], Awaitable[_Parsed]], start: float, several: bool = False
     ) -> _Parsed:
-        """What `send` gives, tried again until the deadline; several: a request that might be halved."""
+        """Return what `send` gives, tried until the deadline; several: a request that might be halved."""
         attempt, last_failure = 0, None
         while True:
             left = self.deadline_seconds - (time.monotonic() - start)
@@ -212,7 +212,7 @@ class Http:
         return rankings
 
     async def _post(self, path: str, body: Any, parse: Callable[[Any], _Parsed]) -> _Parsed:
-        """What `parse` reads in the JSON answer to one request; a failure that may pass is a TryAgain."""
+        """Parse the JSON answer to one request; a failure that may pass is a TryAgain."""
         try:
             return parse(_parse_json(*await self._exchange("POST", path, json=body)))
         except UnicodeEncodeError as error:
@@ -221,7 +221,7 @@ class Http:
             raise TryAgain(f"malformed answer: {error}") from error
 
     async def _exchange(self, method: str, path: str, **options: Any) -> tuple[str, bytes]:
-        """The type and the bytes of an answer with status 200; reads no more than is sound."""
+        """Return the type and the bytes of an answer with status 200; reads no more than is sound."""
         import httpx
 
         content = bytearray()
@@ -261,7 +261,7 @@ class Http:
 
 
 def _checked_url(url: str) -> str:
-    """The address of the server, with or without the path `/retrieve` given."""
+    """Return the address of the server, with or without the path `/retrieve` given."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -281,7 +281,7 @@ class _QueriesRefused(Exception):
 
 
 def _parse_json(kind: str, content: bytes) -> Any:
-    """The JSON in an answer of this content type; DataError where there is none."""
+    """Return the JSON in an answer of this content type; DataError where there is none."""
     if kind and "json" not in kind.lower():
         raise DataError(f"of type {kind[:60]!r}, not JSON")
     try:

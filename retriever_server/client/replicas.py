@@ -27,7 +27,7 @@ _Answer = TypeVar("_Answer")
 def open_http(
     urls: str, deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None
 ) -> Http | Replicas:
-    """What asks the server at one URL, or the replicas at several that are separated by commas."""
+    """Open the server at one URL, or the replicas at several that are separated by commas."""
     if "," not in urls:
         return Http(urls, deadline_seconds, headers=headers)
     return Replicas([url.strip() for url in urls.split(",")], deadline_seconds, headers)
@@ -53,7 +53,7 @@ class _Replica(Http):
         self.failures, self.out_until = self.failures + 1, time.monotonic() + seconds
 
     def note_answer(self) -> None:
-        """It is well."""
+        """Note that it answered."""
         if self.failures:
             _log.warning("%s: answers again", self.url)
         self.failures, self.out_until, self.answered = 0, 0.0, self.answered + 1
@@ -76,7 +76,7 @@ class Replicas:
         return ",".join(part.url for part in self.parts)
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
-        """The hits of each query, all from one replica; a refusal is raised as it is, by whomever."""
+        """Return the hits of each query, all from one replica; a refusal is raised as it is, by whomever."""
         return await self._with_any(lambda part: part.ask(queries, k))
 
     async def probe(self) -> None:
@@ -95,11 +95,11 @@ class Replicas:
         return await self._with_any(lambda part: part.document(passage_id))
 
     async def get(self, path: str, seconds: float) -> Any:
-        """The answer to a GET of the replica that is asked next."""
+        """Return the answer to a GET of the replica that is asked next."""
         return await self._choose().get(path, seconds)
 
     def filtered(self, where: Filter) -> Replicas:
-        """The same replicas and connections, asked for what matches alone."""
+        """Return the same replicas and connections, asked for what matches alone."""
         found = copy.copy(self)
         found.parts = [part.filtered(where) for part in self.parts]
         return found
@@ -110,7 +110,7 @@ class Replicas:
             await part.close()
 
     async def _with_any(self, act: Callable[[_Replica], Awaitable[_Answer]]) -> _Answer:
-        """What the first replica to succeed answers; RetrieverUnavailable where none has by the deadline."""
+        """Return the first answer of a replica; RetrieverUnavailable where there is none by the deadline."""
         start, failure = time.monotonic(), None
         try:
             async with asyncio.timeout(self.deadline_seconds):
@@ -134,6 +134,6 @@ class Replicas:
             ) from failure
 
     def _choose(self) -> _Replica:
-        """The least busy that is not out, else the one whose time out ends first."""
+        """Return the least busy that is not out, else the one whose time out ends first."""
         now = time.monotonic()
         return min(self.parts, key=lambda part: (max(part.out_until - now, 0), part.asked, part.answered))

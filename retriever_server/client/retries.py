@@ -1,4 +1,4 @@
-"""What is asked again, and after how long: the same for every request of ours."""
+"""Retries: which failures may pass, and how long to wait, the same for every request of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the agent searches: one query at a time, over HTTP or in process, with the same manners.
+"""The agent's search client: one query at a time, over HTTP or in process, with the same manners.
 
 Queries that trajectories ask at about the same time travel in one request, each different one once.
 The world may fail: connections and 5xx are retried until the deadline has passed, then a typed
@@ -46,7 +46,7 @@ class SearchClient:
         return self._retriever.waits
 
     async def search(self, query: Query, k: int) -> list[Hit]:
-        """The best `k` hits, best first; raises a RetrieverError if nobody could answer.
+        """Return the best `k` hits, best first; raises a RetrieverError if nobody could answer.
 
         DataError naming the file for an image that is none, where it has to travel. A query that is not
         Unicode is refused alone, not with all that would travel with it.
@@ -72,7 +72,7 @@ class SearchClient:
         return await waiter
 
     async def picture(self, passage: Passage, side: int = 1024) -> bytes:
-        """A file of the image of a passage that was found, at most `side` pixels wide and high.
+        """Return a file of the image of a passage that was found, at most `side` pixels wide and high.
 
         Raises DataError if it has none that can be read, else a RetrieverError.
         """

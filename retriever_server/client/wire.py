@@ -32,7 +32,7 @@ THUMBNAIL = "/v1/thumbnail/"
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """What a client asks; `top_k` None leaves the number of hits to the server."""
+    """The request of a client; `top_k` None leaves the number of hits to the server."""
 
     queries: list[str]
     top_k: int | None = None
@@ -40,7 +40,7 @@ class RetrieveRequest:
 
 
 def render_request(request: RetrieveRequest) -> dict[str, Any]:
-    """The JSON body that asks for it."""
+    """Return the JSON body that asks for it."""
     return {
         "queries": request.queries,
         "topk": request.top_k,
@@ -51,7 +51,7 @@ def render_request(request: RetrieveRequest) -> dict[str, Any]:
 def render_hits(
     rankings: list[list[Hit]], generation: str, return_scores: bool, backend: str | None = None
 ) -> dict[str, Any]:
-    """The JSON body of an answer: one row a query. The hits' own generation, if it is one, is named.
+    """Return the JSON body of an answer: one row a query. The hits' own generation, if it is one, is named.
 
     backend: that of the links to pictures, where it is not the default.
     """
@@ -63,7 +63,7 @@ def render_hits(
 
 
 def parse_hits(body: Any, url: str = "") -> list[list[Hit]]:
-    """The hits in a decoded JSON answer, of ours or of any Search-R1 server, in either score mode.
+    """Return the hits in a decoded JSON answer, of ours or of any Search-R1 server, in either score mode.
 
     Score 0.0 and generation "" where the server sends none; a document of a web search goes by its
     url, or where it is nothing but `contents`, as of Search-R1's web servers, by a hash of them. The image of
@@ -78,13 +78,13 @@ def parse_hits(body: Any, url: str = "") -> list[list[Hit]]:
 
 
 def render_search(queries: Sequence[Input], k: int, where: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The JSON body that asks `/v1/search`; images must be bytes (`with_image_bytes`)."""
+    """Return the JSON body that asks `/v1/search`; images must be bytes (`with_image_bytes`)."""
     body = {"queries": [_render_query(query) for query in queries], "top_k": k}
     return body if where is None else {**body, "where": where}
 
 
 def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError]:
-    """The hits, or the error, of each query in an answer of `/v1/search`; images as in `parse_hits`."""
+    """Return the hits or the error of each query in an answer of `/v1/search`; images as in `parse_hits`."""
     try:
         return [
             RetrieverError(_checked_text("error", result["error"]))
@@ -97,7 +97,7 @@ def parse_results(answer: Any, url: str = "") -> list[list[Hit] | RetrieverError
 
 
 def with_image_bytes(query: Input) -> Input:
-    """The query with the bytes of its image in it, read here: what can travel. DataError naming the file."""
+    """Return the query with the bytes of its image in it, read here. DataError naming the file."""
     if isinstance(query, str):
         return query
     if query.modality != "image":
@@ -115,7 +115,7 @@ def with_image_bytes(query: Input) -> Input:
 
 
 def thumbnail_link(passage: Passage, backend: str | None = None) -> str:
-    """The path at which a server shows the picture of the passage, out of the corpus of this backend."""
+    """Return the path at which a server shows the image of the passage, of the corpus of this backend."""
     of = "" if backend is None else f"?backend={quote(backend)}"
     return THUMBNAIL + quote(passage.id, safe="", errors="replace") + of
 
@@ -137,7 +137,7 @@ def _found_hit(hit: Mapping[str, Any], url: str) -> Hit:
 
 
 def render_document(hit: Hit, backend: str | None = None) -> dict[str, Any]:
-    """The passage as its JSON; metadata only where there is any, and its url beside the text."""
+    """Return the passage as its JSON; metadata only where there is any, and its url beside the text."""
     passage = hit.passage
     document: dict[str, Any] = {
         "id": passage.id,
@@ -189,7 +189,7 @@ def _checked_text(name: str, value: Any) -> str:
 
 
 def _checked_id(document: Mapping[str, Any]) -> str:
-    """The id of a passage, a string or an integer; its url where it has none, as pages of the web."""
+    """Return the id of a passage, a string or an integer; its url where it has none, as pages of the web."""
     found = document.get("id", document.get("url"))
     if found in (None, "") or isinstance(found, bool):
         raise DataError("the answer has a passage without an id")
@@ -204,7 +204,7 @@ def _checked_score(value: Any) -> float:
 
 
 def _title_and_text(document: Mapping[str, Any]) -> tuple[str, str]:
-    """Of a document with `contents`, `text`, or both; DataError where there is neither.
+    """Return title and text of a document with `contents`, `text`, or both; DataError where there is neither.
 
     Search-R1's BM25 server sends all three, the title without quotes at its ends: there `contents` says it.
     """

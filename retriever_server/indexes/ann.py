@@ -29,7 +29,7 @@ _ADDED_TOGETHER = 65536
 
 
 def default_factory(count: int) -> str:
-    """A graph up to 50,000 passages, else sqrt(P) * 4 lists of 8-bit vectors.   200_000 -> IVF2048,SQ8"""
+    """Choose a graph up to 50,000 passages, else sqrt(P) * 4 lists of 8 bits.   200_000 -> IVF2048,SQ8"""
     if count <= 50_000:
         return "HNSW32"
     return f"IVF{2 ** round(math.log2(4 * math.sqrt(count)))},SQ8"
@@ -72,7 +72,7 @@ class AnnIndex(FlatIndex):
 
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
-        """The shards, and the index of faiss trained on a sample of them."""
+        """Write the shards, and the index of faiss trained on a sample of them."""
         import faiss
 
         super().write(folder, shards, settings)

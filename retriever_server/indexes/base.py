@@ -44,7 +44,7 @@ INDEX_KINDS = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made an index, and what its folder must therefore hold."""
+    """The settings and files of an index."""
 
     kind: str
     settings: dict[str, Any]
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def own_hash(self) -> str:
-        """What `checksum` must be."""
+        """The right `checksum`."""
         fields = json.dumps(asdict(self) | {"checksum": ""}, sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
@@ -86,10 +86,10 @@ class Index(Retriever):
     @classmethod
     @abstractmethod
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> Index:
-        """The index in the folder `path`; manifest and corpus were checked by `open_index`."""
+        """Return the index in the folder `path`; manifest and corpus were checked by `open_index`."""
 
     def places(self, passages: Sequence[Passage]) -> dict[str, int]:
-        """The position of each passage, by id; of those alone that are in the corpus, with the same text."""
+        """Return the position of each passage that is in the corpus with the same text, by id."""
         positions = self.corpus.positions([each.id for each in passages]).tolist()
         found = ((each, at) for each, at in zip(passages, positions, strict=True) if at >= 0)
         return {
@@ -98,7 +98,7 @@ class Index(Retriever):
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """What made it."""
+        """Describe its settings and corpus."""
         manifest = self.manifest
         return {
             **super().describe(),
@@ -110,7 +110,7 @@ class Index(Retriever):
 
 
 def open_index(path: str | Path, **options: Any) -> Index:
-    """The index in the folder `path`, ready to search; `options` are those of `open` of its kind.
+    """Return the index in the folder `path`, ready to search; `options` are those of `open` of its kind.
 
     Raises ConfigError where there is no index, DataError where it or its corpus has changed.
     """
@@ -161,7 +161,7 @@ def verify_index(path: str | Path) -> Manifest:
 
 
 def index_kind(kind: str) -> type[Any]:
-    """The class of a kind of index; ConfigError for one that is unknown."""
+    """Return the class of a kind of index; ConfigError for one that is unknown."""
     if kind not in INDEX_KINDS:
         raise ConfigError(f"index kind {kind!r}: must be one of {', '.join(INDEX_KINDS)}")
     module, _, name = INDEX_KINDS[kind].partition(":")
@@ -169,7 +169,7 @@ def index_kind(kind: str) -> type[Any]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the index in the folder `path`; raises as `open_index` does."""
+    """Return the manifest of the index in the folder `path`; raises as `open_index` does."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; `sleuth index` builds an index")
     if not (path / MANIFEST).is_file():
@@ -251,7 +251,7 @@ def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> st
 
 
 def corpus_of(path: str | Path) -> Corpus:
-    """The corpus of the index in the folder `path`, unchanged; its encoder stays unloaded."""
+    """Return the corpus of the index in the folder `path`, unchanged; its encoder stays unloaded."""
     return _open_corpus(Path(path), read_manifest(Path(path)))
 
 
@@ -272,7 +272,7 @@ def _open_corpus(path: Path, manifest: Manifest) -> Corpus:
 
 
 def found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
-    """The manifest at `out` if it is this generation; None if a new one may go there."""
+    """Return the manifest at `out` if it is this generation; None if a new one may go there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():

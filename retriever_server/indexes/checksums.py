@@ -15,7 +15,7 @@ _WHOLE_BYTES = 1 << 28  # read in a quarter of a second
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As np.save, which may lose the last bytes on a full disk without a word; raises OSError then.
+    """Save as np.save, which may lose the last bytes on a full disk without a word; raises OSError then.
 
     The file appears whole: who has linked the one that was there keeps that.
     """

@@ -78,7 +78,7 @@ def _status(path: Path) -> tuple[int, int, int]:
 
 
 def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:
-    """A faiss IndexFlat of inner products, and its vectors, mapped.   (P, D)"""
+    """Return a faiss IndexFlat of inner products, and its vectors, mapped.   (P, D)"""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     import faiss

@@ -28,12 +28,12 @@ class FlatIndex(EncodedIndex):
 
     @classmethod
     def checked_settings(cls, corpus: Corpus, spec: EncodingSpec) -> dict[str, Any]:
-        """It has none."""
+        """Return none: it has no settings."""
         return {}
 
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
-        """The shards are the index."""
+        """Link the shards: they are the index."""
         shards.link_into(folder)
 
     def rank(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
@@ -41,7 +41,7 @@ class FlatIndex(EncodedIndex):
         return self.rows.search(queries, k, mask)
 
     def stored(self, position: int) -> np.ndarray:
-        """The vector of a passage.   (1, D)"""
+        """Return the vector of a passage.   (1, D)"""
         return self.rows[np.array([position])]
 
     def __len__(self) -> int:

@@ -87,7 +87,7 @@ class MaxSimIndex(EncodedIndex):
     def checked_settings(
         cls, corpus: Corpus, spec: EncodingSpec, repetitions: int = 10, bits: int = 4, projection: int = 16
     ) -> dict[str, Any]:
-        """Of `FixedEncoding`; they make 2,560 bytes a passage."""
+        """Sizes of `FixedEncoding`: 2,560 bytes a passage."""
         settings = {"repetitions": repetitions, "bits": bits, "projection": projection}
         for name, value in settings.items():
             if not 1 <= value <= (12 if name == "bits" else 1024):
@@ -96,7 +96,7 @@ class MaxSimIndex(EncodedIndex):
 
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
-        """The shards, and for each the fixed encodings of its passages in int8."""
+        """Write the shards, and for each the fixed encodings of its passages in int8."""
         shards.link_into(folder)
         encoding, tokens, end = _encoding(shards.encoder.spec.dimension, settings), Rows(folder), 0
         for shard in range(len(shards)):
@@ -135,7 +135,7 @@ class MaxSimIndex(EncodedIndex):
         return np.maximum.reduceat(products, starts, axis=1).sum(axis=0, dtype=np.float64)
 
     def stored(self, position: int) -> np.ndarray:
-        """The vectors of a passage's tokens.   (tokens, D)"""
+        """Return the vectors of a passage's tokens.   (tokens, D)"""
         return self.tokens.span(int(self.offsets[position]), int(self.offsets[position + 1]))
 
     def __len__(self) -> int:

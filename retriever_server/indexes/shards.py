@@ -63,7 +63,7 @@ class Shards:
         passages_per_shard: int,
         on_error: str = "stop",
     ) -> Shards:
-        """Those that an index at `out` is made of; its folder lies beside and bears their identity."""
+        """Return the shards of an index at `out`; their folder lies beside and bears their identity."""
         require(on_error in ON_ERROR, "on_error", on_error, f"one of {', '.join(ON_ERROR)}")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype}: must be one of {', '.join(DTYPES)}")
@@ -79,12 +79,12 @@ class Shards:
         return -(-len(self.corpus) // self.passages_per_shard)
 
     def positions(self, shard: int) -> range:
-        """The passages of a shard."""
+        """Return the passages of a shard."""
         start = shard * self.passages_per_shard
         return range(start, min(start + self.passages_per_shard, len(self.corpus)))
 
     def missing(self, part: tuple[int, int] = (1, 1)) -> list[int]:
-        """The shards that are not done, of part i of n: every n-th, from the i-th on."""
+        """Return the shards that are not done, of part i of n: every n-th, from the i-th on."""
         return [shard for shard in range(part[0] - 1, len(self), part[1]) if not self._done(shard)]
 
     def encode(self, progress: Progress = silent, part: tuple[int, int] = (1, 1)) -> None:
@@ -105,7 +105,7 @@ class Shards:
             raise DataError(f"{self.corpus.path}: none of its {skipped} passages can be encoded")
 
     def load(self, shard: int, name: str) -> np.ndarray:
-        """An array of a shard, mapped."""
+        """Return an array of a shard, mapped."""
         return np.load(self._file(shard, name), mmap_mode="r").view(np.ndarray)
 
     def link_into(self, folder: Path, arrays: str = "*.npy") -> None:
@@ -138,7 +138,7 @@ class Shards:
             raise StorageError(f"{self.folder}: vectors could not be written ({error})") from error
 
     def _encoded(self, block: list[int]) -> tuple[Vectors, list[int]]:
-        """The vectors of a block of passages, and which of these are skipped and have none, or zeros."""
+        """Encode a block of passages; also says which are skipped and have no vectors, or zeros."""
         spec = self.encoder.spec
         try:
             inputs = [spec.render(self.corpus[position]) for position in block]
@@ -196,7 +196,7 @@ class Shards:
 
 
 def pack(vectors: Vectors, dtype: str) -> dict[str, np.ndarray]:
-    """The arrays that vectors are stored as: vectors (and scales), lengths of multi, columns of sparse."""
+    """Return the arrays of stored vectors: vectors (and scales), lengths of multi, columns of sparse."""
     if isinstance(vectors, np.ndarray):
         return quantise(vectors, dtype)
     if isinstance(vectors, Multi):

@@ -1,4 +1,4 @@
-"""How often each term stands in each passage, counted in blocks that go to disk one by one."""
+"""Counts of each term in each passage, in blocks that go to disk one by one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def count_terms(
 
 
 def lucene_length(lengths: np.ndarray) -> np.ndarray:
-    """The lengths that Lucene reads back from the byte it keeps of each: exact below 40.
+    """Return the lengths that Lucene reads back from the byte it keeps of each: exact below 40.
 
     Above, 24 + what the four leading bits of length - 24 hold (Lucene's SmallFloat.intToByte4).
     100 -> 96, 1000 -> 984
@@ -76,7 +76,7 @@ def lucene_length(lengths: np.ndarray) -> np.ndarray:
 
 
 def _write_block(file: Path, tokens: array, lengths: array) -> None:
-    """The counts of the last passages, those that `tokens` are of."""
+    """Return the counts of the last passages, those that `tokens` are of."""
     sizes = np.array(lengths, np.int64)
     ends = np.cumsum(sizes)
     first = int(np.searchsorted(ends, ends[-1] - len(tokens), side="right")) if len(ends) else 0

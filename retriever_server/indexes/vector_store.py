@@ -30,7 +30,7 @@ class Rows:
 
     @staticmethod
     def of(array: np.ndarray, device: str = "cpu") -> Rows:
-        """Those of one array, fp32 or fp16, in memory or mapped."""
+        """Wrap one array, fp32 or fp16, in memory or mapped."""
         rows = object.__new__(Rows)
         rows._shards, rows._scales = [array], []
         rows._set_up(device)
@@ -46,7 +46,7 @@ class Rows:
         return int(self._starts[-1])
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """The rows at `positions` as float32.   (N,) -> (N, D)"""
+        """Return the rows at `positions` as float32.   (N,) -> (N, D)"""
         shards = np.searchsorted(self._starts, positions, side="right") - 1
         out = np.empty((len(positions), self.dimension), np.float32)
         for shard in np.unique(shards):
@@ -66,7 +66,7 @@ class Rows:
     def search(
         self, queries: np.ndarray, k: int, mask: np.ndarray | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The `k` rows with the largest inner product with each query, among those that `mask` allows.
+        """Return the `k` rows with the largest inner product with each query, among those that `mask` allows.
 
         queries (Q, D), mask (N,) -> for each query positions and scores, best first. Equal scores are in
         order, but where they straddle the k-th place any of them may be there.
@@ -110,7 +110,7 @@ class Rows:
 
 
 def _mapped(folder: Path, name: str) -> list[np.ndarray]:
-    """The arrays of this name, plain views of maps: slicing np.memmap itself is slow."""
+    """Return the arrays of this name, plain views of maps: slicing np.memmap itself is slow."""
     return [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob(f"*.{name}.npy"))]
 
 
@@ -123,7 +123,7 @@ def _tensor(array: Any) -> Any:
 
 
 def _copies_on(device: str, shards: list[np.ndarray]) -> list[Any] | None:
-    """The shards in the memory of a GPU, if they take at most 70 % of what is free there."""
+    """Return the shards in the memory of a GPU, if they take at most 70 % of what is free there."""
     if not device.startswith("cuda"):
         return None
     import torch

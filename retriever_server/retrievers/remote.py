@@ -36,7 +36,7 @@ class Remote(Retriever):
 
     @property
     def generation(self) -> str:
-        """What the server calls itself, asked at most once a second; else what answered last, or its URL."""
+        """The name that the server gives itself, asked once a second; else what answered last, or its URL."""
         if self._says_generation and time.monotonic() - self._asked_at > _STALE_SECONDS:
             self._asked_at = time.monotonic()
             self._last = self._bridge.run(self._ask_generation()) or self._last

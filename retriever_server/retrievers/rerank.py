@@ -112,7 +112,7 @@ QUESTION = "Query: {query}\nPassage: {passage}\nIs the passage relevant to the q
 
 
 class YesNo(Scorer):
-    """How much more a causal language model would answer "yes" than "no": log p(yes) - log p(no)."""
+    """Scores by a causal language model: log p(yes) - log p(no)."""
 
     def __init__(
         self,
