@@ -175,8 +175,9 @@ _ALWAYS = (
 
 def _have_read_as_json(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
     """Let a body be JSON whatever its type says (`curl -d` says another), but for forms and MCP."""
-    kind = headers.get(b"content-type", b"").lower()
-    if not kind.startswith((b"multipart/", b"application/json")) and scope["path"] != "/mcp":
+    path, kind = scope["path"], headers.get(b"content-type", b"").lower()
+    is_form = path == "/v1/search" and kind.startswith(b"multipart/form-data")
+    if not is_form and path != "/mcp" and kind != b"application/json":
         others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         scope["headers"] = [*others, (b"content-type", b"application/json")]
 

@@ -73,6 +73,16 @@ def test_what_is_not_json_is_answered_with_a_reason(server, body):
     assert "not JSON" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x", "a"]
+)
+def test_a_body_is_json_whatever_its_type_says(server, kind):
+    """As `curl -d` sends it."""
+    body, headers = b'{"queries": ["a"]}', {"Content-Type": kind}
+    assert server.post("/retrieve", content=body, headers=headers).status_code == 200
+    assert server.post("/retrieve", content=body).status_code == 200
+
+
 def test_a_query_that_is_no_unicode_is_refused(server):
     answer = server.post("/retrieve", content=b'{"queries": ["\\ud800"]}')
     assert answer.status_code == 422 and "half a surrogate pair" in answer.json()["detail"]
