@@ -1,16 +1,16 @@
-"""`sleuth evaluate`: a policy's answers to a question set, scored, with all its trajectories."""
+"""`sleuth evaluate`: score a policy's answers to a question set, and keep all its trajectories."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agent.engines.config import EngineConfig
-from data.errors import ConfigError
+from data.errors import require
 from data.records import Question
 from rl.config import ProtocolConfig
 
@@ -18,74 +18,76 @@ if TYPE_CHECKING:
     from scripts.wiring import OpenedAgent
 
 
-def main(
-    policy: str,
-    questions: str,
-    retriever: str,
-    out: str,
-    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
-    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
-    split: str | None = None,
-    limit: int | None = None,
-    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_rows: int = 128,
-    deadline_seconds: float = 60.0,
-    max_failed_share: float = 0.1,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> None:
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a policy on a question set; writes scores.json and trajectories.jsonl."""
+
+    policy: str
+    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
+    questions: str
+    """JSONL, parquet, folder or hub name; several separated by commas."""
+    retriever: str
+    """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
+    random:INDEX (passages drawn at random)."""
+    out: str
+    """Folder for the evaluation."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    split: str | None = None
+    """Of the questions, where there are several."""
+    limit: int | None = None
+    """Only the first so many questions."""
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
+    """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
+    metadata say, else squad."""
+    temperature: float = 0.0
+    """Of sampling; 0 is greedy."""
+    seed: int = 0
+    """Of sampling."""
+    max_rows: int = 128
+    """Trajectories decoded at once."""
+    deadline_seconds: float = 60.0
+    """How long a search is retried before it counts as failed."""
+    max_failed_share: float = 0.1
+    """Of the questions whose searches may fail before the evaluation stops."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "in [0, 1]")
+
+
+def main(config: EvaluateConfig) -> None:
     """Score a policy on a question set; writes scores.json and trajectories.jsonl.
 
     The same command again goes on where it stopped, and asks failed searches again.
-
-    Args:
-        policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
-        questions: JSONL, parquet, folder or hub name; several separated by commas.
-        retriever: URL of a server, folder of an index or .yaml file; as controls, none (every search finds
-            nothing) or random:INDEX (passages drawn at random).
-        out: Folder for the evaluation.
-        protocol: How the policy speaks, and its limits.
-        engine: What samples: this process, or vLLM servers.
-        split: Of the questions, where there are several.
-        limit: Only the first so many questions.
-        normalizer: How answers are compared: squad, or unicode for scripts without spaces; none: as each
-            question's metadata say, else squad.
-        temperature: Of sampling; 0 is greedy.
-        seed: Of sampling.
-        max_rows: Trajectories decoded at once.
-        deadline_seconds: How long a search is retried before it counts as failed.
-        max_failed_share: Of the questions whose searches may fail before the evaluation stops.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
     """
     from agent.evaluate import check_folder
     from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
 
-    if not 0 <= max_failed_share <= 1:
-        raise ConfigError(f"max_failed_share = {max_failed_share}: must be in [0, 1]")
+    policy, retriever, out = config.policy, config.retriever, config.out
     check_folder(out)
-    check_agent(policy, protocol, device, engine)
-    check_retriever(retriever, deadline_seconds)
-    asked = load_questions(questions, split, limit, normalizer)
+    check_agent(policy, config.protocol, config.device, config.engine)
+    check_retriever(retriever, config.deadline_seconds)
+    questions = load_questions(config.questions, config.split, config.limit, config.normalizer)
     opened = open_agent(
         policy,
         retriever,
-        protocol,
-        temperature,
-        max_rows,
-        device,
-        dtype,
-        deadline_seconds,
-        engine=engine,
+        config.protocol,
+        config.temperature,
+        config.max_rows,
+        config.device,
+        config.dtype,
+        config.deadline_seconds,
+        engine=config.engine,
         folder=Path(out),
     )
-    settings = {"policy": policy, "seed": seed, **opened.settings()}
     try:
-        scores = asyncio.run(_evaluate(opened, asked, retriever, out, settings, max_failed_share))
+        scores = asyncio.run(_evaluate(opened, questions, config))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
     show_scores(scores, f"{policy} with {retriever}")
@@ -110,22 +112,17 @@ def _obstacle(scores: dict[str, Any], policy: str, protocol: str, out: str) -> s
 
 
 async def _evaluate(
-    opened: OpenedAgent,
-    questions: Sequence[Question],
-    retriever: str,
-    out: str,
-    settings: dict[str, Any],
-    max_failed_share: float,
+    opened: OpenedAgent, questions: Sequence[Question], config: EvaluateConfig
 ) -> dict[str, Any]:
     from agent.evaluate import evaluate
     from scripts.wiring import retriever_generation
 
+    settings = {"policy": config.policy, "seed": config.seed, **opened.settings()}
     async with opened:
         await opened.check()
-        generation = await retriever_generation(opened.client, questions[0].text, retriever)
-        settings = settings | {"retriever": generation}
-        rollout = rollout_with_bar(opened, settings["seed"], len(questions), Path(out))
-        return await evaluate(questions, rollout, out, settings, max_failed_share)
+        settings["retriever"] = await retriever_generation(opened.client, questions[0].text, config.retriever)
+        rollout = rollout_with_bar(opened, config.seed, len(questions), Path(config.out))
+        return await evaluate(questions, rollout, config.out, settings, config.max_failed_share)
 
 
 def rollout_with_bar(opened: OpenedAgent, seed: int, total: int, folder: Path):

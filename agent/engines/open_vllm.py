@@ -1,4 +1,4 @@
-"""The vLLM engine that a configuration asks for: servers joined or started, and how weights get there."""
+"""Open the vLLM engine of a configuration: servers joined or started, and a transport for weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.engines.stop_strings import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import ServerOptions, StartedServers, server_command, server_environment
-from agent.engines.weight_export import Dress, dress
+from agent.engines.weight_export import WeightExport, export_for_vllm
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agent.policy import Policy
 
 SERVED = "served-policy"
-"""Folder of a policy in the dress that started servers load."""
+"""Folder of a policy as started servers load it, where it is exported as another model."""
 MAX_LORA_RANK = 64
 """Of adapters that a started server takes, unless `engine.arguments` says otherwise."""
 
@@ -45,13 +45,13 @@ def open_vllm(
     ends = sorted(eos_ids(policy.model, policy.tokenizer))
     scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
     if config.urls:  # what runs there already is as its owner started it
-        transport = open_transport(config, dress(policy, cpu=False), scratch)
+        transport = open_transport(config, export_for_vllm(policy, cpu=False), scratch)
         urls = [url.strip() for url in config.urls.split(",")]
         return VLLMEngine(urls, ends, transport, config.deadline_seconds, on_close=lambda: _remove(scratch))
     cpu = not torch.cuda.is_available()
-    handed = dress(policy, cpu)
-    transport = open_transport(config, handed, scratch)
-    options = server_options(config, handed, source, protocol, max_rows, scratch, cpu)
+    export = export_for_vllm(policy, cpu)
+    transport = open_transport(config, export, scratch)
+    options = server_options(config, export, source, protocol, max_rows, scratch, cpu)
     place = (config.servers, folder or scratch, _devices(config.devices))
     started = StartedServers(options, *place, config.max_restarts, config.deadline_seconds)
 
@@ -71,33 +71,33 @@ def _remove(scratch: Path) -> None:
         scratch.rmdir()
 
 
-def open_transport(config: EngineConfig, handed: Dress, folder: Path) -> Transport:
+def open_transport(config: EngineConfig, export: WeightExport, folder: Path) -> Transport:
     """How new weights reach the servers. Raises ConfigError where there is no GPU for it."""
     if config.lora == "adapter":
-        return AdapterTransport(handed.save_adapter, folder)
+        return AdapterTransport(export.save_adapter, folder)
     if config.transport == "folder":
-        return FolderTransport(handed.save, folder)
+        return FolderTransport(export.save, folder)
     from agent.engines.device_transport import IPCTransport, NCCLTransport, device_arguments
 
     device_arguments(config.transport)
 
     def tensors(state: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        return handed.weights(state or handed.policy.model.state_dict())
+        return export.weights(state or export.policy.model.state_dict())
 
     return {"nccl": NCCLTransport, "ipc": IPCTransport}[config.transport](tensors)
 
 
 def server_options(
     config: EngineConfig,
-    handed: Dress,
+    export: WeightExport,
     source: str,
     protocol: Protocol,
     max_rows: int,
     scratch: Path,
     cpu: bool,
 ) -> ServerOptions:
-    """What servers are told that are started for a policy; one in another dress is written into `scratch`."""
-    tokens = context_tokens(handed.policy, protocol)
+    """Options of servers that are started for a policy; one that is exported is written into `scratch`."""
+    tokens = context_tokens(export.policy, protocol)
     usual, environment = [*cpu_arguments(tokens)] if cpu else [], {}
     if config.lora == "adapter":
         usual += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(MAX_LORA_RANK)]
@@ -108,8 +108,8 @@ def server_options(
         arguments, environment = device_arguments(config.transport)
         usual += arguments
     return ServerOptions(
-        handed.save_policy(scratch / SERVED) if handed.served else find_policy(source),
-        str(handed.policy.model.dtype).removeprefix("torch."),
+        export.save_policy(scratch / SERVED) if export.served else find_policy(source),
+        str(export.policy.model.dtype).removeprefix("torch."),
         config.python,
         max_rows,
         tokens,
@@ -135,8 +135,8 @@ def plan_server(
     from agent.policy import load_policy
 
     dtype = "bfloat16" if dtype == "auto" and on_gpus else dtype
-    handed = dress(load_policy(source, "cpu", dtype), cpu=False)  # as the trainers do, who join
-    options = server_options(config, handed, source, protocol, max_rows, scratch, not on_gpus)
+    export = export_for_vllm(load_policy(source, "cpu", dtype), cpu=False)  # as the trainers do, who join
+    options = server_options(config, export, source, protocol, max_rows, scratch, not on_gpus)
     python = str(shutil.which(options.python))
     given = server_environment(None, options.environment)
     environment = {name: value for name, value in given.items() if os.environ.get(name) != value}

@@ -1,4 +1,4 @@
-"""A policy as vLLM can serve it: as it is, or as the same function in another dress.
+"""A policy as vLLM can serve it: as it is, or as another architecture that computes the same.
 
 vLLM's Qwen2 takes heads to be hidden_size / heads wide and its attention on a CPU knows a few widths only.
 Where a policy's heads are others it is handed over as a Llama whose heads are padded with zeros. Rotary
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from agent.policy import Policy
 
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of heads that vLLM 0.32's attention has on a CPU."""
+"""Widths of heads of vLLM 0.32's attention on a CPU."""
 KEPT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-"""What a Qwen2's and a Llama's configuration call by the same name."""
+"""Names that the configurations of a Qwen2 and a Llama share."""
 
 
 @dataclass(frozen=True)
-class Dress:
-    """How a policy of heads `width` wide is handed over; `served` wide none: as it is."""
+class WeightExport:
+    """A policy whose heads are `width` wide, exported with heads `served` wide; None: as it is."""
 
     policy: Policy
     width: int
@@ -119,26 +119,26 @@ class Dress:
         )
 
 
-def dress(policy: Policy, cpu: bool) -> Dress:
-    """What the policy is handed over as; cpu: to servers without a GPU.
+def export_for_vllm(policy: Policy, cpu: bool) -> WeightExport:
+    """Return how to export the policy; cpu: to servers without a GPU.
 
-    Raises ConfigError where vLLM would load it wrongly and it cannot be dressed.
+    Raises ConfigError where vLLM would load it wrongly and it cannot be exported.
     """
     config: Any = policy.model.config.get_text_config()
     usual = config.hidden_size // config.num_attention_heads
     width = getattr(config, "head_dim", None) or usual
     misread = config.model_type == "qwen2" and width != usual
     if not misread and (not cpu or width in CPU_WIDTHS):
-        return Dress(policy, width)
+        return WeightExport(policy, width)
     wider = next((known for known in CPU_WIDTHS if known >= width), None)
     if wider is None or not _is_llama(config):
         if not misread:
-            return Dress(policy, width)  # vLLM says itself what it does not take
+            return WeightExport(policy, width)  # vLLM says itself what it does not take
         raise ConfigError(
             f"engine.name = 'vllm': vLLM takes a Qwen2's heads to be hidden_size / heads = {usual} wide, "
             f"this policy's are {width}, with a window or scaled positions; allowed: hf"
         )
-    return Dress(policy, width, wider)
+    return WeightExport(policy, width, wider)
 
 
 def _is_llama(config: PretrainedConfig) -> bool:

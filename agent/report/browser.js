@@ -11,7 +11,7 @@ let shown = [];
 // "<think>a</think><search>b" -> [{tag: "think", body: "a", closed: true}, {tag: "search", body: "b", closed: false}]
 // Text outside of any tag has tag "". A tag that is never closed ends at the next one that opens.
 function parseTurn(text) {
-  const tags = "think|search|answer|tool_call";
+  const tags = Object.keys(DATA.tags).join("|");
   const pattern = new RegExp(`<(${tags})>([\\s\\S]*?)(</\\1>|(?=<(?:${tags})>)|$)`, "g");
   const parts = [];
   const thought = text.indexOf("</think>");
@@ -37,10 +37,11 @@ function block(name, label, ...content) {
 function turnBlocks(text, right) {
   return parseTurn(text).map(({ tag, body, closed }) => {
     const open = closed ? "" : " (never closed)";
-    if (tag === "think") return block("think", "thought" + open, body);
-    if (tag === "search" || tag === "tool_call") return block("search", (tag === "search" ? "search" : "tool call") + open, body || "(empty)");
-    if (tag === "answer") return block(`answer ${right ? "right" : "wrong"}`, "answer" + open, body || "(empty)");
-    return block("plain", "other text", body);
+    const label = DATA.tags[tag];
+    if (!label) return block("plain", "other text", body);
+    if (label === "thought") return block("think", label + open, body);
+    if (label === "answer") return block(`answer ${right ? "right" : "wrong"}`, label + open, body || "(empty)");
+    return block("search", label + open, body || "(empty)");
   });
 }
 

@@ -1,14 +1,17 @@
-"""What the scripts of the page get: curves, and the trajectories that were chosen."""
+"""The data for the scripts of the page: curves, and the trajectories that were chosen."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from agent.protocol import PROTOCOLS
 from agent.report.choice import Choice, choose, describe, every_question
 from agent.report.folders import Run, read_full
+from agent.tools import TOOLS
 from data.errors import ConfigError, DataError
 from data.images import read_image, thumbnail
 
@@ -46,6 +49,16 @@ def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
         if shorter is None:
             kept = max(1, min(kept - 1, int(kept * 0.95 * limit_bytes / size)))
         limit = shorter or limit
+
+
+def _tags() -> dict[str, str]:
+    """The tags of all protocols, each with its label; thought and answer are those of every protocol."""
+    tags: dict[str, str] = {}
+    for protocol in PROTOCOLS.values():
+        calls = replace(protocol, tools=tuple(TOOLS)).call_tags
+        tags |= {protocol.think_tag: "thought", protocol.answer_tag: "answer"}
+        tags |= {tag: tag.replace("_", " ") for tag in calls}
+    return tags
 
 
 class _Table:
@@ -87,6 +100,7 @@ def _payload(
             }
         )
     return {
+        "tags": _tags(),
         "evaluations": [evaluation.name for evaluation in run.evaluations],
         "metrics": {
             f"{key} ({name})" if name else key: points

@@ -222,7 +222,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
     },
     ProtocolConfig: {
         HERE: "name titles max_turns top_k max_response_tokens max_observation_tokens max_context_tokens",
-        "../agent/test_chat_templates.py": "chat_template_kwargs",
+        "../agent/test_prompt.py": "chat_template_kwargs",
         "../agent/test_environment.py": "tools",
     },
     SentinelConfig: {

@@ -16,7 +16,7 @@ from agent.engines.hf import HFEngine
 from agent.engines.open_vllm import open_vllm
 from agent.engines.transport import AdapterTransport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.weight_export import dress
+from agent.engines.weight_export import export_for_vllm
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from data.errors import ConfigError, EngineError
@@ -82,9 +82,9 @@ def test_adapters_are_loaded_once_and_then_replaced_while_paused(tmp_path):
             requests.append(fake.requests[-1].get("model"))
         return completions, requests, fake.calls, [path.name for path in tmp_path.iterdir()]
 
-    handed = dress(learned, cpu=False)
+    export = export_for_vllm(learned, cpu=False)
     completions, requests, calls, kept = with_server(
-        base, act, lambda _: AdapterTransport(handed.save_adapter, tmp_path)
+        base, act, lambda _: AdapterTransport(export.save_adapter, tmp_path)
     )
     assert [c.weights_version for c in completions] == [0, 1, 2, 3]
     assert requests == ["policy"] * 3 and kept == ["weights-000003"]
@@ -99,9 +99,9 @@ def test_adapters_are_loaded_once_and_then_replaced_while_paused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_adapters_of_a_dressed_policy_change_its_llama_as_they_change_the_policy(tmp_path):
+def test_adapters_of_an_exported_policy_change_its_llama_as_they_change_the_policy(tmp_path):
     learned = policy(head_dim=12)
-    base = dress(learned, cpu=True)
+    base = export_for_vllm(learned, cpu=True)
     base.save(tmp_path / "base")
     llama = Policy(type(tiny_model("llama", 8)).from_pretrained(tmp_path / "base"), TOKENIZER)
     add_lora(learned.model, LoraConfig(rank=2, alpha=6.0))
@@ -111,7 +111,7 @@ def test_adapters_of_a_dressed_policy_change_its_llama_as_they_change_the_policy
         await engine.update_weights(scaled_adapter_state(learned.model), 1)
         return await complete(engine)
 
-    transport = AdapterTransport(dress(learned, cpu=True).save_adapter, tmp_path / "sync")
+    transport = AdapterTransport(export_for_vllm(learned, cpu=True).save_adapter, tmp_path / "sync")
     completion = with_server(llama.model, act, lambda _: transport)
     there = here(learned.model)
     assert completion.token_ids == there.token_ids
@@ -146,7 +146,7 @@ def test_nccl_describes_what_it_broadcasts_and_joins_a_server_once():
             groups.append(LocalGroup(fake, unique_id, size))
             return groups[-1]
 
-        tensors = dress(learned, cpu=False).weights
+        tensors = export_for_vllm(learned, cpu=False).weights
         return NCCLTransport(
             lambda state: tensors(state or learned.model.state_dict()), "cpu", connect, lambda: b"u" * 128
         )
@@ -219,4 +219,4 @@ def test_what_has_no_gpu_or_no_adapters_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"engine.transport = 'nccl': must be folder with engine.lora"):
         EngineConfig("vllm", transport="nccl", lora="adapter")
     with pytest.raises(EngineError, match="has no adapters to hand over"):
-        dress(policy(), cpu=False).save_adapter(tmp_path, None)
+        export_for_vllm(policy(), cpu=False).save_adapter(tmp_path, None)

@@ -31,7 +31,7 @@ from rl.learner.lora import add_lora, scaled_adapter_state
 from rl.weight_sync import compare
 from tests.fakes import byte_tokenizer, tiny_model
 
-PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+PYTHON = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason="needs .venv-vllm: bash scripts/vllm_env.sh"),
