@@ -203,10 +203,8 @@ class Protocol:
 
 def _says_something(action: Action) -> bool:
     """Return whether an action holds anything visible: more than blanks and characters of no width."""
-    match action:
-        case Call(_, said) | Answer(said):
-            return any(c.isprintable() and not c.isspace() for c in said)
-    return False
+    said = action.argument if isinstance(action, Call) else action.text if isinstance(action, Answer) else ""
+    return any(c.isprintable() and not c.isspace() for c in said)
 
 
 def _fill(template: str, **fields: str) -> str:

@@ -62,8 +62,9 @@ class Server:
         self.lives += 1
         self.lost = asyncio.get_running_loop().create_future()
         if self._http is None:
-            kept = {"max_keepalive_connections": 64, "keepalive_expiry": IDLE_SECONDS}
-            limits = httpx.Limits(max_connections=None, **kept)
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE_SECONDS
+            )
             self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
 
     def take_out(self, reason: str) -> None:

@@ -19,6 +19,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,7 @@ class RowCache(Cache):
         head_dim = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
         self._shape, self._max_rows = (config.num_hidden_layers, 2), max_rows
         self._heads = (getattr(config, "num_key_value_heads", None) or 1, head_dim)
-        self._like = {"dtype": model.dtype, "device": model.device}
-        self.storage = torch.zeros(*self._shape, 0, 1, *self._heads, **self._like)
+        self.storage = torch.zeros(*self._shape, 0, 1, *self._heads, dtype=model.dtype, device=model.device)
         self.rows: slice | Tensor = slice(0, 0)
         self.positions = self.row_indices = torch.empty(0)
         self.length = 0
@@ -99,7 +99,7 @@ class RowCache(Cache):
             if rows > held:
                 held = min(max(rows, 2 * held), self._max_rows)
             blocks = -(-max(length, self.capacity) // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
-            grown = torch.zeros(*self._shape, held, blocks + 1, *self._heads, **self._like)
+            grown = self.storage.new_zeros(*self._shape, held, blocks + 1, *self._heads)
             grown[:, :, : self.storage.shape[2], : self.capacity] = self.storage[:, :, :, :-1]
             self.storage = grown
 
@@ -109,7 +109,7 @@ class RowCache(Cache):
         self.rows = slice(0, len(rows)) if rows == list(range(len(rows))) else self.row_indices[:, 0]
         self.positions, self.length = positions, length
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Write (R, heads, T, size) at the touched positions; return keys and values read so far."""
         layer = self.storage[layer_idx]
         for kept, states in zip(layer, (key_states, value_states), strict=True):

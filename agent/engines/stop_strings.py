@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,6 +46,6 @@ class StopFinder:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a completion: those of the generation configuration, or the tokenizer's too."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    configured: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids: list[Any] = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
     return {token for token in ids if token is not None}
