@@ -6,18 +6,16 @@ advantage x surrogate x averaging x KL; the functions themselves are in advantag
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from data.errors import require, require_range
 from rl.algorithm.advantages import ADVANTAGES, WITH_CRITIC, WITHOUT_GROUPS
 from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, Averaging
 
-if TYPE_CHECKING:
-    Advantage = Surrogate = Estimator = str
-else:  # the names that the tables have
-    Advantage, Surrogate, Estimator = (
-        Literal[tuple(table)] for table in (ADVANTAGES, SURROGATES, KL_ESTIMATORS)
-    )
+# The names of the tables. Not in a TYPE_CHECKING block: jsonargparse would read it, and take any text.
+Advantage: TypeAlias = Literal[*ADVANTAGES]  # pyright: ignore
+Surrogate: TypeAlias = Literal[*SURROGATES]  # pyright: ignore
+Estimator: TypeAlias = Literal[*KL_ESTIMATORS]  # pyright: ignore
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from data.errors import ConfigError
+from rl.algorithm.advantages import ADVANTAGES
+from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES
 from rl.algorithm.presets import PRESETS, preset_fields
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from scripts import __main__ as sleuth
@@ -68,6 +71,8 @@ def test_a_value_out_of_its_range_is_refused_by_name(name, given, allowed):
         (["--steps", "many"], "steps: got 'many', expected int"),
         (["--algorithm.clip_low", "2"], "algorithm.clip_low = 2.0: must be in (0, 1)"),
         (["--wandb.mode", "sometimes"], "wandb.mode"),
+        (["--algorithm.advantage", "gpro"], "algorithm.advantage: got 'gpro', expected one of 'gae'"),
+        (["--algorithm.surrogate", "pop"], "expected one of 'ppo', 'gspo', 'cispo', 'reinforce'"),
         (["--rewards.em", "much"], "rewards"),
     ],
 )
@@ -117,3 +122,11 @@ def test_an_unknown_preset_is_refused_with_those_there_are():
         ConfigError, match="preset = 'pppo': must be one of search_r1_ppo, search_r1_grpo, ppo"
     ):
         configured("--preset", "pppo")
+
+
+@pytest.mark.parametrize(
+    ("field", "table"),
+    [("advantage", ADVANTAGES), ("surrogate", SURROGATES), ("kl_estimator", KL_ESTIMATORS)],
+)
+def test_the_names_that_a_configuration_takes_are_those_of_the_table(field, table):
+    assert get_args(get_type_hints(AlgorithmConfig)[field]) == tuple(table)

@@ -99,7 +99,7 @@ def assert_as_by_loops(config, groups, kind="qwen2", layouts=LAYOUTS, step=0):
     for packing, tokens in layouts:
         learner = make_learner(replace(config, packing=packing, micro_batch_tokens=tokens), kind)
         found = learn(learner, groups, step)
-        assert largest_difference(found.policy, plain.policy_gradients) < 5e-5
+        assert largest_difference(found.policy, plain.policy_gradients) < 1e-4
         assert largest_difference(found.critic, plain.critic_gradients) < 5e-5
         assert found.metrics == pytest.approx(plain.metrics, rel=1e-4, abs=1e-6)
 
