@@ -22,9 +22,9 @@ MOVED = {
     "data.gguf": "data.packaged",
     "data.sealed": "data.atomic",
     "data.unicode": "data.text",
-    "retriever_server.adapters": "retriever_server.server.routes.embeddings",
-    "data.atlas.factbook": "examples.atlas.factbook",
     "agent.observation": "agent.search_tool",
+    "data.atlas.factbook": "examples.atlas.factbook",
+    "retriever_server.adapters": "retriever_server.server.routes.embeddings",
     "retriever_server.app": "retriever_server.server.app",
     "retriever_server.batching": "retriever_server.server.batching",
     "retriever_server.client": "retriever_server.client.search_client",
@@ -32,12 +32,16 @@ MOVED = {
     "retriever_server.connections": "retriever_server.server.connections",
     "retriever_server.controls": "retriever_server.retrievers.baselines",
     "retriever_server.dialects": "retriever_server.server.routes.dialects",
+    "retriever_server.encoders.eos": "retriever_server.encoders.checks",
+    "retriever_server.encoders.identity": "retriever_server.encoders.read_spec",
     "retriever_server.encoders.pictures": "retriever_server.encoders.image_inputs",
+    "retriever_server.encoders.proofs": "retriever_server.encoders.checks",
+    "retriever_server.encoders.two_way": "retriever_server.encoders.checks",
     "retriever_server.guard": "retriever_server.server.middleware",
     "retriever_server.http": "retriever_server.client.http",
     "retriever_server.indexes.counting": "retriever_server.indexes.term_counts",
-    "retriever_server.indexes.porter": "retriever_server.indexes.analyzers",
     "retriever_server.indexes.integrity": "retriever_server.indexes.checksums",
+    "retriever_server.indexes.porter": "retriever_server.indexes.analyzers",
     "retriever_server.indexes.rows": "retriever_server.indexes.vector_store",
     "retriever_server.live": "retriever_server.server.backends",
     "retriever_server.metrics": "retriever_server.server.metrics",
@@ -46,13 +50,28 @@ MOVED = {
     "retriever_server.pictures": "retriever_server.server.image_requests",
     "retriever_server.qdrant": "examples.qdrant.qdrant",
     "retriever_server.remote": "retriever_server.retrievers.remote",
-    "retriever_server.retrievers.compose": "retriever_server.retrievers.side_by_side",
-    "retriever_server.retrievers.qdrant": "examples.qdrant.qdrant",
     "retriever_server.replicas": "retriever_server.client.replicas",
     "retriever_server.rerank": "retriever_server.retrievers.rerank",
+    "retriever_server.retrievers.compose": "retriever_server.retrievers.side_by_side",
+    "retriever_server.retrievers.qdrant": "examples.qdrant.qdrant",
     "retriever_server.schema": "retriever_server.server.schema",
     "retriever_server.service": "retriever_server.server.service",
     "retriever_server.stages": "retriever_server.server.backends",
+    "retriever_server.training.components": "retriever_server.training.build_components",
+    "retriever_server.training.decoders": "retriever_server.training.builders.decoder",
+    "retriever_server.training.distill": "retriever_server.training.losses.distillation",
+    "retriever_server.training.distinct": "retriever_server.training.batch_samplers",
+    "retriever_server.training.guards": "retriever_server.training.training_checks",
+    "retriever_server.training.info_nce": "retriever_server.training.losses.info_nce",
+    "retriever_server.training.items": "retriever_server.training.image_collator",
+    "retriever_server.training.llm2vec": "retriever_server.training.losses.masked_next_token",
+    "retriever_server.training.m3": "retriever_server.training.builders.m3",
+    "retriever_server.training.mixture": "retriever_server.training.batch_samplers",
+    "retriever_server.training.models": "retriever_server.training.builders.base",
+    "retriever_server.training.sparse": "retriever_server.training.builders.sparse",
+    "retriever_server.training.tiny": "retriever_server.training.builders.tiny",
+    "retriever_server.training.tiny_vision": "retriever_server.training.builders.tiny_vision",
+    "retriever_server.training.vision": "retriever_server.training.builders.vision",
     "retriever_server.wire": "retriever_server.client.wire",
     "retriever_server.workers": "retriever_server.server.workers",
     "rl.advantages": "rl.algorithm.advantages",
@@ -82,11 +101,28 @@ MOVED = {
 
 
 _FROM_COMPOSE = {"Fuse": "fuse", "Sharded": "shard", "Cached": "cache"}
+_IN_TRAINING = {
+    "models.dense": "builders.dense.dense",
+    "models.two_towers": "builders.dense.two_towers",
+    "models.splade": "builders.sparse.splade",
+    "models.colbert": "builders.colbert.colbert",
+    "models.cross_encoder": "builders.cross_encoder.cross_encoder",
+    "models.pretrained": "builders.pretrained.pretrained",
+    "decoders.promptreps": "builders.promptreps.promptreps",
+    "decoders.yes_no_reranker": "builders.cross_encoder.yes_no_reranker",
+    "sparse.splade_loss": "losses.splade.splade_loss",
+    "m3.M3Loss": "losses.m3.M3Loss",
+    "llm2vec.SimCSE": "losses.simcse.SimCSE",
+}
 MOVED_CLASSES = {
     f"{module}.{name}": f"retriever_server.retrievers.{file}.{name}"
     for module in ("retriever_server.compose", "retriever_server.retrievers.compose")
     for name, file in _FROM_COMPOSE.items()
 } | {f"retriever_server.{room}remote.Web": "examples.web_search.web.Web" for room in ("", "retrievers.")}
+MOVED_CLASSES |= {
+    f"retriever_server.training.{old}": f"retriever_server.training.{new}"
+    for old, new in _IN_TRAINING.items()
+}
 """Old name of a class that left the others of its module -> new one."""
 
 
@@ -108,12 +144,21 @@ class _MovedModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__]
         try:
-            sys.modules[module.__name__] = import_module(new)
+            found = import_module(new)
         except ModuleNotFoundError as error:
             if error.name is None or not new.startswith(error.name):
                 raise
             there = f"{module.__name__} moved to {new}, which is in Sleuth's repository"
             raise ModuleNotFoundError(there, name=module.__name__) from None
+        if not any(name.startswith(f"{module.__name__}.") for name in MOVED_CLASSES):
+            sys.modules[module.__name__] = found
+            return
+
+        def attribute(name: str) -> object:
+            place, _, today = current_name(f"{module.__name__}.{name}").rpartition(".")
+            return getattr(import_module(place), today)
+
+        module.__dict__["__getattr__"] = attribute  # its parts went to several modules
 
 
 def find_moved_modules() -> None:

@@ -12,7 +12,7 @@ from agent.engines.base import Completion, FinishReason
 from agent.policy import Policy, load_policy
 from data.jsonl import write_json
 from data.records import Hit, Passage
-from retriever_server.training.tiny_vision import write_vlm
+from retriever_server.training.builders.tiny_vision import write_vlm
 from tests.fakes import SIZES, byte_tokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,1 +1,1 @@
-"""What turns texts into vectors, and the record of how it does."""
+"""Encoders of texts and images, and the EncodingSpec that records how they encode."""

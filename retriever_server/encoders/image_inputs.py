@@ -28,7 +28,7 @@ _DECIDE = (
     "merge_size", "do_image_splitting", "do_resize", "do_center_crop", "do_pad", "do_normalize", "resample",
     "rescale_factor", "image_mean", "image_std", "num_image_tokens", "image_seq_len", "image_seq_length",
 )  # fmt: skip
-"""What of an image processor decides the pixels and tokens of an image."""
+"""Settings of an image processor that decide the pixels and tokens of an image."""
 
 
 def processors(model: Any) -> list[Any]:
@@ -38,7 +38,7 @@ def processors(model: Any) -> list[Any]:
 
 
 def what_it_takes(model: Any) -> frozenset[str]:
-    """What a model of sentence-transformers encodes: of `kinds()`, such as "text", "image", "text+image"."""
+    """Return what a model encodes: of `kinds()`, such as "text", "image", "text+image"."""
     known: dict[str, Any] = {"text": "text", **{name: name for name in modalities()}}
     known |= {f"text+{name}": tuple(sorted((name, "text"))) for name in modalities()}
     return frozenset(name for name, modality in known.items() if model.supports(modality))
@@ -57,7 +57,7 @@ def kind_of(given: Input) -> str:
 
 
 def as_model_input(given: Input, picture: Any = None, placeholders: Sequence[str] = ()) -> dict[str, Any]:
-    """What a model that reads images is given: {"text"}, {"image"} (the modality) or both, the image first.
+    """Build the input of a model that reads images: {"text"}, {"image"} (the modality) or both, image first.
 
     picture: that of the item, read. placeholders: what stands for an image in this model's text, and must
     not stand in the text itself.
@@ -163,7 +163,7 @@ def picture_batches(
 
 
 WHOLE = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
-"""What `preprocess` is told so that it cuts nothing."""
+"""Options of `preprocess` so that it cuts nothing."""
 
 
 def uncut(model: Any, given: list[dict[str, Any]], preprocess: Callable[..., dict]) -> dict[str, Any]:

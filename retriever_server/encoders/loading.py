@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
-
-CLASSES = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": "MultiVectorEncoder"}
-"""Kind of vectors -> class of sentence-transformers."""
+from retriever_server.encoders.kinds import ENCODERS
 
 
 def _saved_kind(model: str) -> str:
@@ -29,7 +27,7 @@ def _saved_kind(model: str) -> str:
             return "multi"  # ColPali, ColQwen2 and theirs, as transformers saves them
     if saved.get("model_type") == "ColBERT" or saved.get("similarity_fn_name") == "MaxSim":
         return "multi"  # saved by PyLate
-    return next((kind for kind, name in CLASSES.items() if name == saved.get("model_type")), "dense")
+    return next((name for name, of in ENCODERS.items() if of.class_name == saved.get("model_type")), "dense")
 
 
 def check_projects(model: str) -> None:
@@ -49,23 +47,21 @@ def check_projects(model: str) -> None:
 
 
 def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """The model of sentence-transformers by name or folder, of the kind it was saved as if None.
+    """Load the model of sentence-transformers by name or folder, of the kind it was saved as if None.
 
     Raises ConfigError.
     """
     from data.hub import find_model
 
     model = find_model(model, "encoder")  # at once, not after seconds of imports
-    import sentence_transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     kind = kind or _saved_kind(model)
-    if kind not in CLASSES:
-        raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(CLASSES)}")
-    kind_of_model = getattr(sentence_transformers, CLASSES[kind])
+    if kind not in ENCODERS:
+        raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(ENCODERS)}")
     try:
-        loaded = kind_of_model._load_with_module_classes(
+        loaded = ENCODERS[kind].model_class._load_with_module_classes(
             model, _own_modules(), device=device, model_kwargs={"dtype": dtype}
         )
     except ImportError as error:  # a processor that needs what we do not: torchvision, timm, ...

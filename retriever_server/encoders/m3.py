@@ -26,7 +26,7 @@ class M3Heads(WeightedModule):
         self.project = nn.Linear(hidden_size, dimension, bias=False)
 
     def on_model_ready(self, model: Any) -> None:
-        """Which pieces are special; sentence-transformers calls it."""
+        """Learn which pieces are special; sentence-transformers calls it."""
         self.weigh.on_model_ready(model)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class M3Heads(WeightedModule):
         return features
 
     def get_embedding_dimension(self) -> int:
-        """Of the dense vector."""
+        """Size of the dense vector."""
         return self.hidden_size
 
     def parts(self, model: Any) -> dict[str, Any]:

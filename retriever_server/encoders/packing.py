@@ -35,7 +35,7 @@ def fill_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def packed_forward(model: Any, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """What the model makes of the features of texts, longest first; and how many tokens it computed."""
+    """Run the model on the features of texts, longest first; -> its output, the number of tokens computed."""
     import torch
 
     mask = features["attention_mask"].bool()

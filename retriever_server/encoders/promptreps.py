@@ -107,7 +107,7 @@ class PromptReps(Transformer):
         return features
 
     def get_embedding_dimension(self) -> int:
-        """Of the representation: of the model's vectors, or the size of its vocabulary."""
+        """Size of the representation: of the model's vectors, or of its vocabulary."""
         config = self.model.config.get_text_config()
         return config.hidden_size if self.representation == "dense" else config.vocab_size
 

@@ -25,7 +25,7 @@ from data.jsonl import read_json, write_json
 from data.modalities import kinds
 from data.records import FORMAT_VERSION, Input
 from data.text import cut_for, replace_halves
-from retriever_server.encoders.identity import DEFAULT_TEMPLATE, read_spec
+from retriever_server.encoders.checks import check_model
 from retriever_server.encoders.image_inputs import (
     WHOLE,
     as_model_input,
@@ -39,7 +39,7 @@ from retriever_server.encoders.image_inputs import (
 )
 from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
 from retriever_server.encoders.packing import packable, packed_forward
-from retriever_server.encoders.proofs import prove
+from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
 from retriever_server.encoders.token_pooling import TokenPooling
 from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
@@ -102,7 +102,7 @@ def load_encoder(
     spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
     if trained:
         _check_trained(spec, trained, dimension)
-    prove(loaded)
+    check_model(loaded)
     encoder = SentenceEncoder(loaded, spec)
     self_test(encoder)
     _LOADED[spec.hash, device, dtype] = encoder
@@ -195,7 +195,7 @@ class SentenceEncoder(Encoder):
         self.model_seconds = self.waited_seconds = 0.0
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
-        """As `Encoder.encode`."""
+        """Encode as `Encoder.encode` says."""
         of = np.array([kind_of(each) for each in inputs])
         for kind in sorted({*of.tolist()} - self.takes):
             raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
@@ -253,7 +253,7 @@ class SentenceEncoder(Encoder):
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
 
     def tokens_of(self, text: str, role: Role) -> tuple[int, int] | None:
-        """As `Encoder.tokens_of`."""
+        """Count as `Encoder.tokens_of` says."""
         given = [self._given(text)]
         with self._lock:
             if tokens_of := getattr(self._model[0], "tokens_of", None):
@@ -315,7 +315,7 @@ class SentenceEncoder(Encoder):
         return self._finish(vectors[:, : self.spec.dimension])
 
     def _are_patches(self, out: dict[str, Any], masks: Any) -> list[np.ndarray]:
-        """Of each vector that is kept, whether it is of a patch of an image."""
+        """Mark the vectors that are of a patch of an image, among those that are kept."""
         if "input_ids" not in out:  # a vision tower alone
             return [np.ones(int(mask.sum()), bool) for mask in masks]
         of = out["input_ids"] == (-1 if self._patch is None else self._patch)

@@ -1,4 +1,4 @@
-"""What an encoder is: texts in, vectors out, under a spec that says everything which decides them."""
+"""The interface of encoders, and the spec that holds everything which decides their vectors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from data.errors import ConfigError, DataError
 from data.modalities import kinds, modalities, samples
 from data.records import Input, Item, Passage
+from retriever_server.encoders.kinds import ENCODERS
 from retriever_server.encoders.vectors import Vectors, rows_of, similarities
 
 Role = Literal["query", "passage"]
-KINDS = ("dense", "sparse", "multi")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EncodingSpec:
     fingerprint: str
     """Short hash of the weights, the same in fp32 and bf16."""
     dimension: int
-    """Of a vector; sparse: the size of the vocabulary."""
+    """Size of a vector; sparse: of the vocabulary."""
     query_prompt: str = ""
     passage_prompt: str = ""
     """Put before the text, and where the model says so left out of the pooling."""
@@ -44,15 +44,15 @@ class EncodingSpec:
     similarity: str = "dot"
     """cosine (of vectors of length 1), dot or maxsim."""
     inputs: str = "text"
-    """What of a passage is encoded: its text, its image, or text+image (what it has of both); or audio"""
+    """Part of a passage that is encoded: text, image, or text+image (what it has of both); or audio"""
     image_processor: str = ""
-    """What becomes of an image before the model sees it: processor, pixels, patches, tokens."""
+    """Processing of an image before the model sees it: processor, pixels, patches, tokens."""
     token_pooling: str = ""
-    """How the token vectors of a passage are pooled before they are stored, such as rows:4; "" not at all."""
+    """Pooling of the token vectors of a passage before they are stored, such as rows:4; "" not at all."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(KINDS)}")
+        if self.kind not in ENCODERS:
+            raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(ENCODERS)}")
         if self.inputs not in kinds():
             known = f"must be one of {', '.join(kinds())} (data.modalities registers more)"
             raise ConfigError(f"encoder inputs {self.inputs!r}: {known}")
@@ -71,7 +71,7 @@ class EncodingSpec:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def render(self, passage: Passage) -> Input:
-        """What of a passage is encoded, without the prompt. DataError if it has nothing of that."""
+        """Return what of a passage is encoded, without the prompt. DataError if it has nothing of that."""
         if self.inputs == "text":
             return self.render_text(passage)
         modality = self.inputs.removeprefix("text+")
@@ -89,7 +89,7 @@ class EncodingSpec:
         return self.passage_template.format(**fields).strip()
 
     def differences(self, other: EncodingSpec) -> str:
-        """Which fields of the hash differ, for a message.   -> "pooling: cls, here mean" """
+        """List the fields of the hash that differ, for a message.   -> "pooling: cls, here mean" """
         here, there = asdict(self), asdict(other)
         return "; ".join(
             f"{key}: {there[key]!r}, here {here[key]!r}"
@@ -103,7 +103,7 @@ class Encoder(ABC):
 
     spec: EncodingSpec
     takes: frozenset[str] = frozenset({"text"})
-    """What it encodes: of `kinds()`. Queries may be any of these, passages are what the spec says."""
+    """Inputs it encodes: of `kinds()`. Queries may be any of these, passages are what the spec says."""
 
     @abstractmethod
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:

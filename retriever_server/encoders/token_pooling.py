@@ -18,7 +18,7 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class TokenPooling:
-    """How the vectors of a passage become about one in `factor`; as text "rows:4".
+    """Pooling of the vectors of a passage to about one in `factor`; as text "rows:4".
 
     rows: the mean of each `factor` patches side by side, text tokens stay as they are; with as many as a
     row of the image has, one vector a row. kmeans: clusters by cosine. hierarchical: Ward's clusters on

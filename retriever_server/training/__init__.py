@@ -1,1 +1,1 @@
-"""How the retrievers are trained: examples and mining, model builders, recipes over sentence-transformers."""
+"""Training of retrievers: examples and mining, model builders, losses, recipes over sentence-transformers."""

@@ -37,7 +37,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Converted:
-    """What came out, and what was left out on the way."""
+    """Result of a conversion, and counts of what was left out."""
 
     corpus: Corpus
     examples: Path

@@ -1,4 +1,4 @@
-"""How good a model is while it is trained: on dev queries, by the index and metrics that serve later."""
+"""Scores of a model in training on dev queries, by the index and metrics that serve later."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
 from data.progress import Bar, Track, no_bar
 from data.records import Input, Qrels, Question
-from retriever_server.encoders.identity import read_spec
+from retriever_server.encoders.kinds import Kind
 from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import Pair, Rerank, Scorer
 from retriever_server.training.examples import KeysOf, shown
 from retriever_server.training.recipe import DevConfig
 
-_INDEX_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _TOP_K, _RERANKED = 100, 20
 
 
@@ -87,25 +87,21 @@ class DevSet:
             shutil.rmtree(place, ignore_errors=True)
         return means(values)
 
-    def score_encoder(self, model: Any, passage_template: str, inputs: str | None = None) -> dict[str, float]:
-        """The metrics of an encoder, by an exact index of its vectors in float32."""
+    def score_model(self, model: Any, kind: Kind, spec: EncodingSpec | None) -> dict[str, float]:
+        """The metrics of an encoder by an exact index in float32, of a reranker over the hits of BM25."""
+        if kind.index is None or spec is None:
+            return self.score(lambda place: self._reranked(model, place))
         from retriever_server.indexes.base import index_kind
 
-        spec = read_spec("the model in training", model, passage_template, inputs)
-        encoder = SentenceEncoder(model, spec)
-        of = index_kind(_INDEX_OF[encoder.spec.kind])
+        encoder, of = SentenceEncoder(model, spec), index_kind(kind.index)
         track = Track("encoding dev passages", self.bar)
         return self.score(lambda place: of.build(self.corpus, place, encoder, "float32", progress=track))
 
-    def score_reranker(self, model: Any) -> dict[str, float]:
-        """The metrics of a cross-encoder that orders the first hits of BM25 anew."""
+    def _reranked(self, model: Any, place: Path) -> Retriever:
         from retriever_server.indexes.bm25 import BM25Index
 
-        def build(place: Path) -> Retriever:
-            first = BM25Index.build(self.corpus, place, analyzer="stopwords")
-            return Rerank(first, _Reader(model.eval()), _RERANKED)
-
-        return self.score(build)
+        first = BM25Index.build(self.corpus, place, analyzer="stopwords")
+        return Rerank(first, _Reader(model.eval()), _RERANKED)
 
 
 def _asked(query: Input) -> int:

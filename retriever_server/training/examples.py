@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.records import Example, Input, Passage
+from retriever_server.encoders.image_inputs import kind_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +36,7 @@ class KeysOf:
         self.known: dict[int, int] = {}
 
     def __call__(self, position: int) -> int:
-        """That of the passage at this position."""
+        """Return the number of the passage at this position."""
         if position not in self.known:
             passage = self.corpus[position]
             self.known[position] = shown(passage.text, *passage.files.values())
@@ -166,37 +167,65 @@ def _lists(
 
 @dataclass(frozen=True)
 class _Resolve:
-    """Positions in, items out: the transform of a data set, which keeps its columns' names."""
+    """The transform of a data set from positions to items; it keeps the columns' names."""
 
-    examples: Examples
+    examples: Any
+    """`Examples`, or None where all columns are passages."""
     render: Callable[[Passage], Input]
     max_characters: int
-    of_passage: Callable[[int], int]
-    """The key of a passage's text, by its position."""
+    keys: KeysOf
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         return {name: [self._value(name, value) for value in values] for name, values in batch.items()}
 
     def key(self, name: str, value: Any) -> Any:
         """The same for the same text or image: of a query, or of the passage at a position. Renders none."""
-        if name in _QUERY.values():
-            example = self.examples[value]
-            return shown(example.query, *filter(None, [example.query_image]))
-        return self.of_passage(value)
+        if name not in _QUERY.values():
+            return self.keys(value)
+        example = self.examples[value]
+        return shown(example.query, *filter(None, [example.query_image]))
 
     def _value(self, name: str, value: Any) -> Any:
         if name == "label":
             return value
-        if name in _QUERY.values():
-            return self._cut(self.examples[value].asked)
         if isinstance(value, list):
-            return [self._passage(position) for position in value]
-        return self._passage(value)
-
-    def _passage(self, position: int) -> Input:
-        return self._cut(self.render(self.examples.corpus[position]))
-
-    def _cut(self, item: Input) -> Input:
+            return [self._value(name, position) for position in value]
+        is_query = name in _QUERY.values()
+        item = self.examples[value].asked if is_query else self.render(self.keys.corpus[value])
         if isinstance(item, str):
             return item[: self.max_characters]
         return replace(item, text=item.text[: self.max_characters])
+
+
+def passages_as_dataset(
+    corpus: Corpus, render: Callable[[Passage], Input], max_characters: int = 100_000
+) -> Dataset:
+    """The passages of a corpus as a data set of one column, read batch by batch."""
+    from datasets import Dataset
+
+    transform = _Resolve(None, render, max_characters, KeysOf(corpus))
+    return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(transform)
+
+
+def split_by_pair(
+    dataset: Any,
+    examples: Examples,
+    render: Callable[[Passage], Input],
+    shares: Mapping[str, float],
+    weight: float,
+) -> dict[str, tuple[Any, float]]:
+    """The rows of each kind of pair ("text > image"), and the weight of their batches.
+
+    dataset: of `as_dataset`, form tuple. shares: of kinds; by their number of rows if empty; together they
+    weigh `weight`. Raises ConfigError where `shares` does not name just the kinds that there are.
+    """
+    plain = dataset.with_format(None)
+    rows: dict[str, list[int]] = {}
+    for row, (query, passage) in enumerate(zip(plain["anchor"], plain["positive"], strict=True)):
+        answer = render(examples.corpus[passage])
+        rows.setdefault(f"{kind_of(examples[query].asked)} > {kind_of(answer)}", []).append(row)
+    if shares and set(shares) != set(rows):
+        raise ConfigError(f"train.shares: names {', '.join(shares)}; the pairs are {', '.join(rows)}")
+    of = shares or {kind: len(each) for kind, each in rows.items()}
+    total = sum(of.values())
+    return {kind: (dataset.select(each), weight * of[kind] / total) for kind, each in rows.items()}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from data.atomic import new_folder
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.identity import fingerprint
 from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.read_spec import fingerprint
 from retriever_server.encoders.sentence import SPEC_FILE, save_spec, saved_spec
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _sign(encoder: Path) -> None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What decides besides the weights: modules and their settings, prompts, tokenizer, by file's name."""
+    """Read what decides besides the weights: modules, their settings, prompts, tokenizer; by file's name."""
     names = ("modules.json", "tokenizer.json", "config_sentence_transformers.json", "*_*/**/config.json")
     files = (path for name in names for path in folder.glob(name))
     found = {str(path.relative_to(folder)): json.loads(path.read_text("utf-8")) for path in files}

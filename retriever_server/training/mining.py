@@ -27,7 +27,7 @@ Progress = Callable[[Any], Iterable[int]]
 
 @dataclass(frozen=True)
 class Rules:
-    """Which of the passages found become negatives. Ranks count from 1 and leave positives out."""
+    """Rules by which passages found become negatives. Ranks count from 1 and leave positives out."""
 
     first_rank: int = 1
     last_rank: int = 100
@@ -60,7 +60,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Mined:
-    """What a file of mined examples holds."""
+    """Counts of a file of mined examples."""
 
     examples: int
     negatives: int
@@ -148,7 +148,7 @@ def corpus_passage(corpus: Corpus, passage_id: str) -> Passage:
 def _candidates(
     example: Example, hits: Sequence[Hit], positives: Sequence[Passage], rules: Rules
 ) -> list[Passage]:
-    """What was found between the ranks, each text once, without positives and what has their text."""
+    """Select what was found between the ranks, each text once, without positives and what has their text."""
     ids = {passage.id for passage in positives}
     others = [hit.passage for hit in hits if hit.passage.id not in ids]
     seen = {_shown(passage) for passage in positives}
@@ -219,7 +219,7 @@ def _scored(
 
 
 def _limit(example: Example, scores: Mapping[str, float], rules: Rules) -> float:
-    """What a negative may score at most: so much below the worst positive."""
+    """The highest score of a negative: so much below the worst positive."""
     worst = min(scores.get(id_, -math.inf) for id_ in example.positives)
     if math.isinf(worst):
         return -math.inf if scores else math.inf

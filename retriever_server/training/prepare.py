@@ -1,4 +1,4 @@
-"""What a recipe names, looked at before torch is imported: model, loss, data, and what is to be replaced."""
+"""Checks of a recipe before torch is imported: model, loss, data, and the index that is to be replaced."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from data.corpus import Corpus
 from data.device import check_device
 from data.examples import Examples
 from retriever_server.indexes.base import read_manifest
-from retriever_server.training.components import check_names
-from retriever_server.training.models import check_base
+from retriever_server.training.build_components import check_names
+from retriever_server.training.builders.base import check_base
 from retriever_server.training.recipe import RetrieverRecipe
 
 

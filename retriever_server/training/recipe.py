@@ -1,8 +1,8 @@
-"""What the training of a retriever is told: frozen dataclasses, whose field docstrings are the help.
+"""The recipe of a retriever's training: frozen dataclasses, whose field docstrings are the help.
 
 Nothing heavy is imported here, so that a wrong key is refused before any model loads. Models and losses
-go by class_path and init_args; a name without a dot is looked up in `retriever_server.training` (models,
-then other modules of ours) and among the losses of sentence-transformers for that kind of model.
+go by class_path and init_args; a name without a dot is looked up in `training/builders` and
+`training/losses`, and among the losses of sentence-transformers for that kind of model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DataConfig:
     labels_of: Literal["teacher", "any"] = "teacher"
     """Whose scores: a teacher's alone, or any, also those of the retriever that mined the negatives."""
     form: Literal["tuple", "pair", "list", "text"] = "tuple"
-    """What a row is: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
+    """Columns: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
     draws: int = 1
     """How often an example comes up in an epoch, with other positives and negatives each time."""
     weight: float = 1.0
@@ -44,7 +44,7 @@ class DataConfig:
     query_prompt: str | None = None
     """Put before the queries of this set while training; the model's own if not given."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a wrong example does."""
+    """stop at a wrong example, or skip it."""
 
     def __post_init__(self) -> None:
         given = (self.examples is None) == (self.form == "text")
@@ -57,20 +57,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DevConfig:
-    """What the model is scored on at every checkpoint; off without queries."""
+    """The dev set that the model is scored on at every checkpoint; off without queries."""
 
     queries: str | None = None
     """JSON lines or table of queries, as for `sleuth evaluate-retriever`."""
     qrels: str | None = None
-    """Which passages are relevant to them."""
+    """Judgements: the passages that are relevant to the queries."""
     corpus: str | None = None
-    """Where they are looked for; the first train corpus if not given."""
+    """Corpus that is searched; the first train corpus if not given."""
     metrics: str = "nDCG@10,recall@100,MRR@10"
     """Names of ir-measures; the first decides which checkpoint is best."""
     limit: int = 500
     """Queries used, the first ones."""
     shared: Literal["nothing", "passages", "all"] = "nothing"
-    """What dev may share with the training examples: no question and no relevant passage, relevant passages
+    """Overlap allowed with the training examples: no question and no relevant passage, relevant passages
     alone, or questions, too. What is shared is refused: it is scored for having been learned by heart."""
     passages: int = 10_000
     """Size of the corpus searched: the relevant ones and others evenly drawn; 0: all."""
@@ -84,7 +84,7 @@ class DevConfig:
 
 @dataclass(frozen=True)
 class RetrieverRecipe:
-    """How a retriever or a reranker is trained."""
+    """Everything that decides the training of a retriever or a reranker."""
 
     model: Component
     """class_path of what builds it (dense, two_towers, splade, colbert, cross_encoder, pretrained, ...) and
@@ -94,13 +94,13 @@ class RetrieverRecipe:
     train: list[DataConfig]
     """Sets of examples; a batch comes from one of them."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """What differs from model and loss above, by dotted key; the line's --model.init_args.base NAME."""
+    """Changes of model and loss above, by dotted key; the line's --model.init_args.base NAME."""
     out: str = "runs/retriever"
     """Run folder; OUT/model is the trained model."""
     passage_template: str = "{title}\n{text}"
     """The text of a passage, from {title}, {text} and {contents}; saved with the model."""
     inputs: str | None = None
-    """What of a passage is encoded: its text, its image, or what it has of both (text+image; or of another
+    """Part of a passage that is encoded: text, image, or what it has of both (text+image; or of another
     registered modality); saved with the model. If not given the image where the model reads images."""
     steps: int | None = None
     """Updates; by `epochs` if not given."""
@@ -115,16 +115,16 @@ class RetrieverRecipe:
     warmup: float = 0.1
     """Share of the updates in which the learning rate rises."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    """Fall of the learning rate after the warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Longer gradients are shortened; 0: never."""
     matryoshka: list[int] = field(default_factory=list)
     """Dimensions whose prefixes of a vector are trained, too, such as [256, 128, 64]."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; weights stay as the builder loads them."""
+    """Precision of the computation; weights stay as the builder loads them."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them."""
     no_duplicates: bool = True
@@ -137,11 +137,11 @@ class RetrieverRecipe:
     keep: int = 2
     """Checkpoints kept beside the best."""
     export: Literal["best", "last"] = "best"
-    """Which checkpoint becomes OUT/model; best by the first dev metric, the last without dev."""
+    """The checkpoint that becomes OUT/model; best by the first dev metric, the last without dev."""
     log_every: int = 10
     """Updates between lines of metrics."""
     seed: int = 0
-    """Of weights that are made, of the order of examples and of dropout."""
+    """Seed of new weights, of the order of examples and of dropout."""
     workers: int = 0
     """Processes that read, decode and tokenise batches ahead; 0: the training one does it in between."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -17,7 +17,7 @@ class Reporter(TrainerCallback):
         self._log, self._progress = log, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """How far it is before its first step."""
+        """Show the progress before the first step."""
         self._progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A recipe carried out: model, data, guards, training, and the folder that serves."""
+"""Train by a recipe: build model and data, check them, train, and export the folder that serves."""
 
 from __future__ import annotations
 
@@ -13,35 +13,33 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
-from data.atomic import new_folder
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
 from data.progress import Bar, no_bar
-from data.settings import LoraConfig
-from retriever_server.encoders.image_inputs import reads_files
-from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.checks import outer_transformers
+from retriever_server.encoders.kinds import CROSS
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.training.components import build_loss, build_model, kind_of
+from retriever_server.evaluation import parse_metrics
+from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled
+from retriever_server.training.build_components import ModelInTraining, build_loss, build_model
 from retriever_server.training.dev import DevSet
-from retriever_server.training.distinct import NoDuplicates
-from retriever_server.training.examples import as_dataset
-from retriever_server.training.guards import check_before, check_saved, save_encoder, training_spec
-from retriever_server.training.items import Opening, Pairs, without_absent_images
-from retriever_server.training.llm2vec import passages_as_dataset
-from retriever_server.training.mixture import Mixture, Shuffled
+from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
+from retriever_server.training.export import add_adapters, export
+from retriever_server.training.image_collator import ImageCollator, without_absent_images
 from retriever_server.training.prepare import Prepared, prepare
 from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.reporter import Reporter
 from retriever_server.training.trainer import Scores, trainer_class
+from retriever_server.training.training_checks import check_before
 
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained.json"
-"""In a run folder: the scores on dev before training."""
+"""File of a run folder with the scores on dev before training."""
 Log = Callable[[int, Mapping[str, float]], None]
 Progress = Callable[[int, int], None]
 
@@ -54,14 +52,14 @@ def train(
     bar: Bar = no_bar,
     prepared: Prepared | None = None,
 ) -> Path | None:
-    """Train, or go on after the last checkpoint of `recipe.out`; the folder of the model that serves.
+    """Train, or go on after the last checkpoint of `recipe.out`, to the folder of the model that serves.
 
     log gets the metrics of a step, progress the step and their number, on_start the step that is resumed;
     bar shows the evaluations on dev. prepared: the data, where it is read already.
     Of several processes only the first saves; the others give None. Raises ConfigError and DataError
     before anything is trained, RunStopped at a loss that is no number.
     """
-    trainer, spec = build_trainer(recipe, log, progress, bar, prepared)
+    trainer, trained = build_trainer(recipe, log, progress, bar, prepared)
     out = Path(recipe.out)
     latest = latest_checkpoint(out / "checkpoints")
     on_start(latest.step if latest else 0)
@@ -79,17 +77,18 @@ def train(
         return None
     best = best_checkpoint(out / "checkpoints") if recipe.export == "best" else None
     if best and best[0].step != trainer.state.global_step:
-        logger.info("exporting step %d, the best (%s %.4f)", best[0].step, trainer.best_metric, best[1])
+        metric = trainer.args.metric_for_best_model
+        logger.info("exporting step %d, the best (%s %.4f)", best[0].step, metric, best[1])
         trainer._load_from_checkpoint(str(best[0].path))
     _warn_if_worse(trainer, out, best[0].step if best else trainer.state.global_step)
     # Without the wrapper that computes in bfloat16: what is saved serves in float32.
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return export(trained, spec, out / "model")
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return export(model, trained.spec, out / "model")
 
 
 def _warn_if_worse(trainer: Any, out: Path, step: int) -> None:
     """Say so where what is exported scores less on dev than the model did before it was trained."""
-    metric, saved = f"eval_{trainer.best_metric}", out / "checkpoints" / f"step-{step:06d}"
+    metric, saved = f"eval_{trainer.args.metric_for_best_model}", out / "checkpoints" / f"step-{step:06d}"
     if not (out / UNTRAINED).exists() or not (saved / "trainer_state.json").exists():
         return
     before = read_json(out / UNTRAINED)[metric]
@@ -99,12 +98,12 @@ def _warn_if_worse(trainer: Any, out: Path, step: int) -> None:
         logger.warning(
             "step %d, which is exported, is worse than the untrained model (dev %s %.4f, before %.4f): "
             "lower learning_rate, or train on more or cleaner examples",
-            step, trainer.best_metric, after, before,
+            step, trainer.args.metric_for_best_model, after, before,
         )  # fmt: skip
 
 
 def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
-    """How many updates the recipe asks for."""
+    """Return how many updates the recipe asks for."""
     an_epoch = max(1, -(-len(trainer.get_train_dataloader()) // recipe.accumulate))
     return recipe.steps or math.ceil(recipe.epochs * an_epoch)
 
@@ -115,19 +114,16 @@ def build_trainer(
     progress: Progress,
     bar: Bar = no_bar,
     prepared: Prepared | None = None,
-) -> tuple[Any, EncodingSpec | None]:
-    """The trainer that is ready to train, all guards passed, and the spec of what it trains."""
+) -> tuple[Any, ModelInTraining]:
+    """Build the trainer that is ready to train, all checks passed, and what it trains."""
     _quiet()
     set_seed(recipe.seed)
     examples = (prepared or prepare(recipe)).sets
     dev = _dev_set(recipe, examples, bar)
-    model = build_model(recipe)
-    kind = kind_of(model)
-    spec = None if kind == "cross" else training_spec(model, recipe.passage_template, recipe.inputs)
-    if spec is None and recipe.passage_template != "{contents}":
-        raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
-    sets = _data(recipe, examples, spec, model)
-    args = _arguments(recipe, kind, spec, sets)
+    trained = build_model(recipe)
+    model, spec = trained.model, trained.spec
+    sets = _data(recipe, examples, trained)
+    args = _arguments(recipe, trained, sets)
     model.to(args.device)
     loss = build_loss(recipe, model, _processes())
     if _processes() > 1 and hasattr(model[0], "sub_modules") and not uses_gradient_cache(loss):
@@ -135,92 +131,36 @@ def build_trainer(
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:
-        _add_adapters(model, recipe.lora)
+        add_adapters(model, recipe.lora)
     if recipe.gradient_checkpointing:
-        for trunk in trunks(model):
-            trunk.gradient_checkpointing_enable({"use_reentrant": False})
-    of, _ = trainer_class(kind)
+        for transformer in outer_transformers(model):
+            transformer.gradient_checkpointing_enable({"use_reentrant": False})
     data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
-    trainer = of(
-        model=model, args=args, loss=loss, train_dataset=data, evaluator=_evaluator(recipe, spec, dev),
+    trainer = trainer_class(trained.kind)(
+        model=model,
+        args=args,
+        loss=loss,
+        train_dataset=data,
+        evaluator=None if dev is None else Scores(partial(dev.score_model, kind=trained.kind, spec=spec)),
         callbacks=[Reporter(log, progress)],
-    )  # fmt: skip
+    )
     if spec is not None:
-        trainer.data_collator.preprocess_fn = Opening(model)
+        trainer.data_collator.preprocess_fn = ImageCollator(model, trained.reads_files)
         without_absent_images(model)
     trainer.remove_callback(PrinterCallback)
-    trainer.best_metric, trainer.keep = _first_metric(recipe), recipe.keep
-    return trainer, spec
+    return trainer, trained
 
 
-def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
-    """Write the model that serves, adapters merged, to `folder`, whole or not at all; it is loaded once.
-
-    Raises DataError where what loads from there gives other vectors.
-    """
-    merge_adapters(model)
-    model.eval()
-    with new_folder(folder) as partial:
-        if spec is None:
-            model.save_pretrained(str(partial), create_model_card=False)
-            return folder
-        save_encoder(model, spec, partial)
-        saved = training_spec(model, spec.passage_template, spec.inputs)
-        check_saved(SentenceEncoder(model, saved), partial)
-        for name, part in getattr(model[-1], "parts", lambda _: {})(model).items():  # M3 is three encoders
-            save_encoder(part, training_spec(part, spec.passage_template, spec.inputs), partial / name)
-    return folder
-
-
-def trunks(model: Any) -> list[Any]:
-    """The transformers of a model: one, or one for each tower."""
-    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    inside = {part for each in found for part in each.modules() if part is not each}
-    return [each for each in found if each not in inside]
-
-
-def merge_adapters(model: Any) -> None:
-    """Add what LoRA adapters have learned to the weights they stand beside, and take them away."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                setattr(parent, name, layer.get_base_layer())
-    for trunk in trunks(model):
-        if getattr(trunk, "_hf_peft_config_loaded", False):
-            trunk._hf_peft_config_loaded = False
-            del trunk.peft_config
-
-
-def _add_adapters(model: Any, lora: LoraConfig) -> None:
-    from peft import LoraConfig as Adapter
-
-    names = lora.target_modules
-    targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
-    adapter = Adapter(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias="none",
-    )
-    try:
-        for trunk in trunks(model):
-            trunk.add_adapter(adapter)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules = {names!r}: {str(error).partition('.')[0]}") from error
-
-
-def _arguments(recipe: RetrieverRecipe, kind: str, spec: EncodingSpec | None, sets: list[TrainSet]) -> Any:
+def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet]) -> Any:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
-    bfloat = recipe.precision == "bfloat16"
-    prompts = {} if spec is None else _prompts(recipe, spec, sets)
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    cross = trained.kind is CROSS
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
-    return trainer_class(kind)[1](
+    unique = partial(NoDuplicates, processes=_processes())
+    weights = [each.weight for each in sets]
+    dev = recipe.dev.queries is not None
+    return trained.kind.trainer_class.training_args_class(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs,
@@ -231,21 +171,20 @@ def _arguments(recipe: RetrieverRecipe, kind: str, spec: EncodingSpec | None, se
         lr_scheduler_type=recipe.schedule,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=bfloat,
+        bf16=recipe.precision == "bfloat16",
         use_cpu=cpu,
         seed=recipe.seed,
-        batch_sampler=partial(NoDuplicates, processes=_processes())
-        if recipe.no_duplicates and kind != "cross"
-        else Shuffled,
-        multi_dataset_batch_sampler=partial(
-            Mixture, weights=[each.weight for each in sets], together=_processes()
-        ),
-        prompts=prompts,
-        router_mapping={} if kind == "cross" else roles,
+        batch_sampler=unique if recipe.no_duplicates and not cross else Shuffled,
+        multi_dataset_batch_sampler=partial(Mixture, weights=weights, together=_processes()),
+        prompts={} if trained.spec is None else _prompts(recipe, trained.spec, sets),
+        router_mapping={} if cross else roles,
         dataloader_num_workers=recipe.workers,
         save_strategy="steps",
         save_steps=recipe.save_every,
-        eval_strategy="steps" if recipe.dev.queries else "no",
+        save_total_limit=recipe.keep,
+        metric_for_best_model=str(parse_metrics(recipe.dev.metrics, 100)[0]) if dev else None,
+        greater_is_better=True,
+        eval_strategy="steps" if dev else "no",
         eval_steps=recipe.save_every,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
@@ -256,7 +195,7 @@ def _arguments(recipe: RetrieverRecipe, kind: str, spec: EncodingSpec | None, se
 
 
 def _processes() -> int:
-    """As every launcher tells."""
+    """Return how many processes train, as every launcher tells."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -285,7 +224,7 @@ def _prompts(recipe: RetrieverRecipe, spec: EncodingSpec, sets: list[TrainSet]) 
 
 @dataclass(frozen=True)
 class TrainSet:
-    """What a batch comes from: examples of `recipe.train[number]`, all of one kind of pair."""
+    """Examples of `recipe.train[number]`, all of one kind of pair: a batch comes from one set."""
 
     name: str
     number: int
@@ -293,12 +232,8 @@ class TrainSet:
     weight: float
 
 
-def _data(
-    recipe: RetrieverRecipe, examples: list[Any], spec: EncodingSpec | None, model: Any
-) -> list[TrainSet]:
-    files = spec is not None and reads_files(model)
-    if spec is None and recipe.inputs not in (None, "text"):
-        raise ConfigError(f"inputs = {recipe.inputs!r}: a reranker reads no images")
+def _data(recipe: RetrieverRecipe, examples: list[Any], trained: ModelInTraining) -> list[TrainSet]:
+    spec = trained.spec
     render: Any = spec.render if spec is not None else lambda passage: passage.contents
     sets: list[TrainSet] = []
     for i, (each, of) in enumerate(zip(examples, recipe.train, strict=True)):
@@ -308,8 +243,8 @@ def _data(
             sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
         data = as_dataset(each, render, of.negatives, of.form, of.labels, of.labels_of, of.draws, recipe.seed)
-        if files and of.form == "tuple":
-            kinds = Pairs(each, render).split(data, of.shares, of.weight)
+        if trained.reads_files and of.form == "tuple":
+            kinds = split_by_pair(data, each, render, of.shares, of.weight)
             sets += [TrainSet(f"{name} {kind}", i, *found) for kind, found in kinds.items()]
         else:
             sets.append(TrainSet(name, i, data, of.weight))
@@ -317,7 +252,7 @@ def _data(
 
 
 def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> DevSet | None:
-    """What is scored at every checkpoint, held out from what is trained on. Raises DataError."""
+    """The dev set of the recipe, checked to be held out from the training examples. Raises DataError."""
     if recipe.dev.queries is None:
         return None
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
@@ -325,20 +260,6 @@ def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> DevSet |
         if isinstance(each, Examples):
             dev.check_held_out(each, recipe.dev.shared)
     return dev
-
-
-def _evaluator(recipe: RetrieverRecipe, spec: EncodingSpec | None, dev: DevSet | None) -> Scores | None:
-    if dev is None:
-        return None
-    if spec is None:
-        return Scores(dev.score_reranker)
-    return Scores(lambda model: dev.score_encoder(model, spec.passage_template, spec.inputs))
-
-
-def _first_metric(recipe: RetrieverRecipe) -> str | None:
-    from retriever_server.evaluation import parse_metrics
-
-    return str(parse_metrics(recipe.dev.metrics, 100)[0]) if recipe.dev.queries else None
 
 
 def _quiet() -> None:

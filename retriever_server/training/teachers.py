@@ -25,7 +25,7 @@ from retriever_server.training.mining import Progress, search_checked, write_in_
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which ranks of a teacher become labels, counted from 1, both ends included."""
+    """Ranks of a teacher that become labels, counted from 1, both ends included."""
 
     positives: tuple[int, int] = (1, 10)
     negatives: tuple[int, int] = (46, 50)
@@ -105,7 +105,7 @@ def _ask(
 
 
 def _joined(examples: Sequence[Example], corpus: str) -> Example:
-    """What several teachers say of a query: the best of each first; no negative that one calls good."""
+    """Join the labels of several teachers: the best of each first; no negative that one calls good."""
     positives = _in_turns([example.positives for example in examples])
     deeper = _in_turns([example.negatives for example in examples])
     negatives = [id_ for id_ in deeper if id_ not in positives]

@@ -17,9 +17,10 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
 from data.errors import ConfigError, DataError, RunStopped, SleuthError
+from retriever_server.encoders.kinds import Kind
 
 WEIGHTS = "weights.safetensors"
-"""In a checkpoint: all that is trained, and buffers; what is frozen comes from the base again."""
+"""File of a checkpoint with all that is trained, and buffers; what is frozen comes from the base again."""
 
 
 class Training:
@@ -31,8 +32,6 @@ class Training:
     state: Any
     control: Any
     accelerator: Any
-    best_metric: str | None = None
-    keep: int = 2
 
     def add_model_card_callback(self, default_args_dict: Any) -> None:
         """No model card: its statistics would tokenise the data before the first step."""
@@ -83,13 +82,19 @@ class Training:
         self._wait()
         if self.args.should_save:
             save_checkpoint(
-                self._folder, self.state.global_step, lambda to: self._write(to, states), self.keep
+                self._folder,
+                self.state.global_step,
+                lambda to: self._write(to, states),
+                self.args.save_total_limit,
             )
-            self._mark_best()
+            best, state = best_checkpoint(self._folder), self.state
+            is_best = state.best_global_step == state.global_step  # by `metric_for_best_model`
+            if is_best and (best is None or state.best_metric > best[1]):
+                mark_best(self._folder, state.global_step, state.best_metric)
         self._wait()
 
     def _write(self, folder: Path, states: Path) -> None:
-        save_file(self._trained(), folder / WEIGHTS)
+        save_file({n: v.detach().contiguous().clone() for n, v in self._tensors().items()}, folder / WEIGHTS)
         self._save_optimizer_and_scheduler(str(folder))  # type: ignore[attr-defined]
         self._save_scaler(str(folder))  # type: ignore[attr-defined]
         self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -100,7 +105,7 @@ class Training:
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         """Put the weights of a checkpoint into the model and the loss."""
         state = load_file(Path(checkpoint_path) / WEIGHTS)
-        ours = {name: value for name, value in self._tensors().items()}
+        ours = self._tensors()
         if set(ours) != set(state):
             odd = min(set(ours) ^ set(state))
             raise DataError(f"{checkpoint_path}: of another model ({odd} is only in one of them)")
@@ -108,25 +113,14 @@ class Training:
             for name, value in state.items():
                 ours[name].copy_(value)
 
-    def _trained(self) -> dict[str, torch.Tensor]:
-        return {name: value.detach().contiguous().clone() for name, value in self._tensors().items()}
-
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name, and the buffers; each once, whatever wraps the model."""
+        """Trained tensors and buffers by name, each once, whatever wraps the model."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
         named |= {f"model.{name}": value for name, value in model.named_buffers()}
         known = {id(value) for value in model.parameters()}
         own = ((name, value) for name, value in self.loss.named_parameters() if id(value) not in known)
         return named | {f"loss.{name}": value for name, value in own if value.requires_grad}
-
-    def _mark_best(self) -> None:
-        latest = [row for row in self.state.log_history if f"eval_{self.best_metric}" in row]
-        if not latest or latest[-1]["step"] != self.state.global_step:
-            return
-        score, best = latest[-1][f"eval_{self.best_metric}"], best_checkpoint(self._folder)
-        if best is None or score > best[1]:
-            mark_best(self._folder, self.state.global_step, score)
 
     def _wait(self) -> None:
         if dist.is_initialized():
@@ -149,10 +143,6 @@ class Scores(BaseEvaluator):
             model.train(training)
 
 
-def trainer_class(kind: str) -> tuple[Any, Any]:
-    """The trainer of a kind of model (dense, sparse, multi, cross) with `Training`, and its arguments."""
-    import sentence_transformers as st
-
-    name = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multi": "MultiVectorEncoder"}
-    base = getattr(st, f"{name.get(kind, 'CrossEncoder')}Trainer")
-    return type(base.__name__, (Training, base), {}), base.training_args_class
+def trainer_class(kind: Kind) -> Any:
+    """The trainer of sentence-transformers for a kind of model, with `Training`."""
+    return type(kind.trainer_class.__name__, (Training, kind.trainer_class), {})

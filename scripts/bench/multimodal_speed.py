@@ -63,8 +63,9 @@ def _ratio(encoder: Any, images: list[str]) -> str:
 
 def _large(work: Work) -> Any:
     """A random encoder as large as ViT-S/16; its speed is that of a trained one."""
-    from retriever_server.encoders.sentence import SentenceEncoder, read_spec
-    from retriever_server.training.vision import two_tower_pages
+    from retriever_server.encoders.read_spec import read_spec
+    from retriever_server.encoders.sentence import SentenceEncoder
+    from retriever_server.training.builders.vision import two_tower_pages
 
     sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
     text = {"model_type": "bert", "num_hidden_layers": 1}

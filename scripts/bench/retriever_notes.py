@@ -13,15 +13,16 @@ def sparsity(work: Work, recipe: RetrieverRecipe) -> dict[str, Any]:
     """Terms a passage and MRR@10 of each checkpoint of the SPLADE of `recipe`, while FLOPS warms up."""
     from safetensors.torch import load_file
 
-    from retriever_server.encoders.sentence import SentenceEncoder, read_spec
+    from retriever_server.encoders.read_spec import read_spec
+    from retriever_server.encoders.sentence import SentenceEncoder
     from retriever_server.evaluation import judge, means, parse_metrics, rank_all
     from retriever_server.indexes.inverted import InvertedIndex
-    from retriever_server.training.components import build_model
+    from retriever_server.training.build_components import build_model
 
     found = {}
     asked, qrels = work.questions("squad")
     for folder in sorted((work.folder / "models" / "splade" / "checkpoints").glob("step-*")):
-        model = build_model(recipe)
+        model = build_model(recipe).model
         weights = load_file(folder / "weights.safetensors")
         known = {name.removeprefix("model."): value for name, value in weights.items()}
         model.load_state_dict(known, strict=False)

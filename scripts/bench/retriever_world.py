@@ -226,7 +226,7 @@ class Work:
         import torch
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-        from retriever_server.training.tiny import tiny_base
+        from retriever_server.training.builders.tiny import tiny_base
 
         out = self.folder / "models" / "warmed-up"
         if out.exists():
@@ -298,10 +298,10 @@ class Work:
         if not model.exists():
             import torch
 
-            from retriever_server.training.components import build_model
+            from retriever_server.training.build_components import build_model
 
             torch.manual_seed(0)
-            built = build_model(self.recipe(name, training))
+            built = build_model(self.recipe(name, training)).model
             building = model.with_name("building")
             shutil.rmtree(building, ignore_errors=True)
             built.save_pretrained(str(building))

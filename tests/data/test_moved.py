@@ -32,6 +32,8 @@ IMPORTS = """
 from agent.evaluate import format_estimate, paired_difference, read_records, score
 from retriever_server.client import SearchClient, connect
 from retriever_server.training.examples import Examples, as_dataset
+from retriever_server.training.m3 import M3Loss, m3
+from retriever_server.training.models import check_base, colbert, dense
 from rl.algorithm import AlgorithmConfig
 from rl.learner import Learner
 from rl.rewards import combine

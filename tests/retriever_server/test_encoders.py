@@ -19,7 +19,7 @@ from retriever_server.encoders.spec import EncodingSpec, self_test
 from retriever_server.encoders.vectors import Multi, concatenate, rows_of, similarities, take
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.faiss_file import FaissFile
-from retriever_server.training.models import cross_encoder
+from retriever_server.training.builders.cross_encoder import cross_encoder
 from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
 from tests.retriever_server.running import run_index
 

@@ -7,9 +7,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.eos import append_eos, appends_eos, prove_eos
-from retriever_server.encoders.proofs import prove_prompts
-from retriever_server.training.decoders import decoder
+from retriever_server.encoders.checks import append_eos, appends_eos, check_eos, check_prompts
+from retriever_server.encoders.read_spec import read_spec
+from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.spec import self_test
+from retriever_server.training.builders.decoder import decoder
 from tests.fakes import byte_tokenizer
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
@@ -45,7 +47,7 @@ def test_it_is_saved_and_loads_in_plain_sentence_transformers(base, tmp_path):
     model.save(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert appends_eos(again) and again.max_seq_length == 24
-    prove_eos(again)
+    check_eos(again)
     assert again.encode_query("q").tolist() == model.encode_query("q").tolist()
 
 
@@ -69,10 +71,10 @@ def test_an_eos_that_is_cut_away_is_found_out(base):
         model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
         return preprocess([f"{text}<eos>" for text in inputs], **options)
 
-    prove_eos(model)
+    check_eos(model)
     model[0].preprocess = before_truncation
     with pytest.raises(DataError, match="longer than 24 tokens loses '<eos>' when it is cut"):
-        prove_eos(model)
+        check_eos(model)
 
 
 def test_an_index_by_place_that_trusts_one_side_of_the_padding_is_found_out(base):
@@ -84,8 +86,9 @@ def test_an_index_by_place_that_trusts_one_side_of_the_padding_is_found_out(base
 
     model[1].forward = last_column
     assert pool is model[1]
-    with pytest.raises(DataError, match="depends on the side of the padding"):
-        prove_eos(model)
+    model.tokenizer.padding_side = "right"
+    with pytest.raises(DataError, match="query vectors depend on the batch they are encoded in"):
+        self_test(SentenceEncoder(model, read_spec("a model", model)))
 
 
 def test_tokenizers_that_make_their_post_processor_anew_keep_it(tmp_path):
@@ -123,6 +126,6 @@ def test_a_prompt_that_melts_into_the_text_is_not_left_out_of_the_pooling(tmp_pa
         torch.nn.functional.normalize(pooled, dim=0),
         model.encode_query("river", convert_to_tensor=True), atol=1e-6,
     )  # fmt: skip
-    prove_prompts(model)
+    check_prompts(model)
     with pytest.raises(DataError, match="its end melts into the text"):
         decoder(str(folder), "mean", query_prompt="find: ", pool_prompt=False)

@@ -108,15 +108,15 @@ def test_sounds_go_from_a_corpus_into_an_index_and_are_found(audio, ears, sounds
 
 def test_training_opens_sounds(audio, ears, sounds):
     from retriever_server.encoders.loading import load_model
-    from retriever_server.training.items import Opening
+    from retriever_server.training.image_collator import ImageCollator
 
     model = load_model(ears)
     tones = [Item(str(sounds.parent / f"{i}.wav"), modality="audio") for i in range(2)]
-    features = Opening(model)(tones)
+    features = ImageCollator(model)(tones)
     assert features["input_values"].shape == (2, 32, 16)
-    assert "input_ids" in Opening(model)(["a tone", "two"])
+    assert "input_ids" in ImageCollator(model)(["a tone", "two"])
     with pytest.raises(DataError, match=r"nowhere\.wav: no sound"):
-        Opening(model)([Item("nowhere.wav", modality="audio")])
+        ImageCollator(model)([Item("nowhere.wav", modality="audio")])
 
 
 def test_a_recipe_trains_on_sounds_and_what_it_saves_encodes_them(audio, ears, sounds, tmp_path):

@@ -13,7 +13,7 @@ from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.analyzers import stopwords
 from retriever_server.indexes.base import open_index
 from retriever_server.open_retriever import open_retriever
-from retriever_server.training.decoders import promptreps
+from retriever_server.training.builders.promptreps import promptreps
 from scripts.__main__ import main
 from tests.fakes import byte_tokenizer
 from tests.retriever_server.training.decoder_models import tiny_decoder

@@ -7,9 +7,11 @@ from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
 from data.errors import DataError
-from retriever_server.encoders.proofs import describe_first
-from retriever_server.encoders.two_way import is_two_way, make_two_way, prove_two_way, transformers_in
-from retriever_server.training.decoders import decoder
+from retriever_server.encoders.checks import check_two_way, is_two_way, make_two_way, outer_transformers
+from retriever_server.encoders.read_spec import describe_first, read_spec
+from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.spec import self_test
+from retriever_server.training.builders.decoder import decoder
 from tests.fakes import tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
@@ -30,11 +32,13 @@ def hidden(model, ids, mask=None):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_a_two_way_decoder_is_proved_and_a_causal_one_is_not(kind, attention):
     model = two_way(kind, attention)
-    prove_two_way(model)
+    check_two_way(model)
     assert not model.training
     model.config.is_causal = True
-    with pytest.raises(DataError, match=f"{attention} attention.*batch of 1, no padding: .* causal"):
-        prove_two_way(model)
+    with pytest.raises(
+        DataError, match=f"{attention} attention.*: its first token does not see the last one: it"
+    ):
+        check_two_way(model)
 
 
 def test_two_way_attention_is_that_of_a_model_without_any_mask():
@@ -55,8 +59,8 @@ def test_a_batch_of_one_that_is_causal_is_found_out(monkeypatch):
         return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
 
     monkeypatch.setattr(masking_utils, "create_bidirectional_mask", wrong)
-    with pytest.raises(DataError, match="batch of 1, no padding: its first token does not see the last"):
-        prove_two_way(two_way())
+    with pytest.raises(DataError, match="its first token does not see the last"):
+        check_two_way(two_way())
 
 
 def test_sdpa_that_takes_no_mask_for_a_causal_one_is_found_out(monkeypatch):
@@ -71,18 +75,19 @@ def test_sdpa_that_takes_no_mask_for_a_causal_one_is_found_out(monkeypatch):
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % 97
     assert not torch.equal(hidden(model, ids, mask)[0, 0], hidden(model, other, mask)[0, 0])  # looks right
-    with pytest.raises(DataError, match=r"sdpa attention.*batch of 1, no padding: .* it is causal"):
-        prove_two_way(model)
+    with pytest.raises(DataError, match=r"sdpa attention.*: .* it is causal"):
+        check_two_way(model)
 
 
-def test_tokens_that_see_the_padding_are_found_out(monkeypatch):
+def test_tokens_that_see_the_padding_are_found_out(monkeypatch, tmp_path):
+    model = decoder(tiny_decoder(tmp_path / "base"), "mean", two_way=True)
     right = masking_utils.create_bidirectional_mask
     monkeypatch.setattr(
         masking_utils, "create_bidirectional_mask",
         lambda config, embeds, mask, **options: right(config, embeds, torch.ones_like(mask), **options),
     )  # fmt: skip
-    with pytest.raises(DataError, match="batch of 1, left padding: its tokens see the padding"):
-        prove_two_way(two_way())
+    with pytest.raises(DataError, match="query vectors depend on the batch they are encoded in"):
+        self_test(SentenceEncoder(model, read_spec("a model", model)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -92,12 +97,12 @@ def test_a_saved_two_way_model_is_two_way_in_plain_sentence_transformers(tmp_pat
     again = SentenceTransformer(
         str(tmp_path / "saved"), device="cpu", model_kwargs={"attn_implementation": attention}
     )
-    (transformer,) = transformers_in(again)
+    (transformer,) = outer_transformers(again)
     assert is_two_way(transformer) and transformer.config._attn_implementation == attention
-    prove_two_way(transformer)
+    check_two_way(transformer)
     assert torch.allclose(
         again.encode("a river", convert_to_tensor=True), model.encode("a river", convert_to_tensor=True)
     )
     assert describe_first(again) == ["two-way"]
     causal = decoder(tiny_decoder(tmp_path / "other"), "mean")
-    assert describe_first(causal) == [] and not is_two_way(transformers_in(causal)[0])
+    assert describe_first(causal) == [] and not is_two_way(outer_transformers(causal)[0])

@@ -6,7 +6,7 @@ from fastapi.testclient import TestClient
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder, YesNo
 from retriever_server.server.app import create_app
-from retriever_server.training.decoders import promptreps
+from retriever_server.training.builders.promptreps import promptreps
 from tests.fakes import byte_tokenizer
 from tests.fakes import tiny_model as tiny_language_model
 from tests.retriever_server.encoders import tiny_model

@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 
 from data.jsonl import write_jsonl
 from data.records import Passage
-from retriever_server.encoders.proofs import describe_first
+from retriever_server.encoders.read_spec import describe_first
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder
 from scripts.__main__ import main

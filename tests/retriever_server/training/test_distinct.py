@@ -15,7 +15,7 @@ from data.corpus import Corpus
 from data.errors import DataError
 from data.examples import Examples
 from data.jsonl import write_jsonl
-from retriever_server.training.distinct import NoDuplicates
+from retriever_server.training.batch_samplers import NoDuplicates
 from retriever_server.training.examples import as_dataset
 
 

@@ -15,7 +15,7 @@ from sentence_transformers.util import dot_score, maxsim
 from torch import Tensor, nn
 
 from retriever_server.encoders.token_weights import pool_impacts
-from retriever_server.training.distill import ContrastiveDistillation, distillation, maxsim_scores
+from retriever_server.training.losses.distillation import ContrastiveDistillation, distillation, maxsim_scores
 
 B, N, D = 4, 3, 6
 T = 0.05

@@ -17,12 +17,13 @@ from sentence_transformers.sentence_transformer import losses as dense
 from sentence_transformers.util import dot_score
 
 from data.jsonl import write_jsonl
-from retriever_server.training.distill import ContrastiveDistillation
-from retriever_server.training.info_nce import Qwen3InfoNCE
-from retriever_server.training.models import colbert
-from retriever_server.training.models import dense as dense_model
-from retriever_server.training.sparse import splade_loss, unicoil
-from retriever_server.training.tiny import tiny_base
+from retriever_server.training.builders.colbert import colbert
+from retriever_server.training.builders.dense import dense as dense_model
+from retriever_server.training.builders.sparse import unicoil
+from retriever_server.training.builders.tiny import tiny_base
+from retriever_server.training.losses.distillation import ContrastiveDistillation
+from retriever_server.training.losses.info_nce import Qwen3InfoNCE
+from retriever_server.training.losses.splade import splade_loss
 
 TEXTS = [f"passage {i} of the {'long ' * (i % 4)}river" for i in range(18)]
 TEACHER = torch.tensor([[3.0, 1.0], [0.0, 2.0], [1.0, 1.0], [5.0, 4.0], [2.0, 0.5], [0.3, 0.1]])

@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from data.errors import ConfigError
-from retriever_server.training.decoders import decoder
-from retriever_server.training.llm2vec import MaskedNextToken, SimCSE, masked_next_token_loss
+from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.losses.masked_next_token import MaskedNextToken, masked_next_token_loss
+from retriever_server.training.losses.simcse import SimCSE
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
 TEXTS = ["a river in the north", "red fox", "x", "the capital of a country is not its largest city"]

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from data.errors import ConfigError, DataError
-from retriever_server.training.decoders import decoder
-from retriever_server.training.guards import save_encoder, training_spec
+from retriever_server.encoders.read_spec import read_spec
+from retriever_server.training.builders.decoder import decoder
 from retriever_server.training.merge import merge, slerp
+from retriever_server.training.training_checks import save_encoder
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
@@ -101,7 +102,7 @@ def test_models_of_other_prompts_pooling_or_specs_are_not_merged(checkpoints, tm
     specs = [tmp_path / name for name in ("plain", "titled")]
     for folder, template in zip(specs, ("{text}", "{title}\n{text}"), strict=True):
         model = decoder(str(checkpoints / "base0"), max_tokens=32)
-        save_encoder(model, training_spec(model, template), folder)
+        save_encoder(model, read_spec("model", model, template), folder)
     with pytest.raises(ConfigError, match=r"trained under another spec than .*passage_template"):
         merge([*map(str, specs)], str(tmp_path / "a"))
     with pytest.raises(ConfigError, match=r"only one of them has encoding_spec.json"):

@@ -10,7 +10,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicates
 from torch.utils.data import ConcatDataset, RandomSampler
 
 from data.errors import ConfigError, DataError
-from retriever_server.training.mixture import Mixture, Shuffled
+from retriever_server.training.batch_samplers import Mixture, Shuffled
 
 SIZES = (10, 25)
 BATCH = 4

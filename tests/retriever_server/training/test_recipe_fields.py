@@ -18,15 +18,10 @@ from retriever_server.encoders.sentence import saved_spec
 from retriever_server.training import run as training
 from retriever_server.training.dev import DevSet
 from retriever_server.training.recipe import DataConfig, DevConfig, RetrieverRecipe
-from tests.retriever_server.training.recipes import COUNT, base, component, recipe, settings, world
+from tests.retriever_server.training.recipes import COUNT, base, component, recipe, settings
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONSTANT = {"steps": 1, "warmup": 0.0, "schedule": "constant_with_warmup", "learning_rate": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("rivers"))
 
 
 def model_of(rivers):
@@ -138,7 +133,7 @@ def test_checkpoints_lines_and_what_is_kept(rivers, tmp_path):
 
 def test_the_export_is_the_best_or_the_last(rivers, tmp_path, monkeypatch):
     found, scores = {}, iter([0.1, 0.9, 0.2] * 2)
-    monkeypatch.setattr(DevSet, "score_encoder", lambda *_: {"RR": next(scores), "nDCG@10": 0.5})
+    monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"RR": next(scores), "nDCG@10": 0.5})
     for export in ("best", "last"):
         dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
         dev |= {"metrics": "MRR,nDCG@10"}  # the first decides

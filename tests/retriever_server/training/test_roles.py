@@ -15,16 +15,11 @@ from data.jsonl import write_jsonl
 from data.records import Example
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.training import run as training
-from retriever_server.training.distinct import NoDuplicates
+from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled
+from retriever_server.training.builders.colbert import colbert
+from retriever_server.training.builders.dense import two_towers
 from retriever_server.training.mining import Rules, _limit
-from retriever_server.training.mixture import Mixture, Shuffled
-from retriever_server.training.models import colbert, two_towers
-from tests.retriever_server.training.recipes import base, component, recipe, settings, world
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world(tmp_path_factory.mktemp("rivers"))
+from tests.retriever_server.training.recipes import base, component, recipe, settings
 
 
 def test_queries_go_through_the_tower_of_queries_in_training_and_in_use(rivers: Path, tmp_path: Path) -> None:

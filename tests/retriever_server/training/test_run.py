@@ -16,12 +16,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from data.checkpoint import list_checkpoints
 from data.errors import ConfigError, DataError, RunStopped
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.sentence import SentenceEncoder, load_encoder
 from retriever_server.encoders.vectors import rows_of, similarities
+from retriever_server.training import export
 from retriever_server.training import run as training
-from retriever_server.training.components import build_loss, build_model
-from retriever_server.training.guards import check_saved, check_similarity, save_encoder, training_spec
-from tests.retriever_server.training.recipes import base, component, recipe, settings, world
+from retriever_server.training.build_components import build_loss, build_model
+from retriever_server.training.training_checks import check_saved, check_similarity, save_encoder
+from tests.retriever_server.training.recipes import base, component, recipe, settings
 
 TEXTS = ["how long is danb", "the river rheil is 9 miles long"]
 MNRL = "MultipleNegativesRankingLoss"
@@ -48,11 +49,6 @@ METHODS = {
     ),
     "dense": ({"pooling": "cls"}, component("ContrastiveDistillation"), {"negatives": 2, "labels": True}),
 }
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("rivers"))
 
 
 def dev(rivers):
@@ -264,8 +260,8 @@ def test_training_under_another_spec_than_the_index_in_service_is_refused(rivers
     from data.corpus import Corpus
     from retriever_server.indexes.base import index_kind
 
-    model = build_model(recipe(rivers, tmp_path))
-    save_encoder(model, training_spec(model, "{title}\n{text}"), tmp_path / "served")
+    made = build_model(recipe(rivers, tmp_path))
+    save_encoder(made.model, made.spec, tmp_path / "served")
     encoder = load_encoder(str(tmp_path / "served"), device="cpu")
     index_kind("flat").build(Corpus(rivers / "corpus.jsonl"), tmp_path / "index", encoder)
     serves = str(tmp_path / "index")
@@ -277,38 +273,39 @@ def test_training_under_another_spec_than_the_index_in_service_is_refused(rivers
 
 def test_a_loss_by_another_similarity_than_the_index_is_refused(rivers, tmp_path):
     made = recipe(rivers, tmp_path, model=component("dense", base=base(rivers), normalise=False))
-    model = build_model(made)
+    built = build_model(made)
     with pytest.raises(ConfigError, match="scores by cosine, the index that will serve by dot"):
-        check_similarity(build_loss(made, model), training_spec(model, "{text}"))
+        check_similarity(build_loss(made, built.model), built.spec)
 
 
 def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_path):
-    model = build_model(recipe(rivers, tmp_path))
-    spec = training_spec(model, "{text}")
+    built = build_model(recipe(rivers, tmp_path))
+    model, spec = built.model, built.spec
     save_encoder(model, spec, tmp_path / "saved")
-    encoder = training.SentenceEncoder(model, spec)
-    check_saved(encoder, tmp_path / "saved")
+    check_saved(model, spec, tmp_path / "saved")
     with torch.no_grad():
         model[0].auto_model.embeddings.word_embeddings.weight += torch.randn(1, 32)
     with pytest.raises(DataError, match="gives other query vectors"):
-        check_saved(encoder, tmp_path / "saved")
+        check_saved(model, spec, tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config_sentence_transformers.json").read_text())
     config["prompts"]["query"] = "changed: "
     (tmp_path / "saved/config_sentence_transformers.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"is another one .query_prompt: 'query: ', here 'changed: '"):
+        check_saved(model, spec, tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"trained under another spec"):
-        check_saved(encoder, tmp_path / "saved")
+        load_encoder(str(tmp_path / "saved"), device="cpu")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": component("dence", base="x")}, "class_path: 'dence' must be one of dense, two_towers"),
+        ({"model": component("dence", base="x")}, "class_path: 'dence' must be one of colbert, cross_enc"),
         ({"model": component("dense", base="x", pool="cls")}, "init_args.pool: unknown key; dense takes"),
         ({"model": component("dense")}, "model.init_args: missing: base"),
         ({"model": component("dense", base="/no/where")}, "base = '/no/where': no folder, no short name"),
         ({"model": component("collections.Counter")}, "collections.Counter is no SentenceTransformer or"),
         ({"model": {"class": "dense"}}, "model: must be a mapping of class_path and init_args"),
-        ({"loss": component("NoLoss")}, "loss.class_path: 'NoLoss' must be one of splade_loss"),
+        ({"loss": component("NoLoss")}, "loss.class_path: 'NoLoss' must be one of ContrastiveDistillation"),
         ({"loss": component(MNRL, temperature=1)}, "unknown key; Multiple.* takes scale"),
         ({"loss": component(MNRL, scale=-1)}, "Scale must be a positive value"),
         ({"loss": component(MNRL, similarity_fct="l2")}, "must be one of cosine, dot"),
@@ -344,11 +341,11 @@ def test_what_was_trained_in_bfloat16_is_compared_with_what_it_serves_as_in_floa
 ):
     vectors = []
 
-    def note(encoder, folder):
-        served = load_encoder(str(folder))
-        vectors.append([each.encode(TEXTS, "query").values for each in (encoder, served)])
+    def note(model, spec, folder):
+        encoders = SentenceEncoder(model, spec), load_encoder(str(folder))
+        vectors.append([each.encode(TEXTS, "query").values for each in encoders])
 
-    monkeypatch.setattr(training, "check_saved", note)
+    monkeypatch.setattr(export, "check_saved", note)
     model = component("colbert", base=base(rivers), dimension=16, query_tokens=12)
     loss = component("ContrastiveDistillation", similarity="maxsim", distill_weight=0.0)
     training.train(recipe(rivers, tmp_path / "out", model=model, loss=loss, precision="bfloat16"))

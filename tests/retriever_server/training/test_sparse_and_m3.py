@@ -17,9 +17,10 @@ from data.jsonl import write_jsonl
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.base import index_kind
 from retriever_server.retrievers.fuse import Fuse
-from retriever_server.training.m3 import M3Loss, m3
-from retriever_server.training.models import splade
-from retriever_server.training.sparse import deepimpact, splade_loss, unicoil
+from retriever_server.training.builders.m3 import m3
+from retriever_server.training.builders.sparse import deepimpact, splade, unicoil
+from retriever_server.training.losses.m3 import M3Loss
+from retriever_server.training.losses.splade import splade_loss
 
 TEXTS = ["the river of the north", "a small red fox", "the old city is not the capital", "blue sea"]
 

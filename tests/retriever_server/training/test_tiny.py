@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
-from retriever_server.training import tiny
-from retriever_server.training.decoders import decoder
-from retriever_server.training.models import dense
-from retriever_server.training.tiny import tiny_base
+from retriever_server.training.builders import tiny
+from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import dense
+from retriever_server.training.builders.tiny import tiny_base
 
 BUILDERS = {"mistral": decoder, "qwen3": decoder, "qwen2": decoder, "gemma2": decoder, "llama": decoder}
 BUILDERS |= {"bert": dense, "modernbert": dense, "roberta": dense}

@@ -6,11 +6,11 @@ from sentence_transformers.multi_vector_encoder import losses as late
 from sentence_transformers.sentence_transformer import losses
 
 from data.errors import ConfigError
-from retriever_server.encoders.identity import read_spec
-from retriever_server.encoders.sentence import load_model
-from retriever_server.training import vision
-from retriever_server.training.info_nce import Qwen3InfoNCE, item_keys
-from retriever_server.training.items import Opening, without_absent_images
+from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.read_spec import read_spec
+from retriever_server.training.builders import vision
+from retriever_server.training.image_collator import ImageCollator, without_absent_images
+from retriever_server.training.losses.info_nce import Qwen3InfoNCE, item_keys
 from tests.retriever_server.training.pages import page, towers, vlm, write_pages
 
 
@@ -20,7 +20,7 @@ def pages(tmp_path_factory):
 
 
 def features(model, items, task="document"):
-    return {**Opening(model)(items, prompt=model.prompts[task] or None, task=task), "task": task}
+    return {**ImageCollator(model)(items, prompt=model.prompts[task] or None, task=task), "task": task}
 
 
 def test_an_item_is_written_as_its_image_then_its_text_then_eos_and_no_text_names_an_image(pages):

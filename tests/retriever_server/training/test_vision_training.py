@@ -18,8 +18,7 @@ from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
 from retriever_server.training import run as training
-from retriever_server.training.examples import as_dataset
-from retriever_server.training.items import Pairs
+from retriever_server.training.examples import as_dataset, split_by_pair
 from retriever_server.training.mining import Rules, mine
 from scripts.__main__ import main
 from tests.retriever_server.training.pages import page, towers, vlm, write_pages
@@ -173,4 +172,6 @@ def test_negatives_are_mined_across_modalities(pages, tmp_path):
     assert mined[0].query == "" and mined[0].asked == page(pages, 0)
     anchor = as_dataset(mined, negatives=1)[1]["anchor"]
     assert anchor == page(pages, 1, rows[1]["query"])
-    assert Pairs(mined, lambda passage: passage.text).kind(2, 0) == "text > text"
+    data = as_dataset(mined, negatives=1)
+    kinds = split_by_pair(data, mined, lambda passage: passage.text, {}, 2.0)
+    assert set(kinds) == {"image > text", "text+image > text", "text > text"}

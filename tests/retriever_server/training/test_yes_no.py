@@ -8,7 +8,7 @@ from sentence_transformers.cross_encoder import losses
 from data.errors import ConfigError
 from data.records import Passage
 from retriever_server.retrievers import rerank
-from retriever_server.training.decoders import yes_no_reranker
+from retriever_server.training.builders.cross_encoder import yes_no_reranker
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

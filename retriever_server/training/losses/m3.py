@@ -1,8 +1,4 @@
-"""BGE-M3: dense, sparse and multi-vector heads on one trunk, taught by their ensemble (Chen et al. 2024).
-
-What was trained loads as a dense encoder; beside it lie three, dense, sparse and multi (`M3Heads.parts`),
-for three indexes whose rankings `Fuse` joins.
-"""
+"""BGE-M3's loss: three kinds of scores, taught by their ensemble (Chen et al. 2024)."""
 
 from __future__ import annotations
 
@@ -13,21 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.errors import ConfigError
-from retriever_server.encoders.m3 import M3Heads
-from retriever_server.training.distill import contrastive
-from retriever_server.training.models import Base, _assemble, _transformer
-
-
-def m3(base: Base, dimension: int = 128, max_tokens: int | None = None, dtype: str = "float32") -> Any:
-    """One transformer with the three heads; `dimension` of the vectors of tokens."""
-    from sentence_transformers import SentenceTransformer
-
-    transformer = _transformer(base, max_tokens, dtype)
-    if transformer.tokenizer.padding_side == "left" or transformer.tokenizer.cls_token is None:
-        raise ConfigError(f"base {base!r}: m3 pools [CLS]; its tokenizer puts none first")
-    heads = M3Heads(transformer.get_embedding_dimension(), len(transformer.tokenizer), dimension)
-    return _assemble(SentenceTransformer, [transformer, heads], "", "", "cosine")
+from retriever_server.training.losses.distillation import contrastive
 
 
 class M3Loss(nn.Module):
@@ -87,11 +69,6 @@ class M3Loss(nn.Module):
         target = ensemble.detach().flatten(1).softmax(1)
         taught = [F.cross_entropy(kind.flatten(1), target) for kind in kinds]
         return (loss + sum(w * each for w, each in zip(weights, taught, strict=True)) / 3) / 2
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of it."""
-        names = ("temperature", "sparse_share", "sparse_weight", "self_distillation")
-        return {name: getattr(self, name) for name in names}
 
 
 def _mean_maxsim(queries: dict, passages: dict) -> Tensor:

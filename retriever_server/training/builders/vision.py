@@ -1,7 +1,6 @@
-"""Model builders for pages: DSE, ColPali and GME from a vision-language model, and two small towers.
+"""Pages as images: DSE, GME and ColPali from a vision-language model, and two small towers.
 
-As in `models.py`: what a recipe's `model.class_path` names, and what takes `(base, **options)`. What is
-encoded may be a text, an image, or (not with two towers) both together.
+An item may be a text, an image, or (not with two towers) both together.
 """
 
 from __future__ import annotations
@@ -10,15 +9,22 @@ import json
 from typing import Any, Literal
 
 from data.errors import ConfigError
-from retriever_server.encoders.eos import append_eos
-from retriever_server.training.models import Base, _assemble, _similarity, _transformer
+from retriever_server.encoders.checks import append_eos
+from retriever_server.encoders.kinds import DENSE, MULTI
+from retriever_server.training.builders.base import (
+    Attention,
+    Base,
+    assemble,
+    load_transformer,
+    pooled,
+    projection,
+)
 
 _PICTURES = {
     model_type: "<|vision_start|><|image_pad|><|vision_end|>"
     for model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 }
-"""How an image is written where it is more than the image token of the processor."""
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+"""Text that stands for an image where it is more than the image token of the processor."""
 Template = Literal["plain", "own"]
 
 
@@ -41,15 +47,9 @@ def dse(
     and no image); own is the chat template of the model. images: what of its image processor differs, such
     as {size: {longest_edge: 512}}. Raises ConfigError for a model that reads no images.
     """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Normalize
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
     transformer = _vision_language(base, template, images, 0, eos, max_tokens, attention, dtype)
-    mode = "lasttoken" if pooling == "eos" else pooling
-    pool: Any = Pooling(transformer.get_embedding_dimension(), mode)  # type: ignore[arg-type]
-    modules = [transformer, pool, *([Normalize()] if normalise else [])]
-    return _assemble(SentenceTransformer, modules, query_prompt, passage_prompt, _similarity(normalise))
+    modules = pooled(transformer, "lasttoken" if pooling == "eos" else pooling, normalise)
+    return assemble(DENSE, modules, query_prompt, passage_prompt, normalise)
 
 
 def gme(
@@ -86,22 +86,16 @@ def colpali(
     augmentation: so many EOS tokens behind every query (template plain). only_patches: of a passage with
     an image nothing else is kept; where passages are texts, too, they would have no vectors.
     """
-    import torch
-    from sentence_transformers import MultiVectorEncoder
-    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.base.modules import Normalize
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
     transformer = _vision_language(
         base, template, images, augmentation, None, max_tokens, attention, dtype, appended=False
     )
-    project = Dense(
-        transformer.get_embedding_dimension(), dimension, bias=False, module_input_name="token_embeddings",
-        activation_function=torch.nn.Identity(),
-    )  # fmt: skip
     kept = [_image_token(transformer.processor)[1]] if only_patches else None
-    modules: list[Any] = [transformer, project, MultiVectorMask(keep_only_token_ids=kept)]
-    modules.append(Normalize("token_embeddings"))
-    return _assemble(MultiVectorEncoder, modules, query_prompt, passage_prompt, None)
+    mask = MultiVectorMask(keep_only_token_ids=kept)
+    modules = [transformer, projection(transformer, dimension), mask, Normalize("token_embeddings")]
+    return assemble(MULTI, modules, query_prompt, passage_prompt)
 
 
 def two_tower_pages(
@@ -120,49 +114,30 @@ def two_tower_pages(
     vectors: one a text and image, of length 1; or many, one a token and patch, scored by MaxSim. An item
     that is an image and a text has no tower. Raises ConfigError for an image_base that reads none.
     """
-    import sentence_transformers as st
     from sentence_transformers.base.modules import Normalize, Router
 
-    text, image = _transformer(base, max_tokens, dtype), _transformer(image_base, None, dtype)
+    text, image = load_transformer(base, max_tokens, dtype), load_transformer(image_base, None, dtype)
     if "image" not in image.modality_config:
         raise ConfigError(f"image_base: a {image.config.model_type} model reads no images")
     many = vectors == "many"
-    tower = _late_tower if many else _pooled_tower
     towers = {
-        "text": tower(text, text_pooling, dimension),
-        "image": tower(image, image_pooling, dimension),
+        name: _late_tower(each, dimension)
+        if many
+        else [*pooled(each, pooling, False), projection(each, dimension, "sentence_embedding", bias=True)]
+        for name, each, pooling in (("text", text, text_pooling), ("image", image, image_pooling))
     }
     router = Router(towers, route_mappings={(None, name): name for name in towers})
     modules = [router, Normalize("token_embeddings") if many else Normalize()]
-    of = st.MultiVectorEncoder if many else st.SentenceTransformer
-    return _assemble(of, modules, query_prompt, "", None if many else "cosine")
+    return assemble(MULTI if many else DENSE, modules, query_prompt)
 
 
-def _pooled_tower(transformer: Any, pooling: str, dimension: int) -> list[Any]:
-    import torch
-    from sentence_transformers.base.modules import Dense
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    if pooling not in Pooling.POOLING_MODES:
-        raise ConfigError(f"pooling {pooling!r}: must be one of {', '.join(Pooling.POOLING_MODES)}")
-    size = transformer.get_embedding_dimension()
-    pool: Any = Pooling(size, pooling)  # type: ignore[arg-type]
-    return [transformer, pool, Dense(size, dimension, activation_function=torch.nn.Identity())]
-
-
-def _late_tower(transformer: Any, pooling: str, dimension: int) -> list[Any]:
-    import torch
-    from sentence_transformers.base.modules import Dense
+def _late_tower(transformer: Any, dimension: int) -> list[Any]:
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
     from retriever_server.encoders.patches import PatchMask
 
-    size, none = transformer.get_embedding_dimension(), torch.nn.Identity()
-    project = Dense(
-        size, dimension, bias=False, module_input_name="token_embeddings", activation_function=none
-    )
     reads_text = "text" in transformer.modality_config
-    return [transformer, project, MultiVectorMask() if reads_text else PatchMask()]
+    return [transformer, projection(transformer, dimension), MultiVectorMask() if reads_text else PatchMask()]
 
 
 def _vision_language(
@@ -177,7 +152,7 @@ def _vision_language(
     appended: bool = True,
 ) -> Any:
     """The transformer of a vision-language model with its template; `appended`: EOS behind every item."""
-    transformer = _transformer(base, max_tokens, dtype, model_kwargs={"attn_implementation": attention})
+    transformer = load_transformer(base, max_tokens, dtype, model_kwargs={"attn_implementation": attention})
     processor, tokenizer = transformer.processor, transformer.tokenizer
     if not {"image", "message"} <= set(transformer.modality_config):
         raise ConfigError(f"base: a {transformer.config.model_type} model reads no images beside texts")

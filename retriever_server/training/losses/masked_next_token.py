@@ -1,27 +1,19 @@
-"""The unsupervised steps that make a decoder an encoder of texts (LLM2Vec, BehnamGhader et al. 2024).
+"""Masked next-token prediction: a decoder learns to use two-way attention (BehnamGhader et al. 2024).
 
-Two-way attention is in the model (`decoders.decoder(two_way=True)`); then masked next-token prediction, to
-learn to use it; then unsupervised SimCSE; then supervised pairs. The first two learn from texts alone.
+LLM2Vec's order: two-way attention in the model (`decoder(two_way=True)`), then this loss, then SimCSE, then
+supervised pairs. The first two losses learn from texts alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 
-from data.corpus import Corpus
 from data.errors import ConfigError
-from data.records import Passage
-from retriever_server.training.examples import KeysOf
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class MaskedNextToken(nn.Module):
@@ -103,53 +95,3 @@ def _untied_head(transformer: Any) -> Tensor | None:
     if lost := [key for key in missing["missing_keys"] if "head" in key]:
         raise ConfigError(f"{name}: holds no language model head ({lost[0]}) to predict masked tokens with")
     return loaded.get_output_embeddings().weight.detach().to(transformer.device)
-
-
-class SimCSE(nn.Module):
-    """Unsupervised SimCSE: each text encoded twice, with other dropout, among the others (Gao et al. 2021).
-
-    Of the texts in the first column. The model must have dropout: `decoders.decoder(dropout=0.3)`.
-    """
-
-    def __init__(self, model: Any, temperature: float = 0.05, gather_across_devices: bool = False) -> None:
-        super().__init__()
-        dropout = getattr(model.transformers_model.config.get_text_config(), "attention_dropout", 0.0)
-        if not dropout and not any(isinstance(each, nn.Dropout) and each.p for each in model.modules()):
-            raise ConfigError("SimCSE: the model has no dropout, so that both vectors of a text are the same")
-        self.model, self.temperature = model, temperature
-        self.of_pairs = MultipleNegativesRankingLoss(
-            model, scale=1 / temperature, gather_across_devices=gather_across_devices
-        )
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar."""
-        features = next(iter(sentence_features))
-        twice = [self.model(dict(features))["sentence_embedding"] for _ in range(2)]
-        return self.of_pairs.compute_loss_from_embeddings(twice, labels)  # type: ignore[arg-type]
-
-
-def passages_as_dataset(
-    corpus: Corpus, render: Callable[[Passage], str], max_characters: int = 100_000
-) -> Dataset:
-    """The passages of a corpus as a data set of one column, read batch by batch."""
-    from datasets import Dataset
-
-    transform = _Texts(corpus, render, max_characters, KeysOf(corpus))
-    return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(transform)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Positions in, texts out."""
-
-    corpus: Corpus
-    render: Callable[[Passage], str]
-    max_characters: int
-    of_passage: Callable[[int], int]
-
-    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[str]]:
-        return {"text": [self.render(self.corpus[i])[: self.max_characters] for i in batch["text"]]}
-
-    def key(self, name: str, position: int) -> int:
-        """The same for the same text."""
-        return self.of_passage(position)

@@ -56,7 +56,7 @@ class GradCached(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """What GradCache calls, with the vectors of all mini-batches."""
+        """Compute the loss of the vectors of all mini-batches; GradCache calls it."""
         loss = self.compute_loss_from_embeddings([torch.cat(each) for each in reps], labels)
         if not with_backward:
             return loss
@@ -133,13 +133,8 @@ class ContrastiveDistillation(GradCached):
         teacher = labels / self.teacher_temperature
         return loss + self.distill_weight * distillation(own_group(scores, first), teacher)
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of it."""
-        names = ("similarity", "temperature", "teacher_temperature", "contrastive_weight", "distill_weight")
-        return {name: getattr(self, name) for name in names}
 
-
-def maxsim_scores(model: Any, features: list[dict[str, Any]], gather: bool = False) -> Tensor:
+def maxsim_scores(encoder: Any, features: list[dict[str, Any]], gather: bool = False) -> Tensor:
     """MaxSim of every query with every passage of the batch; what the masks leave out counts nowhere.
 
     features of the columns (anchor, positive, negative_1..) -> (B, G, N); G = B, or B of every process.
@@ -148,8 +143,8 @@ def maxsim_scores(model: Any, features: list[dict[str, Any]], gather: bool = Fal
     from sentence_transformers.util import all_gather_padded
     from sentence_transformers.util.tensor import stack_padded_token_embeddings
 
-    queries = model(features[0], task="query")
-    columns = embed_columns_padded(model, features[1:], task_default="document")
+    queries = encoder(features[0], task="query")
+    columns = embed_columns_padded(encoder, features[1:], task_default="document")
     if gather:
         gathered = [all_gather_padded(e, m, with_grad=True) for e, m in zip(*columns, strict=True)]
         columns = tuple(map(list, zip(*gathered, strict=True)))

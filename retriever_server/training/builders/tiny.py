@@ -16,12 +16,12 @@ from typing import Any
 from data.atomic import make_once
 from data.corpus import Corpus
 from data.errors import ConfigError
-from retriever_server.training.tiny_vision import write_vit, write_vlm
+from retriever_server.training.builders.tiny_vision import write_vit, write_vlm
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "sleuth" / "tiny"
-"""Where they are kept for the next time, under a hash of what they were made from."""
+"""Folder where they are kept for the next time, under a hash of what they were made from."""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 _PASSAGES_READ = 20_000
 _MADE = 2  # counts changes of what the same arguments give

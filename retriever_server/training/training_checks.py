@@ -1,25 +1,20 @@
-"""What is proved before and after training: what is trained is what will serve."""
+"""Checks before and after training: what is trained is what will serve."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.identity import fingerprint, read_spec
-from retriever_server.encoders.sentence import SentenceEncoder, load_encoder, save_spec
+from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.read_spec import fingerprint, read_spec
+from retriever_server.encoders.sentence import SentenceEncoder, save_spec
 from retriever_server.encoders.spec import EncodingSpec, self_test
 from retriever_server.encoders.vectors import rows_of, similarities
 
 _TEXTS = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
-
-
-def training_spec(model: Any, passage_template: str, inputs: str | None = None) -> EncodingSpec:
-    """The spec that a model is trained under: its own, with the template and the inputs of the passages."""
-    return read_spec("the model", model, passage_template, inputs)
 
 
 def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) -> None:
@@ -31,14 +26,10 @@ def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) 
     if serves is not None:
         check_serves(spec, serves)
     training = model.training
-    encoder = SentenceEncoder(model, spec)
-    self_test(encoder)
-    folder = tempfile.mkdtemp(prefix="sleuth-guard-")
-    try:
+    self_test(SentenceEncoder(model, spec))
+    with tempfile.TemporaryDirectory(prefix="sleuth-check-") as folder:
         save_encoder(model, spec, Path(folder))
-        check_saved(encoder, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        check_saved(model, spec, folder)
     model.train(training)
 
 
@@ -48,13 +39,15 @@ def save_encoder(model: Any, spec: EncodingSpec, folder: Path) -> None:
     save_spec(replace(spec, fingerprint=fingerprint(model)), folder)
 
 
-def check_saved(encoder: SentenceEncoder, folder: str | Path) -> None:
-    """Raise DataError unless the model in the folder, loaded to serve, gives the vectors of `encoder`."""
-    loaded = load_encoder(str(folder), device=str(encoder._model.device))
-    if differences := replace(loaded.spec, fingerprint=encoder.spec.fingerprint).differences(encoder.spec):
+def check_saved(model: Any, spec: EncodingSpec, folder: str | Path) -> None:
+    """Raise DataError unless what loads from the folder has this spec and gives the vectors of `model`."""
+    loaded = load_model(str(folder), spec.kind, str(model.device))
+    found = read_spec("saved", loaded, spec.passage_template, spec.inputs)
+    if differences := replace(found, fingerprint=spec.fingerprint).differences(spec):
         raise DataError(f"saved and loaded again the model is another one ({differences})")
+    encoders = SentenceEncoder(model, spec), SentenceEncoder(loaded, spec)
     for role in ("query", "passage"):
-        here, there = encoder.encode(_TEXTS, role), loaded.encode(_TEXTS, role)
+        here, there = (encoder.encode(_TEXTS, role) for encoder in encoders)
         least = min(
             float(similarities(rows_of(here, i), rows_of(there, i)).min()) for i in range(len(_TEXTS))
         )

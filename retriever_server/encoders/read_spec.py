@@ -1,4 +1,4 @@
-"""What a loaded model of sentence-transformers says of itself: its spec, the fingerprint of its weights."""
+"""The EncodingSpec of a loaded model of sentence-transformers, and the fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from data.errors import ConfigError
 from data.modalities import modalities
+from retriever_server.encoders.checks import appends_eos, is_two_way, outer_transformers
 from retriever_server.encoders.image_inputs import describe_images, what_it_takes
-from retriever_server.encoders.loading import CLASSES
-from retriever_server.encoders.proofs import describe_first
+from retriever_server.encoders.kinds import kind_of_model
 from retriever_server.encoders.spec import EncodingSpec
 
 DEFAULT_TEMPLATE = "{title}\n{text}"
@@ -20,13 +20,13 @@ _PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the order of sentence-tr
 def read_spec(
     name: str, model: Any, passage_template: str = DEFAULT_TEMPLATE, inputs: str | None = None
 ) -> EncodingSpec:
-    """What a loaded model of sentence-transformers says of itself, as the spec that will serve.
+    """Return what a loaded model of sentence-transformers says of itself, as the spec that will serve.
 
     inputs: what of a passage is encoded; None: the image where the model reads images, else what it reads
     of the first other modality that is registered, else the text.
     Raises ConfigError for a similarity that no index has, and for inputs that the model does not take.
     """
-    kind = next(k for k, of in CLASSES.items() if of in [each.__name__ for each in type(model).__mro__])
+    kind = kind_of_model(model).name
     similarity = model.similarity_fn_name
     if similarity not in ("cosine", "dot", "maxsim"):
         raise ConfigError(f"encoder {name!r}: similarity {similarity!r}; supported: cosine, dot, maxsim")
@@ -36,7 +36,7 @@ def read_spec(
         allowed = ", ".join(sorted(takes))
         raise ConfigError(f"encoder {name!r}: inputs {inputs!r}: this model encodes {allowed}")
     saved_prompts = [model.prompts[key] for key in _PASSAGE_PROMPTS if key in model.prompts]
-    modules = _describe(list(model), getattr(model, "max_active_dims", None))
+    modules = [*describe_first(model), *_describe(list(model), getattr(model, "max_active_dims", None))]
     return EncodingSpec(
         model=str(name),
         kind=kind,
@@ -46,7 +46,7 @@ def read_spec(
         passage_prompt=next(iter(saved_prompts), "") or "",
         passage_template=passage_template,
         max_tokens=model.max_seq_length,
-        pooling=" > ".join(filter(None, [*describe_first(model), modules])),
+        pooling=" > ".join(modules),
         normalise=(kind == "dense" and similarity == "cosine") or _ends_normalised(model),
         similarity=similarity,
         inputs=inputs,
@@ -60,14 +60,22 @@ def _dimension(model: Any, kind: str) -> int:
     return int(getattr(model, "truncate_dim", None) or model.get_embedding_dimension())
 
 
-def _describe(modules: list[Any], limit: int | None = None) -> str:
+def describe_first(model: Any) -> list[str]:
+    """Describe the first module: its own pooling, "two-way" attention, an "eos" that is pooled."""
+    own = type(model[0]).__name__ if getattr(model[0], "pooling_mode", None) else ""
+    says = [f"{own}({model[0].pooling_mode})"] if own else []
+    two_way = any(map(is_two_way, outer_transformers(model)))
+    return says + ["two-way"] * two_way + ["eos"] * appends_eos(model)
+
+
+def _describe(modules: list[Any], limit: int | None = None) -> list[str]:
     """The modules after the transformer, of both towers where there are two; how many entries are kept."""
     kept = [f"largest {limit}"] if limit else []
     parts = [_describe_module(module) for module in modules[1:]]
     if routes := getattr(modules[0], "sub_modules", None):
         inner = [f"{name}: {' > '.join(map(_describe_module, tower))}" for name, tower in routes.items()]
         parts.insert(0, f"({'; '.join(inner)})")
-    return " > ".join(parts + kept)
+    return parts + kept
 
 
 def _describe_module(module: Any) -> str:

@@ -15,7 +15,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retriever_server.training.distill import GradCached
+from retriever_server.training.losses.distillation import GradCached
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_doc")
 """As sentence-transformers names them; the first is always in."""
@@ -72,10 +72,6 @@ class Qwen3InfoNCE(GradCached):
             texts = [all_gather(each) for each in texts]
         return qwen3_info_nce(embeddings, texts, rows, self.temperature, self.margin, self.directions)
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of it."""
-        return {name: getattr(self, name) for name in ("temperature", "margin", "directions")}
-
 
 def qwen3_info_nce(
     columns: list[Tensor],
@@ -121,7 +117,7 @@ def _only(own: Tensor, per_query: int) -> Tensor:
 
 
 def _any_of(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Which of the texts `b` is one of those of `a` that a row chooses.   (R, A), (A,), (C,) -> (R, C)"""
+    """Mark the texts of `b` that are among those of `a` that a row chooses.   (R, A), (A,), (C,) -> (R, C)"""
     return chosen.float() @ (a[:, None] == b[None]).float() > 0
 
 

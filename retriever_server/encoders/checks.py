@@ -1,0 +1,151 @@
+"""Decoders that end in EOS and attend both ways, and the checks that a model does what its spec says.
+
+EOS is appended by the tokenizer itself, after it has cut a text to its length: written behind the text before
+that, it would be lost exactly where texts are long, and nothing would complain. Two-way attention is
+`config.is_causal = False` (transformers 5.2 and later); both are saved with the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data.errors import ConfigError, DataError
+
+_LONG = "one two three four five six seven eight "
+
+
+def append_eos(tokenizer: Any, eos: str | None = None) -> None:
+    """Let a tokenizer of transformers end every text in its EOS token, also when saved; `eos` becomes that.
+
+    One without a padding token pads with it. Raises ConfigError where there is no such token.
+    """
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    token = eos or tokenizer.eos_token
+    if token is None or token not in tokenizer.get_vocab():
+        raise ConfigError(f"eos {token!r}: is no token of the tokenizer")
+    tokenizer.eos_token = token
+    tokenizer.pad_token = tokenizer.pad_token or token
+    id_ = tokenizer.convert_tokens_to_ids(token)
+    if _last_token(tokenizer) == id_:
+        return
+    if {"add_bos_token", "add_eos_token"} & set(tokenizer.init_kwargs):
+        tokenizer.add_eos_token = True  # such a tokenizer makes its post-processor anew when it is loaded
+        tokenizer.init_kwargs["add_eos_token"] = True
+    else:
+        backend = tokenizer.backend_tokenizer
+        last = TemplateProcessing(
+            ["$A", token], ["$A", token, "$B:1", f"{token}:1"], special_tokens=[(token, id_)]
+        )
+        before = backend.post_processor
+        backend.post_processor = Sequence([before, last]) if before is not None else last
+    if _last_token(tokenizer) != id_:
+        raise ConfigError(f"{type(tokenizer).__name__}: does not append {token} to a text")
+
+
+def appends_eos(model: Any) -> bool:
+    """Whether a model of sentence-transformers pools the vector of a token that its tokenizer appends."""
+    return _pools_last(model) and _last_token(model.tokenizer) is not None
+
+
+def make_two_way(model: Any) -> None:
+    """Let the tokens of a decoder of transformers see those after them, from now on and when saved."""
+    model.config.get_text_config().is_causal = False
+
+
+def is_two_way(model: Any) -> bool:
+    """Whether a model of transformers says of itself that it is a decoder with two-way attention."""
+    config = getattr(model, "config", None)
+    return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
+
+
+def outer_transformers(model: Any) -> list[Any]:
+    """The models of transformers in one of sentence-transformers: one, or one for each tower."""
+    from transformers import PreTrainedModel
+
+    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    inside = {part for each in found for part in each.modules() if part is not each}
+    return [each for each in found if each not in inside]
+
+
+def check_model(model: Any) -> None:
+    """Raise DataError unless a model of sentence-transformers attends, ends and pools as it says.
+
+    Vectors that depend on padding or on the other texts of a batch are found by `spec.self_test`.
+    """
+    for transformer in filter(is_two_way, outer_transformers(model)):
+        check_two_way(transformer)
+    check_eos(model)
+    check_prompts(model)
+
+
+def check_two_way(model: Any) -> None:
+    """Raise DataError unless the first token of a text sees the last one.
+
+    One text without padding: kernels that take "no mask" for a causal one fail just there (llm2vec#74, #79).
+    """
+    import torch
+
+    vocabulary, training = model.config.get_text_config().vocab_size, model.training
+    ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % vocabulary
+    model.eval()
+    with torch.no_grad():
+        a, b = (
+            model(input_ids=each.to(model.device), output_hidden_states=True).hidden_states[-1][:, 0].float()
+            for each in (ids, other)
+        )
+    model.train(training)
+    if (a - b).abs().max() <= 1e-4 * a.abs().max():
+        kernel = model.config.get_text_config()._attn_implementation
+        name = f"{type(model).__name__} ({kernel} attention)"
+        raise DataError(f"{name}: its first token does not see the last one: it is causal")
+
+
+def check_eos(model: Any) -> None:
+    """Raise DataError where a text that is cut loses the EOS token whose vector is pooled."""
+    limit = model.max_seq_length or 0
+    if not appends_eos(model) or not 0 < limit < 1_000_000:
+        return
+    eos = _last_token(model.tokenizer)
+    ids = model.preprocess([_LONG * (limit // 8 + 1)])["input_ids"][0]
+    if int(ids[-1]) != eos:
+        lost = model.tokenizer.decode([eos])
+        raise DataError(f"a text longer than {limit} tokens loses {lost!r} when it is cut")
+
+
+def check_prompts(model: Any) -> None:
+    """Raise DataError if leaving a prompt out of the pooling would leave out tokens of the text, too.
+
+    So many first tokens are left out as the prompt has alone. Where its end melts into the text (a blank
+    that becomes part of the first word), that is one too many.
+    """
+    if all(getattr(module, "include_prompt", True) for module in model):
+        return
+    for role, prompt in model.prompts.items():
+        if prompt:
+            alone = _real_tokens(model, prompt)[: model[0]._get_prompt_length(prompt)]
+            for text in ("river", "The end", "7"):
+                if _real_tokens(model, prompt + text)[: len(alone)] != alone:
+                    raise DataError(
+                        f"{role} prompt {prompt!r}: its end melts into the text, and the first word would "
+                        "be left out of the pooling with it; let it end in a line break"
+                    )
+
+
+def _real_tokens(model: Any, text: str) -> list[int]:
+    features = model.preprocess([text])
+    return features["input_ids"][0][features["attention_mask"][0].bool()].tolist()
+
+
+def _last_token(tokenizer: Any) -> int | None:
+    """The special token that the tokenizer puts behind every text."""
+    last = {ids[-1] if ids else None for ids in tokenizer(["a river", "no", ""])["input_ids"]}
+    special = last & {*tokenizer.all_special_ids, tokenizer.pad_token_id} - {None}
+    return special.pop() if len(last) == 1 and special else None
+
+
+def _pools_last(model: Any) -> bool:
+    modes = [getattr(module, "pooling_mode", None) for module in model]
+    return any("lasttoken" in ((mode,) if isinstance(mode, str) else mode or ()) for mode in modes)

@@ -1,0 +1,77 @@
+"""Rerankers, which read query and passage together: with a head of one number, or a language model's yes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from data.errors import ConfigError
+from retriever_server.encoders.loading import limit_tokens
+from retriever_server.retrievers.rerank import QUESTION
+from retriever_server.training.builders.base import Base, load_base, load_transformer
+
+
+def cross_encoder(base: Base, max_tokens: int | None = None, dtype: str = "float32") -> Any:
+    """A reranker that reads query and passage together and gives one number."""
+    from sentence_transformers import CrossEncoder
+
+    model = load_base(
+        base, lambda name: CrossEncoder(name, num_labels=1, device="cpu", model_kwargs={"dtype": dtype})
+    )
+    limit_tokens(model, max_tokens)
+    return model
+
+
+def yes_no_reranker(
+    base: Base,
+    prompt: str = QUESTION,
+    yes: str = "yes",
+    no: str = "no",
+    max_tokens: int = 512,
+    dtype: str = "float32",
+) -> Any:
+    """A CrossEncoder that scores a pair by a language model's logit of `yes` minus `no` (Qwen3-Reranker).
+
+    The prompt, in the model's own chat template where it has one, is saved as the chat template of pairs,
+    so that the folder serves as it was trained: as `CrossEncoder` or as `YesNo` (with this prompt) of
+    `retrievers/rerank.py`, or in plain sentence-transformers. A passage that is too long is cut, the question
+    is not.
+    """
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    read: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
+    of: Any = {"text": read, "message": {**read, "format": "flat"}}
+    transformer = load_transformer(
+        base, max_tokens, dtype, transformer_task="text-generation", modality_config=of,
+        module_output_name="causal_logits",
+    )  # fmt: skip
+    tokenizer = transformer.tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    answers = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (yes, no)]
+    if answers[0] == answers[1]:
+        raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token")
+    tokenizer.chat_template = pair_template(tokenizer, prompt)
+    return CrossEncoder(modules=[transformer, LogitScore(*answers)], device="cpu")
+
+
+def pair_template(tokenizer: Any, prompt: str) -> str:
+    """A chat template that puts messages of the roles query and document into `prompt`, others as before."""
+    before, found, rest = _chat(tokenizer, prompt).partition("{query}")
+    between, found_too, after = rest.partition("{passage}")
+    if not (found and found_too):
+        raise ConfigError("prompt: must hold {query} and, after it, {passage}")
+    parts = (json.dumps(part, ensure_ascii=False) for part in (before, between, after))
+    first, second, third = parts
+    of = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'
+    pair = f"{{{{ {first} ~ {of.format('query')} ~ {second} ~ {of.format('document')} ~ {third} }}}}"
+    plain = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    is_pair = '{% if messages | selectattr("role", "eq", "query") | list %}'
+    return f"{is_pair}{pair}{{% else %}}{tokenizer.chat_template or plain}{{% endif %}}"
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
