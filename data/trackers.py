@@ -45,32 +45,26 @@ def check_wandb(mode: Literal["online", "offline"]) -> None:
 
 
 class WandbTracker(Tracker):
-    """Logs to Weights & Biases; `mode="offline"` writes under `directory`/wandb and needs no network.
+    """Tracker that logs to Weights & Biases; mode "offline" writes into the run's folder, without a network.
 
-    A resumed run goes back in steps, which wandb's own counter refuses: `step` is therefore a metric,
-    and the x axis of all others. The same `run_id` continues the same curve.
+    Name and id are those of the folder, so that a resumed run continues its curve. It goes back in steps,
+    which wandb's own counter refuses: `step` is therefore a metric, and the x axis of all others.
     """
 
     def __init__(
-        self,
-        directory: Path | str,
-        project: str = "sleuth",
-        name: str | None = None,
-        run_id: str | None = None,
-        config: Mapping[str, Any] | None = None,
-        mode: Literal["online", "offline"] = "online",
+        self, folder: Path, config: Mapping[str, Any], project: str, mode: Literal["online", "offline"]
     ) -> None:
         import wandb
         from wandb.errors import Error
 
         try:
             self._run = wandb.init(
-                dir=str(directory),
+                dir=str(folder),
                 project=project,
-                name=name,
-                id=run_id,
-                resume="allow" if run_id and mode == "online" else None,
-                config=dict(config or {}),
+                name=folder.name,
+                id=folder.name,
+                resume="allow" if mode == "online" else None,
+                config=dict(config),
                 mode=mode,
                 settings=wandb.Settings(silent=True, console="off", init_timeout=_INIT_SECONDS),
             )

@@ -288,9 +288,7 @@ def open_run(
         config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside, defaults=defaults
     )
     if config.wandb.project and tracked:
-        run.tracker = WandbTracker(
-            run.path, config.wandb.project, run.path.name, run.path.name, settings, config.wandb.mode
-        )
+        run.tracker = WandbTracker(run.path, settings, config.wandb.project, config.wandb.mode)
     return run
 
 

@@ -96,6 +96,5 @@ def _open_run(
     run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines, inputs=inputs))
     progress = stack.enter_context(lines.bar("training"))
     if config.wandb.project:
-        name = run.path.name
-        run.tracker = WandbTracker(run.path, config.wandb.project, name, name, settings, config.wandb.mode)
+        run.tracker = WandbTracker(run.path, settings, config.wandb.project, config.wandb.mode)
     return run, progress

@@ -273,12 +273,12 @@ def test_wandb_that_refuses_a_run_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"^wandb: No API key configured\.; --wandb\.mode offline"):
-        WandbTracker(tmp_path)
+        WandbTracker(tmp_path, {}, "sleuth", "online")
 
 
 def test_wandb_offline_holds_what_was_logged(tmp_path):
     with RunDir(tmp_path, CONFIG) as run:
-        run.tracker = WandbTracker(tmp_path, name="test", config=CONFIG, mode="offline")
+        run.tracker = WandbTracker(tmp_path, CONFIG, "sleuth", "offline")
         run.log(0, {"reward/mean": 0.25})
         run.log(1, {"reward/mean": 0.75})
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

@@ -82,7 +82,7 @@ def kill_inside_a_save(process, out):
     until(process.is_alive, lambda: is_open(process, out))
 
     def half_written():
-        return list((out / "checkpoints").glob(".partial-step-*"))
+        return list((out / "checkpoints").glob(".step-*.building-*"))
 
     while True:
         until(process.is_alive, half_written)
