@@ -101,7 +101,7 @@ class Environment:
         }
 
     async def _call(self, call: Call) -> tuple[SearchRecord | None, list[str]]:
-        """What a tool found, and the pictures in it; None where the call makes no sense."""
+        """Call a tool: its record and the pictures found; None where there is no such page."""
         started, sources, error = time.monotonic(), [], None
         try:
             hits = await self._tools[call.tool](call.argument)

@@ -279,7 +279,7 @@ def _resume(path: Path) -> list[Record]:
 
 
 def brief(record: Record) -> Record:
-    """What scoring needs of a record: no text of passages, so that many fit in memory."""
+    """Reduce a record to what scoring needs: no text of passages, so that many fit in memory."""
     segments = [s for s in record["segments"] if s["kind"] == SegmentKind.POLICY]
     tokens = [{"kind": segment["kind"], "tokens": segment["tokens"]} for segment in segments]
     return {**record, "segments": tokens, "searches": [None] * len(record["searches"])}

@@ -25,7 +25,7 @@ PROMPT_FILE = "prompt.json"
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """What stands before and after an instruction; nothing where there is no chat template."""
+    """Text before and after an instruction; none where there is no chat template."""
 
     before: str = ""
     after: str = ""
@@ -39,7 +39,7 @@ class PromptFrame:
         return self.before + (text.strip() if self.strips else text) + self.after
 
     def opening(self, protocol: Protocol) -> str:
-        """What the template puts at the start of each of the policy's messages, such as "<think>\\n"."""
+        """The text of the template at the start of each of the policy's messages, such as "<think>\\n"."""
         header = protocol.message_header
         return self.after.rpartition(header)[2] if header and header in self.after else ""
 

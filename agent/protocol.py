@@ -1,4 +1,4 @@
-"""How a policy speaks: its prompt, its actions, its observations, and their limits.
+"""The language of a policy: its prompt, its actions, its observations, and their limits.
 
 A `Protocol` is a value. `SEARCH_R1` is the contract of Search-R1 string by string (Jin et al. 2025,
 arXiv 2503.09516); docs/protocol.md lists what differs. `COMPACT` says the same in few tokens, for tiny
@@ -51,7 +51,7 @@ class Protocol:
     answer_tag: str = "answer"
     observation_tag: str = "information"
     tools: tuple[str, ...] = (SEARCH.name,)
-    """What the policy may call, see agent/tools.py: search, and in a tag of its name each other."""
+    """Tools (agent/tools.py) that the policy may call; each but search stands in a tag of its name."""
     json_calls: bool = False
     """All calls stand in the search tag, as JSON with the name of the tool."""
     padding: tuple[str, str] = (" ", " ")
@@ -72,10 +72,10 @@ class Protocol:
     """Searches (and invalid actions) allowed; one more completion may then only answer."""
     top_k: int = 3
     max_response_tokens: int = 500
-    """Of one turn."""
+    """Limit of one turn."""
     max_observation_tokens: int = 500
     max_context_tokens: int = 4096
-    """Of the whole trajectory before a turn; the question is never dropped to make room."""
+    """Limit of the whole trajectory before a turn; the question is never dropped to make room."""
 
     def __post_init__(self) -> None:
         for limit in ("top_k", "max_response_tokens", "max_observation_tokens"):

@@ -43,7 +43,7 @@ class Agent:
     max_live: int = 256
     """Trajectories alive at once; the engine may admit fewer."""
     vision: Vision | None = None
-    """Of a policy that is shown the images of passages; without, it reads the text about them."""
+    """For a policy that is shown the images of passages; without, it reads the text about them."""
     prompt_frame: PromptFrame | None = None
     """The text around the instruction, as the run keeps it; None: as the chat template makes it now."""
 

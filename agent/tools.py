@@ -18,7 +18,7 @@ class Tool:
     """For the prompt."""
     argument: str
     example: str
-    """What may stand for the argument in the prompt."""
+    """Stands for the argument in the prompt."""
     types: tuple[str, ...] = ("string",)
     """JSON types of the argument."""
 

@@ -14,7 +14,7 @@ from data.records import Hit, Question
 
 
 class SegmentKind(StrEnum):
-    """Who wrote a span of tokens."""
+    """Writer of a span of tokens."""
 
     PROMPT = "prompt"
     POLICY = "policy"
@@ -40,9 +40,9 @@ class Picture:
 
     source: str
     start: int
-    """Where its tokens begin."""
+    """Position of its first token."""
     tokens: int
-    """How many stand for it, the markup around it included."""
+    """Number of tokens that stand for it, the markup around it included."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Segment:
     token_ids: list[int]
     text: str
     logprobs: Sequence[float | None] | None = None
-    """Of the sampled tokens, in nats, as the sampler saw them; None unless POLICY, and for a token that was
-    given instead of sampled."""
+    """Log-probs of the sampled tokens, in nats, as the sampler saw them; None unless POLICY, and for a token
+    that was given instead of sampled."""
     weights_version: int = 0
-    """Of the weights that sampled its first token; no later one is of older weights."""
+    """Version of the weights that sampled its first token; no later one is of older weights."""
     pictures: tuple[Picture, ...] = ()
-    """What a policy with eyes was shown; `start` counts in this segment."""
+    """Pictures in it; `start` counts in this segment."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SearchRecord:
     turn: int = 0
     """The policy turn that asked, from 0: invalid turns count, too."""
     tool: str = "search"
-    """What was called; `query` is its argument."""
+    """The tool that was called; `query` is its argument."""
 
 
 class _Tokens:
@@ -145,5 +145,5 @@ class Trajectory(_Tokens):
 
     @property
     def policy_text(self) -> str:
-        """What the policy wrote, its turns joined; never a word of the prompt or of a passage."""
+        """Text of the policy, its turns joined; never a word of the prompt or of a passage."""
         return "".join(s.text for s in self.segments if s.kind is SegmentKind.POLICY)

@@ -1,8 +1,8 @@
-"""The eyes of a policy: how a picture becomes tokens, pixels, and vectors where its tokens stand.
+"""Images for a policy: a picture becomes tokens, pixels, and vectors where its tokens stand.
 
 The agent asks for the tokens, the engine and the trainer for the vectors, from the same pixels of the same
 file, so what was sampled is what is trained. Only models that read a picture as tokens in one line, like
-Idefics3 and SmolVLM, have eyes here: those that give it positions in two or three dimensions, or let its
+Idefics3 and SmolVLM, are supported: those that give it positions in two or three dimensions, or let its
 tokens see each other both ways, need more than vectors.
 """
 
@@ -36,9 +36,9 @@ class Seen:
     """A picture as the policy gets it."""
 
     token_ids: list[int]
-    """What stands for it in the context, markup around it included."""
+    """Its tokens in the context, markup around it included."""
     pixels: dict[str, Tensor]
-    """What the model's `get_image_features` takes."""
+    """Arguments of the model's `get_image_features`."""
 
 
 class Vision:
@@ -61,12 +61,12 @@ class Vision:
         self._kept[source] = path
 
     def has(self, source: str) -> bool:
-        """Whether `keep` was given this picture."""
+        """Return whether `keep` was given this picture."""
         return source in self._kept
 
     @classmethod
     def load(cls, source: str, config: PretrainedConfig) -> Vision:
-        """The eyes that lie in a policy's folder or on the hub. Raises ConfigError where there are none."""
+        """Load the processor in a policy's folder or on the hub. Raises ConfigError where there is none."""
         from transformers import AutoProcessor
 
         try:
@@ -96,7 +96,7 @@ class Vision:
         return Seen(token_ids, dict(out))
 
     def vectors(self, trunk: PreTrainedModel, source: str) -> Tensor:
-        """What the model makes of a picture (N, H): one vector an image token, in order."""
+        """Compute the vectors of a picture (N, H): one vector an image token, in order."""
         pixels = {name: tensor.to(trunk.device) for name, tensor in self.see(source).pixels.items()}
         found = trunk.get_image_features(**pixels, return_dict=True).pooler_output  # type: ignore[operator]
         parts = found if isinstance(found, list | tuple) else [found]
@@ -134,7 +134,7 @@ class Vision:
 
 
 def reads_pictures(config: PretrainedConfig) -> bool:
-    """Whether the model of this configuration takes pictures in the one way that is supported here."""
+    """Return whether the model of this configuration takes pictures in the one way that is supported here."""
     return config.model_type in IN_ONE_LINE
 
 

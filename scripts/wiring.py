@@ -67,7 +67,7 @@ class OpenedAgent:
             await check_engine(self.agent, self.policy.model, self.engine)
 
     def settings(self) -> dict[str, Any]:
-        """What decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""
+        """Return what decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""
         spoken = self.agent.protocol
         limits = {key: value for key, value in vars(spoken).items() if type(value) is int or key == "chat"}
         # Left out where it is what it was before there was a choice.
@@ -172,7 +172,7 @@ def open_client(retriever: str, deadline_seconds: float = 60.0, deterministic: b
 
 
 async def retriever_generation(client: SearchClient, query: str, retriever: str) -> str:
-    """What answers, by asking it; `retriever` itself where it does not say or finds nothing.
+    """Ask the retriever for its generation; `retriever` itself where it names none or finds nothing.
 
     So the same index behind another port is the same retriever. Raises RetrieverError as a search does.
     """

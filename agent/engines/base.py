@@ -1,4 +1,4 @@
-"""What an engine is: token ids in, token ids and log-probs out.
+"""The interface of engines: token ids in, token ids and log-probs out.
 
 An engine decodes only to find the stop strings. It keeps sampled ids whole: where a stop string ends
 inside a token, that token stays as it was sampled.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw the tokens of one completion. `temperature=0` is greedy."""
+    """Parameters of the sampling of one completion. `temperature=0` is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,7 +33,7 @@ class Sampling:
     max_tokens: int = 500
     stop: tuple[str, ...] = ()
     seed: int | None = None
-    """Of this completion alone; None draws from the engine's generator."""
+    """Seed of this completion alone; None draws from the engine's generator."""
 
     def __post_init__(self) -> None:
         for ok, name, allowed in (
@@ -57,26 +57,26 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine sampled; `logprobs` of exactly these tokens under its `Sampling`, None where one was
+    """Sampled tokens; `logprobs` of exactly these tokens under its `Sampling`, None where one was
     given instead of sampled."""
 
     token_ids: list[int]
     logprobs: list[float | None]
     finish_reason: FinishReason
     weights_version: int
-    """Of the first token, where new weights came in between: the oldest of all."""
+    """Version of the weights of its first token, where new weights came in between: the oldest of all."""
 
 
 class Engine(ABC):
     """Serves many trajectories at once; each awaits only its own completion."""
 
     shares_model: bool = False
-    """Whether it samples from the model in the trainer's memory. Then each process of a run has its own, and
+    """True if it samples from the model in the trainer's memory. Then each process of a run has its own, and
     it stands still during an update. Else it is handed weights, by the leading process alone."""
     replicas: int = 1
     """Servers behind it: so many times more trajectories are kept alive."""
     weights_version: int = 0
-    """Of the weights that it samples with."""
+    """Version of the weights that it samples with."""
 
     @abstractmethod
     async def generate(

@@ -1,4 +1,4 @@
-"""Which engine samples, and how it is opened and handed weights; nothing heavy is imported."""
+"""Configuration of the engine: which one samples, and how it gets weights; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ class EngineConfig:
 
     @property
     def servers_to_start(self) -> int:
-        """How many servers are started for it."""
+        """The number of servers that are started for it."""
         return self.servers if self.name == "vllm" and self.urls is None else 0

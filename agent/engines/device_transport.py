@@ -27,7 +27,7 @@ Tensors = Callable[["dict[str, Tensor] | None"], dict[str, Tensor]]
 
 
 def device_arguments(backend: str) -> tuple[list[str], dict[str, str]]:
-    """What a server is started with for such a transport: arguments and environment.
+    """Return the arguments and environment of a server for such a transport.
 
     Raises ConfigError where torch sees no CUDA device.
     """
@@ -38,7 +38,7 @@ def device_arguments(backend: str) -> tuple[list[str], dict[str, str]]:
 
 
 class DeviceTransport:
-    """What both have alike: the weights lie as a copy on this process's GPU until all have taken them."""
+    """Base of both: the weights lie as a copy on this process's GPU until all have taken them."""
 
     model: str | None = None
 
@@ -77,7 +77,7 @@ class DeviceTransport:
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Nothing: the newest are kept for servers that come back."""
+        """Keep the newest, for servers that come back."""
 
     def close(self) -> None:
         """Free the copy."""
@@ -190,7 +190,7 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 async def in_thread(act: Callable[..., Any], *arguments: Any) -> Any:
-    """What `act` gives in a thread that no exit waits for: NCCL waits for a lost peer for ever.
+    """Run `act` in a thread that no exit waits for: NCCL waits for a lost peer for ever.
 
     Raises EngineError for a RuntimeError, which is what NCCL's are.
     """
@@ -217,7 +217,7 @@ async def in_thread(act: Callable[..., Any], *arguments: Any) -> Any:
 
 
 async def _both(*acts: Any) -> list[Any]:
-    """What both give; the first failure ends the wait for the other."""
+    """Await both; the first failure ends the wait for the other."""
     tasks = [asyncio.ensure_future(act) for act in acts]
     try:
         return await asyncio.gather(*tasks)

@@ -44,16 +44,16 @@ class Server:
         """Done, with the reason, once it is taken out."""
         self.ready = False
         self.lives = 0
-        """How often it was opened: what was agreed with it before is gone then."""
+        """Times it was opened; it has forgotten what was agreed before."""
         self.out_since: float | None = None
         """When it was taken out, by the clock of the event loop."""
         self.given_up = False
-        """Whether nobody starts it again."""
+        """True once nobody starts it again."""
         self._http: httpx.AsyncClient | None = None
 
     @property
     def live(self) -> bool:
-        """Whether it may be asked."""
+        """True while it may be asked."""
         return self.ready and self.lost is not None and not self.lost.done()
 
     def open(self) -> None:
@@ -212,7 +212,7 @@ class Fleet:
             server.trajectories.discard(trajectory_id)
 
     async def on_all(self, act: Callable[[Server], Awaitable[Any]]) -> Mapping[Server, Any]:
-        """What `act` gives for each live server, within the deadline; those that fail are taken out.
+        """Run `act` for each live server, within the deadline; those that fail are taken out.
 
         Where all fail it is tried with those that come back. Raises EngineError where none is left.
         """

@@ -22,11 +22,11 @@ REMEMBERED = 64
 """Pictures whose vectors are kept."""
 
 Shown = tuple[int, int, Sequence[Picture]]
-"""Of a row: the positions of its first new token and after its last, and all its pictures."""
+"""A row: the positions of its first new token and after its last, and all its pictures."""
 
 
 class Pictures:
-    """The eyes of one engine's model; without `vision` it is fed token ids as ever."""
+    """Inputs of a model that may read images; without `vision` they are token ids."""
 
     def __init__(self, model: PreTrainedModel, vision: Vision | None) -> None:
         self._model, self._vision = model, vision
@@ -37,10 +37,10 @@ class Pictures:
         self._vectors.clear()
 
     def inputs(self, input_ids: Tensor, shown: Sequence[Shown]) -> dict[str, Tensor]:
-        """What the model is fed in place of `input_ids` (R, T), padded on the left.
+        """Return the inputs of the model in place of `input_ids` (R, T), padded on the left.
 
         Pictures before a row's first new token are in the cache. Raises EngineError where there are
-        pictures and no eyes.
+        pictures and no `vision`.
         """
         if self._vision is None:
             if any(pictures for *_, pictures in shown):
@@ -61,7 +61,7 @@ class Pictures:
 
 
 def shared_with_pictures(shared: int, before: Sequence[Picture], now: Sequence[Picture]) -> int:
-    """How many of the first `shared` tokens, equal in both, show the same; no picture is cut in two."""
+    """Count the first of `shared` equal tokens whose pictures are equal too; no picture is cut in two."""
     for old, new in zip_longest(before, now):
         if old == new and new.start + new.tokens <= shared:
             continue

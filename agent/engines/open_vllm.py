@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SERVED = "served-policy"
 """Folder of a policy as started servers load it, where it is exported as another model."""
 MAX_LORA_RANK = 64
-"""Of adapters that a started server takes, unless `engine.arguments` says otherwise."""
+"""Highest rank of adapters that a started server takes, unless `engine.arguments` says otherwise."""
 
 
 def open_vllm(
@@ -72,7 +72,7 @@ def _remove(scratch: Path) -> None:
 
 
 def open_transport(config: EngineConfig, export: WeightExport, folder: Path) -> Transport:
-    """How new weights reach the servers. Raises ConfigError where there is no GPU for it."""
+    """Return the transport of new weights to the servers. Raises ConfigError where there is no GPU for it."""
     if config.lora == "adapter":
         return AdapterTransport(export.save_adapter, folder)
     if config.transport == "folder":
@@ -150,7 +150,7 @@ def context_tokens(policy: Policy, protocol: Protocol) -> int:
 
 
 def cpu_arguments(context: int) -> Sequence[str]:
-    """What a server without a GPU is told besides.
+    """Return further arguments of a server without a GPU.
 
     Its cache is small, since the trainer beside it needs the memory. A prompt is read whole: vLLM 0.32 dies
     on a CPU (`CPU Generator does not use offset`) where it reads one with a seed in two chunks.

@@ -40,7 +40,7 @@ def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tu
 
 
 def kept_tokens(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
-    """Which tokens top-k (0: all) and top-p keep, bool (R, V); one value a row, or one for all rows."""
+    """Return the tokens that top-k (0: all) and top-p keep, bool (R, V); one value a row, or one for all."""
     size, device = probabilities.shape[1], probabilities.device
     most = torch.tensor([k or size for k in top_k], device=device)
     mass = torch.tensor(top_p, device=device)

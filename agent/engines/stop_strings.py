@@ -25,7 +25,7 @@ class StopFinder:
         self._pieces: dict[int, str] = {}
 
     def found(self, stream: _Stream, token: int) -> bool:
-        """Whether `token`, the last of `stream.new_ids`, completes one of its stop strings."""
+        """Return whether `token`, the last of `stream.new_ids`, completes one of its stop strings."""
         stops = stream.sampling.stop
         if not stops:
             return False

@@ -1,4 +1,4 @@
-"""How new weights reach vLLM servers: through a folder, whole or as LoRA adapters.
+"""Transports of new weights to vLLM servers: through a folder, whole or as LoRA adapters.
 
 `stage` makes weights ready once; `load` has one paused server take them; `settle` drops what none needs.
 Through the memory of GPUs: agent/engines/device_transport.py.
@@ -18,9 +18,9 @@ from torch import Tensor
 from agent.engines.fleet import Server, ServerLost
 
 RELOAD = ("sleuth_reload", "reload_weights")
-"""What a server's worker is called for: ours (worker/sleuth_worker.py) where it was started with it."""
+"""Methods of a server's worker that load weights: of ours (worker/sleuth_worker.py), of vLLM's own."""
 ADAPTER = "policy"
-"""What servers and requests call the adapter."""
+"""Name of the adapter in requests."""
 
 Write = Callable[[Path, "dict[str, Tensor] | None"], None]
 """Writes weights into a folder under the names that servers read; None: the model's own."""
@@ -36,12 +36,12 @@ class Staged:
 
 
 class Transport(Protocol):
-    """What a VLLMEngine hands weights over with."""
+    """Brings the weights of a VLLMEngine to its servers."""
 
     staged: Staged | None
     """The newest."""
     model: str | None
-    """What requests must name once weights are loaded; None: the server's own model."""
+    """Model that requests name once weights are loaded; None: the server's own."""
 
     async def stage(self, state: dict[str, Tensor] | None, version: int) -> None:
         """Make weights ready; None: the model's own."""

@@ -22,7 +22,7 @@ from data.errors import ConfigError, EngineError
 
 GENERATE = "/inference/v1/generate"
 FRESH = "default"
-"""What a server calls the weights that it was started with."""
+"""A server's name for the weights that it was started with."""
 
 
 class VLLMEngine(Engine):
@@ -187,7 +187,7 @@ class VLLMEngine(Engine):
 
 
 def parse_completion(answer: Any, newest: int) -> Completion:
-    """What a server sampled. Its version is the oldest that wrote any of it; `newest` where it says none.
+    """Parse the answer of a server. The version is the oldest that wrote any of it; `newest` if it has none.
 
     Raises EngineError where the answer is not that of `/inference/v1/generate`.
     """

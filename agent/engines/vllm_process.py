@@ -26,7 +26,7 @@ STOP_SECONDS = 15
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What all started servers are told."""
+    """Options of all servers that are started."""
 
     model: str
     dtype: str
@@ -36,7 +36,7 @@ class ServerOptions:
     usual: Sequence[str] = ()
     """Arguments of ours that depend on the machine."""
     arguments: str = ""
-    """Of the user's; they win."""
+    """Arguments of the user; they win."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that it sees besides ours."""
 
@@ -169,7 +169,7 @@ def server_command(python: str, options: ServerOptions, port: int, host: str = "
 
 
 def server_environment(device: str | None, more: Mapping[str, str] | None = None) -> Mapping[str, str]:
-    """What a server sees of this process's environment, and more of ours."""
+    """Return the environment of a server: that of this process, and variables of ours."""
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
     # Its own folder and no more: our packages are of another environment.
     environment |= {"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -142,7 +142,7 @@ def export_for_vllm(policy: Policy, cpu: bool) -> WeightExport:
 
 
 def _is_llama(config: PretrainedConfig) -> bool:
-    """Whether a Llama computes the same: plain rotary positions, no windows."""
+    """Return whether a Llama computes the same: plain rotary positions, no windows."""
     plain = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") == "default"
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     return config.model_type in ("qwen2", "llama") and plain and full

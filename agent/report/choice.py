@@ -27,12 +27,12 @@ _VERDICTS: dict[str, Callable[[Record | None, Record | None], bool]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a folder goes into its page."""
+    """The part of a folder that goes into its page."""
 
     evaluations: str | None = None
     """Names or patterns of evaluations, with commas between; see `folders.read_folder`."""
     verdict: Verdict = "all"
-    """Of the evaluation `after`, else of the last one shown; fixed and broken compare it with the first."""
+    """In the evaluation `after`, else in the last one shown; fixed and broken compare it with the first."""
     kind: str | None = None
     """Only questions of this kind."""
     questions: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def kind_of(run: Run, id_: str) -> str:
 
 
 def describe(run: Run, choice: Choice, kept: int, asked: int) -> str:
-    """Which trajectories the page holds and which not, in a sentence; empty where it holds them all."""
+    """Say in a sentence which trajectories the page holds; empty where it holds them all."""
     parts = []
     total = len(every_question(run))
     if asked < total:

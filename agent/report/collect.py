@@ -20,9 +20,9 @@ Record = Mapping[str, Any]
 TEXT_LIMITS = (1_000, 300, 120)
 """Characters of a passage that the page shows; the next smaller one is taken if the page gets too big."""
 _LEAST_BYTES = 400
-"""Of a question on the page: more than fit by this are not even read."""
+"""Least size of a question on the page: more than fit by this are not even read."""
 PICTURES, PICTURE_SIDE = 300, 240
-"""How many passages are shown with a small copy of their picture, and its size in pixels. A page that got
+"""Number of passages shown with a small copy of their picture, and its size in pixels. A page that got
 too big has none."""
 
 
@@ -139,7 +139,7 @@ def _run_of(record: Mapping[str, Any], texts: _Table, passages: _Table, text_lim
 
 
 def _asks(text: str, query: str) -> bool:
-    """Whether a turn asks this query, in plain text or inside the JSON of a tool call."""
+    """Return whether a turn asks this query, in plain text or inside the JSON of a tool call."""
     return any(q in text for q in (query, json.dumps(query)[1:-1], query.replace('"', '\\"')))
 
 

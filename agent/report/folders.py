@@ -91,7 +91,7 @@ def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, A
 
 
 def _name(path: Path, folder: Path) -> str:
-    """How an evaluation or run below `path` is called.   run1/evaluations/after -> run1/after"""
+    """Return the name of an evaluation or run below `path`.   run1/evaluations/after -> run1/after"""
     parts = [part for part in folder.relative_to(path).parts if part != "evaluations"]
     return "/".join(parts) or path.resolve().name
 

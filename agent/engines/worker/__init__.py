@@ -1,1 +1,1 @@
-"""What vLLM loads in its own environment; nothing of ours imports it."""
+"""Code that vLLM loads in its own environment; nothing of ours imports it."""

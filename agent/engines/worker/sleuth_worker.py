@@ -1,4 +1,4 @@
-"""What a vLLM worker is called for when new weights lie in a folder; loaded by vLLM, in its environment.
+"""Extension of vLLM's worker that loads new weights from a folder; runs in vLLM's environment.
 
     PYTHONPATH=agent/engines/worker ... --worker-extension-cls sleuth_worker.Reload
 
