@@ -10,18 +10,22 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from data.errors import ConfigError, RunStopped
-from data.jsonl import read_json
+from data.jsonl import read_json, write_json
+from data.questions import load_questions
+from data.run_dir import RunStatus, read_config, read_metrics
 from rl.config import RayConfig, TrainConfig
 from scripts.on_ray import launch as launcher
-from scripts.on_ray import member, place
+from scripts.on_ray import member, place, trainer
 from scripts.on_ray.place import Place
-from scripts.train import expand
+from scripts.train import expand, hash_inputs, open_run
+from tests.toy import toy_config
 
 PROGRAM = (
     f"#!{sys.executable} -SE"
@@ -369,3 +373,14 @@ def test_a_retriever_that_is_served_already_needs_no_replicas(tmp_path):
     config = TrainConfig("p", "q", "http://a", str(tmp_path), ray=RayConfig("local", retrievers=2))
     with pytest.raises(ConfigError, match=r"ray.retrievers = 2: must be 0 where retriever is served already"):
         launcher.launch(config)
+
+
+def test_a_trainer_searches_where_the_launcher_says_and_the_run_keeps_what_the_user_said(toy, tmp_path):
+    config = replace(toy_config(toy, tmp_path / "run", steps=1), retriever="index-of-another-machine")
+    questions = load_questions(config.questions)
+    open_run(config, hash_inputs(config, questions, []), tracked=False).close(RunStatus.INTERRUPTED, "")
+    places = {"engines": None, "retriever": str(toy / "index"), "weights": None}
+    write_json(tmp_path / "run" / "ray" / "places.json", places)
+    trainer.main(config)
+    assert read_config(tmp_path / "run")["retriever"] == "index-of-another-machine"
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1]
