@@ -55,16 +55,16 @@ def main(
     if policy != "new":
         find_policy(policy)
     spoken = make_protocol(protocol, policy)
-    if policy == "new":
-        from data.plugins import find_plugin
-
-        make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
     if demonstrations:
         spans = load_demonstrations(demonstrations, spoken)
     else:
         from data.atlas.demonstrations import demonstrations as invent
 
         spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
+    if policy == "new":
+        from data.plugins import find_plugin
+
+        make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
     size = f"{training.steps:,} steps of {training.batch_size} demonstrations"
     say(f"warm start of {policy}: {size}, into {out}")
     from agent.policy import load_policy
