@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 
-_KIND_OF = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}
 _BM25_ALONE = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
 _ENCODER = (
     "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "inputs",
@@ -131,6 +130,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     from data.corpus import Corpus
     from data.device import check_device
     from data.hub import find_model
+    from retriever_server.encoders.kinds import ENCODERS
     from retriever_server.encoders.sentence import load_encoder
     from retriever_server.indexes.base import building, index_kind
     from scripts.console import track
@@ -143,7 +143,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     find_model(encoder_name, "encoder")
     passages = Corpus(_corpus(config.corpus, out, config.on_error))
     encoder = load_encoder(encoder_name, device=device, **options)
-    of = of or index_kind(_KIND_OF[encoder.spec.kind])
+    of = of or index_kind(ENCODERS[encoder.spec.kind].index)
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
     bar = track("encoding passages")

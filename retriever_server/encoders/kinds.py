@@ -14,8 +14,8 @@ class Kind:
     name: str
     class_name: str
     """Class of its model in sentence-transformers."""
-    index: str | None
-    """Kind of the exact index that searches its vectors; None: it reads query and passage together."""
+    index: str
+    """Kind of the exact index that searches its vectors; "": it makes none, but reads pairs."""
     losses: str
     """Module of sentence-transformers with the losses for it."""
 
@@ -34,7 +34,7 @@ _ST = "sentence_transformers"
 DENSE = Kind("dense", "SentenceTransformer", "flat", f"{_ST}.sentence_transformer.losses")
 SPARSE = Kind("sparse", "SparseEncoder", "inverted", f"{_ST}.sparse_encoder.losses")
 MULTI = Kind("multi", "MultiVectorEncoder", "maxsim", f"{_ST}.multi_vector_encoder.losses")
-CROSS = Kind("cross", "CrossEncoder", None, f"{_ST}.cross_encoder.losses")
+CROSS = Kind("cross", "CrossEncoder", "", f"{_ST}.cross_encoder.losses")
 KINDS = {kind.name: kind for kind in (DENSE, SPARSE, MULTI, CROSS)}
 ENCODERS = {name: kind for name, kind in KINDS.items() if kind.index}
 """Those that make vectors."""

@@ -89,7 +89,7 @@ class DevSet:
 
     def score_model(self, model: Any, kind: Kind, spec: EncodingSpec | None) -> dict[str, float]:
         """The metrics of an encoder by an exact index in float32, of a reranker over the hits of BM25."""
-        if kind.index is None or spec is None:
+        if spec is None:
             return self.score(lambda place: self._reranked(model, place))
         from retriever_server.indexes.base import index_kind
 
