@@ -244,3 +244,10 @@ def test_every_test_that_a_page_names_is_there():
     for page, file, name in found:
         files = (ROOT / "tests").rglob(Path(file).name)
         assert any(f"def {name}(" in path.read_text("utf-8") for path in files), f"{page}: {file}: {name}"
+
+
+def test_every_place_that_the_architecture_names_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+(?:\.py|/))`", text)
+    assert len(places) > 30
+    assert not [place for place in places if not (ROOT / place).exists()]
