@@ -185,3 +185,8 @@ def test_the_text_of_compact_is_what_it_was():
 
 def test_compact_is_short():
     assert len(COMPACT.prompt("x")) < 20
+
+
+def test_the_limits_of_compact_are_those_of_the_quickstart():
+    limits = ("max_turns", "top_k", "max_response_tokens", "max_observation_tokens", "max_context_tokens")
+    assert [getattr(COMPACT, name) for name in limits] == [4, 1, 64, 160, 1000]

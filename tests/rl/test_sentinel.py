@@ -171,3 +171,9 @@ def test_built_from_the_metrics_on_disk_it_judges_as_if_it_had_watched(tmp_path)
             assert (n, rebuilt) == (n, watched)
             run.log(step, metrics)
     assert watched.alarms
+
+
+def test_what_needs_no_baseline_alarms_from_the_first_step():
+    row = HEALTHY | {"policy/sampler_difference": 9.0, "policy/entropy": 1e-9}
+    (alarm,) = Sentinel(SentinelConfig()).watch(1, row).alarms
+    assert "policy/sampler_difference 9 is above" in alarm
