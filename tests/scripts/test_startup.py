@@ -116,7 +116,7 @@ WRONG = {
     ],
     "search": [(["q", "--retriever", "{dead}"], "{dead}: gave up after")],
     "train-retriever": [
-        ([*LEARN, "--model.class_path", "dens"], "model.class_path: 'dens' must be one of dense"),
+        ([*LEARN, "--model.class_path", "dens"], "model.class_path: 'dens' must be one of colbert"),
         ([*LEARN, "--model.init_args.pool", "cls"], "model.init_args.pool: unknown key; dense takes base"),
         ([*LEARN, "--model.init_args.base", "atlass"], "base = 'atlass': no folder"),
         ([*LEARN, "--loss.class_path", "NoLoss"], "loss.class_path: 'NoLoss' must be one of"),
