@@ -186,7 +186,7 @@ def ours(count: int, rows: int, profile: bool = False) -> Meter:
     """`Learner.learn`; with `profile` the operations are printed by their share of the time."""
     groups, model, meter = make_groups(count), make_model(), Meter()
     config = TrainConfig(
-        *[""] * 4,
+        **dict.fromkeys(("policy", "questions", "retriever", "out"), ""),  # type: ignore[arg-type]
         rollout=RolloutConfig(questions_per_step=len(groups), group_size=GROUP),
         algorithm=AlgorithmConfig(learning_rate=RATE),
         micro_batch_tokens=rows * padded_tokens(groups),
