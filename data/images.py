@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pypdfium2 import PdfDocument
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is read, by its own first bytes and never by its name; of several frames the first."""
+"""Formats that are read, by their own first bytes and never by its name; of several frames the first."""
 
 _SCALE = 2
 PAGE_DPI = 72 * _SCALE

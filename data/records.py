@@ -122,14 +122,14 @@ class Example:
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
     scores: Mapping[str, float] | None = None
-    """Of passages, by id; higher is better, comparable for one query. `provenance.scores` says whose."""
+    """Scores of passages, by id; higher is better, comparable for one query; `provenance.scores`: by whom."""
     query_id: str = ""
     answers: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), `scores`
     (whose they are), ..."""
     query_image: str = ""
-    """What is asked with or instead of a text: a file, or a page of one; where it is written down its path
+    """The image asked with or instead of a text: a file, or a page of one; where it is written down its path
     starts at the folder of the examples."""
 
     @property
@@ -174,7 +174,7 @@ class Benchmark:
     excluded: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Query id -> passages that are taken out of its ranking before it is judged."""
     instruction: str = ""
-    """What instructed encoders are told to do; BRIGHT's, by domain."""
+    """The task for instructed encoders; BRIGHT's, by domain."""
 
 
 def hash_questions(questions: Sequence[Question]) -> str:

@@ -56,7 +56,7 @@ class Style:
     font_size: int = 20
     """Pixels of the text; it is drawn smaller where it would not fit."""
     shows: Literal["both", "title", "text"] = "both"
-    """What of a passage is drawn."""
+    """Parts of a passage that are drawn."""
     max_side: int = 0
     """Pictures and pages of PDFs are shrunk until no side is longer; 0 leaves them as they are."""
 

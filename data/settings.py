@@ -13,7 +13,7 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), merged into the model that is saved."""
 
     rank: int = 0
-    """Of the adapters; 0 trains all weights."""
+    """Rank of the adapters; 0 trains all weights."""
     alpha: float = 32.0
     """The adapters' output is scaled by alpha / rank."""
     dropout: float = 0.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from retriever_server.encoders.spec import Encoder
 
 Query = Input
-"""What is searched: a text, an image, or both."""
+"""A query: a text, an image, or both."""
 
 Filter = Mapping[str, Any]
 """Which passages may be hits, by their metadata, as JSON; several fields must all agree (see `filters`).

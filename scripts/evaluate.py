@@ -34,22 +34,22 @@ class EvaluateConfig:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     split: str | None = None
-    """Of the questions, where there are several."""
+    """Split of the questions, where there are several."""
     limit: int | None = None
     """Only the first so many questions."""
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
     """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
     metadata say, else squad."""
     temperature: float = 0.0
-    """Of sampling; 0 is greedy."""
+    """Temperature of sampling; 0 is greedy."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     max_rows: int = 128
     """Trajectories decoded at once."""
     deadline_seconds: float = 60.0
     """How long a search is retried before it counts as failed."""
     max_failed_share: float = 0.1
-    """Of the questions whose searches may fail before the evaluation stops."""
+    """Share of the questions whose searches may fail before the evaluation stops."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: str = "auto"

@@ -45,7 +45,7 @@ class IndexConfig:
     scoring: str = "bm25"
     """bm25: bm25, or tfidf (a cosine; without k1 and b)."""
     dtype: str = "float16"
-    """Of stored vectors: float32, float16 or int8 (inverted: weights of 8 bits, or float32)."""
+    """Type of stored vectors: float32, float16 or int8 (inverted: weights of 8 bits, or float32)."""
     factory: str | None = None
     """ann: a string for faiss.index_factory, such as IVF4096,SQ8; by size if not given."""
     terms_per_passage: int | None = None
@@ -61,13 +61,13 @@ class IndexConfig:
     dimension: int | None = None
     """Keep the first so many numbers of a dense vector, of a Matryoshka model; all if not given."""
     inputs: str | None = None
-    """What of a passage is encoded: text, image, text+image, or of another modality that is registered; by
+    """Parts of a passage that are encoded: text, image, text+image, or another registered modality; by
     default what the model was trained with here, else the image where it reads images."""
     token_pooling: str = ""
     """maxsim: pool the vectors of a passage to about one in so many: rows:4 (patches side by side),
     kmeans:4 or hierarchical:4; not at all if not given."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do with a page that cannot be read: stop, or skip it and say so."""
+    """Stop at a page that cannot be read, or skip it and say so."""
     shard: str = "1/1"
     """i/n: only encode every n-th shard from the i-th on, beside other machines with the same --out; a run
     without it then builds the index."""

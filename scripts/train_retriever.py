@@ -26,7 +26,7 @@ _SHOWN = {
     "dev/RR@10": "RR@10 {:.4f}",
     "speed/examples_per_second": "{:.1f} examples/s",
 }
-"""What the line of a step shows of its metrics; all of them lie in metrics.jsonl."""
+"""Metrics on the line of a step; all of them lie in metrics.jsonl."""
 
 
 def main(config: RetrieverRecipe) -> None:

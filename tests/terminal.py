@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 import pty
@@ -31,6 +32,7 @@ class Terminal:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Put the terminal in the place of this process's stdin, stdout and stderr, and of its log."""
+        gc.collect()  # asyncio complains of a failed task of an earlier test when it is collected: not here
         self._master, slave = pty.openpty()
         self.resize(self.columns)
         saved = [os.dup(fd) for fd in range(3)], sys.stdout, sys.stderr, logging.root.handlers

@@ -11,7 +11,7 @@ from data.plugins import find_plugin
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What samples: this process, vLLM servers (docs/scaling.md), or a class of your own."""
+    """The sampler: this process, vLLM servers (docs/scaling.md), or a class of your own."""
 
     name: Literal["hf", "vllm"] = "hf"
     """hf: transformers, in this process; vllm: servers, started here or joined."""
@@ -20,11 +20,11 @@ class EngineConfig:
     init_args: dict[str, Any] | None = None
     """Arguments of that class."""
     urls: str | None = None
-    """Of vLLM servers that run already, separated by commas; none: they are started."""
+    """Addresses of vLLM servers that run already, separated by commas; none: they are started."""
     servers: int = 1
     """How many to start, each on CUDA devices of its own where there are enough."""
     python: str = ".venv-vllm/bin/python"
-    """Of the environment that vLLM lives in: scripts/vllm_env.sh makes it."""
+    """Python of the environment that vLLM lives in: scripts/vllm_env.sh makes it."""
     arguments: str = ""
     """More of what a started server is told, such as --max-model-len 4096 --gpu-memory-utilization 0.5."""
     devices: str | None = None
@@ -34,9 +34,9 @@ class EngineConfig:
     transport: Literal["folder", "nccl", "ipc"] = "folder"
     """How new weights reach servers: by files; from GPU to GPU; within one GPU that is shared with them."""
     lora: Literal["merged", "adapter"] = "merged"
-    """What servers get of LoRA: whole weights, adapters merged; or the adapters alone, by files."""
+    """The part of LoRA that servers get: whole weights, adapters merged; or the adapters alone, by files."""
     max_restarts: int = 3
-    """Of each server that was started here, where it dies or hangs; those that are joined are not ours."""
+    """Restarts of each server that was started here, where it dies or hangs; never of joined ones."""
     deadline_seconds: float = 600.0
     """The longest wait for a completion, for new weights to be loaded, or for servers to start."""
     max_probe_difference: float | None = None

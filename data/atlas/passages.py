@@ -16,7 +16,7 @@ from data.atlas.world import Entity, World
 from data.records import Passage
 
 Clauses = list[tuple[str, str]]
-"""What a passage says, in order: the relation (or "" where it is about others) and the words."""
+"""The statements of a passage, in order: the relation (or "" where it is about others) and the words."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Format:
     read: Callable[[Path, str, Path], Items]
     write: Callable[[Examples, Path], None] | None = None
     has_ids: bool = True
-    """Of passages; without, they are told by their texts."""
+    """Ids of passages; without, they are told by their texts."""
     has_images: bool = False
     has_passages: bool = True
     """Without, its ids are those of a corpus that must be given."""

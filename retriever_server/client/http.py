@@ -40,7 +40,7 @@ PROBE_QUERY = "a"
 _REFUSES_THE_QUERIES = {400, 413, 422}
 """Other 4xx refuse the address or the caller: asking again with fewer queries is useless."""
 _MOST_QUERIES, _MOST_HITS = 512, 20_000
-"""Of one request: more queries go in several, one after the other."""
+"""Queries in one request: more go in several, one after the other."""
 _MAX_REPLY_BYTES = 64 << 20
 
 

@@ -52,7 +52,7 @@ class Shards:
     dtype: str
     passages_per_shard: int
     on_error: str = "stop"
-    """What to do with a passage whose image cannot be read: stop, or skip it: no search finds it then."""
+    """Stop at a passage whose image cannot be read, or skip it: no search finds it then."""
 
     @staticmethod
     def beside(

@@ -18,7 +18,7 @@ import numpy as np
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
-"""Of a block as float32: on a CPU what its caches hold."""
+"""Bytes of a block as float32: on a CPU what its caches hold."""
 
 
 class Rows:

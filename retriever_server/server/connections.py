@@ -171,7 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds = bounds
         self._refused, self._received, self._head = False, 0, 0
         self._seen: tuple[str, Any] = ("", None)
-        """What the client did at the last look, and in which request."""
+        """Progress of the client at the last look, and in which request."""
         self._since, self._moved = 0.0, 0
         """Since when it does that, or moves too slowly, and how far it had come then."""
         self._looking: asyncio.TimerHandle | None = None
