@@ -37,7 +37,6 @@ from retriever_server.training.models import check_base, colbert, dense
 from rl.algorithm import AlgorithmConfig
 from rl.learner import Learner
 from rl.rewards import combine
-from rl.trl_bridge import SearchEnvironment
 import rl.algorithm.rewards
 assert combine is rl.algorithm.rewards.combine and rl.algorithm.rewards.__name__ == "rl.algorithm.rewards"
 """
