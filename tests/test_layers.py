@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ["scripts", "rl", "agent", "retriever_server", "data"]  # top floor first
 MAX_LINES = 400
 MAX_DEPTH = 6  # imports on loading, from the front door down to what imports nothing
+MAX_DEPTH_WITH_LATE = 13  # those inside functions counted; benches left out
 # All that `agent` may see of the floor below: light, and the same for every retriever.
 OPEN_TO_AGENT = {"client", "retriever"}
 LIGHT = [
@@ -99,9 +100,11 @@ def test_no_import_cycle_lazy_imports_included():
         longest_chain(IMPORTS, module)
 
 
-def test_no_chain_of_imports_is_too_deep():
-    chain = max((longest_chain(IMPORTS_ON_LOAD, module) for module in MODULES), key=len)
-    assert len(chain) - 1 <= MAX_DEPTH, " > ".join(chain)
+@pytest.mark.parametrize(("imports", "most"), [(IMPORTS_ON_LOAD, MAX_DEPTH), (IMPORTS, MAX_DEPTH_WITH_LATE)])
+def test_no_chain_of_imports_is_too_deep(imports, most):
+    modules = [module for module in MODULES if not module.startswith("scripts.bench.")]
+    chain = max((longest_chain(imports, module) for module in modules), key=len)
+    assert len(chain) - 1 <= most, " > ".join(chain)
 
 
 @pytest.mark.parametrize("module", LIGHT)
