@@ -17,6 +17,7 @@ from data.checkpoint import latest_checkpoint
 from data.run_dir import read_metrics
 from tests.fake_vllm_server import write_python
 
+pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
 DEADLINE_SECONDS = 420.0
