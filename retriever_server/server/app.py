@@ -84,7 +84,7 @@ def create_app(
         request_log=request_log,
     )
     add_error_replies(app)
-    for router in (search.forms, search.router, dialects.router, embeddings.router, admin.router):
+    for router in (dialects.router, search.forms, search.router, embeddings.router, admin.router):
         app.include_router(router)
     if mcp is not None:
         add_mcp(app, mcp, guarded=token is not None or hosts is not None)
