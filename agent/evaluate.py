@@ -22,7 +22,7 @@ import numpy as np
 
 from agent.trajectory import SegmentKind, StopReason, Trajectory
 from agent.transcripts import to_record
-from data.answers import cover_em, exact_match, f1
+from data.answers import METRICS
 from data.errors import ConfigError, DataError, RunStopped, StorageError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Question, hash_questions
@@ -33,7 +33,6 @@ from data.significance import format_estimate as format_estimate  # of earlier v
 if TYPE_CHECKING:
     from agent.rollout import Agent
 
-METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
 Record = Mapping[str, Any]
 RolloutFn = Callable[[Sequence[Question], Callable[[Trajectory], None]], Awaitable[object]]

@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from agent.evaluate import METRICS, brief, paired_difference, score
+from agent.evaluate import brief, paired_difference, score
+from data.answers import METRICS
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, read_jsonl
 from data.run_dir import read_metrics, read_run
