@@ -10,7 +10,7 @@ from data.atlas.build import build_atlas
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
-from tests.retriever_server.encoders import tiny_model
+from tests.retriever_server.tiny_encoders import tiny_model
 
 PASSAGES = [
     {"id": "1", "title": "Loire", "text": "The Loire is the longest river in France."},

@@ -21,7 +21,7 @@ from retriever_server.encoders.vectors import similarities
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import texts_of
-from tests.retriever_server.encoders import tiny_model
+from tests.retriever_server.tiny_encoders import tiny_model
 from tests.retriever_server.training.recipes import component, recipe
 
 RATE = 16_000

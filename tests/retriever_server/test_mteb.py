@@ -10,7 +10,7 @@ from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.mteb import MTEBEncoder, MTEBRetriever
-from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.tiny_encoders import FakeEncoder
 
 mteb = pytest.importorskip("mteb", minversion="2")
 

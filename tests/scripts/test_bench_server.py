@@ -19,7 +19,7 @@ from retriever_server.server.batching import Batching
 from retriever_server.server.config import Limits
 from retriever_server.server.connections import listen
 from scripts.bench.server import LOADS, drive, make_bodies, peer_app
-from tests.retriever_server.encoders import WORDS, tiny_model
+from tests.retriever_server.tiny_encoders import WORDS, tiny_model
 
 
 class Echo(Retriever):

@@ -15,8 +15,8 @@ from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, read_manifest
 from retriever_server.indexes.encoded import EncodedIndex
 from scripts.on_ray import encode
-from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
 from tests.retriever_server.running import run_index
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder, tiny_model
 
 
 def write_corpus(path: Path) -> str:

@@ -13,8 +13,8 @@ from data.run_dir import read_metrics
 from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts.train import train
-from tests.retriever_server.encoders import tiny_model
 from tests.retriever_server.running import build_small_index, running_server
+from tests.retriever_server.tiny_encoders import tiny_model
 from tests.scripts.test_train import command
 from tests.toy import bigram_policy, toy_config
 

@@ -14,7 +14,7 @@ from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts import sizes
 from scripts.sizes import dense_rows, other_rows
-from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.tiny_encoders import FakeEncoder
 
 POOL = Path(__file__).parents[2].parent / "shared" / "data" / "wiki18_pool" / "corpus.jsonl"
 

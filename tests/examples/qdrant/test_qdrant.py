@@ -7,8 +7,8 @@ from data.errors import ConfigError, DataError, RetrieverUnavailable
 from data.records import Passage
 from examples.qdrant.qdrant import Qdrant
 from retriever_server.encoders.vectors import rows_of
-from tests.retriever_server.encoders import FakeEncoder
 from tests.retriever_server.test_filters import agrees
+from tests.retriever_server.tiny_encoders import FakeEncoder
 
 pytest.importorskip("qdrant_client")
 

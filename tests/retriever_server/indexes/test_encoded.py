@@ -22,7 +22,7 @@ from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
 from retriever_server.indexes.shards import quantise
 from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.shard import Sharded
-from tests.retriever_server.encoders import WORDS, FakeEncoder
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
 
 KINDS = {"flat": FlatIndex, "ann": AnnIndex, "inverted": InvertedIndex, "maxsim": MaxSimIndex}
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from data.corpus import Corpus
 from data.errors import SleuthError
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import index_kind, open_index
-from tests.retriever_server.encoders import WORDS, FakeEncoder
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
 
 RNG = random.Random(5)
 ROWS = [

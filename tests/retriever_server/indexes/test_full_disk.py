@@ -18,7 +18,7 @@ from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import MaxSimIndex
-from tests.retriever_server.encoders import WORDS, FakeEncoder
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
 
 ROOT = Path(__file__).parents[3]
 DISK_BYTES = 8 << 20

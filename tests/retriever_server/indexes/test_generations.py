@@ -18,7 +18,7 @@ from retriever_server.indexes import bm25
 from retriever_server.indexes.base import MANIFEST, building, open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.tiny_encoders import FakeEncoder
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.maxsim import MaxSimIndex
 from tests.pdfs import write_pdf
-from tests.retriever_server.encoders import FakeEncoder
 from tests.retriever_server.running import run_index
+from tests.retriever_server.tiny_encoders import FakeEncoder
 from tests.retriever_server.vision_models import picture, tiny_clip, tiny_colqwen2, tiny_vlm
 
 COUNT = 24

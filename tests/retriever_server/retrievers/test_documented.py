@@ -19,7 +19,7 @@ from retriever_server.indexes.base import index_kind
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.open_retriever import SHORT_NAMES, open_retriever
 from tests.retriever_server.answering import answering
-from tests.retriever_server.encoders import tiny_model
+from tests.retriever_server.tiny_encoders import tiny_model
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/retrievers.md").read_text()

@@ -8,7 +8,7 @@ from data.records import Passage
 from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.rerank import CrossEncoder, Rerank, Scorer, YesNo
 from tests.fakes import byte_tokenizer, tiny_model
-from tests.retriever_server import encoders
+from tests.retriever_server import tiny_encoders as encoders
 from tests.retriever_server.retrievers.test_compose import A, Fixed
 
 

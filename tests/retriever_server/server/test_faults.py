@@ -16,8 +16,8 @@ from retriever_server.retrievers.remote import Remote
 from retriever_server.retrievers.shard import Sharded
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import Batching
-from tests.retriever_server.encoders import FakeEncoder
 from tests.retriever_server.running import PATIENCE_SECONDS, serving, wait_until, write_numbered_corpus
+from tests.retriever_server.tiny_encoders import FakeEncoder
 
 
 class Echo(Retriever):

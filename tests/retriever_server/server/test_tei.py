@@ -9,8 +9,8 @@ from retriever_server.server.app import create_app
 from retriever_server.training.builders.promptreps import promptreps
 from tests.fakes import byte_tokenizer
 from tests.fakes import tiny_model as tiny_language_model
-from tests.retriever_server.encoders import tiny_model
 from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer, Whole, ask
+from tests.retriever_server.tiny_encoders import tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
 ROUTES = {"dense": "/embed", "sparse": "/embed_sparse", "multi": "/embed_all"}

@@ -17,15 +17,15 @@ from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
-from tests.retriever_server.encoders import WORDS, tiny_model
 from tests.retriever_server.running import (
     NUMBERED,
     build_numbered_index,
     checked_number,
     running_server,
 )
+from tests.retriever_server.tiny_encoders import WORDS, tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IDS = list(range(NUMBERED))
 PATIENCE_SECONDS = 600
 
@@ -210,7 +210,7 @@ import sys, time
 from retriever_server.encoders import sentence
 from retriever_server.indexes.encoded import EncodedIndex
 from scripts.__main__ import main
-from tests.retriever_server.encoders import FakeEncoder
+from tests.retriever_server.tiny_encoders import FakeEncoder
 class Slow(FakeEncoder):
     padded_tokens = real_tokens = 1
     images = 0

@@ -20,8 +20,8 @@ from retriever_server.encoders.vectors import Multi, concatenate, rows_of, simil
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.faiss_file import FaissFile
 from retriever_server.training.builders.cross_encoder import cross_encoder
-from tests.retriever_server.encoders import WORDS, FakeEncoder, tiny_model
 from tests.retriever_server.running import run_index
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder, tiny_model
 
 KINDS = ("dense", "sparse", "multi")
 RNG = np.random.default_rng(1)

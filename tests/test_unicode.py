@@ -15,7 +15,7 @@ from data.text import replace_halves
 from retriever_server.encoders.sentence import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder
 from scripts import __main__ as sleuth
-from tests.retriever_server.encoders import tiny_model
+from tests.retriever_server.tiny_encoders import tiny_model
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
 
