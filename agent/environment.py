@@ -59,6 +59,7 @@ class Environment:
         self.sanitize, self.vision = sanitize, vision
         self.question = Question("", "", ())
         self.answer: str | None = None
+        self.confidence: float | None = None
         self.invalid_actions = ledger.turns - len(ledger.searches)
         self._tools = {SEARCH.name: self._search, OPEN_PAGE.name: self._open_page}
 
@@ -69,14 +70,14 @@ class Environment:
 
     def reset(self, question: Question) -> Observation:
         """Begin with a question; the prompt."""
-        self.question, self.answer = question, None
+        self.question, self.answer, self.confidence = question, None, None
         prompt = self.protocol.prompt(self.sanitize(question.text))
         return Observation(*encode_prompt(prompt, self.protocol, self.tokenizer, self.frame))
 
     async def step(self, action: Action) -> Observation | StopReason:
         """Carry out the action of the last turn in the ledger."""
         if isinstance(action, Answer):
-            self.answer = action.text
+            self.answer, self.confidence = action.text, action.confidence
             return StopReason.ANSWERED
         if self.ledger.turns > self.protocol.max_turns:
             return StopReason.TURN_LIMIT

@@ -23,6 +23,8 @@ class Answer:
     """The policy gives its answer; the trajectory ends."""
 
     text: str
+    confidence: float | None = None
+    """In [0, 1], where the policy states one."""
 
 
 @dataclass(frozen=True)

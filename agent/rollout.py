@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -117,7 +118,7 @@ class Agent:
         prompt = environment.reset(question)
         if not ledger.segments:
             add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
-        outcome = StopReason.TOKEN_LIMIT
+        outcome, started = StopReason.TOKEN_LIMIT, time.monotonic()
         trajectory_id = f"{question.id}/{seed:016x}/{next(_NUMBERS)}"  # a question may be asked twice at once
         try:
             while environment.room >= 0:
@@ -141,6 +142,8 @@ class Agent:
             searches=ledger.searches,
             invalid_actions=environment.invalid_actions,
             valid_format=environment.answer is not None and _well_formed(ledger, self.spoken),
+            confidence=environment.confidence,
+            seconds=time.monotonic() - started,
         )
 
     async def _complete(self, ledger: Ledger, seed: int, trajectory_id: str) -> tuple[Segment, Action]:

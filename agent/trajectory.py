@@ -126,6 +126,10 @@ class Trajectory(_Tokens):
     invalid_actions: int = 0
     valid_format: bool = False
     """Every policy turn is one well-formed action of the protocol, and the last one is an answer."""
+    confidence: float | None = None
+    """Of the answer, in [0, 1], where the protocol asks for it and the policy states it."""
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time; trajectories that run at once wait for each other."""
 
     @property
     def loss_mask(self) -> list[int]:

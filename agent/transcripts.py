@@ -25,6 +25,7 @@ def to_record(trajectory: Trajectory, tokens: bool = True) -> dict[str, Any]:
         "gold_answers": list(question.gold_answers),
         "metadata": dict(question.metadata),
         "answer": trajectory.answer,
+        **({} if trajectory.confidence is None else {"confidence": trajectory.confidence}),
         "stop_reason": str(trajectory.stop_reason),
         "valid_format": trajectory.valid_format,
         "invalid_actions": trajectory.invalid_actions,
@@ -55,6 +56,7 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
             searches=[_search(search) for search in record["searches"]],
             invalid_actions=record["invalid_actions"],
             valid_format=record["valid_format"],
+            confidence=record.get("confidence"),
         )
     except KeyError as error:
         hint = " (a compact record holds no tokens)" if error.args[0] == "token_ids" else ""

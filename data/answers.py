@@ -48,6 +48,23 @@ def cover_em(prediction: str | None, gold_answers: Golds, normalizer: str = "squ
     return _best(prediction, gold_answers, normalizer, _covers)
 
 
+ABSTENTION = "I don't know"
+_ABSTENTIONS = re.compile(
+    r"i (?:do not|dont|really dont|cannot|cant) (?:know|answer|tell|determine|say)\b.*|not sure|"
+    r"im not sure\b.*|unknown|unanswerable|idk|n ?a|no answer|cannot be determined\b.*|cannot answer\b.*|"
+    r"(?:there is )?(?:not enough|insufficient|no) (?:information|evidence)\b.*"
+)
+
+
+def is_abstention(answer: str | None) -> bool:
+    """Return whether an answer says that it is none: "I don't know", "Unknown.", "Not enough information".
+
+    None is no abstention: no answer was given. Nor is a text that goes on to answer ("Unknown Pleasures").
+    """
+    text = normalize_answer((answer or "").replace("\u2019", "'"))
+    return _ABSTENTIONS.fullmatch(text) is not None
+
+
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
 

@@ -10,6 +10,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "agent.evaluate": "agent.evaluation.evaluate",
+    "agent.report": "agent.evaluation.report",
+    "agent.report.choice": "agent.evaluation.report.choice",
+    "agent.report.collect": "agent.evaluation.report.collect",
+    "agent.report.folders": "agent.evaluation.report.folders",
+    "agent.report.page": "agent.evaluation.report.page",
+    "agent.report.tables": "agent.evaluation.report.tables",
     "agent.engines.drawing": "agent.engines.sampling",
     "agent.engines.opening": "agent.engines.open_vllm",
     "agent.engines.pictures": "agent.engines.image_cache",
@@ -74,6 +81,7 @@ MOVED = {
     "retriever_server.training.vision": "retriever_server.training.builders.vision",
     "retriever_server.wire": "retriever_server.client.wire",
     "retriever_server.workers": "retriever_server.server.workers",
+    "rl.algorithm.judge": "agent.evaluation.judge",
     "rl.advantages": "rl.algorithm.advantages",
     "rl.algorithm": "rl.algorithm.presets",
     "rl.batch": "rl.learner.batch",
@@ -81,7 +89,7 @@ MOVED = {
     "rl.critic": "rl.learner.critic",
     "rl.importance": "rl.algorithm.importance",
     "rl.in_flight": "rl.rollouts",
-    "rl.judge": "rl.algorithm.judge",
+    "rl.judge": "agent.evaluation.judge",
     "rl.learner": "rl.learner.learner",
     "rl.learner.update": "rl.learner.learner",
     "rl.logprobs": "rl.learner.logprobs",
@@ -123,6 +131,17 @@ MOVED_CLASSES |= {
     f"retriever_server.training.{old}": f"retriever_server.training.{new}"
     for old, new in _IN_TRAINING.items()
 }
+MOVED_CLASSES |= {
+    f"agent.evaluate.{name}": f"agent.evaluation.{file}.{name}"
+    for file, names in {
+        "records": ("brief", "read_records"),
+        "measures": ("evaluation_record",),
+        "scores": ("score",),
+        "compare": ("paired_difference",),
+    }.items()
+    for name in names
+}
+MOVED_CLASSES["agent.evaluate.format_estimate"] = "data.significance.format_estimate"
 """Old name of a class that left the others of its module -> new one."""
 
 

@@ -4,7 +4,7 @@ run.json        {format_version, status, created, updated, notes, folder, inputs
 config.yaml     the resolved configuration
 metrics.jsonl   {"step": 12, "reward/mean": 0.5, ...}, one line a call of `log`
 run.pid         held (locked) by the one process that writes the run
-checkpoints/    data/checkpoint.py      evaluations/NAME/    agent/evaluate.py
+checkpoints/    data/checkpoint.py      evaluations/NAME/    agent/evaluation/evaluate.py
 """
 
 from __future__ import annotations

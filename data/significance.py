@@ -40,6 +40,21 @@ def bootstrap(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
     return np.percentile(np.concatenate(means), [100 * tail, 100 * (1 - tail)], axis=0)
 
 
+def estimate(values: np.ndarray, clusters: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean, low and high of each column, and the number of clusters where these are few.
+
+    values (N, M), clusters (N,). One cluster alone says nothing of spread: low and high None.
+    """
+    means = values.mean(axis=0).tolist()
+    count = len(set(clusters))
+    few = {"few_clusters": count} if count < FEW_CLUSTERS else {}
+    if count < 2:
+        return [{"mean": mean, "low": None, "high": None} for mean in means]
+    low, high = bootstrap(values, clusters).tolist()
+    rows = zip(means, low, high, strict=True)
+    return [dict(zip(("mean", "low", "high"), row, strict=True)) | few for row in rows]
+
+
 def _tail(clusters: int) -> float:
     """The share of resampled means beyond each end of a 95 % interval.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agent.engines.config import EngineConfig
+from agent.evaluation.judge_config import JudgeConfig
 from agent.protocol import get_protocol
 from data.errors import require, require_range
 from data.settings import LoraConfig, WandbConfig
@@ -124,27 +125,6 @@ class SentinelConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "sentinel.", ">= 1", "patience", "baseline_steps", "max_roll_backs")
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """The language model behind the reward `judge`: any server that speaks OpenAI's chat completions."""
-
-    url: str | None = None
-    """Base URL, such as http://127.0.0.1:8001/v1."""
-    model: str = "judge"
-    """Name that the server knows it by."""
-    api_key_file: str | None = None
-    """File whose first line is the key; none: no key is sent."""
-    timeout_seconds: float = 30.0
-    """Seconds of one request; it is tried three times."""
-    max_concurrent: int = 8
-    """Requests at once."""
-    max_calls: int = 100_000
-    """Requests in all; the run stops when they are spent."""
-
-    def __post_init__(self) -> None:
-        require_range(self, "judge.", "> 0", "timeout_seconds", "max_concurrent", "max_calls")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from agent.engines.base import Sampling
-from agent.evaluate import evaluate
+from agent.evaluation.evaluate import evaluate
 from agent.rollout import Agent
 from agent.trajectory import Trajectory
 from agent.transcripts import to_record

@@ -64,7 +64,7 @@ def main(config: EvaluateConfig) -> None:
 
     The same command again goes on where it stopped, and asks failed searches again.
     """
-    from agent.evaluate import check_folder
+    from agent.evaluation.evaluate import check_folder
     from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
@@ -114,7 +114,7 @@ def _obstacle(scores: dict[str, Any], policy: str, protocol: str, out: str) -> s
 async def _evaluate(
     opened: OpenedAgent, questions: Sequence[Question], config: EvaluateConfig
 ) -> dict[str, Any]:
-    from agent.evaluate import evaluate
+    from agent.evaluation.evaluate import evaluate
     from scripts.wiring import retriever_generation
 
     settings = {"policy": config.policy, "seed": config.seed, **opened.settings()}
@@ -127,7 +127,7 @@ async def _evaluate(
 
 def rollout_with_bar(opened: OpenedAgent, seed: int, total: int, folder: Path):
     """The rollout function of the evaluation in `folder`, with a bar."""
-    from agent.evaluate import roll_out_each
+    from agent.evaluation.evaluate import roll_out_each
     from agent.prompt import frozen_frame
     from scripts.console import bar
 

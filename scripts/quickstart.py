@@ -61,7 +61,7 @@ def main(
 
 
 def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
-    from agent.report.page import write_report
+    from agent.evaluation.report.page import write_report
 
     if not (run / "run.json").exists():  # so that the folder is taken, and no other's
         begun = open_run(config, {}, tracked=False, beside=PHASES_LEAVE)
@@ -161,7 +161,7 @@ def serve(index: Path, run: Path) -> Iterator[str]:
 
 def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit: int | None) -> None:
     """Greedy evaluation on the test questions, into evaluations/NAME; goes on where it stopped."""
-    from agent.evaluate import evaluate
+    from agent.evaluation.evaluate import evaluate
     from data.questions import load_questions
     from scripts.evaluate import rollout_with_bar
     from scripts.wiring import open_agent, retriever_generation
@@ -209,7 +209,8 @@ def trained_policy(run: Path) -> str:
 
 def show_results(run: Path, seconds: dict[str, float]) -> None:
     """Print the table of before and after, by kind of question, and where the time went."""
-    from agent.evaluate import paired_difference, read_records
+    from agent.evaluation.compare import paired_difference
+    from agent.evaluation.records import read_records
     from data.significance import format_estimate
     from scripts.console import show_table
 

@@ -29,8 +29,8 @@ def main(
         questions: Only these ids, with commas between; or a file of them, one a line.
         megabytes: About how large the page may get.
     """
-    from agent.report.choice import Choice
-    from agent.report.page import write_report
+    from agent.evaluation.report.choice import Choice
+    from agent.evaluation.report.page import write_report
 
     ids: list[str] = []
     if questions:

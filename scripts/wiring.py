@@ -67,7 +67,7 @@ class OpenedAgent:
             await check_engine(self.agent, self.policy.model, self.engine)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides its rollouts, for `agent.evaluate.evaluate`: protocol, weights, temperature."""
+        """Return what decides its rollouts, for `evaluate`: protocol, weights, temperature."""
         spoken = self.agent.protocol
         limits = {key: value for key, value in vars(spoken).items() if type(value) is int or key == "chat"}
         # Left out where it is what it was before there was a choice.

@@ -13,24 +13,21 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
+from agent.evaluation.judge import Judge, Verdict
+from agent.evaluation.judge_config import JudgeConfig
+from agent.evaluation.measures import GOLD_KEYS, gold_passages
 from agent.trajectory import SegmentKind, Trajectory
 from data.answers import cover_em, exact_match, f1
 from data.class_path import hints_of
 from data.errors import ConfigError
-from data.formats.rows import ids_of
 from data.plugins import find_plugin
 from data.records import Question
-from rl.algorithm.judge import Judge, Verdict
-from rl.config import JudgeConfig
 from rl.groups import Reward
 
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
 
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
-GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
-"""Where a question's metadata may name its gold passages, and by what; the first that is there counts.
-`entities` is how the embedded world names them."""
 
 
 def no_answer(trajectory: Trajectory) -> float:
@@ -58,14 +55,6 @@ def gold_passage(trajectory: Trajectory) -> list[float]:
         shares[search.turn] += len(found) / max(len(gold), 1)
         missing -= found
     return shares
-
-
-def gold_passages(question: Question) -> tuple[set[str], str]:
-    """The question's gold passages, and which field of a passage names them; none: an empty set."""
-    for key, field in GOLD_KEYS.items():
-        if names := ids_of(question.metadata.get(key), key):
-            return set(names), field
-    return set(), "id"
 
 
 REWARDS: dict[str, RewardFunction] = {

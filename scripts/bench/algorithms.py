@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from agent.evaluate import paired_difference, read_records
+from agent.evaluation.compare import paired_difference
+from agent.evaluation.records import read_records
 from data.checkpoint import latest_checkpoint
 from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json, read_jsonl, write_jsonl

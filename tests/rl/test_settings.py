@@ -238,7 +238,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
         "test_trainer.py": "gradient_checkpointing resume sentinel lora dev_questions",
         "test_config.py": "preset policy questions retriever out device",
         "test_estimate.py": "sharding",
-        "algorithm/test_judge.py": "judge",
+        "../agent/evaluation/test_judge.py": "judge",
         "test_weight_sync.py": "engine",
         "../scripts/test_train.py": "wandb dry_run",
         "../scripts/test_train_on_ray.py": "ray",

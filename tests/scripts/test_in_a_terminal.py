@@ -140,7 +140,7 @@ def test_evaluate(folder, scripted, tmp_path, terminal):
 
 
 def test_an_evaluation_that_is_interrupted_keeps_its_records(folder, scripted, tmp_path, monkeypatch):
-    from agent import evaluate
+    from agent.evaluation import evaluate
 
     monkeypatch.setattr(evaluate, "_append", interrupted_after(3, evaluate._append))
     options = ["--policy", folder / "policy", "--retriever", folder / "index", "--out", tmp_path / "scores"]

@@ -11,10 +11,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from agent.evaluate import evaluation_record, paired_difference, read_records, score
+from agent.evaluation.compare import paired_difference
+from agent.evaluation.measures import evaluation_record
+from agent.evaluation.records import read_records
+from agent.evaluation.report.choice import Choice
+from agent.evaluation.report.page import render_report, write_report
+from agent.evaluation.scores import score
 from agent.protocol import COMPACT, HERMES, SEARCH_R1
-from agent.report.choice import Choice
-from agent.report.page import render_report, write_report
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.jsonl import write_json, write_jsonl

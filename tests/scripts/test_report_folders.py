@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 
-from agent.evaluate import evaluation_record, score
-from agent.report.choice import Choice, choose
-from agent.report.folders import read_folder
-from agent.report.page import render_report, write_report
+from agent.evaluation.measures import evaluation_record
+from agent.evaluation.report.choice import Choice, choose
+from agent.evaluation.report.folders import read_folder
+from agent.evaluation.report.page import render_report, write_report
+from agent.evaluation.scores import score
 from data.errors import ConfigError, DataError
 from data.jsonl import write_json, write_jsonl
 from data.run_dir import RunDir

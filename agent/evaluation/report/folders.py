@@ -10,7 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from agent.evaluate import brief, paired_difference, score
+from agent.evaluation.compare import paired_difference
+from agent.evaluation.records import brief
+from agent.evaluation.scores import score
 from data.answers import METRICS
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json, read_jsonl

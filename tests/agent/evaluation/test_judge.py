@@ -1,5 +1,6 @@
 """The judge: right verdicts, asked once, within bounds; what fails is an error and never a score."""
 
+import hashlib
 import json
 import threading
 import time
@@ -7,12 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from agent.evaluation.judge import Case, Judge
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError
 from retriever_server.client import chat as module
 from retriever_server.client import retries
-from rl.algorithm import judge as judge_module
-from rl.algorithm.judge import Judge
 from rl.algorithm.rewards import combine
 from rl.config import JudgeConfig
 from tests.fakes import question
@@ -135,7 +135,9 @@ def test_the_cache_outlives_a_restart_and_a_cut_last_line(server, tmp_path):
 
 def test_a_cache_of_the_version_that_kept_scores_is_read(server, tmp_path):
     [trajectory] = answered("Paris")
-    key = judge_module._key(judge_module._request("judge", trajectory))
+    case = Case(trajectory.question.text, trajectory.question.gold_answers, "Paris")
+    request = Judge(JudgeConfig(server.url))._request(case)
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
     (tmp_path / "judge.jsonl").write_text(json.dumps({"key": key, "score": 1.0}) + "\n")
     assert Judge(JudgeConfig(server.url), tmp_path / "judge.jsonl")([trajectory]) == [1.0]
     assert not server.requests

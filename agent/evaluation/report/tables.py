@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from agent.report.folders import Evaluation, Run, compare
+from agent.evaluation.report.folders import Evaluation, Run, compare
 
 LABELS = {"before": "Before training", "after": "After training"}
 

@@ -6,7 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from agent.evaluate import evaluate, evaluation_record, paired_difference, read_records, score
+from agent.evaluation.compare import paired_difference
+from agent.evaluation.evaluate import evaluate
+from agent.evaluation.measures import evaluation_record
+from agent.evaluation.records import read_records
+from agent.evaluation.scores import score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data import significance
 from data.errors import ConfigError, DataError, RetrieverError, RunStopped

@@ -17,10 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from agent.report import tables
-from agent.report.choice import Choice
-from agent.report.collect import browser_payload
-from agent.report.folders import read_folder
+from agent.evaluation.report import tables
+from agent.evaluation.report.choice import Choice
+from agent.evaluation.report.collect import browser_payload
+from agent.evaluation.report.folders import read_folder
 from data.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -67,4 +67,4 @@ def embed_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("agent.report") / name).read_text(encoding="utf-8")
+    return (files("agent.evaluation.report") / name).read_text(encoding="utf-8")

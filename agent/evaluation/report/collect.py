@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from agent.evaluation.report.choice import Choice, choose, describe, every_question
+from agent.evaluation.report.folders import Run, read_full
 from agent.protocol import PROTOCOLS
-from agent.report.choice import Choice, choose, describe, every_question
-from agent.report.folders import Run, read_full
 from agent.tools import TOOLS
 from data.errors import ConfigError, DataError
 from data.images import read_image, thumbnail

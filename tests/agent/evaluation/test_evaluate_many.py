@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.engines.scripted import ScriptedEngine
-from agent.evaluate import roll_out_each
+from agent.evaluation.evaluate import roll_out_each
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from agent.rollout import Agent

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from agent.report.folders import Run
+    from agent.evaluation.report.folders import Run
 
 Verdict = Literal["all", "right", "wrong", "fixed", "broken"]
 Record = Mapping[str, Any]

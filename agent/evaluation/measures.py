@@ -1,0 +1,66 @@
+"""Measures of one question's trajectory: scores, cost, and when searches found the gold passages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agent.evaluation.records import judge_answer
+from agent.trajectory import SearchRecord, SegmentKind, Trajectory
+from agent.transcripts import to_record
+from data.answers import METRICS, is_abstention
+from data.formats.rows import ids_of
+from data.records import Question
+
+GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
+"""Where a question's metadata may name its gold passages, and by what; the first that is there counts.
+`entities` is how the embedded world names them."""
+
+
+def gold_passages(question: Question) -> tuple[set[str], str]:
+    """The question's gold passages, and which field of a passage names them; none: an empty set."""
+    for key, field in GOLD_KEYS.items():
+        if names := ids_of(question.metadata.get(key), key):
+            return set(names), field
+    return set(), "id"
+
+
+def evidence(question: Question, searches: Sequence[SearchRecord]) -> dict[str, Any]:
+    """Measures of the searches of one trajectory.
+
+    evidence_recall: share of the gold passages that any search found; None where the question names none.
+    searches_after_evidence: searches made once all of them had been found; None where they never were.
+    novelty: of each search, the share of its passages that no earlier one had found.
+    generations: of the indexes that answered.
+    """
+    gold, field = gold_passages(question)
+    missing, seen, after, novelty = set(gold), set[str](), 0, []
+    for search in searches:
+        after += bool(gold) and not missing
+        found = {hit.passage.id for hit in search.hits}
+        novelty.append(len(found - seen) / max(len(found), 1))
+        seen |= found
+        missing -= {getattr(hit.passage, field) for hit in search.hits}
+    return {
+        "evidence_recall": 1 - len(missing) / len(gold) if gold else None,
+        "searches_after_evidence": after if gold and not missing else None,
+        "novelty": novelty,
+        "generations": sorted({hit.generation for search in searches for hit in search.hits}),
+    }
+
+
+def evaluation_record(trajectory: Trajectory) -> dict[str, Any]:
+    """The compact record of a trajectory with its scores and measures (docs/evaluation.md lists them)."""
+    record = to_record(trajectory, tokens=False)
+    scores = dict(zip(METRICS, judge_answer(record), strict=True))
+    written = sum(s["tokens"] for s in record["segments"] if s["kind"] == SegmentKind.POLICY)
+    return {
+        **record,
+        **scores,
+        "abstained": is_abstention(trajectory.answer),
+        "confidence": trajectory.confidence,
+        "tokens_in": sum(s["tokens"] for s in record["segments"]) - written,
+        "tokens_out": written,
+        "seconds": round(trajectory.seconds, 4),
+        **evidence(trajectory.question, trajectory.searches),
+    }
