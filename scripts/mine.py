@@ -1,4 +1,4 @@
-"""`sleuth mine`: hard negatives for examples, labels of several retrievers, queries cropped from passages."""
+"""`sleuth mine`: hard negatives, and labels by several retrievers or by how an agent used its searches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from data.errors import ConfigError, DataError
 
 
 def main(
-    queries: str,
     out: str,
+    queries: str | None = None,
     retriever: str | None = None,
     corpus: str | None = None,
     teacher: str | None = None,
@@ -28,10 +28,15 @@ def main(
     crops_per_passage: int = 1,
     seed: int = 0,
     on_error: Literal["stop", "skip"] = "stop",
+    trajectories: str | None = None,
+    labels: Literal["gold", "answer", "quote", "opened"] = "answer",
+    style: Literal["query", "question", "history"] = "query",
+    held_out: list[str] | None = None,
 ) -> None:
     """Find passages that a retriever takes for good and that are not. Killed, it goes on when started again.
 
     With --teachers, what several retrievers find becomes labels instead (DRAGON), a file for each stage.
+    With --trajectories, the searches of an agent become examples, labelled by what the agent did with them.
 
     Args:
         queries: JSON lines of examples (`sleuth convert` makes them), or crops: pieces of the passages.
@@ -53,7 +58,18 @@ def main(
         crops_per_passage: How many queries are cropped from a passage.
         seed: Of what is chosen at random.
         on_error: stop, or skip: leave out examples that are wrong (no positive, dangling ids).
+        trajectories: Trajectories of a training or of `sleuth evaluate`, instead of queries.
+        labels: With --trajectories: what makes a passage positive. gold: the question names it. answer: the
+            trajectory is correct and a gold answer stands in it. quote: the next turn repeats four words of
+            it. opened: the agent opened its page.
+        style: With --trajectories: the query alone, after its question, or with the earlier queries.
+        held_out: With --trajectories: files of questions (dev, test) that must not contribute.
     """
+    if trajectories:
+        _mine_trajectories(trajectories, out, labels, style, per_query, held_out or [], corpus, queries)
+        return
+    if not queries:
+        raise ConfigError("--queries or --trajectories must be given")
     if retriever and teachers:
         raise ConfigError("--retriever mines negatives, --teachers makes labels: give one of them")
     if not (retriever or teachers) and queries != "crops":
@@ -73,6 +89,35 @@ def main(
         _label(queries, plans, passages, out, ranks)
     elif retriever:
         _mine(queries, plans[0], passages, out, rules, scorer, on_error)
+
+
+def _mine_trajectories(
+    path: str,
+    out: str,
+    labels: str,
+    style: str,
+    negatives: int,
+    held_out: list[str],
+    corpus: Any,
+    queries: Any,
+) -> None:
+    from data.corpus import Corpus
+    from data.questions import load_questions
+    from rl.co_training.examples import LabelConfig, mine_trajectories
+    from scripts.console import track
+
+    if queries:
+        raise ConfigError("--queries and --trajectories: give one of them")
+    config = LabelConfig(labels, style, negatives)
+    questions = [question for file in held_out for question in load_questions(file)]
+    content_hash = Corpus(corpus).content_hash if corpus else ""
+    tally = mine_trajectories(path, out, config, questions, content_hash, track("labelling searches"))
+    counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
+    print(
+        f"{tally.examples:,} examples in {out} of {tally.searches:,} searches; passages: {counts or 'none'}"
+    )
+    for reason, count in tally.dropped.most_common():
+        print(f"left out: {count:,} {reason}")
 
 
 def _mine(

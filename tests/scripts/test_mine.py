@@ -32,7 +32,7 @@ def world(tmp_path):
 
 
 def test_pairs_become_examples_with_mined_negatives(world, capsys):
-    mine.main(str(world / "examples.jsonl"), str(world / "mined.jsonl"), str(world / "index"), per_query=2)
+    mine.main(str(world / "mined.jsonl"), str(world / "examples.jsonl"), str(world / "index"), per_query=2)
     said = capsys.readouterr().out
     assert said.startswith(f"6 examples in {world}/mined.jsonl, 2.0 negatives each; 0 have none")
     corpus = Corpus(world / "corpus.jsonl")
@@ -41,7 +41,7 @@ def test_pairs_become_examples_with_mined_negatives(world, capsys):
 
 
 def test_mined_examples_convert_to_other_formats(world, capsys):
-    mine.main(str(world / "examples.jsonl"), str(world / "mined.jsonl"), str(world / "index"), per_query=2)
+    mine.main(str(world / "mined.jsonl"), str(world / "examples.jsonl"), str(world / "index"), per_query=2)
     convert.main(str(world / "mined.jsonl"), str(world / "bge.jsonl"), target_format="bge")
     first = json.loads((world / "bge.jsonl").read_text().splitlines()[0])
     assert len(first["pos"]) == 1 and len(first["neg"]) == 2
@@ -51,13 +51,13 @@ def test_mined_examples_convert_to_other_formats(world, capsys):
 def test_crops_and_teachers_make_labels(world, capsys):
     index, out = str(world / "index"), str(world / "labels")
     ranks = {"positive_ranks": (1, 1), "negative_ranks": (2, 3)}
-    mine.main("crops", out, teachers=[index, index], **ranks)
+    mine.main(out, "crops", teachers=[index, index], **ranks)
     assert f"the last stage is {out}/stage_2.jsonl" in capsys.readouterr().out
     assert len(Examples(world / "labels" / "stage_2.jsonl", Corpus(world / "corpus.jsonl"))) == 6
 
 
 def test_crops_alone_need_no_retriever(world):
-    mine.main("crops", str(world / "crops.jsonl"), corpus=str(world / "corpus.jsonl"))
+    mine.main(str(world / "crops.jsonl"), "crops", corpus=str(world / "corpus.jsonl"))
     assert len(Examples(world / "crops.jsonl", Corpus(world / "corpus.jsonl"))) == 6
 
 
@@ -74,7 +74,7 @@ def test_crops_alone_need_no_retriever(world):
 )
 def test_wrong_options_are_refused(world, options, message):
     with pytest.raises(ConfigError, match=message):
-        mine.main(str(world / "examples.jsonl"), str(world / "out.jsonl"), **options)
+        mine.main(str(world / "out.jsonl"), str(world / "examples.jsonl"), **options)
 
 
 def test_a_teacher_is_named_by_a_file(world):
@@ -94,7 +94,7 @@ def test_a_broken_line_is_named(world):
     with (world / "examples.jsonl").open("a") as file:
         file.write('{"query": "torn')
     with pytest.raises(DataError, match=r"examples.jsonl:7: not valid JSON"):
-        mine.main(str(world / "examples.jsonl"), str(world / "out.jsonl"), str(world / "index"))
+        mine.main(str(world / "out.jsonl"), str(world / "examples.jsonl"), str(world / "index"))
 
 
 def test_convert_is_from_ours_or_to_ours(world):
@@ -136,11 +136,11 @@ def test_crops_of_a_script_without_spaces_are_made_and_none_at_all_is_an_error(t
         "氷河は谷をゆっくりと下る氷の流れである。",
     ]
     write_jsonl(tmp_path / "ja.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
-    mine.main("crops", str(tmp_path / "crops.jsonl"), corpus=str(tmp_path / "ja.jsonl"))
+    mine.main(str(tmp_path / "crops.jsonl"), "crops", corpus=str(tmp_path / "ja.jsonl"))
     corpus = Corpus(tmp_path / "ja.jsonl")
     examples = Examples(tmp_path / "crops.jsonl", corpus)
     assert len(examples) == 2 and all(e.query in corpus.get(e.positives[0]).text for e in examples)
     write_jsonl(tmp_path / "short.jsonl", [{"id": "1", "text": "Too short."}])
     with pytest.raises(DataError, match=r"short\.jsonl: no passage has a sentence long enough"):
-        mine.main("crops", str(tmp_path / "none.jsonl"), corpus=str(tmp_path / "short.jsonl"))
+        mine.main(str(tmp_path / "none.jsonl"), "crops", corpus=str(tmp_path / "short.jsonl"))
     assert not (tmp_path / "none.jsonl").exists()

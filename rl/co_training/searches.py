@@ -1,0 +1,81 @@
+"""Searches of a trajectory file, as labellers read them: text only, the compact form is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.tools import SEARCH
+from agent.trajectory import SegmentKind
+from data.answers import exact_match
+from data.errors import DataError
+from data.jsonl import numbered_jsonl
+from data.records import FORMAT_VERSION, Passage, Question
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One call of a tool: the argument, the passages shown, and what the policy wrote next."""
+
+    query: str
+    passages: tuple[Passage, ...]
+    tool: str
+    next_text: str
+    """Text of the policy's next turn; "" if there is none."""
+    next_tokens: int
+
+
+@dataclass(frozen=True)
+class Searches:
+    """The searches of one trajectory, in order, and how it ended."""
+
+    question: Question
+    calls: tuple[Searched, ...]
+    answer: str | None
+    place: str
+    """FILE:LINE, for messages."""
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the answer is an exact match of a gold answer."""
+        return exact_match(self.answer, self.question.gold_answers, self.question.normalizer) == 1.0
+
+
+def read_searches(path: str | Path) -> Iterator[Searches]:
+    """Yield the searches of each trajectory of a file, in its order; failed searches are left out.
+
+    Reads trajectories of training and of `sleuth evaluate` alike. Raises DataError "FILE:LINE: ...".
+    """
+    for number, record in numbered_jsonl(path, tolerate_cut_tail=True):
+        place = f"{path}:{number}"
+        if record.get("format_version") != FORMAT_VERSION:
+            version = record.get("format_version")
+            raise DataError(f"{place}: format_version is {version!r}, allowed is {FORMAT_VERSION}")
+        try:
+            yield _searches(record, place)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{place}: no trajectory: {type(error).__name__} {error}") from error
+
+
+def _searches(record: Mapping[str, Any], place: str) -> Searches:
+    question = Question(record["id"], record["question"], tuple(record["gold_answers"]), record["metadata"])
+    turns = [each for each in record["segments"] if each["kind"] == SegmentKind.POLICY]
+    calls = [_call(search, turns) for search in record["searches"] if search.get("error") is None]
+    return Searches(question, tuple(calls), record["answer"], place)
+
+
+def _call(search: Mapping[str, Any], turns: list[Mapping[str, Any]]) -> Searched:
+    following = turns[search["turn"] + 1 :][:1]
+    return Searched(
+        query=search["query"],
+        passages=tuple(Passage(hit["id"], hit["text"], hit["title"]) for hit in search["hits"]),
+        tool=search.get("tool", SEARCH.name),
+        next_text=following[0]["text"] if following else "",
+        next_tokens=_tokens(following[0]) if following else 0,
+    )
+
+
+def _tokens(segment: Mapping[str, Any]) -> int:
+    return segment["tokens"] if "tokens" in segment else len(segment["token_ids"])
