@@ -5,16 +5,44 @@ from __future__ import annotations
 from data.atlas.build import build_atlas
 
 
-def main(out: str = "runs/atlas") -> None:
+def main(out: str | None = None, hard: bool = False) -> None:
     """Write the embedded world: a corpus and train, dev and test questions.
 
     Args:
-        out: folder to write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl into.
+        out: Folder to write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl into. Default: runs/atlas, or
+            runs/atlas_hard.
+        hard: A passage a fact, told in words that no question uses, so that a retriever has something to
+            learn. Tells how many of the passages needed BM25 finds.
     """
-    made = build_atlas(out)
+    out = out or ("runs/atlas_hard" if hard else "runs/atlas")
+    made = build_atlas(out, hard=hard)
     print(f"{out}: {made['passages']:,} passages of {made['words_per_passage']:.1f} words")
     for split, kinds in made["questions"].items():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         print(f"{split:>6}: {sum(kinds.values()):,} questions ({counts})")
     floors = ", ".join(f"{kind} {share:.3f}" for kind, share in made["majority_baseline"].items())
     print(f"EM of the commonest training answer to each relation: {floors}")
+    if hard:
+        _print_headroom(out)
+
+
+def _print_headroom(out: str) -> None:
+    """Print how many of the test questions' passages BM25 finds, asked for one at a time in plain words."""
+    from tempfile import TemporaryDirectory
+
+    from data.atlas.hard import steps
+    from data.atlas.world import load_world
+    from data.corpus import Corpus
+    from data.questions import load_questions
+    from retriever_server.indexes.bm25 import BM25Index
+
+    world = load_world()
+    needed = [step for q in load_questions(f"{out}/test.jsonl") for step in steps(world, q).items()]
+    with TemporaryDirectory() as folder:
+        index = BM25Index.build(Corpus(f"{out}/corpus.jsonl"), f"{folder}/index")
+        found = index.search([asked for _, asked in needed], 2)
+    ranks = [[hit.passage.id for hit in hits] for hits in found]
+    at = [
+        sum(id_ in ids[:k] for (id_, _), ids in zip(needed, ranks, strict=True)) / len(needed) for k in (1, 2)
+    ]
+    print(f"passages needed that BM25 finds, asked for one by one: {at[0]:.3f} at 1, {at[1]:.3f} at 2")

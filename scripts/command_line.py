@@ -47,6 +47,7 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     line, for an unknown key, a wrong value, a file that is missing or malformed.
     """
     parser = build_parser(run, prog, positional)
+    argv = value_flags(argv, parser)
     argv = name_positional(argv, positional) if positional else argv
     argv = with_tier(parser, prog.removeprefix("sleuth "), argv)
     for path in config_paths(argv):
@@ -112,6 +113,17 @@ def config_dataclass(run: Callable) -> type | None:
     names = list(inspect.signature(run).parameters)
     hint = get_type_hints(run).get(names[0]) if len(names) == 1 else None
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def value_flags(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """argv with a switch that stands alone turned on.   [--resume, --k, 3] -> [--resume=true, --k, 3]"""
+    flags = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    flags |= {flag.replace("_", "-") for flag in flags}
+    alone = [word in flags and after[:1] in ("", "-") for word, after in pairwise([*argv, ""])]
+    return [
+        f"--{word[2:].replace('-', '_')}=true" if turn else word
+        for word, turn in zip(argv, alone, strict=True)
+    ]
 
 
 def name_positional(argv: list[str], name: str) -> list[str]:

@@ -147,7 +147,7 @@ def _launch(config: TrainConfig) -> None:
 
 
 def expand(argv: list[str]) -> list[str]:
-    """argv with a preset's options before what names it; `--dry-run` and `--ray` with their values."""
+    """argv with a preset's options before what names it; `--ray` with its value."""
     expanded: list[str] = []
     for number, word in enumerate(argv):
         option, joined, value = word.partition("=")
@@ -159,7 +159,7 @@ def expand(argv: list[str]) -> list[str]:
         if option == "--ray":  # alone, or with the address
             alone = not joined and (not value or value.startswith("-"))
             word = f"--ray.address={'local' if alone else value}" if joined or alone else "--ray.address"
-        expanded.append("--dry_run=true" if word == "--dry-run" else word)
+        expanded.append(word)
     return expanded
 
 

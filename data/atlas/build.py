@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from data.atlas.hard import hard_passages, hard_questions
 from data.atlas.passages import render_passages
 from data.atlas.questions import UNSEEN_SHARE, majority_baseline, make_questions
 from data.atlas.world import SPLITS, load_world
@@ -13,18 +14,21 @@ from data.jsonl import write_jsonl
 from data.records import Passage, Question
 
 
-def build_atlas(directory: str | Path, seed: int = 0) -> dict[str, Any]:
+def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dict[str, Any]:
     """Write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; return what is in them.
 
+    hard: the world of `data.atlas.hard`, where the words of a question do not find its passages.
     -> {"passages", "words_per_passage", "questions": {split: {kind: count}}, "majority_baseline"}.
     Each file appears whole or not at all. Raises StorageError if one cannot be written.
     """
     world = load_world()
     folder = Path(directory)
-    passages = render_passages(world, seed)
+    passages = hard_passages(world, seed) if hard else render_passages(world, seed)
     write_jsonl(folder / "corpus.jsonl", (passage_row(passage) for passage in passages))
     questions = {
-        split: make_questions(world, split, unseen_share=UNSEEN_SHARE if split == "test" else 0.0, seed=seed)
+        split: hard_questions(world, split, seed)
+        if hard
+        else make_questions(world, split, unseen_share=UNSEEN_SHARE if split == "test" else 0.0, seed=seed)
         for split in SPLITS
     }
     for split, asked in questions.items():

@@ -14,6 +14,7 @@ CLAUSES: Mapping[str, Mapping[str, Sequence[str]]] = _TABLES["clauses"]
 ASKED: Mapping[str, Sequence[str]] = _TABLES["asked"]
 COMPARED: Mapping[str, Sequence[str]] = _TABLES["compared"]
 LOCATORS: Mapping[str, Sequence[str]] = _TABLES["locators"]
+INDIRECT: Mapping[str, Sequence[str]] = _TABLES["indirect"]
 SUMMIT_OF: str = _TABLES["summit_of"]
 
 

@@ -143,8 +143,7 @@ def put(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
             x = phrasing(LOCATORS[first.type], rng.randrange(64), not new_locator).replace("{p}", x)
         if ask.relation == "elevation" and first.type != "mountain":
             x = SUMMIT_OF.replace("{x}", x)
-        key = "element_symbol" if first.type == "element" and ask.relation == "symbol" else ask.relation
-        text = phrasing(ASKED[key], number, seen or new_locator).replace("{x}", x)
+        text = phrasing(_asked_of(first, ask.relation), number, seen or new_locator).replace("{x}", x)
     return Question(id, text, tuple(dict.fromkeys(ask.gold_answers)), {
         "kind": ask.kind,
         "cluster": first.cluster,
@@ -153,6 +152,15 @@ def put(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
         "hops": [entity.name for entity in ask.path],
         "phrasing": "seen" if seen else "unseen",
     })  # fmt: skip
+
+
+def wording(entity: Entity, relation: str) -> str:
+    """Return the plainest question about one fact of an entity."""
+    return _asked_of(entity, relation)[0].replace("{x}", entity.name)
+
+
+def _asked_of(entity: Entity, relation: str) -> Sequence[str]:
+    return ASKED["element_symbol" if entity.type == "element" and relation == "symbol" else relation]
 
 
 def majority_baseline(train: Sequence[Question], test: Sequence[Question]) -> dict[str, float]:

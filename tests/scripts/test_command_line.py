@@ -10,9 +10,9 @@ from typing import Literal
 import pytest
 import yaml
 
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from scripts import __main__ as sleuth
-from scripts.command_line import name_positional
+from scripts.command_line import call, name_positional
 
 
 @dataclass(frozen=True)
@@ -252,3 +252,28 @@ def test_help_and_version_load_nothing_heavy():
     lines = done.stdout.splitlines()
     assert all(any(line.split()[:1] == [name] for line in lines) for name in sleuth.COMMANDS)
     assert "sleuth 0." in done.stdout and lines[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        (["--big"], True),
+        (["--big", "--k", "3"], True),
+        (["--big", "false"], False),
+        (["--so-big"], True),
+        ([], False),
+    ],
+)
+def test_a_switch_may_stand_alone(argv, given):
+    def run(big: bool = False, so_big: bool = False, k: int = 1) -> bool:
+        return big or so_big
+
+    assert call(run, argv, "sleuth run") is given
+
+
+def test_a_switch_with_a_wrong_value_is_refused():
+    def run(big: bool = False) -> bool:
+        return big
+
+    with pytest.raises(ConfigError, match=r"big: got 'maybe', expected bool"):
+        call(run, ["--big", "maybe"], "sleuth run")

@@ -1,0 +1,93 @@
+"""The embedded world, hard to search: a passage a fact, told in words that no question uses.
+
+A question names an entity and a relation. Its entity has a passage for each of its facts, and its neighbours'
+passages name it, too; so the words of a question find passages about the entity, not the one that answers.
+Which words tell which relation can be learned on some entities and holds for all others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from data.atlas.phrasings import INDIRECT
+from data.atlas.questions import make_questions, wording
+from data.atlas.world import Entity, World
+from data.records import Passage, Question
+
+COUNTS: dict[str, dict[str, int]] = {
+    "train": {"one_hop": 1500, "two_hop": 1500, "three_hop": 750, "comparison": 750},
+    "dev": {"one_hop": 120, "two_hop": 120, "three_hop": 80, "comparison": 80},
+    "test": {"one_hop": 300, "two_hop": 300, "three_hop": 200, "comparison": 200},
+}
+"""Questions of each kind that are asked for."""
+ALIAS_SHARE, NEIGHBOUR_SHARE = 0.3, 0.5
+"""Shares of the passages whose text calls its entity by another name, and that name a neighbour."""
+
+
+def hard_passages(world: World, seed: int = 0) -> list[Passage]:
+    """Return a passage for each fact that a question can need, in the order of the world."""
+    return [
+        _card(world, entity, relation, value, seed)
+        for entity in world.entities
+        for relation, value in _facts(world, entity)
+    ]
+
+
+def hard_questions(world: World, split: str, seed: int = 0) -> list[Question]:
+    """Return the questions of a split, each with the ids of the passages it needs as `supporting_ids`.
+
+    Test questions use the phrasings that no training question has.
+    """
+    unseen = 1.0 if split == "test" else 0.0
+    return [
+        replace(question, metadata={**question.metadata, "supporting_ids": list(steps(world, question))})
+        for question in make_questions(world, split, COUNTS[split], unseen, seed)
+    ]
+
+
+def steps(world: World, question: Question) -> dict[str, str]:
+    """Return what the question needs, in order: the id of each passage, and a question of one hop for it."""
+    metadata = question.metadata
+    path = [world.by_id[id_] for id_ in metadata["entities"]]
+    if metadata["kind"] == "comparison":
+        asked = [(entity, metadata["relation"]) for entity in path]
+    else:
+        asked = [(here, _link(here, there)) for here, there in pairwise(path)]
+        asked.append((path[-1], metadata["relation"]))
+    return {card_id(entity, relation): wording(entity, relation) for entity, relation in asked}
+
+
+def card_id(entity: Entity, relation: str) -> str:
+    """Return the id of the passage that tells this fact."""
+    return f"{entity.id}#{relation}"
+
+
+def _link(here: Entity, there: Entity) -> str:
+    return "highest_point" if there.type == "mountain" else "country"
+
+
+def _facts(world: World, entity: Entity) -> list[tuple[str, str]]:
+    facts = [(relation, values[0]) for relation, values in entity.facts.items() if relation != "kind"]
+    return facts + ([("country", world.by_id[entity.country].name)] if entity.country else [])
+
+
+def _card(world: World, entity: Entity, relation: str, value: str, seed: int) -> Passage:
+    rng = random.Random(f"{seed}:{entity.id}:{relation}")
+    aliases = [alias for alias in entity.aliases if alias != value]
+    name = rng.choice(aliases) if aliases and rng.random() < ALIAS_SHARE else entity.name
+    text = rng.choice(_phrases(entity, relation)).replace("{e}", name).replace("{v}", value)
+    near = [world.by_id[id_].name for id_ in entity.nearby] or _siblings(world, entity)
+    if near and rng.random() < NEIGHBOUR_SHARE:
+        text += f". Not far from it is {rng.choice(near)}"
+    return Passage(card_id(entity, relation), f"{text[0].upper()}{text[1:]}.", entity.name)
+
+
+def _siblings(world: World, entity: Entity) -> list[str]:
+    return [place.name for place in world.places.get(entity.country, ()) if place is not entity][:5]
+
+
+def _phrases(entity: Entity, relation: str) -> Sequence[str]:
+    return INDIRECT["element_symbol" if entity.type == "element" and relation == "symbol" else relation]

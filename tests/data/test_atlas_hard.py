@@ -1,0 +1,50 @@
+"""The hard world: the passages that a question needs are there, and share no words with it."""
+
+import re
+
+import pytest
+
+from data.atlas.hard import COUNTS, hard_passages, hard_questions, steps
+from data.atlas.phrasings import ASKED, INDIRECT
+from data.atlas.world import load_world
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+@pytest.fixture(scope="module")
+def passages(world):
+    return {passage.id: passage for passage in hard_passages(world)}
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_the_passages_that_a_question_needs_are_there_and_the_last_holds_the_answer(world, passages, split):
+    questions = hard_questions(world, split)
+    assert {q.metadata["kind"] for q in questions} == set(COUNTS[split])
+    for question in questions:
+        needed = question.metadata["supporting_ids"]
+        assert set(needed) <= set(passages) and needed == list(steps(world, question))
+        if question.metadata["kind"] != "comparison":
+            assert any(answer in passages[needed[-1]].text for answer in question.gold_answers)
+
+
+def test_test_questions_have_new_entities_and_new_phrasings(world):
+    train, test = hard_questions(world, "train"), hard_questions(world, "test")
+    clusters = [{q.metadata["cluster"] for q in questions} for questions in (train, test)]
+    assert not clusters[0] & clusters[1]
+    assert {q.metadata["phrasing"] for q in test} == {"unseen"}
+    assert {q.metadata["phrasing"] for q in train} == {"seen"}
+
+
+def test_no_word_of_a_relation_is_in_a_passage_that_tells_it():
+    small = set(re.findall(r"\w+", "a an the of in is are was to that for by and on at it has s"))
+    for relation, phrases in INDIRECT.items():
+        told = {word for phrase in phrases for word in re.findall(r"[a-z]+", phrase.lower())}
+        asked = {word for phrase in ASKED[relation] for word in re.findall(r"[a-z]+", phrase.lower())}
+        assert not (told & asked) - small - {"e", "x", "v"}, relation
+
+
+def test_the_same_seed_gives_the_same_world(world):
+    assert hard_passages(world, 1) == hard_passages(world, 1) != hard_passages(world, 2)
