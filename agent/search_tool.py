@@ -150,16 +150,13 @@ class Observation:
     """`start` counts in `token_ids`."""
 
 
-async def find_pictures(hits: Sequence[Hit], vision: Vision | None, searcher: Any) -> list[str]:
-    """The sources of the hits' pictures in order, all of them read; none for a policy that reads text only.
+async def find_pictures(hits: Sequence[Hit], vision: Vision, searcher: Any) -> list[str]:
+    """The sources of the hits' pictures in order, all of them read.
 
     A picture that a server found is asked of that server, by its client alone, and kept for training under
     the name "URL@generation". Raises DataError naming one that cannot be read, or a RetrieverError.
     """
-    if vision is None:
-        return []
-    found = [hit for hit in hits if hit.passage.image]
-    sources = [await _source(hit, vision, searcher) for hit in found]
+    sources = [await _source(hit, vision, searcher) for hit in hits if hit.passage.image]
     for source in sources:
         vision.see(source)
     return sources

@@ -75,8 +75,8 @@ class SearchRecord:
     """The tool that was called; `query` is its argument."""
 
 
-class _Tokens:
-    """Tokens and pictures of a list of segments."""
+class Segments:
+    """A list of segments, read as one row of tokens with pictures among them."""
 
     segments: list[Segment]
 
@@ -95,27 +95,8 @@ class _Tokens:
         return found
 
 
-@dataclass(eq=False)
-class Ledger(_Tokens):
-    """A trajectory while it grows; a rollout that is given one goes on from there."""
-
-    segments: list[Segment] = field(default_factory=list)
-    searches: list[SearchRecord] = field(default_factory=list)
-
-    @property
-    def turns(self) -> int:
-        """Turns that the policy has written."""
-        return sum(segment.kind is SegmentKind.POLICY for segment in self.segments)
-
-    def rewind(self) -> None:
-        """Go back to the last observation: a turn that has none yet is written again."""
-        if self.segments and self.segments[-1].kind is SegmentKind.POLICY:
-            self.segments.pop()
-        self.searches[:] = [search for search in self.searches if search.turn < self.turns]
-
-
 @dataclass(frozen=True)
-class Trajectory(_Tokens):
+class Trajectory(Segments):
     """A finished rollout of one question."""
 
     question: Question
@@ -146,6 +127,19 @@ class Trajectory(_Tokens):
             sampled = segment.kind is SegmentKind.POLICY and segment.logprobs
             found += sampled or [None] * len(segment.token_ids)
         return found
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was done, in numbers; `valid_format` is 0 or 1."""
+        sizes = [(segment.kind, len(segment.token_ids)) for segment in self.segments]
+        return {
+            "searches": len(self.searches),
+            "valid_format": int(self.valid_format),
+            "invalid_actions": self.invalid_actions,
+            "policy_tokens": sum(size for kind, size in sizes if kind is SegmentKind.POLICY),
+            "total_tokens": sum(size for _, size in sizes),
+            "pictures": sum(len(segment.pictures) for segment in self.segments),
+        }
 
     @property
     def policy_text(self) -> str:

@@ -17,15 +17,17 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from agent.trajectory import Ledger, StopReason, Trajectory
+from agent.rollout import Ledger
+from agent.trajectory import StopReason, Trajectory
+from agent.transcripts import from_record, to_record
 from data.errors import EngineError, RunStopped
 from data.progress import Bar, no_bar
-from rl.groups import Collected, Group, OpenGroup, staleness, totals_of
+from rl.groups import Collected, Group, staleness, totals_of
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
@@ -38,6 +40,57 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
 """How long trajectories that were told to end may take to do so."""
+
+
+@dataclass(eq=False)
+class OpenGroup:
+    """The trajectories of one question, finished or not. No token of it is older than `version`."""
+
+    number: int
+    version: int
+    question: Question
+    ledgers: list[Ledger]
+    finished: list[Trajectory | None]
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """The finished trajectories."""
+        return [trajectory for trajectory in self.finished if trajectory is not None]
+
+    @property
+    def done(self) -> bool:
+        """Whether all are finished."""
+        return None not in self.finished
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the group as plain JSON values."""
+        pairs = zip(self.ledgers, self.finished, strict=True)
+        return {
+            "number": self.number,
+            "version": self.version,
+            "members": [_member(self.question, ledger, trajectory) for ledger, trajectory in pairs],
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> OpenGroup:
+        """Return the group that `to_record` wrote. Raises DataError."""
+        read = [from_record(member) for member in record["members"]]
+        finished = [member["finished"] for member in record["members"]]
+        return cls(
+            record["number"],
+            record["version"],
+            read[0].question,
+            [Ledger(each.segments, each.searches) for each in read],
+            [each if whole else None for each, whole in zip(read, finished, strict=True)],
+        )
+
+
+def _member(question: Question, ledger: Ledger, trajectory: Trajectory | None) -> dict[str, Any]:
+    """A trajectory; one whose search failed counts as unfinished: the turn is written again."""
+    finished = trajectory is not None and trajectory.stop_reason is not StopReason.SEARCH_FAILED
+    if trajectory is None:  # the reason stands for none
+        trajectory = Trajectory(question, ledger.segments, StopReason.TOKEN_LIMIT, searches=ledger.searches)
+    return {**to_record(trajectory), "finished": finished}
 
 
 class Rollouts:
@@ -54,6 +107,7 @@ class Rollouts:
     ) -> None:
         self.agent, self.bar = agent, bar
         self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
+        self.most_batches = config.rollout.batches_in_flight
         self.in_flight: list[OpenGroup] = []  # this process's share, oldest first
         self.taken: list[OpenGroup] = []  # in the step under way
         self.batches = 0  # begun and not taken, by each process its share
@@ -93,7 +147,7 @@ class Rollouts:
         """Return one batch, as many groups as this process has in any; later ones are begun before it."""
         rollout = self.config.rollout
         steps_left = self.config.steps - version
-        while self.batches < max(1, min(rollout.batches_in_flight, steps_left)):
+        while self.batches < max(1, min(self.most_batches, steps_left)):
             self._begin(version)
         count = len(range(self.workers.rank, rollout.questions_per_step, self.workers.count))
         broken, taken = None, []

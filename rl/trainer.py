@@ -35,9 +35,9 @@ from data.run_dir import RunDir, read_metrics
 from rl.algorithm.rewards import combine
 from rl.config import TrainConfig
 from rl.diagnosis import WINDOW, find_obstacle
-from rl.groups import Collected, Totals, averages
+from rl.groups import Collected
 from rl.learner.learner import Learner
-from rl.learner.workers import Workers
+from rl.learner.workers import Totals, Workers
 from rl.rollouts import Rollouts
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
@@ -135,7 +135,7 @@ class Trainer:
             self._keep(collected)
         synced = await self.sync.update(self.step)
         seconds = time.monotonic() - started
-        metrics = averages(self.workers.gather({**collected.totals, **learned})) | synced
+        metrics = self.workers.average(collected.totals | learned) | synced
         rollout = self.config.rollout
         drawn = collected.drawn * rollout.group_size
         metrics |= {
@@ -181,10 +181,9 @@ class Trainer:
 
     async def _apply_alarm(self, metrics: dict[str, float]) -> None:
         """Warn, stop or go back where the sentinel sees a collapse; the leading process decides."""
-        if self.workers.leads:
-            self._say_obstacle(metrics)
         verdict = self.workers.gather(self.sentinel.watch(self.step, metrics))[0]
-        if self.workers.leads:
+        if self.run_dir is not None:
+            self._say_obstacle(metrics)
             for alarm in verdict.alarms:
                 logger.warning("sentinel: %s", alarm)
         alarms = "; ".join(verdict.alarms)

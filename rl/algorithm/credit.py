@@ -20,8 +20,8 @@ from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
     from rl.config import TrainConfig
-    from rl.groups import Group, Totals
-    from rl.learner.workers import Workers
+    from rl.groups import Group
+    from rl.learner.workers import Totals, Workers
 
 
 @dataclass(frozen=True)

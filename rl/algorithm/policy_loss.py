@@ -9,7 +9,7 @@ from torch import Tensor
 from rl.algorithm.importance import mismatch, sampler_weights
 from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clamped, clip_fraction, kl_clamped
 from rl.algorithm.presets import AlgorithmConfig
-from rl.groups import Totals, add_total
+from rl.learner.workers import Totals, add_total
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from data.records import Question
 from rl.algorithm.credit import TrainingBatch, assign_advantages
 from rl.algorithm.losses import token_weights, value_loss
 from rl.algorithm.policy_loss import ScoredTokens, policy_loss
-from rl.groups import add_total
 from rl.learner.batch import MicroBatch, micro_batches
 from rl.learner.critic import Critic
 from rl.learner.logprobs import Scorer
@@ -50,13 +49,13 @@ from rl.learner.lora import (
 )
 from rl.learner.optimizer import Optimizer
 from rl.learner.packing import check_packing
-from rl.learner.workers import Workers, gather, shard, whole
+from rl.learner.workers import Totals, Workers, add_total, gather, shard, whole
 
 if TYPE_CHECKING:
     from agent.policy import Policy
     from agent.protocol import Protocol
     from rl.config import TrainConfig
-    from rl.groups import Collected, Totals
+    from rl.groups import Collected
 
 logger = logging.getLogger(__name__)
 

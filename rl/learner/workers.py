@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 TIMEOUT = timedelta(hours=2)
 """The longest that one process may wait for the others, who may be evaluating."""
+
+
+Totals = dict[str, tuple[float, float]]
+"""Metrics that can still be averaged over processes: the sum of the values, and of their weights."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Workers:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def average(self, totals: Totals) -> dict[str, float]:
+        """Average metrics over the processes; what nobody measured is left out."""
+        return averages(self.gather(totals))
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the processes; the argument is unchanged."""
@@ -78,6 +86,21 @@ class Workers:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+def add_total(totals: Totals, name: str, value: float, weight: float) -> None:
+    """Add to the sum of a metric and to the sum of its weights."""
+    before = totals.get(name, (0.0, 0.0))
+    totals[name] = (before[0] + value, before[1] + weight)
+
+
+def averages(parts: Sequence[Totals]) -> dict[str, float]:
+    """Average metrics over all processes; what nobody measured is left out."""
+    sums: Totals = {}
+    for part in parts:
+        for name, (value, weight) in part.items():
+            add_total(sums, name, value, weight)
+    return {name: value / weight for name, (value, weight) in sums.items() if weight}
 
 
 def join_workers() -> Workers:

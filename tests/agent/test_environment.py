@@ -10,13 +10,11 @@ import yaml
 from fastapi import FastAPI
 
 from agent.engines.scripted import ScriptedEngine
-from agent.environment import Environment
-from agent.prompt import PromptFrame
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid
-from agent.rollout import Agent
+from agent.rollout import Agent, Environment, Ledger
 from agent.search_tool import TagSanitizer
 from agent.tools import OPEN_PAGE, SEARCH, Call, Search
-from agent.trajectory import Ledger, Segment, SegmentKind, StopReason
+from agent.trajectory import Segment, SegmentKind, StopReason
 from agent.transcripts import from_record, to_record
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
@@ -217,9 +215,8 @@ def test_arguments_follow_the_schema_of_the_tool():
 
 def test_an_environment_by_itself():
     tokenizer, ledger = byte_tokenizer(), Ledger()
-    environment = Environment(
-        tokenizer, Shelf({"Lyon": "fox"}), COMPACT, PromptFrame(), TagSanitizer(COMPACT), None, ledger
-    )
+    agent = Agent(ScriptedEngine(tokenizer, []), tokenizer, Shelf({"Lyon": "fox"}), COMPACT)
+    environment = Environment(agent, ledger)
 
     def step(turn):
         ledger.segments.append(Segment(SegmentKind.POLICY, tokenizer.encode(turn), turn))

@@ -8,14 +8,15 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from agent.rollout import Ledger
+from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import RunStopped
 from data.records import Question
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
-from rl.groups import Collected, Group, averages, staleness, totals_of
-from rl.learner.workers import Workers
+from rl.groups import Collected, Group, staleness, totals_of
+from rl.learner.workers import Workers, averages
 from rl.rollouts import Rollouts, draw_question
 
 WANTED, SIZE = 3, 2
