@@ -94,6 +94,11 @@ def render_hits(
 
     quoted = protocol.titles == "quoted"
     passages = protocol.render_passages([_shown(hit.passage, harmless, quoted, sees) for hit in hits])
+    return fit_observation(passages, protocol, encode, budget_tokens)
+
+
+def fit_observation(passages: str, protocol: Protocol, encode: Encode, budget_tokens: int) -> str:
+    """The observation around rendered passages, which are cut at their end to fit `budget_tokens`."""
 
     def observe(length: int) -> str:
         return protocol.render_observation(passages[:length].rstrip())

@@ -278,15 +278,23 @@ class WarmStartConfig:
     batch_size: int = 16
     """Demonstrations a step."""
     learning_rate: float = 2e-3
-    """Its peak, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine."""
+    """Its peak, after a warm-up over a twentieth of the steps; it falls to a tenth by a cosine. For AdamW on
+    a pretrained language model 1e-4 or so."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: for the matrices inside the layers, AdamW for the rest; adamw: for all, which is much faster a
+    step from some ten million weights on."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: computes in it where that is safe (autocast); weights stay in float32."""
     weight_decay: float = 0.01
-    """Weight decay of both optimisers: Muon for the matrices inside the layers, AdamW for the rest."""
+    """Weight decay of the optimisers."""
     learn_everything: bool = False
     """Put the prompt and the passages into the loss, too."""
     group_by_length: bool = False
     """Demonstrations of like length in a batch: faster, but those that are short then count for more."""
+    save_every: int = 200
+    """Steps between checkpoints, from which the same command goes on; they go when the policy is there."""
     seed: int = 0
     """Seed of the order of the demonstrations."""
 
     def __post_init__(self) -> None:
-        require_range(self, "training.", "> 0", "steps", "batch_size", "learning_rate")
+        require_range(self, "training.", "> 0", "steps", "batch_size", "learning_rate", "save_every")

@@ -6,6 +6,8 @@ found, an answer.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,20 @@ from agent.protocol import Answer, Protocol
 from agent.search_tool import TagSanitizer
 from agent.tools import Search
 from agent.trajectory import SegmentKind
-from data.errors import DataError
-from data.jsonl import numbered_jsonl
+from data.errors import ConfigError, DataError
+from data.jsonl import numbered_jsonl, read_json
 from data.records import Passage
 
 Span = tuple[SegmentKind, str]
+RECORD_FILE = "warm_start.json"
+"""In the folder of a policy that was warm-started: what it was taught from, and how."""
+CHECKPOINTS = "checkpoints"
+"""In the same folder until the policy is there."""
+POOR = {
+    "random_words": "at most half of the question's words, drawn at random",
+    "without_names": "the names of the question left out",
+}
+"""Kinds of queries that leave something to learn, and how they are made."""
 
 
 def demonstration_spans(record: Mapping[str, Any], protocol: Protocol) -> Iterator[Span]:
@@ -57,3 +68,34 @@ def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]
     if not demonstrations:
         raise DataError(f"{path}: holds no demonstration")
     return demonstrations
+
+
+def describe_demonstrations(path: str | Path) -> dict[str, Any]:
+    """What a warm start's record says of its file: name, content, and how many queries are of which kind."""
+    kinds = Counter(str(record.get("queries", "as given")) for _, record in numbered_jsonl(path))
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return {"demonstrations": str(path), "sha256": digest, "queries": dict(kinds)}
+
+
+def check_out(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where `out` holds anything but the beginning of this very warm start."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / CHECKPOINTS).exists():
+        raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
+    began = read_json(out / RECORD_FILE) if (out / RECORD_FILE).exists() else {}
+    changed = sorted(key for key in settings if settings[key] != began.get(key))
+    if changed:
+        raise ConfigError(f"out = {out}: holds the beginning of another warm start ({', '.join(changed)})")
+
+
+def warm_start_notes(policy: str) -> list[str]:
+    """What a reader of results must know of how the policy in this folder was warm-started."""
+    file = Path(policy) / RECORD_FILE
+    kinds = read_json(file).get("queries", {}) if file.exists() else {}
+    poor = {kind: count for kind, count in kinds.items() if kind in POOR}
+    return [
+        f"{count} of the {sum(kinds.values())} demonstrations of its warm start have queries poor on "
+        f"purpose ({POOR[kind]}); their passages are those of a good query."
+        for kind, count in poor.items()
+    ]

@@ -3,16 +3,19 @@
 A demonstration (`demonstrations.py`) is encoded segment by segment, as the agent encodes a rollout, so
 the policy sees in training the very tokens that it will see when it searches. The loss is on the tokens
 that the policy would have written, or (`learn_everything`) on all of them, which also teaches a small
-model to read.
+model to read. TRL applies the model's head at the tokens of the loss alone.
 """
 
 from __future__ import annotations
 
+import logging
 import random
+import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,12 +23,18 @@ from transformers import PreTrainedModel
 from agent.policy import Policy
 from agent.prompt import encode_prompt, make_frame
 from agent.protocol import Protocol
+from agent.search_tool import fit_observation
 from agent.trajectory import SegmentKind
+from data.checkpoint import latest_checkpoint
+from data.errors import DataError
+from data.jsonl import write_json
 from rl.config import WarmStartConfig
-from rl.demonstrations import Span
+from rl.demonstrations import CHECKPOINTS, RECORD_FILE, Span
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
+
+logger = logging.getLogger(__name__)
 
 
 def encode_demonstration(
@@ -33,8 +42,14 @@ def encode_demonstration(
 ) -> dict[str, list[int]]:
     """input_ids and labels of one demonstration; -100 is outside the loss.
 
-    In a chat template that begins the policy's thoughts, the demonstration does not begin them again.
+    An observation is cut to its budget as in a rollout. In a chat template that begins the policy's
+    thoughts, the demonstration does not begin them again.
     """
+
+    def encode(text: str) -> list[int]:
+        return policy.tokenizer.encode(text, add_special_tokens=False)
+
+    wrapped, unwrapped = protocol.observation.split("{passages}")
     frame, before = make_frame(protocol, policy.tokenizer), ""
     opening = frame.opening(protocol)
     input_ids, labels = [], []
@@ -43,15 +58,46 @@ def encode_demonstration(
             text, ids = encode_prompt(text, protocol, policy.tokenizer, frame)
         else:
             if kind is SegmentKind.OBSERVATION:
+                passages = text.removeprefix(wrapped).removesuffix(unwrapped)
+                text = fit_observation(passages, protocol, encode, protocol.max_observation_tokens)
                 text += opening
             elif protocol.opens_thought(before):
                 text = text.removeprefix(f"<{protocol.think_tag}>")
-            ids = policy.tokenizer.encode(text, add_special_tokens=False)
+            ids = encode(text)
         before = text
         input_ids += ids
         learnt = learn_everything or kind is SegmentKind.POLICY
         labels += ids if learnt else [-100] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def obstacle(spans: Sequence[Span], policy: Policy, protocol: Protocol) -> str | None:
+    """Why no rollout could be like this demonstration: the limit of the protocol that it exceeds."""
+    turns = [text for kind, text in spans if kind is SegmentKind.POLICY]
+    searches = sum(kind is SegmentKind.OBSERVATION for kind, _ in spans)
+    longest = max(len(policy.tokenizer.encode(text, add_special_tokens=False)) for text in turns)
+    if searches > protocol.max_turns:
+        return f"more than max_turns = {protocol.max_turns} searches"
+    if longest > protocol.max_response_tokens:
+        return f"a turn of more than max_response_tokens = {protocol.max_response_tokens}"
+    return None
+
+
+def _encode_all(
+    demonstrations: Sequence[Sequence[Span]], policy: Policy, protocol: Protocol, learn_everything: bool
+) -> list[dict[str, list[int]]]:
+    """The rows of the demonstrations that fit the protocol's limits; DataError where none does."""
+    reasons = [obstacle(each, policy, protocol) for each in demonstrations]
+    left_out = Counter(filter(None, reasons))
+    for reason, count in left_out.items():
+        logger.warning("%d of %d demonstrations are left out: %s", count, len(demonstrations), reason)
+    if left_out.total() == len(demonstrations):
+        raise DataError(f"no demonstration fits the protocol's limits: {', '.join(left_out)}")
+    return [
+        encode_demonstration(each, policy, protocol, learn_everything)
+        for each, reason in zip(demonstrations, reasons, strict=True)
+        if reason is None
+    ]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -73,12 +119,33 @@ class MuonAndAdamW(torch.optim.Optimizer):
             torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=decay),
         )
         super().__init__(named.values(), defaults={})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
         self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of all parameters."""
         for part in self._parts:
             part.step()
+
+
+def make_optimizer(model: PreTrainedModel, config: WarmStartConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config` names."""
+    if config.optimizer == "muon":
+        return MuonAndAdamW(model, config)
+    lr, decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=decay)
 
 
 def warm_start(
@@ -89,10 +156,12 @@ def warm_start(
     config: WarmStartConfig,
     log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Fine-tune the policy in place on the demonstrations and save it in `out`.
 
-    log gets the metrics of a step, progress the step and their number.
+    Goes on after the last checkpoint in `out`. log gets the metrics of a step, progress the step and their
+    number. record: what the policy's folder tells of its making, beside the configuration.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -100,31 +169,39 @@ def warm_start(
     from trl.trainer.sft_trainer import SFTTrainer
 
     from retriever_server.training.reporter import Reporter
+    from retriever_server.training.trainer import Training
+
+    class Supervised(Training, SFTTrainer):
+        """TRL's, with checkpoints that are whole or not there."""
+
+        loss = torch.nn.Identity()  # has no weights to keep
 
     disable_progress_bar()
-
-    rows = [encode_demonstration(d, policy, protocol, config.learn_everything) for d in demonstrations]
+    rows = _encode_all(demonstrations, policy, protocol, config.learn_everything)
     random.Random(config.seed).shuffle(rows)
-    with TemporaryDirectory() as scratch:  # nothing is saved there, but the trainer wants a folder
-        trainer = SFTTrainer(
-            model=policy.model,
-            args=_arguments(scratch, policy, config),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=policy.tokenizer,
-            optimizers=(MuonAndAdamW(policy.model, config), None),
-            callbacks=[Reporter(log, progress)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD_FILE, {**(record or {}), "training": asdict(config)})
+    trainer: Any = Supervised(
+        model=policy.model,
+        args=_arguments(out, policy, config),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=policy.tokenizer,
+        optimizers=(make_optimizer(policy.model, config), None),
+        callbacks=[Reporter(log, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    latest = latest_checkpoint(out / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
     policy.save(out, protocol)
+    shutil.rmtree(out / CHECKPOINTS)
     policy.model.eval()
 
 
-def _arguments(scratch: str, policy: Policy, config: WarmStartConfig) -> SFTConfig:
+def _arguments(out: Path, policy: Policy, config: WarmStartConfig) -> SFTConfig:
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
-        output_dir=scratch,
+        output_dir=str(out),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
@@ -133,11 +210,13 @@ def _arguments(scratch: str, policy: Policy, config: WarmStartConfig) -> SFTConf
         warmup_steps=max(1, config.steps // 20),
         max_length=None,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        bf16=False,
+        bf16=config.precision == "bfloat16",
         use_cpu=policy.model.device.type == "cpu",
         gradient_checkpointing=False,
         logging_steps=max(1, config.steps // 20),
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=1,
         disable_tqdm=True,
         report_to="none",
         seed=config.seed,

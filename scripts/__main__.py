@@ -40,6 +40,7 @@ COMMANDS = {
     "serve": Command("scripts.serve", "serve an index over HTTP"),
     "search": Command("scripts.search", "print the passages found for a query", "query"),
     "ask": Command("scripts.ask", "watch a policy search and answer a question", "question"),
+    "demonstrations": Command("scripts.demonstrations", "what warm-start learns from, out of questions"),
     "warm-start": Command("scripts.warm_start", "fine-tune a policy on demonstrations"),
     "train": Command("scripts.train", "train a policy by reinforcement learning"),
     "train-retriever": Command("scripts.train_retriever", "train a retriever or a reranker on examples"),

@@ -272,11 +272,12 @@ def open_run(
     from data.packaged import WIRED_IN
     from data.run_dir import RunDir
     from data.trackers import WandbTracker, check_wandb
+    from rl.demonstrations import warm_start_notes
     from scripts.console import StepLines
 
     if config.wandb.project and tracked:
         check_wandb(config.wandb.mode)
-    notes = [WIRED_IN] if config.policy == "atlas" else []
+    notes = [WIRED_IN] if config.policy == "atlas" else warm_start_notes(config.policy)
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
     _check_text(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from data.atlas.demonstrations import Demonstrator
@@ -31,10 +32,14 @@ def main(
 ) -> None:
     """Fine-tune a policy on demonstrations of searching, with TRL's SFTTrainer.
 
+    The same command goes on after the last checkpoint of one that was stopped. Demonstrations that exceed the
+    protocol's limits are cut, or left out, as a rollout would be.
+
     Args:
         out: Folder for the policy.
         policy: Folder or name of the policy to start from; new makes the seed policy (examples/seed_policy).
-        demonstrations: JSONL file of demonstrations (docs/data-formats.md).
+        demonstrations: JSONL file of demonstrations (docs/data-formats.md), such as `sleuth demonstrations`
+            makes.
         invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
         invented_seed: Of the invented worlds.
         demonstrator: How the searcher of the invented demonstrations behaves.
@@ -45,10 +50,13 @@ def main(
         raise ConfigError("give either demonstrations (a file) or invented (a number), not both or none")
     if invented < 0:
         raise ConfigError(f"invented = {invented}: must be >= 0")
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise ConfigError(f"out = {out}: is not empty; a policy is never written over another")
     from agent.policy_folder import find_policy
-    from rl.demonstrations import demonstration_spans, load_demonstrations
+    from rl.demonstrations import (
+        check_out,
+        demonstration_spans,
+        describe_demonstrations,
+        load_demonstrations,
+    )
     from scripts.console import StepLines, say
     from scripts.wiring import make_protocol
 
@@ -57,10 +65,15 @@ def main(
     spoken = make_protocol(protocol, policy)
     if demonstrations:
         spans = load_demonstrations(demonstrations, spoken)
+        source = describe_demonstrations(demonstrations)
     else:
         from data.atlas.demonstrations import demonstrations as invent
 
         spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
+        source = {"invented": invented, "invented_seed": invented_seed, "demonstrator": asdict(demonstrator)}
+    limits = {key: value for key, value in vars(spoken).items() if type(value) is int}
+    record = {"policy": policy, **source, "protocol": {"name": spoken.name, **limits}}
+    check_out(Path(out), {**record, "training": asdict(training)})
     if policy == "new":
         from data.plugins import find_plugin
 
@@ -80,5 +93,5 @@ def main(
         start = load_policy(policy, dtype="float32")
     lines = StepLines(_SHOWN)
     with lines.bar("training") as progress:
-        warm_start(start, spans, spoken, Path(out), training, lines, progress)
+        warm_start(start, spans, spoken, Path(out), training, lines, progress, record)
     print(f"{out}: learnt from {len(spans):,} demonstrations")

@@ -119,9 +119,9 @@ class RowCache(Cache):
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     @torch.inference_mode()
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        self.storage[:, :, target] = self.storage[:, :, source]
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Copy a row, or its first positions, over another."""
+        self.storage[:, :, target, :length] = self.storage[:, :, source, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions read by the forward under way."""
@@ -193,7 +193,7 @@ class HFEngine(Engine):
         self._writing.pop(row.index, None)
         last = max(self._rows.values(), key=lambda r: r.index, default=row)
         if last.index > row.index:
-            self._cache.move(last.index, row.index)
+            self._cache.copy(last.index, row.index)
             if last.index in self._writing:
                 self._writing[row.index] = self._writing.pop(last.index)
             last.index = row.index
@@ -275,7 +275,18 @@ class HFEngine(Engine):
         for request, row in zip(fits, rows, strict=True):
             self._waiting.remove(request)
             self._writing[row.index] = request
-        self._forward(rows, [fresh[id(r)] for r in fits])
+        # A group begins with the same prompt: it is fed once, and its part of the cache copied to the others.
+        first: dict[Any, _Row] = {}
+        same = {
+            row.index: first.setdefault(tuple(fresh[id(request)]), row)
+            for request, row in zip(fits, rows, strict=True)
+            if not row.cached_ids and not request.pictures
+        }
+        fed = [
+            (row, fresh[id(r)]) for r, row in zip(fits, rows, strict=True) if same.get(row.index, row) is row
+        ]
+        copies = [(row, same[row.index]) for row in rows if same.get(row.index, row) is not row]
+        self._forward([row for row, _ in fed], [ids for _, ids in fed], copies)
 
     def _decode(self) -> None:
         """One token for every row that writes; idle rows ride along unless they are the majority."""
@@ -287,8 +298,13 @@ class HFEngine(Engine):
             [self._writing[r.index].new_ids[-1:] if r.index in self._writing else [] for r in by_index],
         )
 
-    def _forward(self, rows: list[_Row], new: list[list[int]]) -> None:
-        """Feed `new` tokens to `rows`, left-padded; sample a token for those that were fed."""
+    def _forward(
+        self, rows: list[_Row], new: list[list[int]], copies: Sequence[tuple[_Row, _Row]] = ()
+    ) -> None:
+        """Feed `new` tokens to `rows`, left-padded; sample a token for those that were fed.
+
+        copies: further rows, each with the one of `rows` that it is to be like.
+        """
         order = sorted(range(len(rows)), key=lambda i: rows[i].index)
         rows, new = [rows[i] for i in order], [new[i] for i in order]
         width = max(map(len, new))
@@ -316,10 +332,15 @@ class HFEngine(Engine):
         ).logits[:, -1]  # (R, V)
         for row, ids in zip(rows, new, strict=True):
             row.cached_ids += ids
-        fed = [i for i, ids in enumerate(new) if ids]
-        if len(fed) < len(rows):
-            logits = logits[torch.tensor(fed, device=device)]
-        self._sample([self._writing[rows[i].index] for i in fed], logits)
+        for row, source in copies:
+            row.cached_ids += source.cached_ids
+            self._cache.copy(source.index, row.index, len(source.cached_ids))
+        place = {row.index: i for i, row in enumerate(rows)}
+        fed = [(row, i) for i, row in enumerate(rows) if new[i]]
+        fed += [(row, place[source.index]) for row, source in copies]
+        if len(fed) != len(rows) or copies:
+            logits = logits[torch.tensor([i for _, i in fed], device=device)]
+        self._sample([self._writing[row.index] for row, _ in fed], logits)
 
     def _mask(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Additive causal mask (R, 1, T, L); a dict by layer kind where a model has windows."""

@@ -20,8 +20,10 @@ from typing import IO, Any, NamedTuple
 
 import regex
 
+from data.corpus import parse_passage
 from data.errors import ConfigError, DataError
 from data.formats.html import decode_html, html_sections
+from data.jsonl import numbered_jsonl
 from data.text import name_of, replace_halves
 
 # A word is a run of letters and digits, 100 of them at most; where a script writes no spaces, a character.
@@ -69,7 +71,7 @@ def passages_of(
 
 def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:
     """The sections of a file, by the end of its name; DataError where they cannot be read."""
-    read = READERS.get("".join(path.suffixes[-1:]).lower())
+    read = (READERS | {".jsonl": _corpus}).get("".join(path.suffixes[-1:]).lower())
     if path.name.endswith(DUMPS):
         read = partial(_wikipedia, open_file=open_file)
     if read is None:
@@ -148,6 +150,13 @@ def _sentences(text: str, words: int) -> Iterator[str]:
         places = [match.start() for match in _WORD.finditer(sentence)][::words] if sentence else []
         cuts = [0, *places[1:], len(sentence)]
         yield from (part for a, b in pairwise(cuts) if (part := sentence[a:b].strip()))
+
+
+def _corpus(path: Path) -> Iterator[Section]:
+    """The passages of a corpus, to be cut smaller: the file must be named, no folder is searched for them."""
+    for _, record in numbered_jsonl(path):
+        passage = parse_passage(record)
+        yield Section(passage.title, passage.text, dict(passage.metadata), passage.id)
 
 
 def _text(path: Path) -> Iterator[Section]:

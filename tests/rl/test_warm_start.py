@@ -1,6 +1,7 @@
 """Demonstrations teach the very tokens that a rollout of the same turns has, and only the policy's own."""
 
 import asyncio
+import contextlib
 import json
 from dataclasses import replace
 
@@ -132,7 +133,7 @@ def test_a_warm_start_lowers_the_loss_and_leaves_a_policy(tmp_path):
     warm_start(policy, spans, COMPACT, tmp_path, WarmStartConfig(steps=12, batch_size=4, learning_rate=1e-2))
     assert loss(policy, rows) < before - 1
     assert loss(load_policy(str(tmp_path)), rows) == pytest.approx(loss(policy, rows), abs=1e-4)
-    assert not policy.model.training
+    assert not policy.model.training and not (tmp_path / "checkpoints").exists()
     assert json.loads((tmp_path / "sleuth.json").read_text()) == {"protocol": "compact"}
 
 
@@ -145,3 +146,64 @@ def test_a_warm_start_is_the_same_again(tmp_path):
         warm_start(policy, spans, COMPACT, tmp_path / name, WarmStartConfig(steps=2, batch_size=2))
         learnt.append(policy.model.state_dict())
     assert all(torch.equal(learnt[0][name], value) for name, value in learnt[1].items())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_one_that_was_stopped_goes_on_to_the_same_weights(tmp_path, optimizer):
+    spans = [list(demonstration_spans({**RECORD, "question": f"{i}?"}, COMPACT)) for i in range(8)]
+    config = WarmStartConfig(steps=4, batch_size=2, save_every=2, optimizer=optimizer)
+
+    def stop(step, steps):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    learnt = {}
+    for name, progresses in (("whole", [lambda *_: None]), ("stopped", [stop, lambda *_: None])):
+        for progress in progresses:
+            tokenizer = byte_tokenizer()
+            policy = Policy(tiny_model("qwen2", len(tokenizer)), tokenizer)
+            with contextlib.suppress(KeyboardInterrupt):
+                warm_start(policy, spans, COMPACT, tmp_path / name, config, progress=progress)
+            if progress is stop:
+                assert {p.name for p in (tmp_path / name / "checkpoints").iterdir()} == {"step-000002"}
+        learnt[name] = policy.model.state_dict()
+    assert all(torch.equal(learnt["whole"][key], value) for key, value in learnt["stopped"].items())
+
+
+def test_an_observation_is_cut_to_the_budget_of_a_rollout():
+    tokenizer, tight = tokenizer_for(COMPACT), replace(COMPACT, max_observation_tokens=40, top_k=2)
+    long = {"id": "0", "title": "Lyon", "text": "Lyon is a city in France, on the Rhône and the Saône."}
+    record = {
+        **RECORD,
+        "steps": [{"think": "t", "search": "Lyon country", "passages": [long]}, RECORD["steps"][2]],
+    }
+    spans = list(demonstration_spans(record, tight))
+
+    class One:
+        async def search(self, query, k):
+            return [Hit(Passage("0", long["text"], long["title"]), 1.0, "")]
+
+    turns = [text for kind, text in spans if kind is SegmentKind.POLICY]
+    agent = Agent(
+        ScriptedEngine(tokenizer, turns), tokenizer, One(), replace(tight, max_response_tokens=2000)
+    )
+    (trajectory,) = asyncio.run(agent.rollout([question(record["question"])]))
+    row = encode_demonstration(spans, Policy(None, tokenizer), tight, False)
+    assert row["input_ids"] == trajectory.token_ids
+    [observation] = [s for s in trajectory.segments if s.kind is SegmentKind.OBSERVATION]
+    assert len(observation.token_ids) <= 40 and "Saône" not in observation.text
+
+
+def test_what_no_rollout_could_be_is_left_out(tmp_path, caplog):
+    tokenizer = byte_tokenizer()
+    policy = Policy(tiny_model("qwen2", len(tokenizer)), tokenizer)
+    short = {**RECORD, "steps": [RECORD["steps"][1], RECORD["steps"][2]]}
+    spans = [list(demonstration_spans(each, COMPACT)) for each in (RECORD, short, short)]
+    one = replace(COMPACT, max_turns=1, max_response_tokens=200)
+    warm_start(policy, spans, one, tmp_path / "one", WarmStartConfig(steps=1, batch_size=2))
+    assert "1 of 3 demonstrations are left out: more than max_turns = 1 searches" in caplog.text
+    with pytest.raises(
+        DataError, match=r"no demonstration fits .*a turn of more than max_response_tokens = 3"
+    ):
+        tiny = replace(COMPACT, max_response_tokens=3)
+        warm_start(policy, spans, tiny, tmp_path / "none", WarmStartConfig(steps=1))

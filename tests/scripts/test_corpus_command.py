@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 
 import pytest
 
@@ -28,6 +29,20 @@ def test_a_folder_becomes_a_corpus(folder, tmp_path, capsys):
     assert [p.id for p in corpus] == ["a.md#0", "a.md#1", "deep/b.txt#0"]
     assert (corpus[0].title, corpus[0].text) == ("Rivers", "The Loire is long.")
     assert sleuth.main(["index", "--corpus", str(out), "--out", str(tmp_path / "index")]) == 0
+
+
+def test_the_passages_of_a_corpus_are_cut_smaller_under_their_titles(folder, tmp_path, capsys):
+    rows = [{"id": "7", "contents": '"Rivers"\nThe Loire is long. The Seine is not.'}]
+    (folder / "whole.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    out = tmp_path / "c.jsonl"
+    assert sleuth.main(["corpus", str(folder / "whole.jsonl"), "--out", str(out), "--words", "5"]) == 0
+    found = [(p.id, p.title, p.text) for p in Corpus(out)]
+    assert found == [("7#0", "Rivers", "The Loire is long."), ("7#1", "Rivers", "The Seine is not.")]
+    assert sleuth.main(["corpus", str(folder), "--out", str(out)]) == 0  # in a folder it is passed over
+    assert "from 2 files" in capsys.readouterr().out
+    (folder / "whole.jsonl").write_text('{"id": "7"}\n')
+    assert sleuth.main(["corpus", str(folder / "whole.jsonl"), "--out", str(out)]) == 2
+    assert "whole.jsonl: cannot be read" in capsys.readouterr().err
 
 
 def test_an_unreadable_file_stops_or_is_skipped(folder, tmp_path, capsys):

@@ -164,6 +164,10 @@ WRONG = {
     "download": [
         (["--url", "{dead}/f", "--out", "x"], "{dead}/f: nobody answers there (Connection refused)")
     ],
+    "demonstrations": [
+        (["--questions", "none.jsonl", "--retriever", "index", "--out", "x"], "none.jsonl: no such file"),
+        (["--questions", "questions.jsonl", "--retriever", "{dead}", "--out", "x"], "{dead}"),
+    ],
     "warm-start": [
         (["--out", "w", "--demonstrations", "none.jsonl"], "none.jsonl: no such file"),
         (["--out", "w", "--demonstrations", "wrong.jsonl"], "wrong.jsonl:1: not a demonstration"),

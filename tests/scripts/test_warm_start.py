@@ -4,7 +4,7 @@ import pytest
 
 from agent.policy import load_policy
 from agent.policy_folder import own_protocol
-from data.jsonl import write_jsonl
+from data.jsonl import read_json, write_jsonl
 from rl import warm_start as floor_below
 from scripts import __main__ as sleuth
 
@@ -41,7 +41,10 @@ def test_a_policy_comes_out_which_the_next_one_starts_from(demonstrations, tmp_p
         "sleuth.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "warm_start.json",
     }
+    told = read_json(tmp_path / "one" / "warm_start.json")
+    assert told["queries"] == {"as given": 4} and told["training"]["steps"] == 2
     assert run(tmp_path / "two", "--demonstrations", demonstrations, "--policy", tmp_path / "one") == 0
     assert len(load_policy(str(tmp_path / "two")).tokenizer) == len(
         load_policy(str(tmp_path / "one")).tokenizer
@@ -86,6 +89,13 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_taught(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("sleuth: ") and said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_another_warm_start_does_not_go_on_where_one_was_stopped(demonstrations, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "warm_start.json").write_text('{"training": {"steps": 7}}')
+    assert run(tmp_path / "out", "--demonstrations", demonstrations) == 2
+    assert "holds the beginning of another warm start" in capsys.readouterr().err
 
 
 def test_a_policy_is_never_written_over_another(demonstrations, tmp_path, capsys):

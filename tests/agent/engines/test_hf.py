@@ -94,6 +94,26 @@ def test_a_second_turn_feeds_only_what_is_new():
     assert fed == [50, 1, 1, 1 + 9, 1, 1]  # the last token of the first turn, then the observation
 
 
+def test_a_prompt_that_a_group_shares_is_fed_once_and_changes_no_number():
+    model, fed = tiny_model("qwen3", len(TOKENIZER)), []
+    model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].shape), with_kwargs=True)
+    prompts = [list(range(5, 45)), list(range(60, 75))]
+    jobs = [(f"t{i}", prompts[i % 2], list(range(40, 50)), Sampling(max_tokens=6, seed=i)) for i in range(8)]
+
+    async def all_of(jobs):
+        engine = HFEngine(model, TOKENIZER, max_rows=8)
+        return await asyncio.gather(*(two_turns(engine, *job) for job in jobs))
+
+    together = asyncio.run(all_of(jobs))
+    assert fed[0] == (2, 40)
+    for job, (ids, spans) in zip(jobs, together, strict=True):
+        [(alone, spans_alone)] = asyncio.run(all_of([job]))
+        assert ids == alone
+        for (_, one), (_, other) in zip(spans, spans_alone, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert len({tuple(ids) for ids, _ in together[::2]}) == 4
+
+
 def test_the_cache_holds_no_more_rows_than_were_needed():
     engine = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER, max_rows=5000)
     sampling = Sampling(max_tokens=3)

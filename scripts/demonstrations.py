@@ -1,0 +1,163 @@
+"""`sleuth demonstrations`: what a warm start learns from, out of questions with answers and a retriever."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.errors import ConfigError, DataError, require_range
+
+if TYPE_CHECKING:
+    from data.records import Question
+
+BATCH = 256
+"""Questions that are searched, or asked of the teacher, at once."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The language model that demonstrates: any server that speaks OpenAI's chat completions."""
+
+    url: str | None = None
+    """Base URL, such as http://127.0.0.1:8001/v1; none: rules demonstrate."""
+    model: str = "teacher"
+    """Name that the server knows it by."""
+    api_key_file: str | None = None
+    """File whose first line is the key; none: no key is sent."""
+    temperature: float = 0.7
+    """Of its sampling."""
+    samples: int = 1
+    """Tries for a question, until one ends in a gold answer by exact match."""
+    max_turns: int = 4
+    """Searches that a demonstration may make."""
+    timeout_seconds: float = 120.0
+    """Seconds of one request; it is tried three times."""
+    max_concurrent: int = 8
+    """Requests at once."""
+    max_calls: int = 100_000
+    """Requests in all, those before a restart too."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "teacher.", ">= 1", "samples", "max_turns", "max_concurrent", "max_calls")
+        require_range(self, "teacher.", ">= 0", "temperature")
+
+
+def main(
+    questions: str,
+    retriever: str,
+    out: str,
+    rest: str | None = None,
+    split: str | None = None,
+    take: int | None = None,
+    top_k: int = 1,
+    queries: Literal["as given", "random_words", "without_names"] = "as given",
+    teacher: TeacherConfig = TeacherConfig(),
+    deadline_seconds: float = 60.0,
+    seed: int = 0,
+) -> None:
+    """Make demonstrations of searching out of questions with answers, for `sleuth warm-start`.
+
+    Rules search a question's keywords and keep it where a passage found says a gold answer. A teacher
+    (`--teacher.url`) searches and answers by itself, and is kept where it is right. Its replies lie beside
+    `out`: the same command asks nothing twice.
+
+    Args:
+        questions: JSONL, parquet, folder or hub name; several separated by commas.
+        retriever: URL of a server, folder of an index or .yaml file.
+        out: JSONL file of the demonstrations (docs/data-formats.md).
+        rest: JSONL file for the questions beyond `take`, to train or test on.
+        split: Split of the questions, where there are several.
+        take: Only so many of the questions, drawn at random; none: all of them.
+        top_k: Passages shown a search.
+        queries: as given: those that found the passages; random_words or without_names: poor ones in their
+            place, on purpose, so that reinforcement learning has to find what to search.
+        teacher: Who demonstrates.
+        deadline_seconds: How long a search is retried.
+        seed: Of the draw, of the poor queries and of the teacher.
+    """
+    from data.jsonl import write_jsonl
+    from data.questions import load_questions
+    from retriever_server.open_retriever import check_retriever
+    from rl.demonstrators import with_queries
+
+    if take is not None and take < 1:
+        raise ConfigError(f"take = {take}: must be >= 1, or none for all")
+    if top_k < 1:
+        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+    if rest is not None and take is None:
+        raise ConfigError(f"rest = {rest}: needs take, which leaves questions over")
+    check_retriever(retriever, deadline_seconds)
+    every = load_questions(questions, split)
+    random.Random(seed).shuffle(every)
+    asked, left = every[:take], every[len(every) if take is None else take :]
+    if rest is not None and not left:
+        raise ConfigError(f"take = {take}: leaves none of the {len(every):,} questions for rest = {rest}")
+    found = asyncio.run(_demonstrate(asked, retriever, Path(out), top_k, teacher, deadline_seconds, seed))
+    kept = [with_queries(record, queries, seed) for record in found if record is not None]
+    if not kept:
+        raise DataError(f"none of {len(asked):,} questions gave a demonstration: {_why(teacher, retriever)}")
+    write_jsonl(out, kept)
+    if rest is not None:
+        write_jsonl(rest, map(_row, left))
+    over = f"; {len(left):,} questions left over in {rest}" if rest is not None else ""
+    print(f"{out}: {len(kept):,} demonstrations of {len(asked):,} questions, queries {queries}{over}")
+
+
+def _why(teacher: TeacherConfig, retriever: str) -> str:
+    if teacher.url:
+        return f"{teacher.model} searched and answered none of them rightly in the form that it was told"
+    return f"no passage that {retriever} finds by a question's keywords says its answer"
+
+
+def _row(question: Question) -> dict[str, Any]:
+    golds, metadata = list(question.gold_answers), dict(question.metadata)
+    return {"id": question.id, "question": question.text, "golden_answers": golds, "metadata": metadata}
+
+
+async def _demonstrate(
+    asked: Sequence[Question],
+    retriever: str,
+    out: Path,
+    top_k: int,
+    config: TeacherConfig,
+    deadline_seconds: float,
+    seed: int,
+) -> list[dict[str, Any] | None]:
+    """A demonstration or None for each question, while a bar shows how far it is."""
+    from retriever_server.client.search_client import connect
+    from rl.demonstrators import by_rules
+    from scripts.console import bar
+
+    teacher = _teacher(config, out, top_k, seed) if config.url else None
+    found: list[dict[str, Any] | None] = []
+    async with connect(retriever, deadline_seconds) as client:
+        await client.probe()
+        with bar("demonstrating", len(asked)) as move:
+            for start in range(0, len(asked), BATCH):
+                part = asked[start : start + BATCH]
+                if teacher is None:
+                    found += await asyncio.gather(*(by_rules(each, client, top_k) for each in part))
+                else:
+                    found += await teacher.demonstrate(part, client)
+                move(len(found))
+    return found
+
+
+def _teacher(config: TeacherConfig, out: Path, top_k: int, seed: int) -> Any:
+    from retriever_server.client.chat import ChatClient
+    from rl.demonstrators import Teacher
+
+    client = ChatClient(
+        config.url,
+        "teacher",
+        config.api_key_file,
+        config.timeout_seconds,
+        config.max_concurrent,
+        config.max_calls,
+        cache=out.with_name(f"{out.name}.replies"),
+    )
+    return Teacher(client, config.model, config.temperature, config.max_turns, top_k, config.samples, seed)
