@@ -31,6 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command("scripts.quickstart", "corpus to trained policy, end to end, on a CPU"),
+    "flagship": Command("scripts.flagship", "a language model learns what to search, with its controls"),
     "atlas": Command("scripts.atlas", "write the embedded corpus and its questions to a folder"),
     "corpus": Command("scripts.corpus", "cut documents into the passages of a corpus", "source"),
     "render": Command("scripts.render", "draw passages, PDF and HTML pages as pictures", "source"),

@@ -118,8 +118,12 @@ class Phases:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            write_json(self._path, {"seconds": self.seconds})
+            self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to the seconds of a phase."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        write_json(self._path, {"seconds": self.seconds})
 
 
 def build_world(folder: Path) -> None:
