@@ -254,7 +254,7 @@ def compare(folder: Path) -> dict[str, Any]:
     """Means with 95 % intervals of every evaluation in the folder, and of paired differences."""
     import numpy as np
 
-    from agent.evaluate import read_records
+    from agent.evaluation.records import read_records
     from data.significance import bootstrap
 
     def estimates(values: Any, ids: Sequence[str]) -> dict[str, Any]:
