@@ -26,7 +26,7 @@ from data.answers import cover_em
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
-from scripts.quickstart import Phases
+from scripts.phases import Phases
 
 RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
 PASSAGE_WORDS = 30

@@ -17,10 +17,11 @@ from typing import Any
 
 from agent.engines.config import EngineConfig
 from data.errors import EngineError, RetrieverUnavailable
-from data.jsonl import read_json, write_json
+from data.jsonl import read_json
 from data.managed_process import ManagedProcess
 from data.run_dir import RunStatus
 from rl.config import TrainConfig
+from scripts.phases import Phases
 from scripts.train import open_run
 
 RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
@@ -101,29 +102,6 @@ def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainC
     } | ({} if steps is None else {"steps": steps})
     argv = [f"--{key}={value}" for key, value in values.items()]
     return call(recipe, ["--config", str(RECIPE), *argv], prog="sleuth quickstart")
-
-
-class Phases:
-    """Wall seconds of each phase, added up over starts and kept on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.seconds: dict[str, float] = read_json(path)["seconds"] if path.exists() else {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Time one phase and say so."""
-        print(f"-- {name}", flush=True)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(name, time.monotonic() - started)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add to the seconds of a phase."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        write_json(self._path, {"seconds": self.seconds})
 
 
 def build_world(folder: Path) -> None:

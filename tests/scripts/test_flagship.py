@@ -1,4 +1,4 @@
-"""`sleuth flagship`: its comparison against a table worked out by hand, and what it passes over or refuses."""
+"""`sleuth flagship`: its comparison against a table worked out by hand; what it passes over or refuses."""
 
 import json
 
