@@ -1,7 +1,6 @@
 """A training process that is killed, at any moment and inside a save, ends as if it had never been."""
 
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -15,14 +14,20 @@ import pytest
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.run_dir import read_metrics
 from scripts import train
-from scripts.__main__ import main
 from scripts.command_line import call
-from tests.rl.learner.test_workers import REPO, launch
+from tests.processes import PATIENCE_SECONDS, ROOT, sleuth
 
 CRITIC = ("--preset=search_r1_ppo", "--algorithm.critic_learning_rate=1e-2")
 ADAPTERS = ("--lora.rank=4", "--lora.dropout=0.1")
-PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, then forked
-PROCESSES.set_forkserver_preload([__name__, "rl.trainer", "scripts.wiring"])
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+    "-m",
+    "scripts",
+]
 
 
 def words(toy, out, steps, options):
@@ -36,30 +41,14 @@ def words(toy, out, steps, options):
     ]
 
 
-def sleuth(argv, log):
-    """The body of a training process: `sleuth ARGV...`, what it says in `log`."""
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.exit(main(argv))
-
-
-def start(toy, out, steps, options):
-    """A process of that training."""
-    log = out.with_suffix(".log")
-    process = PROCESSES.Process(target=sleuth, args=(["train", *words(toy, out, steps, options)], log))
-    process.start()
-    return process
-
-
 def logged(out):
     return len({row["step"] for row in read_metrics(out)})
 
 
-def until(running, happened):
+def until(process, happened):
     """Wait until something `happened`, looking every other millisecond."""
     while not happened():
-        assert running(), "ended before it could be killed"
+        assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.002)
 
 
@@ -71,21 +60,21 @@ def is_open(process, out):
 
 def kill_at_random(process, out, steps, moments):
     """Kill after so many steps: while resuming, in a rollout, an update, a save or an evaluation."""
-    until(process.is_alive, lambda: is_open(process, out) and logged(out) >= steps)
+    until(process, lambda: is_open(process, out) and logged(out) >= steps)
     deadline = time.monotonic() + moments.uniform(0, 1)
-    until(process.is_alive, lambda: time.monotonic() > deadline or logged(out) > steps + 1)
+    until(process, lambda: time.monotonic() > deadline or logged(out) > steps + 1)
     process.kill()
 
 
 def kill_inside_a_save(process, out):
     """Kill while a checkpoint is half written."""
-    until(process.is_alive, lambda: is_open(process, out))
+    until(process, lambda: is_open(process, out))
 
     def half_written():
         return list((out / "checkpoints").glob(".step-*.building-*"))
 
     while True:
-        until(process.is_alive, half_written)
+        until(process, half_written)
         os.kill(process.pid, signal.SIGSTOP)  # so that it is still half written when it is killed
         if half_written():
             break
@@ -112,16 +101,14 @@ def check_kills(toy, folder, kills, steps, options):
     whole, killed = folder / "whole", folder / "killed"
     call(train.main, train.expand(words(toy, whole, steps, options)), prog="sleuth train")
     for number in range(kills):
-        process = start(toy, killed, steps, options)
+        process = sleuth("train", *words(toy, killed, steps, options))
         if number % 3 == 1:
             kill_inside_a_save(process, killed)
         else:
             kill_at_random(process, killed, 1 + number * (steps - 3) // kills, moments)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    process = start(toy, killed, steps, options)
-    process.join()
-    assert process.exitcode == 0, killed.with_suffix(".log").read_text()[-3000:]
+        assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    process = sleuth("train", *words(toy, killed, steps, options))
+    assert process.wait(5 * PATIENCE_SECONDS) == 0, process.stderr.read()[-3000:]
     expected = outcome(whole)
     assert expected["step"] == steps and len(expected["metrics"]) == steps + steps // 2
     assert {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= expected["files"].keys()
@@ -152,18 +139,14 @@ def children(process):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_of_two_processes_one_of_which_is_killed_fails_and_can_be_resumed(toy, tmp_path, rank):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch(2, "scripts", "train", *words(toy, whole, 4, CRITIC))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts", "train"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *words(toy, killed, 4, CRITIC)],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    until(lambda: process.poll() is None, lambda: logged(killed) >= 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    subprocess.run([*TORCHRUN, "train", *words(toy, whole, 4, CRITIC)], check=True, **started)
+    again = [*TORCHRUN, "train", *words(toy, killed, 4, CRITIC)]
+    process = subprocess.Popen(again, **started)
+    until(process, lambda: logged(killed) >= 2)
     os.kill(sorted(children(process))[rank], signal.SIGKILL)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 1 and "SIGKILL" in said and logged(killed) < 4
-    launch(2, "scripts", "train", *words(toy, killed, 4, CRITIC))
+    subprocess.run(again, check=True, **started)
     assert outcome(killed) == outcome(whole)

@@ -3,45 +3,35 @@
 Where the work is "uneven", all groups belong to the first process.
 """
 
-import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from agent.policy import Policy
 from agent.protocol import COMPACT
+from data.settings import LoraConfig
+from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import TrainConfig
 from rl.groups import Collected
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers, join_workers, whole
-from scripts.command_line import call
-from scripts.train import expand
 from tests.fakes import tiny_model
-from tests.rl.learner.learning import GROUPS, VOCABULARY, make_groups
+from tests.rl.learner.learning import GROUPS, VOCABULARY, configure, make_groups
 
-ALGORITHMS = {
-    "token-average": [],
-    "ppo": ["--preset=ppo"],
-    "adapters-near-a-reference": ["--preset=search_r1_grpo", "--lora.rank=4"],
-    "whitened-by-all": ["--preset=reinforce_pp"],
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "token-average": ("grpo", {}),
+    "ppo": ("ppo", {}),
+    "adapters-near-a-reference": ("search_r1_grpo", {"lora": LoraConfig(rank=4)}),
+    "whitened-by-all": ("reinforce_pp", {}),
 }
-CASES = list(product(ALGORITHMS, ("even", "uneven"), ("none", "fsdp")))
-NAMED = ["--policy=p", "--questions=q", "--retriever=r", "--out=o", "--rollout.group_size=3"]
-
-
-def configure(*options: str) -> TrainConfig:
-    """The configuration that `sleuth train` would make of these options."""
-
-    def main(config: TrainConfig) -> TrainConfig:
-        return config
-
-    return call(main, expand([*NAMED, *options]), "one_update")
+CASES = [("token-average", "even", "none"), *product(ALGORITHMS, ("uneven",), ("none", "fsdp"))]
 
 
 def gradients(config: TrainConfig, workers: Workers, share: str) -> dict[str, torch.Tensor]:
-    """Of one update; AdamW is replaced by a recorder."""
+    """Return the gradients of one update; AdamW is replaced by a recorder."""
     near = Policy(tiny_model("qwen2", VOCABULARY, seed=1), None) if config.algorithm.kl_coefficient else None
     learner = Learner(Policy(tiny_model("qwen2", VOCABULARY), None), config, COMPACT, workers, near)
     seen = {}
@@ -71,13 +61,11 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     workers = join_workers()
     for name, share, sharding in CASES:
-        options = ["--algorithm.updates_per_rollout=1", "--micro_batch_tokens=30", f"--sharding={sharding}"]
-        seen = gradients(configure(*ALGORITHMS[name], *options), workers, share)
+        preset, changes = ALGORITHMS[name]
+        algorithm = AlgorithmConfig(**{**preset_fields(preset), "updates_per_rollout": 1})
+        config = configure(algorithm, micro_batch_tokens=30, sharding=sharding, **changes)
+        seen = gradients(config, workers, share)
         if workers.leads:
             save_file(seen, out / f"{name}-{share}-{sharding}")
     workers.leave()
     workers.exit()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
