@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from agent.engines.fleet import Server
 from agent.engines.transport import Staged
 from data.errors import ConfigError, EngineError
+from retriever_server.client.pool import Server
 
 Tensors = Callable[["dict[str, Tensor] | None"], dict[str, Tensor]]
 """Weights by the names of a checkpoint as servers load it; None: the model's own."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,12 @@ from torch import Tensor
 from agent.engines.stop_strings import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, StartedServers, server_command, server_environment
+from agent.engines.vllm_process import ServerOptions, server_command, server_environment, start_servers
 from agent.engines.weight_export import WeightExport, export_for_vllm
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
+from retriever_server.client.pool import servers_at
 
 if TYPE_CHECKING:
     from agent.engines.config import EngineConfig
@@ -44,25 +44,17 @@ def open_vllm(
         raise ConfigError("engine.name = 'vllm': not with a policy that reads pictures; allowed: hf")
     ends = sorted(eos_ids(policy.model, policy.tokenizer))
     scratch = Path(config.sync_folder or tempfile.mkdtemp(prefix="sleuth-vllm-"))
-    if config.urls:  # what runs there already is as its owner started it
-        transport = open_transport(config, export_for_vllm(policy, cpu=False), scratch)
-        urls = [url.strip() for url in config.urls.split(",")]
-        return VLLMEngine(urls, ends, transport, config.deadline_seconds, on_close=lambda: _remove(scratch))
-    cpu = not torch.cuda.is_available()
+    # What runs at `urls` already is as its owner started it.
+    cpu = config.urls is None and not torch.cuda.is_available()
     export = export_for_vllm(policy, cpu)
     transport = open_transport(config, export, scratch)
-    options = server_options(config, export, source, protocol, max_rows, scratch, cpu)
-    place = (config.servers, folder or scratch, _devices(config.devices))
-    started = StartedServers(options, *place, config.max_restarts, config.deadline_seconds)
-
-    def stop() -> None:
-        started.stop()
-        _remove(scratch)
-
-    urls = [server.url for server in started.servers]
-    return VLLMEngine(
-        urls, ends, transport, config.deadline_seconds, started.check, started.revive, on_close=stop
-    )
+    if config.urls:
+        servers = servers_at([url.strip() for url in config.urls.split(",")], "engine.urls")
+    else:
+        options = server_options(config, export, source, protocol, max_rows, scratch, cpu)
+        servers = start_servers(options, config.servers, folder or scratch, _devices(config.devices))
+    limits = (config.deadline_seconds, config.max_restarts)
+    return VLLMEngine(servers, ends, transport, *limits, on_close=lambda: _remove(scratch))
 
 
 def _remove(scratch: Path) -> None:
@@ -127,7 +119,7 @@ def plan_server(
     max_rows: int,
     scratch: Path,
     on_gpus: bool,
-) -> tuple[Callable[[str, int], Sequence[str]], dict[str, str]]:
+) -> tuple[Callable[[str, int], Sequence[str]], Mapping[str, str | None]]:
     """Command (of host and port) and environment of a server that another process starts.
 
     The policy is loaded once, on this CPU, to see what it is. scratch: see `server_options`.
@@ -138,8 +130,7 @@ def plan_server(
     export = export_for_vllm(load_policy(source, "cpu", dtype), cpu=False)  # as the trainers do, who join
     options = server_options(config, export, source, protocol, max_rows, scratch, not on_gpus)
     python = str(shutil.which(options.python))
-    given = server_environment(None, options.environment)
-    environment = {name: value for name, value in given.items() if os.environ.get(name) != value}
+    environment = server_environment(None, options.environment)
     return (lambda host, port: server_command(python, options, port, host)), environment
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from agent.engines.fleet import Server, ServerLost
+from retriever_server.client.pool import Server, ServerLost
 
 RELOAD = ("sleuth_reload", "reload_weights")
 """Methods of a server's worker that load weights: of ours (worker/sleuth_worker.py), of vLLM's own."""

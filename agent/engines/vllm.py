@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from agent.engines.base import Completion, Engine, FinishReason, Sampling
-from agent.engines.fleet import Fleet, Server, ServerLost
 from agent.engines.transport import Transport
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
+from retriever_server.client.pool import Server, ServerLost, ServerPool
 
 GENERATE = "/inference/v1/generate"
 FRESH = "default"
@@ -30,27 +30,28 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        urls: Sequence[str],
+        servers: Sequence[Server],
         stop_ids: Sequence[int] = (),
         transport: Transport | None = None,
         deadline_seconds: float = 600.0,
-        check: Callable[[], None] = lambda: None,
-        revive: Callable[[str, float], bool] | None = None,
+        max_restarts: int = 3,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """stop_ids: the tokens that end a completion, as for the hf engine.
 
-        transport: how weights are handed over; without, the servers keep theirs. `check` raises if a
-        server that was started has died before it answers; `revive`: see `Fleet`; `on_close` ends them.
+        transport: how weights are handed over; without, the servers keep theirs. max_restarts: in a row, of
+        each server that was started for us; those end with `close`.
         """
-        self.fleet = Fleet(urls, deadline_seconds, self._catch_up, revive)
-        self.replicas = len(urls)
+        self.pool = ServerPool(
+            "engine vllm", servers, deadline_seconds, catch_up=self._catch_up, max_restarts=max_restarts
+        )
+        self.replicas = len(servers)
         self.stop_ids, self.deadline_seconds = list(stop_ids), deadline_seconds
         self.weights_version = 0
         self.max_length = 0
         self.transport = transport
         self._model: dict[str, str] = {}
-        self._check, self._on_close = check, on_close
+        self._on_close = on_close
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -60,8 +61,8 @@ class VLLMEngine(Engine):
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        await self.fleet.start(self._check)
-        models = await self.fleet.on_all(lambda server: server.get("/v1/models"))
+        await self.pool.start()
+        models = await self.pool.on_all(lambda server: server.get("/v1/models"))
         # The shortest context: a trajectory may move.
         self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())
 
@@ -85,17 +86,19 @@ class VLLMEngine(Engine):
         try:
             async with asyncio.timeout(self.deadline_seconds):
                 while True:
-                    server = await self.fleet.choose(trajectory_id)
+                    server = await self.pool.choose(trajectory_id)
                     wanted = self.weights_version
                     body = {"token_ids": prompt_ids, "sampling_params": sampled} | self._model
                     try:
                         completion = parse_completion(await server.ask(GENERATE, body), self.weights_version)
                     except ServerLost as loss:
-                        server.take_out(str(loss))
+                        self.pool.mark_down(server, loss)
                         continue
                     if completion.weights_version >= wanted:
                         return completion
-                    server.take_out(f"wrote with weights {completion.weights_version}, not {wanted}")
+                    self.pool.mark_down(
+                        server, f"wrote with weights {completion.weights_version}, not {wanted}"
+                    )
         except TimeoutError:
             raise EngineError(
                 f"engine vllm: no completion within engine.deadline_seconds = {self.deadline_seconds:g}"
@@ -103,7 +106,7 @@ class VLLMEngine(Engine):
 
     async def release(self, trajectory_id: str) -> None:
         """Forget where the trajectory was; its server forgets its cache when it needs the room."""
-        self.fleet.release(trajectory_id)
+        self.pool.release(trajectory_id)
 
     async def update_weights(self, state: dict[str, Tensor] | None, version: int) -> None:
         """New weights from here on, what is being written included; None: those of the model as it is.
@@ -114,7 +117,7 @@ class VLLMEngine(Engine):
             raise EngineError("engine vllm: was opened without a transport to hand weights over with")
         await self.start()
         await self.transport.stage(state, version)
-        await self.fleet.on_all(self._load)
+        await self.pool.on_all(self._load)
         self.weights_version = version  # not before: a completion may begin while a server has yet to pause
         self._model = {"model": self.transport.model} if self.transport.model else {}
         self.transport.settle()
@@ -133,7 +136,7 @@ class VLLMEngine(Engine):
             return [parse_completion(answer, self.weights_version) for answer in await asyncio.gather(*asked)]
 
         await self.start()
-        return {server.url: found for server, found in (await self.fleet.on_all(on)).items()}
+        return {server.url: found for server, found in (await self.pool.on_all(on)).items()}
 
     async def close(self) -> None:
         """Close the connections; servers that were started for this engine end."""
@@ -142,7 +145,7 @@ class VLLMEngine(Engine):
                 self._starting.cancel()
                 await asyncio.gather(self._starting, return_exceptions=True)
                 self._starting = None
-            await self.fleet.close()
+            await self.pool.close()
         finally:
             if self.transport is not None:
                 self.transport.close()

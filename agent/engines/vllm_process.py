@@ -1,24 +1,16 @@
-"""vLLM servers started here: processes of another environment's Python, which end when we do.
-
-One that dies, or answers no more, is started again on its port; its log goes on in the same file.
-"""
+"""vLLM servers: processes of another environment's Python, their options, command and environment."""
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import shutil
-import socket
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.errors import ConfigError, EngineError
-from data.managed_process import ManagedProcess
-
-logger = logging.getLogger(__name__)
+from data.errors import ConfigError
+from retriever_server.client.pool import Server
+from retriever_server.client.server_process import Place, ServerProcess
 
 WORKER = Path(__file__).parent / "worker"
 STOP_SECONDS = 15
@@ -49,102 +41,23 @@ def find_python(name: str) -> str:
     return found
 
 
-class ServerProcess:
-    """One server: running from the start on, not answering before it has loaded."""
-
-    def __init__(self, options: ServerOptions, log: Path, device: str | None = None) -> None:
-        """log: where all that it prints goes. device: the CUDA devices it sees; none: ours."""
-        python = find_python(options.python)
-        port = _free_port()
-        self.log, self.url = log, f"http://127.0.0.1:{port}"
-        self.restarts = 0
-        self._command = server_command(python, options, port)
-        self._environment = server_environment(device, options.environment)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_bytes(b"")
-        self._launch()
-
-    def _launch(self) -> None:
-        self.child = ManagedProcess(self._command, self.log, self._environment, grace_seconds=STOP_SECONDS)
-
-    def check(self) -> None:
-        """Raise EngineError, with the last line that it printed, if it has ended."""
-        if self.child.status is not None:
-            said = self.child.last_words()
-            raise EngineError(f"engine vllm: the server has ended: {said} (see {self.log})")
-
-    def restart(self) -> None:
-        """Start it again, on the same port and device; what is left of it is killed."""
-        self.child.kill()
-        self.restarts += 1
-        with self.log.open("a") as out:
-            out.write(f"--- started again ({self.restarts}) ---\n")
-        self._launch()
-
-
-class StartedServers:
-    """The servers of one engine that were started here."""
-
-    def __init__(
-        self,
-        options: ServerOptions,
-        count: int,
-        folder: Path,
-        devices: Sequence[str] = (),
-        max_restarts: int = 3,
-        patience_seconds: float = 600.0,
-    ) -> None:
-        """Start so many, the devices dealt out evenly; they load at the same time.
-
-        folder: of their logs. max_restarts: of each of them; patience_seconds: a server that runs, but has
-        not answered for so long, is killed.
-        """
-        self.max_restarts, self.patience_seconds = max_restarts, patience_seconds
-        self.servers: list[ServerProcess] = []
-        self._lock = threading.Lock()
-        self._closed = False
-        try:
-            for number in range(count):
-                share = ",".join(devices[number::count]) or None
-                self.servers.append(ServerProcess(options, folder / f"vllm-{number}.log", share))
-        except BaseException:
-            self.stop()
-            raise
-
-    def check(self) -> None:
-        """Raise EngineError if one has ended."""
-        for server in self.servers:
-            server.check()
-
-    def revive(self, url: str, out_seconds: float) -> bool:
-        """Start the server of that URL again if it has ended, or hangs; whether it may yet answer."""
-        with self._lock:
-            [server] = [server for server in self.servers if server.url == url]
-            if self._closed:
-                return False
-            seconds = server.child.seconds
-            if seconds is None:
-                why = f"has ended: {server.child.last_words()}"
-            elif min(seconds, out_seconds) > self.patience_seconds:
-                why = f"has not answered for {out_seconds:.0f} s"
-            else:
-                return True
-            if server.restarts >= self.max_restarts:
-                logger.warning("engine vllm: %s %s; it was started again %d times", url, why, server.restarts)
-                return False
-            logger.warning("engine vllm: %s %s; it is started again (see %s)", url, why, server.log)
-            server.restart()
-            return True
-
-    def stop(self) -> None:
-        """End all, side by side."""
-        with self._lock:
-            self._closed = True
-        stops = [threading.Thread(target=server.child.stop, args=[STOP_SECONDS]) for server in self.servers]
-        for each in stops:
-            each.start()
-        for each in stops:
-            each.join()
+def start_servers(
+    options: ServerOptions, count: int, folder: Path, devices: Sequence[str] = ()
+) -> list[Server]:
+    """Start so many, the devices dealt out evenly; they load at the same time. folder: of their logs."""
+    python = find_python(options.python)
+    folder.mkdir(parents=True, exist_ok=True)
+    servers = []
+    for number in range(count):
+        process = ServerProcess(
+            f"vllm-{number}",
+            Place(grace_seconds=STOP_SECONDS),
+            lambda host, port: server_command(python, options, port, host),
+            server_environment(",".join(devices[number::count]) or None, options.environment),
+            folder / f"vllm-{number}.log",
+        )
+        servers.append(Server(process.restart(), process))
+    return servers
 
 
 def server_command(python: str, options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
@@ -168,15 +81,12 @@ def server_command(python: str, options: ServerOptions, port: int, host: str = "
     ]
 
 
-def server_environment(device: str | None, more: Mapping[str, str] | None = None) -> Mapping[str, str]:
-    """Return the environment of a server: that of this process, and variables of ours."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
-    # Its own folder and no more: our packages are of another environment.
-    environment |= {"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return environment | dict(more or {}) | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def server_environment(device: str | None, more: Mapping[str, str] | None = None) -> Mapping[str, str | None]:
+    """Return what a server finds in its environment besides ours; None: not there. device: those it sees."""
+    return {
+        **{"WORLD_SIZE": None, "RANK": None},
+        # Its own folder and no more: our packages are of another environment.
+        **{"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        **(more or {}),
+        **({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+    }

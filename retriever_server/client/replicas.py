@@ -1,26 +1,23 @@
 """Several servers of one index as one: the least busy is asked, and what one cannot answer another does.
 
-A replica that breaks a connection, answers 5xx or garbage, or does not answer within its share of the
-deadline is out for a while, then asked again. All should serve the same generation: every hit names its own.
+One that answers garbage, or not within its share of the deadline, has failed too. All should serve the same
+generation: every hit names its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from data.errors import ConfigError, RetrieverTimeout, RetrieverUnavailable
+from data.errors import RetrieverTimeout, RetrieverUnavailable
 from data.records import Passage
 from retriever_server.client.http import Http
+from retriever_server.client.pool import ServerPool, servers_at
 from retriever_server.retriever import Filter, Outcome, Query
 
-_log = logging.getLogger(__name__)
-
-_FIRST_OUT_SECONDS, _LONGEST_OUT_SECONDS = 0.5, 30.0
 _Answer = TypeVar("_Answer")
 
 
@@ -33,47 +30,24 @@ def open_http(
     return Replicas([url.strip() for url in urls.split(",")], deadline_seconds, headers)
 
 
-class _Replica(Http):
-    """One of them, which is asked once, and how it did lately."""
-
-    patience_seconds = 0.0
-
-    def __init__(self, url: str, deadline_seconds: float, headers: Mapping[str, str] | None) -> None:
-        super().__init__(url, deadline_seconds, headers=headers)
-        self.asked = self.answered = self.failures = 0
-        self.out_until = 0.0
-
-    def put_out(self, failure: Exception) -> None:
-        """Ask it no more for a while, which doubles with every failure in a row."""
-        if self.out_until > time.monotonic():
-            return  # several were asked of it at once
-        if not self.failures:
-            _log.warning("%s; the other replicas are asked", failure)
-        seconds = min(_FIRST_OUT_SECONDS * 2**self.failures, _LONGEST_OUT_SECONDS)
-        self.failures, self.out_until = self.failures + 1, time.monotonic() + seconds
-
-    def note_answer(self) -> None:
-        """Note that it answered."""
-        if self.failures:
-            _log.warning("%s: answers again", self.url)
-        self.failures, self.out_until, self.answered = 0, 0.0, self.answered + 1
-
-
 class Replicas:
     """Asks whichever replica is least busy; `deadline_seconds` bounds a request with all its retries."""
 
     def __init__(
         self, urls: Sequence[str], deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> None:
-        if not urls or len(set(urls)) < len(urls):
-            raise ConfigError(f"retriever {','.join(urls)!r}: must be one or more different URLs")
-        self.parts = [_Replica(url, deadline_seconds / len(urls), headers) for url in urls]
-        self.deadline_seconds, self.window_seconds = deadline_seconds, self.parts[0].window_seconds
+        servers = servers_at(urls, "retriever")
+        self.pool = ServerPool("retriever", servers, deadline_seconds, watched=False)
+        share = deadline_seconds / len(urls)
+        self.parts = {server: Http(server.url, share, headers=headers) for server in servers}
+        for part in self.parts.values():
+            part.patience_seconds = 0.0  # it is asked once
+        self.deadline_seconds, self.window_seconds = deadline_seconds, self.parts[servers[0]].window_seconds
 
     @property
     def url(self) -> str:
         """Their URLs, separated by commas."""
-        return ",".join(part.url for part in self.parts)
+        return ",".join(part.url for part in self.parts.values())
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
         """Return the hits of each query, all from one replica; a refusal is raised as it is, by whomever."""
@@ -81,7 +55,9 @@ class Replicas:
 
     async def probe(self) -> None:
         """As `Http.probe`, of all at once: raises where none of them answers."""
-        outcomes = await asyncio.gather(*(Http.probe(part) for part in self.parts), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(part.probe() for part in self.parts.values()), return_exceptions=True
+        )
         failures = [outcome for outcome in outcomes if outcome is not None]
         if len(failures) == len(self.parts):
             raise failures[0]
@@ -96,44 +72,37 @@ class Replicas:
 
     async def get(self, path: str, seconds: float) -> Any:
         """Return the answer to a GET of the replica that is asked next."""
-        return await self._choose().get(path, seconds)
+        return await self.parts[self.pool.least_loaded()].get(path, seconds)
 
     def filtered(self, where: Filter) -> Replicas:
         """Return the same replicas and connections, asked for what matches alone."""
         found = copy.copy(self)
-        found.parts = [part.filtered(where) for part in self.parts]
+        found.parts = {server: part.filtered(where) for server, part in self.parts.items()}
         return found
 
     async def close(self) -> None:
         """Close the connections of this event loop."""
-        for part in self.parts:
+        for part in self.parts.values():
             await part.close()
 
-    async def _with_any(self, act: Callable[[_Replica], Awaitable[_Answer]]) -> _Answer:
+    async def _with_any(self, act: Callable[[Http], Awaitable[_Answer]]) -> _Answer:
         """Return the first answer of a replica; RetrieverUnavailable where there is none by the deadline."""
-        start, failure = time.monotonic(), None
+        start, failure, request = time.monotonic(), None, object()
         try:
             async with asyncio.timeout(self.deadline_seconds):
                 while True:
-                    part = self._choose()
-                    part.asked += 1
+                    server = await self.pool.choose(request)
                     try:
-                        await asyncio.sleep(max(0.0, part.out_until - time.monotonic()))
-                        answer = await act(part)
-                        part.note_answer()
+                        answer = await act(self.parts[server])
+                        self.pool.mark_up(server)
                         return answer
                     except (RetrieverUnavailable, RetrieverTimeout) as error:
                         failure = error
-                        part.put_out(error)
-                    finally:
-                        part.asked -= 1
+                        self.pool.mark_down(server, error)
         except TimeoutError:
             seconds, why = time.monotonic() - start, failure or "they hang"
             raise RetrieverUnavailable(
                 f"none of {len(self.parts)} replicas answered within {seconds:.1f} s ({why})"
             ) from failure
-
-    def _choose(self) -> _Replica:
-        """Return the least busy that is not out, else the one whose time out ends first."""
-        now = time.monotonic()
-        return min(self.parts, key=lambda part: (max(part.out_until - now, 0), part.asked, part.answered))
+        finally:
+            self.pool.release(request)

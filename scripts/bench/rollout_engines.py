@@ -218,7 +218,7 @@ class ServerSide:
 
     async def _run(self, work: Work, seed: int) -> Outcome:
         await self.engine.start()
-        (server,) = self.engine.fleet.live
+        (server,) = self.engine.pool.live
         await server.ask("/reset_prefix_cache")
         before = await self._counters()
         outcome = await roll_out(self.engine, work, seed)
@@ -229,7 +229,7 @@ class ServerSide:
 
     async def _counters(self) -> dict[str, float]:
         """What the server has counted so far."""
-        (server,) = self.engine.fleet.live
+        (server,) = self.engine.pool.live
         assert server._http is not None
         text = (await server._http.get("/metrics")).text
         names = ("prompt_tokens_total", "prefix_cache_hits_total", "generation_tokens_total")

@@ -8,11 +8,11 @@ checkpoint. What is started again too often ends the run, in one line. All machi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,21 +23,23 @@ import yaml
 from agent.engines.open_engine import check_engine
 from data.atomic import atomic_write
 from data.checkpoint import latest_checkpoint
-from data.errors import DataError, RunStopped, require
+from data.errors import DataError, EngineError, RunStopped, require
 from data.jsonl import write_json
 from data.plugins import folders
 from data.run_dir import RunStatus, read_run
+from retriever_server.client.bridge import Bridge
+from retriever_server.client.pool import ServerPool, pause_seconds
+from retriever_server.client.server_process import PYTHON
 from rl.config import RayConfig, TrainConfig
 from scripts.on_ray.cluster import connect_ray
 from scripts.on_ray.layout import OURS, lay_out
-from scripts.on_ray.member import LOOK_EVERY_SECONDS, Lost, Member, Service, pause_seconds
-from scripts.on_ray.place import PYTHON
+from scripts.on_ray.ray_process import Lost
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY_SECONDS = 1.0
 GRACE_SECONDS = 60.0
 """For trainers to end by themselves: one that was told to stop, or whose fellows did, may be saving."""
-SERVICE_GRACE_SECONDS = 15.0
 FINAL = ("ConfigError", "DataError", "StorageError", "sentinel:")
 """A run that stopped for these reasons would stop again."""
 
@@ -78,37 +80,42 @@ class _Launch:
         for folder in (self.folder, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         self.layout = lay_out(ray, config, self.folder, self.logs)
-        self.urls = ("", "")
+        self.pools = [pool for pool in (self.layout.engines, self.layout.replicas) if pool.servers]
+        self.urls: list[str] = []
+        self.bridge = Bridge()
 
     def run(self) -> None:
         """Until the trainers are done. However it ends, nothing of it is left running."""
         try:
-            for service in self.layout.services:
-                service.begin()
             self._train()
         except KeyboardInterrupt:
             self._end_trainers(GRACE_SECONDS)
             raise
         finally:
             self._end_trainers(0)
-            _at_once(lambda service: service.end(SERVICE_GRACE_SECONDS), self.layout.services)
+            self.bridge.close(self._end_services())
             shutil.rmtree(self.folder / "weights", ignore_errors=True)
 
     def _train(self) -> None:
         """Start the trainers until they are done; RunStopped where that is no use."""
-        in_vain, step = 0, _step(self.out)
+        in_vain, step, limit = 0, _step(self.out), self.settings.max_restarts
         while True:
             try:
-                self._await_services()
+                self.bridge.run(self._start_services())
                 self._start_trainers()
                 return self._watch_trainers()
             except Lost as loss:
                 reason = str(loss)
+            except EngineError as error:  # all engines or all replicas are given up, or never answered
+                limits = f"ray.start_seconds = {self.settings.start_seconds:g}, ray.max_restarts = {limit}"
+                raise RunStopped(
+                    f"{error}; the last checkpoint is kept in {self.out} ({limits}; see {self.logs})"
+                ) from error
             self._end_trainers(0)
             self._stop_if_final()
             before, step = step, _step(self.out)
             in_vain = in_vain + 1 if step == before else 0
-            if in_vain > self.settings.max_restarts:
+            if in_vain > limit:
                 raise RunStopped(
                     f"{reason}; the trainers were started {in_vain} times without a new checkpoint; the "
                     f"last is of step {step}, in {self.out} (see {self.logs})"
@@ -116,58 +123,49 @@ class _Launch:
             logger.warning("%s; all trainers begin again after step %d", reason, step)
             time.sleep(pause_seconds(in_vain))
 
-    def _await_services(self) -> None:
-        """Return when all that are not given up answer; RunStopped where they do not by the deadline."""
-        deadline = time.monotonic() + self.settings.start_seconds
-        while not all(service.well.is_set() or service.given_up for service in self.layout.services):
-            self._check_services()
-            if time.monotonic() > deadline:
-                silent = [s.name for s in self.layout.services if not (s.well.is_set() or s.given_up)]
-                raise RunStopped(
-                    f"ray: {', '.join(silent)}: no answer within ray.start_seconds = "
-                    f"{self.settings.start_seconds:g} (see {self.logs})"
-                )
-            time.sleep(LOOK_EVERY_SECONDS / 4)
-        self._check_services()
+    async def _start_services(self) -> None:
+        await asyncio.gather(*(pool.start() for pool in self.pools))
 
     def _check_services(self) -> None:
-        """Raise RunStopped where all engines, or all replicas, are given up."""
-        for services in (self.layout.engines, self.layout.replicas):
-            if services and all(service.given_up for service in services):
-                reasons = "; ".join(str(service.given_up) for service in services)
-                raise RunStopped(
-                    f"ray: {reasons}; the last checkpoint is kept in {self.out} (see {self.logs})"
-                )
+        for pool in self.pools:
+            pool.check()
+            for server in pool.live:
+                if server.url not in self.urls:
+                    raise Lost(f"{server.name} is at {server.url} now")
+
+    async def _end_services(self) -> None:
+        await asyncio.gather(*(pool.close() for pool in self.pools))
 
     def _start_trainers(self) -> None:
         """All at once, from the last checkpoint; they are told where the services are, and one another."""
         shutil.rmtree(self.folder / "weights", ignore_errors=True)
-        self.urls = _urls(self.layout.engines), _urls(self.layout.replicas)
+        engines, replicas = _urls(self.layout.engines), _urls(self.layout.replicas)
         engine, weights = self.config.engine, str(self.folder / "weights")
         places = {
-            "engines": self.urls[0] or engine.urls,
-            "retriever": self.urls[1] or self.config.retriever,
-            "weights": weights if self.layout.engines else engine.sync_folder,
+            "engines": ",".join(engines) or engine.urls,
+            "retriever": ",".join(replicas) or self.config.retriever,
+            "weights": weights if engines else engine.sync_folder,
         }
+        self.urls = engines + replicas
         write_json(self.folder / "places.json", places)
         told = replace(self.config, resume=False, ray=RayConfig())
         atomic_write(self.folder / "train.yaml", yaml.safe_dump(asdict(told), sort_keys=False))
         ours = os.pathsep.join([OURS["PYTHONPATH"], *map(str, folders())])  # the user's modules, too
-        hosts = [trainer.settle() for trainer in self.layout.trainers]
+        hosts = [trainer.address() for trainer in self.layout.trainers]
         for rank, trainer in enumerate(self.layout.trainers):
             environment = {
                 **{"RANK": str(rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0"},
                 **{"MASTER_ADDR": hosts[0][0], "MASTER_PORT": str(hosts[0][1]), "PYTHONPATH": ours},
             }
             command = ["-P", "-m", "scripts.on_ray.trainer", "--config", str(self.folder / "train.yaml")]
-            trainer.start([PYTHON, *command], environment)
+            trainer.start([PYTHON, *command], environment, str(Path.cwd()), str(trainer.log))
 
     def _watch_trainers(self) -> None:
         """Return when all have done their work. Raises Lost when one has not, or they hang."""
         progress, written = _newest(self.out), time.monotonic()
         while True:
             time.sleep(LOOK_EVERY_SECONDS)
-            ends = [trainer.ended() for trainer in self.layout.trainers]
+            ends = [trainer.state() for trainer in self.layout.trainers]
             if all(end is not None and end[0] == 0 for end in ends):
                 return
             for trainer, end in zip(self.layout.trainers, ends, strict=True):
@@ -176,9 +174,6 @@ class _Launch:
                         self._let_end(GRACE_SECONDS)
                     raise Lost(f"{trainer.name}: exit status {end[0]}: {end[1]}")
             self._check_services()
-            for service in self.layout.services:
-                if not service.given_up and service.url not in ",".join(self.urls).split(","):
-                    raise Lost(f"{service.name} is at {service.url} now")
             if (newest := _newest(self.out)) != progress:
                 progress, written = newest, time.monotonic()
             elif time.monotonic() - written > self.settings.quiet_seconds:
@@ -189,11 +184,12 @@ class _Launch:
     def _let_end(self, seconds: float) -> None:
         """Wait, for so long at most, until all trainers have ended."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and any(trainer.ended() is None for trainer in self.layout.trainers):
+        while time.monotonic() < until and any(trainer.state() is None for trainer in self.layout.trainers):
             time.sleep(LOOK_EVERY_SECONDS)
 
     def _end_trainers(self, seconds: float) -> None:
-        _at_once(lambda trainer: trainer.stop(seconds), self.layout.trainers)
+        with ThreadPoolExecutor(len(self.layout.trainers)) as threads:
+            list(threads.map(lambda trainer: trainer.stop(seconds), self.layout.trainers))
 
     def _stop_if_final(self) -> None:
         """Raise RunStopped where the run has stopped itself for a reason that stays."""
@@ -205,14 +201,9 @@ class _Launch:
             raise RunStopped(str(said["reason"]))
 
 
-def _at_once(act: Callable[[Any], None], members: Sequence[Member]) -> None:
-    with ThreadPoolExecutor(max(1, len(members))) as threads:
-        list(threads.map(act, members))
-
-
-def _urls(services: Sequence[Service]) -> str:
+def _urls(pool: ServerPool) -> list[str]:
     """Return the URLs of those that are not given up."""
-    return ",".join(service.url for service in services if not service.given_up)
+    return [server.url for server in pool.servers if server.url and not server.given_up]
 
 
 def _step(out: Path) -> int:

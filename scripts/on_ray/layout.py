@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
+from retriever_server.client.pool import Server, ServerPool
+from retriever_server.client.server_process import PYTHON, Command, ServerProcess
 from rl.config import TrainConfig
-from scripts.on_ray.member import Member, Service
-from scripts.on_ray.place import PYTHON
+from scripts.on_ray.ray_process import RayProcess
 
 OURS = {"PYTHONPATH": str(Path(__file__).parents[2])}
 """So that a process runs this very package, wherever it stands."""
 
 
+UNWELL_SECONDS = 90.0
+"""An engine or replica that does not answer for so long is started again."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Who takes part in a run, and Ray's placement group that holds their room."""
+    """Who takes part in a run: trainers, and the pools of what serves them."""
 
-    group: Any
-    trainers: Sequence[Member]
-    engines: Sequence[Service]
-    replicas: Sequence[Service]
-
-    @property
-    def services(self) -> list[Service]:
-        """Engines and replicas."""
-        return [*self.engines, *self.replicas]
+    trainers: Sequence[RayProcess]
+    engines: ServerPool
+    replicas: ServerPool
 
 
 def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
@@ -49,28 +48,33 @@ def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
         raise ConfigError(_no_room(ray, bundles, settings.start_seconds))
     names = [f"{kind}-{i}" for kind, count in counts.items() for i in range(count)]
     places = [
-        (ray, name, _options(group, number, each), logs / f"{name}.log", settings.start_seconds)
+        RayProcess(ray, name, _options(group, number, each), logs / f"{name}.log", settings.start_seconds)
         for number, (name, each) in enumerate(zip(names, room, strict=True))
     ]
-    limit, first, last = settings.max_restarts, settings.trainers, settings.trainers + engines_wanted
-    trainers = [Member(*place) for place in places[:first]]
-    engines: list[Service] = []
-    if engines_wanted:
-        from agent.engines.open_vllm import plan_server
-        from scripts.wiring import make_protocol
 
-        command, environment = plan_server(
-            config.engine,
-            config.policy,
-            config.dtype,
-            make_protocol(config.protocol, config.policy),
-            config.rollout.max_rows,
-            scratch,
-            with_gpus and settings.engine_gpus > 0,
-        )
-        engines = [Service(*place, command, environment, "/health", limit) for place in places[first:last]]
-    replicas = [Service(*place, _replica(config), OURS, "/readyz", limit) for place in places[last:]]
-    return Layout(group, trainers, engines, replicas)
+    def pool(kind: str, command: Command, environment: Mapping[str, str | None], health: str) -> ServerPool:
+        servers = [
+            Server("", ServerProcess(place.name, place, command, environment, place.log), health)
+            for place in places
+            if place.name.startswith(kind)
+        ]
+        limits = {"max_restarts": settings.max_restarts, "hang_seconds": UNWELL_SECONDS}
+        return ServerPool("ray", servers, settings.start_seconds, retry_start=True, **limits)
+
+    engines = ServerPool("ray", [])
+    if engines_wanted:
+        engines = pool("engine", *_engine(config, scratch, with_gpus), "/health")
+    replicas = pool("retriever", _replica(config), OURS, "/readyz")
+    return Layout(places[: settings.trainers], engines, replicas)
+
+
+def _engine(config: TrainConfig, scratch: Path, with_gpus: bool) -> tuple[Command, Mapping[str, str | None]]:
+    from agent.engines.open_vllm import plan_server
+    from scripts.wiring import make_protocol
+
+    protocol = make_protocol(config.protocol, config.policy)
+    limits = (protocol, config.rollout.max_rows, scratch, with_gpus and config.ray.engine_gpus > 0)
+    return plan_server(config.engine, config.policy, config.dtype, *limits)
 
 
 def _options(group: Any, bundle: int, room: dict[str, float]) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def _no_room(ray: Any, bundles: Sequence[dict[str, float]], seconds: float) -> s
     return f"ray: no room in the cluster within {seconds:g} s for {len(bundles)} processes with {needs}"
 
 
-def _replica(config: TrainConfig) -> Callable[[str, int], Sequence[str]]:
+def _replica(config: TrainConfig) -> Command:
     def command(host: str, port: int) -> Sequence[str]:
         serve = [PYTHON, "-P", "-m", "scripts", "serve", "--index", config.retriever]
         return [*serve, "--host", host, "--port", str(port), "--drain_seconds", "0"]

@@ -20,10 +20,11 @@ from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json, write_json
 from data.questions import load_questions
 from data.run_dir import RunStatus, read_config, read_metrics
+from retriever_server.client import pool, server_process
+from retriever_server.client.server_process import Place
 from rl.config import RayConfig, TrainConfig
 from scripts.on_ray import launch as launcher
-from scripts.on_ray import member, place, trainer
-from scripts.on_ray.place import Place
+from scripts.on_ray import layout, ray_process, trainer
 from scripts.train import expand, hash_inputs, open_run
 from tests.toy import toy_config
 
@@ -169,12 +170,12 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "connect_ray", lambda *_, **__: ray)
     monkeypatch.setattr(launcher, "LOOK_EVERY_SECONDS", 0.05)
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 5)
-    monkeypatch.setattr(member, "LOOK_EVERY_SECONDS", 0.05)
-    monkeypatch.setattr(member, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "HEALTH_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setenv("ORDERS", str(orders))
     (tmp_path / "program").write_text(PROGRAM)
     (tmp_path / "program").chmod(0o755)
-    monkeypatch.setattr(place, "sys", SimpleNamespace(executable=str(tmp_path / "program")))
+    monkeypatch.setattr(server_process, "sys", SimpleNamespace(executable=str(tmp_path / "program")))
     out = tmp_path / "out"
 
     def launch(**settings):
@@ -281,8 +282,8 @@ def test_a_dead_replica_is_started_at_its_url_and_the_trainers_go_on(stage, capl
 
 
 def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
-    monkeypatch.setattr(member, "HEALTH_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(member, "UNWELL_SECONDS", 0.5)
+    monkeypatch.setattr(pool, "HEALTH_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(layout, "UNWELL_SECONDS", 0.5)
     stage.order("rank-0-step-2", "wait")
 
     def stop_one():
@@ -309,7 +310,7 @@ def test_a_replica_that_hangs_is_started_again(stage, caplog, monkeypatch):
 def test_an_actor_that_hangs_or_dies_takes_its_process_along_and_another_is_made(
     end, says, stage, caplog, monkeypatch
 ):
-    monkeypatch.setattr(member, "PLACE_SECONDS", 0.5)
+    monkeypatch.setattr(ray_process, "PLACE_SECONDS", 0.5)
     stage.order("rank-1-step-3", "hang")
 
     def end_one():
@@ -331,7 +332,7 @@ def test_a_replica_that_never_starts_is_given_up_and_ends_the_run(stage):
 
 def test_a_replica_that_does_not_answer_in_time_ends_the_run(stage):
     stage.order("replica", "always hang")
-    with pytest.raises(RunStopped, match=r"retriever-0: no answer .* ray.start_seconds = 0.5"):
+    with pytest.raises(RunStopped, match=r"not there after 0.5 s: retriever-0: .* \(ray.start_seconds = 0.5"):
         stage.launch(retrievers=1, start_seconds=0.5, max_restarts=9)
 
 

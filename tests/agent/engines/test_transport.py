@@ -21,6 +21,7 @@ from agent.policy import Policy
 from agent.protocol import COMPACT
 from data.errors import ConfigError, EngineError
 from data.settings import LoraConfig
+from retriever_server.client.pool import servers_at
 from rl.learner.lora import add_lora, scaled_adapter_state
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import byte_tokenizer, tiny_model
@@ -39,7 +40,7 @@ def with_server(model, act, transport):
     fake = FakeVLLM(copy.deepcopy(model), TOKENIZER)
 
     async def run(url):
-        engine = VLLMEngine([url], [], transport(fake), deadline_seconds=20)
+        engine = VLLMEngine(servers_at([url], "urls"), [], transport(fake), deadline_seconds=20)
         try:
             return await act(engine, fake)
         finally:
@@ -155,8 +156,7 @@ def test_nccl_describes_what_it_broadcasts_and_joins_a_server_once():
         await engine.update_weights(None, 1)
         await engine.update_weights(changed(learned)[0], 2)
         completion, calls = await complete(engine), list(fake.calls)
-        engine.fleet.servers[0].open()  # it was away
-        engine.fleet.servers[0].welcome()
+        engine.pool.servers[0].open()  # it was away
         await engine.update_weights(None, 3)
         return completion, calls, fake.transfers
 

@@ -7,14 +7,15 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from agent.engines import fleet
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.transport import FolderTransport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, StartedServers
+from agent.engines.vllm_process import ServerOptions, start_servers
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
+from retriever_server.client import pool
+from retriever_server.client.pool import servers_at
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import serving
@@ -40,7 +41,7 @@ def running(count, act, folder=None, model=None, transport=None, **faults):
     transport = transport or (FolderTransport(write, folder) if folder else None)
 
     async def run(urls):
-        engine = VLLMEngine(urls, [7], transport, deadline_seconds=20)
+        engine = VLLMEngine(servers_at(urls, "urls"), [7], transport, deadline_seconds=20)
         try:
             return await act(engine, fakes)
         finally:
@@ -93,13 +94,13 @@ def test_trajectories_go_where_the_fewest_are_and_stay_there():
         await engine.release("a")
         await engine.release("c")  # both were where "e" now has more room
         await engine.generate(PROMPTS[0], Sampling(max_tokens=1), "e")
-        return counts, stayed, sorted(len(s.trajectories) for s in engine.fleet.servers)
+        return counts, stayed, sorted(s.load for s in engine.pool.servers)
 
     assert running(2, act) == ([2, 2], [2, 5], [1, 2])
 
 
 def test_what_a_dead_server_was_asked_is_asked_elsewhere_with_its_seed(monkeypatch):
-    monkeypatch.setattr(fleet, "HEALTH_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "HEALTH_EVERY_SECONDS", 0.05)
 
     async def act(engine, fakes):
         expected = await complete(engine)
@@ -111,7 +112,7 @@ def test_what_a_dead_server_was_asked_is_asked_elsewhere_with_its_seed(monkeypat
         fakes[0].dead = True
         restarted = await asked
         fakes[0].hangs = fakes[0].dead = False
-        while len(engine.fleet.live) < 2:
+        while len(engine.pool.live) < 2:
             await asyncio.sleep(0.02)
         return expected, restarted
 
@@ -130,7 +131,7 @@ def test_with_no_server_left_one_line_says_what_happened_to_each():
 
 
 def test_a_server_that_is_not_there_is_waited_for_until_the_deadline():
-    engine = VLLMEngine(["http://127.0.0.1:9"], deadline_seconds=0.3)
+    engine = VLLMEngine(servers_at(["http://127.0.0.1:9"], "urls"), deadline_seconds=0.3)
     with pytest.raises(EngineError, match=r"not there after 0.3 s: http://127.0.0.1:9/health: ConnectError"):
         asyncio.run(engine.generate([1], Sampling(), "t"))
 
@@ -191,7 +192,7 @@ def test_what_begins_with_the_older_weights_while_new_ones_are_on_their_way_cost
 
         engine._load = late
         await engine.update_weights(None, 1)
-        return await early[0], len(engine.fleet.live), await complete(engine)
+        return await early[0], len(engine.pool.live), await complete(engine)
 
     early, live, after = running(1, act, tmp_path)
     assert live == 1 and {c.weights_version for c in early} == {0}
@@ -208,13 +209,13 @@ def test_a_server_that_was_started_without_our_worker_reloads_by_its_own(tmp_pat
 
 
 def test_a_server_that_was_restarted_with_its_first_weights_is_given_the_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(fleet, "HEALTH_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "HEALTH_EVERY_SECONDS", 0.05)
 
     async def act(engine, fakes):
         await engine.update_weights(None, 2)
         fakes[0].version = "default"  # nobody saw it go
         completions = await complete(engine)
-        while len(engine.fleet.live) < 2:
+        while len(engine.pool.live) < 2:
             await asyncio.sleep(0.02)
         return [c.weights_version for c in completions], fakes[0].version
 
@@ -223,7 +224,7 @@ def test_a_server_that_was_restarted_with_its_first_weights_is_given_the_last(tm
 
 
 def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
-    engine = VLLMEngine(["http://127.0.0.1:9"])
+    engine = VLLMEngine(servers_at(["http://127.0.0.1:9"], "urls"))
     with pytest.raises(EngineError, match="not shown pictures"):
         asyncio.run(engine.generate([1], Sampling(), "t", [Picture("a.png", 0, 1)]))
     with pytest.raises(EngineError, match="empty prompt"):
@@ -231,16 +232,16 @@ def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
     with pytest.raises(EngineError, match="without a transport"):
         asyncio.run(engine.update_weights(None, 1))
     with pytest.raises(ConfigError, match="must be like http"):
-        VLLMEngine(["127.0.0.1:8000"])
+        servers_at(["127.0.0.1:8000"], "engine.urls")
     with pytest.raises(ConfigError, match=r"engine.python = '/no/python': no such program"):
-        StartedServers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
+        start_servers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
 
 
 def test_a_server_that_ends_while_it_starts_is_noticed_with_its_last_words(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'ValueError: no room'\nexit 1\n")
     python.chmod(0o755)
-    started = StartedServers(ServerOptions("model", "float32", str(python)), 1, tmp_path)
-    engine = VLLMEngine([started.servers[0].url], deadline_seconds=20, check=started.check)
-    with pytest.raises(EngineError, match="the server has ended: ValueError: no room"):
+    started = start_servers(ServerOptions("model", "float32", str(python)), 1, tmp_path)
+    engine = VLLMEngine(started, deadline_seconds=20)
+    with pytest.raises(EngineError, match=r"vllm-0: exit status 1: ValueError: no room \(see .*vllm-0.log"):
         asyncio.run(engine.generate([1], Sampling(), "t"))

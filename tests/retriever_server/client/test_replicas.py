@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from data.errors import ConfigError, RetrieverRefused, RetrieverUnavailable
-from retriever_server.client import replicas
+from retriever_server.client import pool
 from retriever_server.client.search_client import SearchClient, connect
 from retriever_server.client.wire import parse_hits
 from retriever_server.open_retriever import open_retriever
@@ -53,7 +53,7 @@ def test_what_one_cannot_answer_another_does(failure):
 
     async def act(client, backend):
         assert await ask(client, "a") == [["a"]]
-        assert [part.failures for part in backend.parts] == [1, 0]
+        assert [server.failures for server in backend.pool.servers] == [1, 0]
         await ask(client, "b")
 
     with_servers(servers, act, deadline_seconds=1.0 if failure == 9.0 else 20.0)
@@ -61,21 +61,21 @@ def test_what_one_cannot_answer_another_does(failure):
 
 
 def test_one_that_is_back_is_asked_again(monkeypatch):
-    monkeypatch.setattr(replicas, "_FIRST_OUT_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "FIRST_PAUSE_SECONDS", 0.05)
     servers = [FlakyServer(FAILURES["503"]), FlakyServer()]
 
     async def act(client, backend):
         await ask(client, "a")
         await asyncio.sleep(0.1)
         await ask(client, "b", "c")
-        return backend.parts[0].failures
+        return backend.pool.servers[0].failures
 
     assert with_servers(servers, act) == 0
     assert [len(server.requests) for server in servers] == [2, 2]
 
 
 def test_all_that_are_out_are_asked_again_until_the_deadline(monkeypatch):
-    monkeypatch.setattr(replicas, "_FIRST_OUT_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "FIRST_PAUSE_SECONDS", 0.02)
     servers = [FlakyServer(*[FAILURES["503"]] * 2), FlakyServer(*[FAILURES["503"]] * 2)]
 
     async def act(client, _):
