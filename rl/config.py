@@ -146,7 +146,7 @@ class RayConfig:
     spread: bool = False
     """Processes on as many machines as there are, rather than on as few."""
     max_restarts: int = 5
-    """Restarts of the trainers without a new checkpoint, and of an engine or replica until it answers."""
+    """Restarts of the trainers without a new checkpoint, and of an engine or replica, in a row."""
     start_seconds: float = 900.0
     """The longest wait for room in the cluster, and for engines and replicas to answer."""
     quiet_seconds: float = 3600.0

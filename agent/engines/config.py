@@ -36,7 +36,7 @@ class EngineConfig:
     lora: Literal["merged", "adapter"] = "merged"
     """The part of LoRA that servers get: whole weights, adapters merged; or the adapters alone, by files."""
     max_restarts: int = 3
-    """Restarts of each server that was started here, where it dies or hangs; never of joined ones."""
+    """Restarts in a row of a server that was started here, where it dies or hangs; never of joined ones."""
     deadline_seconds: float = 600.0
     """The longest wait for a completion, for new weights to be loaded, or for servers to start."""
     max_probe_difference: float | None = None

@@ -42,9 +42,8 @@ class VLLMEngine(Engine):
         transport: how weights are handed over; without, the servers keep theirs. max_restarts: in a row, of
         each server that was started for us; those end with `close`.
         """
-        self.pool = ServerPool(
-            "engine vllm", servers, deadline_seconds, catch_up=self._catch_up, max_restarts=max_restarts
-        )
+        self.pool = ServerPool("engine vllm", servers, deadline_seconds, self._catch_up)
+        self._max_restarts = max_restarts
         self.replicas = len(servers)
         self.stop_ids, self.deadline_seconds = list(stop_ids), deadline_seconds
         self.weights_version = 0
@@ -62,6 +61,7 @@ class VLLMEngine(Engine):
 
     async def _start(self) -> None:
         await self.pool.start()
+        self.pool.max_restarts = self._max_restarts  # one that cannot even start is not tried again
         models = await self.pool.on_all(lambda server: server.get("/v1/models"))
         # The shortest context: a trajectory may move.
         self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())

@@ -43,16 +43,12 @@ class Server:
         """process: what can start it again. health: the path that says it is well."""
         self.url, self.process, self.health = url, process, health
         self.load = self.asked = 0
-        self.failures = self.restarts = 0
-        """In a row."""
+        self.failures = self.restarts = 0  # in a row
         self.lives = 0
         """Times it was opened; it has forgotten what was agreed before."""
-        self.down_until, self.since = math.inf, time.monotonic()
-        self.patience_seconds = math.inf
-        """Down for longer, it hangs."""
-        self.reason = "it was not asked yet"
-        self.given_up = ""
-        """Why it is started no more."""
+        self.down_until, self.since = 0.0, time.monotonic()
+        self.reason = self.given_up = ""
+        """Why it is down; why it is started no more."""
         self._lost: asyncio.Future[None] | None = None
         self._http: Any = None
 
@@ -65,11 +61,6 @@ class Server:
     def live(self) -> bool:
         """True while it may be asked."""
         return time.monotonic() >= self.down_until
-
-    @property
-    def problem(self) -> str:
-        """Why it is down."""
-        return self.given_up or (f"{self.name}: {self.reason}" if self.process else self.reason)
 
     def open(self) -> None:
         """Let it be asked in this event loop."""
@@ -98,30 +89,22 @@ class Server:
 
     async def get(self, path: str) -> Any:
         """Return the JSON that it answers to a GET, within the time of a health check. Raises as `ask`."""
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_SECONDS):
-                return await self._request("GET", path)
-        except TimeoutError as error:
-            waited = f"no answer within {HEALTH_TIMEOUT_SECONDS:g} s"
-            raise ServerLost(f"{self.url}{path}: {waited}") from error
+        return await self._request("GET", path, timeout=HEALTH_TIMEOUT_SECONDS)
 
     async def _request(self, method: str, path: str, **options: Any) -> Any:
         import httpx
 
         if self._http is None:
-            limits = httpx.Limits(
-                max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE_SECONDS
-            )
+            limits = httpx.Limits(max_keepalive_connections=64, keepalive_expiry=IDLE_SECONDS)
             self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
-        place = self.url + path
+        place = self.name + path
         try:
-            response = await self._http.request(method, place, **options)
+            response = await self._http.request(method, self.url + path, **options)
         except httpx.TransportError as error:
             raise ServerLost(f"{place}: {type(error).__name__} {error}".strip()) from error
-        if response.status_code >= 500:
-            raise ServerLost(f"{place}: answered {response.status_code}: {response.text[:300]}")
         if response.status_code >= 400:
-            raise EngineError(f"{place}: refused ({response.status_code}): {response.text[:300]}")
+            kind = ServerLost if response.status_code >= 500 else EngineError
+            raise kind(f"{place}: answered {response.status_code}: {response.text[:300]}")
         is_json = response.headers.get("content-type", "").startswith("application/json")
         return response.json() if is_json and response.content else None
 
@@ -129,7 +112,7 @@ class Server:
         """Close the connections."""
         if self._http is not None:
             await self._http.aclose()
-        self._http, self._lost, self.down_until = None, None, math.inf
+        self._http = self._lost = None
 
 
 def servers_at(urls: Sequence[str], option: str) -> list[Server]:
@@ -150,30 +133,22 @@ class ServerPool:
         name: str,
         servers: Sequence[Server],
         deadline_seconds: float = 600.0,
-        *,
-        watched: bool = True,
         catch_up: Callable[[Server], Awaitable[None]] | None = None,
         max_restarts: int = 0,
-        retry_start: bool = False,
         hang_seconds: float = math.inf,
     ) -> None:
         """name: begins all messages. deadline_seconds: of what is asked of all, and for a server to start.
 
-        watched: `start` watches over the servers, which are down until then. catch_up: what one gets before
-        it is asked again. max_restarts: in a row; retry_start: of one that never answered, too. hang_seconds:
-        one that does not answer for longer hangs.
+        catch_up: what one gets before it is asked again. max_restarts: in a row; hang_seconds: one that was
+        up and does not answer for so long hangs.
         """
         self.name, self.servers, self.deadline_seconds = name, list(servers), deadline_seconds
-        self.watched, self.max_restarts, self.retry_start = watched, max_restarts, retry_start
-        self.hang_seconds = min(hang_seconds, deadline_seconds)
+        self.max_restarts, self.hang_seconds = max_restarts, min(hang_seconds, deadline_seconds)
         self._catch_up = catch_up
         self._by_key: dict[object, Server] = {}
         self._watches: list[asyncio.Task[None]] = []
         self._threads = ThreadPoolExecutor(max(1, len(self.servers)))
         self._jobs: set[asyncio.Future[Any]] = set()
-        for server in self.servers:
-            server.down_until = math.inf if watched else 0.0
-            server.patience_seconds = deadline_seconds
 
     @property
     def live(self) -> list[Server]:
@@ -212,11 +187,12 @@ class ServerPool:
         return live
 
     def check(self, too_late: bool = False) -> None:
-        """Raise EngineError where no server is up or, if it is not too late, started again."""
-        hopeful = not self.watched or any(each.process and not each.given_up for each in self.servers)
+        """Raise EngineError where no server is up or, if it is not too late, may come back."""
+        hopeful = not self._watches or any(each.process and not each.given_up for each in self.servers)
         if not self.live and (too_late or not hopeful):
-            reasons = "; ".join(server.problem for server in self.servers)
-            raise EngineError(f"{self.name}: none of {len(self.servers)} servers is left: {reasons}")
+            reasons = "; ".join(server.given_up or server.reason for server in self.servers)
+            when = f"there after {self.deadline_seconds:g} s" if too_late else "left"
+            raise EngineError(f"{self.name}: none of {len(self.servers)} servers is {when}: {reasons}")
 
     async def on_all(self, act: Callable[[Server], Awaitable[Any]]) -> Mapping[Server, Any]:
         """Run `act` for each live server, within the deadline; those that fail are marked down.
@@ -253,48 +229,31 @@ class ServerPool:
         if now - server.since > STEADY_SECONDS:
             server.restarts = 0
         server.since = now
-        server.down_until = math.inf if self.watched else now + pause_seconds(server.failures)
+        server.down_until = math.inf if self._watches else now + pause_seconds(server.failures)
         server.failures += 1
         server.lose()
 
     def mark_up(self, server: Server) -> None:
         """Let it be asked."""
-        if server.failures:
+        if server.failures or server.lives > 1:
             _log.warning("%s: %s answers again", self.name, server.name)
-        server.failures, server.given_up = 0, ""
         if not server.live:
             server.since = time.monotonic()
-        server.down_until, server.patience_seconds = 0.0, self.hang_seconds
-
-    def watch(self) -> None:
-        """Look after the servers from now on; one that has no URL yet is started."""
-        if not self._watches:
-            self._watches = [asyncio.ensure_future(self._keep_watch(server)) for server in self.servers]
+        server.failures, server.given_up, server.down_until = 0, "", 0.0
 
     async def start(self) -> None:
-        """Watch, and return when each server is up or given up; at the deadline, those that are up will do.
+        """Watch from now on; return when all are up or given up, or at the deadline where some are up.
 
-        Raises EngineError where none is, or where one is given up that never answered.
+        A server that has no URL yet is started. Raises EngineError where none is up.
         """
-        self.watch()
+        if not self._watches:
+            for server in self.servers:
+                server.down_until = math.inf
+            self._watches = [asyncio.ensure_future(self._keep_watch(server)) for server in self.servers]
         end = time.monotonic() + self.deadline_seconds
-        while not all(server.live or server.given_up for server in self.servers):
-            self._check_started()
-            if time.monotonic() > end:
-                late = "; ".join(server.problem for server in self.servers if not server.live)
-                reason = f"{self.name}: not there after {self.deadline_seconds:g} s: {late}"
-                if not self.live:
-                    raise EngineError(reason)
-                _log.warning("%s", reason)
-                return
+        while not all(server.live or server.given_up for server in self.servers) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        self._check_started()
-        await self.some()
-
-    def _check_started(self) -> None:
-        for server in self.servers:
-            if server.process and server.given_up and not self.retry_start:
-                raise EngineError(f"{self.name}: {server.given_up} (see {server.process.log})")
+        self.check(too_late=time.monotonic() >= end)
 
     async def close(self, grace_seconds: float = STOP_SECONDS) -> None:
         """Stop watching, end what was started, side by side, and close all connections."""
@@ -311,7 +270,7 @@ class ServerPool:
 
     async def _keep_watch(self, server: Server) -> None:
         if server.process is not None and not server.url:
-            await self._launch(server, server.process)
+            server.url = await self._in_thread(server.process.restart)
         while True:
             await self._look_after(server)
             await asyncio.sleep(HEALTH_EVERY_SECONDS)
@@ -333,23 +292,20 @@ class ServerPool:
     async def _restart(self, server: Server, process: ServerProcess) -> None:
         """Start it again if it has ended or hangs; give it up where that was done too often."""
         why = await self._in_thread(process.ended)
-        silent = time.monotonic() - server.since
-        if why is None and silent > server.patience_seconds:
+        silent, was_up = time.monotonic() - server.since, bool(server.failures)
+        if why is None and silent > (self.hang_seconds if was_up else self.deadline_seconds):
             why = f"no answer at {server.url}{server.health} for {silent:.0f} s"
         if why is None:
             return
-        again = server.restarts < self.max_restarts and (server.lives > 0 or self.retry_start)
+        again = server.restarts < self.max_restarts
         log_restart(process, why, server.restarts, again)
         if not again:
-            server.given_up = f"{process.name}: {why}"
+            server.given_up = f"{process.name}: {why} (see {process.log})"
             return await self._in_thread(process.stop, 0)
         await asyncio.sleep(pause_seconds(server.restarts) if server.restarts else 0)
-        server.restarts += 1
-        await self._launch(server, process)
-
-    async def _launch(self, server: Server, process: ServerProcess) -> None:
+        server.restarts, server.failures = server.restarts + 1, 0
         server.url = await self._in_thread(process.restart)
-        server.since, server.patience_seconds = time.monotonic(), self.deadline_seconds
+        server.since = time.monotonic()
 
     async def _in_thread(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """Run it in a thread that `close` waits for."""

@@ -37,7 +37,7 @@ class Replicas:
         self, urls: Sequence[str], deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> None:
         servers = servers_at(urls, "retriever")
-        self.pool = ServerPool("retriever", servers, deadline_seconds, watched=False)
+        self.pool = ServerPool("retriever", servers, deadline_seconds)
         share = deadline_seconds / len(urls)
         self.parts = {server: Http(server.url, share, headers=headers) for server in servers}
         for part in self.parts.values():

@@ -30,6 +30,7 @@ from agent.engines.vllm import VLLMEngine
 from agent.policy import Policy, load_policy
 from agent.rollout import Agent
 from data.errors import ConfigError
+from retriever_server.client.pool import Server
 from retriever_server.client.search_client import connect
 from scripts.bench.rollout_engines import NEVER, PROTOCOL, EndlessHF, Laid, ServerSide, Work, make_work
 from scripts.bench.server import Client, make_bodies, started
@@ -155,7 +156,7 @@ def measure_client(policy: Policy, work: Work, retriever: str) -> float:
     """Seconds of the processor for a turn, with its search."""
 
     async def run(url: str) -> float:
-        engine, client = VLLMEngine([url]), connect(retriever)
+        engine, client = VLLMEngine([Server(url)]), connect(retriever)
         agent = Agent(Laid(engine, work), policy.tokenizer, client, PROTOCOL, max_live=64)
         async with client:
             await agent.rollout(work.questions[:4], seed=1)

