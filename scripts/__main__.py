@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
+    "synthesize": Command("scripts.synthesize", "examples that a language model writes from passages"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
     "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),

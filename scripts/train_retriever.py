@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -66,12 +66,17 @@ def main(config: RetrieverRecipe) -> None:
 
 def expand(argv: list[str]) -> list[str]:
     """argv with `--model.init_args.KEY VALUE` and `--loss...` gathered in `--changes`."""
+    return gather(argv, ("model", "loss"))
+
+
+def gather(argv: list[str], groups: Sequence[str]) -> list[str]:
+    """argv with the options below these groups gathered in `--changes`."""
     kept: list[str] = []
     changes: dict[str, Any] = {}
     words = iter(argv)
     for word in words:
         option, joined, value = word.partition("=")
-        if option.startswith(("--model.", "--loss.")):
+        if option.startswith(tuple(f"--{group}." for group in groups)):
             text = value if joined else next(words, "")
             try:
                 changes[option[2:]] = yaml.safe_load(text)

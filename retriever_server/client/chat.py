@@ -31,6 +31,10 @@ class ChatError(SleuthError):
     """Says why there is no reply to a request."""
 
 
+class ChatRefused(ChatError):
+    """The server takes no such request: that one prompt is wrong, such as too long."""
+
+
 class ChatClient:
     """Asks one server; safe to share. The file `cache` (JSON lines) is this process's alone."""
 
@@ -80,6 +84,11 @@ class ChatClient:
             known = dict(zip(different, outcomes, strict=True))
         return [known[body] for body in bodies]
 
+    @property
+    def spent(self) -> tuple[int, int]:
+        """Requests and tokens so far, those before a restart too."""
+        return self._calls, self._tokens
+
     def _settle(
         self, client: httpx.Client, body: bytes, parse: Callable[[str], _Parsed]
     ) -> _Parsed | ChatError:
@@ -101,7 +110,7 @@ class ChatClient:
         return parsed
 
     def _ask_again(self, client: httpx.Client, body: bytes) -> tuple[str, int]:
-        """Return the reply and its tokens, after some tries; raises ChatError, ValueError at a refusal."""
+        """Return the reply and its tokens, or raise ChatError; ValueError for an answer that is none."""
         failures = 0
         while True:
             self._spend()
@@ -139,6 +148,11 @@ class ChatClient:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
         if may_pass(response.status_code):
             raise TryAgain(f"answered {response.status_code}", retry_after(response.headers))
+        if response.status_code in (400, 413, 422):
+            raise ChatRefused(
+                f"{self.name} {self.url}: answered {response.status_code}: "
+                f"{content[:200].decode(errors='replace')}"
+            )
         if response.status_code != 200:
             raise ValueError(f"answered {response.status_code}: {content[:200].decode(errors='replace')}")
         return _parse(content)

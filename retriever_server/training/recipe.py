@@ -153,7 +153,7 @@ class RetrieverRecipe:
         for path, value in self.changes.items():
             name, *keys = path.split(".")
             require(name in ("model", "loss") and bool(keys), "changes", path, "a key below model or loss")
-            object.__setattr__(self, name, _changed(getattr(self, name), keys, value))
+            object.__setattr__(self, name, changed(getattr(self, name), keys, value))
         object.__setattr__(self, "changes", {})  # they are where they belong
         require(len(self.train) >= 1, "train", self.train, "a list of at least one set of examples")
         for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
@@ -170,9 +170,9 @@ class RetrieverRecipe:
         EncodingSpec("template", "dense", "", 1, passage_template=self.passage_template)  # it can be rendered
 
 
-def _changed(node: Any, keys: list[str], value: Any) -> Any:
+def changed(node: Any, keys: list[str], value: Any) -> Any:
     """A mapping with the value at a nested key replaced; the argument is unchanged."""
     if not keys:
         return value
     below = node if isinstance(node, dict) else {}
-    return {**below, keys[0]: _changed(below.get(keys[0]), keys[1:], value)}
+    return {**below, keys[0]: changed(below.get(keys[0]), keys[1:], value)}

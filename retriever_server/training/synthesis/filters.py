@@ -1,0 +1,244 @@
+"""Filters of drafts: a table of functions. Each makes, from its options, a check of one draft after another.
+
+A check returns the reason why a draft is rejected, or the draft that is kept (with fewer negatives, maybe).
+Reasons are the same words for the same fault, for the table of rejections.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.answers import cover_em, normalize_unicode
+from data.corpus import Corpus
+from data.errors import ConfigError
+from data.records import Passage
+from retriever_server.training.synthesis.drafts import Draft
+
+Check = Callable[[Draft], Draft | str]
+_WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+_STOP, _EMPTY = frozenset(_WORDS["stop"].split()), frozenset(_WORDS["empty"].split())
+_FUNCTION_WORDS = {name: frozenset(words.split()) for name, words in _WORDS["function_words"].items()}
+_POINTS_AT = re.compile(
+    rf"\b(this|the|that|these|above|given|following)\s+(\w+\s+)?({'|'.join(_WORDS['points_at'].split())})s?\b",
+    re.IGNORECASE,
+)
+SIMILARITY = 0.9
+"""From this share of common content words on two queries ask the same."""
+
+
+def content_words(text: str) -> frozenset[str]:
+    """The words of a text that are not in every other one, in normal form, plural or not."""
+    words = (word for word in normalize_unicode(text).split() if word not in _STOP)
+    return frozenset(word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words)
+
+
+class Seen:
+    """Queries, found again where nearly the same is asked: by their content words, in any order.
+
+    Two sets of words with a Jaccard similarity of s share one of the first n - ceil(s n) + 1 in a fixed
+    order, so only queries with one of these in common are compared (prefix filter, Chaudhuri et al. 2006).
+    """
+
+    def __init__(self, similarity: float = SIMILARITY) -> None:
+        self.similarity = similarity
+        self._by_word: dict[str, list[tuple[frozenset[str], str]]] = defaultdict(list)
+
+    def find(self, query: str) -> str | None:
+        """The name of a query that asks nearly the same."""
+        words = content_words(query) or frozenset(query.lower().split())
+        for word in self._prefix(words):
+            for other, name in self._by_word[word]:
+                if len(words & other) >= self.similarity * len(words | other):
+                    return name
+        return None
+
+    def add(self, query: str, name: str) -> None:
+        """Remember a query."""
+        words = content_words(query) or frozenset(query.lower().split())
+        for word in self._prefix(words):
+            self._by_word[word].append((words, name))
+
+    def _prefix(self, words: frozenset[str]) -> list[str]:
+        ordered = sorted(words, key=lambda word: (-len(word), word))  # long words are rare ones
+        return ordered[: len(words) - math.ceil(self.similarity * len(words)) + 1]
+
+
+def length(corpus: Corpus, least_words: int = 3, most_words: int = 64) -> Check:
+    """A query has so many words."""
+
+    def check(draft: Draft) -> Draft | str:
+        words = len(normalize_unicode(draft.query).split())
+        return "too short" if words < least_words else "too long" if words > most_words else draft
+
+    return check
+
+
+def language(corpus: Corpus, of: str = "") -> Check:
+    """A query is in the language that was drawn, or in `of`: by its script, and by its function words."""
+
+    def check(draft: Draft) -> Draft | str:
+        due = of or str(draft.draws.get("language", ""))
+        scripts = _WORDS["scripts"].get(due) or (["LATIN"] if due in _FUNCTION_WORDS else None)
+        letters = [unicodedata.name(c, "").split(" ")[0].split("-")[0] for c in draft.query if c.isalpha()]
+        if scripts and letters and sum(each in scripts for each in letters) < 0.5 * len(letters):
+            return "another language"
+        words = Counter(draft.query.lower().split())
+        hits = {name: sum(words[w] for w in known) for name, known in _FUNCTION_WORDS.items()}
+        other = due in hits and max(hits.values()) >= 2 + 2 * hits[due]
+        return "another language" if other else draft
+
+    return check
+
+
+def vague(corpus: Corpus, least_content_words: int = 2) -> Check:
+    """A query can be understood without its passage: it points at none, and names something."""
+
+    def check(draft: Draft) -> Draft | str:
+        if _POINTS_AT.search(draft.query):
+            return "points at the passage"
+        return "vague" if len(content_words(draft.query) - _EMPTY) < least_content_words else draft
+
+    return check
+
+
+def quotes(corpus: Corpus, most_words: int = 8, most_share: float = 0.75) -> Check:
+    """A query is no quote: no run of more than `most_words`, nor of `most_share` of it, is the passage's.
+
+    The share counts for queries of at least five words.
+    """
+
+    def check(draft: Draft) -> Draft | str:
+        passage = _passage(corpus, draft.seed)
+        query = normalize_unicode(draft.query).split()
+        if passage is None or not query:
+            return draft
+        text = normalize_unicode(passage.text).split()
+        run = SequenceMatcher(None, query, text, autojunk=False).find_longest_match().size
+        return "quotes the passage" if run > most_words or _is_most(run, query, most_share) else draft
+
+    return check
+
+
+def _is_most(run: int, query: list[str], share: float) -> bool:
+    return len(query) >= 5 and run > share * len(query)
+
+
+def duplicates(corpus: Corpus, similarity: float = SIMILARITY) -> Check:
+    """No earlier draft that was not rejected before asks nearly the same. Put it behind the others."""
+    seen = Seen(similarity)
+
+    def check(draft: Draft) -> Draft | str:
+        if seen.find(draft.query) is not None:
+            return "near-duplicate"
+        seen.add(draft.query, draft.id)
+        return draft
+
+    return check
+
+
+def round_trip(corpus: Corpus, k: int = 1, of: str = "positive") -> Check:
+    """The retriever finds the positive (of: seed, the seed) among its best k (Promptagator, K = 1)."""
+    if of not in ("positive", "seed"):
+        raise ConfigError(f"filters.round_trip.of = {of!r}: must be positive or seed")
+
+    def check(draft: Draft) -> Draft | str:
+        wanted = draft.seed if of == "seed" else draft.positive
+        return draft if wanted in [id_ for id_, _ in draft.hits[:k]] else "not found again"
+
+    return check
+
+
+def answerable(corpus: Corpus, required: bool = False, least_gain: float | None = None) -> Check:
+    """The answer that was given stands in the positive, and there makes itself likelier (`answer_gain`).
+
+    required: a draft without an answer is rejected. least_gain: in nats a token, by the AnswerGain judge.
+    """
+
+    def check(draft: Draft) -> Draft | str:
+        answer = str(draft.fields.get("answer", ""))
+        if not answer:
+            return "no answer given" if required else draft
+        passage = _passage(corpus, draft.positive)
+        if passage is not None and not cover_em(f"{passage.title} {passage.text}", answer):
+            # cover_em(prediction, gold): the words of the answer side by side in the passage
+            return "answer not in the passage"
+        gain = draft.scores.get("answer_gain", {}).get(draft.positive)
+        helps = least_gain is None or gain is None or gain > least_gain
+        return draft if helps else "the passage does not help to answer"
+
+    return check
+
+
+def score(corpus: Corpus, least: float, of: str = "retriever") -> Check:
+    """The positive has at least this score: of the retriever (Qwen3: cosine .7), or of the judge named."""
+
+    def check(draft: Draft) -> Draft | str:
+        known = dict(draft.hits) if of == "retriever" else draft.scores.get(of, {})
+        return draft if known.get(draft.positive, -math.inf) >= least else f"low score of {of}"
+
+    return check
+
+
+def logprob(corpus: Corpus, least: float) -> Check:
+    """The generator was sure of its words (InPars): mean log-probability a token."""
+
+    def check(draft: Draft) -> Draft | str:
+        if draft.logprob is None:
+            return "no log-probability known"
+        return draft if draft.logprob >= least else "unlikely words"
+
+    return check
+
+
+def false_negatives(corpus: Corpus, margin: float = 0.0, share: float | None = None) -> Check:
+    """Drop negatives that score less than `margin` (or than the share of it) below the positive.
+
+    By the labels (the judges' scores); without these by the retriever's. One without
+    a score stays; a draft with none left is rejected.
+    """
+
+    def check(draft: Draft) -> Draft | str:
+        known = draft.labels or dict(draft.hits)
+        if not draft.negatives or draft.positive not in known:
+            return draft
+        top = known[draft.positive]
+        limit = top - (abs(top) * share if share is not None else margin)
+        kept = tuple(n for n in draft.negatives if known.get(n, -math.inf) <= limit)
+        return replace(draft, negatives=kept) if kept else "all negatives may be positives"
+
+    return check
+
+
+FILTERS: Mapping[str, Callable[..., Check]] = {
+    each.__name__: each
+    for each in (
+        length, language, vague, quotes, answerable, round_trip, score, logprob, false_negatives, duplicates
+    )
+}  # fmt: skip
+
+
+def make_filters(given: Mapping[str, Mapping[str, Any] | None], corpus: Any) -> dict[str, Check]:
+    """The checks of a recipe, in its order. Raises ConfigError for unknown names and options."""
+    made = {}
+    for name, options in given.items():
+        if name not in FILTERS:
+            raise ConfigError(f"filters: {name!r}: must be one of {', '.join(FILTERS)}")
+        try:
+            made[name] = FILTERS[name](corpus, **(options or {}))
+        except TypeError as error:
+            raise ConfigError(f"filters.{name}: {str(error).partition('() ')[2] or error}") from None
+    return made
+
+
+def _passage(corpus: Corpus | None, id_: str) -> Passage | None:
+    return corpus.get(id_) if corpus is not None and id_ else None

@@ -1,0 +1,138 @@
+"""Generators: what writes the texts. One interface; the adapter over the agent's engines lies above."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import ConfigError
+from data.hub import find_model
+from data.jsonl import read_jsonl
+from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
+from retriever_server.training.synthesis.drafts import Call, Written
+
+
+class Generator(ABC):
+    """Calls in, a text for each out."""
+
+    name: str
+    """The model and its settings, kept in the provenance."""
+
+    @abstractmethod
+    def write(self, calls: Sequence[Call]) -> list[Written]:
+        """Answer each call, in their order; the same calls together give the same texts.
+
+        Raises a SleuthError where it cannot go on: asked again later, it does.
+        """
+
+
+class Chat(Generator):
+    """A model behind an OpenAI-compatible endpoint. Replies are kept in `cache`: nothing is paid twice."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str = "default",
+        api_key_file: str | None = None,
+        system: str = "",
+        max_concurrent: int = 8,
+        max_calls: int = 100_000,
+        max_tokens: int | None = None,
+        timeout_seconds: float = 120.0,
+        cache: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """max_calls, max_tokens: the budget of all requests. options: more of each request's body."""
+        self.name, self._system, self._options = f"chat {model}", system, options or {}
+        self._model = model
+        kept = Path(cache) if cache else None
+        self._client = ChatClient(
+            url, "generator", api_key_file, timeout_seconds, max_concurrent, max_calls, max_tokens, kept
+        )
+
+    def write(self, calls: Sequence[Call]) -> list[Written]:
+        """As `Generator.write`; a prompt that is refused is no reason to stop, any other error is."""
+        outcomes = self._client.ask([self._body(call) for call in calls], str)
+        refused = [each for each in outcomes if isinstance(each, ChatRefused)]
+        broken = next((e for e in outcomes if isinstance(e, ChatError) and e not in refused), None)
+        if broken or (refused and len(refused) == len(outcomes)):
+            raise broken or refused[0]
+        return [
+            Written("", refused="refused by the endpoint") if isinstance(each, ChatError) else Written(each)
+            for each in outcomes
+        ]
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return {
+            "model": self._model,
+            "messages": [*system, {"role": "user", "content": call.prompt}],
+            "temperature": call.temperature,
+            "top_p": call.top_p,
+            "max_tokens": call.max_tokens,
+            "seed": call.seed,
+            **({"stop": list(call.stop)} if call.stop else {}),
+            **self._options,
+        }
+
+
+class Seq2Seq(Generator):
+    """A sequence-to-sequence model that was trained to write queries, such as a docT5query: no prompt."""
+
+    def __init__(self, model: str, top: int = 10, batch_size: int = 16, device: str = "cpu") -> None:
+        """top: each word is drawn among so many."""
+        found = find_model(model, "model")
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+        self.name, self.top, self.batch_size = f"seq2seq {model}", top, batch_size
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(found)
+        self._model = AutoModelForSeq2SeqLM.from_pretrained(found).to(device).eval()
+
+    def write(self, calls: Sequence[Call]) -> list[Written]:
+        """As `Generator.write`, from title and text of the seed passages."""
+        found: list[Written] = []
+        for start in range(0, len(calls), self.batch_size):
+            found += self._write(calls[start : start + self.batch_size])
+        return found
+
+    def _write(self, calls: Sequence[Call]) -> list[Written]:
+        import torch
+
+        texts = [
+            f"{call.passage.title} {call.passage.text}".strip() if call.passage else "" for call in calls
+        ]
+        given = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(calls[0].seed)
+            ids: Any = self._model.generate(
+                **given.to(self._model.device), do_sample=True, top_k=self.top,
+                max_new_tokens=calls[0].max_tokens,
+            )  # fmt: skip
+        read, pad = given["attention_mask"].sum(1).tolist(), self._tokenizer.pad_token_id
+        new = (ids != pad).sum(1).tolist()
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Written(*each) for each in zip(texts, read, new, strict=True)]
+
+
+class Scripted(Generator):
+    """Fixed replies in turn, for tests and trials: of a list, or of the "text" of JSON lines."""
+
+    def __init__(self, replies: list[str] | None = None, path: str | None = None) -> None:
+        self.replies = replies or [str(row["text"]) for row in read_jsonl(path or "")]
+        if not self.replies:
+            raise ConfigError("replies: must hold at least one text")
+        self.name = "scripted"
+
+    def write(self, calls: Sequence[Call]) -> list[Written]:
+        """The reply of each call: by its seed, so that it does not depend on what was asked before."""
+        texts = [self.replies[call.seed % len(self.replies)] for call in calls]
+        pairs = zip(calls, texts, strict=True)
+        return [Written(text, len(call.prompt.split()), len(text.split())) for call, text in pairs]
+
+
+GENERATORS: Mapping[str, str] = {
+    **dict.fromkeys(("Chat", "Seq2Seq", "Scripted"), "retriever_server.training.synthesis.generators"),
+}
+"""Short names of generators."""
