@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from agent.protocol import Protocol, get_protocol
@@ -26,6 +27,7 @@ def own_protocol(policy: str) -> Protocol:
     try:
         record = read_json(path)
         told = (record.get("titles"), record.get("chat_template_kwargs"), record.get("tools", ["search"]))
-        return get_protocol(record["protocol"], *told)
+        asked = {key: record[key] for key in ("answer_form", "may_abstain") if key in record}
+        return replace(get_protocol(record["protocol"], *told), **asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f'{path}: must be like {{"protocol": "compact"}}') from error

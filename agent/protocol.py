@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from agent.answer_form import ASKED, MAY_ABSTAIN, AnswerForm, read_answer, write_answer
 from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
@@ -56,6 +57,10 @@ class Protocol:
     """Tools (agent/tools.py) that the policy may call; each but search stands in a tag of its name."""
     json_calls: bool = False
     """All calls stand in the search tag, as JSON with the name of the tool."""
+    answer_form: AnswerForm = "short"
+    """What an answer holds: confidence asks for one, cited for explanation, citations and confidence, too."""
+    may_abstain: bool = False
+    """Tell the policy that it may say that it does not know."""
     padding: tuple[str, str] = (" ", " ")
     """Written before and after the content of a tag, in demonstrations."""
     titles: Literal["quoted", "unquoted"] = "unquoted"
@@ -88,6 +93,8 @@ class Protocol:
         if SEARCH.name not in self.tools or not set(self.tools) <= TOOLS.keys():
             allowed = f"{SEARCH.name}, with or without {', '.join(TOOLS.keys() - {SEARCH.name})}"
             raise ConfigError(f"protocol.tools = {list(self.tools)}: must be {allowed}")
+        if self.answer_form not in ASKED:
+            raise ConfigError(f"protocol.answer_form = {self.answer_form!r}: must be {', '.join(ASKED)}")
 
     @property
     def call_tags(self) -> dict[str, str]:
@@ -112,7 +119,9 @@ class Protocol:
         titles = {} if own else {"titles": self.titles}
         told = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
         tools = {"tools": list(self.tools)} if self.tools != (SEARCH.name,) else {}
-        return {"protocol": self.name, **titles, **told, **tools}
+        form = {"answer_form": self.answer_form} if self.answer_form != "short" else {}
+        abstains = {"may_abstain": True} if self.may_abstain else {}
+        return {"protocol": self.name, **titles, **told, **tools, **form, **abstains}
 
     def prompt(self, question: str) -> str:
         """The instruction with the question in it, ending in a question mark as Search-R1 has it."""
@@ -120,6 +129,7 @@ class Protocol:
         if not question.endswith("?"):
             question += "?"
         more = "".join(self._told(name) for name in self.tools if name != SEARCH.name)
+        more += (ASKED[self.answer_form] + MAY_ABSTAIN * self.may_abstain).replace("{tag}", self.answer_tag)
         return _fill(self.instruction, question=question, tools=more)
 
     def _told(self, name: str) -> str:
@@ -137,7 +147,7 @@ class Protocol:
         if match is None:
             return Invalid("no action")
         if match[1] == self.answer_tag:
-            return Answer(match[2].strip())
+            return Answer(*read_answer(match[2])) if self.answer_form != "short" else Answer(match[2].strip())
         call = self.read_call(match[1], match[2])
         if call and call.tool in self.tools and (call.argument or self._allows_nothing(call)):
             return call
@@ -177,7 +187,7 @@ class Protocol:
     def render_turn(self, thought: str, action: Call | Answer) -> str:
         """A turn as a demonstration writes it; `parse` gives the action back."""
         if isinstance(action, Answer):
-            tag, inside = self.answer_tag, action.text
+            tag, inside = self.answer_tag, write_answer(action.text, action.confidence)
         elif self.json_calls:
             tag, inside = self.search_tag, write_call(action)
         else:

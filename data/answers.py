@@ -18,6 +18,7 @@ from data.text import one_i
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SPACED_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
 _SPACELESS = re.compile(
     "[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff"  # Han
     "\uf900-\ufaff\U00020000-\U0003ffff"
@@ -48,7 +49,6 @@ def cover_em(prediction: str | None, gold_answers: Golds, normalizer: str = "squ
     return _best(prediction, gold_answers, normalizer, _covers)
 
 
-ABSTENTION = "I don't know"
 _ABSTENTIONS = re.compile(
     r"i (?:do not|dont|really dont|cannot|cant) (?:know|answer|tell|determine|say)\b.*|not sure|"
     r"im not sure\b.*|unknown|unanswerable|idk|n ?a|no answer|cannot be determined\b.*|cannot answer\b.*|"
@@ -66,6 +66,32 @@ def is_abstention(answer: str | None) -> bool:
 
 
 METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
+
+
+def hotpot_f1(prediction: str | None, gold_answers: Golds, normalizer: str = "squad") -> float:
+    """F1 as HotpotQA's script has it: yes, no and noanswer are right only as a whole."""
+
+    def one(words: list[str], gold: list[str]) -> float:
+        closed = any(each in (["yes"], ["no"], ["noanswer"]) for each in (words, gold))
+        return float(words == gold) if closed else _word_f1(words, gold)
+
+    return _best(prediction, gold_answers, normalizer, one)
+
+
+def triviaqa_em(prediction: str | None, gold_answers: Golds, normalizer: str = "triviaqa") -> float:
+    """Exact match in TriviaQA's own normal form, in which punctuation and underscores part words."""
+    return exact_match(prediction, gold_answers, "triviaqa")
+
+
+def contains(prediction: str | None, gold_answers: Golds, normalizer: str = "squad") -> float:
+    """Accuracy of PopQA's script: a gold answer, as it is, in lower case or capitalised, is a substring."""
+    golds = [gold_answers] if isinstance(gold_answers, str) else gold_answers
+    forms = [form for gold in golds for form in (gold, gold.lower(), gold.capitalize())]
+    return float(any(form in (prediction or "") for form in forms))
+
+
+OFFICIAL = {**METRICS, "hotpot_f1": hotpot_f1, "triviaqa_em": triviaqa_em, "contains": contains}
+"""METRICS, and those of the scripts of single sets."""
 
 
 def normalize_answer(text: str) -> str:
@@ -95,6 +121,10 @@ def normalize_unicode(text: str, fold_accents: bool = False) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
+def _normalize_triviaqa(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_SPACED_PUNCTUATION)).split())
+
+
 def _normalize_folded(text: str) -> str:
     return normalize_unicode(text, fold_accents=True)
 
@@ -103,6 +133,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "squad": normalize_answer,
     "unicode": normalize_unicode,
     "unicode_folded": _normalize_folded,
+    "triviaqa": _normalize_triviaqa,
 }
 
 

@@ -10,12 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.answers import NORMALIZERS
 from data.errors import ConfigError, DataError, first_line
+from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import extra_of, gold_answers, question_text
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
@@ -43,9 +44,10 @@ def load_questions(
 ) -> list[Question]:
     """The questions of one source, or of several with commas between them; at most `limit` in all.
 
-    A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, or .parquet), a folder of such files, or a
-    hub name such as "org/name" or "org/name:config". `split` chooses one: needed where a hub name or folder
-    has several; of a file's rows those that name another are left out.
+    A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, or .parquet), a folder of such files, a
+    name of `data.formats.answer_sets` (nq, ..., search_r1), or a hub name such as "org/name" or
+    "org/name:config". `split` chooses one: needed where a hub name or folder has
+    several; of a file's rows those that name another are left out.
 
     A row's own id is kept where no other row has it. Otherwise, and where there is none, the id is
     "<data_source>/<split>/<id or extra_info.index or row>". It does not depend on `limit`.
@@ -65,7 +67,8 @@ def load_questions(
 def _source_names(source: str) -> list[str]:
     if Path(source).expanduser().exists():
         return [source]
-    names = [name.strip() for name in source.split(",") if name.strip()]
+    given = [name.strip() for name in source.split(",") if name.strip()]
+    names = [name for part in given for name in ([part] if Path(part).exists() else set_names(part))]
     if not names:
         raise ConfigError(f"questions = {source!r}: name a file, a folder or a data set of the hub")
     return names
@@ -77,8 +80,11 @@ def _read_source(name: str, split: str | None) -> list[_Row]:
         rows = list(_read_file(path, split))
     elif path.is_dir():
         rows = list(_read_folder(path, split))
-    elif _is_hub_name(name):
+    elif _is_hub_name(name) and name not in SETS:
         rows = list(_read_hub(name, split))
+    elif name in SETS:
+        found = SETS[name]
+        rows = [replace(row, set_name=name) for row in _read_hub(found.source, split or found.split)]
     else:
         raise DataError(f"{name}: no such file")
     kept = [row for row in rows if split in (None, row.split)]
@@ -104,7 +110,7 @@ def _read_file(path: Path, split: str | None) -> Iterator[_Row]:
 def _rows_of(path: Path) -> Rows:
     if kind_of(path) not in KINDS:
         raise DataError(f"{path}: unknown kind of file; {', '.join(KINDS)} are read")
-    return read_rows(path)
+    return ((place, dict(common_row(row))) for place, row in read_rows(path))
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:
@@ -140,7 +146,7 @@ def _read_hub(name: str, split: str | None) -> Iterator[_Row]:
     chosen = _choose(name, split, list(map(str, splits)))
     for number, record in enumerate(splits[chosen]):
         row = f"{name}: row {number + 1} of {chosen}"
-        yield _Row(dict(record), row, number, where.rpartition("/")[2], chosen)
+        yield _Row(dict(common_row(record)), row, number, where.rpartition("/")[2], chosen)
 
 
 def _choose(name: str, split: str | None, there: Sequence[str]) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from agent.engines.config import EngineConfig
-from data.errors import require
+from agent.evaluation.judge_config import JudgeConfig
+from data.errors import require, require_range
 from data.records import Question
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
+    from agent.evaluation.judge import Judge
+    from agent.rollout import Agent
     from scripts.wiring import OpenedAgent
 
 
@@ -40,6 +44,19 @@ class EvaluateConfig:
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
     """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
     metadata say, else squad."""
+    per_set: int | None = None
+    """Only so many questions of each set, always the same ones; 512 is usual."""
+    samples: int = 1
+    """Answers of each question; more need a temperature. Scores are then means over them, with pass@k."""
+    controls: str | None = None
+    """true: also closed_book, random, oracle and single_search, the leak of answers and the overlap with
+    train_questions; pairs: with evidence present, replaced, removed; all; or names (docs/evaluation.md)."""
+    train_questions: str | None = None
+    """What the policy was trained on, for the overlap."""
+    corpus: Path | None = None
+    """Corpus of the controls, where the retriever is a server."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Language model that judges answers, where judge.url is given."""
     temperature: float = 0.0
     """Temperature of sampling; 0 is greedy."""
     seed: int = 0
@@ -57,6 +74,14 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "in [0, 1]")
+        require_range(self, "", ">= 1", "samples")
+        require(self.per_set is None or self.per_set > 0, "per_set", self.per_set, "> 0")
+        many = self.samples > 1 and self.temperature == 0
+        require(not many, "temperature", self.temperature, f"> 0 for {self.samples} samples")
+        if self.controls:
+            from agent.evaluation.controls import control_names
+
+            control_names(self.controls)
 
 
 def main(config: EvaluateConfig) -> None:
@@ -64,7 +89,9 @@ def main(config: EvaluateConfig) -> None:
 
     The same command again goes on where it stopped, and asks failed searches again.
     """
+    from agent.evaluation.controls import leaks
     from agent.evaluation.evaluate import check_folder
+    from agent.evaluation.judge import Judge
     from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
@@ -73,7 +100,9 @@ def main(config: EvaluateConfig) -> None:
     check_folder(out)
     check_agent(policy, config.protocol, config.device, config.engine)
     check_retriever(retriever, config.deadline_seconds)
-    questions = load_questions(config.questions, config.split, config.limit, config.normalizer)
+    judge = Judge(config.judge, Path(out) / "judge-cache.jsonl") if config.judge.url else None
+    questions = choose_questions(config)
+    training = load_questions(config.train_questions) if config.train_questions else []
     opened = open_agent(
         policy,
         retriever,
@@ -88,13 +117,44 @@ def main(config: EvaluateConfig) -> None:
     )
     try:
         scores = asyncio.run(_evaluate(opened, questions, config))
+        if judge:
+            scores = judge_all(Path(out), judge)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
     show_scores(scores, f"{policy} with {retriever}")
+    if config.controls:
+        show_controls(Path(out), scores, leaks(questions, training))
     if obstacle := _obstacle(scores, policy, opened.agent.protocol.name, out):
         print(obstacle)
     if scores["search_failed"]:
         print(f"{scores['search_failed']} searches failed: the same command asks them again")
+
+
+def choose_questions(config: EvaluateConfig) -> list[Question]:
+    """The questions that are asked, each as often as it is sampled."""
+    from agent.evaluation.samples import sampled
+    from data.formats.answer_sets import slice_of_each
+    from data.questions import load_questions
+
+    limit = None if config.per_set else config.limit
+    questions = load_questions(config.questions, config.split, limit, config.normalizer)
+    if config.per_set:
+        questions = slice_of_each(questions, config.per_set)[: config.limit]
+    return sampled(questions, config.samples)
+
+
+def judge_all(out: Path, judge: Judge) -> dict[str, Any]:
+    """Let the judge read every answer, and score anew."""
+    from agent.evaluation.evaluate import rescore
+    from agent.evaluation.judge import judge_folder
+    from scripts.console import bar
+
+    folders = [out, *sorted(path.parent for path in out.glob("controls/*/trajectories.jsonl"))]
+    for folder in folders:
+        with bar(f"judging answers in {folder.name}") as move:
+            judge_folder(folder, judge, move)
+        rescore(folder)
+    return rescore(out)
 
 
 def _obstacle(scores: dict[str, Any], policy: str, protocol: str, out: str) -> str | None:
@@ -118,15 +178,49 @@ async def _evaluate(
     from scripts.wiring import retriever_generation
 
     settings = {"policy": config.policy, "seed": config.seed, **opened.settings()}
+    out = Path(config.out)
     async with opened:
         await opened.check()
         settings["retriever"] = await retriever_generation(opened.client, questions[0].text, config.retriever)
-        rollout = rollout_with_bar(opened, config.seed, len(questions), Path(config.out))
-        return await evaluate(questions, rollout, config.out, settings, config.max_failed_share)
+        rollout = rollout_with_bar(opened, config.seed, len(questions), out)
+        scores = await evaluate(questions, rollout, out, settings, config.max_failed_share)
+        if config.controls:
+            await _run_controls(opened, questions, config, settings)
+        return scores
 
 
-def rollout_with_bar(opened: OpenedAgent, seed: int, total: int, folder: Path):
-    """The rollout function of the evaluation in `folder`, with a bar."""
+async def _run_controls(
+    opened: OpenedAgent, questions: Sequence[Question], config: EvaluateConfig, settings: dict[str, Any]
+) -> None:
+    """Evaluate each control in a folder of its own; those that cannot be made are named."""
+    from agent.evaluation.controls import control_agent, control_names, make_world
+    from agent.evaluation.evaluate import evaluate
+    from data.corpus import Corpus
+
+    world = make_world(Corpus(config.corpus) if config.corpus else opened.client.corpus, questions)
+    for name in control_names(config.controls or ""):
+        asked = [question for question in questions if world.allows(name, question)]
+        if not asked:
+            print(f"no control {name}: it needs --corpus, and questions that name their gold passages")
+            continue
+        folder = Path(config.out) / "controls" / name
+        make = partial(control_agent, name, world=world, seed=config.seed)
+        rollout = rollout_with_bar(opened, config.seed, len(asked), Path(config.out), name, make)
+        await evaluate(asked, rollout, folder, settings | {"control": name}, config.max_failed_share)
+
+
+def rollout_with_bar(
+    opened: OpenedAgent,
+    seed: int,
+    total: int,
+    folder: Path,
+    title: str = "answering questions",
+    agent_for: Callable[..., Agent] | None = None,
+):
+    """The rollout function of the evaluation in `folder`, with a bar.
+
+    agent_for: as that of `roll_out_each`.
+    """
     from agent.evaluation.evaluate import roll_out_each
     from agent.prompt import frozen_frame
     from scripts.console import bar
@@ -135,33 +229,47 @@ def rollout_with_bar(opened: OpenedAgent, seed: int, total: int, folder: Path):
         frame = frozen_frame(folder, opened.agent.protocol, opened.agent.tokenizer)
         agent = replace(opened.agent, prompt_frame=frame)
         done = count(total - len(todo) + 1)
-        with bar("answering questions", total, total - len(todo)) as move:
+        with bar(title, total, total - len(todo)) as move:
 
             def finished(trajectory):
                 on_finished(trajectory)
                 move(next(done))
 
-            await roll_out_each(agent, todo, seed, finished)
+            await roll_out_each(agent, todo, seed, finished, agent_for)
 
     return rollout
 
 
 def show_scores(scores: dict[str, Any], title: str) -> None:
-    """Print scores as a table: over all questions, then by kind."""
+    """Print scores as a table: over all questions, by set and by kind; then what else was measured."""
+    from agent.evaluation.summary import describe, table
+    from scripts.console import show_table
+
+    columns, rows = table(scores)
+    show_table(title, columns, rows)
+    show_table("", ("measure", "value"), describe(scores))
+
+
+def show_controls(out: Path, scores: dict[str, Any], found: dict[str, float]) -> None:
+    """Print the controls beside the run, write them to controls.json, and say what leaks."""
+    from agent.evaluation.compare import compare_controls
+    from data.jsonl import write_json
     from data.significance import format_estimate
     from scripts.console import show_table
 
-    columns = ("questions", "n", "EM [95 %]", "F1", "cover EM", "searches", "valid format")
-    kinds = scores["by_kind"].items() if len(scores["by_kind"]) > 1 else ()
-    rows = [
+    rows = compare_controls(out)
+    write_json(out / "controls.json", {"format_version": 1, "controls": rows, "leaks": found})
+    columns = ("control", "n", "EM [95 %]", "run less control", "answered", "I don't know")
+    shown = [
         (
             name,
-            row["n"],
+            str(row["n"]),
             format_estimate(row["em"]),
-            *(f"{row[metric]['mean']:.3f}" for metric in ("f1", "cover_em")),
-            f"{row['searches_per_question']:.2f}",
-            f"{row['valid_format_rate']:.3f}",
+            format_estimate(row["difference"]),
+            f"{row['coverage']:.3f}",
+            f"{row['abstained_rate']:.3f}",
         )
-        for name, row in [("all", scores), *kinds]
+        for name, row in rows.items()
     ]
-    show_table(title, columns, rows)
+    show_table("controls", columns, shown)
+    show_table("", ("leak", "share of questions"), [(key, f"{value:.3f}") for key, value in found.items()])

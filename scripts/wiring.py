@@ -76,6 +76,8 @@ class OpenedAgent:
             text["chat_template_kwargs"] = dict(spoken.chat_template_kwargs)
         if len(spoken.tools) > 1:
             text["tools"] = list(spoken.tools)
+        if spoken.answer_form != "short" or spoken.may_abstain:
+            text |= {"answer_form": spoken.answer_form, "may_abstain": spoken.may_abstain}
         return {
             "weights": fingerprint(self.policy.model),
             "dtype": str(self.policy.model.dtype).removeprefix("torch."),
@@ -152,10 +154,10 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     chosen = own if config.name in (None, own.name) else get_protocol(config.name)
     told = {**chosen.chat_template_kwargs, **(config.chat_template_kwargs or {})}
     tools = chosen.tools if config.tools is None else config.tools
-    chosen = get_protocol(chosen.name, config.titles or chosen.titles, told, tools)
+    asked, chosen = chosen, get_protocol(chosen.name, config.titles or chosen.titles, told, tools)
     apart = ("name", "titles", "chat_template_kwargs", "tools")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
-    return replace(chosen, **limits)
+    return replace(chosen, **({"answer_form": asked.answer_form, "may_abstain": asked.may_abstain} | limits))
 
 
 def open_client(retriever: str, deadline_seconds: float = 60.0, deterministic: bool = False) -> SearchClient:

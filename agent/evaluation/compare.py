@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agent.evaluation.records import Record, check_same, clusters_of, judge_answer, kind_of
+from agent.evaluation.records import (
+    Record,
+    brief,
+    check_same,
+    clusters_of,
+    iterate_records,
+    judge_answer,
+    kind_of,
+)
 from data.errors import DataError
+from data.jsonl import read_json
 from data.significance import estimate
 
 
@@ -26,6 +36,19 @@ def paired_difference(before: Iterable[Record], after: Iterable[Record]) -> dict
     kinds = dict.fromkeys(kind_of(record) for record in old.values())
     by_kind = {kind: _difference([pair for pair in pairs if kind_of(pair[0]) == kind]) for kind in kinds}
     return _difference(pairs) | {"by_kind": by_kind}
+
+
+def compare_controls(out_dir: Path) -> dict[str, dict[str, Any]]:
+    """Each control of an evaluation by name: scores, and EM of the run less that of the control, paired."""
+    run = {record["id"]: brief(record) for record in iterate_records(out_dir)}
+    rows = {}
+    for folder in sorted(path.parent for path in out_dir.glob("controls/*/scores.json")):
+        control = [brief(record) for record in iterate_records(folder)]
+        pair = _difference([(record, run[record["id"]]) for record in control])
+        scores = read_json(folder / "scores.json")
+        kept = {key: scores[key] for key in ("n", "em", "f1", "coverage", "abstained_rate")}
+        rows[folder.name] = kept | {"difference": pair["em"]}
+    return rows
 
 
 def _difference(pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from agent.evaluation.measures import evaluation_record
-from agent.evaluation.records import Record, brief, check_unique, failed
+from agent.evaluation.records import Record, brief, check_unique, failed, iterate_records
 from agent.evaluation.scores import score
 from agent.trajectory import Trajectory
 from data.errors import ConfigError, DataError, RunStopped, StorageError
@@ -74,19 +74,32 @@ async def evaluate(
     return scores
 
 
+def rescore(out_dir: Path) -> dict[str, Any]:
+    """Score the records that are there anew, with the verdicts of a judge, and write scores.json."""
+    scores = score(map(brief, iterate_records(out_dir)))
+    write_json(out_dir / "scores.json", scores)
+    return scores
+
+
 async def roll_out_each(
-    agent: Agent, questions: Sequence[Question], seed: int, on_finished: Callable[[Trajectory], None]
+    agent: Agent,
+    questions: Sequence[Question],
+    seed: int,
+    on_finished: Callable[[Trajectory], None],
+    agent_for: Callable[..., Agent] | None = None,
 ) -> None:
     """Roll out each question once, at most `agent.max_live` at a time, and keep no trajectory.
 
     What a question's trajectory draws depends on `seed` and the question alone, not on which others are
-    asked: an evaluation that goes on samples as one in one go. Raises as `Agent.rollout`.
+    asked: an evaluation that goes on samples as one in one go. `agent_for(agent=..., question=...)` gives the
+    agent of a question, where it is another one for each. Raises as `Agent.rollout`.
     """
     left = iter(questions)
 
     async def work() -> None:
         for question in left:
-            on_finished((await agent.rollout([question], seed, keys=[0]))[0])
+            own = agent_for(agent=agent, question=question) if agent_for else agent
+            on_finished((await own.rollout([question], seed, keys=[0]))[0])
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -28,7 +28,7 @@ from agent.evaluation.records import (
 )
 from agent.evaluation.samples import pass_at
 from agent.trajectory import StopReason, Trajectory
-from data.answers import METRICS
+from data.answers import METRICS, OFFICIAL
 from data.calibration import (
     area_under_risk_coverage,
     auc,
@@ -37,6 +37,7 @@ from data.calibration import (
     risk_coverage,
 )
 from data.errors import DataError
+from data.formats.answer_sets import official_metric
 from data.records import FORMAT_VERSION, Question
 from data.significance import RESAMPLES, SEED, estimate
 
@@ -100,12 +101,23 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
         "stop_reasons": dict(sorted(stops.items())),
         "invalid_actions_per_question": mean_of(record["invalid_actions"] for record in records),
         "policy_tokens_per_question": mean_of(policy_tokens(record) for record in records),
+        **_official(records),
         **_sampled(answers, first),
         **_judged(records),
         **_selective(records),
         **_searching(records),
         **_cost(records),
     }
+
+
+def _official(records: Sequence[Record]) -> dict[str, Any]:
+    """The metric of a well-known set's own script, where all questions are of that set."""
+    sets = {str(record["metadata"].get("data_source")) for record in records}
+    name = official_metric(sets.pop()) if len(sets) == 1 else None
+    if name in METRICS or name not in OFFICIAL:
+        return {}
+    values = [OFFICIAL[name](record["answer"], record["gold_answers"]) for record in records]
+    return {"official": {"metric": name, **_mean_by_question(records, values)}}
 
 
 def _sampled(answers: Sequence[np.ndarray], first: Sequence[Record]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from data.corpus import Corpus
 from data.errors import (
     ConfigError,
     DataError,
@@ -44,6 +45,11 @@ class SearchClient:
     def waits(self) -> bool:
         """Whether a search asks another machine: what comes back, and when, is then not repeatable."""
         return self._retriever.waits
+
+    @property
+    def corpus(self) -> Corpus | None:
+        """The corpus, where the retriever is in this process and has one."""
+        return self._retriever.corpus
 
     async def search(self, query: Query, k: int) -> list[Hit]:
         """Return the best `k` hits, best first; raises a RetrieverError if nobody could answer.

@@ -17,7 +17,7 @@ from agent.evaluation.judge import Judge, Verdict
 from agent.evaluation.judge_config import JudgeConfig
 from agent.evaluation.measures import GOLD_KEYS, gold_passages
 from agent.trajectory import SegmentKind, Trajectory
-from data.answers import cover_em, exact_match, f1
+from data.answers import cover_em, exact_match, f1, is_abstention
 from data.class_path import hints_of
 from data.errors import ConfigError
 from data.plugins import find_plugin
@@ -33,6 +33,17 @@ _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 def no_answer(trajectory: Trajectory) -> float:
     """-1.0 where the policy gave no answer, or an empty one, else 0.0."""
     return 0.0 if trajectory.answer else -1.0
+
+
+def truth(trajectory: Trajectory) -> float:
+    """1.0 for a right answer, 0.0 for "I don't know", -1.0 for a wrong one or none.
+
+    TruthRL's reward (arXiv 2509.25760). Where hardly any answer is right it teaches silence: watch the share
+    that is answered.
+    """
+    asked = trajectory.question
+    right = exact_match(trajectory.answer, asked.gold_answers, asked.normalizer)
+    return right or (0.0 if is_abstention(trajectory.answer) else -1.0)
 
 
 def search_cost(trajectory: Trajectory) -> list[float]:
@@ -63,6 +74,7 @@ REWARDS: dict[str, RewardFunction] = {
     "cover_em": lambda t: cover_em(t.answer, t.question.gold_answers, t.question.normalizer),
     "format": lambda t: float(t.valid_format),
     "no_answer": no_answer,
+    "truth": truth,
     "search_cost": search_cost,
     "gold_passage": gold_passage,
 }

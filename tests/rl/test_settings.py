@@ -224,6 +224,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
         HERE: "name titles max_turns top_k max_response_tokens max_observation_tokens max_context_tokens",
         "../agent/test_prompt.py": "chat_template_kwargs",
         "../agent/test_environment.py": "tools",
+        "../agent/test_answer_form.py": "answer_form may_abstain",
     },
     SentinelConfig: {
         "test_sentinel.py": "action patience baseline_steps min_entropy_share max_entropy_share "
