@@ -111,7 +111,7 @@ class MTEBEncoder:
         if isinstance(model_name, Encoder):
             self.encoder = model_name
         else:
-            from retriever_server.encoders.sentence import load_encoder
+            from retriever_server.encoders.loading import load_encoder
 
             self.encoder = load_encoder(model_name, device=device or "auto", **options)
         if self.encoder.spec.kind != "dense":

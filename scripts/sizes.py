@@ -62,7 +62,7 @@ def main(
         raise ConfigError(f"sample = {sample}: must be 0, or at least 1000")
     given = _load(vectors, sample) if vectors else None
     if encoder is not None:
-        from retriever_server.encoders.sentence import load_encoder
+        from retriever_server.encoders.loading import load_encoder
 
         dimension = load_encoder(encoder).spec.dimension
     dimension = given.shape[1] if given is not None else dimension

@@ -37,7 +37,7 @@ def main(config: RetrieverRecipe) -> None:
     scripts train-retriever ...` trains in N processes.
     """
     leads = os.environ.get("RANK", "0") == "0"  # as every launcher tells
-    from retriever_server.training.prepare import prepare
+    from retriever_server.training.build_components import prepare
 
     prepared = prepare(config)
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from data.corpus import Corpus
 from data.jsonl import parse_line, read_json
 from data.records import Passage
 from data.text import replace_halves
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder
 from scripts import __main__ as sleuth
 from tests.retriever_server.tiny_encoders import tiny_model

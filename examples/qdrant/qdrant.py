@@ -151,7 +151,7 @@ class Qdrant(Retriever):
 def _load(encoder: str | Encoder, device: str) -> Encoder:
     if isinstance(encoder, Encoder):
         return encoder
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
 
     return load_encoder(encoder, device=device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.errors import ConfigError, DataError
+from retriever_server.encoders.read_spec import appends_eos, is_two_way, last_token, outer_transformers
 
 _LONG = "one two three four five six seven eight "
 
@@ -27,7 +28,7 @@ def append_eos(tokenizer: Any, eos: str | None = None) -> None:
     tokenizer.eos_token = token
     tokenizer.pad_token = tokenizer.pad_token or token
     id_ = tokenizer.convert_tokens_to_ids(token)
-    if _last_token(tokenizer) == id_:
+    if last_token(tokenizer) == id_:
         return
     if {"add_bos_token", "add_eos_token"} & set(tokenizer.init_kwargs):
         tokenizer.add_eos_token = True  # such a tokenizer makes its post-processor anew when it is loaded
@@ -39,33 +40,13 @@ def append_eos(tokenizer: Any, eos: str | None = None) -> None:
         )
         before = backend.post_processor
         backend.post_processor = Sequence([before, last]) if before is not None else last
-    if _last_token(tokenizer) != id_:
+    if last_token(tokenizer) != id_:
         raise ConfigError(f"{type(tokenizer).__name__}: does not append {token} to a text")
-
-
-def appends_eos(model: Any) -> bool:
-    """Whether a model of sentence-transformers pools the vector of a token that its tokenizer appends."""
-    return _pools_last(model) and _last_token(model.tokenizer) is not None
 
 
 def make_two_way(model: Any) -> None:
     """Let the tokens of a decoder of transformers see those after them, from now on and when saved."""
     model.config.get_text_config().is_causal = False
-
-
-def is_two_way(model: Any) -> bool:
-    """Whether a model of transformers says of itself that it is a decoder with two-way attention."""
-    config = getattr(model, "config", None)
-    return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
-
-
-def outer_transformers(model: Any) -> list[Any]:
-    """The models of transformers in one of sentence-transformers: one, or one for each tower."""
-    from transformers import PreTrainedModel
-
-    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    inside = {part for each in found for part in each.modules() if part is not each}
-    return [each for each in found if each not in inside]
 
 
 def check_model(model: Any) -> None:
@@ -108,7 +89,7 @@ def check_eos(model: Any) -> None:
     limit = model.max_seq_length or 0
     if not appends_eos(model) or not 0 < limit < 1_000_000:
         return
-    eos = _last_token(model.tokenizer)
+    eos = last_token(model.tokenizer)
     ids = model.preprocess([_LONG * (limit // 8 + 1)])["input_ids"][0]
     if int(ids[-1]) != eos:
         lost = model.tokenizer.decode([eos])
@@ -137,15 +118,3 @@ def check_prompts(model: Any) -> None:
 def _real_tokens(model: Any, text: str) -> list[int]:
     features = model.preprocess([text])
     return features["input_ids"][0][features["attention_mask"][0].bool()].tolist()
-
-
-def _last_token(tokenizer: Any) -> int | None:
-    """The special token that the tokenizer puts behind every text."""
-    last = {ids[-1] if ids else None for ids in tokenizer(["a river", "no", ""])["input_ids"]}
-    special = last & {*tokenizer.all_special_ids, tokenizer.pad_token_id} - {None}
-    return special.pop() if len(last) == 1 and special else None
-
-
-def _pools_last(model: Any) -> bool:
-    modes = [getattr(module, "pooling_mode", None) for module in model]
-    return any("lasttoken" in ((mode,) if isinstance(mode, str) else mode or ()) for mode in modes)

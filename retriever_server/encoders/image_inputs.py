@@ -6,47 +6,21 @@ whatever goes into a model that reads images is a mapping that says which is whi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from data.errors import DataError
-from data.modalities import modalities, read
+from data.modalities import read
 from data.records import Input, Item
+from retriever_server.encoders.read_spec import placeholders
 
 READERS = max(1, min(4, os.cpu_count() or 1))
 """Threads that read and decode images: Pillow leaves the interpreter to others meanwhile."""
-
-_DECIDE = (
-    "size", "max_image_size", "crop_size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size",
-    "merge_size", "do_image_splitting", "do_resize", "do_center_crop", "do_pad", "do_normalize", "resample",
-    "rescale_factor", "image_mean", "image_std", "num_image_tokens", "image_seq_len", "image_seq_length",
-)  # fmt: skip
-"""Settings of an image processor that decide the pixels and tokens of an image."""
-
-
-def processors(model: Any) -> list[Any]:
-    """The processors of a model of sentence-transformers, of both towers where there are two."""
-    found = [getattr(module, "processor", None) for module in model.modules()]  # the model itself has one's
-    return list({id(processor): processor for processor in found if processor is not None}.values())
-
-
-def what_it_takes(model: Any) -> frozenset[str]:
-    """Return what a model encodes: of `kinds()`, such as "text", "image", "text+image"."""
-    known: dict[str, Any] = {"text": "text", **{name: name for name in modalities()}}
-    known |= {f"text+{name}": tuple(sorted((name, "text"))) for name in modalities()}
-    return frozenset(name for name, modality in known.items() if model.supports(modality))
-
-
-def reads_files(model: Any) -> bool:
-    """Whether a model of sentence-transformers reads images, or another modality that is registered."""
-    return not set(modalities()).isdisjoint(model.modalities)
 
 
 def kind_of(given: Input) -> str:
@@ -69,71 +43,6 @@ def as_model_input(given: Input, picture: Any = None, placeholders: Sequence[str
     return {**shown, "text": text} if text or not shown else shown
 
 
-def placeholders(model: Any) -> list[str]:
-    """The tokens that stand for an image (or a video, a sound) in what the model reads."""
-    names = ("image_token", "video_token", "audio_token")
-    found = [getattr(processor, name, None) for processor in processors(model) for name in names]
-    return [getattr(token, "content", token) for token in found if token]
-
-
-def patch_token(model: Any) -> int | None:
-    """The id of the token that a patch of an image has among those of texts; None if there is none."""
-    for processor in processors(model):
-        if (token := getattr(processor, "image_token", None)) and hasattr(processor, "tokenizer"):
-            return int(processor.tokenizer.convert_tokens_to_ids(getattr(token, "content", token)))
-    return None
-
-
-def describe_images(model: Any, inputs: str = "image") -> str:
-    """The line of an `EncodingSpec` on images: processor, pixels, patches, tokens, template; "" for texts.
-
-    -> 'Idefics3ImageProcessor {"do_resize": true, ..., "size": {"longest_edge": 512}} template 1c5e91a0'
-    Where the inputs are of another modality, also what processes these, and all numbers that it knows.
-    """
-    lines = list(map(_describe_processor, processors(model)))
-    if (name := inputs.removeprefix("text+")) not in ("text", "image"):
-        lines += [_describe_other(each, name) for each in processors(model)]
-    return " + ".join(filter(None, lines))
-
-
-def _describe_other(processor: Any, modality: str) -> str:
-    part = {"audio": "feature_extractor"}.get(modality, f"{modality}_processor")
-    part = getattr(processor, part, processor)
-    known = part.to_dict() if hasattr(part, "to_dict") and not hasattr(part, "tokenizer") else {}
-    known = {name: value for name, value in known.items() if isinstance(value, int | float)}
-    return f"{type(part).__name__} {json.dumps(known, sort_keys=True)}" if known else ""
-
-
-def _describe_processor(processor: Any) -> str:
-    images = getattr(processor, "image_processor", processor)
-    if "pixel_values" not in getattr(images, "model_input_names", ()):
-        return ""
-    known = {**images.to_dict(), **{name: getattr(processor, name, None) for name in _DECIDE[-3:]}}
-    decide = {name: known[name] for name in _DECIDE if known.get(name) is not None}
-    name = type(images).__name__.removesuffix("Pil").removesuffix("Fast")  # whichever library it works with
-    line = f"{name} {json.dumps(decide, sort_keys=True, default=int)}"
-    if template := getattr(processor, "chat_template", None):
-        line += f" template {hashlib.sha256(json.dumps(template).encode()).hexdigest()[:8]}"
-    return line
-
-
-def read_ahead(items: Iterable[Input], threads: int = READERS) -> Iterator[Any]:
-    """The pictures (or sounds) of items, in order, read by threads that are a few ahead. Raises DataError."""
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                assert isinstance(item, Item)
-                waiting.append(pool.submit(read, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, none of them None; the next is made by a thread while one is at work."""
     with ThreadPoolExecutor(1) as thread:
@@ -151,15 +60,16 @@ def picture_batches(
     As many in a batch as fit into `budget` numbers of pixels (of what a model reads of another modality),
     going by the last one; at most twice as many.
     """
-    start, count, pictures = 0, 1, read_ahead(items)
-    while start < len(items):
-        rows = np.arange(start, min(start + count, len(items)))
-        features = process(list(items[start : start + count]), [next(pictures) for _ in rows])
-        yield rows, features
-        start += len(rows)
-        numbers = [v for v in features.values() if getattr(v, "is_floating_point", bool)()]
-        each = sum(v.numel() for v in numbers) // len(rows)
-        count = max(1, min(2 * count, budget // max(1, each)))
+    start, count = 0, 1
+    with ThreadPoolExecutor(READERS) as pool:
+        while start < len(items):
+            chosen = list(items[start : start + count])
+            features = process(chosen, list(pool.map(read, chosen)))
+            yield np.arange(start, start + len(chosen)), features
+            start += len(chosen)
+            numbers = [v for v in features.values() if getattr(v, "is_floating_point", bool)()]
+            each = sum(v.numel() for v in numbers) // len(chosen)
+            count = max(1, min(2 * count, budget // max(1, each)))
 
 
 WHOLE = {"processing_kwargs": {"text": {"truncation": False, "max_length": None}}}
@@ -190,3 +100,42 @@ def _shortened(model: Any, given: dict[str, Any], length: int, limit: int) -> di
             what = f"an image of {' x '.join(map(str, given['image'].size))} pixels"
         raise DataError(f"{what} takes {length - len(tokens)} tokens, of at most {limit}")
     return {**given, "text": model.tokenizer.decode(tokens[:kept])}
+
+
+class ImageCollator:
+    """`preprocess` of a model for items in training: the workers of the data loader run it, and open images.
+
+    Raises DataError naming an image that cannot be read.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._placeholders = model, placeholders(model)
+
+    def __call__(self, inputs: Sequence[Input], **options: Any) -> dict[str, Any]:
+        """The features of a column of a batch."""
+        pictures = [read(each) if isinstance(each, Item) else None for each in inputs]
+        each = zip(inputs, pictures, strict=True)
+        given = [as_model_input(item, picture, self._placeholders) for item, picture in each]
+        preprocess = partial(self._model.preprocess, **options)
+        shown = any(picture is not None for picture in pictures)
+        return uncut(self._model, given, preprocess) if shown else preprocess(given)
+
+
+def without_absent_images(model: Any) -> None:
+    """Let a model of sentence-transformers take texts cut out of a batch that had images elsewhere.
+
+    The pixels of an item without images are zeros there; some vision towers fail where nothing else is left.
+    """
+    from sentence_transformers.base.modules import Transformer
+
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.register_forward_pre_hook(_drop_absent_images)
+
+
+def _drop_absent_images(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    count = given[0].get("num_images_per_sample") if given else None
+    if count is None or int(count.sum()):
+        return None
+    kept = {key: value for key, value in given[0].items() if not key.startswith("pixel_")}
+    return (kept, *given[1:])

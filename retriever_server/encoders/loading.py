@@ -1,15 +1,163 @@
-"""Models of sentence-transformers from a folder or the hub, of the kind they were saved as."""
+"""Models of sentence-transformers, of the kind they were saved as, and encoders of them.
+
+Beside a model that was trained here lies the spec it was trained under: it serves under no other.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from data.errors import ConfigError
+from data.device import check_device
+from data.errors import ConfigError, DataError, require
+from data.hub import find_model
+from data.jsonl import read_json, write_json
+from data.records import FORMAT_VERSION
+from retriever_server.encoders.checks import check_model
 from retriever_server.encoders.kinds import ENCODERS
+from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
+from retriever_server.encoders.sentence import SentenceEncoder, self_test
+from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.token_pooling import TokenPooling
+
+logger = logging.getLogger(__name__)
+
+SPEC_FILE = "encoding_spec.json"
+"""Beside a model that was trained here: the spec it was trained under."""
+_OWN = ("m3.M3Heads", "patches.PatchMask", "promptreps.PromptReps", "token_weights.TokenWeights")
+_LOADED: WeakValueDictionary[tuple[str, str, str], SentenceEncoder] = WeakValueDictionary()
+
+
+def load_encoder(
+    model: str | EncodingSpec,
+    kind: str | None = None,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+    passage_template: str = DEFAULT_TEMPLATE,
+    max_tokens: int | None = None,
+    dimension: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    inputs: str | None = None,
+    token_pooling: str = "",
+) -> SentenceEncoder:
+    """The encoder of a sentence-transformers model by name or folder, or the one that a spec describes.
+
+    What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
+    None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
+    inputs: what of a passage is encoded, of `data.modalities.kinds()`; by default what it was trained with
+    here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
+    A spec decides everything but device and dtype; an encoder that is loaded already is shared.
+    Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
+    DataError if it is not the model of the spec, or its vectors depend on their batch.
+    """
+    check_device(device)
+    source = find_model(model.model if isinstance(model, EncodingSpec) else model, "encoder")
+    device = choose_device(device)
+    if isinstance(model, EncodingSpec):
+        shared = _LOADED.get((model.hash, device, dtype))
+        return shared or _load_by_spec(model, device, dtype)
+    loaded = load_model(source, kind, device, dtype)
+    if kind == "multi":
+        check_projects(source)
+    limit_tokens(loaded, max_tokens)
+    if dimension is not None:
+        _keep_prefix(loaded, model, dimension)
+    trained = saved_spec(source)
+    if trained and passage_template == DEFAULT_TEMPLATE:
+        passage_template = trained.passage_template
+    spec = read_spec(model, loaded, passage_template, inputs or (trained.inputs if trained else None))
+    if TokenPooling.parse(token_pooling) and spec.kind != "multi":
+        raise ConfigError(f"token_pooling {token_pooling!r}: {model} makes no vectors of tokens")
+    spec = replace(spec, token_pooling=token_pooling)
+    prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
+    spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
+    if trained:
+        _check_trained(spec, trained, dimension)
+    check_model(loaded)
+    encoder = SentenceEncoder(loaded, spec)
+    self_test(encoder)
+    _LOADED[spec.hash, device, dtype] = encoder
+    return encoder
+
+
+def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncoder:
+    encoder = load_encoder(
+        spec.model, spec.kind, spec.query_prompt, spec.passage_prompt, spec.passage_template,
+        spec.max_tokens, spec.dimension if spec.kind == "dense" else None, device, dtype,
+        spec.inputs, spec.token_pooling,
+    )  # fmt: skip
+    if encoder.spec.hash != spec.hash:
+        raise DataError(
+            f"{spec.model}: is another encoder than was asked for ({encoder.spec.differences(spec)})"
+        )
+    return encoder
+
+
+def _keep_prefix(loaded: Any, model: str, dimension: int) -> None:
+    """Make the model's vectors their first `dimension` numbers."""
+    if not hasattr(loaded, "truncate_dim"):
+        raise ConfigError(
+            f"dimension = {dimension}: {model} makes no dense vectors, so that it has no meaning"
+        )
+    whole = loaded.get_embedding_dimension()
+    require(1 <= dimension <= whole, "dimension", dimension, f"from 1 to the {whole} of {model}")
+    loaded.truncate_dim = dimension
+
+
+def save_spec(spec: EncodingSpec, folder: str | Path) -> None:
+    """Put the spec that a model was trained under beside it."""
+    write_json(Path(folder) / SPEC_FILE, {"format_version": FORMAT_VERSION, **asdict(spec), "model": ""})
+
+
+def saved_spec(model: str) -> EncodingSpec | None:
+    """The spec that the model in a folder was trained under, None where none is there."""
+    path = Path(model) / SPEC_FILE
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    fields.pop("format_version", None)
+    try:
+        return EncodingSpec(**fields)
+    except TypeError as error:
+        raise DataError(f"{path}: not an encoding spec ({error})") from error
+
+
+def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | None) -> None:
+    """A model serves under the spec it was trained under; only its vectors may be cut or pooled, its texts
+    cut, and what of a passage is encoded chosen."""
+    spec = replace(spec, token_pooling=trained.token_pooling)
+    if spec.inputs != trained.inputs:
+        logger.warning("%s: trained with passages of %s, here %s", spec.model, trained.inputs, spec.inputs)
+        spec = replace(spec, inputs=trained.inputs)
+    if dimension is not None:
+        spec = replace(spec, dimension=trained.dimension, normalise=trained.normalise)
+    if spec.max_tokens != trained.max_tokens:
+        logger.warning(
+            "%s: trained with texts of %s tokens, here %s", spec.model, trained.max_tokens, spec.max_tokens
+        )
+        spec = replace(spec, max_tokens=trained.max_tokens)
+    if spec.hash != trained.hash:
+        raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({spec.differences(trained)})")
+
+
+def choose_device(device: str) -> str:
+    """auto -> cuda where there is one, else cpu. Raises ConfigError for a device that there is not."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = device.partition(":")[0]
+    if name not in ("cpu", "cuda", "mps") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device = {device}: must be auto, cpu, or cuda where torch has it")
+    return device
 
 
 def _saved_kind(model: str) -> str:
@@ -51,8 +199,6 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
 
     Raises ConfigError.
     """
-    from data.hub import find_model
-
     model = find_model(model, "encoder")  # at once, not after seconds of imports
     from transformers.utils.logging import disable_progress_bar
 
@@ -62,7 +208,7 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
         raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(ENCODERS)}")
     try:
         loaded = ENCODERS[kind].model_class._load_with_module_classes(
-            model, _own_modules(), device=device, model_kwargs={"dtype": dtype}
+            model, _own_modules(model), device=device, model_kwargs={"dtype": dtype}
         )
     except ImportError as error:  # a processor that needs what we do not: torchvision, timm, ...
         raise ConfigError(f"encoder {model!r}: {' '.join(str(error).split())[:200]}") from error
@@ -75,14 +221,17 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
     return loaded
 
 
-def _own_modules() -> dict[str, Any]:
-    """The modules of ours that a saved model may name: these alone load without trust_remote_code."""
-    from retriever_server.encoders.m3 import M3Heads
-    from retriever_server.encoders.patches import PatchMask
-    from retriever_server.encoders.promptreps import PromptReps
-    from retriever_server.encoders.token_weights import TokenWeights
+def _own_modules(model: str) -> dict[str, Any]:
+    """The modules of ours that a saved model names: these alone load without trust_remote_code."""
+    from sentence_transformers.util import load_file_path
 
-    return {f"{of.__module__}.{of.__qualname__}": of for of in (TokenWeights, M3Heads, PromptReps, PatchMask)}
+    path = load_file_path(model, "modules.json")
+    text, found = Path(path).read_text() if path else "", {}
+    for name in _OWN:
+        if (full := f"{__package__}.{name}") in text:
+            module, _, attribute = full.rpartition(".")
+            found[full] = getattr(import_module(module), attribute)
+    return found
 
 
 def _not_loaded(model: str, error: Exception) -> ConfigError:

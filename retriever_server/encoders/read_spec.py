@@ -8,12 +8,16 @@ from typing import Any
 
 from data.errors import ConfigError
 from data.modalities import modalities
-from retriever_server.encoders.checks import appends_eos, is_two_way, outer_transformers
-from retriever_server.encoders.image_inputs import describe_images, what_it_takes
 from retriever_server.encoders.kinds import kind_of_model
 from retriever_server.encoders.spec import EncodingSpec
 
 DEFAULT_TEMPLATE = "{title}\n{text}"
+_DECIDE = (
+    "size", "max_image_size", "crop_size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size",
+    "merge_size", "do_image_splitting", "do_resize", "do_center_crop", "do_pad", "do_normalize", "resample",
+    "rescale_factor", "image_mean", "image_std", "num_image_tokens", "image_seq_len", "image_seq_length",
+)  # fmt: skip
+"""Settings of an image processor that decide the pixels and tokens of an image."""
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")  # the order of sentence-transformers
 
 
@@ -104,3 +108,96 @@ def fingerprint(model: Any) -> str:
     vocabulary = getattr(model.tokenizer, "get_vocab", dict)()
     digest.update(json.dumps(sorted(vocabulary.items())).encode())
     return digest.hexdigest()[:16]
+
+
+def outer_transformers(model: Any) -> list[Any]:
+    """The models of transformers in one of sentence-transformers: one, or one for each tower."""
+    from transformers import PreTrainedModel
+
+    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    inside = {part for each in found for part in each.modules() if part is not each}
+    return [each for each in found if each not in inside]
+
+
+def is_two_way(model: Any) -> bool:
+    """Whether a model of transformers says of itself that it is a decoder with two-way attention."""
+    config = getattr(model, "config", None)
+    return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
+
+
+def appends_eos(model: Any) -> bool:
+    """Whether a model of sentence-transformers pools the vector of a token that its tokenizer appends."""
+    return _pools_last(model) and last_token(model.tokenizer) is not None
+
+
+def _pools_last(model: Any) -> bool:
+    modes = [getattr(module, "pooling_mode", None) for module in model]
+    return any("lasttoken" in ((mode,) if isinstance(mode, str) else mode or ()) for mode in modes)
+
+
+def last_token(tokenizer: Any) -> int | None:
+    """The special token that the tokenizer puts behind every text."""
+    last = {ids[-1] if ids else None for ids in tokenizer(["a river", "no", ""])["input_ids"]}
+    special = last & {*tokenizer.all_special_ids, tokenizer.pad_token_id} - {None}
+    return special.pop() if len(last) == 1 and special else None
+
+
+def processors(model: Any) -> list[Any]:
+    """The processors of a model of sentence-transformers, of both towers where there are two."""
+    found = [getattr(module, "processor", None) for module in model.modules()]  # the model itself has one's
+    return list({id(processor): processor for processor in found if processor is not None}.values())
+
+
+def what_it_takes(model: Any) -> frozenset[str]:
+    """Return what a model encodes: of `kinds()`, such as "text", "image", "text+image"."""
+    known: dict[str, Any] = {"text": "text", **{name: name for name in modalities()}}
+    known |= {f"text+{name}": tuple(sorted((name, "text"))) for name in modalities()}
+    return frozenset(name for name, modality in known.items() if model.supports(modality))
+
+
+def placeholders(model: Any) -> list[str]:
+    """The tokens that stand for an image (or a video, a sound) in what the model reads."""
+    names = ("image_token", "video_token", "audio_token")
+    found = [getattr(processor, name, None) for processor in processors(model) for name in names]
+    return [getattr(token, "content", token) for token in found if token]
+
+
+def patch_token(model: Any) -> int | None:
+    """The id of the token that a patch of an image has among those of texts; None if there is none."""
+    for processor in processors(model):
+        if (token := getattr(processor, "image_token", None)) and hasattr(processor, "tokenizer"):
+            return int(processor.tokenizer.convert_tokens_to_ids(getattr(token, "content", token)))
+    return None
+
+
+def describe_images(model: Any, inputs: str = "image") -> str:
+    """The line of an `EncodingSpec` on images: processor, pixels, patches, tokens, template; "" for texts.
+
+    -> 'Idefics3ImageProcessor {"do_resize": true, ..., "size": {"longest_edge": 512}} template 1c5e91a0'
+    Where the inputs are of another modality, also what processes these, and all numbers that it knows.
+    """
+    lines = list(map(_describe_processor, processors(model)))
+    if (name := inputs.removeprefix("text+")) not in ("text", "image"):
+        lines += [_describe_other(each, name) for each in processors(model)]
+    return " + ".join(filter(None, lines))
+
+
+def _describe_other(processor: Any, modality: str) -> str:
+    part = {"audio": "feature_extractor"}.get(modality, f"{modality}_processor")
+    part = getattr(processor, part, processor)
+    known = part.to_dict() if hasattr(part, "to_dict") and not hasattr(part, "tokenizer") else {}
+    known = {name: value for name, value in known.items() if isinstance(value, int | float)}
+    return f"{type(part).__name__} {json.dumps(known, sort_keys=True)}" if known else ""
+
+
+def _describe_processor(processor: Any) -> str:
+    images = getattr(processor, "image_processor", processor)
+    if "pixel_values" not in getattr(images, "model_input_names", ()):
+        return ""
+    known = {**images.to_dict(), **{name: getattr(processor, name, None) for name in _DECIDE[-3:]}}
+    decide = {name: known[name] for name in _DECIDE if known.get(name) is not None}
+    name = type(images).__name__.removesuffix("Pil").removesuffix("Fast")  # whichever library it works with
+    line = f"{name} {json.dumps(decide, sort_keys=True, default=int)}"
+    if template := getattr(processor, "chat_template", None):
+        line += f" template {hashlib.sha256(json.dumps(template).encode()).hexdigest()[:8]}"
+    return line

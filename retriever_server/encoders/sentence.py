@@ -7,166 +7,47 @@ Images are read by threads ahead of the model, and cut into batches of about as 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
-from data.device import check_device
-from data.errors import ConfigError, DataError, require
-from data.hub import find_model
-from data.jsonl import read_json, write_json
-from data.modalities import kinds
-from data.records import FORMAT_VERSION, Input
+from data.errors import DataError
+from data.modalities import kinds, modalities, samples
+from data.records import Input, Item
 from data.text import cut_for, replace_halves
-from retriever_server.encoders.checks import check_model
 from retriever_server.encoders.image_inputs import (
     WHOLE,
     as_model_input,
     kind_of,
     one_ahead,
-    patch_token,
     picture_batches,
-    placeholders,
     uncut,
-    what_it_takes,
 )
-from retriever_server.encoders.loading import check_projects, limit_tokens, load_model
 from retriever_server.encoders.packing import packable, packed_forward
-from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
-from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, self_test
+from retriever_server.encoders.read_spec import patch_token, placeholders, what_it_takes
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
 from retriever_server.encoders.token_pooling import TokenPooling
-from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
-
-logger = logging.getLogger(__name__)
+from retriever_server.encoders.vectors import (
+    Multi,
+    Vectors,
+    concatenate,
+    no_vectors,
+    rows_of,
+    similarities,
+    take,
+)
 
 _TASKS = {"query": "query", "passage": "document"}
 _TEXTS_TOKENISED_TOGETHER = 8192
-SPEC_FILE = "encoding_spec.json"
-"""Beside a model that was trained here: the spec it was trained under."""
 # On a CPU what fits its caches is fastest; a GPU wants to be filled.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+TEXTS = ("river", "The capital of a country is not always its largest city.", "one two " * 40)
+"""Short, middling and long: what encoders are tested with."""
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 27}  # numbers, three a pixel
-_LOADED: WeakValueDictionary[tuple[str, str, str], SentenceEncoder] = WeakValueDictionary()
-
-
-def load_encoder(
-    model: str | EncodingSpec,
-    kind: str | None = None,
-    query_prompt: str | None = None,
-    passage_prompt: str | None = None,
-    passage_template: str = DEFAULT_TEMPLATE,
-    max_tokens: int | None = None,
-    dimension: int | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    inputs: str | None = None,
-    token_pooling: str = "",
-) -> SentenceEncoder:
-    """The encoder of a sentence-transformers model by name or folder, or the one that a spec describes.
-
-    What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
-    None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
-    inputs: what of a passage is encoded, of `data.modalities.kinds()`; by default what it was trained with
-    here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
-    A spec decides everything but device and dtype; an encoder that is loaded already is shared.
-    Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
-    DataError if it is not the model of the spec, or its vectors depend on their batch.
-    """
-    check_device(device)
-    source = find_model(model.model if isinstance(model, EncodingSpec) else model, "encoder")
-    device = choose_device(device)
-    if isinstance(model, EncodingSpec):
-        shared = _LOADED.get((model.hash, device, dtype))
-        return shared or _load_by_spec(model, device, dtype)
-    loaded = load_model(source, kind, device, dtype)
-    if kind == "multi":
-        check_projects(source)
-    limit_tokens(loaded, max_tokens)
-    if dimension is not None:
-        _keep_prefix(loaded, model, dimension)
-    trained = saved_spec(source)
-    if trained and passage_template == DEFAULT_TEMPLATE:
-        passage_template = trained.passage_template
-    spec = read_spec(model, loaded, passage_template, inputs or (trained.inputs if trained else None))
-    if TokenPooling.parse(token_pooling) and spec.kind != "multi":
-        raise ConfigError(f"token_pooling {token_pooling!r}: {model} makes no vectors of tokens")
-    spec = replace(spec, token_pooling=token_pooling)
-    prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
-    spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
-    if trained:
-        _check_trained(spec, trained, dimension)
-    check_model(loaded)
-    encoder = SentenceEncoder(loaded, spec)
-    self_test(encoder)
-    _LOADED[spec.hash, device, dtype] = encoder
-    return encoder
-
-
-def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncoder:
-    encoder = load_encoder(
-        spec.model, spec.kind, spec.query_prompt, spec.passage_prompt, spec.passage_template,
-        spec.max_tokens, spec.dimension if spec.kind == "dense" else None, device, dtype,
-        spec.inputs, spec.token_pooling,
-    )  # fmt: skip
-    if encoder.spec.hash != spec.hash:
-        raise DataError(
-            f"{spec.model}: is another encoder than was asked for ({encoder.spec.differences(spec)})"
-        )
-    return encoder
-
-
-def _keep_prefix(loaded: Any, model: str, dimension: int) -> None:
-    """Make the model's vectors their first `dimension` numbers."""
-    if not hasattr(loaded, "truncate_dim"):
-        raise ConfigError(
-            f"dimension = {dimension}: {model} makes no dense vectors, so that it has no meaning"
-        )
-    whole = loaded.get_embedding_dimension()
-    require(1 <= dimension <= whole, "dimension", dimension, f"from 1 to the {whole} of {model}")
-    loaded.truncate_dim = dimension
-
-
-def save_spec(spec: EncodingSpec, folder: str | Path) -> None:
-    """Put the spec that a model was trained under beside it."""
-    write_json(Path(folder) / SPEC_FILE, {"format_version": FORMAT_VERSION, **asdict(spec), "model": ""})
-
-
-def saved_spec(model: str) -> EncodingSpec | None:
-    """The spec that the model in a folder was trained under, None where none is there."""
-    path = Path(model) / SPEC_FILE
-    if not path.is_file():
-        return None
-    fields = read_json(path)
-    fields.pop("format_version", None)
-    try:
-        return EncodingSpec(**fields)
-    except TypeError as error:
-        raise DataError(f"{path}: not an encoding spec ({error})") from error
-
-
-def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | None) -> None:
-    """A model serves under the spec it was trained under; only its vectors may be cut or pooled, its texts
-    cut, and what of a passage is encoded chosen."""
-    spec = replace(spec, token_pooling=trained.token_pooling)
-    if spec.inputs != trained.inputs:
-        logger.warning("%s: trained with passages of %s, here %s", spec.model, trained.inputs, spec.inputs)
-        spec = replace(spec, inputs=trained.inputs)
-    if dimension is not None:
-        spec = replace(spec, dimension=trained.dimension, normalise=trained.normalise)
-    if spec.max_tokens != trained.max_tokens:
-        logger.warning(
-            "%s: trained with texts of %s tokens, here %s", spec.model, trained.max_tokens, spec.max_tokens
-        )
-        spec = replace(spec, max_tokens=trained.max_tokens)
-    if spec.hash != trained.hash:
-        raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({spec.differences(trained)})")
 
 
 class SentenceEncoder(Encoder):
@@ -178,11 +59,12 @@ class SentenceEncoder(Encoder):
         self._lock = threading.Lock()  # fast tokenizers refuse a second thread
         self._packs = spec.kind == "dense" and packable(model)
         self.takes = what_it_takes(model)
-        self._placeholders, self._patch = placeholders(model), patch_token(model)
+        files = self.takes != {"text"}
+        self._placeholders, self._patch = (placeholders(model), patch_token(model)) if files else ([], None)
         self._tokenizer = getattr(model, "tokenizer", None)
         limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
         self._longest = model.max_seq_length and max(model.max_seq_length, *(limit or 0 for limit in limits))
-        self._token_pooling = TokenPooling.parse(spec.token_pooling)
+        self._token_pooling = TokenPooling.parse(spec.token_pooling) if spec.token_pooling else None
         self.batch_tokens = _BATCH_TOKENS.get(model.device.type, 8192)
         self.batch_pixels = _BATCH_PIXELS.get(model.device.type, 1 << 22)
         if spec.kind == "sparse" and model.device.type != "cpu":
@@ -203,12 +85,12 @@ class SentenceEncoder(Encoder):
         if not groups:
             return no_vectors(self.spec.kind, self.spec.dimension)
         with self._lock:
-            parts = [self._encode([inputs[int(i)] for i in rows], role) for rows in groups]
+            parts = [self._encode([inputs[int(i)] for i in rows], role, of[rows[0]]) for rows in groups]
         return parts[0] if len(parts) == 1 else take(concatenate(parts), np.argsort(np.concatenate(groups)))
 
-    def _encode(self, inputs: list[Input], role: Role) -> Vectors:
+    def _encode(self, inputs: list[Input], role: Role, kind: str) -> Vectors:
         """The vectors of texts alone, of images alone or of both together, at least one."""
-        if kind_of(inputs[0]) != "text":
+        if kind != "text":
             return self._in_order(self._picture_batches(inputs, role), role)
         size = _TEXTS_TOKENISED_TOGETHER
         parts = [inputs[i : i + size] for i in range(0, len(inputs), size)]
@@ -368,13 +250,41 @@ def _numpy(tensor: Any) -> np.ndarray:
     return dense.float().cpu().numpy()
 
 
-def choose_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu. Raises ConfigError for a device that there is not."""
-    import torch
+def self_test(encoder: Encoder) -> None:
+    """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""
+    for role in ("query", "passage"):
+        inputs = _samples(encoder, role)
+        together = encoder.encode(inputs, role)
+        for i, each in enumerate(inputs):
+            alone = rows_of(encoder.encode([each], role), 0)
+            least = float(similarities(alone, rows_of(together, i)).min())
+            if not least > 0.999:
+                shown = repr(each[:20]) if isinstance(each, str) else f"{each.modality} + {each.text[:20]!r}"
+                raise DataError(
+                    f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
+                    f"(cosine {least:.4f} for {shown} alone and in a batch)"
+                )
+            _check_fits(encoder.spec, alone)
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    name = device.partition(":")[0]
-    if name not in ("cpu", "cuda", "mps") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device = {device}: must be auto, cpu, or cuda where torch has it")
-    return device
+
+def _samples(encoder: Encoder, role: str) -> list[Input]:
+    """Texts, and where the encoder is given images in this role (or audio), some of these."""
+    inputs = encoder.spec.inputs if role == "passage" else ""
+    if inputs == "text" or encoder.takes == {"text"}:
+        return list(TEXTS)
+    names = [inputs.removeprefix("text+")] if inputs else [m for m in modalities() if m in encoder.takes]
+    held = [Item(file, modality=name) for name in names for file in samples(name)]
+    if inputs in names or "text" not in encoder.takes:
+        return list(held)
+    beside = zip(held, TEXTS, strict=False) if inputs else ()
+    return [*TEXTS, *held, *(replace(item, text=text) for item, text in beside)]
+
+
+def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:
+    if rows.shape[1] != spec.dimension:
+        raise DataError(
+            f"{spec.model}: vectors of {rows.shape[1]} dimensions, its spec says {spec.dimension}"
+        )
+    lengths = np.linalg.norm(rows, axis=1)
+    if spec.normalise and np.abs(lengths - 1).max() > 1e-2:
+        raise DataError(f"{spec.model}: vectors of length {lengths.max():.3f}, its spec says 1")

@@ -6,16 +6,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-import numpy as np
-
 from data.errors import ConfigError, DataError
-from data.modalities import kinds, modalities, samples
+from data.modalities import kinds
 from data.records import Input, Item, Passage
 from retriever_server.encoders.kinds import ENCODERS
-from retriever_server.encoders.vectors import Vectors, rows_of, similarities
+from retriever_server.encoders.vectors import Vectors
 
 Role = Literal["query", "passage"]
 
@@ -88,14 +86,11 @@ class EncodingSpec:
         fields["expansion"] = str(passage.metadata.get("expansion", ""))
         return self.passage_template.format(**fields).strip()
 
-    def differences(self, other: EncodingSpec) -> str:
+    def differences(self, other: EncodingSpec, but: str = "") -> str:
         """List the fields of the hash that differ, for a message.   -> "pooling: cls, here mean" """
         here, there = asdict(self), asdict(other)
-        return "; ".join(
-            f"{key}: {there[key]!r}, here {here[key]!r}"
-            for key in here
-            if key != "model" and here[key] != there[key]
-        )
+        odd = [key for key in here if key not in ("model", but) and here[key] != there[key]]
+        return "; ".join(f"{key}: {there[key]!r}, here {here[key]!r}" for key in odd)
 
 
 class Encoder(ABC):
@@ -118,44 +113,3 @@ class Encoder(ABC):
         Of a text that is much too long the first of the two may be too small.
         """
         return None
-
-
-def self_test(encoder: Encoder) -> None:
-    """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""
-    for role in ("query", "passage"):
-        inputs = _samples(encoder, role)
-        together = encoder.encode(inputs, role)
-        for i, each in enumerate(inputs):
-            alone = rows_of(encoder.encode([each], role), 0)
-            least = float(similarities(alone, rows_of(together, i)).min())
-            if not least > 0.999:
-                shown = repr(each[:20]) if isinstance(each, str) else f"{each.modality} + {each.text[:20]!r}"
-                raise DataError(
-                    f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
-                    f"(cosine {least:.4f} for {shown} alone and in a batch)"
-                )
-            _check_fits(encoder.spec, alone)
-
-
-def _samples(encoder: Encoder, role: str) -> list[Input]:
-    """Texts, and where the encoder is given images in this role (or audio), some of these."""
-    texts = ["river", "The capital of a country is not always its largest city.", "one two " * 40]
-    inputs = encoder.spec.inputs if role == "passage" else ""
-    if inputs == "text":
-        return list(texts)
-    names = [inputs.removeprefix("text+")] if inputs else [m for m in modalities() if m in encoder.takes]
-    held = [Item(file, modality=name) for name in names for file in samples(name)]
-    if inputs in names or "text" not in encoder.takes:
-        return list(held)
-    beside = zip(held, texts, strict=False) if inputs else ()
-    return [*texts, *held, *(replace(item, text=text) for item, text in beside)]
-
-
-def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:
-    if rows.shape[1] != spec.dimension:
-        raise DataError(
-            f"{spec.model}: vectors of {rows.shape[1]} dimensions, its spec says {spec.dimension}"
-        )
-    lengths = np.linalg.norm(rows, axis=1)
-    if spec.normalise and np.abs(lengths - 1).max() > 1e-2:
-        raise DataError(f"{spec.model}: vectors of length {lengths.max():.3f}, its spec says 1")

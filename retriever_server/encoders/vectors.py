@@ -83,3 +83,9 @@ def rows_of(vectors: Vectors, i: int) -> np.ndarray:
     if isinstance(vectors, np.ndarray):
         return vectors[i : i + 1]
     return vectors[[i]].toarray()
+
+
+def least_similarity(a: Vectors, b: Vectors) -> float:
+    """Return the least cosine of a row of a text in `a` with the same in `b`; NaN where there is one."""
+    count = len(a) if isinstance(a, Multi) else a.shape[0]
+    return float(np.min([similarities(rows_of(a, i), rows_of(b, i)).min() for i in range(count)]))

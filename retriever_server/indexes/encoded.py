@@ -153,7 +153,7 @@ class EncodedIndex(VectorSearch, Index):
         encoded again and compared with what is stored. options: of the kind.
         Raises DataError if the encoder is not the one that built the index.
         """
-        from retriever_server.encoders.sentence import choose_device, load_encoder
+        from retriever_server.encoders.loading import choose_device, load_encoder
 
         try:
             spec = EncodingSpec(**manifest.spec)

@@ -38,7 +38,7 @@ class FaissFile(VectorSearch):
 
         Raises DataError if index, corpus and encoder do not belong together.
         """
-        from retriever_server.encoders.sentence import choose_device, load_encoder
+        from retriever_server.encoders.loading import choose_device, load_encoder
 
         if isinstance(encoder, str):
             template = "{contents}"  # what Search-R1 encodes: the quoted title, a newline, the text

@@ -1,21 +1,130 @@
-"""From class_path and init_args to a model and its loss, with one line for what is wrong with them."""
+"""A recipe's parts: checked before torch is imported, then built, with one line for what is wrong."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pkgutil import iter_modules
+from pathlib import Path
 from typing import Any
 
 from data.class_path import Build, Reader, parts_of
+from data.corpus import Corpus
+from data.device import check_device
 from data.errors import ConfigError
+from data.examples import Examples
 from data.plugins import names_in_source, parameters_in_source
-from retriever_server.encoders.image_inputs import reads_files
 from retriever_server.encoders.kinds import CROSS, KINDS, Kind, kind_of_model
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.training import builders, losses
+from retriever_server.training.builders.base import check_base
 from retriever_server.training.recipe import RetrieverRecipe
+
+_BUILDERS = {
+    "colbert": "colbert",
+    "cross_encoder": "cross_encoder yes_no_reranker",
+    "decoder": "decoder",
+    "dense": "dense two_towers",
+    "m3": "m3",
+    "pretrained": "pretrained",
+    "promptreps": "promptreps",
+    "sparse": "splade unicoil deepimpact",
+    "vision": "dse gme colpali two_tower_pages",
+}
+_LOSSES = {
+    "distillation": "ContrastiveDistillation",
+    "info_nce": "Qwen3InfoNCE",
+    "m3": "M3Loss",
+    "masked_next_token": "MaskedNextToken",
+    "simcse": "SimCSE",
+    "splade": "splade_loss",
+}
+
+
+def _by_name(room: str, names: dict[str, str]) -> dict[str, str]:
+    return {name: f"{__package__}.{room}.{module}" for module, of in names.items() for name in of.split()}
+
+
+BUILDERS = _by_name("builders", _BUILDERS)
+"""Builders of models by their names in a recipe, and the module of each."""
+LOSSES = _by_name("losses", _LOSSES)
+"""Losses of ours, beside those of sentence-transformers."""
+
+
+@cache
+def known_losses(kind: Kind | None = None) -> dict[str, str]:
+    """Our losses, and sentence-transformers' for a kind of model; None: for all kinds. None is imported."""
+    modules = [each.losses for each in ([kind] if kind else KINDS.values())]
+    theirs = {name: module for module in modules for name in names_in_source(module, imported=True)}
+    return LOSSES | {name: module for name, module in theirs.items() if name.endswith("Loss")}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a recipe, read."""
+
+    sets: list[Examples | Corpus]
+    """One a set of `recipe.train`; the passages themselves where these are what is learned from."""
+    inputs: dict[str, tuple[str, str]]
+    """Setting -> its file and a hash of what that holds, for `RunDir`."""
+
+
+def prepare(recipe: RetrieverRecipe) -> Prepared:
+    """Read the data of a recipe. Raises ConfigError or DataError for all that is wrong without a model."""
+    _check_names("model", recipe.model, BUILDERS)
+    _check_names("loss", recipe.loss, known_losses())
+    arguments = recipe.model.get("init_args") or {}
+    for base in (value for key, value in arguments.items() if key == "base" or key.endswith("_base")):
+        check_base(base)
+    check_device(recipe.device)
+    if recipe.serves is not None:
+        from retriever_server.indexes.base import read_manifest
+
+        read_manifest(Path(recipe.serves))
+    corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}
+    sets = [
+        Examples(each.examples, corpora[each.corpus], each.on_error)
+        if each.examples
+        else corpora[each.corpus]
+        for each in recipe.train
+    ]
+    if recipe.dev.queries is not None:
+        from retriever_server.training.dev import read_dev
+
+        read_dev(recipe.dev)
+        corpora |= {each: Corpus(each) for each in filter(None, [recipe.dev.corpus])}
+    hashes = {path: corpus.content_hash for path, corpus in corpora.items()}
+    return Prepared(sets, {name: (path, hashes.get(path) or _hash(path)) for name, path in _files(recipe)})
+
+
+def _check_names(part: str, node: Any, known: dict[str, str]) -> None:
+    """Raise ConfigError for a model or loss that is none, as far as its source tells without importing."""
+    name, arguments = parts_of(node, f"{part}.")
+    if name not in known:
+        if "." not in name:
+            Reader(known).find(name, f"{part}.class_path")
+        return
+    takes = parameters_in_source(known[name], name)
+    for key in arguments:
+        if takes is not None and key not in takes:
+            shown = ", ".join(each for each in takes if each != "model")
+            raise ConfigError(f"{part}.init_args.{key}: unknown key; {name} takes {shown}")
+
+
+def _files(recipe: RetrieverRecipe) -> Iterator[tuple[str, str]]:
+    for number, each in enumerate(recipe.train):
+        yield f"train.{number}.corpus", each.corpus
+        if each.examples:
+            yield f"train.{number}.examples", each.examples
+    for name in ("queries", "qrels", "corpus"):
+        if path := getattr(recipe.dev, name):
+            yield f"dev.{name}", path
+
+
+def _hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -34,10 +143,10 @@ class ModelInTraining:
 def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
     """Build the model that the recipe names, on the CPU. Raises ConfigError."""
     kinds = tuple(kind.model_class for kind in KINDS.values())
-    model = Reader(known_builders()).plan(recipe.model, kinds, "model.")()
-    if kind_of_model(model) is not CROSS:
+    model = Reader(BUILDERS).plan(recipe.model, kinds, "model.")()
+    if (kind := kind_of_model(model)) is not CROSS:
         spec = read_spec("the model", model, recipe.passage_template, recipe.inputs)
-        return ModelInTraining(model, kind_of_model(model), spec, reads_files(model))
+        return ModelInTraining(model, kind, spec, not {"text", "message"}.issuperset(model.modalities))
     if recipe.passage_template != "{contents}":
         raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
     if recipe.inputs not in (None, "text"):
@@ -66,47 +175,6 @@ def build_loss(recipe: RetrieverRecipe, model: Any, processes: int = 1) -> Any:
     if max(recipe.matryoshka) > full:
         raise ConfigError(f"matryoshka = {recipe.matryoshka}: the model's vectors have {full} dimensions")
     return MatryoshkaLoss(model, loss, sorted({full, *recipe.matryoshka}, reverse=True))
-
-
-def check_names(recipe: RetrieverRecipe) -> None:
-    """Raise ConfigError for a model or loss that is none, as far as their source tells without importing."""
-    nodes = (("model", recipe.model, known_builders()), ("loss", recipe.loss, known_losses()))
-    for part, node, known in nodes:
-        name, arguments = parts_of(node, f"{part}.")
-        if name not in known:
-            if "." not in name:
-                Reader(known).find(name, f"{part}.class_path")
-            continue
-        takes = parameters_in_source(known[name], name)
-        for key in arguments:
-            if takes is not None and key not in takes:
-                shown = ", ".join(each for each in takes if each != "model")
-                raise ConfigError(f"{part}.init_args.{key}: unknown key; {name} takes {shown}")
-
-
-@cache
-def known_builders() -> dict[str, str]:
-    """Our builders of models by name, and the module of each; nothing is imported."""
-    return _names_in(builders, "base")
-
-
-@cache
-def known_losses(kind: Kind | None = None) -> dict[str, str]:
-    """Our losses, and sentence-transformers' for a kind of model, likewise; None: for all kinds."""
-    modules = [each.losses for each in ([kind] if kind else KINDS.values())]
-    theirs = {name: module for module in modules for name in names_in_source(module, imported=True)}
-    return _names_in(losses, "model") | {n: module for n, module in theirs.items() if n.endswith("Loss")}
-
-
-def _names_in(package: Any, first: str) -> dict[str, str]:
-    """Public functions and classes of a package's modules whose first parameter is called so."""
-    modules = [f"{package.__name__}.{each.name}" for each in iter_modules(package.__path__)]
-    found = ((name, each) for each in modules if not each.endswith(".base") for name in names_in_source(each))
-    return {
-        name: module
-        for name, module in found
-        if not name.startswith("_") and (parameters_in_source(module, name) or [""])[0] == first
-    }
 
 
 def _similarity(name: str, place: str) -> Build:

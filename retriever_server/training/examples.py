@@ -61,6 +61,7 @@ def as_dataset(
     draws: int = 1,
     seed: int = 0,
     max_characters: int = 100_000,
+    reads_files: bool = True,
 ) -> Dataset:
     """The examples as a data set for the trainers of sentence-transformers; texts are read batch by batch.
 
@@ -72,6 +73,7 @@ def as_dataset(
              their order; without `negatives` it is the first of each.
     labels_of   teacher: DataError where the scores are those of the retriever that mined the example
     max_characters   longer texts are cut before the tokenizer sees them
+    reads_files      whether the model reads images (or sounds, ...): DataError for such a query where not
 
     Where a tuple without labels lacks negatives, random passages fill it. Where scores are due and too few
     passages have one, the example is left out, which is logged. Raises DataError if none is left.
@@ -87,7 +89,7 @@ def as_dataset(
     columns: dict[str, list] = {}
     left_out = 0
     for draw in range(draws):
-        for index, example in enumerate(_trusted(examples, labels_of) if labels else examples):
+        for index, example in enumerate(_checked(examples, labels and labels_of, reads_files)):
             chosen = _draw(example, negatives, draw, labels)
             if labels and (not chosen or (form == "tuple" and len(chosen) <= negatives)):
                 left_out += 1
@@ -105,9 +107,15 @@ def as_dataset(
     )
 
 
-def _trusted(examples: Examples, labels_of: Literal["teacher", "any"]) -> Iterator[Example]:
-    """The examples; DataError at the first whose scores may be no labels."""
+def _checked(
+    examples: Examples, labels_of: Literal["teacher", "any", False], reads_files: bool
+) -> Iterator[Example]:
+    """The examples; DataError at a query that the model cannot read, or scores that may be no labels."""
     for index, example in enumerate(examples):
+        if example.query_image and not reads_files:
+            raise DataError(
+                f"{examples.place(index)}: the query holds an image, and the model reads no images"
+            )
         if labels_of == "teacher" and example.is_scored_by_miner:
             raise DataError(
                 f"{examples.place(index)}: its scores are those of the retriever that mined it "
@@ -174,6 +182,9 @@ class _Resolve:
     render: Callable[[Passage], Input]
     max_characters: int
     keys: KeysOf
+
+    def __deepcopy__(self, memo: Any) -> _Resolve:
+        return self  # data sets copy their transform; this one never changes, and its files stay open
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         return {name: [self._value(name, value) for value in values] for name, values in batch.items()}

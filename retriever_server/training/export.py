@@ -1,17 +1,35 @@
-"""The folder of a trained model that serves."""
+"""The folder of a model that serves, and the proof that what is trained is what will serve."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.atomic import new_folder
-from data.errors import ConfigError
-from data.settings import LoraConfig
-from retriever_server.encoders.checks import outer_transformers
-from retriever_server.encoders.read_spec import read_spec
+from data.errors import ConfigError, DataError
+from retriever_server.encoders.loading import load_model, save_spec
+from retriever_server.encoders.read_spec import fingerprint, read_spec
+from retriever_server.encoders.sentence import TEXTS, SentenceEncoder, self_test
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.training.training_checks import check_saved, save_encoder
+from retriever_server.encoders.vectors import least_similarity
+
+
+def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) -> None:
+    """Raise unless vectors are sound, the loss scores as the index will, and a saved copy gives the same.
+
+    serves: the folder of the index that the model is to replace; ConfigError names what differs.
+    """
+    check_similarity(loss, spec)
+    if serves is not None:
+        _check_serves(spec, serves)
+    training = model.training
+    self_test(SentenceEncoder(model, spec))
+    with tempfile.TemporaryDirectory(prefix="sleuth-check-") as folder:
+        model.save(folder, create_model_card=False)
+        check_saved(model, spec, folder)
+    model.train(training)
 
 
 def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
@@ -33,36 +51,53 @@ def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
     return folder
 
 
-def add_adapters(model: Any, lora: LoraConfig) -> None:
-    """Put LoRA adapters into the transformers of a model, and freeze all else of them. Raises ConfigError."""
-    from peft import LoraConfig as Adapter
+def save_encoder(model: Any, spec: EncodingSpec, folder: Path) -> None:
+    """Write the model as sentence-transformers does, and beside it the spec it was trained under."""
+    model.save(str(folder), create_model_card=False)
+    save_spec(replace(spec, fingerprint=fingerprint(model)), folder)
 
-    names = lora.target_modules
-    targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
-    adapter = Adapter(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias="none",
-    )
-    try:
-        for transformer in outer_transformers(model):
-            transformer.add_adapter(adapter)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules = {names!r}: {str(error).partition('.')[0]}") from error
+
+def check_saved(model: Any, spec: EncodingSpec, folder: str | Path) -> None:
+    """Raise DataError unless what loads from the folder has this spec and gives the vectors of `model`."""
+    loaded = load_model(str(folder), spec.kind, str(model.device))
+    found = read_spec("saved", loaded, spec.passage_template, spec.inputs)
+    if differences := found.differences(spec, but="fingerprint"):
+        raise DataError(f"saved and loaded again the model is another one ({differences})")
+    encoders = SentenceEncoder(model, spec), SentenceEncoder(loaded, spec)
+    for role in ("query", "passage"):
+        here, there = (encoder.encode(TEXTS, role) for encoder in encoders)
+        if not (least := least_similarity(here, there)) > 0.99999:
+            raise DataError(
+                f"saved and loaded again the model gives other {role} vectors (cosine {least:.6f})"
+            )
+
+
+def check_similarity(loss: Any, spec: EncodingSpec) -> None:
+    """Raise ConfigError where a loss scores by another similarity than the index will."""
+    for each in loss.modules():
+        function = getattr(each, "similarity_fct", None) or getattr(each, "similarity", None)
+        name = function if isinstance(function, str) else getattr(function, "__name__", "")
+        trained = "cosine" if "cos" in name else "dot" if "dot" in name else spec.similarity
+        same = spec.normalise and {trained, spec.similarity} == {"cosine", "dot"}
+        if trained != spec.similarity and not same:
+            raise ConfigError(
+                f"loss: {type(each).__name__} scores by {trained}, the index that will serve by "
+                f"{spec.similarity}: set init_args.similarity_fct, or normalise in the model"
+            )
+
+
+def _check_serves(spec: EncodingSpec, index: str) -> None:
+    """Raise ConfigError where the index that this model is to replace has another spec."""
+    from retriever_server.indexes.base import read_manifest
+
+    served = EncodingSpec(**read_manifest(Path(index)).spec)
+    if differences := spec.differences(served, but="fingerprint"):
+        raise ConfigError(f"serves = {index!r}: served under another spec ({differences})")
 
 
 def merge_adapters(model: Any) -> None:
     """Add what LoRA adapters have learned to the weights they stand beside, and take them away."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                setattr(parent, name, layer.get_base_layer())
-    for transformer in outer_transformers(model):
-        if getattr(transformer, "_hf_peft_config_loaded", False):
-            transformer._hf_peft_config_loaded = False
-            del transformer.peft_config
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "lora_A"):  # peft's own class, which is not imported to find out
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())

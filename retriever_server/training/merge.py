@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from data.atomic import new_folder
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.loading import load_model
+from retriever_server.encoders.loading import SPEC_FILE, load_model, save_spec, saved_spec
 from retriever_server.encoders.read_spec import fingerprint
-from retriever_server.encoders.sentence import SPEC_FILE, save_spec, saved_spec
 
 if TYPE_CHECKING:
     from torch import Tensor

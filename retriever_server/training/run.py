@@ -19,22 +19,25 @@ from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
+from data.lora import add_adapters
 from data.progress import Bar, no_bar
-from retriever_server.encoders.checks import outer_transformers
+from retriever_server.encoders.image_inputs import ImageCollator, without_absent_images
 from retriever_server.encoders.kinds import CROSS
+from retriever_server.encoders.read_spec import outer_transformers
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.evaluation import parse_metrics
 from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled
-from retriever_server.training.build_components import ModelInTraining, build_loss, build_model
-from retriever_server.training.dev import DevSet
+from retriever_server.training.build_components import (
+    ModelInTraining,
+    Prepared,
+    build_loss,
+    build_model,
+    prepare,
+)
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
-from retriever_server.training.export import add_adapters, export
-from retriever_server.training.image_collator import ImageCollator, without_absent_images
-from retriever_server.training.prepare import Prepared, prepare
+from retriever_server.training.export import check_before, export
 from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.reporter import Reporter
 from retriever_server.training.trainer import Scores, trainer_class
-from retriever_server.training.training_checks import check_before
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ def build_trainer(
     trained = build_model(recipe)
     model, spec = trained.model, trained.spec
     sets = _data(recipe, examples, trained)
-    args = _arguments(recipe, trained, sets)
+    args = _arguments(recipe, trained, sets, dev)
     model.to(args.device)
     loss = build_loss(recipe, model, _processes())
     if _processes() > 1 and hasattr(model[0], "sub_modules") and not uses_gradient_cache(loss):
@@ -131,7 +134,8 @@ def build_trainer(
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:
-        add_adapters(model, recipe.lora)
+        for transformer in outer_transformers(model):
+            add_adapters(transformer, recipe.lora, recipe.seed)
     if recipe.gradient_checkpointing:
         for transformer in outer_transformers(model):
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -144,14 +148,14 @@ def build_trainer(
         evaluator=None if dev is None else Scores(partial(dev.score_model, kind=trained.kind, spec=spec)),
         callbacks=[Reporter(log, progress)],
     )
-    if spec is not None:
-        trainer.data_collator.preprocess_fn = ImageCollator(model, trained.reads_files)
+    if trained.reads_files:
+        trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
     trainer.remove_callback(PrinterCallback)
     return trainer, trained
 
 
-def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet]) -> Any:
+def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet], dev: Any) -> Any:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
@@ -159,7 +163,6 @@ def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[Tra
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
     unique = partial(NoDuplicates, processes=_processes())
     weights = [each.weight for each in sets]
-    dev = recipe.dev.queries is not None
     return trained.kind.trainer_class.training_args_class(
         output_dir=recipe.out,
         max_steps=recipe.steps or -1,
@@ -182,7 +185,7 @@ def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[Tra
         save_strategy="steps",
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep,
-        metric_for_best_model=str(parse_metrics(recipe.dev.metrics, 100)[0]) if dev else None,
+        metric_for_best_model=str(dev.measures[0]) if dev else None,
         greater_is_better=True,
         eval_strategy="steps" if dev else "no",
         eval_steps=recipe.save_every,
@@ -242,7 +245,10 @@ def _data(recipe: RetrieverRecipe, examples: list[Any], trained: ModelInTraining
             texts = spec.render_text if spec is not None else render
             sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
-        data = as_dataset(each, render, of.negatives, of.form, of.labels, of.labels_of, of.draws, recipe.seed)
+        data = as_dataset(
+            each, render, of.negatives, of.form, of.labels, of.labels_of, of.draws, recipe.seed,
+            reads_files=trained.reads_files,
+        )  # fmt: skip
         if trained.reads_files and of.form == "tuple":
             kinds = split_by_pair(data, each, render, of.shares, of.weight)
             sets += [TrainSet(f"{name} {kind}", i, *found) for kind, found in kinds.items()]
@@ -251,10 +257,12 @@ def _data(recipe: RetrieverRecipe, examples: list[Any], trained: ModelInTraining
     return sets
 
 
-def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> DevSet | None:
+def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> Any:
     """The dev set of the recipe, checked to be held out from the training examples. Raises DataError."""
     if recipe.dev.queries is None:
         return None
+    from retriever_server.training.dev import DevSet
+
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
     for each in examples:
         if isinstance(each, Examples):

@@ -11,48 +11,21 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from data.errors import DataError, require
+from data.errors import DataError
+from data.lora import ADAPTER, add_adapters
 from rl.learner.workers import copy_whole, whole
 
 if TYPE_CHECKING:
     from data.settings import LoraConfig
 
-ADAPTER = "default"
-"""The name that peft gives an adapter."""
-
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
-    """Put adapters into `model` in place and freeze all else; with rank 0 nothing is done.
-
-    They start as no change at all (B is zero). Raises ConfigError for a target that is no linear layer
-    of the model; the LM head is none (it may be tied to the embedding).
-    """
-    if config.rank == 0:
-        return
-    import peft  # late: it takes seconds
-
-    head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    known = sorted({name.rpartition(".")[2] for name in linear})
-    asked = [name.strip() for name in config.target_modules.split(",")]
-    targets = known if asked == ["all-linear"] else asked
-    allowed = f"all-linear, or some of {','.join(known)}"
-    require(set(targets) <= set(known), "lora.target_modules", config.target_modules, allowed)
-    adapters = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float will do
-        lora_dropout=config.dropout,
-        target_modules=targets,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        peft.inject_adapter_in_model(adapters, model, ADAPTER)
-    model.train(model.training)  # the new modules, too
+    """Put adapters into `model` in place (`data.lora`) and freeze all else; with rank 0 nothing is done."""
+    if config.rank:
+        add_adapters(model, config, seed)
 
 
 @contextmanager

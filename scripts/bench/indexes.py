@@ -83,7 +83,7 @@ def main(
 
 def make_vectors(folder: Path, corpus: str, model: str, count: int, encoded: int, queries: int) -> None:
     """Write vectors.npy (count, D), queries.npy (queries, D) and spec.json."""
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
 
     encoder = load_encoder(model)
     texts = [encoder.spec.render_text(passage) for passage in islice(Corpus(corpus), encoded)]

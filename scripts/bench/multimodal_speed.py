@@ -24,7 +24,7 @@ PAGE_SIDE = 384
 
 def speed(work: Work, small: Path) -> dict[str, str]:
     """All of it, in words; small: the folder of an encoder of cards."""
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
 
     folder = work.folder / "speed"
     shutil.rmtree(folder, ignore_errors=True)  # a page that is there would not be drawn

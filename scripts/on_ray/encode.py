@@ -79,7 +79,7 @@ def encode_shard(plan: Plan, shard: int) -> None:
 @cache
 def _open(plan: Plan) -> Shards:
     """Corpus and encoder, once in the life of a worker."""
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
 
     corpus = Corpus(plan.corpus)
     if corpus.content_hash != plan.corpus_hash:

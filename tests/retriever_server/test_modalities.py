@@ -15,7 +15,7 @@ from data.jsonl import write_jsonl
 from data.records import Item, Passage
 from retriever_server.client.wire import with_image_bytes
 from retriever_server.encoders.image_inputs import kind_of
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import EncodingSpec
 from retriever_server.encoders.vectors import similarities
 from retriever_server.indexes.base import open_index
@@ -107,8 +107,8 @@ def test_sounds_go_from_a_corpus_into_an_index_and_are_found(audio, ears, sounds
 
 
 def test_training_opens_sounds(audio, ears, sounds):
+    from retriever_server.encoders.image_inputs import ImageCollator
     from retriever_server.encoders.loading import load_model
-    from retriever_server.training.image_collator import ImageCollator
 
     model = load_model(ears)
     tones = [Item(str(sounds.parent / f"{i}.wav"), modality="audio") for i in range(2)]

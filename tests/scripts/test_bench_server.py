@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app

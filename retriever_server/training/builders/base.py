@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from data.hub import find_model
-from data.packaged import converted_gguf
 from retriever_server.encoders.kinds import Kind
 from retriever_server.encoders.loading import limit_tokens
 
@@ -43,7 +42,11 @@ def resolve_base(base: Base) -> str:
         from retriever_server.training.builders.tiny import tiny_base
 
         return tiny_base(**base)
-    return str(converted_gguf(Path(found))) if found.endswith(".gguf") else found
+    if not found.endswith(".gguf"):
+        return found
+    from data.packaged import converted_gguf
+
+    return str(converted_gguf(Path(found)))
 
 
 def load_base(base: Base, load: Any) -> Any:

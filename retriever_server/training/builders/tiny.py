@@ -16,7 +16,6 @@ from typing import Any
 from data.atomic import make_once
 from data.corpus import Corpus
 from data.errors import ConfigError
-from retriever_server.training.builders.tiny_vision import write_vit, write_vlm
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +64,13 @@ def _write(
 ) -> None:
     name = settings.pop("model_type", None)
     texts = (passage.contents for passage in islice(passages or [], _PASSAGES_READ))
-    if name == "vit":
-        write_vit(settings, seed, folder)
-    elif name == "idefics3":
-        write_vlm(settings, byte_pairs(texts, vocabulary), seed, folder)
+    if name in ("vit", "idefics3"):
+        from retriever_server.training.builders.tiny_vision import write_vit, write_vlm
+
+        if name == "vit":
+            write_vit(settings, seed, folder)
+        else:
+            write_vlm(settings, byte_pairs(texts, vocabulary), seed, folder)
     else:
         _write_text_model(name, settings, texts, vocabulary, seed, folder)
     logger.info("a random %s is in %s", name, folder)

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from data.corpus import Corpus
 from data.errors import DataError
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.promptreps import token_weights
-from retriever_server.encoders.sentence import load_encoder
 from retriever_server.indexes.analyzers import stopwords
 from retriever_server.indexes.base import open_index
 from retriever_server.open_retriever import open_retriever

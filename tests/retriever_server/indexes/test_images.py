@@ -13,7 +13,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Item
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.token_pooling import TokenPooling
 from retriever_server.encoders.vectors import Multi, rows_of
 from retriever_server.indexes.ann import AnnIndex

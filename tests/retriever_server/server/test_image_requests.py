@@ -15,7 +15,7 @@ from data.corpus import Corpus
 from data.images import read_image
 from data.jsonl import write_jsonl
 from data.records import Item
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex

@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder, YesNo
 from retriever_server.server.app import create_app
 from retriever_server.training.builders.promptreps import promptreps

@@ -8,8 +8,8 @@ from sentence_transformers import SentenceTransformer
 
 from data.jsonl import write_jsonl
 from data.records import Passage
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.read_spec import describe_first
-from retriever_server.encoders.sentence import load_encoder
 from retriever_server.retrievers.rerank import CrossEncoder
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.export import save_encoder
 from retriever_server.training.merge import merge, slerp
-from retriever_server.training.training_checks import save_encoder
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

@@ -14,7 +14,7 @@ from data.corpus import Corpus
 from data.errors import DataError
 from data.jsonl import read_jsonl, write_jsonl
 from data.settings import LoraConfig
-from retriever_server.encoders.sentence import saved_spec
+from retriever_server.encoders.loading import saved_spec
 from retriever_server.training import run as training
 from retriever_server.training.dev import DevSet
 from retriever_server.training.recipe import DataConfig, DevConfig, RetrieverRecipe

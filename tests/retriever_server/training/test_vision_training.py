@@ -14,7 +14,7 @@ from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from data.records import Hit, Item
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.indexes.base import open_index
 from retriever_server.retriever import Retriever
 from retriever_server.training import run as training

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
-from retriever_server.encoders.sentence import load_encoder
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.indexes.base import index_kind
 from retriever_server.retrievers.fuse import Fuse
 from retriever_server.training.builders.m3 import m3
