@@ -94,6 +94,10 @@ class Reader:
         plain = {key: value for key, value in values.items() if value is arguments[key]}
         return Plan(make, name, {**given, **values, **takes.typed(plain)}, interface, takes.place)
 
+    def build(self, node: Any, interface: tuple[type, ...], place: str) -> Any:
+        """Return what a mapping describes, checked and built."""
+        return self.plan(node, interface, place)()
+
     def find(self, name: str, place: str) -> Any:
         """Return what a class_path names: by a short name, or as module.name."""
         if (module := self.short_names.get(name, "")).startswith("examples."):

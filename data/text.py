@@ -64,8 +64,12 @@ def cut(text: str, tokens: int, count: Callable[[str], int]) -> str:
 
 
 def cut_for(tokenizer: Any, text: str, tokens: int | None) -> str:
-    """Cut a text for a tokenizer of transformers that reads the first `tokens` tokens; None reads all."""
-    if tokens is None or getattr(tokenizer, "truncation_side", "left") == "left":  # or it reads the last
+    """Cut a text for a tokenizer of transformers that reads the first `tokens` tokens; None reads all.
+
+    Halves are replaced. (Of a tokenizer that cuts on the left, the last tokens are read.)
+    """
+    text = replace_halves(text)
+    if tokens is None or getattr(tokenizer, "truncation_side", "left") == "left":
         return text
     return cut(
         text, tokens, lambda part: len(tokenizer(part, add_special_tokens=False, verbose=False).input_ids)

@@ -7,6 +7,7 @@ that, it would be lost exactly where texts are long, and nothing would complain.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from data.errors import ConfigError, DataError
@@ -118,3 +119,21 @@ def check_prompts(model: Any) -> None:
 def _real_tokens(model: Any, text: str) -> list[int]:
     features = model.preprocess([text])
     return features["input_ids"][0][features["attention_mask"][0].bool()].tolist()
+
+
+def limit_tokens(model: Any, max_tokens: int | None) -> None:
+    """Cut texts at `max_tokens` from now on; None: where the model was saved to cut them.
+
+    Raises ConfigError above the rows of its table of positions, if it has one.
+    """
+    if max_tokens is None:
+        return
+    for name, module in model.named_modules():
+        if "vision" in name or not re.search(r"\b(position_embeddings?|wpe)$", name):
+            continue
+        if positions := getattr(module, "num_embeddings", 0):
+            offset = getattr(module, "padding_idx", None)  # RoBERTa counts from behind it
+            positions -= 0 if offset is None else offset + 1
+            if max_tokens > positions:
+                raise ConfigError(f"max_tokens = {max_tokens}: must be <= {positions}, the model's positions")
+    model.max_seq_length = max_tokens

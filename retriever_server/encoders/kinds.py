@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -19,12 +20,12 @@ class Kind:
     losses: str
     """Module of sentence-transformers with the losses for it."""
 
-    @property
+    @cached_property
     def model_class(self) -> Any:
         """Its class in sentence-transformers."""
         return getattr(import_module("sentence_transformers"), self.class_name)
 
-    @property
+    @cached_property
     def trainer_class(self) -> Any:
         """Its trainer in sentence-transformers; `training_args_class` is that of its arguments."""
         return getattr(import_module("sentence_transformers"), f"{self.class_name}Trainer")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+from collections import UserDict
 from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,19 +20,29 @@ from data.errors import ConfigError, DataError, require
 from data.hub import find_model
 from data.jsonl import read_json, write_json
 from data.records import FORMAT_VERSION
-from retriever_server.encoders.checks import check_model
+from retriever_server.encoders.checks import check_model, limit_tokens
 from retriever_server.encoders.kinds import ENCODERS
 from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
 from retriever_server.encoders.sentence import SentenceEncoder, self_test
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.token_pooling import TokenPooling
 
 logger = logging.getLogger(__name__)
 
 SPEC_FILE = "encoding_spec.json"
 """Beside a model that was trained here: the spec it was trained under."""
-_OWN = ("m3.M3Heads", "patches.PatchMask", "promptreps.PromptReps", "token_weights.TokenWeights")
 _LOADED: WeakValueDictionary[tuple[str, str, str], SentenceEncoder] = WeakValueDictionary()
+
+
+class _OwnModules(UserDict[str, Any]):
+    """The modules of ours that a saved model may name, imported when one does."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(import_module(name.rpartition(".")[0]), self.data[name])
+
+
+_OWN = ("m3.M3Heads", "patches.PatchMask", "promptreps.PromptReps", "token_weights.TokenWeights")
+_OWN_MODULES = _OwnModules({f"{__package__}.{name}": name.partition(".")[2] for name in _OWN})
+"""These alone load without trust_remote_code."""
 
 
 def load_encoder(
@@ -74,7 +84,7 @@ def load_encoder(
     if trained and passage_template == DEFAULT_TEMPLATE:
         passage_template = trained.passage_template
     spec = read_spec(model, loaded, passage_template, inputs or (trained.inputs if trained else None))
-    if TokenPooling.parse(token_pooling) and spec.kind != "multi":
+    if token_pooling and spec.kind != "multi":
         raise ConfigError(f"token_pooling {token_pooling!r}: {model} makes no vectors of tokens")
     spec = replace(spec, token_pooling=token_pooling)
     prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
@@ -208,7 +218,7 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
         raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(ENCODERS)}")
     try:
         loaded = ENCODERS[kind].model_class._load_with_module_classes(
-            model, _own_modules(model), device=device, model_kwargs={"dtype": dtype}
+            model, _OWN_MODULES, device=device, model_kwargs={"dtype": dtype}
         )
     except ImportError as error:  # a processor that needs what we do not: torchvision, timm, ...
         raise ConfigError(f"encoder {model!r}: {' '.join(str(error).split())[:200]}") from error
@@ -221,37 +231,6 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
     return loaded
 
 
-def _own_modules(model: str) -> dict[str, Any]:
-    """The modules of ours that a saved model names: these alone load without trust_remote_code."""
-    from sentence_transformers.util import load_file_path
-
-    path = load_file_path(model, "modules.json")
-    text, found = Path(path).read_text() if path else "", {}
-    for name in _OWN:
-        if (full := f"{__package__}.{name}") in text:
-            module, _, attribute = full.rpartition(".")
-            found[full] = getattr(import_module(module), attribute)
-    return found
-
-
 def _not_loaded(model: str, error: Exception) -> ConfigError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ConfigError(f"encoder {model!r}: no sentence-transformers model loads from there ({reason})")
-
-
-def limit_tokens(model: Any, max_tokens: int | None) -> None:
-    """Cut texts at `max_tokens` from now on; None: where the model was saved to cut them.
-
-    Raises ConfigError above the rows of its table of positions, if it has one.
-    """
-    if max_tokens is None:
-        return
-    for name, module in model.named_modules():
-        if "vision" in name or not re.search(r"\b(position_embeddings?|wpe)$", name):
-            continue
-        if positions := getattr(module, "num_embeddings", 0):
-            offset = getattr(module, "padding_idx", None)  # RoBERTa counts from behind it
-            positions -= 0 if offset is None else offset + 1
-            if max_tokens > positions:
-                raise ConfigError(f"max_tokens = {max_tokens}: must be <= {positions}, the model's positions")
-    model.max_seq_length = max_tokens

@@ -18,7 +18,7 @@ import numpy as np
 from data.errors import DataError
 from data.modalities import kinds, modalities, samples
 from data.records import Input, Item
-from data.text import cut_for, replace_halves
+from data.text import cut_for
 from retriever_server.encoders.image_inputs import (
     WHOLE,
     as_model_input,
@@ -30,7 +30,6 @@ from retriever_server.encoders.image_inputs import (
 from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.read_spec import patch_token, placeholders, what_it_takes
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
-from retriever_server.encoders.token_pooling import TokenPooling
 from retriever_server.encoders.vectors import (
     Multi,
     Vectors,
@@ -41,6 +40,8 @@ from retriever_server.encoders.vectors import (
     take,
 )
 
+Batch = tuple[np.ndarray, dict[str, Any]]
+"""Positions of inputs, and the features of these."""
 _TASKS = {"query": "query", "passage": "document"}
 _TEXTS_TOKENISED_TOGETHER = 8192
 # On a CPU what fits its caches is fastest; a GPU wants to be filled.
@@ -64,7 +65,11 @@ class SentenceEncoder(Encoder):
         self._tokenizer = getattr(model, "tokenizer", None)
         limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
         self._longest = model.max_seq_length and max(model.max_seq_length, *(limit or 0 for limit in limits))
-        self._token_pooling = TokenPooling.parse(spec.token_pooling) if spec.token_pooling else None
+        self._token_pooling: Any = None
+        if spec.token_pooling:
+            from retriever_server.encoders.token_pooling import TokenPooling
+
+            self._token_pooling = TokenPooling.parse(spec.token_pooling)
         self.batch_tokens = _BATCH_TOKENS.get(model.device.type, 8192)
         self.batch_pixels = _BATCH_PIXELS.get(model.device.type, 1 << 22)
         if spec.kind == "sparse" and model.device.type != "cpu":
@@ -81,34 +86,34 @@ class SentenceEncoder(Encoder):
         of = np.array([kind_of(each) for each in inputs])
         for kind in sorted({*of.tolist()} - self.takes):
             raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
-        groups = [rows for kind in kinds() if len(rows := np.flatnonzero(of == kind))]
-        if not groups:
+        if not inputs:
             return no_vectors(self.spec.kind, self.spec.dimension)
-        with self._lock:
-            parts = [self._encode([inputs[int(i)] for i in rows], role, of[rows[0]]) for rows in groups]
-        return parts[0] if len(parts) == 1 else take(concatenate(parts), np.argsort(np.concatenate(groups)))
-
-    def _encode(self, inputs: list[Input], role: Role, kind: str) -> Vectors:
-        """The vectors of texts alone, of images alone or of both together, at least one."""
-        if kind != "text":
-            return self._in_order(self._picture_batches(inputs, role), role)
-        size = _TEXTS_TOKENISED_TOGETHER
-        parts = [inputs[i : i + size] for i in range(0, len(inputs), size)]
-        return concatenate([self._in_order(self._batches(part, role), role) for part in parts])
-
-    def _in_order(self, batches: Iterator[tuple[np.ndarray, dict[str, Any]]], role: Role) -> Vectors:
         import torch
 
         order, parts = [], []
-        with torch.inference_mode():
-            for rows, features in batches:
+        with self._lock, torch.inference_mode():
+            for rows, features in self._all_batches(inputs, of, role):
                 on_device = {
                     key: value.to(self._model.device) if torch.is_tensor(value) else value
                     for key, value in features.items()
                 }
                 order.append(rows)
                 parts.append(self._vectors(self._forward(on_device, role), role))
-        return take(concatenate(parts), np.argsort(np.concatenate(order)))
+        vectors = concatenate(parts)
+        parts.clear()  # they may be large
+        return take(vectors, np.argsort(np.concatenate(order)))
+
+    def _all_batches(self, inputs: Sequence[Input], of: np.ndarray, role: Role) -> Iterator[Batch]:
+        """Positions of inputs, and the features of these: of texts, of images, of both together in turn."""
+        for kind in kinds():
+            size, batches = _TEXTS_TOKENISED_TOGETHER, self._batches
+            if kind != "text":
+                size, batches = len(inputs), self._picture_batches
+            places = np.flatnonzero(of == kind)
+            for start in range(0, len(places), size):
+                chosen = places[start : start + size]
+                for rows, features in batches([inputs[int(i)] for i in chosen], role):
+                    yield chosen[rows], features
 
     def _preprocess(self, inputs: list[Any], role: Role, **options: Any) -> dict[str, Any]:
         return self._model.preprocess(inputs, prompt=self._prompt(role), task=_TASKS[role], **options)
@@ -116,7 +121,7 @@ class SentenceEncoder(Encoder):
     def _prompt(self, role: Role) -> str | None:
         return (self.spec.query_prompt if role == "query" else self.spec.passage_prompt) or None
 
-    def _batches(self, texts: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def _batches(self, texts: list[Input], role: Role) -> Iterator[Batch]:
         """Positions of texts, and the features of these, trimmed to the longest of them."""
         features = self._preprocess([self._given(str(text)) for text in texts], role)
         mask = features.get("attention_mask")
@@ -150,9 +155,9 @@ class SentenceEncoder(Encoder):
         return text if self.takes == {"text"} else as_model_input(text, placeholders=self._placeholders)
 
     def _cut(self, text: str) -> str:
-        return cut_for(self._tokenizer, replace_halves(text), self._longest)
+        return cut_for(self._tokenizer, text, self._longest)
 
-    def _picture_batches(self, items: list[Input], role: Role) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    def _picture_batches(self, items: list[Input], role: Role) -> Iterator[Batch]:
         """Positions of items that hold images, and the features of these, made while the model works."""
 
         def process(items: list[Input], pictures: list[Any]) -> dict[str, Any]:

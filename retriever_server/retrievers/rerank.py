@@ -96,14 +96,13 @@ class CrossEncoder(Scorer):
         """Return the model's own number for each pair."""
         tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
         texts = [
-            (replace_halves(query), cut_for(tokenizer, replace_halves(passage.contents), longest))
-            for query, passage in pairs
+            (replace_halves(query), cut_for(tokenizer, passage.contents, longest)) for query, passage in pairs
         ]
         return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
 
     def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
         """As `Scorer.tokens_of`."""
-        text = cut_for(self._model.tokenizer, replace_halves(passage.contents), self._model.max_seq_length)
+        text = cut_for(self._model.tokenizer, passage.contents, self._model.max_seq_length)
         whole = len(self._model.tokenizer(replace_halves(query), text, verbose=False).input_ids)
         return whole, min(whole, self._model.max_seq_length or whole)
 

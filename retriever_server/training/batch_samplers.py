@@ -145,7 +145,7 @@ def texts_of_rows(dataset: Any) -> list[Texts]:
     while isinstance(transform, partial):  # the trainer puts the name of the set around it
         transform = transform.keywords["transform"]
     key = getattr(transform, "key", lambda name, value: value)
-    columns = {name: column for name, column in dataset.with_format(None)[:].items() if name != "label"}
+    columns = {name: column for name, column in dataset.to_dict().items() if name != "label"}
     numbers: dict[Any, int] = {}
 
     def number(name: str, value: Any) -> list[int]:

@@ -143,7 +143,7 @@ class ModelInTraining:
 def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
     """Build the model that the recipe names, on the CPU. Raises ConfigError."""
     kinds = tuple(kind.model_class for kind in KINDS.values())
-    model = Reader(BUILDERS).plan(recipe.model, kinds, "model.")()
+    model = Reader(BUILDERS).build(recipe.model, kinds, "model.")
     if (kind := kind_of_model(model)) is not CROSS:
         spec = read_spec("the model", model, recipe.passage_template, recipe.inputs)
         return ModelInTraining(model, kind, spec, not {"text", "message"}.issuperset(model.modalities))
@@ -154,17 +154,17 @@ def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
     return ModelInTraining(model, CROSS, None)
 
 
-def build_loss(recipe: RetrieverRecipe, model: Any, processes: int = 1) -> Any:
+def build_loss(recipe: RetrieverRecipe, built: ModelInTraining, processes: int = 1) -> Any:
     """Build the loss that the recipe names, with Matryoshka's dimensions around it if there are any.
 
     With several processes their passages are one another's negatives, unless init_args say otherwise.
     """
     from torch import nn
 
-    kind = kind_of_model(model)
+    model, kind = built.model, built.kind
     given = {"model": model, **({"gather_across_devices": True} if processes > 1 else {})}
     reader = Reader(known_losses(kind), keys={"similarity_fct": _similarity}, given=given)
-    loss = reader.plan(recipe.loss, (nn.Module,), "loss.")()
+    loss = reader.build(recipe.loss, (nn.Module,), "loss.")
     if not recipe.matryoshka:
         return loss
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -87,9 +87,11 @@ def as_dataset(
         raise ConfigError(f"form = {form!r}: must be one of {', '.join(make)}")
     rng = np.random.default_rng(seed)
     columns: dict[str, list] = {}
-    left_out = 0
+    asked, left_out = [], 0
     for draw in range(draws):
         for index, example in enumerate(_checked(examples, labels and labels_of, reads_files)):
+            if draw == 0:
+                asked.append(shown(example.query, *filter(None, [example.query_image])))
             chosen = _draw(example, negatives, draw, labels)
             if labels and (not chosen or (form == "tuple" and len(chosen) <= negatives)):
                 left_out += 1
@@ -103,7 +105,7 @@ def as_dataset(
     if not columns:
         raise DataError(f"{examples.path}: no example has a score for a positive and {negatives} negatives")
     return Dataset.from_dict(columns).with_transform(
-        _Resolve(examples, render, max_characters, KeysOf(examples.corpus))
+        _Resolve(examples, render, max_characters, KeysOf(examples.corpus), asked)
     )
 
 
@@ -182,6 +184,8 @@ class _Resolve:
     render: Callable[[Passage], Input]
     max_characters: int
     keys: KeysOf
+    asked: list[int] = field(default_factory=list)
+    """Of each query what `shown` says."""
 
     def __deepcopy__(self, memo: Any) -> _Resolve:
         return self  # data sets copy their transform; this one never changes, and its files stay open
@@ -191,10 +195,7 @@ class _Resolve:
 
     def key(self, name: str, value: Any) -> Any:
         """The same for the same text or image: of a query, or of the passage at a position. Renders none."""
-        if name not in _QUERY.values():
-            return self.keys(value)
-        example = self.examples[value]
-        return shown(example.query, *filter(None, [example.query_image]))
+        return self.asked[value] if name in _QUERY.values() else self.keys(value)
 
     def _value(self, name: str, value: Any) -> Any:
         if name == "label":
@@ -230,7 +231,7 @@ def split_by_pair(
     dataset: of `as_dataset`, form tuple. shares: of kinds; by their number of rows if empty; together they
     weigh `weight`. Raises ConfigError where `shares` does not name just the kinds that there are.
     """
-    plain = dataset.with_format(None)
+    plain = dataset.to_dict()
     rows: dict[str, list[int]] = {}
     for row, (query, passage) in enumerate(zip(plain["anchor"], plain["positive"], strict=True)):
         answer = render(examples.corpus[passage])

@@ -25,7 +25,6 @@ def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) 
     if serves is not None:
         _check_serves(spec, serves)
     training = model.training
-    self_test(SentenceEncoder(model, spec))
     with tempfile.TemporaryDirectory(prefix="sleuth-check-") as folder:
         model.save(folder, create_model_card=False)
         check_saved(model, spec, folder)
@@ -64,6 +63,7 @@ def check_saved(model: Any, spec: EncodingSpec, folder: str | Path) -> None:
     if differences := found.differences(spec, but="fingerprint"):
         raise DataError(f"saved and loaded again the model is another one ({differences})")
     encoders = SentenceEncoder(model, spec), SentenceEncoder(loaded, spec)
+    self_test(encoders[1])
     for role in ("query", "passage"):
         here, there = (encoder.encode(TEXTS, role) for encoder in encoders)
         if not (least := least_similarity(here, there)) > 0.99999:

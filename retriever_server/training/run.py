@@ -19,9 +19,7 @@ from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
-from data.lora import add_adapters
 from data.progress import Bar, no_bar
-from retriever_server.encoders.image_inputs import ImageCollator, without_absent_images
 from retriever_server.encoders.kinds import CROSS
 from retriever_server.encoders.read_spec import outer_transformers
 from retriever_server.encoders.spec import EncodingSpec
@@ -128,12 +126,14 @@ def build_trainer(
     sets = _data(recipe, examples, trained)
     args = _arguments(recipe, trained, sets, dev)
     model.to(args.device)
-    loss = build_loss(recipe, model, _processes())
+    loss = build_loss(recipe, trained, _processes())
     if _processes() > 1 and hasattr(model[0], "sub_modules") and not uses_gradient_cache(loss):
         args.ddp_static_graph = True  # each tower is in some of the forward passes of a step, always the same
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     if recipe.lora.rank:
+        from data.lora import add_adapters
+
         for transformer in outer_transformers(model):
             add_adapters(transformer, recipe.lora, recipe.seed)
     if recipe.gradient_checkpointing:
@@ -149,6 +149,8 @@ def build_trainer(
         callbacks=[Reporter(log, progress)],
     )
     if trained.reads_files:
+        from retriever_server.training.image_collator import ImageCollator, without_absent_images
+
         trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
     trainer.remove_callback(PrinterCallback)

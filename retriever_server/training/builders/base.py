@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from data.hub import find_model
+from retriever_server.encoders.checks import limit_tokens
 from retriever_server.encoders.kinds import Kind
-from retriever_server.encoders.loading import limit_tokens
 
 Base = str | dict[str, Any]
 """Source of the weights and the tokenizer, see above."""

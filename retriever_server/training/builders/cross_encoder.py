@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from data.errors import ConfigError
-from retriever_server.encoders.loading import limit_tokens
+from retriever_server.encoders.checks import limit_tokens
 from retriever_server.retrievers.rerank import QUESTION
 from retriever_server.training.builders.base import Base, load_base, load_transformer
 

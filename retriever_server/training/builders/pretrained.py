@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from retriever_server.encoders.loading import limit_tokens, load_model
+from retriever_server.encoders.checks import limit_tokens
+from retriever_server.encoders.loading import load_model
 
 
 def pretrained(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from retriever_server.encoders.checks import limit_tokens
 from retriever_server.encoders.kinds import KINDS
-from retriever_server.encoders.loading import limit_tokens
 from retriever_server.training.builders.base import Base, assemble, load_base
 
 SYSTEM = "You are an AI assistant that can understand human language."

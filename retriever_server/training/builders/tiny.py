@@ -63,7 +63,7 @@ def _write(
     settings: dict[str, Any], passages: Corpus | None, vocabulary: int, seed: int, folder: Path
 ) -> None:
     name = settings.pop("model_type", None)
-    texts = (passage.contents for passage in islice(passages or [], _PASSAGES_READ))
+    texts = (passage.contents for passage in islice(() if passages is None else passages, _PASSAGES_READ))
     if name in ("vit", "idefics3"):
         from retriever_server.training.builders.tiny_vision import write_vit, write_vlm
 

@@ -9,6 +9,7 @@ import pytest
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.training import run as training
+from retriever_server.training.dev import DevSet
 from tests.retriever_server.training.recipes import base, component, recipe, settings
 
 
@@ -75,7 +76,7 @@ def test_dev_questions_and_passages_that_stand_in_training_are_refused_unless_al
 @pytest.mark.parametrize("export", ["best", "last"])
 def test_an_export_worse_than_the_untrained_model_is_said(export, rivers, tmp_path, caplog, monkeypatch):
     scores = iter([0.9, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(training.DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})
+    monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})
     made = recipe(rivers, tmp_path / "run", dev=dev(rivers), steps=5, export=export)  # the last one, too
     training.train(made)
     step, score = (2, "0.5000") if export == "best" else (5, "0.3000")
@@ -89,6 +90,6 @@ def test_an_export_worse_than_the_untrained_model_is_said(export, rivers, tmp_pa
 
 def test_an_export_that_is_no_worse_needs_no_warning(rivers, tmp_path, caplog, monkeypatch):
     scores = iter([0.3, 0.3, 0.5, 0.4])
-    monkeypatch.setattr(training.DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})
+    monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})
     training.train(recipe(rivers, tmp_path / "run", dev=dev(rivers)))
     assert "untrained" not in caplog.text

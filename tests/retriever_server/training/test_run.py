@@ -276,7 +276,7 @@ def test_a_loss_by_another_similarity_than_the_index_is_refused(rivers, tmp_path
     made = recipe(rivers, tmp_path, model=component("dense", base=base(rivers), normalise=False))
     built = build_model(made)
     with pytest.raises(ConfigError, match="scores by cosine, the index that will serve by dot"):
-        check_similarity(build_loss(made, built.model), built.spec)
+        check_similarity(build_loss(made, built), built.spec)
 
 
 def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_path):

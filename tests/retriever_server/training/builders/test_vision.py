@@ -6,10 +6,10 @@ from sentence_transformers.multi_vector_encoder import losses as late
 from sentence_transformers.sentence_transformer import losses
 
 from data.errors import ConfigError
-from retriever_server.encoders.image_inputs import ImageCollator, without_absent_images
 from retriever_server.encoders.loading import load_model
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.training.builders import vision
+from retriever_server.training.image_collator import ImageCollator, without_absent_images
 from retriever_server.training.losses.info_nce import Qwen3InfoNCE, item_keys
 from tests.retriever_server.training.pages import page, towers, vlm, write_pages
 
