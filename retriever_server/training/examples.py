@@ -87,13 +87,14 @@ def as_dataset(
         raise ConfigError(f"form = {form!r}: must be one of {', '.join(make)}")
     rng = np.random.default_rng(seed)
     columns: dict[str, list] = {}
-    asked, left_out = [], 0
+    asked: dict[int, int] = {}
+    due = 1 + negatives if form == "tuple" else 1
+    left_out = 0
     for draw in range(draws):
         for index, example in enumerate(_checked(examples, labels and labels_of, reads_files)):
-            if draw == 0:
-                asked.append(shown(example.query, *filter(None, [example.query_image])))
+            asked[index] = shown(example.query, *filter(None, [example.query_image]))
             chosen = _draw(example, negatives, draw, labels)
-            if labels and (not chosen or (form == "tuple" and len(chosen) <= negatives)):
+            if labels and len(chosen) < due:
                 left_out += 1
                 continue
             for row in make[form](examples.corpus, example, chosen, negatives, labels, rng):
@@ -184,7 +185,7 @@ class _Resolve:
     render: Callable[[Passage], Input]
     max_characters: int
     keys: KeysOf
-    asked: list[int] = field(default_factory=list)
+    asked: dict[int, int] = field(default_factory=dict)
     """Of each query what `shown` says."""
 
     def __deepcopy__(self, memo: Any) -> _Resolve:
