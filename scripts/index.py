@@ -130,8 +130,8 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     from data.corpus import Corpus
     from data.device import check_device
     from data.hub import find_model
-    from retriever_server.encoders.kinds import ENCODERS
     from retriever_server.encoders.loading import load_encoder
+    from retriever_server.encoders.spec import ENCODERS
     from retriever_server.indexes.base import building, index_kind
     from scripts.console import track
     from scripts.on_ray.encode import encode_on_ray

@@ -23,7 +23,7 @@ def main(base: str, out: str, top_tokens: int = 128, max_tokens: int = 512, dtyp
     if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"--out {out}: is there, and not empty")
     require(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16")
-    from retriever_server.training.builders.base import check_base
+    from retriever_server.training.builders.dense import check_base
     from retriever_server.training.builders.promptreps import promptreps
 
     check_base(base)

@@ -16,8 +16,7 @@ from data.errors import ConfigError, RetrieverUnavailable
 from data.listening import why_silent
 from data.records import Hit, Passage
 from data.secret import read_secret
-from retriever_server.encoders.spec import Encoder, EncodingSpec
-from retriever_server.encoders.vectors import Vectors, rows_of
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of
 from retriever_server.filters import parse_filter
 from retriever_server.retriever import Filter, Query, Retriever
 

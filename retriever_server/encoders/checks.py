@@ -8,11 +8,19 @@ that, it would be lost exactly where texts are long, and nothing would complain.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
-from data.errors import ConfigError, DataError
-from retriever_server.encoders.read_spec import appends_eos, is_two_way, last_token, outer_transformers
+import numpy as np
 
+from data.errors import ConfigError, DataError
+from data.modalities import modalities, samples
+from data.records import Input, Item
+from retriever_server.encoders.read_spec import appends_eos, is_two_way, last_token, outer_transformers
+from retriever_server.encoders.spec import Encoder, EncodingSpec, rows_of, similarities
+
+TEXTS = ("river", "The capital of a country is not always its largest city.", "one two " * 40)
+"""Short, middling and long: what encoders are tested with."""
 _LONG = "one two three four five six seven eight "
 
 
@@ -137,3 +145,49 @@ def limit_tokens(model: Any, max_tokens: int | None) -> None:
             if max_tokens > positions:
                 raise ConfigError(f"max_tokens = {max_tokens}: must be <= {positions}, the model's positions")
     model.max_seq_length = max_tokens
+
+
+def self_test(encoder: Encoder, like: Encoder | None = None) -> None:
+    """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec.
+
+    like: its twin, whose vectors they must be: the model that was saved, of one that is loaded again.
+    """
+    for role in ("query", "passage"):
+        inputs = _samples(encoder, role)
+        together = encoder.encode(inputs, role)
+        others = together if like is None else like.encode(inputs, role)
+        for i, each in enumerate(inputs):
+            rows, model = rows_of(together, i), encoder.spec.model
+            alone = similarities(rows_of(encoder.encode([each], role), 0), rows).min()
+            if not alone > 0.999:
+                shown = repr(each[:20]) if isinstance(each, str) else f"{each.modality} + {each.text[:20]!r}"
+                raise DataError(
+                    f"{model}: {role} vectors depend on the batch they are encoded in "
+                    f"(cosine {alone:.4f} for {shown} alone and in a batch)"
+                )
+            _check_fits(encoder.spec, rows)
+            if not (least := similarities(rows, rows_of(others, i)).min()) > 0.99999:
+                raise DataError(f"{model}: gives other {role} vectors than its twin (cosine {least:.6f})")
+
+
+def _samples(encoder: Encoder, role: str) -> list[Input]:
+    """Texts, and where the encoder is given images in this role (or audio), some of these."""
+    inputs = encoder.spec.inputs if role == "passage" else ""
+    if inputs == "text" or encoder.takes == {"text"}:
+        return list(TEXTS)
+    names = [inputs.removeprefix("text+")] if inputs else [m for m in modalities() if m in encoder.takes]
+    held = [Item(file, modality=name) for name in names for file in samples(name)]
+    if inputs in names or "text" not in encoder.takes:
+        return list(held)
+    beside = zip(held, TEXTS, strict=False) if inputs else ()
+    return [*TEXTS, *held, *(replace(item, text=text) for item, text in beside)]
+
+
+def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:
+    if rows.shape[1] != spec.dimension:
+        raise DataError(
+            f"{spec.model}: vectors of {rows.shape[1]} dimensions, its spec says {spec.dimension}"
+        )
+    lengths = np.linalg.norm(rows, axis=1)
+    if spec.normalise and np.abs(lengths - 1).max() > 1e-2:
+        raise DataError(f"{spec.model}: vectors of length {lengths.max():.3f}, its spec says 1")

@@ -20,11 +20,10 @@ from data.errors import ConfigError, DataError, require
 from data.hub import find_model
 from data.jsonl import read_json, write_json
 from data.records import FORMAT_VERSION
-from retriever_server.encoders.checks import check_model, limit_tokens
-from retriever_server.encoders.kinds import ENCODERS
+from retriever_server.encoders.checks import check_model, limit_tokens, self_test
 from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
-from retriever_server.encoders.sentence import SentenceEncoder, self_test
-from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.sentence import SentenceEncoder
+from retriever_server.encoders.spec import ENCODERS, EncodingSpec
 
 logger = logging.getLogger(__name__)
 

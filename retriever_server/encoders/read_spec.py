@@ -7,9 +7,8 @@ import json
 from typing import Any
 
 from data.errors import ConfigError
-from data.modalities import modalities
-from retriever_server.encoders.kinds import kind_of_model
-from retriever_server.encoders.spec import EncodingSpec
+from data.modalities import kinds
+from retriever_server.encoders.spec import EncodingSpec, kind_of_model
 
 DEFAULT_TEMPLATE = "{title}\n{text}"
 _DECIDE = (
@@ -35,7 +34,7 @@ def read_spec(
     if similarity not in ("cosine", "dot", "maxsim"):
         raise ConfigError(f"encoder {name!r}: similarity {similarity!r}; supported: cosine, dot, maxsim")
     takes = what_it_takes(model)
-    inputs = inputs or next((name for name in modalities() if name in takes), "text")
+    inputs = inputs or next((kind for kind in takes if kind != "text" and "+" not in kind), "text")
     if inputs not in takes:
         allowed = ", ".join(sorted(takes))
         raise ConfigError(f"encoder {name!r}: inputs {inputs!r}: this model encodes {allowed}")
@@ -148,11 +147,10 @@ def processors(model: Any) -> list[Any]:
     return list({id(processor): processor for processor in found if processor is not None}.values())
 
 
-def what_it_takes(model: Any) -> frozenset[str]:
+def what_it_takes(model: Any) -> tuple[str, ...]:
     """Return what a model encodes: of `kinds()`, such as "text", "image", "text+image"."""
-    known: dict[str, Any] = {"text": "text", **{name: name for name in modalities()}}
-    known |= {f"text+{name}": tuple(sorted((name, "text"))) for name in modalities()}
-    return frozenset(name for name, modality in known.items() if model.supports(modality))
+    asked = {kind: tuple(sorted(kind.split("+"))) if "+" in kind else kind for kind in kinds()}
+    return tuple(kind for kind, modality in asked.items() if model.supports(modality))
 
 
 def placeholders(model: Any) -> list[str]:

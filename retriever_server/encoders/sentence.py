@@ -3,6 +3,10 @@
 Texts are tokenised together, sorted by their number of tokens and cut into batches of about as many
 tokens each, padding included: so that a batch of short texts is large and one of long texts is small.
 Images are read by threads ahead of the model, and cut into batches of about as many pixels each.
+
+Padding a batch of questions to its longest costs a third of the work. For trunks of BERT's kind, which take
+a mask of pairs and positions that start anew, rows are filled with several texts, each attending to itself
+alone; the vectors of the tokens are the same.
 """
 
 from __future__ import annotations
@@ -10,14 +14,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from data.errors import DataError
-from data.modalities import kinds, modalities, samples
-from data.records import Input, Item
+from data.records import Input
 from data.text import cut_for
 from retriever_server.encoders.image_inputs import (
     WHOLE,
@@ -27,16 +29,15 @@ from retriever_server.encoders.image_inputs import (
     picture_batches,
     uncut,
 )
-from retriever_server.encoders.packing import packable, packed_forward
 from retriever_server.encoders.read_spec import patch_token, placeholders, what_it_takes
-from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
-from retriever_server.encoders.vectors import (
+from retriever_server.encoders.spec import (
+    Encoder,
+    EncodingSpec,
     Multi,
+    Role,
     Vectors,
     concatenate,
     no_vectors,
-    rows_of,
-    similarities,
     take,
 )
 
@@ -46,8 +47,6 @@ _TASKS = {"query": "query", "passage": "document"}
 _TEXTS_TOKENISED_TOGETHER = 8192
 # On a CPU what fits its caches is fastest; a GPU wants to be filled.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
-TEXTS = ("river", "The capital of a country is not always its largest city.", "one two " * 40)
-"""Short, middling and long: what encoders are tested with."""
 _BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 27}  # numbers, three a pixel
 
 
@@ -59,7 +58,7 @@ class SentenceEncoder(Encoder):
         self._model = model.eval()
         self._lock = threading.Lock()  # fast tokenizers refuse a second thread
         self._packs = spec.kind == "dense" and packable(model)
-        self.takes = what_it_takes(model)
+        self.takes = frozenset(what_it_takes(model))
         files = self.takes != {"text"}
         self._placeholders, self._patch = (placeholders(model), patch_token(model)) if files else ([], None)
         self._tokenizer = getattr(model, "tokenizer", None)
@@ -105,7 +104,7 @@ class SentenceEncoder(Encoder):
 
     def _all_batches(self, inputs: Sequence[Input], of: np.ndarray, role: Role) -> Iterator[Batch]:
         """Positions of inputs, and the features of these: of texts, of images, of both together in turn."""
-        for kind in kinds():
+        for kind in dict.fromkeys(of.tolist()):
             size, batches = _TEXTS_TOKENISED_TOGETHER, self._batches
             if kind != "text":
                 size, batches = len(inputs), self._picture_batches
@@ -255,41 +254,55 @@ def _numpy(tensor: Any) -> np.ndarray:
     return dense.float().cpu().numpy()
 
 
-def self_test(encoder: Encoder) -> None:
-    """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec."""
-    for role in ("query", "passage"):
-        inputs = _samples(encoder, role)
-        together = encoder.encode(inputs, role)
-        for i, each in enumerate(inputs):
-            alone = rows_of(encoder.encode([each], role), 0)
-            least = float(similarities(alone, rows_of(together, i)).min())
-            if not least > 0.999:
-                shown = repr(each[:20]) if isinstance(each, str) else f"{each.modality} + {each.text[:20]!r}"
-                raise DataError(
-                    f"{encoder.spec.model}: {role} vectors depend on the batch they are encoded in "
-                    f"(cosine {least:.4f} for {shown} alone and in a batch)"
-                )
-            _check_fits(encoder.spec, alone)
+def packable(model: Any) -> bool:
+    """Whether the trunk of a sentence-transformers model is a BERT: MiniLM, BGE, E5, GTE and more."""
+    trunk: Any = getattr(model[0], "auto_model", None)
+    return type(trunk).__name__ == "BertModel" and not trunk.config.is_decoder
 
 
-def _samples(encoder: Encoder, role: str) -> list[Input]:
-    """Texts, and where the encoder is given images in this role (or audio), some of these."""
-    inputs = encoder.spec.inputs if role == "passage" else ""
-    if inputs == "text" or encoder.takes == {"text"}:
-        return list(TEXTS)
-    names = [inputs.removeprefix("text+")] if inputs else [m for m in modalities() if m in encoder.takes]
-    held = [Item(file, modality=name) for name in names for file in samples(name)]
-    if inputs in names or "text" not in encoder.takes:
-        return list(held)
-    beside = zip(held, TEXTS, strict=False) if inputs else ()
-    return [*TEXTS, *held, *(replace(item, text=text) for item, text in beside)]
+def fill_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Row and first column of each text, and the number of rows, as long as the longest text (first fit).
+
+    lengths (N,), longest first -> (N,), (N,), R.   [5, 3, 2, 2] -> rows [0, 1, 1, 2], columns [0, 0, 3, 0]
+    """
+    width, room = int(lengths[0]), []
+    rows, columns = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    for i, length in enumerate(lengths.tolist()):
+        row = next((row for row, free in enumerate(room) if free >= length), len(room))
+        if row == len(room):
+            room.append(width)
+        rows[i], columns[i] = row, width - room[row]
+        room[row] -= length
+    return rows, columns, len(room)
 
 
-def _check_fits(spec: EncodingSpec, rows: np.ndarray) -> None:
-    if rows.shape[1] != spec.dimension:
-        raise DataError(
-            f"{spec.model}: vectors of {rows.shape[1]} dimensions, its spec says {spec.dimension}"
-        )
-    lengths = np.linalg.norm(rows, axis=1)
-    if spec.normalise and np.abs(lengths - 1).max() > 1e-2:
-        raise DataError(f"{spec.model}: vectors of length {lengths.max():.3f}, its spec says 1")
+def packed_forward(model: Any, features: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Run the model on the features of texts, longest first; -> its output, the number of tokens computed."""
+    import torch
+
+    mask = features["attention_mask"].bool()
+    lengths = mask.sum(1).cpu().numpy()
+    rows, columns, count = fill_rows(lengths)
+    width = int(lengths[0])
+    text, at = mask.nonzero(as_tuple=True)  # of each token: its text, its place in it
+    row, column = (
+        torch.from_numpy(rows).to(at.device)[text],
+        torch.from_numpy(columns).to(at.device)[text] + at,
+    )
+
+    def packed(values: Any) -> Any:
+        out = torch.zeros((count, width), dtype=torch.long, device=at.device)
+        out[row, column] = values
+        return out
+
+    owner = packed(text + 1)
+    pairs = (owner[:, :, None] == owner[:, None, :])[:, None]  # (R, 1, T, T)
+    ids = {name: packed(features[name][mask]) for name in ("input_ids", "token_type_ids") if name in features}
+    trunk, *rest = model
+    hidden = trunk({**ids, "attention_mask": pairs, "position_ids": packed(at)})["token_embeddings"]
+    tokens = hidden.new_zeros((*mask.shape, hidden.shape[-1]))
+    tokens[mask] = hidden[row, column]
+    out = {**features, "token_embeddings": tokens}
+    for module in rest:
+        out = module(out)
+    return out, count * width

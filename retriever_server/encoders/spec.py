@@ -1,4 +1,8 @@
-"""The interface of encoders, and the spec that holds everything which decides their vectors."""
+"""What an encoder is: its kind, the spec that holds everything which decides its vectors, and the vectors.
+
+Three representations of texts, by kind: dense, float32 (N, D); sparse, a scipy csr_array (N, V) of weights
+>= 0; multi, `Multi`, a vector a token.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,58 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Literal
+
+import numpy as np
 
 from data.errors import ConfigError, DataError
 from data.modalities import kinds
 from data.records import Input, Item, Passage
-from retriever_server.encoders.kinds import ENCODERS
-from retriever_server.encoders.vectors import Vectors
 
 Role = Literal["query", "passage"]
+Vectors = Any
+"""np.ndarray | scipy.sparse.csr_array | Multi"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Names of the parts of one kind of model in sentence-transformers and in our indexes."""
+
+    name: str
+    class_name: str
+    """Class of its model in sentence-transformers."""
+    index: str
+    """Kind of the exact index that searches its vectors; "": it makes none, but reads pairs."""
+    losses: str
+    """Module of sentence-transformers with the losses for it."""
+
+    @cached_property
+    def model_class(self) -> Any:
+        """Its class in sentence-transformers."""
+        return getattr(import_module("sentence_transformers"), self.class_name)
+
+    @cached_property
+    def trainer_class(self) -> Any:
+        """Its trainer in sentence-transformers; `training_args_class` is that of its arguments."""
+        return getattr(import_module("sentence_transformers"), f"{self.class_name}Trainer")
+
+
+_ST = "sentence_transformers"
+DENSE = Kind("dense", "SentenceTransformer", "flat", f"{_ST}.sentence_transformer.losses")
+SPARSE = Kind("sparse", "SparseEncoder", "inverted", f"{_ST}.sparse_encoder.losses")
+MULTI = Kind("multi", "MultiVectorEncoder", "maxsim", f"{_ST}.multi_vector_encoder.losses")
+CROSS = Kind("cross", "CrossEncoder", "", f"{_ST}.cross_encoder.losses")
+KINDS = {kind.name: kind for kind in (DENSE, SPARSE, MULTI, CROSS)}
+ENCODERS = {name: kind for name, kind in KINDS.items() if kind.index}
+"""Those that make vectors."""
+
+
+def kind_of_model(model: Any) -> Kind:
+    """The kind of a model of sentence-transformers."""
+    names = [each.__name__ for each in type(model).__mro__]
+    return next(kind for kind in KINDS.values() if kind.class_name in names)
 
 
 @dataclass(frozen=True)
@@ -82,9 +129,11 @@ class EncodingSpec:
 
     def render_text(self, passage: Passage) -> str:
         """The text of a passage that is encoded."""
-        fields = {"title": passage.title, "text": passage.text, "contents": passage.contents}
-        fields["expansion"] = str(passage.metadata.get("expansion", ""))
-        return self.passage_template.format(**fields).strip()
+        fields = {"title": passage.title, "text": passage.text}
+        if "{contents" in self.passage_template:
+            fields["contents"] = passage.contents
+        expansion = str(passage.metadata.get("expansion", ""))
+        return self.passage_template.format(**fields, expansion=expansion).strip()
 
     def differences(self, other: EncodingSpec, but: str = "") -> str:
         """List the fields of the hash that differ, for a message.   -> "pooling: cls, here mean" """
@@ -113,3 +162,73 @@ class Encoder(ABC):
         Of a text that is much too long the first of the two may be too small.
         """
         return None
+
+
+@dataclass(frozen=True)
+class Multi:
+    """Vectors of the tokens of N texts: text i owns values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray
+    """(T, D) float32"""
+    offsets: np.ndarray
+    """(N + 1,) int64"""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The vectors of text `i`.   (tokens, D)"""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+def concatenate(parts: list[Vectors]) -> Vectors:
+    """The vectors of all texts of `parts`, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    if isinstance(parts[0], Multi):
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        values = np.concatenate([part.values for part in parts])
+        return Multi(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    from scipy.sparse import vstack
+
+    return vstack(parts, format="csr")
+
+
+def take(vectors: Vectors, rows: np.ndarray) -> Vectors:
+    """The vectors of the texts `rows`, in this order."""
+    if not isinstance(vectors, Multi):
+        return vectors[rows]
+    taken = [vectors[int(row)] for row in rows]
+    return Multi(np.concatenate(taken), np.cumsum([0, *map(len, taken)], dtype=np.int64))
+
+
+def no_vectors(kind: str, dimension: int, count: int = 0) -> Vectors:
+    """The vectors of no text, or of `count` that have none: no token, or zeros."""
+    if kind == "multi":
+        return Multi(np.zeros((0, dimension), np.float32), np.zeros(count + 1, np.int64))
+    none = np.zeros((count, dimension), np.float32)
+    if kind == "dense":
+        return none
+    from scipy.sparse import csr_array
+
+    return csr_array(none)
+
+
+def similarities(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `a` with that of `b`; 1 for two zero rows, NaN stays.   (N, D) -> (N,)"""
+    if a.shape != b.shape:
+        return np.zeros(1)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    both_zero = ~(a.any(axis=1) | b.any(axis=1))
+    return np.where(both_zero, 1.0, (a * b).sum(axis=1) / np.where(lengths == 0, 1, lengths))
+
+
+def rows_of(vectors: Vectors, i: int) -> np.ndarray:
+    """Text `i` of any representation as a dense matrix."""
+    if isinstance(vectors, Multi):
+        return vectors[i]
+    if isinstance(vectors, np.ndarray):
+        return vectors[i : i + 1]
+    return vectors[[i]].toarray()

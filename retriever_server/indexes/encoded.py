@@ -16,8 +16,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.records import Hit, Passage
-from retriever_server.encoders.spec import Encoder, EncodingSpec
-from retriever_server.encoders.vectors import Vectors, rows_of, similarities, take
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
 from retriever_server.filters import allowed
 from retriever_server.indexes.base import (
     Index,

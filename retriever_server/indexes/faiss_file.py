@@ -10,8 +10,7 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import CorpusChanged, DataError
-from retriever_server.encoders.spec import Encoder
-from retriever_server.encoders.vectors import Vectors
+from retriever_server.encoders.spec import Encoder, Vectors
 from retriever_server.indexes.checksums import sample_hash
 from retriever_server.indexes.encoded import Ranking, VectorSearch, check_encodes
 from retriever_server.indexes.vector_store import Rows

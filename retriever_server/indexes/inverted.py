@@ -12,8 +12,7 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.vectors import Vectors
+from retriever_server.encoders.spec import EncodingSpec, Vectors
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
 from retriever_server.indexes.postings import best, open_postings, write_postings

@@ -13,8 +13,7 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, require
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.vectors import Multi
+from retriever_server.encoders.spec import EncodingSpec, Multi
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
 from retriever_server.indexes.shards import Shards, quantise

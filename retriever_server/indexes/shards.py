@@ -24,8 +24,7 @@ from data.errors import ConfigError, DataError, StorageError, require
 from data.jsonl import read_json, write_json
 from data.modalities import read
 from data.records import Item
-from retriever_server.encoders.spec import Encoder
-from retriever_server.encoders.vectors import Multi, Vectors, concatenate, no_vectors, take
+from retriever_server.encoders.spec import Encoder, Multi, Vectors, concatenate, no_vectors, take
 from retriever_server.indexes.checksums import save_array
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,9 @@ from data.device import check_device
 from data.errors import ConfigError
 from data.examples import Examples
 from data.plugins import names_in_source, parameters_in_source
-from retriever_server.encoders.kinds import CROSS, KINDS, Kind, kind_of_model
 from retriever_server.encoders.read_spec import read_spec
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.training.builders.base import check_base
+from retriever_server.encoders.spec import CROSS, KINDS, EncodingSpec, Kind
+from retriever_server.training.builders.dense import check_base
 from retriever_server.training.recipe import RetrieverRecipe
 
 _BUILDERS = {
@@ -144,9 +143,11 @@ def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
     """Build the model that the recipe names, on the CPU. Raises ConfigError."""
     kinds = tuple(kind.model_class for kind in KINDS.values())
     model = Reader(BUILDERS).build(recipe.model, kinds, "model.")
-    if (kind := kind_of_model(model)) is not CROSS:
+    if not isinstance(model, CROSS.model_class):
         spec = read_spec("the model", model, recipe.passage_template, recipe.inputs)
-        return ModelInTraining(model, kind, spec, not {"text", "message"}.issuperset(model.modalities))
+        return ModelInTraining(
+            model, KINDS[spec.kind], spec, not {"text", "message"}.issuperset(model.modalities)
+        )
     if recipe.passage_template != "{contents}":
         raise ConfigError(f"passage_template = {recipe.passage_template!r}: a reranker reads '{{contents}}'")
     if recipe.inputs not in (None, "text"):

@@ -16,9 +16,8 @@ from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
 from data.progress import Bar, Track, no_bar
 from data.records import Input, Qrels, Question
-from retriever_server.encoders.kinds import Kind
 from retriever_server.encoders.sentence import SentenceEncoder
-from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.spec import EncodingSpec, Kind
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import Pair, Rerank, Scorer

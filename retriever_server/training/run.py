@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
 from data.progress import Bar, no_bar
-from retriever_server.encoders.kinds import CROSS
 from retriever_server.encoders.read_spec import outer_transformers
-from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.encoders.spec import CROSS, EncodingSpec
 from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled
 from retriever_server.training.build_components import (
     ModelInTraining,
@@ -35,7 +34,7 @@ from retriever_server.training.examples import as_dataset, passages_as_dataset, 
 from retriever_server.training.export import check_before, export
 from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.reporter import Reporter
-from retriever_server.training.trainer import Scores, trainer_class
+from retriever_server.training.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +139,20 @@ def build_trainer(
         for transformer in outer_transformers(model):
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
     data: Any = {each.name: each.dataset for each in sets} if len(sets) > 1 else sets[0].dataset
-    trainer = trainer_class(trained.kind)(
+    trainer = make_trainer(
+        trained.kind,
+        None if dev is None else partial(dev.score_model, kind=trained.kind, spec=spec),
+        [Reporter(log, progress)],
         model=model,
         args=args,
         loss=loss,
         train_dataset=data,
-        evaluator=None if dev is None else Scores(partial(dev.score_model, kind=trained.kind, spec=spec)),
-        callbacks=[Reporter(log, progress)],
     )
     if trained.reads_files:
         from retriever_server.training.image_collator import ImageCollator, without_absent_images
 
         trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
-    trainer.remove_callback(PrinterCallback)
     return trainer, trained
 
 

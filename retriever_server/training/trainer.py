@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import PrinterCallback
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
 from data.errors import ConfigError, DataError, RunStopped, SleuthError
-from retriever_server.encoders.kinds import Kind
+from retriever_server.encoders.spec import Kind
 
 WEIGHTS = "weights.safetensors"
 """File of a checkpoint with all that is trained, and buffers; what is frozen comes from the base again."""
 
 
 class Training:
-    """Mixed into a trainer of sentence-transformers: see `trainer_class`."""
+    """Mixed into a trainer of sentence-transformers: see `make_trainer`."""
 
     args: Any
     model: Any
@@ -143,6 +144,11 @@ class Scores(BaseEvaluator):
             model.train(training)
 
 
-def trainer_class(kind: Kind) -> Any:
-    """The trainer of sentence-transformers for a kind of model, with `Training`."""
-    return type(kind.trainer_class.__name__, (Training, kind.trainer_class), {})
+def make_trainer(
+    kind: Kind, score: Callable[[Any], dict[str, float]] | None, callbacks: list[Any], **given: Any
+) -> Any:
+    """The trainer of sentence-transformers for a kind of model, with `Training`; score: metrics on dev."""
+    of = type(kind.trainer_class.__name__, (Training, kind.trainer_class), {})
+    trainer = of(evaluator=None if score is None else Scores(score), callbacks=callbacks, **given)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

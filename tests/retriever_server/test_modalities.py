@@ -16,8 +16,7 @@ from data.records import Item, Passage
 from retriever_server.client.wire import with_image_bytes
 from retriever_server.encoders.image_inputs import kind_of
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.vectors import similarities
+from retriever_server.encoders.spec import EncodingSpec, similarities
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.retriever import texts_of

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from retriever_server.encoders.spec import Encoder, EncodingSpec, Role
-from retriever_server.encoders.vectors import Multi, Vectors
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi, Role, Vectors
 
 _TEXT = "the a of river red blue fox sea city capital is in north big small old two one not always"
 WORDS = _TEXT.split()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from retriever_server.encoders.kinds import MULTI
-from retriever_server.training.builders.base import Base, assemble, load_transformer, projection
+from retriever_server.encoders.spec import MULTI
+from retriever_server.training.builders.dense import Base, assemble, load_transformer, projection
 
 
 def colbert(

@@ -8,7 +8,7 @@ from typing import Any
 from data.errors import ConfigError
 from retriever_server.encoders.checks import limit_tokens
 from retriever_server.retrievers.rerank import QUESTION
-from retriever_server.training.builders.base import Base, load_base, load_transformer
+from retriever_server.training.builders.dense import Base, load_base, load_transformer
 
 
 def cross_encoder(base: Base, max_tokens: int | None = None, dtype: str = "float32") -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from retriever_server.encoders.checks import append_eos, check_model, make_two_way
-from retriever_server.encoders.kinds import DENSE
-from retriever_server.training.builders.base import Attention, Base, assemble, load_transformer, pooled
+from retriever_server.encoders.spec import DENSE
+from retriever_server.training.builders.dense import Attention, Base, assemble, load_transformer, pooled
 
 
 def decoder(

@@ -1,11 +1,23 @@
-"""One vector a text from an encoder: a single transformer, or DPR's two."""
+"""One vector a text from an encoder (one transformer, or DPR's two), and the parts that all builders share.
+
+A builder takes `(base, **options)`; a recipe's `model.class_path` names it. `base` is a hub name, a folder, a
+GGUF file (or a folder that holds one), or `{config: ..., corpus: ...}` for a tiny random model (`tiny.py`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-from retriever_server.encoders.kinds import DENSE
-from retriever_server.training.builders.base import Base, assemble, load_transformer, pooled
+from data.errors import ConfigError
+from data.hub import find_model
+from retriever_server.encoders.checks import limit_tokens
+from retriever_server.encoders.spec import DENSE, Kind
+
+Base = str | dict[str, Any]
+"""Source of the weights and the tokenizer, see above."""
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 def dense(
@@ -46,3 +58,89 @@ def two_towers(
     )
     router = Router.for_query_document(query_modules=query, document_modules=passage)
     return assemble(DENSE, [router], query_prompt, passage_prompt, normalise)
+
+
+def check_base(base: Any) -> str:
+    """Return where a base lies, nothing loaded or made yet; "" for a tiny one. Raises ConfigError."""
+    if isinstance(base, Mapping):
+        if not {"config"} <= set(base) <= {"config", "corpus", "vocabulary", "seed", "folder"}:
+            raise ConfigError(
+                f"base: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
+            )
+        return ""
+    if not isinstance(base, str):
+        raise ConfigError(f"base = {base!r}: must be a name, a folder, or a mapping of config and corpus")
+    path = Path(base).expanduser()
+    ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    return str(ggufs[0]) if ggufs and not (path / "config.json").exists() else find_model(base, "base")
+
+
+def resolve_base(base: Base) -> str:
+    """Return what `from_pretrained` loads; a tiny model is made, and a GGUF file converted, once."""
+    found = check_base(base)
+    if isinstance(base, Mapping):
+        from retriever_server.training.builders.tiny import tiny_base
+
+        return tiny_base(**base)
+    if not found.endswith(".gguf"):
+        return found
+    from data.packaged import converted_gguf
+
+    return str(converted_gguf(Path(found)))
+
+
+def load_base(base: Base, load: Any) -> Any:
+    """Return what `load` makes of the name of a base. Raises ConfigError."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()  # no table of heads that are not needed
+    name = resolve_base(base)
+    try:
+        return load(name)
+    except (ImportError, OSError, ValueError) as error:  # a processor may need what we do not: torchvision
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"base {name!r}: no model loads from there ({reason})") from error
+
+
+def load_transformer(base: Base, max_tokens: int | None, dtype: str, **options: Any) -> Any:
+    """The Transformer module of sentence-transformers over a base; options are its own."""
+    from sentence_transformers.base.modules import Transformer
+
+    options["model_kwargs"] = {"dtype": dtype, **options.get("model_kwargs", {})}
+    transformer = load_base(base, lambda name: Transformer(name, **options))
+    if "modality_config" not in options and set(transformer.modality_config) == {"text", "message"}:
+        transformer.modality_config.pop("message")  # or every text would be put into the chat template
+    limit_tokens(transformer, max_tokens)
+    return transformer
+
+
+def pooled(transformer: Any, pooling: str, normalise: bool, pool_prompt: bool = True) -> list[Any]:
+    """A transformer, the pooling of its vectors, and length 1 if `normalise`. Raises ConfigError."""
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if pooling not in Pooling.POOLING_MODES:
+        raise ConfigError(f"pooling {pooling!r}: must be one of {', '.join(Pooling.POOLING_MODES)}")
+    mode: Any = pooling
+    pool = Pooling(transformer.get_embedding_dimension(), mode, pool_prompt)
+    return [transformer, pool, *([Normalize()] if normalise else [])]
+
+
+def projection(transformer: Any, dimension: int, of: str = "token_embeddings", bias: bool = False) -> Any:
+    """A linear layer from the vectors of a transformer to `dimension`; `of`: the feature it works on."""
+    import torch
+    from sentence_transformers.base.modules import Dense
+
+    size = transformer.get_embedding_dimension()
+    return Dense(size, dimension, bias, torch.nn.Identity(), module_input_name=of)
+
+
+def assemble(
+    kind: Kind, modules: list[Any], query_prompt: str = "", passage_prompt: str = "", normalise: bool = True
+) -> Any:
+    """A model of sentence-transformers on the CPU; normalise: dense vectors are compared by cosine."""
+    prompts = {"query": query_prompt, "document": passage_prompt}
+    named = {"dense": "cosine" if normalise else "dot", "sparse": "dot"}.get(kind.name)
+    similarity = {"similarity_fn_name": named} if named else {}
+    return kind.model_class(modules=modules, prompts=prompts, device="cpu", **similarity)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from data.errors import ConfigError
-from retriever_server.encoders.kinds import DENSE
 from retriever_server.encoders.m3 import M3Heads
-from retriever_server.training.builders.base import Base, assemble, load_transformer
+from retriever_server.encoders.spec import DENSE
+from retriever_server.training.builders.dense import Base, assemble, load_transformer
 
 
 def m3(base: Base, dimension: int = 128, max_tokens: int | None = None, dtype: str = "float32") -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from retriever_server.encoders.checks import limit_tokens
-from retriever_server.encoders.kinds import KINDS
-from retriever_server.training.builders.base import Base, assemble, load_base
+from retriever_server.encoders.spec import KINDS
+from retriever_server.training.builders.dense import Base, assemble, load_base
 
 SYSTEM = "You are an AI assistant that can understand human language."
 ASKED = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from retriever_server.encoders.kinds import SPARSE
-from retriever_server.training.builders.base import Base, assemble, load_transformer
+from retriever_server.encoders.spec import SPARSE
+from retriever_server.training.builders.dense import Base, assemble, load_transformer
 
 
 def splade(

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from retriever_server.encoders.checks import append_eos
-from retriever_server.encoders.kinds import DENSE, MULTI
-from retriever_server.training.builders.base import (
+from retriever_server.encoders.spec import DENSE, MULTI
+from retriever_server.training.builders.dense import (
     Attention,
     Base,
     assemble,

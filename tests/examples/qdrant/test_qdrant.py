@@ -6,7 +6,7 @@ import pytest
 from data.errors import ConfigError, DataError, RetrieverUnavailable
 from data.records import Passage
 from examples.qdrant.qdrant import Qdrant
-from retriever_server.encoders.vectors import rows_of
+from retriever_server.encoders.spec import rows_of
 from tests.retriever_server.test_filters import agrees
 from tests.retriever_server.tiny_encoders import FakeEncoder
 

@@ -7,9 +7,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from data.errors import ConfigError, DataError
-from retriever_server.encoders.checks import append_eos, check_eos, check_prompts
+from retriever_server.encoders.checks import append_eos, check_eos, check_prompts, self_test
 from retriever_server.encoders.read_spec import appends_eos, read_spec
-from retriever_server.encoders.sentence import SentenceEncoder, self_test
+from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.training.builders.decoder import decoder
 from tests.fakes import byte_tokenizer
 from tests.retriever_server.training.decoder_models import tiny_decoder

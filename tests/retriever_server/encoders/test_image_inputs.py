@@ -13,7 +13,7 @@ from data.images import read_image
 from data.records import Item
 from retriever_server.encoders.image_inputs import as_model_input
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.encoders.vectors import rows_of, similarities
+from retriever_server.encoders.spec import rows_of, similarities
 from tests.retriever_server.vision_models import picture, tiny_clip, tiny_colpali, tiny_colqwen2, tiny_vlm
 
 MAKE = {

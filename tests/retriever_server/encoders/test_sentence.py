@@ -13,11 +13,10 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
+from retriever_server.encoders.checks import self_test
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.encoders.packing import fill_rows
-from retriever_server.encoders.sentence import self_test, token_budget_batches
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.vectors import Multi, concatenate, rows_of, similarities, take
+from retriever_server.encoders.sentence import fill_rows, token_budget_batches
+from retriever_server.encoders.spec import EncodingSpec, Multi, concatenate, rows_of, similarities, take
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.faiss_file import FaissFile
 from retriever_server.training.builders.cross_encoder import cross_encoder

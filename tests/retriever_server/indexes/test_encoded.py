@@ -9,8 +9,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Passage
-from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.encoders.vectors import Multi
+from retriever_server.encoders.spec import EncodingSpec, Multi
 from retriever_server.indexes import checksums as integrity
 from retriever_server.indexes.ann import AnnIndex, default_search
 from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index

@@ -14,8 +14,8 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Item
 from retriever_server.encoders.loading import load_encoder
+from retriever_server.encoders.spec import Multi, rows_of
 from retriever_server.encoders.token_pooling import TokenPooling
-from retriever_server.encoders.vectors import Multi, rows_of
 from retriever_server.indexes.ann import AnnIndex
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.flat import FlatIndex

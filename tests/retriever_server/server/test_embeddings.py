@@ -12,8 +12,7 @@ from scipy.sparse import csr_array
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit
-from retriever_server.encoders.spec import Encoder, EncodingSpec
-from retriever_server.encoders.vectors import Multi
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi
 from retriever_server.retriever import Retriever, Wrapper
 from retriever_server.server.app import create_app
 

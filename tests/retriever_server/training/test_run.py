@@ -18,7 +18,7 @@ from data.checkpoint import list_checkpoints
 from data.errors import ConfigError, DataError, RunStopped
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.sentence import SentenceEncoder
-from retriever_server.encoders.vectors import rows_of, similarities
+from retriever_server.encoders.spec import rows_of, similarities
 from retriever_server.training import export
 from retriever_server.training import run as training
 from retriever_server.training.build_components import build_loss, build_model
