@@ -204,11 +204,10 @@ def check_projects(model: str) -> None:
 
 
 def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: str = "float32") -> Any:
-    """Load the model of sentence-transformers by name or folder, of the kind it was saved as if None.
+    """Load the model of sentence-transformers that `find_model` found, of the kind it was saved as if None.
 
     Raises ConfigError.
     """
-    model = find_model(model, "encoder")  # at once, not after seconds of imports
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

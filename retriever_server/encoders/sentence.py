@@ -36,9 +36,8 @@ from retriever_server.encoders.spec import (
     Multi,
     Role,
     Vectors,
-    concatenate,
+    in_order,
     no_vectors,
-    take,
 )
 
 Batch = tuple[np.ndarray, dict[str, Any]]
@@ -98,9 +97,7 @@ class SentenceEncoder(Encoder):
                 }
                 order.append(rows)
                 parts.append(self._vectors(self._forward(on_device, role), role))
-        vectors = concatenate(parts)
-        parts.clear()  # they may be large
-        return take(vectors, np.argsort(np.concatenate(order)))
+        return in_order(parts, order)
 
     def _all_batches(self, inputs: Sequence[Input], of: np.ndarray, role: Role) -> Iterator[Batch]:
         """Positions of inputs, and the features of these: of texts, of images, of both together in turn."""

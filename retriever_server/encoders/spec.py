@@ -204,6 +204,13 @@ def take(vectors: Vectors, rows: np.ndarray) -> Vectors:
     return Multi(np.concatenate(taken), np.cumsum([0, *map(len, taken)], dtype=np.int64))
 
 
+def in_order(parts: list[Vectors], positions: list[np.ndarray]) -> Vectors:
+    """Join the vectors of batches, in the order of the positions of their texts; `parts` is emptied."""
+    vectors = concatenate(parts)
+    parts.clear()  # they may be large
+    return take(vectors, np.argsort(np.concatenate(positions)))
+
+
 def no_vectors(kind: str, dimension: int, count: int = 0) -> Vectors:
     """The vectors of no text, or of `count` that have none: no token, or zeros."""
     if kind == "multi":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from data.hub import find_model
 from retriever_server.encoders.checks import limit_tokens
 from retriever_server.encoders.loading import load_model
 
@@ -20,7 +21,7 @@ def pretrained(
 
     kind: read from the folder if not given. Prompts that are not given stay as they were saved.
     """
-    model = load_model(base, kind, "cpu", dtype)
+    model = load_model(find_model(base, "base"), kind, "cpu", dtype)
     for role, prompt in (("query", query_prompt), ("document", passage_prompt)):
         if prompt is not None:
             model.prompts[role] = prompt
