@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit
@@ -191,15 +191,12 @@ class SearchPipeline:
                 rankings = reranker.reorder(queries, rankings, k, depth)
             return rankings
 
-    def report(self) -> list[Mapping[str, Any]]:
-        """Return each stage as JSON: its backend, its number of hits, and their generation."""
-        generations = [self._leases[0].generation]
+    def generations(self) -> list[str]:
+        """Return the generation of the hits of each stage."""
+        names = [self._leases[0].generation]
         for reranker, depth in zip(self._rerankers, self.k, strict=False):
-            generations.append(reranker.name_of(generations[-1], depth))
-        rows = zip(self._stages, self.k, generations, strict=True)
-        return [
-            {**stage.model_dump(exclude_none=True), "k": k, "generation": name} for stage, k, name in rows
-        ]
+            names.append(reranker.name_of(names[-1], depth))
+        return names
 
     def __enter__(self) -> SearchPipeline:
         for lease in self._leases:

@@ -88,7 +88,6 @@ def add_error_replies(app: FastAPI) -> None:
 
 async def answer_error(request: Request, error: Exception) -> JsonReply:
     """Answer with the status and the reason of what a route raised."""
-    error = await _met_in_body(request, error)
     status, reason = _status_and_reason(error)
     headers = getattr(error, "headers", None)
     if isinstance(error, Overloaded):
@@ -96,18 +95,6 @@ async def answer_error(request: Request, error: Exception) -> JsonReply:
         status = 429 if request.url.path.startswith("/v1/") else 503
         headers = {"Retry-After": str(error.retry_after_seconds)}
     return JsonReply({"detail": reason}, status, headers)
-
-
-async def _met_in_body(request: Request, error: Exception) -> Exception:
-    """Return what FastAPI met when it read the body, and hides behind an error of its own."""
-    wrong = isinstance(error, RequestValidationError)
-    cause = error.__cause__
-    if (wrong or getattr(error, "status_code", 0) == 400) and isinstance(cause, Exception):
-        not_json = isinstance(cause, ValueError | RecursionError)
-        return HTTPException(400, f"body: not JSON ({cause})") if not_json else cause
-    if wrong and error.errors()[0]["loc"] == ("body",) and not await request.body():
-        return HTTPException(400, "body: not JSON (Expecting value: line 1 column 1 (char 0))")
-    return error
 
 
 def _status_and_reason(error: Exception) -> tuple[int, str]:
@@ -133,10 +120,7 @@ def _status_and_reason(error: Exception) -> tuple[int, str]:
 
 def first_of(errors: Sequence[Any]) -> str:
     """Return the first of a validator's errors: "field: what is wrong"."""
-    first, place = errors[0], list(errors[0]["loc"])
-    if first["type"] in _NO_OBJECT or place == ["body"]:  # whose message names a class of ours
-        first = {**first, "msg": "must be a JSON object"}
-    return f"{'.'.join(map(str, place[1:] if place[0] == 'body' and place[1:] else place))}: {first['msg']}"
-
-
-_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
+    first, place = errors[0], ".".join(map(str, errors[0]["loc"]))
+    # Whose message names a class of ours.
+    said = "must be a JSON object" if first["type"] in ("model_type", "dict_type") else first["msg"]
+    return f"{place or 'body'}: {said}"

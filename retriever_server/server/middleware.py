@@ -120,7 +120,6 @@ class RequestMiddleware:
         headers = {name: value for name, value in scope["headers"] if name in _READ}
         request_id = headers.get(b"x-request-id", b"")[:64] or uuid.uuid4().hex.encode()
         scope["facts"] = {}
-        _have_read_as_json(scope, headers)
 
         async def note_and_send(message: Message) -> None:
             nonlocal status
@@ -164,22 +163,13 @@ class RequestMiddleware:
         return self._access.refusal(path, headers)
 
 
-_READ = {b"authorization", b"content-length", b"content-type", b"host", b"x-api-key", b"x-request-id"}
+_READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id"}
 _ALWAYS = (
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", b"frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 )
 """No page of others shows ours in a frame, and nothing is taken for another type."""
-
-
-def _have_read_as_json(scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-    """Let a body be JSON whatever its type says (`curl -d` says another), but for forms and MCP."""
-    path, kind = scope["path"], headers.get(b"content-type", b"").lower()
-    is_form = path == "/v1/search" and kind.startswith(b"multipart/form-data")
-    if not is_form and path != "/mcp" and kind != b"application/json":
-        others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
-        scope["headers"] = [*others, (b"content-type", b"application/json")]
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:

@@ -29,11 +29,15 @@ class JsonReply(Response):
             raise RetrieverError(f"what was found cannot be sent as JSON: {error}") from error
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def _render(content: Any) -> str:
-    """Write JSON in pieces: between them other threads have their turn."""
-    if isinstance(content, dict):
-        fields = (f"{json.dumps(name)}: {_render(value)}" for name, value in content.items())
-        return f"{{{', '.join(fields)}}}"
-    if isinstance(content, list):
-        return f"[{', '.join([json.dumps(item, allow_nan=False) for item in content])}]"
-    return json.dumps(content, allow_nan=False)
+    """Write long JSON in pieces: between them other threads have their turn."""
+    if isinstance(content, dict) and any(
+        isinstance(each, list) and len(each) > LONG_ANSWER for each in content.values()
+    ):
+        return f"{{{', '.join(f'{_encode(name)}: {_render(value)}' for name, value in content.items())}}}"
+    if isinstance(content, list) and len(content) > LONG_ANSWER:
+        return f"[{', '.join(map(_encode, content))}]"
+    return _encode(content)

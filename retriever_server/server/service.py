@@ -40,12 +40,17 @@ class Found:
 
     outcomes: list[Outcome]
     backend: str
-    generation: str
-    k: int
-    stages: Sequence[Mapping[str, Any]]
-    """Each stage, as JSON."""
+    generations: list[str]
+    """Of the hits of each stage."""
+    depths: list[int]
+    """Hits that each stage gives at most."""
     linked: str | None
     """The backend in links to pictures; None for the default."""
+
+    @property
+    def generation(self) -> str:
+        """The generation of the hits."""
+        return self.generations[-1]
 
 
 class SearchService:
@@ -119,12 +124,11 @@ class SearchService:
         k = self.limits.topk if top_k is None else top_k
         self._check(queries, k, where)
         with SearchPipeline(stages, self.backends, k, self.limits.max_topk) as pipeline:
-            self._check_number(len(queries), k := pipeline.k[-1])
+            self._check_number(len(queries), pipeline.k[-1])
             outcomes = await self._search(pipeline, queries, where)
-            report = pipeline.report()
+            generations = pipeline.generations()
         name = str(stages[0].retrieve)
-        linked = None if name == default else name
-        return Found(outcomes, name, report[-1]["generation"], k, report, linked)
+        return Found(outcomes, name, generations, pipeline.k, None if name == default else name)
 
     async def _search(
         self, pipeline: SearchPipeline, queries: Sequence[str | ImageInput], where: Mapping[str, Any] | None
@@ -139,7 +143,7 @@ class SearchService:
                 await prepare(corpus, where)
         asked = [query for query in read if _is_unicode(query)]
         # Texts do not wait for the images of others.
-        key = (pipeline.key, json.dumps(where, sort_keys=True), pictured)
+        key = (pipeline.key, where and json.dumps(where, sort_keys=True), pictured)
         found = await self.batcher.run(key, functools.partial(pipeline.search, where=where), asked)
         for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
             _log.error("search failed: %s", error)
@@ -205,10 +209,10 @@ class Caller:
     """The client of a request: how long it waits for its answer, and whether it still does."""
 
     def __init__(
-        self, service: SearchService, request: Request | None = None, deadline: str | None = None
+        self, service: SearchService, request: Request | None = None, deadline_seconds: float = math.inf
     ) -> None:
-        """request: its body must have been read. deadline: seconds, of a header; a body's count more."""
-        self.service, self._request, self._deadline = service, request, deadline
+        """request: its body must have been read. deadline_seconds: where the body names none."""
+        self.service, self._request, self._deadline_seconds = service, request, deadline_seconds
 
     async def rank(
         self, queries: Sequence[str], top_k: int | None, options: SearchOptions | None = None
@@ -232,38 +236,37 @@ class Caller:
         searching = self.service.search(queries, top_k, options.where, options.backend, stages)
         found = await self.wait(searching, options.deadline_seconds)
         if self._request is not None:
-            noted = {"queries": len(queries), "top_k": found.k}
+            noted = {"queries": len(queries), "top_k": found.depths[-1]}
             noted |= {"backend": found.backend, "generation": found.generation}
             self._request.scope.get("facts", {}).update(noted)
         return found
 
     async def wait(self, work: Coroutine[Any, Any, T], deadline_seconds: float | None = None) -> T:
         """Return what `work` returns; it is cancelled at the deadline, or when the client has gone."""
-        working = asyncio.ensure_future(work)
-        awaited: set[asyncio.Future[Any]] = {working}
-        if self._request is not None:  # whose next message says that it has gone
-            awaited.add(asyncio.ensure_future(self._request.receive()))
-        try:
-            seconds = min(self._seconds(deadline_seconds), self.service.limits.max_deadline_seconds)
-            done, _ = await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise ClientGone if done else TimeoutError(f"no answer within {seconds:g} s")
-        finally:
-            for each in awaited:
-                each.cancel()
+        asked = self._deadline_seconds if deadline_seconds is None else deadline_seconds
+        seconds = min(asked, self.service.limits.max_deadline_seconds)
+        patience = asyncio.timeout(seconds)
+        # The next message of a client says that it has gone.
+        leaving = asyncio.ensure_future(self._request.receive()) if self._request else None
 
-    def _seconds(self, asked: float | None) -> float:
-        """Return the deadline of the body, else of the header; DataError where that is none."""
-        if asked is not None or self._deadline is None:
-            return math.inf if asked is None else asked
+        def give_up(_: Any) -> None:
+            patience.reschedule(0)
+
         try:
-            seconds = float(self._deadline)
-        except ValueError:
-            seconds = math.nan
-        if not seconds > 0:
-            raise DataError(f"{_DEADLINE_HEADER}: must be a number of seconds > 0")
-        return seconds
+            async with patience:
+                if leaving:
+                    leaving.add_done_callback(give_up)
+                return await work
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise (
+                ClientGone if leaving and leaving.done() else TimeoutError(f"no answer within {seconds:g} s")
+            ) from None
+        finally:
+            if leaving:
+                leaving.remove_done_callback(give_up)
+                leaving.cancel()
 
 
 def texts_of(inputs: Sequence[str | ImageInput]) -> list[str]:
@@ -303,6 +306,17 @@ def check_unicode(texts: Sequence[str]) -> None:
         raise DataError(_NO_UNICODE)
 
 
+def _seconds_in(header: str | None) -> float:
+    """Return the deadline in a header, infinity without one; DataError where it is none."""
+    try:
+        seconds = math.inf if header is None else float(header)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise DataError(f"{_DEADLINE_HEADER}: must be a number of seconds > 0")
+    return seconds
+
+
 async def get_service(request: Request) -> SearchService:
     """Return the service of the application."""
     return request.app.state.service
@@ -311,7 +325,7 @@ async def get_service(request: Request) -> SearchService:
 async def get_caller(request: Request) -> Caller:
     """Return the client of this request."""
     await request.body()
-    return Caller(request.app.state.service, request, request.headers.get(_DEADLINE_HEADER))
+    return Caller(request.app.state.service, request, _seconds_in(request.headers.get(_DEADLINE_HEADER)))
 
 
 ServiceOf = Annotated[SearchService, Depends(get_service)]

@@ -26,6 +26,7 @@ from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
 from retriever_server.server.errors import ANY_SEARCH, error_replies
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
+from retriever_server.server.routes.json_route import JsonRoute
 from retriever_server.server.schema import (
     AccessBody,
     BatchSearchBody,
@@ -33,12 +34,12 @@ from retriever_server.server.schema import (
     SearchOptions,
     SingleSearchBody,
 )
-from retriever_server.server.service import Caller, CallerOf, Found, ServiceOf
+from retriever_server.server.service import Caller, CallerOf, Found
 
 DIALECTS = ("rllm", "zerosearch", "search-r1", "skyrl", "asearcher")
 _TOP_K_NAMES = ("topk", "topk_rerank", "top_k", "k", "top_n")
 
-router = APIRouter(responses=error_replies(*ANY_SEARCH))
+router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH))
 
 
 @router.post("/retrieve")
@@ -67,8 +68,9 @@ async def batch_search(body: BatchSearchBody, caller: CallerOf) -> Response:
 
 
 @router.post("/access")
-async def access(body: AccessBody, service: ServiceOf) -> Response:
+async def access(body: AccessBody, caller: CallerOf) -> Response:
     """Return pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
+    service = caller.service
     if len(body.urls) > service.limits.max_queries:
         raise DataError(f"urls: {len(body.urls)}, at most {service.limits.max_queries} are allowed")
     pages = await service.fetch(body.urls, body.whole)

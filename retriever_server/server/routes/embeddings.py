@@ -22,6 +22,7 @@ from retriever_server.server import schema
 from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.errors import ANY_SEARCH, error_replies, without_paths
 from retriever_server.server.replies import JsonReply
+from retriever_server.server.routes.json_route import JsonRoute
 from retriever_server.server.schema import EmbedBody, EmbeddingsBody, ImageInput, RerankBody
 from retriever_server.server.service import Caller, CallerOf, check_unicode, texts_of
 
@@ -29,7 +30,7 @@ _Found = TypeVar("_Found")
 _MOST_TEXTS = 4096
 """To encode in one request."""
 
-router = APIRouter(responses=error_replies(*ANY_SEARCH, 404))
+router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH, 404))
 
 
 @router.post("/embed", response_model=list[list[float]])

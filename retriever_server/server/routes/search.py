@@ -5,16 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from pydantic import ValidationError
+from fastapi import APIRouter, Request, Response
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
-from starlette.types import Scope
 
 from data.errors import DataError
 from data.images import needs_images
@@ -22,10 +17,21 @@ from data.records import Hit
 from retriever_server.client.wire import thumbnail_link
 from retriever_server.server.errors import ANY_SEARCH, QueryFailed, error_replies
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
+from retriever_server.server.routes.json_route import JsonRoute, parse_body
 from retriever_server.server.schema import SearchBody, SearchForm, SearchReply
 from retriever_server.server.service import CallerOf, Outcome
 
-router = APIRouter(responses=error_replies(*ANY_SEARCH, 429))
+
+class _SearchRoute(JsonRoute):
+    """Reads a form, too."""
+
+    async def read(self, request: Request) -> Any:
+        """Return the body by its type."""
+        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return await (_read_form(request) if is_form else super().read(request))
+
+
+router = APIRouter(route_class=_SearchRoute, responses=error_replies(*ANY_SEARCH, 429))
 _FORM = SearchForm.model_json_schema(ref_template="#/components/schemas/{model}")
 _FORM.pop("$defs")  # they are among the components: a body in JSON has them, too
 
@@ -41,8 +47,16 @@ async def search(body: SearchBody, caller: CallerOf) -> Response:
 
     def write() -> Response:
         results = [_render_result(outcome, found.linked) for outcome in found.outcomes]
-        answer = {"results": results, "backend": found.backend, "generation": found.generation}
-        return JsonReply({**answer, "stages": found.stages} if body.stages else answer)
+        answer: dict[str, Any] = {
+            "results": results,
+            "backend": found.backend,
+            "generation": found.generation,
+        }
+        if body.stages:
+            rows = zip(body.stages, found.depths, found.generations, strict=True)
+            named = ((stage.model_dump(exclude_none=True), k, name) for stage, k, name in rows)
+            answer["stages"] = [{**stage, "k": k, "generation": name} for stage, k, name in named]
+        return JsonReply(answer)
 
     return await asyncio.to_thread(write) if len(found.outcomes) > LONG_ANSWER else write()
 
@@ -93,10 +107,7 @@ async def _read_form(request: Request) -> SearchBody:
     _, options = python_multipart.multipart.parse_options_header(request.headers["content-type"])
     if b"--" + options[b"boundary"] + b"--" not in body:  # the parser passes over a file without its end
         raise HTTPException(400, "body: the form is cut short (its last boundary is missing)")
-    try:
-        search = SearchBody.model_validate(await _search_in(form))
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+    search = parse_body(SearchBody, await _search_in(form))
     if not search.queries:
         raise DataError("body: a form asks by `image`, a file, and `text`, and has neither")
     return search
@@ -124,22 +135,3 @@ def _json_or_text(value: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
-
-
-class _FormRoute(APIRoute):
-    """Matches requests that bring a form."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match by the path, the method and the type of the body."""
-        kind = dict(scope.get("headers", ())).get(b"content-type", b"")
-        is_form = kind.lower().startswith(b"multipart/form-data")
-        return super().matches(scope) if is_form else (Match.NONE, {})
-
-
-forms = APIRouter(route_class=_FormRoute)
-
-
-@forms.post("/v1/search", include_in_schema=False)
-async def search_by_form(body: Annotated[SearchBody, Depends(_read_form)], caller: CallerOf) -> Response:
-    """Return what the same search in JSON returns."""
-    return await search(body, caller)
