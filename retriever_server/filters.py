@@ -1,4 +1,4 @@
-"""Metadata filters: which passages of a corpus a search may return.
+"""Metadata filters: which passages of a corpus a search may return, and documents by their url.
 
     {"year": 1999}                         equal
     {"year": {"in": [1999, 2001]}}         one of
@@ -22,6 +22,7 @@ import numpy as np
 
 from data.columns import encode, is_float, json_type, load_columns, wait_for_columns
 from data.errors import DataError
+from data.records import Passage
 from retriever_server.retriever import Filter
 
 if TYPE_CHECKING:
@@ -63,6 +64,31 @@ def allowed(corpus: Corpus, where: Filter) -> np.ndarray:
         while len(_MASKS) > _MASKS_KEPT:
             _MASKS.popitem(last=False)
     return mask
+
+
+def is_url(place: str) -> bool:
+    """Whether it may name passages by the url in their metadata."""
+    return "://" in place
+
+
+def find_documents(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
+    """Return the document at each place: a passage by its id, or all passages of a url in one.
+
+    None where there is none: nothing outside the corpus is ever looked for.
+    """
+    documents = {place: corpus.get(place) for place in places}
+    urls = [place for place, found in documents.items() if found is None and is_url(place)]
+    parts: dict[str, list[Passage]] = {url: [] for url in urls}
+    positions = load_columns(corpus).result().positions("url", one_of(urls)) if urls else ()
+    for position in sorted(set(map(int, positions))):
+        passage = corpus[position]
+        if isinstance(url := passage.metadata["url"], str):
+            parts[url].append(passage)
+    for url, found in parts.items():
+        if found:
+            text = "\n".join(part.text for part in found)
+            documents[url] = Passage(found[0].id, text, found[0].title, found[0].metadata)
+    return [documents[place] for place in places]
 
 
 async def prepare(corpus: Corpus, where: Filter) -> None:

@@ -17,11 +17,10 @@ from fastapi import Depends, Request
 from data.columns import wait_for_columns
 from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
-from retriever_server.filters import parse_filter, prepare
+from retriever_server.filters import find_documents, is_url, parse_filter, prepare
 from retriever_server.server.backends import HotSwappable, SearchPipeline, backend_of
 from retriever_server.server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.server.config import Limits
-from retriever_server.server.documents import find_documents, is_url
 from retriever_server.server.errors import ClientGone, QueryFailed, WrongQuery, without_paths
 from retriever_server.server.image_requests import ImageReader
 from retriever_server.server.metrics import Metrics
