@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from retriever_server.server.schema import Body
-from retriever_server.server.service import get_caller
 
 
 class JsonRoute(APIRoute):
@@ -26,7 +25,9 @@ class JsonRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        self._model: type[Body] | None = get_type_hints(endpoint).get("body")
+        hints = get_type_hints(endpoint, include_extras=True)
+        self._model: type[Body] | None = hints.get("body")
+        self._caller_of = hints["caller"].__metadata__[0].dependency if self._model else None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; errors are answered by `errors.answer_error`."""
@@ -34,7 +35,7 @@ class JsonRoute(APIRoute):
             return await super().handle(scope, receive, send)
         request = Request(scope, receive)
         body = await self.read(request)
-        answer = await self.endpoint(body, await get_caller(request))
+        answer = await self.endpoint(body, await self._caller_of(request))
         await answer(scope, receive, send)
 
     async def read(self, request: Request) -> Body:
