@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from agent.engines.stop_strings import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, server_command, server_environment, start_servers
+from agent.engines.vllm_process import VARIABLES, server_command, start_servers
 from agent.engines.weight_export import WeightExport, export_for_vllm
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from data.errors import ConfigError
 from retriever_server.client.pool import servers_at
+from retriever_server.client.server_process import Command
 
 if TYPE_CHECKING:
     from agent.engines.config import EngineConfig
@@ -51,8 +53,8 @@ def open_vllm(
     if config.urls:
         servers = servers_at([url.strip() for url in config.urls.split(",")], "engine.urls")
     else:
-        options = server_options(config, export, source, protocol, max_rows, scratch, cpu)
-        servers = start_servers(options, config.servers, folder or scratch, _devices(config.devices))
+        planned = plan_command(config, export, source, protocol, max_rows, scratch, cpu)
+        servers = start_servers(*planned, config.servers, folder or scratch, _devices(config.devices))
     limits = (config.deadline_seconds, config.max_restarts)
     return VLLMEngine(servers, ends, transport, *limits, on_close=lambda: _remove(scratch))
 
@@ -79,7 +81,7 @@ def open_transport(config: EngineConfig, export: WeightExport, folder: Path) -> 
     return {"nccl": NCCLTransport, "ipc": IPCTransport}[config.transport](tensors)
 
 
-def server_options(
+def plan_command(
     config: EngineConfig,
     export: WeightExport,
     source: str,
@@ -87,28 +89,22 @@ def server_options(
     max_rows: int,
     scratch: Path,
     cpu: bool,
-) -> ServerOptions:
-    """Options of servers that are started for a policy; one that is exported is written into `scratch`."""
+) -> tuple[Command, Mapping[str, str | None]]:
+    """Return command and environment of servers for a policy; one that is exported goes into `scratch`."""
     tokens = context_tokens(export.policy, protocol)
-    usual, environment = [*cpu_arguments(tokens)] if cpu else [], {}
+    usual, environment = [*cpu_arguments(tokens)] if cpu else [], dict(VARIABLES)
     if config.lora == "adapter":
         usual += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(MAX_LORA_RANK)]
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     elif config.transport != "folder":
         from agent.engines.device_transport import device_arguments
 
-        arguments, environment = device_arguments(config.transport)
-        usual += arguments
-    return ServerOptions(
-        export.save_policy(scratch / SERVED) if export.served else find_policy(source),
-        str(export.policy.model.dtype).removeprefix("torch."),
-        config.python,
-        max_rows,
-        tokens,
-        usual,
-        config.arguments,
-        environment,
-    )
+        arguments, more = device_arguments(config.transport)
+        usual, environment = usual + arguments, environment | more
+    model = export.save_policy(scratch / SERVED) if export.served else find_policy(source)
+    dtype = str(export.policy.model.dtype).removeprefix("torch.")
+    usual += shlex.split(config.arguments)
+    return server_command(config.python, model, dtype, max_rows, tokens, usual), environment
 
 
 def plan_server(
@@ -119,19 +115,16 @@ def plan_server(
     max_rows: int,
     scratch: Path,
     on_gpus: bool,
-) -> tuple[Callable[[str, int], Sequence[str]], Mapping[str, str | None]]:
-    """Command (of host and port) and environment of a server that another process starts.
+) -> tuple[Command, Mapping[str, str | None]]:
+    """Command and environment of a server that another process starts.
 
-    The policy is loaded once, on this CPU, to see what it is. scratch: see `server_options`.
+    The policy is loaded once, on this CPU, to see what it is. scratch: see `plan_command`.
     """
     from agent.policy import load_policy
 
     dtype = "bfloat16" if dtype == "auto" and on_gpus else dtype
     export = export_for_vllm(load_policy(source, "cpu", dtype), cpu=False)  # as the trainers do, who join
-    options = server_options(config, export, source, protocol, max_rows, scratch, not on_gpus)
-    python = str(shutil.which(options.python))
-    environment = server_environment(None, options.environment)
-    return (lambda host, port: server_command(python, options, port, host)), environment
+    return plan_command(config, export, source, protocol, max_rows, scratch, not on_gpus)
 
 
 def context_tokens(policy: Policy, protocol: Protocol) -> int:

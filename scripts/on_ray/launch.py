@@ -9,6 +9,7 @@ checkpoint. What is started again too often ends the run, in one line. All machi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -165,13 +166,15 @@ class _Launch:
         progress, written = _newest(self.out), time.monotonic()
         while True:
             time.sleep(LOOK_EVERY_SECONDS)
-            ends = [trainer.state() for trainer in self.layout.trainers]
+            ends = self._states()
             if all(end is not None and end[0] == 0 for end in ends):
                 return
             for trainer, end in zip(self.layout.trainers, ends, strict=True):
                 if end is not None and end[0] != 0:
-                    if end[0] == 2:  # told in one line: the others stop too, and may be saving
-                        self._let_end(GRACE_SECONDS)
+                    until = time.monotonic() + GRACE_SECONDS
+                    # Told in one line: the others stop too, and may be saving.
+                    while end[0] == 2 and time.monotonic() < until and None in self._states():
+                        time.sleep(LOOK_EVERY_SECONDS)
                     raise Lost(f"{trainer.name}: exit status {end[0]}: {end[1]}")
             self._check_services()
             if (newest := _newest(self.out)) != progress:
@@ -181,11 +184,8 @@ class _Launch:
                     f"the trainers wrote nothing for ray.quiet_seconds = {self.settings.quiet_seconds:g}"
                 )
 
-    def _let_end(self, seconds: float) -> None:
-        """Wait, for so long at most, until all trainers have ended."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and any(trainer.state() is None for trainer in self.layout.trainers):
-            time.sleep(LOOK_EVERY_SECONDS)
+    def _states(self) -> list[tuple[int, str] | None]:
+        return [trainer.state() for trainer in self.layout.trainers]
 
     def _end_trainers(self, seconds: float) -> None:
         with ThreadPoolExecutor(len(self.layout.trainers)) as threads:
@@ -213,11 +213,9 @@ def _step(out: Path) -> int:
 
 def _newest(out: Path) -> float:
     """When the trainers last wrote a number, a transcript or a checkpoint."""
-    files = [*out.glob("*.jsonl"), *out.glob("checkpoints/*"), *out.glob("evaluations/*/*")]
-    times = []
-    for file in files:
-        try:
-            times.append(file.stat().st_mtime)
-        except OSError:
-            continue  # it was pruned meanwhile
-    return max(times, default=0.0)
+    times = [0.0]
+    for pattern in ("*.jsonl", "checkpoints/*", "evaluations/*/*"):
+        for file in out.glob(pattern):
+            with contextlib.suppress(OSError):  # it was pruned meanwhile
+                times.append(file.stat().st_mtime)
+    return max(times)

@@ -11,7 +11,7 @@ from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.transport import FolderTransport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, start_servers
+from agent.engines.vllm_process import server_command, start_servers
 from agent.trajectory import Picture
 from data.errors import ConfigError, EngineError
 from retriever_server.client import pool
@@ -234,14 +234,14 @@ def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="must be like http"):
         servers_at(["127.0.0.1:8000"], "engine.urls")
     with pytest.raises(ConfigError, match=r"engine.python = '/no/python': no such program"):
-        start_servers(ServerOptions("model", "float32", "/no/python"), 1, tmp_path)
+        server_command("/no/python", "model", "float32")
 
 
 def test_a_server_that_ends_while_it_starts_is_noticed_with_its_last_words(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'ValueError: no room'\nexit 1\n")
     python.chmod(0o755)
-    started = start_servers(ServerOptions("model", "float32", str(python)), 1, tmp_path)
+    started = start_servers(server_command(str(python), "model", "float32"), {}, 1, tmp_path)
     engine = VLLMEngine(started, deadline_seconds=20)
     with pytest.raises(EngineError, match=r"vllm-0: exit status 1: ValueError: no room \(see .*vllm-0.log"):
         asyncio.run(engine.generate([1], Sampling(), "t"))

@@ -16,7 +16,7 @@ import pytest
 from agent.engines.base import Sampling
 from agent.engines.transport import FolderTransport
 from agent.engines.vllm import VLLMEngine
-from agent.engines.vllm_process import ServerOptions, start_servers
+from agent.engines.vllm_process import server_command, start_servers
 from data.errors import EngineError
 from retriever_server.client import pool
 
@@ -63,7 +63,7 @@ def run(act, count, tmp_path, monkeypatch, hang_seconds=None, **limits):
     python = tmp_path / "python"
     python.write_text(SERVER.format(python=sys.executable))
     python.chmod(0o755)
-    started = start_servers(ServerOptions("m", "float32", str(python)), count, tmp_path)
+    started = start_servers(server_command(str(python), "m", "float32"), {}, count, tmp_path)
     transport = FolderTransport(lambda folder, state: folder.mkdir(parents=True), tmp_path / "weights")
 
     async def live():
