@@ -29,7 +29,7 @@ class TeacherConfig:
     api_key_file: str | None = None
     """File whose first line is the key; none: no key is sent."""
     temperature: float = 0.7
-    """Of its sampling."""
+    """Temperature of its sampling."""
     samples: int = 1
     """Tries for a question, until one ends in a gold answer by exact match."""
     max_turns: int = 4

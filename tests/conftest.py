@@ -5,8 +5,16 @@ from datetime import datetime
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.toy import build_toy
+
+
+def pytest_configure(config):
+    """Try thirty examples of a property, and ten times as many where slow tests run."""
+    settings.register_profile("fast", max_examples=30, deadline=None)
+    settings.register_profile("full", max_examples=300, deadline=None)
+    settings.load_profile("fast" if "not slow" in config.option.markexpr else "full")
 
 
 def pytest_collection_finish():

@@ -34,7 +34,7 @@ class FakeVLLM:
         self.base = copy.deepcopy(model.state_dict())
         self.adapter: str | None = None
         self.arriving: queue.Queue[Any] = queue.Queue()
-        """What a transfer brings: the tensors of an update."""
+        """Tensors of an update that a transfer brings."""
         self.updating: dict[str, Any] | None = None
         self.transfers: list[dict[str, Any]] = []
         self.running = asyncio.Event()
@@ -133,7 +133,7 @@ class FakeVLLM:
         self.transfers.append(body["init_info"])
 
     async def start_weight_update(self) -> None:
-        """What comes now belongs together."""
+        """Begin an update: what comes now belongs together."""
         self.updating = {}
 
     async def update_weights(self, body: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class FakeVLLM:
         self.updating = None
 
     async def update_weight_version(self, body: dict[str, str]) -> dict[str, str]:
-        """What the server calls its weights from now on."""
+        """Set the version that the server gives its weights from now on."""
         self.version = body["new_version"]
         return body
 

@@ -20,8 +20,8 @@ from scripts.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 60
-LOADED = ["rl.trainer", "scripts.wiring", "transformers.models.qwen2.modeling_qwen2",
-          "retriever_server.server.app", "uvicorn"]  # fmt: skip
+LOADED = ["rl.trainer", "scripts.wiring", "transformers.models.qwen2.modeling_qwen2", "fastapi", "uvicorn"]
+"""Nothing whose import reads the environment of a test: prometheus_client is to come later."""
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LOADED)
 
@@ -84,6 +84,10 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it, if it still runs, and its pipes."""
         self.kill()
         self.wait(PATIENCE_SECONDS)
         self.stdout.close()

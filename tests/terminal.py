@@ -23,7 +23,7 @@ SETTINGS = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TT
 
 
 class Terminal:
-    """What stood on a terminal of so many columns, once `attached` is over."""
+    """The picture of a terminal of so many columns, once `attached` is over."""
 
     def __init__(self, columns: int, term: str = "xterm-256color") -> None:
         self.columns, self.term, self.raw = columns, term, ""
@@ -71,7 +71,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """What it shows in the end, were it as high as needed: its lines down to the cursor's."""
+        """The lines that it shows in the end, were it as high as needed, down to the cursor's."""
         screen = pyte.Screen(self.columns, LINES)
         pyte.Stream(screen).feed(self.raw)
         assert not screen.cursor.hidden

@@ -55,7 +55,7 @@ class Block(NamedTuple):
     language: str
     text: str
     check: str
-    """What the comment before it says; empty: it runs."""
+    """The words of the comment before it; empty: it runs."""
 
 
 def blocks(page: Path) -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""What goes wrong with the world while a policy is trained, and how each ends: nothing is lost, nothing is
+"""Faults of the world while a policy is trained, and how each ends: nothing is lost, nothing is
 learnt from it, one line says how to go on.
 """
 
@@ -26,6 +26,7 @@ from rl.config import ProtocolConfig, RolloutConfig
 from rl.learner.learner import Learner
 from scripts import __main__ as sleuth
 from scripts.train import train
+from tests.processes import sleuth as start
 from tests.retriever_server.running import running_server, start_server
 from tests.toy import bigram_policy, toy_config
 
@@ -62,11 +63,6 @@ def arguments(toy, out, retriever=None, **options):
         **options,
     }
     return ["train", *(f"--{key}={value}" for key, value in values.items())]
-
-
-def start(argv):
-    command = [sys.executable, "-m", "scripts", *argv]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for_steps(process, out, steps):
@@ -121,7 +117,7 @@ def test_a_retriever_that_comes_back_in_time_costs_nothing_but_time(toy, tmp_pat
             )
         thread.join(PATIENCE_SECONDS)
         restarted[0].stop()
-        restarted[0].process.stdout.close()
+        restarted[0].process.close()
     assert f"{server.url}: answers again" in caplog.text
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -134,7 +130,7 @@ def test_a_retriever_that_stays_away_stops_the_run_with_its_state_saved(toy, tmp
     out = tmp_path / "run"
     with running_server(toy / "index") as server:
         argv = arguments(toy, out, server.url, steps=30, **{"rollout.retriever_deadline_seconds": 0.5})
-        process = start(argv)
+        process = start(*argv)
         wait_for_steps(process, out, 3)
         server.stop(signal.SIGKILL)
         _, error_output = process.communicate(timeout=PATIENCE_SECONDS)
@@ -154,7 +150,7 @@ def test_a_retriever_that_stays_away_stops_the_run_with_its_state_saved(toy, tmp
 def test_ctrl_c_saves_the_state_and_the_same_command_finishes_the_run(toy, tmp_path):
     out, whole = tmp_path / "run", tmp_path / "whole"
     argv = arguments(toy, out, steps=25, save_every=1000)
-    process = start(argv)
+    process = start(*argv)
     wait_for_steps(process, out, 3)
     process.send_signal(signal.SIGINT)
     _, error_output = process.communicate(timeout=PATIENCE_SECONDS)
@@ -174,7 +170,7 @@ def test_ctrl_c_saves_the_state_and_the_same_command_finishes_the_run(toy, tmp_p
 def test_a_killed_process_and_its_heir_make_the_run_of_one_that_lived(toy, tmp_path):
     out, whole = tmp_path / "run", tmp_path / "whole"
     argv = arguments(toy, out, steps=30, save_every=4)
-    process = start(argv)
+    process = start(*argv)
     wait_for_steps(process, out, 6)
     process.kill()
     process.communicate()

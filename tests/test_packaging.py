@@ -21,7 +21,7 @@ PACKAGES = ["agent", "rl", "retriever_server", "data", "scripts"]
 
 
 def shipped_files() -> set[str]:
-    """What git tracks, or is about to, under the packages: all of it belongs in the wheel."""
+    """Return what git tracks, or is about to, under the packages: all of it belongs in the wheel."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGES]
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout")

@@ -112,7 +112,7 @@ def internet_code(page: dict) -> list[str]:
 
 
 def aircraft_prefix(page: dict) -> list[str]:
-    """What civil aircraft carry before their registration."""
+    """Return the letters that civil aircraft carry before their registration."""
     text = get_text(page, "Transportation", "Civil aircraft registration country code prefix")
     return [text] if re.fullmatch(r"[A-Z0-9]{1,3}(-[A-Z])?", text) else []
 

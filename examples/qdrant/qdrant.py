@@ -168,7 +168,7 @@ def _points(vectors: Vectors) -> list[Any]:
 
 
 def _layout(spec: EncodingSpec, name: str | None) -> dict[str, Any]:
-    """How a collection must be made to hold the vectors of an encoder."""
+    """Return the settings of a collection that holds the vectors of an encoder."""
     from qdrant_client import models
 
     if spec.kind == "sparse":

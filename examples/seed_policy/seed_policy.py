@@ -136,7 +136,7 @@ def wire_copying(model: Qwen2ForCausalLM) -> None:
 
 
 def _rope_angles(model: Qwen2ForCausalLM, size: int) -> Tensor:
-    """How far each plane of a head turns a position, in radians (size / 2,)."""
+    """Return the angle by which each plane of a head turns a position, in radians (size / 2,)."""
     rope: Any = model.config.rope_parameters
     theta = rope["rope_theta"]
     return theta ** (-torch.arange(0, size, 2) / size)

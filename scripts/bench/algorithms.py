@@ -80,7 +80,7 @@ class Run:
         return next((step for step, em in self.curve().items() if em >= GOAL), None)
 
     def minutes(self, last: float = float("inf")) -> float:
-        """Of its training steps up to `last`, without evaluations."""
+        """Return the seconds of its training steps up to `last`, without evaluations."""
         rows = read_metrics(self.folder)
         return sum(row.get("time/step_seconds", 0.0) for row in rows if row["step"] <= last) / 60
 

@@ -1,4 +1,4 @@
-"""How much of the waiting for a slow retriever asynchronous training hides, of what can be hidden at all.
+"""The share of the waiting for a slow retriever that asynchronous training hides, of what can be hidden.
 
     python -m scripts.bench.asynchrony [--latency_seconds 0.3] [--staleness '[0, 1, 2]'] [--seeds 3]
 
@@ -104,7 +104,7 @@ class SlowClient(SearchClient):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run took, and came to."""
+    """The time and the outcome of a run."""
 
     seconds: float
     policy: float

@@ -26,13 +26,13 @@ _CONNECTING_AT_ONCE = 200
 _PATIENCE_SECONDS = 120
 _BODY = b'{"queries": ["river"], "topk": 3}'
 _LARGE = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
-"""What is long and costs no search."""
+"""Queries that are long and cost no search."""
 _ENDLESS = b"POST /retrieve HTTP/1.1\r\n" + b"X-Slow: loris\r\n" * 1000
 _HEAD = b"POST /retrieve HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
 
 async def ask_again_and_again(url: str, requests: int, pause: float, gate: asyncio.Semaphore) -> Counter[str]:
-    """What became of the requests of one client that keeps its connection."""
+    """The outcome of the requests of one client that keeps its connection."""
     client, found = Client(url), Counter[str]()
     for number in range(requests):
         try:
@@ -47,7 +47,7 @@ async def ask_again_and_again(url: str, requests: int, pause: float, gate: async
 
 
 async def stall(url: str, kind: int, gate: asyncio.Semaphore) -> float:
-    """How long a slow client of this kind kept its connection."""
+    """Return the seconds that a slow client of this kind kept its connection."""
     parts, start = urlsplit(url), time.monotonic()
     async with gate:
         reader, writer = await asyncio.open_connection(sock=_connected(parts.hostname, parts.port or 80))

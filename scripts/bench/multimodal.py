@@ -33,7 +33,7 @@ SIZES = {
 }  # fmt: skip
 PICTURES = {"inputs": "image", "precision": "bfloat16"}
 INK = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}
-"""Of pixels: white paper is 0, so that what differs between cards is what the first layer sees."""
+"""White paper is 0, so that what differs between cards is what the first layer sees."""
 BOTH_WAYS = part("MultipleNegativesRankingLoss", {"directions": ["query_to_doc", "doc_to_query"]})
 
 
@@ -110,7 +110,7 @@ def screenshots(work: Work) -> Training:
 
 
 def alone(form: str) -> Make:
-    """What GME finds where passages have only this."""
+    """Return what GME finds where passages have only this."""
 
     def make(work: Work, on: str) -> Retriever:
         of = f"{on}-{form}" if form != "text+image" else on
@@ -125,7 +125,7 @@ def learned(name: str, training: Any, **options: Any) -> Make:
 
 
 def untrained(name: str, training: Any) -> Make:
-    """What the training starts from."""
+    """Return the retriever of the model that the training starts from."""
     return lambda work, on: over(work, on, work.untrained(name, training(work)), f"untrained-{name}")
 
 

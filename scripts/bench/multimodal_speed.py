@@ -1,4 +1,4 @@
-"""What pages cost: drawn a second, decoded against encoded, bytes a page of each kind of index.
+"""The cost of pages: drawn a second, decoded against encoded, bytes a page of each kind of index.
 
 Seconds are of one thread of the processor, whatever else the machine does meanwhile.
 """
@@ -49,7 +49,7 @@ def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _ratio(encoder: Any, images: list[str]) -> str:
-    """How long pages take to be read from disk and decoded, and to be encoded."""
+    """Time pages read from disk and decoded, and encoded."""
     items = [Item(image) for image in images]
     encoder.encode(items[:8], "passage")
     decoding, _ = _timed(lambda: [read_image(image) for image in images])
@@ -77,7 +77,7 @@ def _large(work: Work) -> Any:
 
 
 def _sizes(indexes: Path) -> list[str]:
-    """Of the indexes of the cards, without the corpus: their vectors, and what finds candidates."""
+    """Return the bytes of the cards' indexes without the corpus: vectors, and what finds candidates."""
     found = []
     for folder in sorted(indexes.glob("*-cards")):
         sizes = {path.name: path.stat().st_size / 500 for path in folder.glob("*.npy")}

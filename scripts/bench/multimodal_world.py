@@ -49,7 +49,7 @@ class PageWork(Work):
         return self.opened[name]
 
     def questions(self, name: str) -> tuple[list[Question], Qrels]:
-        """What is asked of a collection, a question a passage; of emoji-captions with pictures alone."""
+        """Return the questions of a collection, one a passage; of emoji-captions with pictures alone."""
         questions = [_QUESTIONS[name](self, passage.id) for passage in self.corpus(name)]
         random.Random(0).shuffle(questions)
         return questions[: self.limit], {each.id: {each.id: 1} for each in questions}
@@ -84,7 +84,7 @@ class PageWork(Work):
 
 
 def style() -> Style:
-    """How cards are drawn: 128 by 64 pixels, the letters 8 to 16 high."""
+    """Return the settings by which cards are drawn: 128 by 64 pixels, the letters 8 to 16 high."""
     from PIL import ImageFont
 
     fonts = tuple(str(ImageFont.truetype(name).path) for name in FONTS)
@@ -110,7 +110,7 @@ def _card_examples(work: PageWork) -> Iterator[dict[str, Any]]:
 
 
 def _read_cards(work: PageWork, path: Path) -> None:
-    """What Tesseract reads on the held-out cards, three times enlarged, as small letters need."""
+    """Return what Tesseract reads on the held-out cards, three times enlarged, as small letters need."""
     from PIL import Image
 
     if shutil.which("tesseract") is None:
@@ -203,7 +203,7 @@ def _write_figures(path: Path, titles: Sequence[str], kept: Sequence[str] = ("te
 
 
 def _figure_examples(work: PageWork) -> Iterator[dict[str, Any]]:
-    """Of every title some figures: both together, against another figure, and each modality alone."""
+    """Return of every title some figures: both together, against another figure, and each modality alone."""
     chance = random.Random(0)
     figures = [f"{colour}-{shape}" for colour, shape in product(COLOURS, SHAPES)]
     titles = work.titles[0][:FIGURE_TITLES]

@@ -1,4 +1,4 @@
-"""What `scripts.bench.retrievers` says of a row besides its scores."""
+"""Notes of `scripts.bench.retrievers` on a row besides its scores."""
 
 from __future__ import annotations
 

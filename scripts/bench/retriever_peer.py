@@ -33,7 +33,7 @@ def peer(work: Work) -> dict[str, Any]:
 
 
 def _train_plainly(work: Work, out: Path) -> float:
-    """What the documentation of sentence-transformers shows; CPU seconds of `trainer.train`."""
+    """Train as the documentation of sentence-transformers shows; return CPU seconds of `trainer.train`."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
@@ -81,7 +81,7 @@ def _train_recipe(work: Work, out: Path) -> float:
 
 
 def peer_model(name: str) -> Callable[[Work, str], Retriever]:
-    """What makes the retriever of one of the two."""
+    """Return what makes the retriever of one of the two."""
 
     def make(work: Work, on: str) -> Retriever:
         peer(work)

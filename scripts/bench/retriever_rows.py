@@ -18,7 +18,7 @@ from scripts.bench.retriever_world import COLLECTIONS, Row, Training, Work, mini
 Make = Callable[[Work, str], Retriever]
 SMALL = tuple(f"{name}-small" for name in COLLECTIONS)
 TOKENS = 96
-"""Of passages, for tiny models."""
+"""Tokens of passages, for tiny models."""
 ROWS: dict[str, Row] = {}
 
 
@@ -274,7 +274,7 @@ def learned(name: str, training: Callable[[Work], Training], **options: Any) -> 
 
 
 def untrained(name: str, training: Callable[[Work], Training]) -> Make:
-    """What the training starts from."""
+    """Return the retriever of the model that the training starts from."""
     return lambda work, on: work.encoded(work.untrained(name, training(work)), on, f"untrained-{name}")
 
 

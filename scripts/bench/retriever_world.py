@@ -1,4 +1,4 @@
-"""What the rows of `scripts.bench.retrievers` share: collections, examples, trained models, their indexes.
+"""Shared parts of `scripts.bench.retrievers`' rows: collections, examples, trained models, their indexes.
 
 Everything is made once under the work folder and found there by the next row, or by the same command when
 it is started again: corpora/ questions/ examples/ models/ indexes/.
@@ -41,7 +41,7 @@ TINY_DECODER = {"model_type": "llama", "num_key_value_heads": 2}
 
 @dataclass(frozen=True)
 class Training:
-    """What one model of the tables is trained with, on which examples, and how long."""
+    """The training of one model of the tables: with what, on which examples, and how long."""
 
     model: Component
     loss: Component
@@ -71,7 +71,7 @@ class Row:
     """Rows that it is compared with."""
     depth: int = 20
     note: Callable[[Work], dict[str, Any]] | None = None
-    """What else there is to say of it, measured after it was asked."""
+    """Return what else there is to say of it, measured after it was asked."""
 
 
 class Work:

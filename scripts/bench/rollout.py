@@ -58,7 +58,7 @@ Plans = dict[str, list[list[int]]]
 
 @dataclass(frozen=True)
 class Task:
-    """What all procedures are given."""
+    """The input of all procedures."""
 
     policy: Policy
     questions: list[Question]
@@ -69,7 +69,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a procedure did: the policy's text of each question, and the tokens it sampled for it."""
+    """The outcome of a procedure: the policy's text of each question, and the tokens it sampled for it."""
 
     texts: list[str]
     searches: int
@@ -236,7 +236,7 @@ def lockstep(task: Task, stop: bool) -> Outcome:
 def generate(
     policy: Policy, prompts: list[list[int]], plans: list[list[int]], stop: bool
 ) -> tuple[list[list[int]], int]:
-    """What each row wrote, without padding, and how many steps the longest took."""
+    """Return what each row wrote, without padding, and how many steps the longest took."""
     tokenizer, device = policy.tokenizer, policy.model.device
     prompts = [ids[-PROTOCOL.max_context_tokens :] for ids in prompts]
     width = max(map(len, prompts))

@@ -56,7 +56,7 @@ class PlannedTrainer(GRPOTrainer):
         return written, logprobs
 
     def parse(self, tokenizer: Any, ids: Any, **_: Any) -> dict[str, Any]:
-        """What a row said, and the call that is planned for it."""
+        """Return what a row said, and the call that is planned for it."""
         turn = next(self.called)
         said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
         call = {"type": "function", "function": {"name": "search", "arguments": {"query": turn.query}}}

@@ -115,7 +115,7 @@ def _run(work: Work, name: str, row: Row, again: bool) -> str | None:
 def markdown(
     results: Path, rows: Mapping[str, Row], shown: Sequence[str], compared: Sequence[str] = ()
 ) -> str:
-    """What there is of the rows: scores, and differences from the rows that each is held against.
+    """Return what there is of the rows: scores, and differences from the rows that each is held against.
 
     shown: names of metrics. compared: those of them whose differences are given, with the interval of a
     paired bootstrap over the questions; the first if none is named.

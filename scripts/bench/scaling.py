@@ -52,7 +52,7 @@ class Times:
 
 
 class Layout(NamedTuple):
-    """How many of each there are."""
+    """The number of each."""
 
     engines: int
     replicas: int
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """What a layout comes to."""
+    """The figures of a layout."""
 
     rate: float
     """Trajectories a second."""

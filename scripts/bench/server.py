@@ -1,4 +1,4 @@
-"""What a retrieval server bears: any URL that speaks Search-R1's /retrieve, and a peer's procedure beside it.
+"""The load that a retrieval server bears: any URL of Search-R1's /retrieve, and a peer's procedure beside it.
 
     python -m scripts.bench.server --questions FILE --urls '{"ours": "http://127.0.0.1:8000"}'
     python -m scripts.bench.server --questions FILE --index INDEX --peer true
@@ -38,10 +38,10 @@ _LONGEST_RETRY_SECONDS = 30.0
 
 @dataclass
 class Tally:
-    """What became of the requests of one load."""
+    """The outcome of the requests of one load."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each request that was answered, with its retries."""
+    """Seconds of each request that was answered, with its retries."""
     troubles: Counter[str] = field(default_factory=Counter)
     """Statuses and broken connections, those that a retry mended too."""
     lost: int = 0

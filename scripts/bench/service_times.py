@@ -1,4 +1,4 @@
-"""What `scripts.bench.scaling` measures: seconds of a turn of the engine, of the agent, of a search.
+"""Measurements of `scripts.bench.scaling`: seconds of a turn of the engine, of the agent, of a search.
 
 engine      8, 16 and 32 trajectories with 600 tokens in their caches read 400 more and write 90 each, all at
             once; the line through the three times. One engine, on all that the machine gives it
@@ -70,7 +70,7 @@ def measure(
 
 
 def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """What it takes at 0 (never below 0), and for each more."""
+    """Return the seconds at 0 (never below 0), and for each more."""
     slope, start = np.polyfit(xs, ys, 1)
     return max(0.0, float(start)), float(slope)
 

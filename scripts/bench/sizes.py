@@ -1,4 +1,4 @@
-"""What policies of 3, 7 and 32 billion weights need in documented layouts: memory, and seconds a step.
+"""The needs of policies of 3, 7 and 32 billion weights in documented layouts: memory, and seconds a step.
 
     python -m scripts.bench.sizes
 
@@ -30,7 +30,7 @@ SHAPES = {
 }
 """Width, inner width, layers, heads, key-value heads, vocabulary, tied embeddings."""
 SHARE = 0.4
-"""Of a GPU's peak that matrix products of many tokens reach."""
+"""Share of a GPU's peak that matrix products of many tokens reach."""
 LENGTHS: Lengths = (390.0, 1400.0, 1.0)
 """A trajectory of Search-R1: tokens written, in all; all are fed."""
 
@@ -72,7 +72,7 @@ LAYOUTS = (
 
 
 def needs_of(layout: Layout, folder: Path) -> ResourceEstimate:
-    """What `sleuth train --dry-run` would compute with."""
+    """Return what `sleuth train --dry-run` would compute with."""
     width, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[layout.policy]
     Qwen2Config(
         hidden_size=width,
@@ -102,7 +102,7 @@ def needs_of(layout: Layout, folder: Path) -> ResourceEstimate:
 
 
 def seconds_of(layout: Layout, needs: ResourceEstimate) -> tuple[float, float]:
-    """Of the roofline, a step: rollout, update."""
+    """Return the roofline's seconds of a step: rollout, update."""
     card = CARDS[layout.card]
     samplers = layout.servers * layout.parallel or layout.trainers
     engines = layout.servers or layout.trainers

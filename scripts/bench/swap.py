@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def processor_seconds() -> float:
-    """Of all commands that ended so far: on a busy machine the clock says little."""
+    """Return CPU seconds of all commands that ended so far: on a busy machine the clock says little."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -116,7 +116,7 @@ def described(run: Path) -> str:
 
 
 def share_shown(row: dict[str, Any]) -> float:
-    """Of the gold passages of a trajectory's question, those that a search of it found."""
+    """Return the share of the gold passages of a trajectory's question that a search of it found."""
     gold = set(row["metadata"]["entities"])
     return len(gold & {hit["id"] for search in row["searches"] for hit in search["hits"]}) / len(gold)
 

@@ -126,7 +126,7 @@ def prompt_tokens(trajectory: Trajectory) -> int:
 
 @dataclass
 class Meter:
-    """What one update took."""
+    """Measurements of one update."""
 
     fed_tokens: int = 0
     """Padding included."""
@@ -169,7 +169,7 @@ class Meter:
         )
 
     def against(self, other: Meter) -> str:
-        """How much faster and leaner it was."""
+        """Return how much faster and leaner it was."""
         return (
             f"{other.seconds / self.seconds:.2f} times the tokens/s"
             f" ({other.processor_seconds / self.processor_seconds:.2f} by the processor's time),"
@@ -265,7 +265,7 @@ def trl(count: int, rows: int) -> Meter:
 
 
 def as_trl_rollouts(groups: list[Group]) -> dict[str, list]:
-    """What a `rollout_func` returns; `reward` is handed on to the reward function."""
+    """Return columns as a `rollout_func` does; `reward` is handed on to the reward function."""
     columns: dict[str, list] = {
         k: [] for k in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "reward")
     }
@@ -305,7 +305,7 @@ def products() -> list[tuple[int, int, int]]:
 
 
 def floor_flops(groups: list[Group]) -> float:
-    """Of forward and backward: two a weight and token, twice that backward; attention half the square."""
+    """Return operations: two a weight and token forward, twice that backward; attention half the square."""
     done = [t for group in groups for t in group.trajectories]
     weights = sum(inputs * outputs * number for inputs, outputs, number in products())
     trunk = 2 * weights * sum(len(t.token_ids) for t in done)

@@ -118,7 +118,7 @@ def test_templates_are_filled_in_one_pass_and_what_is_no_field_stays():
 
 @every_protocol
 def test_what_the_policy_wrote_is_never_encoded_and_is_decoded_whole(protocol, monkeypatch):
-    """Where its tokens are not those that its text would have."""
+    """Return the places where its tokens are not those that its text would have."""
     tokenizer = byte_tokenizer(*MARKERS, merges=("s e", "< /", "a r"))
     script = [protocol.render_turn("sear", Search("sear")), protocol.render_turn("", Answer("sear"))]
     letters = [tokenizer.encode(c, add_special_tokens=False) for c in "".join(script)]

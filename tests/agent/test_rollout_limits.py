@@ -75,7 +75,7 @@ def test_a_turn_has_no_more_tokens_than_it_may(most):
 
 
 class Counting(ScriptedEngine):
-    """How many trajectories are alive, from their first turn to their release."""
+    """Count the trajectories that are alive, from their first turn to their release."""
 
     alive, most, seeds = frozenset(), 0, ()
 

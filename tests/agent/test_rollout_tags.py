@@ -1,4 +1,4 @@
-"""What a policy writes between its tags, read by the whole loop; stop strings wherever tokens are cut."""
+"""Text between a policy's tags, read by the whole loop; stop strings wherever tokens are cut."""
 
 import asyncio
 import json

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.engines.scripted import ScriptedEngine
@@ -40,7 +40,7 @@ def observation_of(documents):
 
 
 def their_text(prompt, responses, search, eos):
-    """What stands in the context at the end: every response decoded without special tokens, cut, answered."""
+    """Return the context at the end: every response decoded without special tokens, cut, answered."""
     text = prompt
     for response in responses:
         response = response.replace(eos, "")
@@ -116,14 +116,12 @@ def test_an_observation_is_search_r1s_wherever_the_passage_comes_from(contents):
 
 
 @given(st.text(st.sampled_from('"\n\r \tab“’é0:()'), min_size=1, max_size=14).filter(str.strip))
-@settings(max_examples=300, deadline=None)
 def test_an_observation_is_search_r1s_whatever_the_contents(contents):
     for way, passage in ways(contents):
         assert shown(passage) == observation_of([contents]), way
 
 
 @given(st.text(st.sampled_from('"\n\r \tab“’é0:()'), min_size=1, max_size=14).filter(str.strip))
-@settings(max_examples=300, deadline=None)
 @pytest.mark.parametrize("name", ["compact", "hermes", "search_r1 unquoted"])
 def test_title_and_text_are_the_same_wherever_the_passage_comes_from(name, contents):
     protocol = get_protocol(*name.split())

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
@@ -51,7 +51,6 @@ trajectories = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(trajectories)
 def test_a_trajectory_comes_back_from_json_without_loss(trajectory):
     back = from_record(json.loads(json.dumps(to_record(trajectory))))

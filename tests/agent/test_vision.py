@@ -146,7 +146,7 @@ def test_a_chat_template_of_parts_does_not_lose_the_question(policy):
 
 
 def plain_logprobs(policy, ids, pictures):
-    """Of each token from the second on: one pass of the model's own forward over ids and pixels."""
+    """Return log-probs from the second token on: one pass of the model's own forward over ids and pixels."""
     seen = [policy.vision.see(picture.source).pixels for picture in pictures]
     pixels = {name: torch.cat([one[name] for one in seen], dim=1) for name in seen[0]}
     with torch.no_grad():

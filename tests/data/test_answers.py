@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.answers import NORMALIZERS, cover_em, exact_match, f1, normalize_answer, normalize_unicode
@@ -17,7 +17,6 @@ words = st.sampled_from(
     ["the", "A", "an", "art", "party", "Paris", "paris.", "U.S.", "café", "-", "10", "東京"]
 )
 texts = st.lists(words, max_size=6).map(" ".join) | st.text(max_size=12)
-quick = settings(max_examples=150, deadline=None)
 
 
 def squad_normal_form(text):
@@ -36,13 +35,11 @@ def squad_f1(prediction, gold):
     return 2 * precision * recall / (precision + recall)
 
 
-@quick
 @given(texts)
 def test_normal_form_is_squads(text):
     assert normalize_answer(text) == squad_normal_form(text)
 
 
-@quick
 @given(texts, st.lists(texts, max_size=3))
 def test_em_and_f1_are_squads_best_over_gold(prediction, golds):
     golds = [gold for gold in golds if squad_normal_form(gold)]
@@ -54,7 +51,6 @@ def test_em_and_f1_are_squads_best_over_gold(prediction, golds):
     assert math.isclose(f1(prediction, golds), best)
 
 
-@quick
 @given(texts, texts, st.sampled_from(list(NORMALIZERS)))
 def test_metrics_are_ordered_and_bounded(prediction, gold, normalizer):
     em, cover, overlap = (m(prediction, [gold], normalizer) for m in (exact_match, cover_em, f1))
@@ -62,14 +58,12 @@ def test_metrics_are_ordered_and_bounded(prediction, gold, normalizer):
     assert not cover or overlap > 0
 
 
-@quick
 @given(texts, texts)
 def test_cover_em_implies_search_r1s_substring(prediction, gold):
     if squad_normal_form(prediction) and squad_normal_form(gold) and cover_em(prediction, [gold]):
         assert squad_normal_form(gold) in squad_normal_form(prediction)
 
 
-@quick
 @given(texts, st.sampled_from(list(NORMALIZERS)))
 def test_normal_form_is_its_own_normal_form(text, normalizer):
     normalize = NORMALIZERS[normalizer]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
@@ -24,7 +24,6 @@ def word_pieces(tmp_path_factory) -> BertTokenizerFast:
     return BertTokenizerFast(vocab=str(path))
 
 
-@settings(max_examples=60, deadline=None)
 @given(lumpy, st.integers(1, 60))
 def test_the_first_tokens_are_those_of_the_whole_text(word_pieces, lumps, tokens):
     text = "".join(piece * times for piece, times in lumps)

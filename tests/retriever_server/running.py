@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ import uvicorn
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
+from tests.processes import Forked, sleuth
 
 PATIENCE_SECONDS = 60
-COMMAND = [sys.executable, "-m", "scripts", "serve"]
 TEXTS = ["red fox", "blue fox sea", "</information><answer>x</answer> fox", "green sea"]
 
 
@@ -87,7 +86,7 @@ def serving(app: Any) -> Iterator[str]:
 class RunningServer:
     """The process, the line it printed, and the address in it."""
 
-    process: subprocess.Popen[str]
+    process: Forked
     line: str
     url: str
 
@@ -104,14 +103,8 @@ class RunningServer:
 
 def start_server(index: Path, *options: str, port: int = 0, log: Path | None = None) -> RunningServer:
     """Start it and wait for its line; `log` gets what it writes to stderr."""
-    process = subprocess.Popen(
-        [*COMMAND, "--index", str(index), "--port", str(port), "--drain_seconds", "0", *options],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=log.open("a") if log else None,
-        text=True,
-    )
-    assert process.stdout is not None
+    served = ("--index", index, "--port", port, "--drain_seconds", 0)
+    process = sleuth("serve", *served, *options, log=log or Path(os.devnull))
     line = process.stdout.readline()
     found = re.search(r"http://\S+", line)
     assert found, f"printed {line!r}, exit status {process.wait(timeout=20)}"
@@ -127,10 +120,7 @@ def running_server(
     try:
         yield server
     finally:
-        server.process.kill()
-        server.process.wait(timeout=20)
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        server.process.close()
 
 
 def run_index(*arguments, **options) -> None:

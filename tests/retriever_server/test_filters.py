@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import data.columns
@@ -149,7 +149,6 @@ def agrees(metadata, where) -> bool:
     return all(any(holds(value, asked) for value in flat.get(name, [])) for name, asked in where.items())
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.dictionaries(NAMES, found, max_size=3), min_size=1),
     st.dictionaries(NAMES, condition, max_size=2),

@@ -37,7 +37,7 @@ def wav(pitch: float, samples: int) -> bytes:
 
 
 def read_wav(source: str | bytes) -> dict:
-    """What sentence-transformers takes for audio."""
+    """Return what sentence-transformers takes for audio."""
     try:
         with wave.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             array = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15

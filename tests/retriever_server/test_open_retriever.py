@@ -1,4 +1,4 @@
-"""What --retriever accepts: every kind opens, a YAML file nests, and what is wrong is said in one line."""
+"""Values of --retriever: every kind opens, a YAML file nests, and what is wrong is said in one line."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What a step learns from: which groups are drawn, kept, replaced and counted, in one process or two."""
+"""Trajectories of a step: which groups are drawn, kept, replaced and counted, in one process or two."""
 
 import asyncio
 import threading

@@ -70,7 +70,7 @@ def test_a_poor_query_has_at_most_half_of_the_words_in_their_order_and_leaves_th
 
 
 def teach(replies, samples=1, questions=(ASKED,)):
-    """What a teacher makes that gives these replies, by the number of messages it was told and its seed."""
+    """Return what a teacher of these replies makes, by the number of messages it was told and its seed."""
 
     def reply(body):
         assert body["stop"] == ["</search>", "</answer>"]

@@ -1,4 +1,4 @@
-"""Where nothing can be learned it is said, with the cause and a command that runs; else nothing is."""
+"""A run that can learn nothing says so, with the cause and a command that runs; others say nothing."""
 
 import logging
 import re

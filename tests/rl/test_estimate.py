@@ -1,4 +1,4 @@
-"""What a dry run says of a tiny model is what the real one then takes."""
+"""Estimates of a dry run of a tiny model are what the real one then takes."""
 
 import re
 from dataclasses import replace

@@ -14,7 +14,7 @@ TODAY = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
 
 
 def test_a_run_asks_as_on_the_day_it_began(toy, tmp_path, day, monkeypatch):
-    """Where the chat template says what day it is: in training and on dev, and after it was interrupted."""
+    """A chat template that says what day it is: in training and on dev, and after it was interrupted."""
     policy = bigram_policy()
     policy.tokenizer.chat_template = TODAY
     policy.save(tmp_path / "policy", "search_r1")

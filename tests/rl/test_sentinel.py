@@ -115,7 +115,7 @@ def test_an_action_is_taken_when_patience_ends(patience):
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_baseline_is_the_median_of_so_many_first_steps(steps):
-    """Of steps in which there was something to measure; the first that has a baseline is judged by it."""
+    """Steps in which there was something to measure; the first that has a baseline is judged by it."""
     sentinel = Sentinel(SentinelConfig(baseline_steps=steps))
     values = [0.0, 1.0, 2.0, 30.0, 4.0][: steps + 1]
     for step, value in enumerate(values):

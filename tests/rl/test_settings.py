@@ -38,7 +38,7 @@ def engines(monkeypatch):
 
 @pytest.fixture
 def collected(monkeypatch):
-    """What each step learned from."""
+    """Return what each step learned from."""
     found, collect = [], Rollouts.collect
 
     async def spy(self, version):

@@ -276,7 +276,7 @@ def test_observations_can_be_put_into_the_loss(toy, tmp_path):
     "spoil", [lambda loss: loss * math.nan, lambda loss: loss + math.inf], ids=["nan", "inf"]
 )
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, monkeypatch, caplog, spoil):
-    """Of policy or critic, also where its gradient would be finite; the next step learns again."""
+    """The loss of policy or critic, also where its gradient would be finite; the next step learns again."""
     steps, update = [], Learner.learn
 
     def spy(self, collected, step):

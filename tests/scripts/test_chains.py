@@ -1,4 +1,4 @@
-"""What one command writes the next one reads: each chain of commands that the docs name, on tiny models."""
+"""Files of one command are read by the next: each chain of commands that the docs name, on tiny models."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from scripts.command_line import call, name_positional
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How to learn."""
+    """Settings of learning."""
 
     learning_rate: float = 1e-6
     """Step size of AdamW."""
@@ -67,7 +67,7 @@ def takes_config(got):
 
 @dataclass(frozen=True)
 class Speech:
-    """How to speak."""
+    """Settings of speech."""
 
     name: str | None = None
     turns: int = 4

@@ -14,7 +14,7 @@ from tests.terminal import Terminal
 
 
 def figures(there, total, seconds, **options):
-    """What a bar says after so many seconds."""
+    """Return what a bar says after so many seconds."""
     shown = Bar("x", total, **options)
     shown.done = there
     return shown.figures(shown.began + seconds)

@@ -1,4 +1,4 @@
-"""What docs/serving.md prints for a deployment is what systemd and `sleuth serve` take."""
+"""Units and options that docs/serving.md prints are those that systemd and `sleuth serve` take."""
 
 import re
 import shutil

@@ -1,8 +1,6 @@
 """`sleuth index`: what it says, what it reuses, what it refuses."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.indexes.base import building, open_index
+from tests.processes import sleuth
 from tests.retriever_server.running import run_index
 from tests.retriever_server.tiny_encoders import WORDS, tiny_model
 
@@ -82,21 +81,12 @@ def test_an_index_keeps_the_prefix_of_vectors_that_it_is_told(tmp_path):
 
 def test_a_second_builder_at_the_same_place_is_one_line_and_status_2(tmp_path, corpus):
     with building(tmp_path / "index"):
-        command = [
-            sys.executable,
-            "-m",
-            "scripts",
-            "index",
-            "--corpus",
-            corpus,
-            "--out",
-            str(tmp_path / "index"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+        command = ("index", "--corpus", corpus, "--out", tmp_path / "index")
+        done = sleuth(*command)
+        assert done.wait(120) == 2
+    [line] = done.stderr.read().splitlines()
     assert f"index: an index is being built there by process {os.getpid()} on " in line
     assert not (tmp_path / "index").exists()
     with building(tmp_path / "index", "2-of-2"):
-        assert subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT).returncode == 2
-    assert subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT).returncode == 0
+        assert sleuth(*command).wait(120) == 2
+    assert sleuth(*command).wait(120) == 0

@@ -52,7 +52,7 @@ def write_reports(world: Path, folder: Path, count: int) -> None:
 
 
 def write_recipe(world: Path, corpus: Path) -> Path:
-    """Of a screenshot encoder that learns these few pages by heart."""
+    """Return the folder of a screenshot encoder that learns these few pages by heart."""
     text = {"model_type": "bert", **SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     image = {"model_type": "vit", **SIZES, "image_size": [64, 96], "patch_size": 16}
     recipe = {
@@ -106,7 +106,7 @@ def test_pdfs_become_pages_an_index_a_server_and_answers(tmp_path):
 
 
 def look(url: str, folder: Path) -> Trajectory:
-    """What a policy with eyes is shown of the server's pages."""
+    """Return what a policy with eyes is shown of the server's pages."""
     policy = seeing_policy(folder)
 
     async def ask() -> Trajectory:

@@ -1,4 +1,4 @@
-"""What a report is made of: any run or evaluation or folder of them, and a fair choice of trajectories."""
+"""Sources of a report: any run or evaluation or folder of them, and a fair choice of trajectories."""
 
 import json
 from collections import Counter

@@ -53,7 +53,7 @@ def build_all(corpus: Path, at: Path) -> Path:
 
 
 def hits_of(file: Path) -> list[dict]:
-    """Of all searches in a file of trajectories."""
+    """Return the hits of all searches in a file of trajectories."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [hit for row in rows for search in row["searches"] for hit in search["hits"]]
 

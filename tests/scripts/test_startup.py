@@ -1,4 +1,4 @@
-"""What a caller got wrong is found first: before torch is imported, in one line, and every help is light."""
+"""Mistakes of a caller are found first: before torch is imported, in one line, and every help is light."""
 
 import json
 import socket
@@ -55,7 +55,7 @@ out: learnt
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def broken(tmp_path_factory):
     """An index, questions, and a port that nobody listens on."""
     folder = tmp_path_factory.mktemp("startup")
     build_small_index(folder)
@@ -176,12 +176,28 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def outcomes(broken):
+    """Run each wrong command line of each command, all of them in one process, in this order."""
+    dead = (broken / "dead").read_text()
+    argvs = [
+        (command, [command, *(word.format(dead=dead) for word in argv)])
+        for command, lines in WRONG.items()
+        for argv, _ in lines
+    ]
+    came = {command: [] for command in WRONG}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for (command, argv), outcome in zip(argvs, run([argv for _, argv in argvs], broken), strict=True):
+            came[command].append((argv, outcome))
+    return came
+
+
 @pytest.mark.parametrize("command", WRONG)
-def test_what_is_wrong_is_one_line_before_anything_heavy(world, monkeypatch, command):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    dead = (world / "dead").read_text()
-    argvs = [[command, *(word.format(dead=dead) for word in argv)] for argv, _ in WRONG[command]]
-    outcomes = run(argvs, world)
-    for argv, (_, message), (status, heavy, _, lines) in zip(argvs, WRONG[command], outcomes, strict=True):
+def test_what_is_wrong_is_one_line_before_anything_heavy(broken, outcomes, command):
+    dead = (broken / "dead").read_text()
+    for (_, message), (argv, (status, heavy, _, lines)) in zip(
+        WRONG[command], outcomes[command], strict=True
+    ):
         assert (status, heavy, len(lines)) == (2, [], 1), (argv, heavy, lines)
         assert lines[0].startswith("sleuth: ") and message.format(dead=dead) in lines[0], (argv, lines)

@@ -1,4 +1,4 @@
-"""What the launcher of `sleuth train --ray` does when its processes die, hang or cannot be placed.
+"""Behaviour of the launcher of `sleuth train --ray` when its processes die, hang or cannot be placed.
 
 Ray is a fake whose actors are threads; the processes are real ones that only act their parts.
 """

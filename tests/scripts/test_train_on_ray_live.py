@@ -21,7 +21,7 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[2]
 DEADLINE_SECONDS = 420.0
-"""Of every wait: a step, a recovery, an end."""
+"""Seconds of every wait: a step, a recovery, an end."""
 RECIPE = {
     "rollout": {"questions_per_step": 8, "group_size": 4},
     "protocol": {"max_turns": 2, "top_k": 3},
@@ -100,7 +100,7 @@ class Command:
             time.sleep(0.1)
 
     def told(self):
-        """What it said."""
+        """Return what it said."""
         return self.said.read_text()[-3000:]
 
     def processes(self, *words, rank=None):

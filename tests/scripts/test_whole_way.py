@@ -21,7 +21,7 @@ def run(*words) -> None:
 
 
 def write_pairs(folder) -> None:
-    """What the agent searches, the name that a question holds, with the passage of that entity."""
+    """The agent's query, the name that a question holds, with the passage of that entity."""
     ids = {passage["id"] for passage in read_jsonl(folder / "corpus.jsonl")}
     pairs = {}
     for question in read_jsonl(folder / "train.jsonl"):

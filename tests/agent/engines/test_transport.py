@@ -36,7 +36,7 @@ def policy(kind="qwen2", **changes):
 
 
 def with_server(model, act, transport):
-    """What `act(engine, fake)` gives with a fake server of a copy of the model."""
+    """Return what `act(engine, fake)` gives with a fake server of a copy of the model."""
     fake = FakeVLLM(copy.deepcopy(model), TOKENIZER)
 
     async def run(url):

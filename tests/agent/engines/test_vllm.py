@@ -29,7 +29,7 @@ def llama():
 
 
 def running(count, act, folder=None, model=None, transport=None, **faults):
-    """What `act(engine, fakes)` gives for an engine over so many fake servers."""
+    """Return what `act(engine, fakes)` gives for an engine over so many fake servers."""
     model = model or llama()
     fakes = [FakeVLLM(copy.deepcopy(model), TOKENIZER) for _ in range(count)]
     for name, value in faults.items():

@@ -57,7 +57,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), 
 
 
 def run(act, count, tmp_path, monkeypatch, hang_seconds=None, **limits):
-    """What `act(engine, started)` gives for an engine over so many started servers."""
+    """Return what `act(engine, started)` gives for an engine over so many started servers."""
     monkeypatch.setattr(pool, "HEALTH_EVERY_SECONDS", 0.05)
     monkeypatch.setattr(pool, "HEALTH_TIMEOUT_SECONDS", 0.5)
     python = tmp_path / "python"

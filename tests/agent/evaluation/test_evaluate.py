@@ -135,7 +135,7 @@ def test_questions_that_fail_together_widen_the_interval():
 
 
 def coverage(clusters, a, b, trials=300):
-    """How often the interval holds the true mean: clusters of ten questions of one chance ~ Beta(a, b)."""
+    """Share of intervals that hold the true mean: clusters of ten questions of one chance ~ Beta(a, b)."""
     generator, hits = np.random.default_rng(0), 0
     names = [str(i) for i in range(clusters) for _ in range(10)]
     for _ in range(trials):

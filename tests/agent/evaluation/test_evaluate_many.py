@@ -96,7 +96,7 @@ sys.exit(sleuth.main(["evaluate", *sys.argv[1:]]))
 
 
 def memory_bytes(pid):
-    """Of a process that runs; 0 of one that has ended."""
+    """Return the memory of a process that runs; 0 of one that has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 

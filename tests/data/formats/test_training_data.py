@@ -1,4 +1,4 @@
-"""What other projects' training data says: columns by name, ids that are 0, one text where lists are due."""
+"""Training data of other projects: columns by name, ids that are 0, one text where lists are due."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a server may answer that is no answer: retried, never passed on; one bad query fails alone."""
+"""Answers of a server that are none: retried, never passed on; one bad query fails alone."""
 
 import asyncio
 import gzip

@@ -18,7 +18,7 @@ FAILURES = {"503": (503, {}, "stopping"), "hangs": 9.0, **FAULTS}
 
 
 def with_servers(servers, act, deadline_seconds=20.0):
-    """What `act(client, backend)` gives beside these servers as replicas of one another."""
+    """Return what `act(client, backend)` gives beside these servers as replicas of one another."""
 
     async def run():
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the first version (4a1e685) wrote to disk still opens, and finds the same."""
+"""Files that the first version (4a1e685) wrote still open, and find the same."""
 
 from pathlib import Path
 

@@ -18,9 +18,10 @@ from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.maxsim import MaxSimIndex
+from scripts.__main__ import main
+from tests.processes import Forked
 from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
 
-ROOT = Path(__file__).parents[3]
 DISK_BYTES = 8 << 20
 
 
@@ -60,21 +61,25 @@ def make_corpus(path: Path, count: int, longest: int = 8) -> Corpus:
     return Corpus(path)
 
 
-def index(corpus: Path, out: Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`sleuth index` in a process whose files may not be larger than `limit`."""
-    command = [sys.executable, "-m", "scripts", "index", f"--corpus={corpus}", f"--out={out}"]
-    return subprocess.run(
-        [*command, "--overwrite=true"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        preexec_fn=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+def build(corpus: Path, out: Path, limit: int | None) -> None:
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(main(["index", f"--corpus={corpus}", f"--out={out}", "--overwrite=true"]))
+
+
+def index(corpus: Path, out: Path, limit: int | None = None) -> tuple[int, list[str]]:
+    """Exit status and lines of errors of `sleuth index`, in a process with files of at most `limit`."""
+    process = Forked(build, corpus, out, limit)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode is not None
+    return process.returncode, said.splitlines()
 
 
 def assert_one_line_and_the_old_index(done, out: Path, generation: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert [
-        line for line in done.stderr.splitlines() if line.startswith("sleuth: ")
-    ] == done.stderr.splitlines()
-    assert f"{out}: the index could not be written" in done.stderr
+    status, said = done
+    assert status == 2, said
+    assert [line for line in said if line.startswith("sleuth: ")] == said
+    assert any(f"{out}: the index could not be written" in line for line in said)
     assert verify_index(out).generation == open_index(out).generation == generation
     assert {path.name for path in out.parent.glob(".*")} == set()
 
@@ -95,7 +100,7 @@ def test_sleuth_index_on_a_disk_that_is_full(tmp_path, disk, free):
     done = index(tmp_path / "large.jsonl", disk / "out/index")
     assert_one_line_and_the_old_index(done, disk / "out/index", old.generation)
     (disk / "filler").unlink()
-    assert index(tmp_path / "large.jsonl", disk / "out/index").returncode == 0
+    assert index(tmp_path / "large.jsonl", disk / "out/index")[0] == 0
 
 
 @pytest.mark.parametrize(("kind", "limit"), [(AnnIndex, 2000), (InvertedIndex, 2000), (MaxSimIndex, 12_000)])

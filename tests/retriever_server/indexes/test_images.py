@@ -100,7 +100,7 @@ class Opposite(FakeEncoder):
 
 
 def test_no_padding_wins_a_maximum_with_its_zero(tmp_path):
-    """Where shorter passages are padded with zero vectors every maximum of theirs is at least 0 (ColPali)."""
+    """If passages are padded with zero vectors, every maximum of theirs is at least 0 (ColPali)."""
     texts = [" ".join(f"w{i}{j}" for j in range(1 + i % 5)) for i in range(20)]
     write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
     encoder = Opposite("multi")

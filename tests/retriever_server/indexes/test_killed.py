@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -17,25 +16,26 @@ from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.encoded import EncodedIndex
+from scripts.__main__ import main
+from tests.processes import Forked
 from tests.retriever_server.running import (
     NUMBERED,
     build_numbered_index,
     checked_number,
     running_server,
 )
-from tests.retriever_server.tiny_encoders import WORDS, tiny_model
+from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder, tiny_model
 
-ROOT = Path(__file__).parents[3]
 IDS = list(range(NUMBERED))
 PATIENCE_SECONDS = 600
 
-BUILD_ON_AND_ON = """
-import sys
-from pathlib import Path
-from tests.retriever_server.running import build_numbered_index
-for number in range(int(sys.argv[2]), 10**9):
-    print(number, build_numbered_index(Path(sys.argv[1]), number), flush=True)
-"""
+
+def build_on_and_on(folder: Path, log: Path, first: int) -> None:
+    for number in range(first, 10**9):
+        built = build_numbered_index(folder, number)
+        with log.open("a") as file:
+            print(number, built, file=file, flush=True)
 
 
 class Builder:
@@ -52,9 +52,7 @@ class Builder:
 
     def start(self) -> None:
         known = self.built()
-        command = [sys.executable, "-c", BUILD_ON_AND_ON, str(self.folder), str(len(known) + 1)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log)
+        self.process = Forked(build_on_and_on, self.folder, self.log, len(known) + 1)
         wait_until(lambda: len(self.built()) > len(known))
 
     def kill(self) -> None:
@@ -205,23 +203,22 @@ def test_a_killed_removal_leaves_no_index_with_missing_files(tmp_path, monkeypat
         open_index(left)
 
 
-SLEUTH = """
-import sys, time
-from retriever_server.encoders import sentence
-from retriever_server.indexes.encoded import EncodedIndex
-from scripts.__main__ import main
-from tests.retriever_server.tiny_encoders import FakeEncoder
 class Slow(FakeEncoder):
     padded_tokens = real_tokens = 1
     images = 0
+
     def encode(self, texts, role):
         time.sleep(0.02)
         return super().encode(texts, role)
-EncodedIndex.passages_per_shard = 100
-if "--encoder=atlas" in sys.argv:  # a name that is known, for the command looks first
-    sentence.load_encoder, sentence.choose_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
-sys.exit(main(sys.argv[1:]))
-"""
+
+
+def index(argv: list[str]) -> None:
+    from retriever_server.encoders import sentence
+
+    EncodedIndex.passages_per_shard = 100
+    if "--encoder=atlas" in argv:  # a name that is known, for the command looks first
+        sentence.load_encoder, sentence.choose_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
+    sys.exit(main(["index", *argv]))
 
 
 class Indexing:
@@ -229,14 +226,11 @@ class Indexing:
 
     def __init__(self, corpus: Path, out: Path, options: list[str]) -> None:
         self.out = out
-        self.command = [sys.executable, "-c", SLEUTH, "index", f"--corpus={corpus}", f"--out={out}", *options]
+        self.argv = [f"--corpus={corpus}", f"--out={out}", *options]
 
-    def start(self) -> subprocess.Popen:
-        return subprocess.Popen(self.command, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-    def begin(self) -> subprocess.Popen:
+    def begin(self) -> Forked:
         """Its process, once that has written something."""
-        before, process = self.traces(), self.start()
+        before, process = self.traces(), Forked(index, self.argv)
         wait_until(lambda: self.traces() != before or process.poll() is not None)
         return process
 

@@ -1,4 +1,4 @@
-"""What docs/retrievers.md and scripts/configs/retrievers show is real: it opens, from the paths it names."""
+"""Retrievers of docs/retrievers.md and scripts/configs/retrievers open, from the paths they name."""
 
 import json
 import re

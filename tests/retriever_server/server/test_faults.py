@@ -1,4 +1,4 @@
-"""What goes wrong around a server, by HTTP: shards slow and dead, an encoder that fails, rude clients."""
+"""Faults around a server, by HTTP: shards slow and dead, an encoder that fails, rude clients."""
 
 import json
 import socket

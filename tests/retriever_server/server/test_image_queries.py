@@ -196,7 +196,7 @@ def test_a_picture_that_the_server_does_not_have_is_an_error(url):
 
 
 def test_the_wire_names_no_file_that_is_opened():
-    """What a server calls its passage's image is neither opened nor asked of anybody but that server."""
+    """A server's name of a passage's image is neither opened nor asked of anybody but that server."""
     from retriever_server.client.wire import parse_hits, parse_results
 
     document = {"id": "1", "title": "", "text": "", "thumbnail": "/etc/passwd", "image": "/etc/passwd"}

@@ -1,4 +1,4 @@
-"""What is the server's own fault: 5xx without a path, never NaN; and one bad query fails alone."""
+"""The server's own faults: 5xx without a path, never NaN; and one bad query fails alone."""
 
 import json
 import logging

@@ -23,7 +23,7 @@ from tests.retriever_server.running import (
 SOAK_SECONDS = 600
 WARM_UP_SECONDS = 120
 GROWTH_BYTES = 8 << 20
-"""What memory may grow by after the warm-up, some thousands of requests and 50 generations later."""
+"""Bytes that memory may grow by after the warm-up, some thousands of requests and 50 generations later."""
 
 WRONG = [
     dict(content=b"{"),

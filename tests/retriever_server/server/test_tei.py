@@ -1,4 +1,4 @@
-"""What clients of TEI say beside their texts is done or refused; the description tells what is answered."""
+"""Options of TEI's clients beside texts are heeded or refused; the description tells what is answered."""
 
 import pytest
 from fastapi.testclient import TestClient

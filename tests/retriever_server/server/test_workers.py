@@ -4,8 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,9 +14,10 @@ import pytest
 
 from data.errors import ConfigError
 from retriever_server.retriever import Retriever
-from tests.retriever_server.running import COMMAND, PATIENCE_SECONDS, running_server, wait_until
-
-ROOT = Path(__file__).parents[3]
+from retriever_server.server.metrics import share_metrics
+from retriever_server.server.workers import Workers
+from tests.processes import Forked, sleuth
+from tests.retriever_server.running import PATIENCE_SECONDS, running_server, wait_until
 
 
 class Faulty(Retriever):
@@ -68,32 +68,32 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_workers_that_cannot_open_end_in_one_line(tmp_path, fault):
-    command = [*COMMAND, "--index", str(written(tmp_path, fault)), "--port", "0", "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
-    [line] = done.stderr.splitlines()
+    process = sleuth("serve", "--index", written(tmp_path, fault), "--port", 0, "--workers", 2)
+    out, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2 and out == ""
+    [line] = said.splitlines()
     assert re.search(f"^sleuth: {FAULTS[fault]}$", line)
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_ends_the_server(tmp_path):
-    command = [*COMMAND, "--index", str(written(tmp_path, "short-lived")), "--port", "0", "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS, cwd=ROOT)
-    assert done.returncode == 2 and "serving faulty at" in done.stdout
-    *told, last = done.stderr.splitlines()
+    process = sleuth("serve", "--index", written(tmp_path, "short-lived"), "--port", 0, "--workers", 2)
+    out, said = process.communicate(timeout=5 * PATIENCE_SECONDS)
+    assert process.returncode == 2 and "serving faulty at" in out
+    *told, last = said.splitlines()
     assert last == "sleuth: a worker died 5 times in a row, at last ended with status 9"
     assert sum("another takes its place" in line for line in told) >= 4
 
 
 def test_who_stops_it_while_its_workers_start_does_not_wait_for_them(tmp_path):
-    command = [*COMMAND, "--index", str(written(tmp_path, "slow")), "--port", "0", "--workers", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    command = ("serve", "--index", written(tmp_path, "slow"), "--port", 0, "--workers", 2)
+    with sleuth(*command) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(children.read_text().split()) < 2:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE_SECONDS / 2) == 0
-        assert process.stdout is not None and process.stdout.read() == ""
+        assert process.stdout.read() == ""
 
 
 def test_while_a_search_hangs_the_server_is_not_ready_and_then_it_is_again(tmp_path):
@@ -125,24 +125,16 @@ def ail(settings, listener, pulse) -> None:
     time.sleep(PATIENCE_SECONDS)
 
 
-MIND = """
-import socket, sys
-from retriever_server.server.metrics import share_metrics
-from retriever_server.server.workers import Workers
-from tests.retriever_server.server.test_workers import ail
-with share_metrics(), socket.create_server(("127.0.0.1", 0)) as listener:
-    Workers(1, ail, sys.argv[1], 60, 0.5, 5).run(listener, lambda: print("ready", flush=True))
-"""
+def mind(folder: Path) -> None:
+    with share_metrics(), socket.create_server(("127.0.0.1", 0)) as listener:
+        Workers(1, ail, str(folder), 60, 0.5, 5).run(listener, lambda: print("ready", flush=True))
 
 
 def test_a_worker_that_is_not_well_is_replaced(tmp_path):
-    command = [sys.executable, "-c", MIND, str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    with Forked(mind, tmp_path) as process:
+        assert process.stdout.readline() == "ready\n"
         wait_until(lambda: len(list(tmp_path.iterdir())) >= 2)
         process.terminate()
         assert process.wait(timeout=PATIENCE_SECONDS) == 0
-        assert process.stderr is not None and "has not been well for" in process.stderr.read()
+        assert "has not been well for" in process.stderr.read()
     assert not any(Path(f"/proc/{pid.name}").exists() for pid in tmp_path.iterdir())

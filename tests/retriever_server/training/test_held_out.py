@@ -1,4 +1,4 @@
-"""What a retriever learns from and is judged by: no scores of its own miner, no dev question."""
+"""Training data and dev questions of a retriever: no scores of its own miner, no dev question."""
 
 from __future__ import annotations
 

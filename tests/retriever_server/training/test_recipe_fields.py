@@ -268,8 +268,8 @@ SHOWN = {
     DevConfig: "queries qrels corpus metrics limit passages shared",
     LoraConfig: "rank alpha dropout target_modules",
 }
-"""What is shown here, and in a line of its own what other tests show (test_run, test_held_out, test_mining,
-test_examples, test_vision_training, test_train_retriever)."""
+"""Fields shown here, and in a line of its own those that other tests show (test_run, test_held_out,
+test_mining, test_examples, test_vision_training, test_train_retriever)."""
 
 
 @pytest.mark.parametrize("of", SHOWN)

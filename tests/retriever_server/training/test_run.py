@@ -61,7 +61,7 @@ def weights(folder):
 
 
 def every_weight(folder):
-    """Of all towers: {file and name: values}."""
+    """Return the weights of all towers: {file and name: values}."""
     files = (folder / "model").rglob("*.safetensors")
     return {(str(f.relative_to(folder)), name): v for f in files for name, v in load_file(f).items()}
 

@@ -42,7 +42,7 @@ def trl(tmp_path_factory):
 
 @pytest.fixture
 def tensors():
-    """What both sides are given; what stands at padding and observations is noise like the rest."""
+    """The input of both sides; what stands at padding and observations is noise like the rest."""
     random = torch.Generator().manual_seed(0)
     shape = (len(LENGTHS), WIDTH)
     completion_mask = (torch.arange(WIDTH) < LENGTHS[:, None]).long()

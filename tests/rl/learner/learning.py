@@ -1,4 +1,4 @@
-"""What the learner makes of a batch: the gradients and settings that AdamW is given, and metrics."""
+"""The outcome of a batch in the learner: the gradients and settings that AdamW is given, and metrics."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.rl.learner.plain import Gradients, PlainLearner
 
 VOCABULARY = 64
 RATE = 0.1
-"""Of the gradient descent."""
+"""Learning rate of the gradient descent."""
 GROUPS, SIZE = 4, 3
 
 _POLICY: Any = tiny_model("qwen2", VOCABULARY)
 PROTOCOL = replace(COMPACT, max_turns=2, max_response_tokens=6)
 TOKEN_LIMIT = 18
-"""Of what the policy may write in a trajectory: two searches and an answer, six tokens each."""
+"""Tokens that the policy may write in a trajectory: two searches and an answer, six tokens each."""
 
 
 def configure(
@@ -97,7 +97,7 @@ def _sampled(segment: Segment, segments: list[Segment], draw: random.Random) -> 
 
 @dataclass
 class Given:
-    """What one call of AdamW was given."""
+    """The arguments of one call of AdamW."""
 
     gradients: Gradients
     settings: dict[str, Any]
@@ -127,7 +127,7 @@ def given_to_adamw(*modules: nn.Module | None) -> Iterator[list[list[Given]]]:
 
 @dataclass
 class Learned:
-    """What came of one step."""
+    """The outcome of one step."""
 
     policy: list[Given]
     critic: list[Given]
@@ -167,7 +167,7 @@ def plain_learner(learner: Learner, kind: str = "qwen2") -> PlainLearner:
 
 
 def largest_difference(ours: Sequence[Given], theirs: Sequence[Gradients]) -> float:
-    """Of any entry of any gradient, over the largest entry of all."""
+    """Return the largest difference of any entry of any gradient, over the largest entry of all."""
     assert len(ours) == len(theirs)
     pairs = [(o.gradients[n], g) for o, t in zip(ours, theirs, strict=True) for n, g in t.items()]
     largest = max((float(g.abs().max()) for _, g in pairs), default=1.0)

@@ -31,9 +31,9 @@ class Rows:
     token_limit: int
     trajectories: list[Trajectory] = field(init=False)
     positions: list[list[int]] = field(init=False)
-    """Of the trained tokens of each trajectory."""
+    """Positions of the trained tokens of each trajectory."""
     turns: list[list[int]] = field(init=False)
-    """Of each of these tokens."""
+    """Turn of each of these tokens."""
 
     def __post_init__(self) -> None:
         self.trajectories = [t for group in self.groups for t in group.trajectories]
@@ -111,7 +111,7 @@ def _likeliest(logits: Tensor, rollout: Any) -> list[int]:
 
 
 def plain_advantages(rows: Rows, rewards: list[list[float]], values: list[list[float]]) -> list[list[float]]:
-    """Of each token of each trajectory, before whitening."""
+    """Return the advantage of each token of each trajectory, before whitening."""
     algorithm, size = rows.config.algorithm, rows.config.rollout.group_size
     gamma, kind, found = algorithm.gamma, algorithm.advantage, []
     for row, own in enumerate(rewards):
@@ -218,7 +218,7 @@ class PlainLearner:
                 self._update_critic(chosen)
 
     def _rewards(self, row: int) -> list[float]:
-        """Of each token, less the divergence from the reference where it is in the reward."""
+        """Return each token's reward, less the divergence from the reference where it is in the reward."""
         algorithm, rewards = self.config.algorithm, self.rows.rewards(row)
         if self.far is None or algorithm.kl_in == "loss":
             return rewards
@@ -296,7 +296,7 @@ class PlainLearner:
         return loss
 
     def _trust(self, old: list[float], sampled: list[float | None]) -> list[float]:
-        """How much each token's loss counts, for what the sampler thought of it."""
+        """Return the weight of each token's loss, for what the sampler thought of it."""
         algorithm = self.config.algorithm
         differences = [0.0 if s is None else o - s for o, s in zip(old, sampled, strict=True)]
         for d in (d for d, s in zip(differences, sampled, strict=True) if s is not None):

@@ -24,7 +24,7 @@ def make_optimizer(module):
 
 
 def gradients(step):
-    """Of the weight and the bias; every second one is longer than the norm allows."""
+    """Return gradients of the weight and the bias; every second one is longer than the norm allows."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(*shape, generator=generator) * (3.0, 0.2)[step % 2] for shape in ((3, 4), (3,))]
 

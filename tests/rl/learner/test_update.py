@@ -1,4 +1,4 @@
-"""What may not change an update, does not; what no float holds, does no harm."""
+"""Padding, packing and observations change no update; what no float holds, does no harm."""
 
 import math
 from dataclasses import replace
@@ -118,7 +118,7 @@ def disturb(noise):
     ids=["ppo", "kl in reward", "gspo", "cispo"],
 )
 def test_what_is_said_of_observation_tokens_changes_nothing(algorithm):
-    """Of hidden states, values, log-probs and reference log-probs only those at policy tokens count."""
+    """Only hidden states, values, log-probs and reference log-probs at policy tokens count."""
 
     def run(groups, noise):
         near = tiny_model("qwen2", VOCABULARY, seed=1)

@@ -250,7 +250,7 @@ def test_maxsim_is_the_sum_of_best_matches_of_what_the_masks_leave() -> None:
 
 
 def test_padding_of_zeros_is_no_floor_under_maxsim() -> None:
-    """Where every token of a passage points away from the query, padding with zeros must not win."""
+    """If every token of a passage points away from the query, padding with zeros must not win."""
     queries, passages = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[-0.6, 0.8], [0.0, 0.0]]])
     mask = [torch.ones(1, 1), torch.tensor([[1, 0]])]
     [[[score]]] = maxsim_scores(GIVEN, multi_features([queries, passages], mask)).tolist()

@@ -43,7 +43,7 @@ def columns(model: Any, rows: slice = slice(0, 6)) -> Columns:
 
 
 def gradient(model: Any, compute: Callable[[], Any], seed: int = 0) -> torch.Tensor:
-    """Of all weights, of one backward pass under fixed dropout."""
+    """Return the gradients of all weights, of one backward pass under fixed dropout."""
     model.zero_grad()
     torch.manual_seed(seed)
     loss = compute()

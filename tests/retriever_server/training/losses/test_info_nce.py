@@ -109,7 +109,7 @@ def test_the_mask_lets_no_gradient_through():
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
-    """What each process computes of a gathered batch."""
+    """The sum over what each process computes of a gathered batch."""
     of = columns()
     whole = qwen3_info_nce(of, REPEATED, slice(0, 6), T, 0.1, DIRECTIONS)
     parts = [qwen3_info_nce(of, REPEATED, slice(i, i + 3), T, 0.1, DIRECTIONS) for i in (0, 3)]
