@@ -26,7 +26,7 @@ RECORD_FILE = "warm_start.json"
 CHECKPOINTS = "checkpoints"
 """In the same folder until the policy is there."""
 POOR = {
-    "random_words": "at most half of the question's words, drawn at random",
+    "random_words": "some of the question's words, from one to all, drawn at random",
     "without_names": "the names of the question left out",
 }
 """Kinds of queries that leave something to learn, and how they are made."""

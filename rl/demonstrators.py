@@ -35,8 +35,9 @@ Record = dict[str, Any]
 
 
 def words_of(question: str) -> list[str]:
-    """The words of a question, as they are written."""
-    return [word.strip(".'’") for word in re.findall(r"[\w'’.&-]+", question) if word.strip(".'’")]
+    """The words of a question, as they are written; all of it where it has none."""
+    words = [word.strip(".'’") for word in re.findall(r"[\w'’.&-]+", question)]
+    return [word for word in words if word] or [question]
 
 
 def keywords(question: str) -> str:
@@ -51,9 +52,9 @@ def keywords(question: str) -> str:
 
 
 def random_words(question: str, rng: random.Random) -> str:
-    """At most half of the question's words, drawn at random, in their order."""
+    """Some of the question's words, from one to all, drawn at random, in their order."""
     words = words_of(question)
-    count = rng.randint(1, max(1, len(words) // 2))
+    count = rng.randint(1, len(words))
     return " ".join(words[at] for at in sorted(rng.sample(range(len(words)), count)))
 
 

@@ -32,7 +32,7 @@ RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
 PASSAGE_WORDS = 30
 TAUGHT = 3500
 """Training questions that demonstrations are made of; the others are GRPO's."""
-WARM_STEPS = 100
+WARM_STEPS = 80
 WARM = {
     "optimizer": "adamw",
     "precision": "bfloat16",

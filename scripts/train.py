@@ -49,7 +49,8 @@ def main(config: TrainConfig) -> None:
 
     `--preset NAME` sets all algorithm fields but the recipe's (learning rates, warm-up); what follows on
     the line wins over it. `--dry-run` only prints what the run will need. `--ray ADDRESS` lets Ray place
-    trainers, engines and retrievers (docs/scaling.md). The same command again resumes after the last
+    trainers, engines and retrievers (docs/scaling.md). `--from search_r1 FILE` (or verl) prints the recipe of
+    their configuration. The same command again resumes after the last
     checkpoint; `sleuth report OUT` draws the curves.
     """
     if config.dry_run:
@@ -147,7 +148,17 @@ def _launch(config: TrainConfig) -> None:
 
 
 def expand(argv: list[str]) -> list[str]:
-    """argv with a preset's options before what names it; `--ray` with its value."""
+    """argv with a preset's options before what names it; `--ray` with its value.
+
+    `--from TRAINER FILE` prints the recipe of another trainer's configuration, and that is all.
+    """
+    if argv[:1] == ["--from"]:
+        from scripts.foreign_recipe import print_recipe
+
+        if len(argv) != 3:
+            raise ConfigError("--from needs a trainer and its file: --from search_r1 train_grpo.sh")
+        print_recipe(*argv[1:])
+        raise SystemExit(0)
     expanded: list[str] = []
     for number, word in enumerate(argv):
         option, joined, value = word.partition("=")

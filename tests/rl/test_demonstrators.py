@@ -54,14 +54,14 @@ def test_names_and_numbers_are_left_out_but_never_all_words():
     assert keywords("What is it?") == "What is it"
 
 
-def test_a_poor_query_has_at_most_half_of_the_words_in_their_order_and_leaves_the_rest_as_it_was():
+def test_a_poor_query_has_some_of_the_words_in_their_order_and_leaves_the_rest_as_it_was():
     record = asyncio.run(by_rules(ASKED, Shelf(), 1))
     seen = set()
     for seed in range(40):
         poor = with_queries(record, "random_words", seed)
         assert poor == with_queries(record, "random_words", seed)
         words, at = poor["steps"][0]["search"].split(), iter(words_of(ASKED.text))
-        assert 1 <= len(words) <= 3 and all(word in at for word in words)
+        assert 1 <= len(words) <= 6 and all(word in at for word in words)
         assert poor["queries"] == "random_words" and poor["steps"][1:] == record["steps"][1:]
         assert poor["steps"][0] | {"search": ""} == record["steps"][0] | {"search": ""}
         seen.add(tuple(words))
