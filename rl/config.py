@@ -289,7 +289,11 @@ class WarmStartConfig:
     """muon: for the matrices inside the layers, AdamW for the rest; adamw: for all, which is much faster a
     step from some ten million weights on."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: computes in it where that is safe (autocast); weights stay in float32."""
+    """bfloat16: computes in it where that is safe (autocast); what is trained stays in float32."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, merged at the end. With precision bfloat16 the other weights are held in it, too."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     weight_decay: float = 0.01
     """Weight decay of the optimisers."""
     learn_everything: bool = False

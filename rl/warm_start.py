@@ -30,6 +30,7 @@ from data.errors import DataError
 from data.jsonl import write_json
 from rl.config import WarmStartConfig
 from rl.demonstrations import CHECKPOINTS, RECORD_FILE, Span
+from rl.learner.lora import add_lora, merged_state
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
@@ -108,7 +109,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: PreTrainedModel, config: WarmStartConfig) -> None:
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inner = [name for name, p in named.items() if p.ndim == 2 and ".layers." in name]
         rest = [p for name, p in named.items() if name not in inner]
         lr, decay = config.learning_rate, config.weight_decay
@@ -145,7 +146,8 @@ def make_optimizer(model: PreTrainedModel, config: WarmStartConfig) -> torch.opt
     if config.optimizer == "muon":
         return MuonAndAdamW(model, config)
     lr, decay = config.learning_rate, config.weight_decay
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, betas=(0.9, 0.95), weight_decay=decay)
 
 
 def warm_start(
@@ -190,6 +192,10 @@ def warm_start(
     random.Random(config.seed).shuffle(rows)
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     write_json(out / RECORD_FILE, {**(record or {}), "training": asdict(config)})
+    add_lora(policy.model, config.lora, config.seed)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:  # adapters are of the type of their layer
+            parameter.data = parameter.data.float()
     trainer: Any = Supervised(
         model=policy.model,
         args=_arguments(out, policy, config),
@@ -201,7 +207,7 @@ def warm_start(
     trainer.remove_callback(PrinterCallback)
     latest = latest_checkpoint(out / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
-    policy.save(out, protocol)
+    policy.save(out, protocol, merged_state(policy.model) if config.lora.rank else None)
     shutil.rmtree(out / CHECKPOINTS)
     policy.model.eval()
 
@@ -233,7 +239,8 @@ def _arguments(out: Path, policy: Policy, config: WarmStartConfig) -> SFTConfig:
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         bf16=config.precision == "bfloat16",
         use_cpu=policy.model.device.type == "cpu",
-        gradient_checkpointing=False,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=max(1, config.steps // 20),
         save_strategy="steps",
         save_steps=config.save_every,

@@ -90,7 +90,8 @@ def main(
         texts = (text for demonstration in spans[:4000] for _, text in demonstration)
         start = make_seed_policy(texts, spoken, seed=training.seed)
     else:
-        start = load_policy(policy, dtype="float32")
+        frozen_half = training.lora.rank > 0 and training.precision == "bfloat16"
+        start = load_policy(policy, dtype="bfloat16" if frozen_half else "float32")
     lines = StepLines(_SHOWN)
     with lines.bar("training") as progress:
         warm_start(start, spans, spoken, Path(out), training, lines, progress, record)

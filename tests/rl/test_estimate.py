@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ from rl.learner.critic import Critic
 from rl.learner.lora import add_lora
 from rl.learner.optimizer import Optimizer
 from rl.learner.packing import packed_arguments
+from scripts.command_line import call
+from scripts.wiring import make_protocol
 from tests.fakes import tiny_model
 
 VOCABULARY = 300
+CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 RATES = (1e9, 1e8)
 
 
@@ -231,6 +235,23 @@ def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
     ).save_pretrained(tmp_path)
     config = configure(tmp_path, dtype="bfloat16")
     assert memory(config)["policy weights"] == 2 * 7_615_616_512
+
+
+def test_the_recipe_for_24_gb_fits_into_them(tmp_path):
+    shape = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
+    shape |= {"vocab_size": 151_936, "intermediate_size": 11_008, "tie_word_embeddings": True}
+    Qwen2Config(**shape, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)  # Qwen2.5-3B
+    read = []
+
+    def keep(config: TrainConfig) -> None:
+        read.append(config)
+
+    recipe = CONFIGS / "one_gpu_24gb.yaml"
+    call(keep, ["--config", str(recipe), f"--policy={tmp_path}", "--device=cpu"], prog="sleuth train")
+    needs = ResourceEstimate(read[0])
+    longest = needs.longest(make_protocol(read[0].protocol, read[0].policy))
+    assert needs.whole == pytest.approx(3.09e9, rel=0.01)
+    assert 14e9 < peak(needs.memory(int(longest[1]))) < 20e9  # CUDA itself and fragments take some more
 
 
 def test_the_table_names_every_part_and_nothing_is_written(folder):

@@ -16,6 +16,7 @@ from agent.trajectory import SegmentKind
 from data.errors import DataError
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
+from data.settings import LoraConfig
 from examples.seed_policy.seed_policy import SeedConfig, make_seed_policy
 from rl.config import WarmStartConfig
 from rl.demonstrations import demonstration_spans, load_demonstrations
@@ -207,3 +208,22 @@ def test_what_no_rollout_could_be_is_left_out(tmp_path, caplog):
     ):
         tiny = replace(COMPACT, max_response_tokens=3)
         warm_start(policy, spans, tiny, tmp_path / "none", WarmStartConfig(steps=1))
+
+
+def test_adapters_alone_are_taught_and_merged_into_what_is_saved(tmp_path):
+    spans = [list(demonstration_spans(RECORD, COMPACT))] * 4
+    tokenizer = byte_tokenizer()
+    policy = Policy(tiny_model("qwen2", len(tokenizer)).bfloat16(), tokenizer)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    rows = [encode_demonstration(spans[0], policy, COMPACT, False)]
+    then = loss(policy, rows)
+    settings = {"optimizer": "adamw", "precision": "bfloat16", "gradient_checkpointing": True}
+    config = WarmStartConfig(steps=8, batch_size=2, learning_rate=3e-2, lora=LoraConfig(rank=4), **settings)
+    warm_start(policy, spans, COMPACT, tmp_path, config)
+    saved = load_policy(str(tmp_path), dtype="bfloat16")
+    assert saved.model.state_dict().keys() == before.keys() and loss(saved, rows) < then - 0.5
+    assert torch.equal(
+        saved.model.state_dict()["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+    )
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype is torch.float32 for p in trained)
