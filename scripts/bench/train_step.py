@@ -73,7 +73,7 @@ LLAMA = LlamaConfig(
 def make_model() -> LlamaForCausalLM:
     """SmolLM2-135M without what it knows."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LLAMA)
+    return LlamaForCausalLM(LLAMA).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_groups(count: int, longest: int = LONGEST) -> list[Group]:
@@ -153,6 +153,8 @@ class Meter:
 
     def stop(self) -> None:
         """Take time and peak."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds += time.perf_counter()
         self.processor_seconds += time.process_time()
         self.peak_bytes += _resident("VmHWM")
@@ -239,7 +241,7 @@ def trl(count: int, rows: int) -> Meter:
             lambda prompts, completions, reward, **columns: reward,
             GRPOConfig(
                 folder,
-                use_cpu=True,
+                use_cpu=not torch.cuda.is_available(),
                 bf16=False,
                 learning_rate=RATE,
                 per_device_train_batch_size=rows,

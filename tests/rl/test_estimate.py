@@ -238,7 +238,12 @@ def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
 
 
 def test_the_recipe_for_24_gb_fits_into_them(tmp_path):
-    shape = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    }
     shape |= {"vocab_size": 151_936, "intermediate_size": 11_008, "tie_word_embeddings": True}
     Qwen2Config(**shape, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)  # Qwen2.5-3B
     read = []
