@@ -198,10 +198,8 @@ def encode() -> Numbers:
         texts = [passage.text for passage in corpus][: None if CUDA else 400]
         encoder.encode(texts[:64], "passage")
         seconds = timed(lambda: encoder.encode(texts, "passage"))
-        flat = index_kind("flat")
-        flat.build(corpus, folder / "index", encoder).close()
         queries = texts[:100]
-        index = flat.open(folder / "index", encoder=encoder)
+        index = index_kind("flat").build(corpus, folder / "index", encoder)
         took = timed(lambda: index.search(queries, 10))
         found = index.search(queries, 10)
         self_found = sum(corpus[i].id in [h.passage.id for h in hits] for i, hits in enumerate(found))

@@ -22,8 +22,7 @@ Memory is the process's peak resident size (VmHWM) in the update, less its resid
 holds the weights and the optimiser's state, and no gradients: those are in what is printed first, and
 taken off in what is printed beside it.
 The floor is the time of the products of forward and backward alone, of real tokens, and of the head at
-policy tokens, at the rate that the matrix products of the layers reach by themselves. At last ours runs
-once more, under the profiler.
+policy tokens, at the rate of the layers' matrix products. At last ours runs once more, under the profiler.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ from scripts.bench.rollout import hardware
 GROUP = 4
 SHORTEST, LONGEST = 64, 1024
 RATE = 1e-6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LLAMA = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,
@@ -73,7 +73,7 @@ LLAMA = LlamaConfig(
 def make_model() -> LlamaForCausalLM:
     """SmolLM2-135M without what it knows."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LLAMA).to("cuda" if torch.cuda.is_available() else "cpu")
+    return LlamaForCausalLM(LLAMA).to(DEVICE)
 
 
 def make_groups(count: int, longest: int = LONGEST) -> list[Group]:
@@ -152,9 +152,8 @@ class Meter:
         self.seconds, self.processor_seconds = -time.perf_counter(), -time.process_time()
 
     def stop(self) -> None:
-        """Take time and peak."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """Take time and peak, when the device is done."""
+        torch.ones(1, device=DEVICE).item()
         self.seconds += time.perf_counter()
         self.processor_seconds += time.process_time()
         self.peak_bytes += _resident("VmHWM")
@@ -241,7 +240,7 @@ def trl(count: int, rows: int) -> Meter:
             lambda prompts, completions, reward, **columns: reward,
             GRPOConfig(
                 folder,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=DEVICE == "cpu",
                 bf16=False,
                 learning_rate=RATE,
                 per_device_train_batch_size=rows,
