@@ -146,14 +146,15 @@ def _best(
     if normalizer not in NORMALIZERS:
         raise ConfigError(f"normalizer = {normalizer!r}: must be one of {', '.join(NORMALIZERS)}")
     normalize = NORMALIZERS[normalizer]
-    words = _words(prediction or "", normalize)
+    words = words_of(prediction or "", normalize)
     if not words:
         return 0.0
     golds = [gold_answers] if isinstance(gold_answers, str) else gold_answers
-    return max((score(words, _words(gold, normalize)) for gold in golds), default=0.0)
+    return max((score(words, words_of(gold, normalize)) for gold in golds), default=0.0)
 
 
-def _words(text: str, normalize: Callable[[str], str]) -> list[str]:
+def words_of(text: str, normalize: Callable[[str], str]) -> list[str]:
+    """The words of a text in a normal form; of one that normalizes to nothing, in lower case as it is."""
     return normalize(text).split() or text.lower().split()
 
 

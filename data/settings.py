@@ -29,9 +29,11 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Tracking with Weights & Biases, off unless a project is named."""
+    """Tracking with Weights & Biases or another tracker, off unless a project is named."""
 
     project: str | None = None
     """Project to log to; none: no tracking."""
     mode: Literal["online", "offline"] = "online"
     """offline keeps the run on this disk."""
+    tracker: Literal["wandb", "trackio", "tensorboard"] | None = None
+    """Logs to Trackio or TensorBoard (in the run's folder) instead; none: wandb."""

@@ -83,12 +83,14 @@ def randomisation_p(differences: np.ndarray) -> np.ndarray:
     return (1 + as_far) / (1 + RESAMPLES)
 
 
-def format_estimate(estimate: Mapping[str, Any]) -> str:
+def format_estimate(estimate: Mapping[str, Any], signed: bool = False) -> str:
     """An estimate for people.   {"mean": .617, "low": .53, "high": .687} -> "0.617 [0.530, 0.687]"
 
-    One that rests on few clusters names their number.
+    One that rests on few clusters names their number. signed: as a difference, "+0.617 [+0.530, +0.687]".
     """
-    if estimate["low"] is None:
-        return f"{estimate['mean']:.3f}"
+    sign = "+" if signed else ""
+    mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+    if low is None:
+        return f"{mean:{sign}.3f}"
     few = f" ({estimate['few_clusters']} clusters)" if "few_clusters" in estimate else ""
-    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]{few}"
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]{few}"

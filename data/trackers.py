@@ -1,15 +1,18 @@
-"""Trackers of a run's numbers besides metrics.jsonl: none, or Weights & Biases."""
+"""Trackers of a run's numbers besides metrics.jsonl: none, Weights & Biases, Trackio or TensorBoard."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.request import getproxies
 
 from data.errors import ConfigError, first_line
 from data.listening import why_silent
+from data.settings import WandbConfig
 
 _OFFLINE = "--wandb.mode offline keeps the run on this disk"
 _INIT_SECONDS = 30
@@ -21,8 +24,39 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one step."""
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table of one step, such as trajectories."""
+
     def close(self) -> None:
         """Send what is pending; nothing is logged afterwards."""
+
+
+def check_tracker(config: WandbConfig) -> None:
+    """Raise ConfigError, within seconds, where the tracker that is asked for cannot be logged to."""
+    if config.project is None:
+        return
+    if config.tracker in (None, "wandb"):
+        check_wandb(config.mode)
+    else:
+        package = {"trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}[config.tracker]
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            name = config.tracker
+            raise ConfigError(
+                f"wandb.tracker = {name}: needs the package {name} (pip install {name})"
+            ) from error
+
+
+def open_tracker(folder: Path, settings: Mapping[str, Any], config: WandbConfig) -> Tracker:
+    """The tracker that is asked for; one that forgets everything where no project is named."""
+    if config.project is None:
+        return Tracker()
+    if config.tracker == "trackio":
+        return TrackioTracker(folder, settings, config.project)
+    if config.tracker == "tensorboard":
+        return TensorBoardTracker(folder, settings, config.project)
+    return WandbTracker(folder, settings, config.project, config.mode)
 
 
 def check_wandb(mode: Literal["online", "offline"]) -> None:
@@ -76,6 +110,62 @@ class WandbTracker(Tracker):
         """Record the metrics with their step."""
         self._run.log({"step": step, **metrics})
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table beside the metrics of its step."""
+        import wandb
+
+        self._run.log({"step": step, name: wandb.Table(columns=list(columns), data=[*map(list, rows)])})
+
     def close(self) -> None:
         """Finish the wandb run."""
         self._run.finish()
+
+
+class TrackioTracker(Tracker):
+    """Tracker that logs to Trackio, which keeps its runs on this disk."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], project: str) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project=project, name=folder.name, config=dict(config), resume="allow")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        self._trackio.log(dict(metrics), step=step)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table of one step."""
+        import pandas
+
+        frame = pandas.DataFrame([*map(list, rows)], columns=list(columns))
+        self._trackio.log({name: self._trackio.Table(dataframe=frame)}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._trackio.finish()
+
+
+class TensorBoardTracker(Tracker):
+    """Tracker that writes event files into FOLDER/tensorboard/PROJECT."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], project: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard" / project))
+        self._writer.add_text("config", f"```json\n{json.dumps(dict(config), indent=1, default=str)}\n```")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table of one step, as Markdown."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._writer.close()

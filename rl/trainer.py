@@ -23,6 +23,7 @@ import torch
 
 from agent.engines.base import Sampling
 from agent.evaluation.evaluate import evaluate
+from agent.evaluation.records import iterate_records, trajectory_table
 from agent.rollout import Agent
 from agent.trajectory import Trajectory
 from agent.transcripts import to_record
@@ -239,6 +240,10 @@ class Trainer:
         settings = {"policy": f"step {self.step}", "protocol": self.agent.protocol.name}
         started = time.monotonic()
         scores = await evaluate(self.dev_questions, rollout, folder, settings)
+        if self.run_dir is not None:
+            self.run_dir.tracker.table(
+                self.step, "dev/trajectories", *trajectory_table(iterate_records(folder))
+            )
         return {
             "dev/em": scores["em"]["mean"],
             "dev/searches": scores["searches_per_question"],

@@ -137,6 +137,23 @@ def name_positional(argv: list[str], name: str) -> list[str]:
     return [*argv[:index], f"--{name}={argv[index]}", *argv[index + 1 :]]
 
 
+def bare_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The values that stand for themselves, and the rest.   [a, --k, 3, b] -> [a, b], [--k, 3]"""
+    bare, rest, index = [], [], 0
+    while index < len(argv):
+        takes = 1 + (
+            argv[index].startswith("-") and "=" not in argv[index] and argv[index] not in BARE_OPTIONS
+        )
+        (rest if argv[index].startswith("-") else bare).extend(argv[index : index + takes])
+        index += takes
+    return bare, rest
+
+
+def quoted(text: str) -> str:
+    """The text as a string of YAML."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def options(argv: list[str]) -> list[tuple[str, str]]:
     """The options that argv gives with a value, as (name, value)."""
     after = [(word, value) for word, value in pairwise(argv) if word.startswith("--") and "=" not in word]

@@ -55,6 +55,8 @@ class EvaluateConfig:
     """What the policy was trained on, for the overlap."""
     corpus: Path | None = None
     """Corpus of the controls, where the retriever is a server."""
+    run_files: Path | None = None
+    """Folder for BrowseComp-Plus' run files and its summary, which its own script reads."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Language model that judges answers, where judge.url is given."""
     temperature: float = 0.0
@@ -124,6 +126,10 @@ def main(config: EvaluateConfig) -> None:
     show_scores(scores, f"{policy} with {retriever}")
     if config.controls:
         show_controls(Path(out), scores, leaks(questions, training))
+    if config.run_files:
+        from agent.evaluation.browsecomp import write_run_files
+
+        write_run_files(Path(out), config.run_files)
     if obstacle := _obstacle(scores, policy, opened.agent.protocol.name, out):
         print(obstacle)
     if scores["search_failed"]:
@@ -265,7 +271,7 @@ def show_controls(out: Path, scores: dict[str, Any], found: dict[str, float]) ->
             name,
             str(row["n"]),
             format_estimate(row["em"]),
-            format_estimate(row["difference"]),
+            format_estimate(row["difference"], signed=True),
             f"{row['coverage']:.3f}",
             f"{row['abstained_rate']:.3f}",
         )

@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from scripts.command_line import bare_words, quoted
+
+
+def expand(argv: list[str]) -> list[str]:
+    """Further runs, which need no option's name, as the value of --more."""
+    runs, rest = bare_words(argv)
+    more = [f"--more=[{', '.join(map(quoted, runs[1:]))}]"] if runs[1:] else []
+    return [*runs[:1], *rest, *more]
+
 
 def main(
     run: Path,
+    more: list[Path] | None = None,
+    out: Path | None = None,
     evaluations: str | None = None,
     verdict: Literal["all", "right", "wrong", "fixed", "broken"] = "all",
     kind: str | None = None,
@@ -20,7 +31,10 @@ def main(
     every outcome has its share, and says so; the options choose others.
 
     Args:
-        run: Run folder, finished or not; folder of an evaluation; or a folder of several of them.
+        run: Run folder, finished or not; folder of an evaluation; or a folder of several of them. Several
+            may be named: sleuth report RUN_A RUN_B.
+        more: Further ones, side by side with it.
+        out: File of the page, instead of RUN/report.html.
         evaluations: Only these: names or patterns such as after,dev-*. By default all, but of those on dev
             only the first, the best and the last.
         verdict: Only questions that are right or wrong in `after`, else in the last evaluation shown; or
@@ -37,4 +51,5 @@ def main(
         file = Path(questions)
         ids = file.read_text(encoding="utf-8").splitlines() if file.is_file() else questions.split(",")
     wanted = tuple(id_.strip() for id_ in ids if id_.strip())
-    print(write_report(run, Choice(evaluations, verdict, kind, wanted, megabytes)))
+    choice = Choice(evaluations, verdict, kind, wanted, megabytes)
+    print(write_report(run, choice, more or (), out))

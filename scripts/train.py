@@ -282,12 +282,12 @@ def open_run(
     """
     from data.packaged import WIRED_IN
     from data.run_dir import RunDir
-    from data.trackers import WandbTracker, check_wandb
+    from data.trackers import check_tracker, open_tracker
     from rl.demonstrations import warm_start_notes
     from scripts.console import StepLines
 
-    if config.wandb.project and tracked:
-        check_wandb(config.wandb.mode)
+    if tracked:
+        check_tracker(config.wandb)
     notes = [WIRED_IN] if config.policy == "atlas" else warm_start_notes(config.policy)
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
@@ -299,8 +299,8 @@ def open_run(
     run = RunDir(
         config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside, defaults=defaults
     )
-    if config.wandb.project and tracked:
-        run.tracker = WandbTracker(run.path, settings, config.wandb.project, config.wandb.mode)
+    if tracked:
+        run.tracker = open_tracker(run.path, settings, config.wandb)
     return run
 
 

@@ -91,15 +91,13 @@ def _open_run(
     config: RetrieverRecipe, inputs: Mapping[str, tuple[str, str]], stack: ExitStack
 ) -> tuple[Any, Callable[[int, int], None]]:
     from data.run_dir import RunDir
-    from data.trackers import WandbTracker, check_wandb
+    from data.trackers import check_tracker, open_tracker
     from scripts.console import StepLines
 
-    if config.wandb.project:
-        check_wandb(config.wandb.mode)
+    check_tracker(config.wandb)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     lines = StepLines(_SHOWN)
     run = stack.enter_context(RunDir(config.out, settings, config.resume, (), lines, inputs=inputs))
     progress = stack.enter_context(lines.bar("training"))
-    if config.wandb.project:
-        run.tracker = WandbTracker(run.path, settings, config.wandb.project, config.wandb.mode)
+    run.tracker = open_tracker(run.path, settings, config.wandb)
     return run, progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def full_answer(turn: str) -> str:
     """What stands between the tags of the answer; every protocol has the same."""
     found = re.search(r"<answer>(.*?)</answer>", turn, re.DOTALL)
     return found[1].strip() if found else ""
+
+
+def trajectory_table(records: Iterable[Record], limit: int = 50) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Columns and rows of the first trajectories, for a tracker."""
+    rows = [
+        [r["id"], r["question"], " | ".join(r["gold_answers"]), r["answer"], r["em"], r["f1"],
+         r["stop_reason"],
+         " | ".join(search["query"] for search in r["searches"]),
+         "".join(segment["text"] for segment in r["segments"] if segment["kind"] == "policy")]
+        for r in islice(records, limit)
+    ]  # fmt: skip
+    return ("id", "question", "gold answers", "answer", "EM", "F1", "stop reason", "queries", "written"), rows
 
 
 def policy_tokens(record: Record) -> int:

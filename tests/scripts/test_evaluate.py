@@ -276,3 +276,56 @@ def test_answers_of_a_script_without_spaces_are_compared_as_told(
     assert evaluate(folder, tmp_path / "out", *options) == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["f1"]["mean"] == pytest.approx(f1) and scores["em"]["mean"] == 0
+
+
+# ---- samples, judge, controls ------------------------------------------------------------------
+
+
+def test_several_samples_are_asked_of_each_question_and_only_at_a_temperature(
+    folder, scripted, tmp_path, capsys
+):
+    assert evaluate(folder, tmp_path / "out", "--samples", "2") == 2
+    assert "temperature = 0.0: must be > 0 for 2 samples" in capsys.readouterr().err
+    assert evaluate(folder, tmp_path / "out", "--samples", "2", "--temperature", "1", "--limit", "3") == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["n"], scores["samples"], scores["pass"]["2"]["mean"]) == (3, 2, 1.0)
+    assert {r["id"] for r in records(tmp_path / "out")} == {f"q{i}{n}" for i in range(3) for n in ("", "~2")}
+
+
+def test_the_judge_is_asked_of_each_answer_and_scores_say_who_it_was(folder, scripted, tmp_path, capsys):
+    from tests.agent.evaluation.test_judge import Server
+
+    server = Server()
+    server.reply = "NO"
+    try:
+        assert evaluate(folder, tmp_path / "out", "--judge.url", server.url, "--judge.model", "m") == 0
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["em"]["mean"], scores["judge"]["mean"], scores["verdicts"]) == (1, 0, {"incorrect": 6})
+    verdict = json.loads((tmp_path / "out" / "judgements.jsonl").read_text().splitlines()[0])
+    assert (verdict["model"], verdict["rubric"], verdict["reply"]) == ("m", "yes_no", "NO")
+    assert len(verdict["prompt"]) == 16 and "judge" in capsys.readouterr().out
+
+
+def test_controls_are_evaluations_of_their_own_and_compared_with_the_run(folder, scripted, tmp_path, capsys):
+    assert evaluate(folder, tmp_path / "out", "--controls", "orakel") == 2
+    assert "controls: 'orakel'" in capsys.readouterr().err
+    options = ("--controls", "true,max_searches_0", "--limit", "2")
+    assert evaluate(folder, tmp_path / "out", *options) == 0
+    out = capsys.readouterr().out
+    assert (
+        "closed_book" in out and "no control oracle: it needs --corpus" in out and "answer_in_question" in out
+    )
+    written = json.loads((tmp_path / "out" / "controls.json").read_text())
+    assert set(written["controls"]) == {"closed_book", "random", "single_search", "max_searches_0"}
+    assert written["controls"]["closed_book"]["difference"]["mean"] == 0
+    closed = records(tmp_path / "out" / "controls" / "closed_book")
+    assert all(not r["searches"][0]["hits"] for r in closed)
+    assert evaluate(folder, tmp_path / "out", *options) == 0  # all is there
+
+
+def test_run_files_are_written_beside(folder, scripted, tmp_path):
+    assert evaluate(folder, tmp_path / "out", "--limit", "2", "--run_files", str(tmp_path / "runs")) == 0
+    assert len(list((tmp_path / "runs").glob("run_q*.json"))) == 2

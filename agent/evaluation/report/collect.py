@@ -19,8 +19,8 @@ Record = Mapping[str, Any]
 
 TEXT_LIMITS = (1_000, 300, 120)
 """Characters of a passage that the page shows; the next smaller one is taken if the page gets too big."""
-_LEAST_BYTES = 400
-"""Least size of a question on the page: more than fit by this are not even read."""
+_TRIAL = 50
+"""Questions from whose size it is told how many may fit; no more are read."""
 PICTURES, PICTURE_SIDE = 300, 240
 """Number of passages shown with a small copy of their picture, and its size in pixels. A page that got
 too big has none."""
@@ -34,7 +34,7 @@ def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
     """
     limit_bytes = choice.megabytes * 1_000_000
     asked = choose(run, choice) if run.evaluations else []
-    candidates = asked[: max(1, int(limit_bytes / _LEAST_BYTES))]
+    candidates = asked[: _most(run, asked, limit_bytes)]
     full = {e.name: read_full(e, set(candidates)) for e in run.evaluations}
     order = {id_: place for place, id_ in enumerate(every_question(run))}
     kept, limits = len(candidates), iter(TEXT_LIMITS)
@@ -49,6 +49,14 @@ def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
         if shorter is None:
             kept = max(1, min(kept - 1, int(kept * 0.95 * limit_bytes / size)))
         limit = shorter or limit
+
+
+def _most(run: Run, asked: Sequence[str], limit_bytes: float) -> int:
+    """How many of the questions could fit at all, as the first of them take room: the others are not read."""
+    trial = list(asked[:_TRIAL])
+    full = {e.name: read_full(e, set(trial)) for e in run.evaluations} if trial else {}
+    size = len(json.dumps(_payload(run, full, trial, TEXT_LIMITS[-1])["questions"], ensure_ascii=False))
+    return max(1, len(trial), int(1.5 * limit_bytes * len(trial) / max(size, 1)))
 
 
 def _tags() -> dict[str, str]:

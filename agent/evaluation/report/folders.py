@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from agent.evaluation.compare import paired_difference
+from agent.evaluation.compare import paired_difference, short_names
 from agent.evaluation.records import brief
 from agent.evaluation.scores import score
 from data.answers import METRICS
@@ -73,19 +73,47 @@ def read_folder(path: Path | str, names: str | None = None) -> Run:
     )
 
 
-def compare(run: Run) -> tuple[Evaluation, Evaluation, dict[str, Any]] | str:
-    """Two evaluations, those called before and after if there are more, and their difference; or why not."""
+def read_folders(paths: Sequence[Path | str], names: str | None = None) -> Run:
+    """Several folders side by side, each as `read_folder` reads it, with its name before those inside."""
+    if len(paths) == 1:
+        return read_folder(paths[0], names)
+    prefixes = short_names([str(Path(path).resolve()) for path in paths])
+    runs = [read_folder(path, names) for path in paths]
+    named = list(zip(prefixes, runs, strict=True))
+
+    def under(prefix: str, run: Run, name: str) -> str:
+        return prefix if run.kind == "evaluation" else f"{prefix}/{name}".rstrip("/")
+
+    return Run(
+        name=" · ".join(prefixes),
+        kind="comparison",
+        info={"status": f"{len(runs)} folders"},
+        config="\n".join(f"# {prefix}\n{run.config}" for prefix, run in named if run.config),
+        metrics={under(p, run, name): rows for p, run in named for name, rows in run.metrics.items()},
+        phases={},
+        evaluations=[replace(e, name=under(p, run, e.name)) for p, run in named for e in run.evaluations],
+        passed_over=[under(p, run, name) for p, run in named for name in run.passed_over],
+    )
+
+
+Compared = tuple[Evaluation, dict[str, dict[str, Any]]]
+"""An evaluation, and the difference of others to it by their names."""
+
+
+def compare(run: Run) -> Compared | str:
+    """What `before` was and `after` is; or else the others less the first; or why there is no difference."""
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    pair = [named[name] for name in ("before", "after") if name in named]
-    if len(pair) < 2:
-        pair = list(run.evaluations)
-    if len(pair) != 2:
-        return "A difference needs two evaluations, or those called “before” and “after”."
-    before, after = pair
-    try:
-        return before, after, paired_difference(before.records.values(), after.records.values())
-    except DataError as error:
-        return f"No paired difference: {error}."
+    chosen = [named[name] for name in ("before", "after") if name in named]
+    first, *others = chosen if len(chosen) == 2 else run.evaluations
+    if not others:
+        return "A difference needs two evaluations."
+    differences, reasons = {}, []
+    for other in others:
+        try:
+            differences[other.name] = paired_difference(first.records.values(), other.records.values())
+        except DataError as error:
+            reasons.append(str(error))
+    return (first, differences) if differences else f"No paired difference: {reasons[0]}."
 
 
 def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, Any]]:

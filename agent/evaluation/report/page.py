@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -20,26 +21,37 @@ from typing import Any
 from agent.evaluation.report import tables
 from agent.evaluation.report.choice import Choice
 from agent.evaluation.report.collect import browser_payload
-from agent.evaluation.report.folders import read_folder
+from agent.evaluation.report.folders import read_folders
 from data.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
 
-def write_report(folder: Path | str, choice: Choice = Choice()) -> Path:  # noqa: B008 (frozen)
+def write_report(
+    folder: Path | str,
+    choice: Choice = Choice(),  # noqa: B008 (frozen)
+    more: Sequence[Path | str] = (),
+    out: Path | str | None = None,
+) -> Path:
     """Write FOLDER/report.html from what a run, an evaluation or a folder of them holds so far; its path.
+
+    more: further folders, side by side with it. out: another file.
 
     Raises DataError where it is none of these or a file in it is malformed, ConfigError where what is chosen
     is not there, StorageError where the page cannot be written.
     """
-    path = Path(folder) / "report.html"
-    atomic_write(path, render_report(folder, choice))
+    path = Path(out) if out else Path(folder) / "report.html"
+    atomic_write(path, render_report(folder, choice, more))
     return path
 
 
-def render_report(folder: Path | str, choice: Choice = Choice()) -> str:  # noqa: B008 (frozen)
+def render_report(
+    folder: Path | str,
+    choice: Choice = Choice(),  # noqa: B008 (frozen)
+    more: Sequence[Path | str] = (),
+) -> str:
     """The page as HTML; the log says what of the folder it leaves out."""
-    run = read_folder(folder, choice.evaluations)
+    run = read_folders([folder, *more], choice.evaluations)
     payload = browser_payload(run, choice)
     if payload["chosen"]:
         logger.info("report: %s", payload["chosen"])

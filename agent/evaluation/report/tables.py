@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from agent.evaluation.report.folders import Evaluation, Run, compare
+from agent.evaluation.report.folders import Compared, Evaluation, Run, compare
+from agent.evaluation.summary import describe
 
 LABELS = {"before": "Before training", "after": "After training"}
 
@@ -34,13 +35,28 @@ def results(run: Run) -> str:
     if not run.evaluations:
         return '<p class="empty">No evaluation yet.</p>'
     compared = compare(run)
-    difference = {} if isinstance(compared, str) else compared[2]
+    differences = {} if isinstance(compared, str) else compared[1]
+    difference = next(iter(differences.values())) if len(run.evaluations) == 2 and differences else {}
+    if {"before", "after"} <= {e.name for e in run.evaluations}:
+        difference = differences.get("after", {})
     kinds = list(dict.fromkeys(kind for e in run.evaluations for kind in e.scores["by_kind"]))
     groups = [
         ("Exact match, 95 % interval", _em_rows(run, kinds, difference)),
         ("Searches a question", _plain_rows(run, kinds, "searches_per_question", "{:.2f}")),
         ("All questions", _overall_rows(run, bool(difference))),
     ]
+    if differences:
+        groups.insert(
+            1, (f"Flipped against {_label(compared[0].name)}", _flip_rows(run, differences, bool(difference)))
+        )
+    if differences and not difference:
+        groups.insert(
+            1,
+            (
+                f"Exact match less that of {_label(compared[0].name)}, paired",
+                _less_rows(run, kinds, differences),
+            ),
+        )
     columns = "".join(f'<th scope="col">{_column(e)}</th>' for e in run.evaluations)
     if difference:
         columns += '<th scope="col">Difference <small>paired</small></th>'
@@ -90,6 +106,26 @@ def _em_rows(run: Run, kinds: Iterable[str], difference: Mapping[str, Any]) -> l
     return rows
 
 
+def _less_rows(run: Run, kinds: Iterable[str], differences: Mapping[str, Any]) -> list[str]:
+    """The paired difference of each evaluation to the first, overall and by kind."""
+    rows = []
+    for kind in (None, *kinds):
+        parts = [differences.get(e.name) for e in run.evaluations]
+        own = [part and (part if kind is None else part["by_kind"].get(kind)) for part in parts]
+        rows.append(_row(kind, run, [_signed(part["em"]) if part else "" for part in own]))
+    return rows
+
+
+def _flip_rows(run: Run, differences: Mapping[str, Any], wide: bool) -> list[str]:
+    more = "<td></td>" * wide
+    return [
+        f'<tr><th scope="row">{name}</th><td></td>'
+        + "".join(f"<td>{differences.get(e.name, {}).get(key, '')}</td>" for e in run.evaluations)
+        + f"{more}</tr>"
+        for name, key in (("fixed (wrong there, right here)", "fixed"), ("broken (right there)", "broken"))
+    ]
+
+
 def _plain_rows(run: Run, kinds: Iterable[str], key: str, form: str) -> list[str]:
     return [
         _row(kind, run, [form.format(p[key]) if (p := _part(e, kind)) else "–" for e in run.evaluations])
@@ -106,12 +142,17 @@ def _overall_rows(run: Run, wide: bool) -> list[str]:
         "Policy tokens a question": lambda s: f"{s['policy_tokens_per_question']:.0f}",
         "Failed searches (count as wrong)": lambda s: f"{s['search_failed']}",
     }
+    shown = [
+        {name: show(e.scores) for name, show in names.items()} | dict(describe(e.scores))
+        for e in run.evaluations
+    ]
     return [
-        f'<tr><th scope="row">{name}</th><td></td>'
-        + "".join(f"<td>{show(e.scores)}</td>" for e in run.evaluations)
+        f'<tr><th scope="row">{escape(name)}</th><td></td>'
+        + "".join(f"<td>{escape(of.get(name, ''))}</td>" for of in shown)
         + ("<td></td>" if wide else "")
         + "</tr>"
-        for name, show in names.items()
+        for name in dict.fromkeys(name for of in shown for name in of)
+        if name != "tokens written a question"
     ]
 
 
@@ -153,10 +194,14 @@ def _signed(estimate: Mapping[str, Any]) -> str:
 
 def _column(evaluation: Evaluation) -> str:
     unfinished = "" if evaluation.finished else " <small>unfinished</small>"
-    return escape(LABELS.get(evaluation.name, evaluation.name)) + unfinished
+    return _label(evaluation.name) + unfinished
 
 
-def _footnote(run: Run, compared: tuple[Any, Any, Any] | str) -> str:
+def _label(name: str) -> str:
+    return escape(LABELS.get(name, name))
+
+
+def _footnote(run: Run, compared: Compared | str) -> str:
     scores = run.evaluations[0].scores
     units = f"{scores['n']:,} questions"
     if scores["clusters"] < scores["n"]:

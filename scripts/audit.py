@@ -1,0 +1,37 @@
+"""`sleuth audit`: which questions can be answered from a corpus at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def main(questions: str, corpus: Path, split: str | None = None, out: Path | None = None) -> None:
+    """Show the share of questions whose answer stands in a passage of the corpus, by set and by kind.
+
+    What no passage says cannot be searched for: trained on, such questions teach guessing. Answers that are
+    yes or no can be found anywhere and are counted apart.
+
+    Args:
+        questions: JSONL, parquet, folder or name; several separated by commas.
+        corpus: JSON lines of passages, or the folder of an index.
+        split: Split of the questions, where there are several.
+        out: Folder for answerable.jsonl, unanswerable.jsonl and audit.json.
+    """
+    from data.answerability import answerable, audit, show_rows, write_audit
+    from data.corpus import Corpus
+    from data.questions import load_questions
+    from scripts.console import show_table, track
+
+    asked = load_questions(questions, split)
+    if corpus.is_dir():
+        from retriever_server.indexes.base import open_index
+
+        read = open_index(corpus).corpus
+    else:
+        read = Corpus(corpus)
+    found = answerable(asked, track("reading the corpus")(read, len(read)))
+    audited = audit(asked, found)
+    columns, rows = show_rows(audited)
+    show_table(f"{len(read):,} passages of {corpus}", columns, rows)
+    if out:
+        write_audit(out, asked, found, audited)
