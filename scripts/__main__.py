@@ -51,6 +51,8 @@ COMMANDS = {
     "audit": Command("scripts.audit", "which questions a corpus can answer at all"),
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
     "synthesize": Command("scripts.synthesize", "examples that a language model writes from passages"),
+    "gate": Command("scripts.gate", "whether a new retriever may take the place of the old one"),
+    "co-train": Command("scripts.co_train", "policy and retriever train each other, in rounds"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
     "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),

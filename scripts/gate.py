@@ -1,0 +1,54 @@
+"""`sleuth gate`: whether a new retriever may take the place of the old one."""
+
+from __future__ import annotations
+
+from data.errors import ConfigError
+
+REFUSED = 3
+"""Exit status of a refusal."""
+
+
+def main(
+    examples: str,
+    old: str,
+    new: str,
+    questions: str | None = None,
+    k: int = 3,
+    max_plain_loss: float = 0.01,
+    out: str | None = None,
+) -> int:
+    """Compare two retrievers on a policy's held-out searches and on plain questions.
+
+    Exits with 0 where the new one may serve, with 3 where it is refused.
+
+    Args:
+        examples: Held-out searches and their positives, as `sleuth mine --trajectories` writes them.
+        old: Retriever that serves now: folder of an index, URL or YAML file.
+        new: Retriever that would take its place.
+        questions: Questions that name their passages; asked as they stand they may lose little.
+        k: Passages that a search shows.
+        max_plain_loss: Most recall that plain questions may lose.
+        out: File for the decision, as JSON.
+    """
+    from data.examples import parse_example
+    from data.jsonl import read_jsonl, write_json
+    from data.questions import load_questions
+    from data.significance import format_estimate
+    from retriever_server.open_retriever import check_retriever, open_retriever
+    from rl.co_training.gate import judge_retrievers
+
+    if k < 1:
+        raise ConfigError(f"k = {k}: must be >= 1")
+    for spec in (old, new):
+        check_retriever(spec)
+    searches = [parse_example(record) for record in read_jsonl(examples)]
+    asked = load_questions(questions) if questions else []
+    decision = judge_retrievers(searches, asked, open_retriever(old), open_retriever(new), k, max_plain_loss)
+    if out:
+        write_json(out, decision.as_record())
+    change = f"{decision.old_recall:.3f} -> {decision.new_recall:.3f}"
+    print(f"recall@{k} of {decision.searches:,} searches: {change}, gain {format_estimate(decision.gain)}")
+    if decision.plain:
+        print(f"recall@{k} of plain questions, difference: {format_estimate(decision.plain)}")
+    print(f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
+    return 0 if decision.passed else REFUSED
