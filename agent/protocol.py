@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from agent.answer_form import ASKED, MAY_ABSTAIN, AnswerForm, read_answer, write_answer
+from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
@@ -78,6 +79,8 @@ class Protocol:
     max_turns: int = 4
     """Searches (and invalid actions) allowed; one more completion may then only answer."""
     top_k: int = 3
+    query_style: str = "query"
+    """Text that the retriever is asked (agent/query_styles.py); the trajectory keeps the policy's query."""
     max_response_tokens: int = 500
     """Limit of one turn."""
     max_observation_tokens: int = 500
@@ -85,6 +88,9 @@ class Protocol:
     """Limit of the whole trajectory before a turn; the question is never dropped to make room."""
 
     def __post_init__(self) -> None:
+        if self.query_style not in QUERY_STYLES:
+            allowed = ", ".join(QUERY_STYLES)
+            raise ConfigError(f"protocol.query_style = {self.query_style!r}: must be one of {allowed}")
         for limit in ("top_k", "max_response_tokens", "max_observation_tokens"):
             if getattr(self, limit) < 1:
                 raise ConfigError(f"protocol.{limit} = {getattr(self, limit)}: must be >= 1")

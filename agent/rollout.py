@@ -24,6 +24,7 @@ from typing import Protocol as Interface
 from agent.engines.base import Completion, Engine, Sampling
 from agent.prompt import PromptFrame, encode_prompt, make_frame
 from agent.protocol import Action, Answer, Invalid, Protocol
+from agent.query_styles import QUERY_STYLES
 from agent.search_tool import Observation, TagSanitizer, find_pictures, observe
 from agent.tools import OPEN_PAGE, SEARCH, Call
 from agent.trajectory import SearchRecord, Segment, SegmentKind, Segments, StopReason, Trajectory
@@ -279,7 +280,9 @@ class Environment:
         return SearchRecord(call.argument, hits, seconds, error, turn, call.tool), sources
 
     async def _search(self, query: str) -> list[Hit]:
-        return await self.searcher.search(query, self.protocol.top_k)
+        asked = [search.query for search in self.ledger.searches if search.tool == SEARCH.name]
+        text = QUERY_STYLES[self.protocol.query_style](self.question.text, asked, query)
+        return await self.searcher.search(text, self.protocol.top_k)
 
     async def _open_page(self, place: str) -> list[Hit] | None:
         """The document of a passage: of its number in the last search, else of its id."""

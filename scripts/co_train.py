@@ -49,6 +49,8 @@ class CoTrainConfig:
     temperature: float = 1.0
     labels: Literal["gold", "answer", "quote", "opened"] = "answer"
     """What makes a passage positive (see `sleuth mine`)."""
+    style: Literal["query", "question", "history"] = "query"
+    """Text that the retriever learns from and is asked: protocol.query_style of the agent."""
     k: int = 3
     """Passages a search shows, at the gate as to the policy."""
     max_plain_loss: float = 0.01
@@ -109,7 +111,7 @@ class _Loop:
         first = state.round * config.rollout_questions
         part = self.questions[first : first + config.rollout_questions]
         write_jsonl(folder / "questions.jsonl", map(question_row, part))
-        agent = {"policy": state.policy, "retriever": state.retriever, "protocol.top_k": config.k}
+        agent = {"policy": state.policy, "retriever": state.retriever, **self._protocol()}
         sampled = {"samples": config.samples, "temperature": config.temperature, "seed": config.seed}
         sampled |= {"questions": folder / "questions.jsonl", "out": folder / "rollout"}
         self._run(state, "evaluate", agent | sampled)
@@ -128,7 +130,7 @@ class _Loop:
     def label(self, state: State) -> State:
         config, folder = self.config, self._folder(state)
         held_out = [config.dev_questions, *(config.held_out or [])]
-        common = {"labels": config.labels, "corpus": config.corpus}
+        common = {"labels": config.labels, "style": config.style, "corpus": config.corpus}
         self._run(state, "mine", common | {
             "trajectories": folder / "rollout" / "trajectories.jsonl",
             "held_out": json.dumps(held_out),
@@ -193,7 +195,7 @@ class _Loop:
             "policy": state.policy,
             "retriever": state.retriever,
             "questions": config.questions,
-            "protocol.top_k": config.k,
+            **self._protocol(),
             "steps": config.steps,
             "save_every": config.steps,
             "seed": config.seed + state.round,
@@ -202,6 +204,9 @@ class _Loop:
         last = latest_checkpoint(folder / "policy" / "checkpoints")
         assert last is not None  # a training that ends well has saved
         return replace(state, policy=str(last.path))
+
+    def _protocol(self) -> dict[str, Any]:
+        return {"protocol.top_k": self.config.k, "protocol.query_style": self.config.style}
 
     def _folder(self, state: State) -> Path:
         folder = self.out / f"round-{state.round}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.query_styles import QUERY_STYLES
+from agent.tools import SEARCH
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Example, Question
@@ -18,29 +20,6 @@ NEGATIVES = (Label.REDUNDANT, Label.HARD, Label.WEAK)
 """Labels that become negatives, in the order in which they are taken (ITER's tiers)."""
 TIER_WEIGHTS = {Label.REDUNDANT: 3.0, Label.HARD: 1.0, Label.WEAK: 0.3}
 """Weight of a negative of each tier (ITER, 2608.27912)."""
-
-
-def query_alone(question: str, history: Sequence[str], query: str) -> str:
-    """The query as the policy wrote it."""
-    return query
-
-
-def question_and_query(question: str, history: Sequence[str], query: str) -> str:
-    """The question, [SEP], the query (Agentic-R, 2601.11888)."""
-    return f"{question} [SEP] {query}"
-
-
-def with_history(question: str, history: Sequence[str], query: str) -> str:
-    """The question, the query and the numbered earlier queries (ITER, 2608.27912)."""
-    earlier = "".join(f"\n{number}. {asked}" for number, asked in enumerate(history, start=1))
-    return f"Question: {question}\nQuery: {query}" + (f"\nEarlier queries:{earlier}" if earlier else "")
-
-
-QUERY_STYLES: dict[str, Callable[[str, Sequence[str], str], str]] = {
-    "query": query_alone,
-    "question": question_and_query,
-    "history": with_history,
-}
 
 
 @dataclass(frozen=True)
@@ -138,6 +117,8 @@ def _collect(
             continue
         history: list[str] = []
         for call, labels in zip(searches.calls, label(searches, config.labels), strict=True):
+            if call.tool != SEARCH.name:
+                continue  # the argument names a page; no retriever is asked
             tally.labels.update(str(kind) for kind in labels.values())
             text = QUERY_STYLES[config.style](searches.question.text, history, call.query)
             key = (searches.question.id, text)

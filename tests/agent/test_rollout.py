@@ -207,3 +207,28 @@ def test_a_rollout_goes_on_from_whatever_part_of_its_ledger_there_is(protocol):
         assert [(s.query, s.turn) for s in again.searches] == [("Lyon", 0), ("France", 2)]
         assert (again.answer, again.invalid_actions) == ("Paris", 1)
         assert ledger.segments is again.segments
+
+
+@pytest.mark.parametrize("style", ["query", "question", "history"])
+def test_the_retriever_is_asked_in_the_style_of_its_training_and_the_ledger_keeps_the_query(style):
+    class Listening(DictSearcher):
+        asked: list[str] = []  # noqa: RUF012
+
+        async def search(self, query, k):
+            self.asked.append(query)
+            return await super().search("Lyon", k)
+
+    protocol, searcher = replace(COMPACT, query_style=style), Listening(WORLD)
+    searcher.asked = []
+    turns = [Search("Lyon"), Search("France"), Answer("Paris")]
+    (trajectory,), _, _ = run(protocol, [protocol.render_turn("so", turn) for turn in turns], searcher)
+    assert [s.query for s in trajectory.searches] == ["Lyon", "France"]
+    text = trajectory.question.text
+    assert (
+        searcher.asked[1]
+        == {
+            "query": "France",
+            "question": f"{text} [SEP] France",
+            "history": f"Question: {text}\nQuery: France\nEarlier queries:\n1. Lyon",
+        }[style]
+    )

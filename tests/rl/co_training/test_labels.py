@@ -2,12 +2,13 @@
 
 import pytest
 
+from agent.query_styles import QUERY_STYLES
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from data.records import Question
-from rl.co_training.examples import QUERY_STYLES, LabelConfig, mine_trajectories, reasoning_weights
+from rl.co_training.examples import LabelConfig, mine_trajectories, reasoning_weights
 from rl.co_training.labels import LABELLERS, label
 from rl.co_training.searches import read_searches
 
@@ -75,6 +76,17 @@ def test_a_passage_opened_by_number_or_by_id_is_positive_and_the_rest_weak(tmp_p
     labels = labels_of(trajectory(calls, ["a"] * 5), "opened", tmp_path)
     assert labels[0] == {"eiffel": "positive", "cow": "weak"}
     assert labels[2] == {"mustard": "weak", "born": "positive"}
+
+
+def test_pages_that_were_opened_are_no_queries(tmp_path):
+    calls = [
+        search("tower", ["eiffel", "cow"], 0), search("1", ["eiffel"], 1, "open_page"),
+        search("birth", ["born", "cow"], 2), search("2", ["cow"], 3, "open_page"),
+    ]  # fmt: skip
+    _, rows = mined([trajectory(calls, ["a"] * 5)], tmp_path, config={"labels": "opened", "style": "history"})
+    assert [row["query"].split("\n", 1)[1] for row in rows] == [
+        "Query: tower", "Query: birth\nEarlier queries:\n1. tower",
+    ]  # fmt: skip
 
 
 def test_what_is_useful_later_is_no_negative_before(tmp_path):
