@@ -90,8 +90,8 @@ class ProtocolConfig:
     top_k: int | None = None
     """Passages shown a search."""
     query_style: Literal["query", "question", "history"] | None = None
-    """Text that the retriever is asked: the policy's query alone, after its question, or with the question and
-    the earlier queries."""
+    """Text that the retriever is asked: the policy's query alone, after its question, or with the question
+    and the earlier queries."""
     max_response_tokens: int | None = None
     """Tokens of one turn."""
     max_observation_tokens: int | None = None

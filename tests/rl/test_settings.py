@@ -225,6 +225,7 @@ SHOWN_IN: dict[type, dict[str, str]] = {
         "../agent/test_prompt.py": "chat_template_kwargs",
         "../agent/test_environment.py": "tools",
         "../agent/test_answer_form.py": "answer_form may_abstain",
+        "../agent/test_rollout.py": "query_style",
     },
     SentinelConfig: {
         "test_sentinel.py": "action patience baseline_steps min_entropy_share max_entropy_share "

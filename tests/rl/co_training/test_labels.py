@@ -80,7 +80,7 @@ def test_a_passage_opened_by_number_or_by_id_is_positive_and_the_rest_weak(tmp_p
 
 def test_pages_that_were_opened_are_no_queries(tmp_path):
     calls = [
-        search("tower", ["eiffel", "cow"], 0), search("1", ["eiffel"], 1, "open_page"),
+        search("tower", ["eiffel", "mustard"], 0), search("1", ["eiffel"], 1, "open_page"),
         search("birth", ["born", "cow"], 2), search("2", ["cow"], 3, "open_page"),
     ]  # fmt: skip
     _, rows = mined([trajectory(calls, ["a"] * 5)], tmp_path, config={"labels": "opened", "style": "history"})
