@@ -35,8 +35,8 @@ class CoTrainConfig:
     """YAML file for `sleuth train-retriever`; its train and out are set here."""
     out: str
     """Folder of the loop."""
-    held_out: list[str] | None = None
-    """Further files of questions that must not train the retriever, such as the test questions."""
+    held_out: str | None = None
+    """More questions that must not train the retriever, such as the test's; files separated by commas."""
     rounds: int = 2
     steps: int = 20
     """Steps of the policy a round; weights go on, the optimizer begins anew."""
@@ -129,11 +129,11 @@ class _Loop:
 
     def label(self, state: State) -> State:
         config, folder = self.config, self._folder(state)
-        held_out = [config.dev_questions, *(config.held_out or [])]
+        held_out = ",".join(filter(None, [config.dev_questions, config.held_out]))
         common = {"labels": config.labels, "style": config.style, "corpus": config.corpus}
         self._run(state, "mine", common | {
             "trajectories": folder / "rollout" / "trajectories.jsonl",
-            "held_out": json.dumps(held_out),
+            "held_out": held_out,
             "out": folder / "examples.jsonl",
         })  # fmt: skip
         self._run(state, "mine", common | {

@@ -31,7 +31,7 @@ def main(
     trajectories: str | None = None,
     labels: Literal["gold", "answer", "quote", "opened"] = "answer",
     style: Literal["query", "question", "history"] = "query",
-    held_out: list[str] | None = None,
+    held_out: str | None = None,
 ) -> None:
     """Find passages that a retriever takes for good and that are not. Killed, it goes on when started again.
 
@@ -63,10 +63,10 @@ def main(
             trajectory is correct and a gold answer stands in it. quote: the next turn repeats four words of
             it. opened: the agent opened its page.
         style: With --trajectories: the query alone, after its question, or with the earlier queries.
-        held_out: With --trajectories: files of questions (dev, test) that must not contribute.
+        held_out: With --trajectories: questions that must not contribute, files separated by commas.
     """
     if trajectories:
-        _mine_trajectories(trajectories, out, labels, style, per_query, held_out or [], corpus, queries)
+        _mine_trajectories(trajectories, out, labels, style, per_query, held_out, corpus, queries)
         return
     if not queries:
         raise ConfigError("--queries or --trajectories must be given")
@@ -97,7 +97,7 @@ def _mine_trajectories(
     labels: str,
     style: str,
     negatives: int,
-    held_out: list[str],
+    held_out: str | None,
     corpus: Any,
     queries: Any,
 ) -> None:
@@ -109,7 +109,7 @@ def _mine_trajectories(
     if queries:
         raise ConfigError("--queries and --trajectories: give one of them")
     config = LabelConfig(labels, style, negatives)
-    questions = [question for file in held_out for question in load_questions(file)]
+    questions = load_questions(held_out) if held_out else []
     content_hash = Corpus(corpus).content_hash if corpus else ""
     tally = mine_trajectories(path, out, config, questions, content_hash, track("labelling searches"))
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
