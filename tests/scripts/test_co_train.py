@@ -13,12 +13,13 @@ from scripts import __main__ as sleuth
 from scripts import co_train
 from scripts.command_line import build_parser, parse
 
+CONFIGS = Path(co_train.__file__).parent / "configs"
+
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("atlas")
     build_atlas(folder, hard=True)
-    (folder / "recipe.yaml").write_text("{}\n")
     return folder
 
 
@@ -26,7 +27,8 @@ def config(atlas, out, **given):
     return co_train.CoTrainConfig(**{
         "policy": "atlas", "retriever": str(atlas / "index"), "corpus": str(atlas / "corpus.jsonl"),
         "questions": str(atlas / "train.jsonl"), "dev_questions": str(atlas / "dev.jsonl"),
-        "train_recipe": str(atlas / "recipe.yaml"), "retriever_recipe": str(atlas / "recipe.yaml"),
+        "train_recipe": str(CONFIGS / "atlas.yaml"),
+        "retriever_recipe": str(CONFIGS / "retriever" / "minilm.yaml"),
         "out": str(out), "rollout_questions": 8,
     } | given)  # fmt: skip
 
@@ -44,7 +46,7 @@ class Commands:
         given = dict(option.removeprefix("--").split("=", 1) for option in options)
         self.ran.append((command, given))
         module = __import__(sleuth.COMMANDS[command].module, fromlist=["main"])
-        parse(build_parser(module.main, command), [o for o in options if not o.startswith("--config")])
+        parse(build_parser(module.main, command), options)
         out = Path(given["out"])
         if command == "evaluate":
             write_json(out / "scores.json", {"em": {"mean": 0.5, "low": 0.4, "high": 0.6}})
