@@ -101,6 +101,7 @@ def test_commands_and_options_exist(block):
         keys = known_keys(build_parser(module.main, name))
         keys = [*keys, *(key.rpartition(".")[0] for key in keys)]  # a group in YAML, or by a word
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--") and len(word) > 2}
+        keys += [key.replace("_", "-") for key in keys]  # of a switch that stands alone
         assert given <= {*keys, "config", "help", "help-all", "print_config"}, f"{block.where}: {name}"
         assert all((ROOT / w).is_file() for w in words if w.startswith("scripts/") and w.endswith(".yaml"))
 
