@@ -77,6 +77,15 @@ def read_sealed(path: Path) -> memoryview | None:
     return content if hashlib.sha256(content).digest() == mapped[-_DIGEST_BYTES:] else None
 
 
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Return another value once another file has taken the place; () where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 @contextmanager
 def new_folder(out: Path, mark: str = "", aside: Path | None = None, shared: bool = False) -> Iterator[Path]:
     """Give a folder to fill, which replaces the folder `out` when the block ends well.

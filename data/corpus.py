@@ -15,17 +15,16 @@ import os
 import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.errors import CorpusChanged, DataError
+from data.errors import CorpusChanged, DataError, unreadable
 from data.formats.rows import needed_id, object_of, text_of
 from data.jsonl import parse_line
 from data.modalities import modalities
-from data.offsets import OFFSETS, Offsets, Stamp, hash_of, keep, table_place
+from data.offsets import OFFSETS, Offsets, Stamp, hash_of, hash_text, keep, table_place
 from data.records import Passage, split_contents
 
 logger = logging.getLogger(__name__)
@@ -109,17 +108,14 @@ class Corpus:
             passage = parse_passage(parse_line(line))
         except ValueError as error:  # checked once, maybe by who knew more modalities
             raise CorpusChanged(f"{self.path.name}: passage {position}: {error}") from error
-        if not passage.files:
-            return passage
-        files = {name: str(self._folder / file) for name, file in passage.files.items()}
-        return replace(passage, image=files.pop("image", ""), media=files)
+        return passage.placed(self._folder) if passage.image or passage.media else passage
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[position] for position in range(len(self)))
 
     def get(self, passage_id: str) -> Passage | None:
         """The passage with this id, or None."""
-        wanted = np.uint64(_hash_id(passage_id))
+        wanted = np.uint64(hash_text(passage_id))
         first = int(np.searchsorted(self._hashes, wanted))
         for slot in range(first, len(self)):  # one turn, but for two ids of the same hash
             if self._hashes[slot] != wanted:
@@ -145,7 +141,7 @@ class Corpus:
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
         """The position of each id, -1 for one that none has. (N,), int64; goes by 64 bits of hash alone."""
-        wanted = np.array([_hash_id(passage_id) for passage_id in ids], dtype=np.uint64)
+        wanted = np.array([hash_text(passage_id) for passage_id in ids], dtype=np.uint64)
         slots = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
         return np.where(self._hashes[slots] == wanted, self._positions[slots].astype(np.int64), -1)
 
@@ -161,7 +157,7 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
-    files = {name: file for name in modalities() if (file := text_of(record.get(name), name))}
+    files = {name: file for name in modalities() if name in record and (file := text_of(record[name], name))}
     if text is None:
         contents = record.get("contents", "" if files else None)
         if contents is None:
@@ -172,11 +168,11 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         id=needed_id(record.get("id")),
         text=text_of(text, "text").strip(),
         title=text_of(title, "title").strip(),
-        metadata=object_of(record.get("metadata"), "metadata"),
+        metadata=object_of(record["metadata"], "metadata") if "metadata" in record else {},
         image=files.pop("image", ""),
         media=files,
     )
-    return passage.keep_verbatim(record.get("contents"))
+    return passage.keep_verbatim(record["contents"]) if "contents" in record else passage
 
 
 def passage_row(passage: Passage, folder: str | Path) -> dict[str, Any]:
@@ -213,9 +209,7 @@ def _open(path: Path) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file" if missing else f"cannot be read: {error.strerror or error}"
-        raise DataError(f"{path}: {reason}") from error
+        raise DataError(f"{path}: {unreadable(error)}") from error
 
 
 def _stamp(file: int) -> Stamp:
@@ -245,7 +239,7 @@ def _read_all(path: Path, descriptor: int) -> Offsets:
                     raise DataError(f"{path}:{number}: {error}") from error
                 starts.append(offset)
                 lines.append(_hash_line(line))
-                ids.append(_hash_id(passage.id))
+                ids.append(hash_text(passage.id))
                 with_metadata += bool(passage.metadata)
                 if not passage.text and not passage.files:
                     empty.append(number)
@@ -284,7 +278,3 @@ def _line_number(path: Path, offset: int) -> int:
 
 def _hash_line(line: bytes) -> int:
     return hash_of(line.rstrip())  # without the blank lines that follow it
-
-
-def _hash_id(passage_id: str) -> int:
-    return hash_of(passage_id.encode("utf-8", "surrogatepass"))

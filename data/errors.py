@@ -92,6 +92,11 @@ def reason_of(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)
 
 
+def unreadable(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read."""
+    return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error of a library says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,10 +76,11 @@ def image_size(content: bytes, limits: ImageLimits = LIMITS) -> tuple[int, int]:
         return _open(content, name, limits).size
 
 
-def check_image(content: bytes, limits: ImageLimits = LIMITS) -> None:
-    """Decode the file as it is, at most four bytes a pixel. Raises DataError as `read_image`."""
+def check_image(content: bytes, limits: ImageLimits = LIMITS) -> bytes:
+    """Return the file, decoded once, at most four bytes a pixel. Raises DataError as `read_image`."""
     with needs_images("images"), _refused(name := _name(content), limits):
         _open(content, name, limits).load()
+    return content
 
 
 def split_page(source: str) -> tuple[str, int | None]:
@@ -150,8 +151,7 @@ def _bytes_of(source: str | bytes, limits: ImageLimits) -> tuple[bytes, str]:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             if isinstance(error, DataError):
                 raise
-            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-            raise DataError(f"{name}: {reason}") from error
+            raise DataError(f"{name}: {unreadable(error)}") from error
     if len(source) > limits.max_bytes:
         raise DataError(f"{name}: over {limits.max_bytes:,} bytes")
     return source, name

@@ -105,6 +105,11 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
+def hash_text(text: str) -> int:
+    """64 bits of a text, which may hold halves of surrogate pairs."""
+    return hash_of(text.encode("utf-8", "surrogatepass"))
+
+
 def cached_file(name: str) -> Path | None:
     """Return the path of a file about a corpus in the user's cache; None for a user without a home."""
     try:

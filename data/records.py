@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -34,6 +35,11 @@ class Passage:
     def files(self) -> dict[str, str]:
         """Files that it holds beside text, by modality: its image and its media."""
         return {**({"image": self.image} if self.image else {}), **self.media}
+
+    def placed(self, folder: Path) -> Passage:
+        """The passage with the paths of its files from `folder` on."""
+        files = {name: str(folder / file) for name, file in self.files.items()}
+        return replace(self, image=files.pop("image", ""), media=files)
 
     @property
     def contents(self) -> str:

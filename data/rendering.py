@@ -26,10 +26,11 @@ from typing import Any, Literal
 
 from data.atomic import atomic_write
 from data.corpus import Corpus, passage_row
-from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require
+from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require, unreadable
 from data.images import PAGE_DPI, png, read_image, split_page
 from data.jsonl import write_jsonl
 from data.layout import LAYOUTS, draw_page
+from data.offsets import hash_text
 from data.records import Passage
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class _Job:
 
 def _choice(id_: str, style: Style) -> tuple[str, str]:
     """The layout and the font of a passage: by its id, so that neither order nor processes matter."""
-    number = int.from_bytes(blake2b(id_.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    number = hash_text(id_)
     fonts = style.fonts or ("",)
     return style.layouts[number % len(style.layouts)], fonts[number // 1009 % len(fonts)]
 
@@ -195,8 +196,7 @@ def _hash_file(path: str) -> str:
         status = os.stat(path)
         return _hash_of(path, status.st_size, status.st_mtime_ns)
     except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise DataError(f"{path}: {reason}") from error
+        raise DataError(f"{path}: {unreadable(error)}") from error
 
 
 @lru_cache(maxsize=1024)

@@ -162,6 +162,10 @@ class Wrapper(Retriever):
         self.corpus = next((part.corpus for part in parts if part.corpus is not None), None)
         self.scorer = next((part.scorer for part in parts if part.scorer), None)
 
+    def takes_images(self) -> bool:
+        """Whether all of them do."""
+        return all(part.takes_images() for part in self.parts)
+
 
 def corpora_in(retriever: Retriever) -> list[Corpus]:
     """Return the different corpora of a retriever and all that it is made of, the outer before the inner."""

@@ -6,7 +6,6 @@ Passages may have metadata and files, such as {"image"}, queries an image: paths
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from data.atomic import open_atomic
@@ -50,8 +49,7 @@ def passages(folder: Path) -> Iterator[tuple[str, Passage]]:
             if first_of(row, "text", "contents") is None:
                 row = {**row, "text": ""}
             passage = parse_passage({**row, "id": first_of(row, "_id", "id")})
-        files = {name: str(folder / file) for name, file in passage.files.items()}
-        yield place, title_as_text(replace(passage, image=files.pop("image", ""), media=files))
+        yield place, title_as_text(passage.placed(folder))
 
 
 def load_queries(path: str | Path) -> list[Question]:

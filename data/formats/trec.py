@@ -77,13 +77,6 @@ def add_judgement(qrels: Qrels, query: str, passage: str, grade: object) -> None
         )
 
 
-def write_qrels(path: str | Path, qrels: Qrels) -> None:
-    """Write judgements as TREC does, with tabs. DataError for an id that tables cannot hold."""
-    with open_atomic(path) as file, at(str(path)):
-        for query, judged in qrels.items():
-            file.writelines(table_line(query, 0, passage, grade) for passage, grade in judged.items())
-
-
 def load_run(path: str | Path) -> dict[str, list[Hit]]:
     """The rankings of a run, best first by score, ties as trec_eval breaks them (the later id first).
 

@@ -18,15 +18,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.atomic import new_folder
+import numpy as np
+
+from data.atomic import new_folder, stamp_of
 from data.columns import METADATA, save_columns
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError, StorageError
 from data.jsonl import read_json, write_json
 from data.lock import locked
-from data.records import FORMAT_VERSION, Passage
+from data.records import FORMAT_VERSION, Hit, Passage
+from retriever_server.filters import allowed
 from retriever_server.indexes.checksums import check_files, file_hash, sample_hash
-from retriever_server.retriever import Retriever
+from retriever_server.retriever import Filter, Query, Retriever
 
 if TYPE_CHECKING:
     from retriever_server.encoders.spec import EncodingSpec
@@ -77,11 +80,38 @@ class Manifest:
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
-class Index(Retriever):
+Ranking = tuple[np.ndarray, np.ndarray]
+"""Positions and scores, best first. (<= k,), (<= k,)"""
+
+
+class PositionSearch(Retriever):
+    """Finds positions in a corpus that lies here."""
+
+    corpus: Corpus
+
+    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """Return the best `k` passages of each query among those that `where` allows, best first."""
+        if k < 1:
+            raise ConfigError(f"k = {k}: must be >= 1")
+        rankings = self.find(queries, k, self._mask(where)) if queries else []
+        return [
+            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
+            for ranked in rankings
+        ]
+
+    @abstractmethod
+    def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
+        """Rank the best `k` positions that `mask` (P,) allows for each query."""
+
+    def _mask(self, where: Filter | None) -> np.ndarray | None:
+        """Mark the passages that a search may find; None for all."""
+        return allowed(self.corpus, where) if where else None
+
+
+class Index(PositionSearch):
     """A retriever over an index on disk."""
 
     manifest: Manifest
-    corpus: Corpus
 
     @classmethod
     @abstractmethod
@@ -116,25 +146,16 @@ def open_index(path: str | Path, **options: Any) -> Index:
     """
     path = Path(path)
     while True:
-        found = _identity(path)
+        found = stamp_of(path / MANIFEST)
         try:
             index = _open(path, options)
         except (SleuthError, OSError, ValueError):
-            if _identity(path) == found:
+            if stamp_of(path / MANIFEST) == found:
                 raise
         else:
-            if _identity(path) == found:
+            if stamp_of(path / MANIFEST) == found:
                 return index
             index.close()  # another one came meanwhile: some files may be of the new one
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Another value once another index has taken the place."""
-    try:
-        status = (path / MANIFEST).stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _open(path: Path, options: dict[str, Any]) -> Index:

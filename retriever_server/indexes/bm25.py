@@ -9,7 +9,6 @@ BM25's weights equal those of bm25s. The building is ours because bm25s holds al
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
-from data.records import Hit, Passage
-from retriever_server.filters import allowed
+from data.errors import ConfigError, DataError, require
+from data.offsets import hash_text
+from data.records import Passage
 from retriever_server.indexes.analyzers import WORDS, load_analyzer, spaceless_share
 from retriever_server.indexes.base import (
     Index,
     Manifest,
+    Ranking,
     building,
     found_at,
     generation_name,
@@ -34,7 +34,7 @@ from retriever_server.indexes.base import (
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.postings import best, open_postings, write_postings
 from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
-from retriever_server.retriever import Filter, Query, texts_of
+from retriever_server.retriever import Query, texts_of
 
 logger = logging.getLogger(__name__)
 _LAYOUT = 2  # of the files; 1 was that of bm25s
@@ -97,12 +97,10 @@ class BM25Index(Index):
                 write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
         return open_index(out)  # type: ignore[return-value]
 
-    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """Return the best `k` passages of each query, best first; none where it has no known word."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
-        mask = allowed(self.corpus, where) if where else None
-        return [self._search_one(query, k, mask) for query in texts_of(queries, self.generation)]
+    def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
+        """As `PositionSearch.find`; nothing for a query without a known word."""
+        scores = (self._scores(self._terms_of(query)) for query in texts_of(queries, self.generation))
+        return [(found, each[found]) for each in scores for found in [best(each, k, mask)]]
 
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
@@ -110,16 +108,9 @@ class BM25Index(Index):
         """As `Retriever.score`; 0 for a passage that shares no word with the query."""
         scores = []
         for query, each in zip(texts_of(queries, self.generation), passages, strict=True):
-            of = self._scores(self._known(self._analyze(query)))
+            of = self._scores(self._terms_of(query))
             scores.append({id_: float(of[position]) for id_, position in self.places(each).items()})
         return scores
-
-    def _search_one(self, query: str, k: int, mask: np.ndarray | None) -> list[Hit]:
-        terms = self._known(self._analyze(query))
-        if not len(terms):
-            return []
-        scores = self._scores(terms)
-        return [Hit(self.corpus[int(i)], float(scores[i]), self.generation) for i in best(scores, k, mask)]
 
     def _scores(self, terms: list[int]) -> np.ndarray:
         """Return the score of every passage for a query of these terms.   -> (P,)"""
@@ -133,9 +124,9 @@ class BM25Index(Index):
         length = np.linalg.norm(weights)
         return self._postings.scores(rows.tolist(), (weights / (length or 1)).tolist())
 
-    def _known(self, words: list[str]) -> list[int]:
-        """Return the rows of those words that the corpus has."""
-        hashes = np.array([_hash(word) for word in words], np.uint64)
+    def _terms_of(self, query: str) -> list[int]:
+        """Return the rows of those words of the query that the corpus has."""
+        hashes = np.array([hash_text(word) for word in self._analyze(query)], np.uint64)
         rows = np.searchsorted(self._terms, hashes)
         rows[rows == len(self._terms)] = 0
         return rows[self._terms[rows] == hashes].tolist()
@@ -147,7 +138,7 @@ def _write(folder: Path, corpus: Corpus, settings: dict[str, Any], progress: Cal
     with count_terms(folder, progress(corpus), analyze, settings["title_boost"]) as counts:
         if not counts.vocabulary:
             raise DataError(f"{corpus.path}: {len(corpus)} passages without a single word")
-        hashes = np.fromiter(map(_hash, counts.vocabulary), np.uint64, len(counts.vocabulary))
+        hashes = np.fromiter(map(hash_text, counts.vocabulary), np.uint64, len(counts.vocabulary))
         by_hash = np.argsort(hashes)
         row_of = np.argsort(by_hash)  # of each term in the vocabulary's order
         frequencies = counts.document_frequencies()
@@ -189,11 +180,6 @@ def _tfidf(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]
 _SCORINGS = {"bm25": _lucene_bm25, "tfidf": _tfidf}
 
 
-def _hash(term: str) -> int:
-    digest = hashlib.blake2b(term.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest)
-
-
 def _warn_of_spaceless(corpus: Corpus, analyzer: str) -> None:
     sample = range(0, len(corpus), max(1, len(corpus) // 200))
     share = 0.0 if analyzer == "multilingual" else spaceless_share(corpus[i].contents[:2000] for i in sample)
@@ -209,13 +195,9 @@ def _checked_settings(
     k1: float, b: float, analyzer: str, title_boost: int, language: str, scoring: str
 ) -> dict[str, Any]:
     load_analyzer(analyzer, language)
-    for ok, name, value, must_be in (
-        (k1 >= 0, "k1", k1, ">= 0"),
-        (0 <= b <= 1, "b", b, "in [0, 1]"),
-        (title_boost >= 0, "title_boost", title_boost, ">= 0"),
-    ):
-        if not ok:
-            raise ConfigError(f"{name} = {value}: must be {must_be}")
+    require(k1 >= 0, "k1", k1, ">= 0")
+    require(0 <= b <= 1, "b", b, "in [0, 1]")
+    require(title_boost >= 0, "title_boost", title_boost, ">= 0")
     if scoring not in _SCORINGS:
         raise ConfigError(f"scoring {scoring!r}: must be one of {', '.join(_SCORINGS)}")
     common = {"title_boost": int(title_boost), "analyzer": analyzer, "language": language, "layout": _LAYOUT}

@@ -15,12 +15,13 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
-from data.records import Hit, Passage
+from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
-from retriever_server.filters import allowed
 from retriever_server.indexes.base import (
     Index,
     Manifest,
+    PositionSearch,
+    Ranking,
     building,
     found_at,
     generation_name,
@@ -28,37 +29,21 @@ from retriever_server.indexes.base import (
     write_generation,
 )
 from retriever_server.indexes.shards import Progress, Shards, silent
-from retriever_server.retriever import Filter, Query, Retriever
-
-Ranking = tuple[np.ndarray, np.ndarray]
-"""Positions and scores, best first. (<= k,), (<= k,)"""
+from retriever_server.retriever import Filter, Query
 
 
-class VectorSearch(Retriever):
+class VectorSearch(PositionSearch):
     """Ranks passages by the vectors of an encoder, however these are stored."""
 
-    corpus: Corpus
     encoder: Encoder
 
     @abstractmethod
     def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """Rank the best `k` positions that `mask` (P,) allows for each encoded query."""
 
-    def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """Return the best `k` passages of each query among those that `where` allows, best first."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
-        if not queries:
-            return []
-        rankings = self.rank(self.encoder.encode(queries, "query"), k, self._mask(where))
-        return [
-            [Hit(self.corpus[int(i)], float(s), self.generation) for i, s in zip(*ranked, strict=True)]
-            for ranked in rankings
-        ]
-
-    def _mask(self, where: Filter | None) -> np.ndarray | None:
-        """Mark the passages that a search may find; None for all."""
-        return allowed(self.corpus, where) if where else None
+    def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
+        """As `PositionSearch.find`."""
+        return self.rank(self.encoder.encode(queries, "query"), k, mask)
 
 
 class EncodedIndex(VectorSearch, Index):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.atomic import stamp_of
 from data.corpus import Corpus
 from data.errors import CorpusChanged, DataError
 from retriever_server.encoders.spec import Encoder, Vectors
@@ -44,7 +45,7 @@ class FaissFile(VectorSearch):
             encoder = load_encoder(encoder, None, query_prompt, passage_prompt, template, device=device)
         self.corpus, self.encoder, path = Corpus(corpus), encoder, Path(index)
         self._index, vectors = _flat_vectors(path)  # the index owns the memory of its vectors
-        self._path, self._status = path, _status(path)
+        self._path, self._status = path, stamp_of(path)
         if len(vectors) != len(self.corpus):
             raise DataError(f"{path}: {len(vectors)} vectors, but {corpus} has {len(self.corpus)} passages")
         if vectors.shape[1] != encoder.spec.dimension:
@@ -66,14 +67,9 @@ class FaissFile(VectorSearch):
         """Raise CorpusChanged where the very file that is mapped is another now; to read on may kill us."""
         if not self._path.is_file():
             return  # removed: what is mapped stays
-        (file, *was), (same, *now) = self._status, _status(self._path)
+        (file, *was), (same, *now) = self._status, stamp_of(self._path)
         if file == same and was != now:
             raise CorpusChanged(f"{self._path.name}: rewritten since it was opened; open it again")
-
-
-def _status(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:

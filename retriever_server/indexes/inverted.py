@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError
+from data.errors import require
 from retriever_server.encoders.spec import EncodingSpec, Vectors
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
@@ -38,8 +38,7 @@ class InvertedIndex(EncodedIndex):
         """terms_per_passage: so many of the largest weights are kept of each passage; None keeps all."""
         if terms_per_passage is None:
             return {}
-        if terms_per_passage < 1:
-            raise ConfigError(f"terms_per_passage = {terms_per_passage}: must be >= 1")
+        require(terms_per_passage >= 1, "terms_per_passage", terms_per_passage, ">= 1")
         return {"terms_per_passage": terms_per_passage}
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, require
+from data.errors import require
 from retriever_server.encoders.spec import EncodingSpec, Multi
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
@@ -89,8 +89,8 @@ class MaxSimIndex(EncodedIndex):
         """Sizes of `FixedEncoding`: 2,560 bytes a passage."""
         settings = {"repetitions": repetitions, "bits": bits, "projection": projection}
         for name, value in settings.items():
-            if not 1 <= value <= (12 if name == "bits" else 1024):
-                raise ConfigError(f"{name} = {value}: must be from 1 to {12 if name == 'bits' else 1024}")
+            most = 12 if name == "bits" else 1024
+            require(1 <= value <= most, name, value, f"from 1 to {most}")
         return settings
 
     @classmethod

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError, StorageError, require
+from data.errors import DataError, StorageError, require
 from data.jsonl import read_json, write_json
 from data.modalities import read
 from data.records import Item
@@ -64,10 +64,8 @@ class Shards:
     ) -> Shards:
         """Return the shards of an index at `out`; their folder lies beside and bears their identity."""
         require(on_error in ON_ERROR, "on_error", on_error, f"one of {', '.join(ON_ERROR)}")
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype = {dtype}: must be one of {', '.join(DTYPES)}")
-        if passages_per_shard < 1:
-            raise ConfigError(f"passages_per_shard = {passages_per_shard}: must be >= 1")
+        require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        require(passages_per_shard >= 1, "passages_per_shard", passages_per_shard, ">= 1")
         made_of = [encoder.spec.hash, corpus.content_hash, dtype, passages_per_shard]
         made_of += [on_error] if on_error != "stop" else []
         identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from data.errors import ConfigError
+from data.errors import require
 from data.records import Hit, Passage
 from retriever_server.retriever import Filter, Query, Retriever, Wrapper
 
@@ -23,8 +23,7 @@ class Cached(Wrapper):
     """
 
     def __init__(self, retriever: Retriever, size: int = 100_000) -> None:
-        if size < 1:
-            raise ConfigError(f"size = {size}: must be >= 1")
+        require(size >= 1, "size", size, ">= 1")
         super().__init__(retriever)
         self.retriever, self.size = retriever, size
         self.hits = self.misses = 0
@@ -64,10 +63,6 @@ class Cached(Wrapper):
     ) -> list[dict[str, float]]:
         """As the retriever behind."""
         return self.retriever.score(queries, passages)
-
-    def takes_images(self) -> bool:
-        """As the retriever behind."""
-        return self.retriever.takes_images()
 
     def _recall(self, key: tuple) -> list[Hit] | None:
         if key in self._kept:

@@ -6,10 +6,10 @@ Two such models: `CrossEncoder` (sentence-transformers) and `YesNo` (a language 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from data.hub import find_model
 from data.records import Hit, Passage
 from data.text import cut_for, replace_halves
@@ -24,8 +24,7 @@ class Rerank(Wrapper):
     scorer: Scorer
 
     def __init__(self, retriever: Retriever, scorer: Scorer, depth: int = 50) -> None:
-        if depth < 1:
-            raise ConfigError(f"depth = {depth}: must be >= 1")
+        require(depth >= 1, "depth", depth, ">= 1")
         super().__init__(retriever)
         self.retriever, self.scorer, self.depth = retriever, scorer, depth
         self._one_at_a_time = threading.Lock()  # tokenizers refuse two threads at once
@@ -47,24 +46,25 @@ class Rerank(Wrapper):
         self, queries: Sequence[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
     ) -> list[list[Hit]]:
         """Return the `k` best of these hits; `depth`: how many there were to be, where another found them."""
-        asked = texts_of(queries, self.scorer.name)
-        pairs = [(query, hit.passage) for query, hits in zip(asked, rankings, strict=True) for hit in hits]
-        with self._one_at_a_time:
-            scores = iter(self.scorer.score(pairs) if pairs else [])
+        scores = self._scores(queries, [[hit.passage for hit in ranking] for ranking in rankings])
         scored = [
             [Hit(hit.passage, next(scores), self.name_of(hit.generation, depth)) for hit in ranking]
             for ranking in rankings
         ]
         return [sorted(ranking, key=lambda hit: -hit.score)[:k] for ranking in scored]
 
+    def _scores(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Iterator[float]:
+        """Return the score of each passage with its query, one after the other."""
+        asked = texts_of(queries, self.scorer.name)
+        pairs = [(query, passage) for query, each in zip(asked, passages, strict=True) for passage in each]
+        with self._one_at_a_time:
+            return iter(self.scorer.score(pairs) if pairs else [])
+
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:
         """As `Retriever.score`, by the scorer."""
-        asked = texts_of(queries, self.scorer.name)
-        pairs = [(query, passage) for query, each in zip(asked, passages, strict=True) for passage in each]
-        with self._one_at_a_time:
-            scores = iter(self.scorer.score(pairs) if pairs else [])
+        scores = self._scores(queries, passages)
         return [{passage.id: next(scores) for passage in each} for each in passages]
 
     def describe(self) -> dict[str, Any]:

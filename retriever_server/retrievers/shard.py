@@ -9,7 +9,14 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
-from data.errors import ConfigError, DataError, RetrieverError, RetrieverTimeout, RetrieverUnavailable
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverTimeout,
+    RetrieverUnavailable,
+    require,
+)
 from data.records import Hit, Passage
 from retriever_server.retriever import Filter, Query, Retriever
 from retriever_server.retrievers.side_by_side import Rankings, SideBySide, generation_of
@@ -29,8 +36,7 @@ class Sharded(SideBySide):
     def __init__(
         self, parts: list[Retriever], deadline_seconds: float = 30.0, allow_partial: bool = False
     ) -> None:
-        if deadline_seconds <= 0:
-            raise ConfigError(f"deadline_seconds = {deadline_seconds}: must be > 0")
+        require(deadline_seconds > 0, "deadline_seconds", deadline_seconds, "> 0")
         super().__init__(parts, [])
         self.deadline_seconds, self.allow_partial, self.partial_searches = deadline_seconds, allow_partial, 0
 
@@ -68,10 +74,6 @@ class Sharded(SideBySide):
                 failures.append(error)
         if failures and (not self.allow_partial or len(failures) == len(self.parts)):
             raise failures[0]
-
-    def takes_images(self) -> bool:
-        """Whether all parts do."""
-        return all(part.takes_images() for part in self.parts)
 
     def _failure(self, number: int, part: Retriever, future: Future) -> RetrieverError | None:
         where = f"part {number} of {len(self.parts)} ({part.generation})"

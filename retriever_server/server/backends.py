@@ -191,19 +191,16 @@ class SearchPipeline:
                 rankings = reranker.reorder(queries, rankings, k, depth)
             return rankings
 
-    def generations(self) -> list[str]:
-        """Return the generation of the hits of each stage."""
-        names = [self._leases[0].generation]
-        for reranker, depth in zip(self._rerankers, self.k, strict=False):
-            names.append(reranker.name_of(names[-1], depth))
-        return names
-
     def __enter__(self) -> SearchPipeline:
         for lease in self._leases:
             lease.__enter__()
         return self
 
     def __exit__(self, *of: object) -> None:
+        self.generations = [self._leases[0].generation]
+        """Of the hits of each stage."""
+        for reranker, depth in zip(self._rerankers, self.k, strict=False):
+            self.generations.append(reranker.name_of(self.generations[-1], depth))
         for lease in self._leases:
             lease.__exit__(*of)
 

@@ -25,6 +25,8 @@ from data.errors import (
     RetrieverTimeout,
     RetrieverUnavailable,
     SleuthError,
+    require,
+    require_range,
 )
 from data.records import Item
 
@@ -58,13 +60,9 @@ class Batching:
     """How long a search may take before `/readyz` says 503."""
 
     def __post_init__(self) -> None:
-        if not self.hang_seconds > 0:
-            raise ConfigError(f"hang_seconds = {self.hang_seconds}: must be > 0")
-        for name in ("max_batch", "threads", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 1")
-        if not 0 <= self.window_seconds <= 1:
-            raise ConfigError(f"window_seconds = {self.window_seconds}: must be from 0 to 1")
+        require_range(self, "", "> 0", "hang_seconds")
+        require_range(self, "", ">= 1", "max_batch", "threads", "max_waiting")
+        require(0 <= self.window_seconds <= 1, "window_seconds", self.window_seconds, "from 0 to 1")
 
 
 class Overloaded(Exception):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require, require_range
 from retriever_server.server.batching import Batching
 
 
@@ -36,11 +37,8 @@ class Limits:
     """The largest image, width times height."""
 
     def __post_init__(self) -> None:
-        for each in fields(Limits):
-            if (value := getattr(self, each.name)) < 1:
-                raise ConfigError(f"{each.name} = {value}: must be >= 1")
-        if self.topk > self.max_topk:
-            raise ConfigError(f"topk = {self.topk}: must be <= max_topk = {self.max_topk}")
+        require_range(self, "", ">= 1", *(each.name for each in fields(Limits)))
+        require(self.topk <= self.max_topk, "topk", self.topk, f"<= max_topk = {self.max_topk}")
 
     def describe(self) -> dict[str, Any]:
         """Return the limits under their names in `/v1/info`."""
@@ -95,14 +93,11 @@ class ServeConfig(Limits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 1:
-            raise ConfigError(f"workers = {self.workers}: must be >= 1")
-        if self.max_connections < 0 or not 0 < self.stall_seconds < float("inf"):
-            given = f"max_connections = {self.max_connections}, stall_seconds = {self.stall_seconds}"
-            raise ConfigError(f"{given}: must be >= 0 and > 0")
+        require_range(self, "", ">= 1", "workers")
+        require_range(self, "", ">= 0", "max_connections")
+        require(0 < self.stall_seconds < inf, "stall_seconds", self.stall_seconds, "> 0")
         for name in ("watch_seconds", "drain_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be >= 0")
+            require(0 <= getattr(self, name) < inf, name, getattr(self, name), ">= 0")
         for folder in self.image_folders:
             if not Path(folder).is_dir():
                 raise ConfigError(f"image_folders: {folder}: no such folder")

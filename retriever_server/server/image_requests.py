@@ -64,7 +64,7 @@ class ImageReader:
             most := _IMAGES_OF_MOST_PIXELS * self._limits.max_pixels
         ):
             raise DataError(f"{place}: images of {pixels:,} pixels together, over {most:,}")
-        contents = iter(await self._each(_decoded_once, [content for content, _ in measured], places))
+        contents = iter(await self._each(check_image, [content for content, _ in measured], places))
         return [
             each
             if isinstance(each, str)
@@ -130,12 +130,6 @@ def _measured(coded: str, limits: ImageLimits) -> tuple[bytes, int]:
     content = _decoded(coded, limits.max_bytes)
     width, height = image_size(content, limits)
     return content, width * height
-
-
-def _decoded_once(content: bytes, limits: ImageLimits) -> bytes:
-    """Return the bytes if they can be decoded; DataError where they cannot."""
-    check_image(content, limits)
-    return content
 
 
 def _decoded(coded: str, max_bytes: int) -> bytes:

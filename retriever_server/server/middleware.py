@@ -1,6 +1,6 @@
-"""ASGI middleware: who may ask, how much may be sent, metrics and the request log.
+"""From the socket to an endpoint: who may ask, how much may be sent, metrics, the request log, JSON bodies.
 
-It refuses before a body is read, which no dependency of a route could: FastAPI reads bodies first.
+What may not pass is refused before a body is read, which no dependency of a route could.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ import ipaddress
 import json
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
 from retriever_server.server.batching import Overloaded
 from retriever_server.server.metrics import Metrics
+from retriever_server.server.replies import JsonReply
+from retriever_server.server.schema import Body
 
 OPEN_TO_ALL = {"/", "/healthz", "/readyz", "/health"}
 """Paths that need no token: the page holds no passages, and a probe has no secrets."""
@@ -142,7 +148,8 @@ class RequestMiddleware:
         try:
             refusal = self._refusal(scope["path"], headers)
             if refusal:
-                await _refuse(note_and_send, *refusal)
+                answer = JsonReply({"detail": refusal[1]}, refusal[0], _SAID_WITH.get(refusal[0]))
+                await answer(scope, receive, note_and_send)
             else:
                 await self._app(scope, count_and_receive, note_and_send)
         except Exception:
@@ -170,16 +177,47 @@ _ALWAYS = (
     (b"x-content-type-options", b"nosniff"),
 )
 """No page of others shows ours in a frame, and nothing is taken for another type."""
+_SAID_WITH = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}}  # the body is not read
 
 
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    headers = [(b"content-type", b"application/json")]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if status == 413:
-        headers.append((b"connection", b"close"))  # the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})
+class JsonRoute(APIRoute):
+    """A route whose endpoint takes `(body, caller)`; one without a `body` is served by FastAPI.
+
+    The body is JSON whatever its type says (`curl -d` says another), checked once, and the answer is sent as
+    the endpoint made it: dependencies and exit stacks would cost as much as a search.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        hints = get_type_hints(endpoint, include_extras=True)
+        self._model: type[Body] | None = hints.get("body")
+        self._caller_of = hints["caller"].__metadata__[0].dependency if self._model else None
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; errors are answered by `errors.answer_error`."""
+        if self._model is None or scope["method"] not in (self.methods or ()):
+            return await super().handle(scope, receive, send)
+        request = Request(scope, receive)
+        body = await self.read(request)
+        answer = await self.endpoint(body, await self._caller_of(request))
+        await answer(scope, receive, send)
+
+    async def read(self, request: Request) -> Body:
+        """Return the body as the model of the endpoint."""
+        assert self._model is not None
+        try:
+            content = json.loads(await request.body())
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"body: not JSON ({error})") from error
+        return parse_body(self._model, content)
+
+
+def parse_body(model: type[Body], content: Any) -> Any:
+    """Return the content as the model, or raise what says which field is wrong."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
 
 
 class RequestLog:

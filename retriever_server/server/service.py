@@ -39,17 +39,12 @@ class Found:
 
     outcomes: list[Outcome]
     backend: str
-    generations: list[str]
-    """Of the hits of each stage."""
-    depths: list[int]
-    """Hits that each stage gives at most."""
+    generation: str
+    k: int
+    stages: list[tuple[int, str]]
+    """Hits that each stage gives at most, and their generation."""
     linked: str | None
     """The backend in links to pictures; None for the default."""
-
-    @property
-    def generation(self) -> str:
-        """The generation of the hits."""
-        return self.generations[-1]
 
 
 class SearchService:
@@ -125,9 +120,10 @@ class SearchService:
         with SearchPipeline(stages, self.backends, k, self.limits.max_topk) as pipeline:
             self._check_number(len(queries), pipeline.k[-1])
             outcomes = await self._search(pipeline, queries, where)
-            generations = pipeline.generations()
         name = str(stages[0].retrieve)
-        return Found(outcomes, name, generations, pipeline.k, None if name == default else name)
+        found = list(zip(pipeline.k, pipeline.generations, strict=True))
+        k, generation = found[-1]
+        return Found(outcomes, name, generation, k, found, None if name == default else name)
 
     async def _search(
         self, pipeline: SearchPipeline, queries: Sequence[str | ImageInput], where: Mapping[str, Any] | None
@@ -235,7 +231,7 @@ class Caller:
         searching = self.service.search(queries, top_k, options.where, options.backend, stages)
         found = await self.wait(searching, options.deadline_seconds)
         if self._request is not None:
-            noted = {"queries": len(queries), "top_k": found.depths[-1]}
+            noted = {"queries": len(queries), "top_k": found.k}
             noted |= {"backend": found.backend, "generation": found.generation}
             self._request.scope.get("facts", {}).update(noted)
         return found

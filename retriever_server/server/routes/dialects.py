@@ -25,8 +25,8 @@ from data.errors import DataError
 from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
 from retriever_server.server.errors import ANY_SEARCH, error_replies
+from retriever_server.server.middleware import JsonRoute
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
-from retriever_server.server.routes.json_route import JsonRoute
 from retriever_server.server.schema import (
     AccessBody,
     BatchSearchBody,

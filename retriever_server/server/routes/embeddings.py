@@ -21,8 +21,8 @@ from data.records import Input, Passage
 from retriever_server.server import schema
 from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.errors import ANY_SEARCH, error_replies, without_paths
+from retriever_server.server.middleware import JsonRoute
 from retriever_server.server.replies import JsonReply
-from retriever_server.server.routes.json_route import JsonRoute
 from retriever_server.server.schema import EmbedBody, EmbeddingsBody, ImageInput, RerankBody
 from retriever_server.server.service import Caller, CallerOf, check_unicode, texts_of
 

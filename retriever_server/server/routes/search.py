@@ -16,8 +16,8 @@ from data.images import needs_images
 from data.records import Hit
 from retriever_server.client.wire import thumbnail_link
 from retriever_server.server.errors import ANY_SEARCH, QueryFailed, error_replies
+from retriever_server.server.middleware import JsonRoute, parse_body
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
-from retriever_server.server.routes.json_route import JsonRoute, parse_body
 from retriever_server.server.schema import SearchBody, SearchForm, SearchReply
 from retriever_server.server.service import CallerOf, Outcome
 
@@ -53,9 +53,10 @@ async def search(body: SearchBody, caller: CallerOf) -> Response:
             "generation": found.generation,
         }
         if body.stages:
-            rows = zip(body.stages, found.depths, found.generations, strict=True)
-            named = ((stage.model_dump(exclude_none=True), k, name) for stage, k, name in rows)
-            answer["stages"] = [{**stage, "k": k, "generation": name} for stage, k, name in named]
+            answer["stages"] = [
+                {**stage.model_dump(exclude_none=True), "k": k, "generation": name}
+                for stage, (k, name) in zip(body.stages, found.stages, strict=True)
+            ]
         return JsonReply(answer)
 
     return await asyncio.to_thread(write) if len(found.outcomes) > LONG_ANSWER else write()

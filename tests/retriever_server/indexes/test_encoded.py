@@ -320,7 +320,7 @@ def test_the_wrong_encoder_is_refused_with_what_differs(tmp_path, corpus):
         open_index(tmp_path / "i", encoder=liar)
     with pytest.raises(ConfigError, match="makes sparse vectors, an index of kind flat needs dense"):
         FlatIndex.build(corpus, tmp_path / "j", FakeEncoder("sparse"))
-    with pytest.raises(ConfigError, match="dtype = int4: must be one of float32, float16, int8"):
+    with pytest.raises(ConfigError, match="dtype = 'int4': must be one of float32, float16, int8"):
         FlatIndex.build(corpus, tmp_path / "j", FakeEncoder(), "int4")
 
 

@@ -236,5 +236,7 @@ def test_connections_leave_room_for_files():
 
 @pytest.mark.parametrize("change", [{"max_connections": -1}, {"stall_seconds": 0}])
 def test_wrong_bounds_are_refused(change):
-    with pytest.raises(ConfigError, match=r"max_connections = .*, stall_seconds = .*: must be >= 0 and > 0"):
+    with pytest.raises(
+        ConfigError, match=r"max_connections = -1: must be >= 0|stall_seconds = 0: must be > 0"
+    ):
         ServeConfig("x", **change)
