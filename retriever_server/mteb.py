@@ -20,11 +20,10 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
-from data.records import Passage
+from data.records import Passage, Question
 from retriever_server.encoders.spec import Encoder
+from retriever_server.evaluation import rank_all
 from retriever_server.retriever import Retriever
-
-_QUERIES_AT_ONCE = 64
 
 
 class MTEBRetriever:
@@ -58,22 +57,12 @@ class MTEBRetriever:
         """Query id -> passage id -> score, of the best `top_k`, or of the best of its candidates."""
         if self._retriever is None:
             raise ConfigError("search before index: MTEB gives the corpus first")
-        asked = {str(query["id"]): _query_text(query) for query in queries}
-        found: dict[str, dict[str, float]] = {}
+        asked = [Question(str(query["id"]), _query_text(query), ()) for query in queries]
+        parts: list[tuple[list[Question], Any]] = [(asked, None)]
         if top_ranked is not None:
-            for id_, text in asked.items():
-                where = {"id": {"in": list(map(str, top_ranked[id_]))}}
-                hits = self._retriever.search([text], top_k, where)[0]
-                found[id_] = {hit.passage.id: hit.score for hit in hits}
-            return found
-        ids = list(asked)
-        for start in range(0, len(ids), _QUERIES_AT_ONCE):
-            batch = ids[start : start + _QUERIES_AT_ONCE]
-            for id_, hits in zip(
-                batch, self._retriever.search([asked[i] for i in batch], top_k), strict=True
-            ):
-                found[id_] = {hit.passage.id: hit.score for hit in hits}
-        return found
+            parts = [([each], {"id": {"in": list(map(str, top_ranked[each.id]))}}) for each in asked]
+        found = [rank_all(self._retriever, part, top_k, where=where).items() for part, where in parts]
+        return {id_: {hit.passage.id: hit.score for hit in hits} for each in found for id_, hits in each}
 
     @property
     def mteb_model_meta(self) -> Any:
