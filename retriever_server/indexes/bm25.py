@@ -114,7 +114,7 @@ class BM25Index(Index):
 
     def _scores(self, terms: list[int]) -> np.ndarray:
         """Return the score of every passage for a query of these terms.   -> (P,)"""
-        return self._cosines(terms) if self._cosine else self._postings.scores(terms)
+        return self._cosines(terms) if self._cosine and terms else self._postings.scores(terms)
 
     def _cosines(self, terms: list[int]) -> np.ndarray:
         """Return the cosine of every passage with a query of these terms.   -> (P,)"""

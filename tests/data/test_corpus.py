@@ -218,7 +218,7 @@ def test_a_corpus_replaced_by_another_file_is_read_on(tmp_path):
 
 
 def test_ids_of_the_same_hash_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.corpus, "_hash_id", lambda passage_id: len(passage_id))
+    monkeypatch.setattr(data.corpus, "hash_text", lambda passage_id: len(passage_id))
     corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl"))
     assert [corpus.get(p.id) for p in PASSAGES] == PASSAGES
     assert corpus.get("zz") is None
