@@ -127,7 +127,8 @@ class Flagship:
         )
         if not (self.out / "test.jsonl").exists():
             rows = list(read_jsonl(self.data / "dev.jsonl"))
-            write_jsonl(self.out / "test.jsonl", _drawn(rows, test_questions))
+            drawn = random.Random(7).sample(rows, min(test_questions, len(rows)))
+            write_jsonl(self.out / "test.jsonl", drawn)
 
     def warm_start(self, policy: str, name: str, steps: int) -> None:
         """Teach a policy by the demonstrations, into the folder `name`."""
@@ -238,10 +239,6 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _drawn(rows: list[Any], count: int) -> list[Any]:
-    return random.Random(7).sample(rows, min(count, len(rows)))
-
-
 def finds_answer(record: Mapping[str, Any]) -> bool:
     """Whether a passage shown says a gold answer."""
     golds, normalizer = record["gold_answers"], record["metadata"].get("normalizer", "squad")
@@ -255,14 +252,10 @@ def compare(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from agent.evaluation.records import read_records
-    from data.significance import bootstrap
+    from data.significance import estimate
 
     def estimates(values: Any, ids: Sequence[str]) -> dict[str, Any]:
-        low, high = bootstrap(values, ids)
-        each = zip(values.mean(axis=0).tolist(), low.tolist(), high.tolist(), strict=True)
-        return dict(
-            zip(METRICS, (dict(zip(("mean", "low", "high"), e, strict=True)) for e in each), strict=True)
-        )
+        return dict(zip(METRICS, estimate(values, ids), strict=True))
 
     tables = {
         name: {r["id"]: [metric(r) for metric in METRICS.values()] for r in read_records(folder / name)}
