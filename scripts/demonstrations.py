@@ -14,7 +14,7 @@ from data.errors import ConfigError, DataError, require_range
 if TYPE_CHECKING:
     from data.records import Question
 
-BATCH = 256
+BATCH = 64
 """Questions that are searched, or asked of the teacher, at once."""
 
 
