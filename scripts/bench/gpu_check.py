@@ -187,7 +187,7 @@ def encode() -> Numbers:
     """Passages a second of a random encoder, and its index on the device against one on the CPU."""
     from data.atlas.build import build_atlas
     from data.corpus import Corpus
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
     from retriever_server.indexes.base import index_kind
 
     with tempfile.TemporaryDirectory() as place:
