@@ -58,7 +58,10 @@ def open_run(config: SynthesisConfig) -> Synthesis:
 
     reader = _reader(Path(config.out))
     make_filters(config.filters, None)
-    load_shots(config, load_recipe(config.recipe, config.prompts))
+    recipe = load_recipe(config.recipe, config.prompts)
+    load_shots(config, recipe)
+    if config.corpus is None and not recipe.brainstorm:
+        raise ConfigError(f"corpus: recipe {recipe.name} needs the passages that queries are written for")
     generator = reader.plan(config.generator, (Generator,), "generator.")
     judges = [reader.plan(each, (Scorer,), f"judges[{i}].") for i, each in enumerate(config.judges)]
     gain = reader.plan(config.answer_gain, (AnswerGain,), "answer_gain.") if config.answer_gain else None
@@ -120,7 +123,7 @@ def _dry_run(run: Synthesis) -> None:
 
     config, steps = run.config, run.recipe.steps
     tasks = run.task_calls()
-    prompts = [call.prompt for _, call in tasks]
+    prompts = [call.prompt for _, call in tasks[:1]]
     count, characters = config.limit or 0, 0
     for number, seed in enumerate(islice(run.seeds(), config.limit) if not tasks else ()):
         values, _ = run.values(seed)
@@ -129,6 +132,8 @@ def _dry_run(run: Synthesis) -> None:
             prompts += filled
         characters, count = characters + sum(map(len, filled)), max(count, number + 1)
     if tasks:
+        drawn = [{"task": "(a task of the reply)", **run.recipe.draw({}, config.seed, i)} for i in (0, 1)]
+        prompts += [fill(step.prompt, values) for values in drawn for step in steps]
         count = config.limit or len(tasks) * run.recipe.brainstorm["count"] * config.per_passage
         characters = count * sum(len(step.prompt) for step in steps)
     for number, prompt in enumerate(prompts[:3], start=1):

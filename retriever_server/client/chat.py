@@ -66,6 +66,7 @@ class ChatClient:
         self._cache, self._lock = cache, threading.Lock()
         kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
         self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
+        self._took = {each["key"]: each.get("tokens", 0) for each in kept if "reply" in each}
         self._calls, self._tokens = len(kept), sum(each.get("tokens", 0) for each in kept)
 
     def ask(
@@ -84,16 +85,18 @@ class ChatClient:
             known = dict(zip(different, outcomes, strict=True))
         return [known[body] for body in bodies]
 
-    @property
-    def spent(self) -> tuple[int, int]:
-        """Requests and tokens so far, those before a restart too."""
-        return self._calls, self._tokens
+    def tokens_of(self, request: Mapping[str, Any]) -> int:
+        """The tokens that the server said a request and its reply took; 0 where it was not answered."""
+        return self._took.get(self._key(json.dumps(request).encode()), 0)
+
+    def _key(self, body: bytes) -> str:
+        return hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
 
     def _settle(
         self, client: httpx.Client, body: bytes, parse: Callable[[str], _Parsed]
     ) -> _Parsed | ChatError:
         """Ask until there is a reply that can be parsed, and keep it."""
-        key = hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
+        key = self._key(body)
         try:
             if key in self._known:
                 return parse(self._known[key])
@@ -105,6 +108,7 @@ class ChatClient:
             return error
         with self._lock:
             self._known[key], self._tokens = reply, self._tokens + tokens
+            self._took[key] = tokens
             if self._cache:
                 append_jsonl(self._cache, [{"key": key, "reply": reply, "tokens": tokens}])
         return parsed

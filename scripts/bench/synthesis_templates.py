@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -48,9 +49,9 @@ class _OfWorld:
 class AtlasTemplates(_OfWorld, Generator):
     """Writes {"task", "query", "answer", "kind"} for passages of a world, with shares of faults.
 
-    wrong_seed: about another entity of the type, in the world (its passage answers it, the seed's does not).
-    duplicate: the same question whenever this passage gets one. quote: a sentence of
-    the passage. unanswerable: something that no passage tells.
+    wrong_seed: about another entity of the type: its passage answers it, the seed's does not. duplicate:
+    what the call before asked, where it was for the same passage. quote: a sentence of the passage.
+    unanswerable: something that no passage tells.
     """
 
     def __init__(
@@ -68,26 +69,32 @@ class AtlasTemplates(_OfWorld, Generator):
 
     def write(self, calls: Sequence[Call]) -> list[Written]:
         """A JSON object for each call; the fault stands beside, under "fault", where recipes do not read."""
-        return [self._write(call) for call in calls]
-
-    def _write(self, call: Call) -> Written:
-        import json
-
-        if call.passage is None or call.passage.id not in self.world.by_id:
-            return Written("", refused="no passage of this world")
-        record = self.record(call.passage, call.seed)
-        text = json.dumps(record)
-        return Written(text, len(call.prompt.split()), len(text.split()))
+        records: list[dict[str, str]] = []
+        for before, call in zip([None, *calls], calls, strict=False):
+            record = self.record(call.passage, call.seed) if call.passage else {}
+            again = before is not None and before.passage == call.passage
+            if record.get("fault") == "duplicate" and again:
+                record = {**records[-1], "query": records[-1]["query"].lower(), "fault": "duplicate"}
+            records.append(record)
+        texts = [json.dumps(record) for record in records]
+        return [
+            Written(
+                text,
+                len(call.prompt.split()),
+                len(text.split()),
+                refused="" if record else "not of this world",
+            )
+            for text, call, record in zip(texts, calls, records, strict=True)
+        ]
 
     def record(self, passage: Passage, seed: int) -> dict[str, str]:
-        """What is written for a passage, and the fault that was planted."""
+        """What is written for a passage, and the fault that was planted; {} of a passage of another world."""
         rng = random.Random(seed)
         fault = rng.choices([*self.faults, ""], [*self.faults.values(), 1 - sum(self.faults.values())])[0]
-        entity = self.world.by_id[passage.id]
-        if fault in ("wrong_seed", "duplicate"):
-            entity = self._other(entity, rng)
-        if fault == "duplicate":
-            rng = random.Random(draw_seed("duplicate", entity.id, seed % 3))
+        entity = self.world.by_id.get(passage.id)
+        if entity is None:
+            return {}
+        entity = self._other(entity, rng) if fault == "wrong_seed" else entity
         ask = self._ask(entity, rng)
         query = put(ask, rng, True, "").text
         if fault == "quote":

@@ -31,6 +31,7 @@ class Written:
     text: str
     prompt_tokens: int = 0
     new_tokens: int = 0
+    """Its tokens; of both together where that is all an endpoint tells."""
     logprob: float | None = None
     """Mean log-probability of its tokens, where the generator tells it."""
     refused: str = ""
@@ -55,6 +56,8 @@ class Draft:
     negatives: tuple[str, ...] = ()
     labels: Mapping[str, float] = field(default_factory=dict)
     """Scores of positive and negatives, where a judge is believed."""
+    labelled_by: tuple[str, ...] = ()
+    """The judges that gave them."""
 
     @property
     def query(self) -> str:

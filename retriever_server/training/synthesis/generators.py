@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
-from data.hub import find_model
 from data.jsonl import read_jsonl
+from data.records import Passage
 from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
+from retriever_server.training.expansion import Seq2SeqQueries
 from retriever_server.training.synthesis.drafts import Call, Written
 
 
@@ -54,14 +55,17 @@ class Chat(Generator):
 
     def write(self, calls: Sequence[Call]) -> list[Written]:
         """As `Generator.write`; a prompt that is refused is no reason to stop, any other error is."""
-        outcomes = self._client.ask([self._body(call) for call in calls], str)
-        refused = [each for each in outcomes if isinstance(each, ChatRefused)]
-        broken = next((e for e in outcomes if isinstance(e, ChatError) and e not in refused), None)
-        if broken or (refused and len(refused) == len(outcomes)):
-            raise broken or refused[0]
+        bodies = [self._body(call) for call in calls]
+        outcomes = self._client.ask(bodies, str)
+        errors = [each for each in outcomes if isinstance(each, ChatError)]
+        broken = [each for each in errors if not isinstance(each, ChatRefused)]
+        if broken or len(errors) == len(outcomes):
+            raise (broken or errors)[0]
         return [
-            Written("", refused="refused by the endpoint") if isinstance(each, ChatError) else Written(each)
-            for each in outcomes
+            Written("", refused="refused by the endpoint")
+            if isinstance(each, ChatError)
+            else Written(each, new_tokens=self._client.tokens_of(body))
+            for body, each in zip(bodies, outcomes, strict=True)
         ]
 
     def _body(self, call: Call) -> dict[str, Any]:
@@ -81,39 +85,16 @@ class Chat(Generator):
 class Seq2Seq(Generator):
     """A sequence-to-sequence model that was trained to write queries, such as a docT5query: no prompt."""
 
-    def __init__(self, model: str, top: int = 10, batch_size: int = 16, device: str = "cpu") -> None:
+    def __init__(self, model: str, top: int = 10, max_tokens: int = 64, device: str = "cpu") -> None:
         """top: each word is drawn among so many."""
-        found = find_model(model, "model")
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-        self.name, self.top, self.batch_size = f"seq2seq {model}", top, batch_size
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(found)
-        self._model = AutoModelForSeq2SeqLM.from_pretrained(found).to(device).eval()
+        self.name = f"seq2seq {model} {top} {max_tokens}"
+        self._model = Seq2SeqQueries(model, 1, top, max_tokens, device=device)
 
     def write(self, calls: Sequence[Call]) -> list[Written]:
         """As `Generator.write`, from title and text of the seed passages."""
-        found: list[Written] = []
-        for start in range(0, len(calls), self.batch_size):
-            found += self._write(calls[start : start + self.batch_size])
-        return found
-
-    def _write(self, calls: Sequence[Call]) -> list[Written]:
-        import torch
-
-        texts = [
-            f"{call.passage.title} {call.passage.text}".strip() if call.passage else "" for call in calls
-        ]
-        given = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(calls[0].seed)
-            ids: Any = self._model.generate(
-                **given.to(self._model.device), do_sample=True, top_k=self.top,
-                max_new_tokens=calls[0].max_tokens,
-            )  # fmt: skip
-        read, pad = given["attention_mask"].sum(1).tolist(), self._tokenizer.pad_token_id
-        new = (ids != pad).sum(1).tolist()
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Written(*each) for each in zip(texts, read, new, strict=True)]
+        self._model.seed = calls[0].seed  # the calls of a batch draw one after the other
+        texts = self._model([call.passage or Passage("", call.prompt) for call in calls])
+        return [Written(text) for text in texts]
 
 
 class Scripted(Generator):

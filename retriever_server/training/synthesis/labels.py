@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +18,9 @@ def label(draft: Draft, rules: LabelRules, judges: Sequence[str], corpus: Corpus
     A judge that gave no number for one of the candidates does not count for this draft.
     """
     hits = [id_ for id_, _ in draft.hits]
-    known = [draft.scores[name] for name in judges if name in draft.scores]
     everyone = {*hits, *([draft.seed] if draft.seed else [])}
-    known = [scores for scores in known if everyone <= {i for i, s in scores.items() if math.isfinite(s)}]
+    judges = [name for name in judges if everyone <= set(draft.scores.get(name, ()))]
+    known = [draft.scores[name] for name in judges]
     fused = fuse([{id_: scores[id_] for id_ in everyone} for scores in known])
     ranked = sorted(
         fused, key=lambda id_: (-fused[id_], id_ != draft.seed, hits.index(id_) if id_ in hits else -1)
@@ -32,7 +31,8 @@ def label(draft: Draft, rules: LabelRules, judges: Sequence[str], corpus: Corpus
     negatives = _negatives(others, hits, rules, random.Random(draw_seed(seed, "negatives", draft.id)))
     labels = known[0] if len(known) == 1 else fused
     kept = {id_: round(labels[id_], 6) for id_ in (positive, *negatives) if id_ in labels}
-    return replace(draft, positive=positive, negatives=tuple(negatives), labels=kept)
+    by = tuple(judges) if kept else ()
+    return replace(draft, positive=positive, negatives=tuple(negatives), labels=kept, labelled_by=by)
 
 
 def _negatives(others: list[str], hits: list[str], rules: LabelRules, rng: random.Random) -> list[str]:

@@ -20,7 +20,9 @@ class CausalJudge:
         found = find_model(model, "model")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(found)
             loaded: Any = AutoModelForCausalLM.from_pretrained(found, dtype=getattr(torch, dtype, "auto"))

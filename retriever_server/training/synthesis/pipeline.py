@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RunStopped
 from data.jsonl import append_in_batches, read_json, read_jsonl, write_json, write_jsonl
-from data.progress import Bar, Track, no_bar
+from data.progress import Bar, no_bar
 from data.records import FORMAT_VERSION, Example, Passage
 from retriever_server.retriever import Retriever, Scorer
 from retriever_server.training.mining import corpus_passage, search_checked
@@ -56,12 +57,8 @@ class Synthesis:
         self.recipe = with_sampling(
             load_recipe(self.config.recipe, self.config.prompts), self.config.sampling
         )
-        if self.corpus is None and not self.recipe.brainstorm:
-            raise ConfigError(
-                f"corpus: recipe {self.recipe.name} needs the passages that queries are written for"
-            )
         self.shots = load_shots(self.config, self.recipe)
-        self._usable, self._written, self._tokens = set[str](), 0, 0
+        self._usable, self._reasons, self._tokens = set[str](), Counter[str](), 0
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -155,25 +152,18 @@ class Synthesis:
 
     def _generate(self, batch: range) -> Iterator[dict[str, Any]]:
         self._check_usable()
-        seeds = list(islice(self.rows("seeds"), batch.start, batch.stop))
+        seeds = self._take_rows("seeds", batch)
         filled = [self.values(seed) for seed in seeds]
         rows = [{**seed, "raw": [], "fields": {}, "prompt": "", "tokens": [0, 0]} for seed in seeds]
         for number, step in enumerate(self.recipe.steps):
             alive = [i for i, row in enumerate(rows) if "rejected" not in row]
-            calls = [
-                step.call(
-                    {**filled[i][0], **rows[i]["fields"]},
-                    filled[i][1],
-                    draw_seed(self.config.seed, rows[i]["id"], number),
-                )
-                for i in alive
-            ]
+            told = [({**filled[i][0], **rows[i]["fields"]}, filled[i][1]) for i in alive]
+            seeds_of = [draw_seed(self.config.seed, rows[i]["id"], number) for i in alive]
+            calls = [step.call(*each, seed) for each, seed in zip(told, seeds_of, strict=True)]
             for i, call, reply in zip(alive, calls, self._write(calls) if calls else (), strict=True):
                 _take(rows[i], call, reply, step.parse)
-        for row in rows:
-            self._written += 1
-            if "rejected" not in row:
-                self._usable.add(row["fields"]["query"])
+        self._reasons.update(row.get("rejected", "the same query again") for row in rows)
+        self._usable |= {row["fields"]["query"] for row in rows if "rejected" not in row}
         return iter(rows)
 
     def _write(self, calls: Sequence[Call]) -> list[Written]:
@@ -185,18 +175,12 @@ class Synthesis:
 
     def _check_usable(self) -> None:
         """Raise RunStopped where the generator gives nothing, or the same again and again."""
-        if self._written >= 200 and len(self._usable) < self.config.least_usable * self._written:
-            reasons = [row.get("rejected", "the same query again") for row in self._last_rows()]
-            said = max(set(reasons), key=reasons.count) if reasons else "the same query again"
+        written, usable = self._reasons.total(), len(self._usable)
+        if written >= 200 and usable < self.config.least_usable * written:
             raise RunStopped(
-                f"generator {self.generator.name}: of {self._written} texts {len(self._usable)} can be used "
-                f"(mostly: {said}); what is there is kept in {self.folder}"
+                f"generator {self.generator.name}: of {written} texts {usable} can be used (mostly: "
+                f"{self._reasons.most_common(1)[0][0]}); what is there is kept in {self.folder}"
             )
-
-    def _last_rows(self) -> list[dict[str, Any]]:
-        part = self.path("generated").with_name("generated.jsonl.part")
-        found = part if part.exists() else self.path("generated")
-        return list(read_jsonl(found, tolerate_cut_tail=True))[-200:] if found.exists() else []
 
     def _candidates(self, batch: range) -> Iterator[dict[str, Any]]:
         assert self.retriever is not None and self.corpus is not None
@@ -254,15 +238,17 @@ class Synthesis:
                     return
             os.replace(path, path.with_name(f"{path.name}.part"))
         self._readers: dict[str, tuple[Iterator[dict[str, Any]], int]] = {}
-        with self.bar(title, count, 0) as move, self.bar("tokens read and written") as told:
+        tokens = self.bar("tokens read and written") if name == "generated" else no_bar("")
+        with self.bar(title, count, None) as move, tokens as told:
 
             def shown(batch: range) -> Iterable[Mapping[str, Any]]:
+                move(batch.start)
                 made = list(rows(batch))
                 move(batch.stop)
-                told(self._tokens) if self._tokens else None
+                told(self._tokens)
                 return made
 
-            append_in_batches(path, count, self.config.batch, shown, Track(title, no_bar))
+            append_in_batches(path, count, self.config.batch, shown)
 
     def _take_rows(self, stage: str, batch: range) -> list[dict[str, Any]]:
         """The rows of a finished stage at these positions; batches come in their order."""
@@ -276,43 +262,32 @@ class Synthesis:
         known = check_corpus(self.folder, self.corpus)
         prints = self._fingerprints()
         for stage, of in prints.items():
-            made = [
-                p for p in (self.path(stage), self.path(stage).with_name(f"{stage}.jsonl.part")) if p.exists()
-            ]
-            if made and known.get(stage, of) != of:
+            files = (self.path(stage), self.path(stage).with_name(f"{stage}.jsonl.part"))
+            if (made := [file for file in files if file.exists()]) and known.get(stage, of) != of:
                 raise ConfigError(
                     f"{made[0]}: was made by other settings; give another --out, or remove it to make it anew"
                 )
-        write_json(
-            self.folder / STAGES, {"format_version": FORMAT_VERSION, "corpus": _hash(self.corpus), **prints}
-        )
+        noted = {"format_version": FORMAT_VERSION, "corpus": _hash(self.corpus), **prints}
+        write_json(self.folder / STAGES, noted)
 
     def _fingerprints(self) -> dict[str, str]:
         """Stage -> a hash of all that decides its rows, the stages before included."""
-        of, seeds = (
-            self.config,
-            (
-                "seed",
-                "per_passage",
-                "least_characters",
-                "pattern",
-                "choices",
-                "tasks",
-                "evaluation",
-                "shared",
-            ),
-        )
+        of, recipe, name = self.config, self.recipe, self.generator.name
+        drawn = (of.seed, of.per_passage, of.least_characters, of.pattern, of.choices, of.shared)
+        sets = [asdict(each) for each in of.evaluation]
+        judges = [*self.judges, *([self.answer_gain] if self.answer_gain else [])]
         settings: dict[str, Any] = {
-            "tasks": [self.recipe.brainstorm, of.tasks, self.generator.name]
-            if self.recipe.brainstorm
-            else [],
-            "seeds": [str(asdict(of)[name]) for name in seeds] + [self.recipe.name, self.recipe.draws],
-            "generated": [asdict(s) for s in self.recipe.steps]
-            + [self.generator.name, of.most_characters, of.batch, self.shots],
-            "candidates": [self.retriever.generation if self.retriever else "", of.candidates],
-            "judged": [
-                judge.name for judge in (*self.judges, *([self.answer_gain] if self.answer_gain else []))
+            "tasks": [recipe.brainstorm, of.tasks, name] if recipe.brainstorm else [],
+            "seeds": [drawn, sets, recipe.name, recipe.draws],
+            "generated": [
+                [asdict(step) for step in recipe.steps],
+                name,
+                of.most_characters,
+                of.batch,
+                self.shots,
             ],
+            "candidates": [self.retriever.generation if self.retriever else "", of.candidates],
+            "judged": [judge.name for judge in judges],
         }
         found, before = {}, ""
         for stage, value in settings.items():

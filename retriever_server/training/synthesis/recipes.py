@@ -15,7 +15,7 @@ from data.errors import ConfigError
 from data.records import Passage
 from data.yaml_file import read_yaml
 from retriever_server.training.synthesis.drafts import Call, draw_seed
-from retriever_server.training.synthesis.parsing import Unparsable, parse_fields, parse_line
+from retriever_server.training.synthesis.parsing import parse_fields, parse_line
 
 OWN_FILE = Path(__file__).with_name("recipes.yaml")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -128,6 +128,3 @@ def with_sampling(recipe: Recipe, sampling: Mapping[str, Any]) -> Recipe:
         except TypeError as error:
             raise ConfigError(f"sampling: {str(error).rpartition(' ')[2]} is none of its settings") from None
     return replace(recipe, steps=steps)
-
-
-__all__ = ["Recipe", "Step", "Unparsable", "fill", "load_recipe", "with_sampling"]

@@ -138,7 +138,7 @@ def _record(
         "prompt": row["prompt"], "seed_passage": draft.seed, "random_seed": run.config.seed,
         "draws": dict(draft.draws), "task": task, "raw": row["raw"], "judges": judges, "passed": passed,
         "generation": run.retriever.generation if run.retriever else "",
-        "scores": " + ".join(name for name in draft.scores if name != "answer_gain") if draft.labels else "",
+        "scores": " + ".join(draft.labelled_by),
     }  # fmt: skip
     answer = str(draft.fields.get("answer", ""))
     answers = (answer,) if answer else ()

@@ -107,3 +107,9 @@ def test_queries_of_a_sequence_to_sequence_model_are_as_many_as_asked_for(corpus
         written.append([passage.metadata["expansion"] for passage in Corpus(tmp_path / name)])
     assert written[0] == written[1] and len(set(written[0])) > 1
     assert max(len(text.split()) for text in written[0]) <= 3 * 4
+    from retriever_server.training.synthesis.drafts import Call
+    from retriever_server.training.synthesis.generators import Seq2Seq
+
+    calls = [Call("", seed=7, passage=corpus[i]) for i in range(2)]
+    texts = [Seq2Seq(arguments["model"], top=5, max_tokens=4).write(calls) for _ in range(2)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
