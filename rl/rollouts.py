@@ -16,25 +16,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
 from agent.rollout import Ledger
-from agent.trajectory import StopReason, Trajectory
-from agent.transcripts import from_record, to_record
+from agent.trajectory import SegmentKind, StopReason, Trajectory
+from data.answers import exact_match
 from data.errors import EngineError, RunStopped
-from data.progress import Bar, no_bar
-from rl.groups import Collected, Group, staleness, totals_of
+from rl.groups import OpenGroup
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
     from data.records import Question
-    from rl.algorithm.rewards import Reward
+    from rl.algorithm.advantages import Reward
     from rl.config import TrainConfig
-    from rl.learner.workers import Workers
+    from rl.learner.workers import Totals, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -42,55 +43,39 @@ CLOSE_SECONDS = 60.0
 """How long trajectories that were told to end may take to do so."""
 
 
-@dataclass(eq=False)
-class OpenGroup:
-    """The trajectories of one question, finished or not. No token of it is older than `version`."""
+@dataclass(frozen=True)
+class Group:
+    """The trajectories of one question and their rewards; `number` orders the groups of all processes."""
 
     number: int
-    version: int
-    question: Question
-    ledgers: list[Ledger]
-    finished: list[Trajectory | None]
+    trajectories: list[Trajectory]
+    rewards: list[Reward]
 
     @property
-    def trajectories(self) -> list[Trajectory]:
-        """The finished trajectories."""
-        return [trajectory for trajectory in self.finished if trajectory is not None]
+    def complete(self) -> bool:
+        """Whether nothing failed: a group short of a member has another baseline."""
+        failed = any(t.stop_reason is StopReason.SEARCH_FAILED for t in self.trajectories)
+        return not failed and not any(reward.error for reward in self.rewards)
 
     @property
-    def done(self) -> bool:
-        """Whether all are finished."""
-        return None not in self.finished
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the group as plain JSON values."""
-        pairs = zip(self.ledgers, self.finished, strict=True)
-        return {
-            "number": self.number,
-            "version": self.version,
-            "members": [_member(self.question, ledger, trajectory) for ledger, trajectory in pairs],
-        }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> OpenGroup:
-        """Return the group that `to_record` wrote. Raises DataError."""
-        read = [from_record(member) for member in record["members"]]
-        finished = [member["finished"] for member in record["members"]]
-        return cls(
-            record["number"],
-            record["version"],
-            read[0].question,
-            [Ledger(each.segments, each.searches) for each in read],
-            [each if whole else None for each, whole in zip(read, finished, strict=True)],
-        )
+    def flat(self) -> bool:
+        """Whether all rewards agree, which says nothing about which trajectory was better."""
+        totals = [reward.total for reward in self.rewards]
+        return min(totals) == max(totals)
 
 
-def _member(question: Question, ledger: Ledger, trajectory: Trajectory | None) -> dict[str, Any]:
-    """A trajectory; one whose search failed counts as unfinished: the turn is written again."""
-    finished = trajectory is not None and trajectory.stop_reason is not StopReason.SEARCH_FAILED
-    if trajectory is None:  # the reason stands for none
-        trajectory = Trajectory(question, ledger.segments, StopReason.TOKEN_LIMIT, searches=ledger.searches)
-    return {**to_record(trajectory), "finished": finished}
+@dataclass(frozen=True)
+class Collected:
+    """The groups that one step learns from."""
+
+    groups: list[Group]
+    """This process's, whole and usable."""
+    count: int
+    """Groups of all processes."""
+    drawn: int
+    """Groups of all processes that were used up for it, usable or not."""
+    totals: Totals
+    """Metrics of everything that was rolled out, used or not."""
 
 
 class Rollouts:
@@ -103,10 +88,10 @@ class Rollouts:
         reward: Callable[[Sequence[Trajectory]], list[Reward]],
         config: TrainConfig,
         workers: Workers,
-        bar: Bar = no_bar,
     ) -> None:
-        self.agent, self.bar = agent, bar
+        self.agent = agent
         self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
+        self.share = len(range(workers.rank, config.rollout.questions_per_step, workers.count))
         self.most_batches = config.rollout.batches_in_flight
         self.in_flight: list[OpenGroup] = []  # this process's share, oldest first
         self.taken: list[OpenGroup] = []  # in the step under way
@@ -117,8 +102,10 @@ class Rollouts:
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
 
-    async def collect(self, version: int) -> Collected:
+    async def collect(self, version: int, progress: Callable[[int], object] = lambda done: None) -> Collected:
         """Return the groups of the step after `version`, numbered from 0 over all processes.
+
+        progress: told how many trajectories of this process's share are finished, anew for each round.
 
         With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) flat groups are replaced by those
         of further questions, for some rounds. Raises RunStopped where too much failed.
@@ -128,7 +115,7 @@ class Rollouts:
         groups: list[Group] = []
         usable: list[Group] = []
         for _ in range(1 + rounds):
-            drawn = await self._next(version)
+            drawn = await self._next(version, progress)
             groups += drawn
             usable += [g for g in drawn if g.complete and not (rounds and g.flat)]
             if not rounds or sum(self.workers.gather(len(usable))) >= wanted:
@@ -143,27 +130,26 @@ class Rollouts:
         self.taken, self.settled = [], self.position
         return Collected(chosen, len(numbers), sum(self.workers.gather(len(groups))), totals)
 
-    async def _next(self, version: int) -> list[Group]:
+    async def _next(self, version: int, progress: Callable[[int], object]) -> list[Group]:
         """Return one batch, as many groups as this process has in any; later ones are begun before it."""
         rollout = self.config.rollout
         steps_left = self.config.steps - version
         while self.batches < max(1, min(self.most_batches, steps_left)):
             self._begin(version)
-        count = len(range(self.workers.rank, rollout.questions_per_step, self.workers.count))
         broken, taken = None, []
         try:
-            with self.bar("answering questions", count * rollout.group_size) as move:
-                taken = await self._take(count, version, move)
+            taken = await self._take(self.share, version, progress)
         except TimeoutError:
             broken = f"no trajectories for {rollout.deadline_seconds:g} s (rollout.deadline_seconds)"
         except EngineError as error:
             broken = str(error)
         self.taken += taken
         self.batches -= 1
-        rewards = iter(self.reward([t for group in taken for t in group.trajectories]))
+        finished = [[t for t in group.finished if t is not None] for group in taken]
+        rewards = iter(self.reward([trajectory for members in finished for trajectory in members]))
         groups = [
-            Group(group.number, group.trajectories, list(islice(rewards, rollout.group_size)))
-            for group in taken
+            Group(group.number, members, list(islice(rewards, rollout.group_size)))
+            for group, members in zip(taken, finished, strict=True)
         ]
         self._check_failures(groups, broken)
         return groups
@@ -221,12 +207,13 @@ class Rollouts:
                 if (chosen := self._ripe(count, version)) is not None:
                     self.in_flight = [group for group in self.in_flight if group not in chosen]
                     return chosen
-                progress(sum(sorted((len(g.trajectories) for g in self.in_flight), reverse=True)[:count]))
+                lengths = (len(g.finished) - g.finished.count(None) for g in self.in_flight)
+                progress(sum(sorted(lengths, reverse=True)[:count]))
                 self._changed.clear()
                 await self._changed.wait()
 
     def _ripe(self, count: int, version: int) -> list[OpenGroup] | None:
-        chosen = [group for group in self.in_flight if group.done][:count]
+        chosen = [group for group in self.in_flight if None not in group.finished][:count]
         left = [group for group in self.in_flight if group not in chosen]
         # The others are trained on `count` a step from the next one on, the oldest first.
         oldest = version - self.config.rollout.max_staleness
@@ -303,3 +290,35 @@ def draw_question(questions: Sequence[Question], number: int, seed: int) -> Ques
 @lru_cache(maxsize=4)
 def _order(count: int, key: str) -> list[int]:
     return random.Random(key).sample(range(count), count)
+
+
+def staleness(trajectory: Trajectory, version: int) -> int:
+    """Count the updates from the oldest weights that wrote in a trajectory to `version`."""
+    written = [s.weights_version for s in trajectory.segments if s.kind is SegmentKind.POLICY]
+    return version - min(written, default=version)
+
+
+def totals_of(groups: Sequence[Group]) -> Totals:
+    """Measure what the trajectories of a step did and earned, to be averaged over all processes."""
+    pairs = [pair for g in groups for pair in zip(g.trajectories, g.rewards, strict=True)]
+    trajectories = [t for t, _ in pairs]
+
+    def average(values: Sequence[float]) -> tuple[float, float]:
+        return float(sum(values)), float(len(values))
+
+    counts = [t.counts for t in trajectories]
+    counted = {name for each in counts for name in each if name != "pictures" or each[name]}
+    stops = Counter(t.stop_reason for t in trajectories)
+    scored = [reward for _, reward in pairs if not reward.error]
+    names = scored[0].parts if scored else ()
+    right = [t for t in trajectories if exact_match(t.answer, t.question.gold_answers)]
+    return {
+        "reward/mean": average([r.total for r in scored]),
+        "reward/group_std": average([pstdev([r.total for r in g.rewards]) for g in groups]),
+        **{f"reward/{name}": average([r.parts[name] for r in scored]) for name in names},
+        "rollout/zero_variance_groups": average([g.flat for g in groups]),
+        "rollout/em": (float(len(right)), float(len(trajectories))),
+        **{f"rollout/{name}": average([each[name] for each in counts]) for name in counted},
+        **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
+        "policy/correct_logprob": average([p for t in right for p in t.logprobs if p is not None]),
+    }

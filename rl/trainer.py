@@ -36,10 +36,9 @@ from data.run_dir import RunDir, read_metrics
 from rl.algorithm.rewards import combine
 from rl.config import TrainConfig
 from rl.diagnosis import WINDOW, find_obstacle
-from rl.groups import Collected
 from rl.learner.learner import Learner
 from rl.learner.workers import Totals, Workers
-from rl.rollouts import Rollouts
+from rl.rollouts import Collected, Rollouts
 from rl.sentinel import Sentinel
 from rl.weight_sync import WeightSync, probe_prompts
 
@@ -62,7 +61,7 @@ class Trainer:
         dev_questions: Sequence[Question],
         run: RunDir | None,
         workers: Workers,
-        on_step: Callable[[int], None] = lambda step: None,
+        on_step: Callable[[int], None] | None = None,
         bar: Bar = no_bar,
     ) -> None:
         """run: the run folder, which the leading process has and the others have not; bar: shows progress."""
@@ -81,7 +80,7 @@ class Trainer:
         self.path = Path(config.out)
         reward = combine(config.rewards, config.judge, self.path / f"judge-{workers.rank}.jsonl")
         self.bar = bar if workers.leads else no_bar
-        self.rollouts = Rollouts(self.agent, questions, reward, config, workers, self.bar)
+        self.rollouts = Rollouts(self.agent, questions, reward, config, workers)
         self.sentinel = Sentinel(config.sentinel)
         self.checkpoints = self.path / "checkpoints"
         self.on_step = on_step
@@ -118,11 +117,14 @@ class Trainer:
                 await self._evaluate()
             elif self._due(self.config.save_every):
                 self._save()
-            self.on_step(self.step)
+            if self.on_step:
+                self.on_step(self.step)
 
     async def _one_step(self) -> None:
         started = time.monotonic()
-        collected = await self.rollouts.collect(self.step)
+        total = self.rollouts.share * self.config.rollout.group_size
+        with self.bar("answering questions", total) as move:
+            collected = await self.rollouts.collect(self.step, move)
         rollout_seconds = time.monotonic() - started
 
         def update() -> Totals:

@@ -65,10 +65,12 @@ class WeightSync:
 
         Raises EngineError, in all processes, where the engine cannot load them or does not then agree.
         """
-        state = self.learner.weights_for_engine()
         if self.engine.shares_model:
+            # Sharded, the model that is trained is another than the engine's.
+            state = self.learner.weights_for_engine() if self.learner.sharded else None
             await self.engine.update_weights(state, version)
             return {}
+        state = self.learner.weights_for_engine()
         completions, failure = {}, None
         if self.workers.leads:
             try:

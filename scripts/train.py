@@ -192,7 +192,7 @@ def _preset_in(path: str) -> str | None:
 def train(
     config: TrainConfig,
     client: SearchClient | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], None] | None = None,
     here: TrainConfig | None = None,
 ) -> Workers:
     """Run or resume the training that `config` describes; `client` stands in for `config.retriever`.
@@ -325,7 +325,7 @@ async def _train(
     client: SearchClient,
     questions: Sequence[Question],
     dev: Sequence[Question],
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], None] | None,
 ) -> None:
     import torch
 

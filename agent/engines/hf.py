@@ -154,7 +154,7 @@ class HFEngine(Engine):
         self.weights_version = 0
         self._window = config.sliding_window if "sliding_attention" in kinds else None
         self._cache = RowCache(model, max_rows)
-        self._pictures = Pictures(model, vision)
+        self._pictures = Pictures(model, vision) if vision else None
         self._rows: dict[str, _Row] = {}
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
         self._writing: dict[int, _Request] = {}  # by row index
@@ -173,6 +173,8 @@ class HFEngine(Engine):
         """Continue the trajectory; only tokens that its row has not seen are fed."""
         if not prompt_ids:
             raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
+        if pictures and self._pictures is None:
+            raise EngineError("engine hf: pictures for a policy without eyes")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         uniform, shown = random.Random(sampling.seed), tuple(pictures)
         request = _Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)
@@ -209,7 +211,8 @@ class HFEngine(Engine):
         if state is not None:
             self.model.load_state_dict(state)
         self.weights_version = version
-        self._pictures.forget()
+        if self._pictures:
+            self._pictures.forget()
         for row in self._rows.values():
             row.cached_ids.clear()
 
@@ -259,7 +262,8 @@ class HFEngine(Engine):
             row = self._rows[request.trajectory_id]
             token_ids = request.token_ids
             shared = _common_prefix(row.cached_ids, token_ids[:-1])
-            shared = shared_with_pictures(shared, row.pictures, request.pictures)
+            if row.pictures or request.pictures:
+                shared = shared_with_pictures(shared, row.pictures, request.pictures)
             row.pictures = request.pictures
             del row.cached_ids[shared:]
             fresh[id(request)] = token_ids[shared:]
@@ -321,9 +325,12 @@ class HFEngine(Engine):
         positions = positions.masked_fill(padding, 0).to(device)
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in new], device=device)
         self._cache.touch([row.index for row in rows], write_at, length)
-        shown = [(len(r.cached_ids), end, r.pictures) for r, end in zip(rows, ends.tolist(), strict=True)]
+        inputs = {"input_ids": input_ids}
+        if self._pictures:
+            shown = [(len(r.cached_ids), end, r.pictures) for r, end in zip(rows, ends.tolist(), strict=True)]
+            inputs = self._pictures.inputs(input_ids, shown)
         logits = self.model(
-            **self._pictures.inputs(input_ids, shown),
+            **inputs,
             attention_mask=self._mask(positions, length),
             position_ids=positions,
             past_key_values=self._cache,

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from agent.trajectory import Picture
 from agent.vision import Vision
-from data.errors import EngineError
 
 REMEMBERED = 64
 """Pictures whose vectors are kept."""
@@ -26,9 +25,9 @@ Shown = tuple[int, int, Sequence[Picture]]
 
 
 class Pictures:
-    """Inputs of a model that may read images; without `vision` they are token ids."""
+    """Inputs of a model that reads images."""
 
-    def __init__(self, model: PreTrainedModel, vision: Vision | None) -> None:
+    def __init__(self, model: PreTrainedModel, vision: Vision) -> None:
         self._model, self._vision = model, vision
         self._vectors: dict[str, Tensor] = {}
 
@@ -39,13 +38,8 @@ class Pictures:
     def inputs(self, input_ids: Tensor, shown: Sequence[Shown]) -> dict[str, Tensor]:
         """Return the inputs of the model in place of `input_ids` (R, T), padded on the left.
 
-        Pictures before a row's first new token are in the cache. Raises EngineError where there are
-        pictures and no `vision`.
+        Pictures before a row's first new token are in the cache.
         """
-        if self._vision is None:
-            if any(pictures for *_, pictures in shown):
-                raise EngineError("engine hf: pictures for a policy without eyes")
-            return {"input_ids": input_ids}
         width = input_ids.shape[1]
         placed = [
             replace(picture, start=(row + 1) * width + picture.start - end)

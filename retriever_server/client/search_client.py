@@ -24,7 +24,7 @@ from data.errors import (
 )
 from data.records import Hit, Item, Passage
 from retriever_server.client.wire import with_image_bytes
-from retriever_server.retriever import Outcome, Query, Retriever, text_in
+from retriever_server.retriever import Outcome, Query, Retriever
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class SearchClient:
         """
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        _check_unicode(text_in(query))
+        _check_unicode(query if isinstance(query, str) else query.text)
         if isinstance(query, Item) and self.waits:
             query = await asyncio.to_thread(with_image_bytes, query)
         loop = asyncio.get_running_loop()

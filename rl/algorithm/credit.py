@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from agent.trajectory import SegmentKind, Trajectory
-from rl.algorithm.advantages import ADVANTAGES, RewardBatch
+from rl.algorithm.advantages import ADVANTAGES, Reward, RewardBatch
 from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
     from rl.config import TrainConfig
-    from rl.groups import Group
     from rl.learner.workers import Totals, Workers
 
 
@@ -28,26 +26,18 @@ if TYPE_CHECKING:
 class TrainingBatch:
     """This process's groups of a step, and what is known of their trained tokens."""
 
-    groups: Sequence[Group]
+    trajectories: Sequence[Trajectory]
+    """Those of all groups, in order; a row is a place in this list."""
+    rewards: Sequence[Reward]
     device: torch.device
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
     """old, reference (log-probs), values, advantages, returns: a tensor (tokens,) a trajectory."""
-
-    @cached_property
-    def trajectories(self) -> list[Trajectory]:
-        """Those of all groups, in order; a row is a place in this list."""
-        return [trajectory for group in self.groups for trajectory in group.trajectories]
 
     def joined(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
         """A column over these rows, or all, one after another (N,)."""
         column = self.columns[name]
         chosen = column if rows is None else [column[row] for row in rows]
         return torch.cat([torch.empty(0, device=self.device), *chosen])
-
-    def part(self, number: int, parts: int, count: int) -> list[int]:
-        """The rows of the number-th of `parts` equal shares of all processes' `count` groups."""
-        numbers = [group.number for group in self.groups for _ in group.trajectories]
-        return [row for row, group in enumerate(numbers) if group * parts // count == number]
 
 
 def assign_advantages(
@@ -60,7 +50,7 @@ def assign_advantages(
     algorithm, totals = config.algorithm, {}
     turn_tokens = [_turn_tokens(t, config.mask_observations) for t in batch.trajectories]
     counts = torch.tensor([sum(tokens) for tokens in turn_tokens], dtype=torch.long)
-    rewards = place_rewards([r.turns for g in batch.groups for r in g.rewards], turn_tokens)
+    rewards = place_rewards([reward.turns for reward in batch.rewards], turn_tokens)
     if algorithm.overlong_buffer:
         written = counts[counts > 0]
         rewards[written.cumsum(0) - 1] += overlong_penalty(written, token_limit, algorithm.overlong_buffer)

@@ -22,10 +22,11 @@ from data.class_path import hints_of
 from data.errors import ConfigError
 from data.plugins import find_plugin
 from data.records import Question
-from rl.groups import Reward
+from rl.algorithm.advantages import Reward
 
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
+
 
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 

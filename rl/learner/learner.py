@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from agent.policy import Policy
     from agent.protocol import Protocol
     from rl.config import TrainConfig
-    from rl.groups import Collected
+    from rl.rollouts import Collected, Group
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +119,17 @@ class Learner:
         """Update on what was collected for the step after `step`; nothing changes where that is nothing."""
         if not collected.count:
             return {}
-        algorithm, batch = self.config.algorithm, TrainingBatch(collected.groups, self.model.device)
+        algorithm, groups = self.config.algorithm, collected.groups
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        rewards = [reward for group in groups for reward in group.rewards]
+        batch = TrainingBatch(trajectories, rewards, self.model.device)
         torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # of LoRA's dropout
-        with training_dropout(self.model), _recomputing(self.model), _recomputing(self.critic):
+        dropout = training_dropout(self.model) if self.config.lora.rank else nullcontext()
+        with dropout, _recomputing(self.model), _recomputing(self.critic):
             self._score(batch)
             totals = assign_advantages(batch, self.config, self.workers, self.token_limit)
             for part in range(algorithm.updates_per_rollout):
-                rows = batch.part(part, algorithm.updates_per_rollout, collected.count)
+                rows = _share(groups, part, algorithm.updates_per_rollout, collected.count)
                 if self.critic is None or step >= algorithm.critic_only_steps:
                     self._update_policy(batch, rows, totals)
                 if self.critic is not None:
@@ -243,14 +247,14 @@ class Learner:
             cut += [idle] * (max(self.workers.gather(len(cut))) - len(cut))
         yield from cut
 
-    def weights_for_engine(self) -> dict[str, Tensor] | None:
-        """The whole policy, which all processes must ask for; None where the engine shares the model.
+    def weights_for_engine(self) -> dict[str, Tensor]:
+        """The whole policy, which all processes must ask for.
 
         With `engine.lora: adapter` its adapters alone. For servers the leading process alone has it.
         """
         engine, state = self.config.engine, self.model.state_dict()
         if engine.shares_model:
-            return merged_state(self.model, {n: whole(w) for n, w in state.items()}) if self.sharded else None
+            return merged_state(self.model, {n: whole(w) for n, w in state.items()})
         if engine.lora == "adapter":
             return scaled_adapter_state(self.model)
         held = gather(state, self.workers.leads, on_host=engine.transport == "folder")
@@ -294,6 +298,12 @@ class Learner:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load(folder / "critic")
             self.critic_optimizer.load_state(load_file(folder / "critic_optimizer.safetensors"))
+
+
+def _share(groups: Sequence[Group], number: int, parts: int, count: int) -> list[int]:
+    """The rows of the number-th of `parts` equal shares of all processes' `count` groups."""
+    numbers = [group.number for group in groups for _ in group.trajectories]
+    return [row for row, group in enumerate(numbers) if group * parts // count == number]
 
 
 def _layers(module: nn.Module) -> list[Any]:

@@ -49,9 +49,9 @@ from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.records import Question
 from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.groups import Collected, Group
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
+from rl.rollouts import Collected, Group
 from scripts.bench.rollout import hardware
 
 GROUP = 4

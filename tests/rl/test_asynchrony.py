@@ -23,10 +23,9 @@ from rl.algorithm.importance import sampler_weights
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig
-from rl.groups import Collected, Group, staleness
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
-from rl.rollouts import Rollouts, draw_question
+from rl.rollouts import Collected, Group, Rollouts, draw_question, staleness
 from scripts.train import train
 from scripts.wiring import open_agent, open_client
 from tests.fakes import question

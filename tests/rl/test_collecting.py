@@ -15,9 +15,8 @@ from data.records import Question
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
-from rl.groups import Collected, Group, staleness, totals_of
 from rl.learner.workers import Workers, averages
-from rl.rollouts import Rollouts, draw_question
+from rl.rollouts import Collected, Group, Rollouts, draw_question, staleness, totals_of
 
 WANTED, SIZE = 3, 2
 QUESTIONS = [Question(str(number), f"q {number}?", ("right",)) for number in range(10)]

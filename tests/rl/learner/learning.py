@@ -17,9 +17,9 @@ from agent.protocol import COMPACT
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from rl.groups import Collected, Group
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers, averages
+from rl.rollouts import Collected, Group
 from tests.fakes import question, tiny_model
 from tests.rl.learner.plain import Gradients, PlainLearner
 

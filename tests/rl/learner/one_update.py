@@ -15,9 +15,9 @@ from agent.protocol import COMPACT
 from data.settings import LoraConfig
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import TrainConfig
-from rl.groups import Collected
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers, join_workers, whole
+from rl.rollouts import Collected
 from tests.fakes import tiny_model
 from tests.rl.learner.learning import GROUPS, VOCABULARY, configure, make_groups
 

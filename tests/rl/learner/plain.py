@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agent.trajectory import SegmentKind, Trajectory
 from rl.config import TrainConfig
-from rl.groups import Group
+from rl.rollouts import Group
 
 Gradients = dict[str, Tensor]
 
