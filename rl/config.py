@@ -108,9 +108,11 @@ class ProtocolConfig:
 class SentinelConfig:
     """The bounds of a collapse, against the run's own first steps, and what is then done."""
 
-    action: Literal["warn", "stop", "roll_back"] = "warn"
-    """After `patience` alarms in a row: only warn, stop with the state saved, or go back to the best
-    checkpoint."""
+    action: Literal["warn", "stop", "roll_back", "preserve"] = "warn"
+    """After `patience` alarms in a row: only warn, stop with the state saved, go back to the best checkpoint,
+    or from then on preserve the likelihood of what was not bad (algorithm.llds_coefficient)."""
+    preserve_coefficient: float = 0.1
+    """The coefficient that action preserve sets."""
     patience: int = 3
     """Steps in a row with an alarm before `action`."""
     baseline_steps: int = 10
@@ -133,6 +135,7 @@ class SentinelConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "sentinel.", ">= 1", "patience", "baseline_steps", "max_roll_backs")
+        require_range(self, "sentinel.", "> 0", "preserve_coefficient")
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,11 @@ class TrainConfig:
             "roll_back",
             "another without eval_every: there would be no best checkpoint",
         )
+        acts = self.algorithm.updates_per_rollout > 1
+        allowed = (
+            "another with algorithm.updates_per_rollout 1: likelihood is then lost between rollouts alone"
+        )
+        require(self.sentinel.action != "preserve" or acts, "sentinel.action", "preserve", allowed)
         require(
             not self.eval_every or self.dev_questions is not None,
             "eval_every",

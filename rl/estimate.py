@@ -170,7 +170,11 @@ class ResourceEstimate:
         trunk = 2 * self.body * total + width * total**2
         near, again = algorithm.kl_coefficient > 0, self.config.gradient_checkpointing
         before = (algorithm.updates_per_rollout > 1 or (near and algorithm.kl_in == "reward")) + near
-        in_loss = algorithm.entropy_coefficient or (near and algorithm.kl_in == "loss")
+        in_loss = (
+            algorithm.entropy_coefficient
+            or algorithm.llds_coefficient
+            or (near and algorithm.kl_in == "loss")
+        )
         fed = 1 if in_loss or algorithm.needs_critic else fed
         flops = {
             "reading prompts and observations": (trunk * (1 - written / total), update),

@@ -22,7 +22,7 @@ class Verdict:
 
     alarms: list[str]
     """One line each: metric, value, bound and baseline."""
-    action: Literal["warn", "stop", "roll_back"] | None
+    action: Literal["warn", "stop", "roll_back", "preserve"] | None
     """None without alarms; more than warn only after `patience` alarmed steps in a row."""
 
 

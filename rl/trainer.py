@@ -192,6 +192,10 @@ class Trainer:
         alarms = "; ".join(verdict.alarms)
         if verdict.action == "stop":
             raise RunStopped(f"sentinel: {alarms}; the state is saved in {self.path}")
+        coefficient = self.config.sentinel.preserve_coefficient
+        if verdict.action == "preserve" and self.learner.config.algorithm.llds_coefficient < coefficient:
+            logger.warning("sentinel: preserving likelihood from here on (LLDS %g)", coefficient)
+            self.learner.preserve(coefficient)
         if verdict.action == "roll_back":
             best = best_checkpoint(self.checkpoints)
             if best is None or self.roll_backs == self.config.sentinel.max_roll_backs:
@@ -267,6 +271,10 @@ class Trainer:
         parts = self.learner.snapshot()
         kept = [record for part in self.workers.gather(self.rollouts.kept()) for record in part]
         state = {"position": self.rollouts.settled, "roll_backs": self.roll_backs}
+        if (
+            preserved := self.learner.config.algorithm.llds_coefficient
+        ) != self.config.algorithm.llds_coefficient:
+            state["llds_coefficient"] = preserved
 
         def write(folder: Path) -> None:
             self.learner.write(folder, parts)
@@ -297,6 +305,8 @@ class Trainer:
         self.learner.read(checkpoint.path)
         state = read_json(checkpoint.path / STATE_FILE)
         self.roll_backs = state["roll_backs"]
+        if "llds_coefficient" in state:
+            self.learner.preserve(state["llds_coefficient"])
         await self.sync.update(self.step)
         file = checkpoint.path / IN_FLIGHT_FILE
         kept = list(read_jsonl(file)) if file.exists() else []

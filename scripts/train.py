@@ -265,7 +265,7 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
     from rl.algorithm.rewards import check_questions, combine
 
     combine(config.rewards, config.judge)
-    check_questions(config.rewards, questions)
+    check_questions(config.rewards, questions, config.algorithm)
     if "judge" in config.rewards and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
 

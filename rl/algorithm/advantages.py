@@ -45,6 +45,7 @@ class RewardBatch:
     group_size: int
     """Trajectories a question; B is a multiple of it."""
     values: Tensor | None = None  # (N,) of the critic; gae alone needs them
+    credit: Tensor | None = None  # (N,) of searches (search_credit.py); search_credit alone needs it
 
     @property
     def row(self) -> Tensor:
@@ -113,6 +114,13 @@ def turn(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     return _against_group(rewards, present, batch.group_size, _scale)[row, turns]
 
 
+def search_credit(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
+    """grpo's advantage and, on the tokens of queries, what their searches earned (arXiv 2610.10179)."""
+    if batch.credit is None:
+        raise ValueError("advantage search_credit needs the credit of searches")
+    return grpo(batch, gamma, gae_lambda) + batch.credit
+
+
 ADVANTAGES: dict[str, Callable[[RewardBatch, float, float], Tensor]] = {
     "gae": gae,
     "grpo": grpo,
@@ -121,11 +129,20 @@ ADVANTAGES: dict[str, Callable[[RewardBatch, float, float], Tensor]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": centred,
     "turn": turn,
+    "search_credit": search_credit,
 }
 """(batch, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
 WITH_CRITIC = {"gae"}
 WITHOUT_GROUPS = {"gae", "reinforce_pp"}
 """Those that do not compare a trajectory with others of its question."""
+
+
+def against_group(found: Tensor, present: Tensor, group_size: int) -> Tensor:
+    """Differences from the mean of those of the group that are present, over their spread, column by column.
+
+    (B, K), (B, K) bool -> (B, K); 0 where all agree, one alone included.
+    """
+    return _against_group(found, present, group_size, _scale)
 
 
 def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:

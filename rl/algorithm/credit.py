@@ -41,11 +41,16 @@ class TrainingBatch:
 
 
 def assign_advantages(
-    batch: TrainingBatch, config: TrainConfig, workers: Workers, token_limit: int
+    batch: TrainingBatch,
+    config: TrainConfig,
+    workers: Workers,
+    token_limit: int,
+    decode: Callable[[list[int]], str],
 ) -> Totals:
     """Add the batch's advantages, and with a critic the returns that it should have foreseen.
 
-    token_limit: the most tokens that a policy may write in a trajectory. Returns metrics.
+    token_limit: the most tokens that a policy may write in a trajectory. decode: of the policy's tokenizer.
+    Returns metrics.
     """
     algorithm, totals = config.algorithm, {}
     turn_tokens = [_turn_tokens(t, config.mask_observations) for t in batch.trajectories]
@@ -66,9 +71,17 @@ def assign_advantages(
         rewards = rewards - algorithm.kl_coefficient * kl
     values = batch.joined("values") if "values" in batch.columns else None
     turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]
-    earned = RewardBatch(
-        rewards, counts, torch.tensor(turns, dtype=torch.long), config.rollout.group_size, values
-    )
+    credit, size = None, config.rollout.group_size
+    if algorithm.advantage == "search_credit":
+        from rl.algorithm.search_credit import search_credit  # late: it reads what evaluation does
+
+        found = search_credit(batch.trajectories, turn_tokens, size, algorithm, decode, config.seed)
+        totals["policy/search_credit"] = (float(found.abs().sum()), float(found.numel()))
+        credit = found.to(batch.device)
+    earned = RewardBatch(rewards, counts, torch.tensor(turns, dtype=torch.long), size, values, credit)
+    if algorithm.llds_coefficient:
+        turn_of = torch.tensor(turns, dtype=torch.long, device=batch.device)
+        batch.columns["turns"] = list(turn_of.split(counts.tolist()))
     advantages = ADVANTAGES[algorithm.advantage](earned, algorithm.gamma, algorithm.gae_lambda)
     if values is not None:
         returns, size = advantages + values, len(values)

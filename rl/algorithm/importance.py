@@ -34,13 +34,19 @@ def sampler_weights(
     `sequence_mask`, no geometric mean: long trajectories go first), is above `cap` or below 1 / cap; 1 for
     the others. That is the rejection of masked importance sampling (Liu et al. 2025, "When Speed Kills
     Stability") without its ratio as weight.
+    token_mask: the ratio of each token, 0 where it is above `cap` or below 1 / cap (IcePop; also TRL's).
+    sequence_truncate: the ratio of the trajectory, at most `cap`, on all its tokens (TRL's name).
     """
     log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
     if kind == "token":
         return log_ratio.exp().clamp(max=cap)
-    if kind == "sequence":
+    if kind == "token_mask":
+        return log_ratio.exp().masked_fill(log_ratio.abs() > math.log(cap), 0)
+    if kind in ("sequence", "sequence_truncate"):
         size = row.bincount().numel()
         summed = log_ratio.new_zeros(size).index_add(0, row, log_ratio)
+        if kind == "sequence_truncate":
+            return summed.clamp(max=math.log(cap)).exp()[row]
         return (summed.abs() <= math.log(cap)).to(log_ratio.dtype)[row]
     return log_ratio.new_ones(log_ratio.shape)
 

@@ -68,6 +68,10 @@ class Clipping(Protocol):
     def clip_high(self) -> float: ...
     @property
     def dual_clip(self) -> float: ...
+    @property
+    def sapo_temperature(self) -> float: ...
+    @property
+    def sapo_temperature_negative(self) -> float: ...
 
 
 def ppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
@@ -100,30 +104,84 @@ def reinforce(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return -tokens.ratio.detach() * tokens.advantages * tokens.logprobs
 
 
+def dppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+    """-r A without the tokens whose *probability* has changed by more than the bounds and would go further.
+
+    DPPO (arXiv 2602.04879), the mask by total variation: a ratio of 2 is nothing at a rare token and a lot at
+    a common one. A > 0: p - old_p <= clip_high; A < 0: old_p - p <= clip_low.
+    """
+    return -(tokens.ratio * tokens.advantages).masked_fill(dppo_cut(tokens, algorithm), 0)
+
+
+def dppo_cut(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+    """Tokens that dppo leaves out (N,) bool."""
+    change = tokens.logprobs.detach().exp() - tokens.old_logprobs.exp()
+    rising = (change > algorithm.clip_high) & (tokens.advantages > 0)
+    return rising | ((change < -algorithm.clip_low) & (tokens.advantages < 0))
+
+
+def sapo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+    """A soft gate in place of the clip: -sigmoid(t (r - 1)) 4 / t A, with a t for each sign of A.
+
+    SAPO (Gao et al. 2025, arXiv 2511.20347), as in TRL.
+    """
+    rising = tokens.advantages > 0
+    temperature = rising * algorithm.sapo_temperature + ~rising * algorithm.sapo_temperature_negative
+    return -(temperature * (tokens.ratio - 1)).sigmoid() * 4 / temperature * tokens.advantages
+
+
 SURROGATES: dict[str, Callable[[PolicyTokens, Clipping], Tensor]] = {
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
     "reinforce": reinforce,
+    "dppo": dppo,
+    "sapo": sapo,
 }
 """(tokens, algorithm) -> loss of each token (N,)."""
 
 
 def clip_fraction(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
-    """Share of tokens () whose gradient the clip cuts off (ppo, gspo) or whose weight it lowers (cispo).
+    """Share of tokens () whose gradient the clip cuts off (ppo, gspo, dppo) or whose weight falls (cispo).
 
-    0 without tokens, and for reinforce, which has no clip.
+    0 without tokens, and for reinforce and sapo, which have no clip.
     """
     ratio = (tokens.sequence_ratio if algorithm.surrogate == "gspo" else tokens.ratio).detach()
     high, low = ratio > 1 + algorithm.clip_high, ratio < 1 - algorithm.clip_low
     if algorithm.surrogate == "cispo":
         cut = high
-    elif algorithm.surrogate == "reinforce":
+    elif algorithm.surrogate == "dppo":
+        cut = dppo_cut(tokens, algorithm)
+    elif algorithm.surrogate in ("reinforce", "sapo"):
         cut = high & False
     else:
         low |= ratio > (algorithm.dual_clip or math.inf)
         cut = high.where(tokens.advantages > 0, low) & (tokens.advantages != 0)
     return cut.float().sum() / max(1, cut.numel())
+
+
+def llds(tokens: PolicyTokens, unit: Tensor) -> Tensor:
+    """What likelihood tokens lost that should have kept it: max(0, old log p - log p) (N,).
+
+    LLDS (arXiv 2512.04220): only where the advantage is not negative, and where the unit of the token lost
+    likelihood as a whole. unit: (N,) long, from 0: the trajectory (response gate) or the turn (action gate).
+    """
+    lost = tokens.old_logprobs - tokens.logprobs
+    sizes = lost.new_zeros(int(unit.max()) + 1 if unit.numel() else 0)
+    fell = sizes.index_add(0, unit, lost.detach()) > 0
+    return lost.relu() * (fell[unit] & (tokens.advantages >= 0))
+
+
+def off_policy_mask(tokens: PolicyTokens, sampler_logprobs: Tensor, threshold: float) -> Tensor:
+    """0 for tokens of negative advantage in trajectories that have become too unlikely, else 1 (N,).
+
+    Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556), as in TRL: too unlikely is a mean of
+    sampler's less current log-probs above the threshold.
+    """
+    difference = sampler_logprobs - tokens.logprobs.detach()
+    counts = tokens.row.bincount().clamp(min=1)
+    means = difference.new_zeros(counts.numel()).index_add(0, tokens.row, difference) / counts
+    return ((tokens.advantages >= 0) | (means[tokens.row] <= threshold)).to(difference.dtype)
 
 
 def clamped(tokens: PolicyTokens, algorithm: Clipping) -> int:

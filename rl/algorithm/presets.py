@@ -16,6 +16,7 @@ from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, Averaging
 Advantage: TypeAlias = Literal[*ADVANTAGES]  # pyright: ignore
 Surrogate: TypeAlias = Literal[*SURROGATES]  # pyright: ignore
 Estimator: TypeAlias = Literal[*KL_ESTIMATORS]  # pyright: ignore
+Potential: TypeAlias = Literal["coverage", "coverage_ordered", "answer_match"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,28 @@ class AlgorithmConfig:
     critic_only_steps: int = 0
     """First steps that train the critic alone (advantage gae only)."""
     advantage: Advantage = "grpo"
-    """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline or turn."""
+    """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, turn, or
+    search_credit (grpo, and what each search was first to find, on the tokens of its query)."""
     gamma: float = 1.0
     """Discount a policy token (gae, reinforce_pp), or a turn (turn); observations are not counted."""
     gae_lambda: float = 1.0
     """Lambda of generalised advantage estimation: 1 is the plain return, 0 one step ahead."""
     whiten: bool = False
     """Shift and scale advantages to mean 0 and spread 1 over all policy tokens of the batch."""
+    credit_potential: Potential = "coverage"
+    """What a search earns by: the share of the gold passages found, the same in the question's order, or a
+    passage that holds a gold answer (answer_match, which needs no names of gold passages)."""
+    credit_weight: float = 0.5
+    """Weight of search_credit beside the outcome."""
+    credit_permuted: bool = False
+    """Give the credit of searches to others of the group at random: the control of search_credit."""
     surrogate: Surrogate = "ppo"
-    """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, or reinforce (ratio as weight)."""
+    """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, reinforce (ratio as weight), dppo (bounds
+    the change of probability) or sapo (a soft gate)."""
+    sapo_temperature: float = 1.0
+    """Steepness of sapo's gate where the advantage is positive."""
+    sapo_temperature_negative: float = 1.05
+    """The same where it is not."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low (not by cispo)."""
     clip_high: float = 0.2
@@ -62,15 +76,25 @@ class AlgorithmConfig:
     """Weight of the KL divergence from the starting policy; 0 loads no reference."""
     kl_estimator: Estimator = "k3"
     """Schulman's estimators: k1 unbiased, k2 half the square, k3 never negative."""
+    kl_unbiased: bool = False
+    """Weigh the KL in the loss by the ratio, for tokens that another policy sampled (DeepSeek-V3.2)."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Add it to the loss, or take it off the reward of each token."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
     value_clip: float = 0.2
     """The critic's new values stay this near to its old ones (gae); 0: no clipping."""
-    importance: Literal["none", "token", "sequence"] = "none"
-    """Correct for a sampler that differs from the trainer: weights truncated a token (TIS), or
-    trajectories left out (MIS)."""
+    llds_coefficient: float = 0.0
+    """Weight of the likelihood that tokens of advantage >= 0 lose (LLDS, arXiv 2512.04220); acts from the
+    second update of a rollout on. 0: off."""
+    llds_gate: Literal["action", "response"] = "action"
+    """Only in turns, or trajectories, that lost likelihood as a whole."""
+    off_policy_threshold: float = 0.0
+    """Leave out tokens of negative advantage in trajectories that are by so many nats a token less likely
+    than when they were sampled; 0: off."""
+    importance: Literal["none", "token", "sequence", "token_mask", "sequence_truncate"] = "none"
+    """Correct for a sampler that differs from the trainer: weights truncated a token (TIS), trajectories left
+    out (MIS), tokens left out, or weights truncated a trajectory."""
     importance_cap: float = 2.0
     """Where token weights are truncated, and beyond which, or its inverse, a trajectory is left out."""
     dynamic_sampling_rounds: int = 0
@@ -87,6 +111,8 @@ class AlgorithmConfig:
         require_range(self, "algorithm.", ">= 0", *at_least_0, "dynamic_sampling_rounds")
         require_range(self, "algorithm.", "in [0, 1]", "gamma", "gae_lambda", "overlong_buffer")
         require_range(self, "algorithm.", "in (0, 1)", "clip_low")
+        require_range(self, "algorithm.", ">= 0", "llds_coefficient", "off_policy_threshold", "credit_weight")
+        require_range(self, "algorithm.", "> 0", "sapo_temperature", "sapo_temperature_negative")
         require_range(self, "algorithm.", ">= 1", "importance_cap", "updates_per_rollout")
         dual = self.dual_clip
         require(dual == 0 or dual > 1 + self.clip_high, "algorithm.dual_clip", dual, "0 or > 1 + clip_high")
@@ -146,6 +172,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # MiniMax 2025, arXiv 2506.13585, eq. 4; the bound of ScaleRL (arXiv 2510.13786), a ratio of 5.
     "cispo": {"surrogate": "cispo", "clip_high": 4.0, "updates_per_rollout": 4},
+    # Against collapse: LLDS with its action gate (arXiv 2512.04220), DPPO's mask (2602.04879), truncated
+    # importance sampling, off-policy sequence masking (2512.02556).
+    "stable": {
+        "surrogate": "dppo",
+        "llds_coefficient": 0.1,
+        "importance": "token",
+        "off_policy_threshold": 0.5,
+        "updates_per_rollout": 2,
+    },
     # Ahmadian et al. 2024, arXiv 2402.14740.
     "rloo": {"advantage": "rloo", "surrogate": "reinforce", "averaging": "constant", "kl_in": "reward"},
     # Hu et al. 2025, arXiv 2501.03262.

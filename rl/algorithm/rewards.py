@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from agent.evaluation.judge import Judge, Verdict
 from agent.evaluation.judge_config import JudgeConfig
@@ -23,6 +23,9 @@ from data.errors import ConfigError
 from data.plugins import find_plugin
 from data.records import Question
 from rl.algorithm.advantages import Reward
+
+if TYPE_CHECKING:
+    from rl.algorithm.presets import AlgorithmConfig
 
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
@@ -110,10 +113,15 @@ def combine(
     return reward
 
 
-def check_questions(weights: Mapping[str, float], questions: Sequence[Question]) -> None:
+def check_questions(
+    weights: Mapping[str, float], questions: Sequence[Question], algorithm: AlgorithmConfig | None = None
+) -> None:
     """Raise ConfigError where gold passages are to be rewarded and no question names any."""
-    if "gold_passage" in weights and not any([gold_passages(question)[0] for question in questions]):
-        raise ConfigError(f"rewards.gold_passage: no question's metadata has {', '.join(GOLD_KEYS)}")
+    needs = "rewards.gold_passage" if "gold_passage" in weights else ""
+    if algorithm and algorithm.advantage == "search_credit" and algorithm.credit_potential != "answer_match":
+        needs = f"algorithm.credit_potential = {algorithm.credit_potential!r}"
+    if needs and not any([gold_passages(question)[0] for question in questions]):
+        raise ConfigError(f"{needs}: no question's metadata has {', '.join(GOLD_KEYS)}")
 
 
 def count_turns(trajectory: Trajectory) -> int:

@@ -127,7 +127,7 @@ class Learner:
         dropout = training_dropout(self.model) if self.config.lora.rank else nullcontext()
         with dropout, _recomputing(self.model), _recomputing(self.critic):
             self._score(batch)
-            totals = assign_advantages(batch, self.config, self.workers, self.token_limit)
+            totals = assign_advantages(batch, self.config, self.workers, self.token_limit, self._decode)
             for part in range(algorithm.updates_per_rollout):
                 rows = _share(groups, part, algorithm.updates_per_rollout, collected.count)
                 if self.critic is None or step >= algorithm.critic_only_steps:
@@ -165,7 +165,7 @@ class Learner:
         algorithm, advantages = self.config.algorithm, batch.columns["advantages"]
         tokens, trajectories = self._everywhere(sum(len(advantages[row]) for row in rows), len(rows))
         kl_in_loss = "reference" in batch.columns and algorithm.kl_in == "loss"
-        always = kl_in_loss or algorithm.entropy_coefficient > 0
+        always = kl_in_loss or algorithm.entropy_coefficient > 0 or algorithm.llds_coefficient > 0
         fed = [row for row in rows if always or advantages[row].any()]
         if not self._everywhere(len(fed))[0]:
             return
@@ -182,6 +182,7 @@ class Learner:
                 each.sampler_logprobs.to(batch.device),
                 each.sampled.to(batch.device),
                 batch.joined("reference", each.rows) if kl_in_loss else None,
+                batch.joined("turns", each.rows).long() if "turns" in batch.columns else None,
             )
             loss = policy_loss(scored, algorithm, totals)
             weights = token_weights(algorithm.averaging, each.counts, tokens, trajectories, constant)
@@ -228,6 +229,14 @@ class Learner:
         if not self.sharded:
             self.workers.sum_gradients(p for p in module.parameters() if p.requires_grad)
         return optimizer.update()
+
+    def preserve(self, coefficient: float) -> None:
+        """Hold on to the likelihood of what was not bad (LLDS), from the next update on."""
+        algorithm = replace(self.config.algorithm, llds_coefficient=coefficient)
+        self.config = replace(self.config, algorithm=algorithm)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def _logprobs(self, each: MicroBatch) -> Tensor:
         return self.scorer(each).logprobs

@@ -11,7 +11,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
 from rl.algorithm.advantages import ADVANTAGES, RewardBatch
-from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES, PolicyTokens, clip_fraction, token_weights
+from rl.algorithm.losses import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    PolicyTokens,
+    clip_fraction,
+    off_policy_mask,
+    token_weights,
+)
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from tests.fakes import byte_tokenizer, tiny_model
 
@@ -86,6 +93,10 @@ def ours(tensors, algorithm):
     weights = token_weights(algorithm.averaging, counts, int(mask.sum()), len(counts), WIDTH)
     loss = SURROGATES[algorithm.surrogate](tokens, algorithm)
     kl = KL_ESTIMATORS[algorithm.kl_estimator](logprobs, tensors["ref_per_token_logps"][mask])
+    kl = kl * tokens.ratio if algorithm.kl_unbiased else kl
+    if algorithm.off_policy_threshold:
+        sampler = tensors["old_per_token_logps"][mask]
+        loss = loss * off_policy_mask(tokens, sampler, algorithm.off_policy_threshold)
     return (weights * (loss + algorithm.kl_coefficient * kl)).sum(), clip_fraction(tokens, algorithm)
 
 
@@ -96,8 +107,17 @@ CASES = {
     "bnpo": ("dapo", {"loss_type": "bnpo"}),
     "gspo": ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
     "cispo": ("cispo", {"loss_type": "cispo"}),
+    "sapo": ("grpo", {"loss_type": "sapo"}),
+    "off_policy_mask": ("grpo", {"loss_type": "grpo", "off_policy_mask_threshold": 0.1}),
+    "unbiased_kl": ("grpo", {"loss_type": "grpo"}),
 }
 """Name: our preset, TRL's settings; the bounds and the KL weight are added to both."""
+OURS = {
+    "sapo": {"surrogate": "sapo"},
+    "off_policy_mask": {"off_policy_threshold": 0.1},
+    "unbiased_kl": {"kl_unbiased": True},
+}
+"""What a case adds to the fields of its preset."""
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
@@ -106,9 +126,9 @@ CASES = {
 )
 def test_loss_and_gradient_are_those_of_trl(trl, tensors, monkeypatch, case, beta, dual_clip):
     preset, settings = CASES[case]
-    algorithm = AlgorithmConfig(
-        **{**preset_fields(preset), "kl_coefficient": beta, "kl_in": "loss", "dual_clip": dual_clip}
-    )
+    fields = {**preset_fields(preset), **OURS.get(case, {}), "kl_coefficient": beta, "kl_in": "loss"}
+    algorithm = AlgorithmConfig(**{**fields, "dual_clip": dual_clip})
+    monkeypatch.setattr(trl.args, "use_bias_correction_kl", algorithm.kl_unbiased)
     absolute = preset == "cispo"  # where TRL's epsilon_high is the bound itself, not its distance from 1
     settings = {
         "importance_sampling_level": "token",

@@ -240,7 +240,7 @@ class PlainLearner:
             self.config.algorithm,
             self.far is not None and self.config.algorithm.kl_in == "loss",
         )
-        if not (kl_in_loss or algorithm.entropy_coefficient):
+        if not (kl_in_loss or algorithm.entropy_coefficient or algorithm.llds_coefficient):
             fed = [row for row in chosen if any(self.advantages[row])]
         else:
             fed = chosen
@@ -266,24 +266,51 @@ class PlainLearner:
         old = self.old[row] if algorithm.updates_per_rollout > 1 else _numbers(now)
         trust = self._trust(old, self.rows.sampled(row))
         mean = sum(n - o for n, o in zip(now, old, strict=True)) / max(1, len(now))
+        moved = [float(n) - o for n, o in zip(now, old, strict=True)]
+        sampled = self.rows.sampled(row)
+        drift = sum(float(s - n) for n, s in zip(_numbers(now), sampled, strict=True) if s is not None)
+        unlikely = drift / max(1, len(now)) > algorithm.off_policy_threshold > 0
         for at, (new, advantage) in enumerate(zip(now, self.advantages[row], strict=True)):
             log_ratio, bound = (new - old[at]).clamp(min=-20), 20.0
             if algorithm.surrogate == "gspo":  # the trajectory's, with the token's own gradient
                 log_ratio, bound = mean.detach() + new - new.detach(), 10.0
             self._note("policy/clamped_fraction", [float(log_ratio.detach() > bound)])
-            loss = self._surrogate(log_ratio.clamp(max=bound).exp(), new, advantage) * trust[at]
+            ratio = log_ratio.clamp(max=bound).exp()
+            loss = self._surrogate(ratio, new, advantage, old[at]) * trust[at]
+            if algorithm.off_policy_threshold:
+                left_out = unlikely and advantage < 0
+                self._note("policy/off_policy_fraction", [float(left_out)])
+                loss = loss * (not left_out)
+            if algorithm.llds_coefficient:
+                turn, turns = self.rows.turns[row][at], self.rows.turns[row]
+                whole = algorithm.llds_gate == "response"
+                fell = sum(m for m, t in zip(moved, turns, strict=True) if whole or t == turn) < 0
+                lost = advantage >= 0 and fell and moved[at] < 0
+                self._note("policy/llds_fraction", [float(lost)])
+                loss = loss + algorithm.llds_coefficient * (old[at] - new if lost else 0.0)
             if kl_in_loss and self.far:
-                loss = loss + algorithm.kl_coefficient * self._kl(new - self.far[row][at])
+                kl = self._kl(new - self.far[row][at])
+                loss = loss + algorithm.kl_coefficient * kl * (ratio if algorithm.kl_unbiased else 1)
             losses.append(loss - algorithm.entropy_coefficient * entropy[at])
         self._note("policy/entropy", _numbers(entropy))
         self._note("policy/importance_weight", trust)
         return losses
 
-    def _surrogate(self, ratio: Tensor, logprob: Tensor, advantage: float) -> Tensor:
+    def _surrogate(self, ratio: Tensor, logprob: Tensor, advantage: float, old: float) -> Tensor:
         algorithm, high = self.config.algorithm, 1 + self.config.algorithm.clip_high
         if algorithm.surrogate == "cispo":
             self._note("policy/clip_fraction", [float(ratio > high)])
             return -ratio.detach().clamp(max=high) * advantage * logprob
+        if algorithm.surrogate == "dppo":
+            change = math.exp(float(logprob)) - math.exp(old)
+            cut = change > algorithm.clip_high if advantage > 0 else change < -algorithm.clip_low
+            cut = cut and advantage != 0
+            self._note("policy/clip_fraction", [float(cut)])
+            return -ratio * advantage * (not cut)
+        if algorithm.surrogate == "sapo":
+            steep = algorithm.sapo_temperature if advantage > 0 else algorithm.sapo_temperature_negative
+            self._note("policy/clip_fraction", [0.0])
+            return -4 / steep * advantage / (1 + (-steep * (ratio - 1)).exp())
         if algorithm.surrogate == "reinforce":
             self._note("policy/clip_fraction", [0.0])
             return -ratio.detach() * advantage * logprob
@@ -307,7 +334,11 @@ class PlainLearner:
         cap = algorithm.importance_cap
         if algorithm.importance == "token":
             return [min(math.exp(d), cap) for d in differences]
+        if algorithm.importance == "token_mask":
+            return [math.exp(d) if 1 / cap <= math.exp(d) <= cap else 0.0 for d in differences]
         whole = math.exp(sum(differences))
+        if algorithm.importance == "sequence_truncate":
+            return [min(whole, cap)] * len(differences)
         kept = algorithm.importance == "none" or 1 / cap <= whole <= cap
         return [float(kept)] * len(differences)
 

@@ -39,7 +39,9 @@ FIELDS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "gamma": ({"advantage": "reinforce_pp"}, [0.8]),
     "gae_lambda": (PPO, [0.7]),
     "whiten": ({"advantage": "dr_grpo"}, [True]),
-    "surrogate": (TWO, ["gspo", "cispo", "reinforce"]),
+    "surrogate": (TWO, ["gspo", "cispo", "reinforce", "dppo", "sapo"]),
+    "sapo_temperature": ({**TWO, "surrogate": "sapo"}, [9.0]),
+    "sapo_temperature_negative": ({**TWO, "surrogate": "sapo"}, [9.0]),
     "clip_low": ({**TWO, "advantage": "dr_grpo"}, [0.5]),
     "clip_high": (TWO, [0.5]),
     "dual_clip": (TWO, [1.04]),
@@ -49,15 +51,26 @@ FIELDS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "kl_coefficient": ({}, [0.2]),
     "kl_estimator": (NEAR, ["k1", "k2"]),
     "kl_in": ({**NEAR, "advantage": "reinforce_pp"}, ["reward"]),
+    "kl_unbiased": ({**TWO, **NEAR}, [True]),
     "entropy_coefficient": ({}, [0.3]),
+    "llds_coefficient": (TWO, [0.5]),
+    "llds_gate": ({**TWO, "llds_coefficient": 9.0}, ["response"]),
+    "off_policy_threshold": ({}, [0.05]),
     "value_clip": (PPO, [0.0]),
-    "importance": ({}, ["token", "sequence"]),
+    "importance": ({}, ["token", "sequence", "token_mask", "sequence_truncate"]),
     "importance_cap": ({"importance": "token"}, [1.2]),
     "overlong_buffer": ({"advantage": "reinforce_pp", "gamma": 0.9}, [0.9]),
 }
 """Settings in which a field matters, and other values of it than the default's."""
-ELSEWHERE = {"dynamic_sampling_rounds", *RECIPE_FIELDS}
-"""Which questions are asked (test_collecting.py), and what the optimiser does (below)."""
+ELSEWHERE = {
+    "dynamic_sampling_rounds",
+    *RECIPE_FIELDS,
+    "credit_potential",
+    "credit_weight",
+    "credit_permuted",
+}
+"""Which questions are asked (test_collecting.py), what the optimiser does (below), and what searches earn
+(test_search_credit.py)."""
 
 CASES = {
     f"{field} {value}": algorithm(**{**base, field: value})
