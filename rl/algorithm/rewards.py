@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from agent.evaluation.judge import Judge, Verdict
 from agent.evaluation.judge_config import JudgeConfig
 from agent.evaluation.measures import GOLD_KEYS, gold_passages
 from agent.trajectory import SegmentKind, Trajectory
-from data.answers import cover_em, exact_match, f1, is_abstention
+from data.answers import METRICS, is_abstention
 from data.class_path import hints_of
 from data.errors import ConfigError
 from data.plugins import find_plugin
@@ -34,6 +35,12 @@ RewardFunction = Callable[[Trajectory], float | list[float]]
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
+def score_answer(metric: str, trajectory: Trajectory) -> float:
+    """The answer by one of METRICS."""
+    question = trajectory.question
+    return METRICS[metric](trajectory.answer, question.gold_answers, question.normalizer)
+
+
 def no_answer(trajectory: Trajectory) -> float:
     """-1.0 where the policy gave no answer, or an empty one, else 0.0."""
     return 0.0 if trajectory.answer else -1.0
@@ -45,8 +52,7 @@ def truth(trajectory: Trajectory) -> float:
     TruthRL's reward (arXiv 2509.25760). Where hardly any answer is right it teaches silence: watch the share
     that is answered.
     """
-    asked = trajectory.question
-    right = exact_match(trajectory.answer, asked.gold_answers, asked.normalizer)
+    right = score_answer("em", trajectory)
     return right or (0.0 if is_abstention(trajectory.answer) else -1.0)
 
 
@@ -73,9 +79,7 @@ def gold_passage(trajectory: Trajectory) -> list[float]:
 
 
 REWARDS: dict[str, RewardFunction] = {
-    "em": lambda t: exact_match(t.answer, t.question.gold_answers, t.question.normalizer),
-    "f1": lambda t: f1(t.answer, t.question.gold_answers, t.question.normalizer),
-    "cover_em": lambda t: cover_em(t.answer, t.question.gold_answers, t.question.normalizer),
+    **{name: partial(score_answer, name) for name in METRICS},
     "format": lambda t: float(t.valid_format),
     "no_answer": no_answer,
     "truth": truth,
