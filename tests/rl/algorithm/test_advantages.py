@@ -33,6 +33,7 @@ def flat(batch, group_size, values=None):
         torch.tensor([number for _, number in tokens], dtype=torch.long),
         group_size,
         values,
+        values,  # any number a token does for the credit of searches
     )
 
 
@@ -85,7 +86,9 @@ def test_equal_to_loops_over_the_definition(name, batch, gamma, seed):
     tokens = flat(batch, group_size).rewards.numel()
     values = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
     result = ADVANTAGES[name](flat(batch, group_size, values), gamma, 0.5)
-    expected = by_loops(name, batch, group_size, gamma, 0.5, values.tolist())
+    outcome = "grpo" if name == "search_credit" else name
+    expected = by_loops(outcome, batch, group_size, gamma, 0.5, values.tolist())
+    expected = expected + values if name == "search_credit" else expected
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -50,6 +50,15 @@ def loops(surrogate, algorithm, tokens):
             found.append((-weight * advantage * new[i], -weight * advantage))
         elif surrogate == "reinforce":
             found.append((-ratio * advantage * new[i], -ratio * advantage))
+        elif surrogate == "dppo":
+            change = math.exp(new[i]) - math.exp(old[i])
+            bound = algorithm.clip_high if advantage > 0 else algorithm.clip_low
+            further = change > bound if advantage > 0 else -change > bound
+            found.append((0.0, 0.0) if further else (-ratio * advantage, -ratio * advantage))
+        elif surrogate == "sapo":
+            steep = algorithm.sapo_temperature if advantage > 0 else algorithm.sapo_temperature_negative
+            gate = 1 / (1 + math.exp(-steep * (ratio - 1)))
+            found.append((-4 / steep * gate * advantage, -4 * gate * (1 - gate) * ratio * advantage))
         else:
             inside = ratio * advantage
             clipped = min(max(ratio, low), high) * advantage
