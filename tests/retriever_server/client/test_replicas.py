@@ -84,7 +84,7 @@ def test_all_that_are_out_are_asked_again_until_the_deadline(monkeypatch):
     assert with_servers(servers, act) == [["a"]]
     servers = [FlakyServer(*[FAILURES["503"]] * 99) for _ in "ab"]
     with pytest.raises(RetrieverUnavailable, match=r"none of 2 replicas answered within .* answered 503"):
-        with_servers(servers, act, deadline_seconds=0.3)
+        with_servers(servers, act, deadline_seconds=3.0)  # time for an answer on a busy machine
 
 
 def test_a_refusal_is_no_reason_to_ask_another():

@@ -24,19 +24,33 @@ TAUGHT = {
 }
 
 
-@pytest.mark.parametrize("name", TAUGHT)
-def test_a_loss_that_wants_a_teacher_trains_on_nobody_elses_scores(name, rivers, tmp_path):
-    model, options, says = TAUGHT[name]
+def taught(name, rivers, folder):
+    """Changes of a recipe to this loss; data with scores; the same with scores of its own miner's."""
+    model, options, _ = TAUGHT[name]
     data = {**settings(rivers, "")["train"][0], "negatives": 1}
     rows = [{**row, "provenance": {"scores": "g", "generation": "g"}} for row in read_jsonl(data["examples"])]
-    write_jsonl(tmp_path / "own.jsonl", rows)
+    write_jsonl(folder / "own.jsonl", rows)
     changes = {"model": component(model["class_path"], base=base(rivers)), "loss": component(name, **options)}
-    changes["steps"] = 1
+    own = {**data, "examples": str(folder / "own.jsonl"), "labels": True}
+    return {**changes, "steps": 1}, data, own
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_loss_that_wants_a_teacher_trains_on_nobody_elses_scores(name, rivers, tmp_path):
+    changes, data, own = taught(name, rivers, tmp_path)
+    says = TAUGHT[name][2]
     with pytest.raises(ConfigError, match=says):
         training.train(recipe(rivers, tmp_path / "no", **changes, train=[data]))
-    own = {**data, "examples": str(tmp_path / "own.jsonl"), "labels": True}
     with pytest.raises(DataError, match=r"own.jsonl:1: its scores are those of the retriever"):
         training.train(recipe(rivers, tmp_path / "own", **changes, train=[own]))
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TAUGHT if name != "splade_loss"]
+
+
+@pytest.mark.parametrize("name", ["splade_loss", *SLOW])
+def test_who_allows_scores_of_any_retriever_trains_on_them(name, rivers, tmp_path):
+    changes, data, own = taught(name, rivers, tmp_path)
     losses = []
     for number, told in enumerate(({**own, "labels_of": "any"}, {**data, "labels": True})):
         made = recipe(rivers, tmp_path / str(number), **changes, train=[told])

@@ -203,7 +203,13 @@ RECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize("method", RECOMPUTED)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in ("two_towers", "decoder") else pytest.mark.slow)
+        for name in RECOMPUTED
+    ],
+)
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(method, rivers, tmp_path, monkeypatch):
     model, (loss, data), lora = RECOMPUTED[method]
     config = {"model_type": "llama"} if method == "decoder" else {}

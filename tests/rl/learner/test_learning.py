@@ -117,9 +117,20 @@ def assert_as_by_loops(config, groups, kind="qwen2", layouts=LAYOUTS, step=0):
         assert found.metrics == pytest.approx(plain.metrics, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_and_metrics_are_those_of_loops(name):
-    assert_as_by_loops(CONFIGS[name], make_groups(5))
+SLOW = {f"{name}, two updates" for name in PRESETS} - {"search_r1_ppo, two updates"}
+"""Samples of what presets and numbers of updates show each by itself."""
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        pytest.param(number, name, marks=[pytest.mark.slow] if name in SLOW else [], id=name)
+        for number, name in enumerate(CONFIGS)
+    ],
+)
+def test_gradients_and_metrics_are_those_of_loops(number, name):
+    """Packed or not in turn."""
+    assert_as_by_loops(CONFIGS[name], make_groups(5), layouts=LAYOUTS[number % 2 :][:1])
 
 
 @pytest.mark.parametrize("name", ["all at once", "search_r1_ppo, two updates"])
