@@ -19,4 +19,4 @@ has_gpu || marks="${marks:+$marks and }not gpu"
 # More threads than free cores make torch spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 workers="$(.venv/bin/python -c 'import os; print(min(8, os.cpu_count() or 1))')"
-exec .venv/bin/python -m pytest -n "$workers" --dist loadfile -m "$marks" ${pytest_args[@]+"${pytest_args[@]}"}
+exec .venv/bin/python -m pytest -n "$workers" --dist worksteal -m "$marks" ${pytest_args[@]+"${pytest_args[@]}"}

@@ -23,6 +23,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def modules_loaded_meanwhile_are_left_out_too():
+    yield
+    pytest_collection_finish()
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A folder with the toy's policy, questions and index."""
