@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi.testclient import TestClient
+from httpx import Response
 
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.retriever import Retriever
+from retriever_server.server.app import create_app
 from tests.processes import Forked, sleuth
 
 PATIENCE_SECONDS = 60
@@ -80,6 +84,12 @@ def serving(app: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(timeout=60)
+
+
+def post(retriever: Retriever, path: str, body: Any, **options: Any) -> Response:
+    """The answer of an application that serves a retriever, without a socket between."""
+    with TestClient(create_app(retriever, **options), raise_server_exceptions=False) as server:
+        return server.post(path, json=body)
 
 
 @dataclass

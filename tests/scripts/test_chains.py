@@ -16,14 +16,9 @@ from data.records import Passage
 from retriever_server.training.examples import Examples
 from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
-from tests.retriever_server.training.recipes import base, component, settings, world
+from tests.retriever_server.training.recipes import base, component, settings
 
 INFO_NCE = component("MultipleNegativesRankingLoss")
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world(tmp_path_factory.mktemp("rivers"))
 
 
 def run(*words: Any) -> None:

@@ -15,7 +15,7 @@ from data.jsonl import read_json, read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts import convert
-from tests.retriever_server.training.recipes import settings, world
+from tests.retriever_server.training.recipes import settings
 from tests.scripts.test_warm_start import RECORD as DEMONSTRATION
 from tests.terminal import Terminal
 from tests.toy import build_toy
@@ -216,11 +216,6 @@ def test_warm_start(tmp_path, terminal):
     assert [line.split("  ")[0] for line in steps] == ["step 1/2", "step 2/2", "step 2/2"]
     assert "loss " in steps[0] and "token accuracy" in steps[0] and "demonstrations/s" in steps[2]
     assert "Writing model shards" not in terminal.raw and "{'" not in terminal.raw
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("rivers"))
 
 
 def test_train_retriever(rivers, tmp_path, terminal):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def world(tmp_path):
+def made(tmp_path):
     """A folder with pairs.csv converted, and an index of its passages."""
     animals = ["red fox", "blue fox", "grey wolf", "old grey fox", "sea cow", "red cow"]
     lines = ["question,passage", *(f"where is the {a}?,The {a} lives in the north." for a in animals)]
@@ -31,34 +31,34 @@ def world(tmp_path):
     return tmp_path
 
 
-def test_pairs_become_examples_with_mined_negatives(world, capsys):
-    mine.main(str(world / "mined.jsonl"), str(world / "examples.jsonl"), str(world / "index"), per_query=2)
+def test_pairs_become_examples_with_mined_negatives(made, capsys):
+    mine.main(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
     said = capsys.readouterr().out
-    assert said.startswith(f"6 examples in {world}/mined.jsonl, 2.0 negatives each; 0 have none")
-    corpus = Corpus(world / "corpus.jsonl")
-    first = Examples(world / "mined.jsonl", corpus)[0]
+    assert said.startswith(f"6 examples in {made}/mined.jsonl, 2.0 negatives each; 0 have none")
+    corpus = Corpus(made / "corpus.jsonl")
+    first = Examples(made / "mined.jsonl", corpus)[0]
     assert "red cow" in corpus.get(first.negatives[0]).text or "fox" in corpus.get(first.negatives[0]).text
 
 
-def test_mined_examples_convert_to_other_formats(world, capsys):
-    mine.main(str(world / "mined.jsonl"), str(world / "examples.jsonl"), str(world / "index"), per_query=2)
-    convert.main(str(world / "mined.jsonl"), str(world / "bge.jsonl"), target_format="bge")
-    first = json.loads((world / "bge.jsonl").read_text().splitlines()[0])
+def test_mined_examples_convert_to_other_formats(made, capsys):
+    mine.main(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
+    convert.main(str(made / "mined.jsonl"), str(made / "bge.jsonl"), target_format="bge")
+    first = json.loads((made / "bge.jsonl").read_text().splitlines()[0])
     assert len(first["pos"]) == 1 and len(first["neg"]) == 2
-    assert f"6 examples in {world}/bge.jsonl" in capsys.readouterr().out
+    assert f"6 examples in {made}/bge.jsonl" in capsys.readouterr().out
 
 
-def test_crops_and_teachers_make_labels(world, capsys):
-    index, out = str(world / "index"), str(world / "labels")
+def test_crops_and_teachers_make_labels(made, capsys):
+    index, out = str(made / "index"), str(made / "labels")
     ranks = {"positive_ranks": (1, 1), "negative_ranks": (2, 3)}
     mine.main(out, "crops", teachers=[index, index], **ranks)
     assert f"the last stage is {out}/stage_2.jsonl" in capsys.readouterr().out
-    assert len(Examples(world / "labels" / "stage_2.jsonl", Corpus(world / "corpus.jsonl"))) == 6
+    assert len(Examples(made / "labels" / "stage_2.jsonl", Corpus(made / "corpus.jsonl"))) == 6
 
 
-def test_crops_alone_need_no_retriever(world):
-    mine.main(str(world / "crops.jsonl"), "crops", corpus=str(world / "corpus.jsonl"))
-    assert len(Examples(world / "crops.jsonl", Corpus(world / "corpus.jsonl"))) == 6
+def test_crops_alone_need_no_retriever(made):
+    mine.main(str(made / "crops.jsonl"), "crops", corpus=str(made / "corpus.jsonl"))
+    assert len(Examples(made / "crops.jsonl", Corpus(made / "corpus.jsonl"))) == 6
 
 
 @pytest.mark.parametrize(
@@ -72,37 +72,37 @@ def test_crops_alone_need_no_retriever(world):
         ({"retriever": "none"}, "--corpus: must be given"),
     ],
 )
-def test_wrong_options_are_refused(world, options, message):
+def test_wrong_options_are_refused(made, options, message):
     with pytest.raises(ConfigError, match=message):
-        mine.main(str(world / "out.jsonl"), str(world / "examples.jsonl"), **options)
+        mine.main(str(made / "out.jsonl"), str(made / "examples.jsonl"), **options)
 
 
-def test_a_teacher_is_named_by_a_file(world):
-    (world / "teacher.yaml").write_text(
+def test_a_teacher_is_named_by_a_file(made):
+    (made / "teacher.yaml").write_text(
         "class_path: tests.retriever_server.training.mined.Longest\ninit_args: {}\n"
     )
     with pytest.raises(ConfigError, match="Longest"):
-        mine._plan(str(world / "teacher.yaml"), scorer=True)
-    (world / "teacher.yaml").write_text("class_path: tests.retriever_server.training.mined.Lengths\n")
-    assert mine._plan(str(world / "teacher.yaml"), scorer=True)().name == "numbers"
-    (world / "teacher.yaml").write_text("class_path: [")
+        mine._plan(str(made / "teacher.yaml"), scorer=True)
+    (made / "teacher.yaml").write_text("class_path: tests.retriever_server.training.mined.Lengths\n")
+    assert mine._plan(str(made / "teacher.yaml"), scorer=True)().name == "numbers"
+    (made / "teacher.yaml").write_text("class_path: [")
     with pytest.raises(ConfigError, match=r"teacher.yaml, line 1: not YAML"):
-        mine._plan(str(world / "teacher.yaml"), scorer=True)
+        mine._plan(str(made / "teacher.yaml"), scorer=True)
 
 
-def test_a_broken_line_is_named(world):
-    with (world / "examples.jsonl").open("a") as file:
+def test_a_broken_line_is_named(made):
+    with (made / "examples.jsonl").open("a") as file:
         file.write('{"query": "torn')
     with pytest.raises(DataError, match=r"examples.jsonl:7: not valid JSON"):
-        mine.main(str(world / "out.jsonl"), str(world / "examples.jsonl"), str(world / "index"))
+        mine.main(str(made / "out.jsonl"), str(made / "examples.jsonl"), str(made / "index"))
 
 
-def test_convert_is_from_ours_or_to_ours(world):
+def test_convert_is_from_ours_or_to_ours(made):
     with pytest.raises(ConfigError, match="one of them must be sleuth"):
-        convert.main(str(world / "examples.jsonl"), str(world / "out"))
-    write_jsonl(world / "elsewhere" / "examples.jsonl", [{"query": "q", "positives": ["0"]}])
+        convert.main(str(made / "examples.jsonl"), str(made / "out"))
+    write_jsonl(made / "elsewhere" / "examples.jsonl", [{"query": "q", "positives": ["0"]}])
     with pytest.raises(ConfigError, match="--corpus: must be given, as there is no"):
-        convert.main(str(world / "elsewhere" / "examples.jsonl"), str(world / "out"), target_format="bge")
+        convert.main(str(made / "elsewhere" / "examples.jsonl"), str(made / "out"), target_format="bge")
 
 
 def test_killed_with_no_warning_it_goes_on_to_the_same_bytes(tmp_path):

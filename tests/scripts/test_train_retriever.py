@@ -16,14 +16,9 @@ from safetensors.torch import load_file
 
 from data.run_dir import read_metrics, read_run
 from scripts import __main__ as sleuth
-from tests.retriever_server.training.recipes import base, component, settings, world
+from tests.retriever_server.training.recipes import base, component, settings
 
 COMMAND = [sys.executable, "-m", "scripts", "train-retriever", "--config"]
-
-
-@pytest.fixture(scope="module")
-def rivers(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("rivers"))
 
 
 def write(path, fields):

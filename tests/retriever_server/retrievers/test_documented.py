@@ -30,7 +30,7 @@ RERANKER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def places(tmp_path_factory):
     """A folder with small indexes, a reranker and hybrid.yaml where the examples look for them."""
     at = tmp_path_factory.mktemp("world")
     rows = [{"id": "1", "title": "Fox", "text": "red fox"}, {"id": "2", "text": "blue sea"}]
@@ -57,9 +57,9 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", [*BLOCKS, *FILES.values()], ids=[*map(str, range(len(BLOCKS))), *FILES])
-def test_every_example_opens_and_searches_what_is_here(text, world, monkeypatch):
-    monkeypatch.chdir(world)
-    (world / "mine.yaml").write_text(text)
+def test_every_example_opens_and_searches_what_is_here(text, places, monkeypatch):
+    monkeypatch.chdir(places)
+    (places / "mine.yaml").write_text(text)
     opened = open_retriever("mine.yaml")
     if not opened.waits:
         [hits] = opened.search(["fox"], 2)

@@ -9,6 +9,7 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.backends import HotSwappable
+from tests.retriever_server.running import post
 
 PASSAGES = [
     Passage("7", "A city.\nOn a river.", "Paris", {"url": "https://x.org/paris"}),
@@ -26,8 +27,7 @@ class TwoPassages(Retriever):
 
 
 def ask(path: str, body, dialect: str = "rllm"):
-    with TestClient(create_app(TwoPassages(), dialect=dialect)) as server:
-        answer = server.post(path, json=body)
+    answer = post(TwoPassages(), path, body, dialect=dialect)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

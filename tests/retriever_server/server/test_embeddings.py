@@ -15,6 +15,7 @@ from data.records import Hit
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi
 from retriever_server.retriever import Retriever, Wrapper
 from retriever_server.server.app import create_app
+from tests.retriever_server.running import post
 
 QUERY, PASSAGE = [3.0, 4.0, 0.0], [0.0, 5.0, 12.0]
 
@@ -76,8 +77,7 @@ def corpus(tmp_path_factory):
 
 
 def ask(path, body, **parts):
-    with TestClient(create_app(Outer(Whole(**parts)))) as server:
-        answer = server.post(path, json=body)
+    answer = post(Outer(Whole(**parts)), path, body)
     return answer.json() if answer.status_code == 200 else (answer.status_code, answer.json()["detail"])
 
 

@@ -12,6 +12,7 @@ from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
 from retriever_server.server.errors import without_paths
+from tests.retriever_server.running import post
 from tests.retriever_server.server.test_embeddings import Fixed
 
 PLACE = "/srv/private/corpus.jsonl"
@@ -48,17 +49,12 @@ class Faulty(Retriever):
         return fault or [Hit(Passage("1", query), 1.0, "faulty")]
 
 
-def ask(retriever: Retriever, path: str, body):
-    with TestClient(create_app(retriever), raise_server_exceptions=False) as server:
-        return server.post(path, json=body)
-
-
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__} {str(error)[:12]}")
 def test_an_error_of_the_servers_own_is_5xx_and_names_no_path(error, caplog):
     retriever = Faulty(bad=error)
     caplog.set_level(logging.INFO)
-    answer = ask(retriever, "/retrieve", {"queries": ["bad"]})
-    own = ask(retriever, "/v1/search", {"queries": ["a", "bad"]})
+    answer = post(retriever, "/retrieve", {"queries": ["bad"]})
+    own = post(retriever, "/v1/search", {"queries": ["a", "bad"]})
     assert answer.status_code == 503 and own.status_code == 200
     for text in (answer.json()["detail"], own.json()["results"][1]["error"]):
         assert text.startswith("search failed: ") and "private" not in text and "corpus.jsonl" not in text
@@ -73,7 +69,7 @@ def test_so_is_one_of_the_pages_of_a_corpus(error):
 
     retriever = Faulty()
     retriever.corpus = Corpus()
-    answer = ask(retriever, "/access", {"urls": ["1"]})
+    answer = post(retriever, "/access", {"urls": ["1"]})
     assert answer.status_code >= 500 and "private" not in answer.text and answer.json()["detail"]
 
 
@@ -97,17 +93,17 @@ UNSOUND = {
 @pytest.mark.parametrize("fault", UNSOUND)
 def test_hits_that_are_none_are_an_error_of_their_query_alone(fault):
     retriever = Faulty(**{fault: UNSOUND[fault]})
-    first, bad, last = ask(retriever, "/v1/search", {"queries": ["a", fault, "b"]}).json()["results"]
+    first, bad, last = post(retriever, "/v1/search", {"queries": ["a", fault, "b"]}).json()["results"]
     assert bad["hits"] == [] and "search failed: RetrieverError: " in bad["error"]
     assert [result["hits"][0]["text"] for result in (first, last)] == ["a", "b"]
-    assert ask(retriever, "/retrieve", {"queries": [fault], "return_scores": True}).status_code == 503
+    assert post(retriever, "/retrieve", {"queries": [fault], "return_scores": True}).status_code == 503
 
 
 @pytest.mark.parametrize("value", [NAN, INF, np.float32(1), {1, 2}])
 def test_what_json_cannot_carry_is_an_error_and_never_sent(value):
     retriever = Faulty(bad=[Hit(Passage("1", "x", metadata={"deep": [value]}), 1.0, "g")])
     for path in ("/retrieve", "/v1/search"):
-        answer = ask(retriever, path, {"queries": ["bad"]})
+        answer = post(retriever, path, {"queries": ["bad"]})
         assert answer.status_code == 503 and "cannot be sent as JSON" in answer.json()["detail"]
 
 
@@ -127,7 +123,7 @@ def test_vectors_with_nan_are_an_error_and_never_sent(kind, value):
     paths = {"dense": ["/embed", "/v1/embeddings"], "sparse": ["/embed_sparse"], "multi": ["/embed_all"]}
     for path in paths[kind]:
         body = {"inputs": ["a"], "input": ["a"], "normalize": False, "encoding_format": "base64"}
-        answer = ask(retriever, path, body)
+        answer = post(retriever, path, body)
         assert answer.status_code == 503 and "NaN or infinite" in answer.json()["detail"]
 
 
@@ -139,7 +135,7 @@ def test_scores_with_nan_are_an_error_and_never_sent(raw):
 
     retriever = Faulty()
     retriever.scorer = Scorer()
-    answer = ask(retriever, "/rerank", {"query": "a", "texts": ["x", "y"], "raw_scores": raw})
+    answer = post(retriever, "/rerank", {"query": "a", "texts": ["x", "y"], "raw_scores": raw})
     assert answer.status_code == 503 and "NaN or infinite" in answer.json()["detail"]
 
 
@@ -161,7 +157,7 @@ def test_a_filter_of_no_use_here_is_the_callers_fault():
             return super().search(queries, k)
 
     for path in ("/retrieve", "/v1/search"):
-        answer = ask(Unfiltered(), path, {"queries": ["a"], "where": {"year": 1}})
+        answer = post(Unfiltered(), path, {"queries": ["a"], "where": {"year": 1}})
         assert answer.status_code == 422 and "filter must be none" in answer.json()["detail"]
 
 

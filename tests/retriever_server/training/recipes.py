@@ -35,6 +35,25 @@ def world(folder: Path) -> Path:
     return folder
 
 
+TOPICS = ["river", "fox", "sea", "city", "capital", "north", "blue", "old", "small", "big", "red", "one"]
+
+
+def topics(folder: Path) -> Path:
+    """Twelve passages with expansions, and examples of ten of them with negatives and scores, in a folder."""
+    passages = [
+        {"id": t, "title": t, "text": f"the {t} is here", "metadata": {"expansion": f"where {t}?"}}
+        for t in TOPICS
+    ]
+    write_jsonl(folder / "corpus.jsonl", passages)
+    rows = []
+    for topic, *others in zip(TOPICS, TOPICS[1:], TOPICS[2:], strict=False):
+        asked = {"query_id": topic, "query": f"where is the {topic}?", "positives": [topic]}
+        scores = {topic: 4.0, **dict.fromkeys(others, 1.0)}
+        rows.append({**asked, "negatives": others, "scores": scores})
+    write_jsonl(folder / "examples.jsonl", rows)
+    return folder
+
+
 def base(folder: Path, **config: Any) -> dict[str, Any]:
     """A random BERT of one layer of 32, kept in the folder."""
     config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, **config}

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from data.jsonl import write_jsonl
 from data.records import Passage
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.read_spec import describe_first
@@ -15,31 +14,24 @@ from scripts.__main__ import main
 from tests.retriever_server.training.decoder_models import tiny_decoder
 
 RECIPES = Path(__file__).parents[3] / "scripts/configs/retriever"
-TOPICS = ["river", "fox", "sea", "city", "capital", "north", "blue", "old", "small", "big", "red", "one"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    at = tmp_path_factory.mktemp("world")
-    write_jsonl(at / "corpus.jsonl", [{"id": t, "title": t, "text": f"the {t} is here"} for t in TOPICS])
-    examples = [
-        {"query_id": topic, "query": f"where is the {topic}?", "positives": [topic], "negatives": [*others]}
-        for topic, *others in zip(TOPICS, TOPICS[1:], TOPICS[2:], strict=False)
-    ]
-    write_jsonl(at / "mined.jsonl", examples)
-    tiny_decoder(at / "base", "qwen3")
-    return at
+def topics(topics):
+    """With a tiny decoder in `base`."""
+    tiny_decoder(topics / "base", "qwen3")
+    return topics
 
 
-def run(name, world, out, **changes):
+def run(name, topics, out, **changes):
     import yaml
 
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     for each in recipe["train"]:
-        each["corpus"] = str(world / "corpus.jsonl")
+        each["corpus"] = str(topics / "corpus.jsonl")
         if "examples" in each:
-            each |= {"examples": str(world / "mined.jsonl"), "negatives": min(each["negatives"], 2)}
-    recipe["model"]["init_args"] |= {"base": str(world / "base"), "dtype": "float32", **changes}
+            each |= {"examples": str(topics / "examples.jsonl"), "negatives": min(each["negatives"], 2)}
+    recipe["model"]["init_args"] |= {"base": str(topics / "base"), "dtype": "float32", **changes}
     recipe |= {"precision": "float32", "steps": 2, "batch_size": 4, "accumulate": 1, "device": "cpu"}
     recipe |= {"save_every": 2, "out": str(out), "lora": {**recipe["lora"], "rank": 4}}
     if recipe.get("matryoshka"):
@@ -50,16 +42,16 @@ def run(name, world, out, **changes):
 
 
 @pytest.mark.slow
-def test_every_recipe_trains_and_its_folder_serves(world, tmp_path):
-    eos = [run(name, world, tmp_path / name) for name in ("e5_mistral", "repllama", "qwen3")]
+def test_every_recipe_trains_and_its_folder_serves(topics, tmp_path):
+    eos = [run(name, topics, tmp_path / name) for name in ("e5_mistral", "repllama", "qwen3")]
     for folder in eos:
         encoder = load_encoder(folder, device="cpu")
         assert encoder.spec.pooling.startswith("eos > Pooling(lasttoken)") and encoder.spec.query_prompt
         assert describe_first(SentenceTransformer(folder, device="cpu")) == ["eos"]
-    mntp = run("llm2vec_mntp", world, tmp_path / "mntp")
-    simcse = run("llm2vec_simcse", world, tmp_path / "simcse", base=mntp)
-    supervised = load_encoder(run("llm2vec", world, tmp_path / "llm2vec", base=simcse), device="cpu")
+    mntp = run("llm2vec_mntp", topics, tmp_path / "mntp")
+    simcse = run("llm2vec_simcse", topics, tmp_path / "simcse", base=mntp)
+    supervised = load_encoder(run("llm2vec", topics, tmp_path / "llm2vec", base=simcse), device="cpu")
     assert supervised.spec.pooling == "two-way > Pooling(mean, without prompt) > Normalize"
     assert describe_first(SentenceTransformer(supervised.spec.model, device="cpu")) == ["two-way"]
-    reranker = CrossEncoder(run("lm_reranker", world, tmp_path / "reranker"), device="cpu")
+    reranker = CrossEncoder(run("lm_reranker", topics, tmp_path / "reranker"), device="cpu")
     assert len(reranker.score([("where?", Passage("1", "a river"))])) == 1

@@ -7,45 +7,24 @@ import pytest
 import yaml
 
 from data.corpus import Corpus
-from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index
 from scripts.__main__ import main
 
 RECIPES = Path(__file__).parents[3] / "scripts/configs/retriever"
-TOPICS = ["river", "fox", "sea", "city", "capital", "north", "blue", "old", "small", "big", "red", "one"]
 NAMES = ("splade", "unicoil", "deepimpact", "colbert", "colbert_minilm", "bge_m3")
 KINDS = {"splade": "inverted", "unicoil": "inverted", "deepimpact": "inverted"} | dict.fromkeys(
     ("colbert", "colbert_minilm"), "maxsim"
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    at = tmp_path_factory.mktemp("world")
-    write_jsonl(
-        at / "corpus.jsonl",
-        [
-            {"id": t, "title": t, "text": f"the {t} is here", "metadata": {"expansion": f"where {t}?"}}
-            for t in TOPICS
-        ],
-    )
-    rows = []
-    for topic, *others in zip(TOPICS, TOPICS[1:], TOPICS[2:], strict=False):
-        scores = {topic: 4.0, **dict.fromkeys(others, 1.0)}
-        asked = {"query": f"where is the {topic}?", "positives": [topic]}
-        rows.append({**asked, "negatives": others, "scores": scores})
-    write_jsonl(at / "examples.jsonl", rows)
-    return at
-
-
-def trained(name, world, out, **changes):
+def trained(name, topics, out, **changes):
     """The folder of the model that a recipe makes in two steps."""
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     for each in recipe["train"]:
-        each |= {"corpus": str(world / "corpus.jsonl"), "examples": str(world / "examples.jsonl")}
+        each |= {"corpus": str(topics / "corpus.jsonl"), "examples": str(topics / "examples.jsonl")}
         each["negatives"] = min(each["negatives"], 2)
     config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1}
-    base = {"config": config, "corpus": str(world / "corpus.jsonl"), "folder": str(world / "base")}
+    base = {"config": config, "corpus": str(topics / "corpus.jsonl"), "folder": str(topics / "base")}
     recipe["model"]["init_args"]["base"] = base
     recipe["model"]["init_args"] |= changes.pop("model", {})
     recipe["loss"]["init_args"] |= changes.pop("loss", {})
@@ -62,9 +41,9 @@ def trained(name, world, out, **changes):
     return out / "model"
 
 
-def indexed(world, model, out, *options):
+def indexed(topics, model, out, *options):
     """The kind of the index that is made of the model by the command; its passages are found by words."""
-    files = ["--corpus", str(world / "corpus.jsonl"), "--out", str(out), "--encoder", str(model)]
+    files = ["--corpus", str(topics / "corpus.jsonl"), "--out", str(out), "--encoder", str(model)]
     assert main(["index", *files, "--device", "cpu", *options]) == 0
     index = open_index(out)
     assert len(index.search(["river"], 3)[0]) >= 1
@@ -73,26 +52,26 @@ def indexed(world, model, out, *options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name in KINDS])
-def test_a_recipe_trains_and_its_folder_is_indexed(name, world, tmp_path):
-    model = trained(name, world, tmp_path / name)
+def test_a_recipe_trains_and_its_folder_is_indexed(name, topics, tmp_path):
+    model = trained(name, topics, tmp_path / name)
     options = ["--dtype", "int8", *(["--terms_per_passage", "4"] if name == "splade" else [])]
-    assert indexed(world, model, tmp_path / "index", *options) == KINDS[name]
+    assert indexed(topics, model, tmp_path / "index", *options) == KINDS[name]
     if name in ("unicoil", "deepimpact"):
         spec = open_index(tmp_path / "index").encoder.spec
-        passage = Corpus(world / "corpus.jsonl")[0]
+        passage = Corpus(topics / "corpus.jsonl")[0]
         assert spec.render(passage) == "river\nthe river is here where river?"
 
 
 @pytest.mark.slow
-def test_splade_without_a_query_encoder_trains(world, tmp_path):
+def test_splade_without_a_query_encoder_trains(topics, tmp_path):
     loss = {"query_weight": None, "objective": "kl", "contrastive_weight": 1.0, "mini_batch_size": 2}
-    model = trained("splade", world, tmp_path / "free", model={"inference_free": True}, loss=loss)
-    assert indexed(world, model, tmp_path / "index") == "inverted"
+    model = trained("splade", topics, tmp_path / "free", model={"inference_free": True}, loss=loss)
+    assert indexed(topics, model, tmp_path / "index") == "inverted"
 
 
 @pytest.mark.slow
-def test_m3_trains_and_is_three_indexes(world, tmp_path):
-    model = trained("bge_m3", world, tmp_path / "m3", model={"dimension": 16})
-    assert indexed(world, model, tmp_path / "trunk") == "flat"
-    kinds = [indexed(world, model / kind, tmp_path / kind) for kind in ("dense", "sparse", "multi")]
+def test_m3_trains_and_is_three_indexes(topics, tmp_path):
+    model = trained("bge_m3", topics, tmp_path / "m3", model={"dimension": 16})
+    assert indexed(topics, model, tmp_path / "trunk") == "flat"
+    kinds = [indexed(topics, model / kind, tmp_path / kind) for kind in ("dense", "sparse", "multi")]
     assert kinds == ["flat", "inverted", "maxsim"]

@@ -14,14 +14,14 @@ RANKS = Ranks((1, 2), (5, 6))
 
 
 @pytest.fixture
-def world(tmp_path):
+def taught(tmp_path):
     corpus = write_corpus(tmp_path)
     queries = load_queries(write_examples(tmp_path, corpus).path)
     return corpus, queries, lambda step: Numbered(str(corpus.path), step=step, name=f"step {step}")
 
 
-def test_each_teachers_first_ranks_are_positives_and_deeper_ones_negatives(tmp_path, world):
-    corpus, queries, teacher = world
+def test_each_teachers_first_ranks_are_positives_and_deeper_ones_negatives(tmp_path, taught):
+    corpus, queries, teacher = taught
     [stage] = label(queries, [teacher(1)], corpus, tmp_path / "out", RANKS)
     example = Examples(stage, corpus)[3]
     assert (example.positives, example.negatives) == (("3", "4"), ("7", "8"))
@@ -29,8 +29,8 @@ def test_each_teachers_first_ranks_are_positives_and_deeper_ones_negatives(tmp_p
     assert list((alone.scores or {}).values()) == [100.01, 99.01, 96.01, 95.01]
 
 
-def test_stages_add_teachers_and_no_positive_of_one_is_a_negative_of_another(tmp_path, world):
-    corpus, queries, teacher = world
+def test_stages_add_teachers_and_no_positive_of_one_is_a_negative_of_another(tmp_path, taught):
+    corpus, queries, teacher = taught
     stages = label(queries, [teacher(1), teacher(4), teacher(2)], corpus, tmp_path / "out", RANKS)
     found = [Examples(path, corpus)[0] for path in stages]
     assert [example.positives for example in found] == [("0", "1"), ("0", "1", "4"), ("0", "1", "4", "2")]
@@ -43,8 +43,8 @@ def test_stages_add_teachers_and_no_positive_of_one_is_a_negative_of_another(tmp
     assert found[2].provenance["teachers"] == ["step 1", "step 4", "step 2"]
 
 
-def test_a_teacher_that_was_asked_is_not_asked_again(tmp_path, world):
-    corpus, queries, teacher = world
+def test_a_teacher_that_was_asked_is_not_asked_again(tmp_path, taught):
+    corpus, queries, teacher = taught
     label(queries, [teacher(1)], corpus, tmp_path / "out", RANKS)
     again, added = teacher(1), teacher(2)
     label(queries, [again, added], corpus, tmp_path / "out", RANKS)
@@ -53,8 +53,8 @@ def test_a_teacher_that_was_asked_is_not_asked_again(tmp_path, world):
         label(queries, [added], corpus, tmp_path / "out", RANKS)
 
 
-def test_a_teacher_that_finds_nothing_is_an_error(tmp_path, world):
-    corpus, queries, teacher = world
+def test_a_teacher_that_finds_nothing_is_an_error(tmp_path, taught):
+    corpus, queries, teacher = taught
     silent = teacher(1)
     silent.search = lambda queries, k, where=None: [[] for _ in queries]  # type: ignore[method-assign]
     with pytest.raises(DataError, match="step 1: finds nothing for query '0'"):
