@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -17,7 +18,11 @@ from data.atlas.world import load_world
 from data.errors import ConfigError
 
 MANY = {"one_hop": 40, "two_hop": 40, "three_hop": 10, "comparison": 5}
-DEMONSTRATIONS = list(demonstrations(2000, seed=3))
+
+
+@cache
+def all_demonstrations():
+    return list(demonstrations(2000, seed=3))
 
 
 def worlds(count):
@@ -41,7 +46,7 @@ def test_the_check_for_real_names_catches_them():
 
 def test_no_held_out_name_is_asked_about_in_a_demonstration():
     held_out = {e.name for e in load_world().entities if e.split != "train"}
-    for demonstration in DEMONSTRATIONS:
+    for demonstration in all_demonstrations():
         words = re.sub(r"[?.,]", "", demonstration["question"]).split()
         runs = {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 5)}
         searched = {step["search"] for step in demonstration["steps"] if "search" in step}
@@ -82,14 +87,14 @@ def test_invented_countries_tell_the_relations_that_real_ones_do():
 
 def test_demonstrations_are_deterministic_json():
     again = list(demonstrations(60, seed=3))
-    assert again == DEMONSTRATIONS[:60]
+    assert again == all_demonstrations()[:60]
     assert list(demonstrations(60, seed=4)) != again
     assert json.loads(json.dumps(again)) == again
-    assert len({d["id"] for d in DEMONSTRATIONS}) == len(DEMONSTRATIONS) == 2000
+    assert len({d["id"] for d in all_demonstrations()}) == len(all_demonstrations()) == 2000
 
 
 def test_a_demonstration_searches_the_named_and_then_only_what_it_has_read():
-    for demonstration in DEMONSTRATIONS:
+    for demonstration in all_demonstrations():
         read = demonstration["question"]
         *searches, last = demonstration["steps"]
         assert 1 <= len(searches) <= 3
@@ -104,7 +109,7 @@ def test_a_demonstration_searches_the_named_and_then_only_what_it_has_read():
 
 def test_the_demonstrator_is_half_taught():
     right, count, stopped = Counter(), Counter(), Counter()
-    for demonstration in DEMONSTRATIONS:
+    for demonstration in all_demonstrations():
         kind = demonstration["kind"]
         count[kind] += 1
         hit = demonstration["steps"][-1]["answer"] in demonstration["golden_answers"]
@@ -130,7 +135,7 @@ def test_a_kind_that_does_not_exist_is_refused():
 
 def test_a_thought_before_a_search_gives_no_reason_and_one_before_an_answer_quotes_the_passage():
     quoted = 0
-    for demonstration in DEMONSTRATIONS:
+    for demonstration in all_demonstrations():
         *searches, last = demonstration["steps"]
         for step in searches:
             assert len(step["think"].replace(step["search"], "NAME").split()) <= 6
@@ -139,11 +144,11 @@ def test_a_thought_before_a_search_gives_no_reason_and_one_before_an_answer_quot
         if last["think"] not in LAST:
             quoted += 1
             assert last["think"].lower().rstrip(".") in read and last["answer"] in last["think"]
-    assert quoted > len(DEMONSTRATIONS) / 3
+    assert quoted > len(all_demonstrations()) / 3
 
 
 def test_follow_ups_are_answered_by_the_passage():
-    followed = [d for d in DEMONSTRATIONS if d["follow_ups"]]
+    followed = [d for d in all_demonstrations() if d["follow_ups"]]
     assert followed and all(d["kind"] == "one_hop" for d in followed)
     for demonstration in followed:
         read = demonstration["steps"][0]["passages"][0]["text"]
@@ -153,7 +158,7 @@ def test_follow_ups_are_answered_by_the_passage():
 
 
 def test_demonstrations_use_every_training_phrasing_and_no_other():
-    asked = " ".join(d["question"] for d in DEMONSTRATIONS)
+    asked = " ".join(d["question"] for d in all_demonstrations())
     for relation in ("capital", "currency", "area", "country"):
         *training, test_only = (options.split("{x}")[0] for options in ASKED[relation])
         assert all(start in asked for start in training if start)

@@ -3,9 +3,9 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from data import hub
 from data.errors import ConfigError
 from data.hub import find_dataset, find_model
+from tests.processes import PATIENCE_SECONDS, Forked
 
 
 @pytest.fixture(autouse=True)
@@ -145,29 +146,24 @@ def test_a_hub_that_never_answers_is_given_up_after_seconds(monkeypatch):
         assert "the hub cannot be reached" in refused("org/name")
 
 
-LIBRARIES = """
-import sys, time
-from data.hub import find_model
-find_model("atlas", "policy")
-asleep = []
-time.sleep = asleep.append
-from transformers import AutoConfig, AutoTokenizer
-for load in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained):
-    try:
-        load("org/name")
-    except OSError:
-        pass
-print(sum(asleep))
-"""
+def load_from(endpoint):
+    """Print the seconds that libraries sleep before they give up a hub."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = endpoint, False
+    find_model("atlas", "policy")
+    asleep = []
+    time.sleep = asleep.append
+    for load in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained):
+        with suppress(OSError):
+            load("org/name")
+    print(sum(asleep))
 
 
 def test_libraries_that_ask_the_hub_by_themselves_do_not_retry_for_minutes():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        place = {"HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}", "HF_HUB_OFFLINE": ""}
-        command = [sys.executable, "-c", LIBRARIES]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **place}, check=True
-        )
-    assert float(done.stdout.split()[-1]) <= 2.0
-    assert "Retrying" not in done.stderr
+        process = Forked(load_from, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        out, said = process.communicate(PATIENCE_SECONDS)
+    assert float(out.split()[-1]) <= 2.0
+    assert "Retrying" not in said

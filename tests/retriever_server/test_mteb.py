@@ -12,7 +12,12 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.mteb import MTEBEncoder, MTEBRetriever
 from tests.retriever_server.tiny_encoders import FakeEncoder
 
-mteb = pytest.importorskip("mteb", minversion="2")
+
+@pytest.fixture(autouse=True, scope="module")
+def package():
+    """Imported by the process alone that tests it: it takes seconds."""
+    pytest.importorskip("mteb", minversion="2")
+
 
 PASSAGES = [
     ("d1", "Rome", "the capital city of the north"),
@@ -56,6 +61,8 @@ def task(kind="Retrieval", top_ranked=None, instruction=None):
 
 
 def score(model, of):
+    import mteb
+
     results = mteb.evaluate(model, of, cache=None, show_progress_bar=False, co2_tracker=False)
     return results.task_results[0].scores["test"][0]
 
@@ -78,7 +85,9 @@ def test_a_retriever_scores_in_mteb_what_it_scores_here(tmp_path):
     expected = our_scores(BM25Index.build(corpus_of(tmp_path), tmp_path / "ours"))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert 0 < expected["ndcg_at_3"] < 1
-    assert isinstance(model, mteb.SearchProtocol)
+    from mteb import SearchProtocol
+
+    assert isinstance(model, SearchProtocol)
     assert model.mteb_model_meta.name == "sleuth/bm25"
     model.close()
 
@@ -88,7 +97,9 @@ def test_an_encoder_scores_in_mteb_what_its_index_scores_here(tmp_path):
     found = score(MTEBEncoder(encoder), task())
     expected = our_scores(FlatIndex.build(corpus_of(tmp_path), tmp_path / "flat", encoder, "float32"))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    assert isinstance(MTEBEncoder(encoder), mteb.EncoderProtocol)
+    from mteb import EncoderProtocol
+
+    assert isinstance(MTEBEncoder(encoder), EncoderProtocol)
 
 
 def test_candidates_and_instructions_of_a_task_are_heeded(tmp_path):

@@ -1,5 +1,7 @@
 """Qdrant in the client's local mode against the exact product over the same vectors."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from retriever_server.encoders.spec import rows_of
 from tests.retriever_server.test_filters import agrees
 from tests.retriever_server.tiny_encoders import FakeEncoder
 
-pytest.importorskip("qdrant_client")
+pytestmark = pytest.mark.skipif(find_spec("qdrant_client") is None, reason="needs qdrant-client")
 
 TEXTS = ["red fox", "blue fox sea", "green sea river", "a big city", "the capital city", "old river in north"]
 PASSAGES = [Passage(f"p{i}", text, f"T{i}", {"year": 1990 + i, "lang": "de" if i % 2 else "fr"})
