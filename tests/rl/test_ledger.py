@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -59,14 +60,23 @@ class Watched(HFEngine):
         return done
 
 
+SETTINGS = {
+    "plain": {},
+    "cool": {"temperature": 0.7},
+    "truncated": {"top_p": 0.9, "top_k": 20, "renormalise_logprobs": True},
+}
+ONCE_EACH = {("qwen2", "truncated"), ("qwen3", "cool"), ("llama", "plain"), ("gemma3", "truncated")}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.7}, {"top_p": 0.9, "top_k": 20, "renormalise_logprobs": True}],
-    ids=["plain", "cool", "truncated"],
+    ("kind", "sampled"),
+    [
+        pytest.param(*pair, marks=() if pair in ONCE_EACH else pytest.mark.slow)
+        for pair in product(("qwen2", "qwen3", "llama", "gemma3"), SETTINGS)
+    ],
 )
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3"])
-def test_what_was_sampled_is_what_is_trained(kind, settings):
-    rollout = RolloutConfig(**settings)
+def test_what_was_sampled_is_what_is_trained(kind, sampled):
+    rollout = RolloutConfig(**SETTINGS[sampled])
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.renormalise_logprobs)
     model = talkative(kind)
     engine = Watched(model, TOKENIZER, max_rows=4)  # of nine trajectories: rows are given on

@@ -89,7 +89,14 @@ def test_a_checkpoint_loads_as_it_is(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "lora"), [("grpo", 0), ("search_r1_ppo", 0), ("dapo", 0), ("search_r1_ppo", 4)], ids=str
+    ("preset", "lora"),
+    [
+        ("grpo", 0),
+        pytest.param("search_r1_ppo", 0, marks=pytest.mark.slow),
+        pytest.param("dapo", 0, marks=pytest.mark.slow),
+        ("search_r1_ppo", 4),
+    ],
+    ids=str,
 )
 def test_two_steps_and_two_more_are_four(toy, tmp_path, preset, lora):
     """Policy, reference, critic, adapters with dropout, optimisers, warm-up, the place in the questions."""

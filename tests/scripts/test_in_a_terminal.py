@@ -23,7 +23,7 @@ from tests.toy import build_toy
 TITLES = [*"abcdef", "[/bold] {task} \x1b[2J"]
 
 
-@pytest.fixture(params=[60, 80, 200])
+@pytest.fixture(params=[60, pytest.param(80, marks=pytest.mark.slow), 200])
 def terminal(request):
     return Terminal(request.param)
 

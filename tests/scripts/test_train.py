@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_its_questions_alone_however_their_path_is_written(
         (["--resume", "true"], "nothing to resume"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_and_can_be_mended(
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
     options, said, toy, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
@@ -106,7 +106,12 @@ def test_what_is_wrong_is_said_in_one_line_and_can_be_mended(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sleuth: ")]
     assert said in line
     assert "Traceback" not in line
-    assert command(toy, tmp_path / "run") == 0  # the folder belongs to nobody yet
+    assert not (tmp_path / "run").exists()  # it belongs to nobody yet
+
+
+def test_what_was_wrong_can_be_mended(toy, tmp_path, capsys):
+    assert command(toy, tmp_path / "run", "--protocol.top_k", 0) == 2
+    assert command(toy, tmp_path / "run") == 0
 
 
 def test_a_run_from_the_seed_policy_notes_what_is_wired_in(toy, tmp_path):
