@@ -79,7 +79,7 @@ def modules_among(names: set[str], importer: str) -> set[str]:
 
 @cache
 def imports_of_all(on_load: bool) -> dict[str, set[str]]:
-    """What each module imports: when it is loaded, or at all."""
+    """Return what each module imports: when it is loaded, or at all."""
     return {
         module: modules_among(names_on_load(path) if on_load else imported_names(path), module)
         for module, path in MODULES.items()

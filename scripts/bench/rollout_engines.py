@@ -46,7 +46,7 @@ SHORTEST, LONGEST = 20, 160
 
 
 class Turn(NamedTuple):
-    """What a policy does in one turn: so many tokens, then a search, or an answer where it has no query."""
+    """The course of a policy's turn: so many tokens, then a search, or an answer where it has no query."""
 
     tokens: int
     query: str | None
@@ -68,7 +68,7 @@ NEVER = tuple(f"{tag[:2]}never a {tag[2:]}" for tag in PROTOCOL.stop)
 
 @dataclass(frozen=True)
 class Work:
-    """What all sides are given."""
+    """The input of all sides."""
 
     policy: Policy
     retriever: Retriever
@@ -78,11 +78,11 @@ class Work:
 
 
 class Outcome(NamedTuple):
-    """What a side did."""
+    """The outcome of a side."""
 
     seconds: float
     processor_seconds: float
-    """Of this process and those that it started: what to compare where other work shares the machine."""
+    """CPU seconds of this process and those that it started: to compare where other work runs beside it."""
     sampled: int
     """Tokens."""
     read: int
@@ -156,7 +156,7 @@ class Clock:
 
 
 def processor_seconds() -> float:
-    """Of this process and all below it that run (Linux; elsewhere of this one alone)."""
+    """Return CPU seconds of this process and all below it that run (Linux; elsewhere of this one alone)."""
     spent, parents = {os.getpid(): time.process_time()}, dict[int, int]()
     tick = os.sysconf("SC_CLK_TCK")
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -228,7 +228,7 @@ class ServerSide:
         return outcome
 
     async def _counters(self) -> dict[str, float]:
-        """What the server has counted so far."""
+        """Return what the server has counted so far."""
         (server,) = self.engine.pool.live
         assert server._http is not None
         text = (await server._http.get("/metrics")).text

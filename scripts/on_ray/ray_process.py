@@ -22,7 +22,7 @@ class Lost(Exception):
 
 
 class Actor(Place):
-    """What runs on the machine that Ray has chosen."""
+    """The actor on the machine that Ray has chosen."""
 
     def __init__(self) -> None:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)

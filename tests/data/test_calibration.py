@@ -49,7 +49,7 @@ def test_ece_of_a_table_by_hand_does_not_depend_on_the_order_of_equal_confidence
 
 
 def published(confidence, right, beta=100):
-    """What the published function does, in its own steps: the bins without the last."""
+    """Return what the published function does, in its own steps: the bins without the last."""
     order = np.argsort(confidence)
     ends = [(i * beta, (i + 1) * beta) for i in range(len(order) // beta)]
     ends[-1] = (ends[-1][0], len(order))

@@ -1,4 +1,4 @@
-"""What is recorded of a question and what a run makes of it, against tables computed by hand."""
+"""Measures of a question's record and of a run, against tables computed by hand."""
 
 import itertools
 import json
