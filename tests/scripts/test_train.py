@@ -83,7 +83,6 @@ def test_a_run_goes_on_with_its_questions_alone_however_their_path_is_written(
         (["--dev_questions", "{tmp}/malformed.jsonl"], "malformed.jsonl:2: not valid JSON"),
         (["--retriever", "no/index"], "retriever 'no/index': must be an http(s) URL or the folder"),
         (["--deterministic", "true", "--retriever", "http://127.0.0.1:1"], "http://127.0.0.1:1 waits for a"),
-        (["--deterministic", "true", "--retriever", "{tmp}/remote.yaml"], "remote.yaml waits for a server"),
         (["--policy", "no/such/one"], "policy = 'no/such/one': no folder, no short name"),
         (["--protocol.name", "morse"], "protocol = 'morse': must be one of search_r1, compact, hermes"),
         (["--protocol.top_k", "0"], "protocol.top_k = 0: must be >= 1"),
@@ -96,8 +95,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
 ):
     (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
     (tmp_path / "empty.jsonl").write_text("")
-    inside = "{class_path: Cached, init_args: {retriever: 'http://127.0.0.1:1'}}"
-    (tmp_path / "remote.yaml").write_text(f"class_path: Fuse\ninit_args: {{parts: [none, {inside}]}}\n")
     with monkeypatch.context() as patch:
         patch.setattr(
             AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
@@ -110,7 +107,13 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
 
 
 def test_what_was_wrong_can_be_mended(toy, tmp_path, capsys):
-    assert command(toy, tmp_path / "run", "--protocol.top_k", 0) == 2
+    """Also where it is found last, in a retriever that is open."""
+    inside = "{class_path: Cached, init_args: {retriever: 'http://127.0.0.1:1'}}"
+    (tmp_path / "remote.yaml").write_text(f"class_path: Fuse\ninit_args: {{parts: [none, {inside}]}}\n")
+    wrong = ("--deterministic", "true", "--retriever", tmp_path / "remote.yaml")
+    assert command(toy, tmp_path / "run", *wrong) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sleuth: ")]
+    assert "remote.yaml waits for a server" in line
     assert command(toy, tmp_path / "run") == 0
 
 
