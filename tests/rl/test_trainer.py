@@ -14,6 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from agent.trajectory import StopReason
 from data.checkpoint import best_checkpoint, latest_checkpoint, list_checkpoints
 from data.errors import RetrieverUnavailable, RunStopped
+from data.jsonl import write_jsonl
 from data.run_dir import read_metrics, read_run
 from data.settings import LoraConfig
 from rl import trainer
@@ -141,6 +142,7 @@ def test_the_best_checkpoint_on_dev_outlives_newer_ones(toy, tmp_path, monkeypat
 
     async def evaluate(questions, rollout, folder, settings):
         assert len(questions) == 12
+        write_jsonl(folder / "trajectories.jsonl", [])
         return {"em": {"mean": scripted[int(folder.name[-1])]}, "searches_per_question": 1.0}
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
@@ -331,6 +333,7 @@ def scripted_evaluation(monkeypatch):
 
     async def evaluate(questions, rollout, folder, settings):
         em = {1: 0.1, 2: 0.2, 3: 0.3}.get(int(folder.name.removeprefix("dev-")), 0.0)
+        write_jsonl(folder / "trajectories.jsonl", [])
         return {"em": {"mean": em}, "searches_per_question": 1.0}
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
