@@ -100,7 +100,8 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _read_file(path: Path, split: str | None) -> Iterator[_Row]:
-    set_name = path.resolve().parent.name or "questions"
+    name = path.name.split(".")[0]  # a file that is named for a set is that set, else its folder names it
+    set_name = name if name in SETS else path.resolve().parent.name or "questions"
     for number, (where, record) in enumerate(_rows_of(path)):
         with at(where):
             own = extra_of(record).get("split")

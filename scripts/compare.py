@@ -21,7 +21,7 @@ def main(
     markdown: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Compare evaluations of the same questions with the first: sleuth compare RUN_A RUN_B ...
+    """Compare evaluations of the same questions with the first of them; name two or more.
 
     Args:
         runs: Folders of evaluations; several with commas between, such as those of three seeds, are one run.

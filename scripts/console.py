@@ -328,5 +328,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         return
     for row in cells:
         for name, cell in zip(columns, row, strict=True):
+            if not cell and name:
+                continue
             console.print(Text(f"{name}: {cell}" if name else cell), soft_wrap=True)
         console.print()

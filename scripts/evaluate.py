@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.engines.config import EngineConfig
 from agent.evaluation.judge_config import JudgeConfig
-from data.errors import require, require_range
+from data.errors import EngineError, require, require_range
 from data.records import Question
 from rl.config import ProtocolConfig
 
@@ -94,6 +94,8 @@ def main(config: EvaluateConfig) -> None:
     from agent.evaluation.controls import leaks
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
+    from data.jsonl import check_is_file
+    from data.listening import why_silent
     from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
@@ -102,7 +104,11 @@ def main(config: EvaluateConfig) -> None:
     check_folder(out)
     check_agent(policy, config.protocol, config.device, config.engine)
     check_retriever(retriever, config.deadline_seconds)
+    if config.corpus:
+        check_is_file(config.corpus)
     judge = Judge(config.judge, Path(out) / "judge-cache.jsonl") if config.judge.url else None
+    if judge and (reason := why_silent(str(config.judge.url))):
+        raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
     training = load_questions(config.train_questions) if config.train_questions else []
     opened = open_agent(
@@ -126,6 +132,8 @@ def main(config: EvaluateConfig) -> None:
     show_scores(scores, f"{policy} with {retriever}")
     if config.controls:
         show_controls(Path(out), scores, leaks(questions, training))
+    if errors := scores.get("judge", {}).get("errors"):
+        print(f"{errors} answers could not be judged: the same command asks again")
     if config.run_files:
         from agent.evaluation.browsecomp import write_run_files
 

@@ -134,3 +134,34 @@ def test_a_page_reads_no_more_trajectories_than_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "read_full", lambda e, ids: seen.append(len(ids)) or real(e, ids))
     page = render_report(folder, Choice(megabytes=0.2))
     assert len(page) < 300_000 and max(seen) < 1200
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_page_fits_a_phone_is_dark_when_asked_and_goes_by_keyboard(tmp_path, runs):
+    from tests.retriever_server.server.test_search_page import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    assert sleuth(["report", *runs, "--out", str(tmp_path / "all.html")]) == 0
+    browser = Browser(tmp_path / "profile")
+    try:
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        browser.call("Emulation.setDeviceMetricsOverride", **phone)
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        browser.call("Page.navigate", url=f"file://{tmp_path / 'all.html'}")
+        browser.wait_for("document.querySelectorAll('#list .row').length == 20")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.call("Emulation.setEmulatedMedia", features=dark)
+        assert browser.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        reached = set()
+        for _ in range(12):
+            browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", windowsVirtualKeyCode=9)
+            reached.add(browser.evaluate("document.activeElement.id || document.activeElement.name"))
+        assert {"eval", "verdict", "kind", "text", "list"} <= reached
+        browser.evaluate("document.getElementById('list').focus()")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowDown", windowsVirtualKeyCode=40)
+        assert browser.evaluate("document.querySelector('[aria-selected=true]').dataset.id") == "q1"
+    finally:
+        browser.process.kill()
+        browser.process.wait(timeout=20)
