@@ -153,19 +153,22 @@ def what_it_takes(model: Any) -> tuple[str, ...]:
     return tuple(kind for kind, modality in asked.items() if model.supports(modality))
 
 
+def token_of(processor: Any, of: str = "image") -> str | None:
+    """Return the token that stands for an image (a video, a sound) in what a processor makes of it."""
+    token = getattr(processor, f"{of}_token", None)
+    return getattr(token, "content", token)
+
+
 def placeholders(model: Any) -> list[str]:
     """The tokens that stand for an image (or a video, a sound) in what the model reads."""
-    names = ("image_token", "video_token", "audio_token")
-    found = [getattr(processor, name, None) for processor in processors(model) for name in names]
-    return [getattr(token, "content", token) for token in found if token]
+    found = (token_of(each, of) for each in processors(model) for of in ("image", "video", "audio"))
+    return [token for token in found if token]
 
 
 def patch_token(model: Any) -> int | None:
     """The id of the token that a patch of an image has among those of texts; None if there is none."""
-    for processor in processors(model):
-        if (token := getattr(processor, "image_token", None)) and hasattr(processor, "tokenizer"):
-            return int(processor.tokenizer.convert_tokens_to_ids(getattr(token, "content", token)))
-    return None
+    found = [each for each in processors(model) if token_of(each) and hasattr(each, "tokenizer")]
+    return int(found[0].tokenizer.convert_tokens_to_ids(token_of(found[0]))) if found else None
 
 
 def describe_images(model: Any, inputs: str = "image") -> str:

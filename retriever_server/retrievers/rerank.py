@@ -81,9 +81,14 @@ class CrossEncoder(Scorer):
     """A cross-encoder of sentence-transformers; reads title and text."""
 
     def __init__(
-        self, model: str, max_length: int | None = None, batch_size: int = 32, device: str | None = None
-    ) -> None:
-        """`model`: folder or hub name; `max_length`: tokens of a pair, the model's own without."""
+        self, model: Any, max_length: int | None = None, batch_size: int = 32, device: str | None = None,
+        name: str = "",
+    ) -> None:  # fmt: skip
+        """`model`: folder or hub name, or one that is loaded, which `name` names; `max_length`: tokens of a
+        pair, the model's own without."""
+        if not isinstance(model, str):
+            self.name, self.batch_size, self._model = name, batch_size, model
+            return
         found = find_model(model, "model")
         from sentence_transformers import CrossEncoder as Model
 
@@ -105,6 +110,26 @@ class CrossEncoder(Scorer):
         text = cut_for(self._model.tokenizer, passage.contents, self._model.max_seq_length)
         whole = len(self._model.tokenizer(replace_halves(query), text, verbose=False).input_ids)
         return whole, min(whole, self._model.max_seq_length or whole)
+
+
+def parts_of_prompt(tokenizer: Any, prompt: str, chat: bool | None = None) -> tuple[str, str, str]:
+    """Split a prompt before and after {query} and {passage}, in the chat template if it has one."""
+    if chat or (chat is None and tokenizer.chat_template):
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, found, rest = prompt.partition("{query}")
+    between, found_too, after = rest.partition("{passage}")
+    if not (found and found_too):
+        raise ConfigError("prompt: must hold {query} and, after it, {passage}")
+    return before, between, after
+
+
+def first_tokens(tokenizer: Any, yes: str, no: str) -> list[int]:
+    """Return the first tokens of the two answers; ConfigError where they are the same."""
+    found = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (yes, no)]
+    if found[0] == found[1]:
+        raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token")
+    return found
 
 
 QUESTION = "Query: {query}\nPassage: {passage}\nIs the passage relevant to the query? Answer yes or no."
@@ -137,16 +162,8 @@ class YesNo(Scorer):
         self._tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(found))
         self._model = _load(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=dtype))
         self._model = self._model.to(device).eval()
-        if chat or (chat is None and self._tokenizer.chat_template):
-            turns = [{"role": "user", "content": prompt}]
-            prompt = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        self._before, found, rest = prompt.partition("{query}")
-        self._between, found_too, self._after = rest.partition("{passage}")
-        if not (found and found_too):
-            raise ConfigError("prompt: must hold {query} and, after it, {passage}")
-        self._yes, self._no = (self._tokens(word)[0] for word in (yes, no))
-        if self._yes == self._no:
-            raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token of {model}")
+        self._before, self._between, self._after = parts_of_prompt(self._tokenizer, prompt, chat)
+        self._yes, self._no = first_tokens(self._tokenizer, yes, no)
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """Return the difference of the two logits after each prompt, in batches of similar length."""

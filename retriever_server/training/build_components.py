@@ -23,8 +23,7 @@ from retriever_server.training.recipe import RetrieverRecipe
 _BUILDERS = {
     "colbert": "colbert",
     "cross_encoder": "cross_encoder yes_no_reranker",
-    "decoder": "decoder",
-    "dense": "dense two_towers",
+    "dense": "decoder dense two_towers",
     "m3": "m3",
     "pretrained": "pretrained",
     "promptreps": "promptreps",

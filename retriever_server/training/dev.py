@@ -15,13 +15,13 @@ from data.formats.beir import load_queries
 from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
 from data.progress import Bar, Track, no_bar
-from data.records import Input, Qrels, Question
+from data.records import Qrels, Question
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec, Kind
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.retriever import Retriever
-from retriever_server.retrievers.rerank import Pair, Rerank, Scorer
-from retriever_server.training.examples import KeysOf, shown
+from retriever_server.retrievers.rerank import CrossEncoder, Rerank
+from retriever_server.training.examples import KeysOf, number_of, shown
 from retriever_server.training.recipe import DevConfig
 
 _TOP_K, _RERANKED = 100, 20
@@ -57,12 +57,12 @@ class DevSet:
 
         shared: what may be, as in `DevConfig`. Texts are compared whatever their case and blanks.
         """
-        questions = {_asked(query.asked) for query in self.queries} if shared != "all" else set()
+        questions = {shown(query.asked) for query in self.queries} if shared != "all" else set()
         relevant = relevant_in(self.qrels) if shared == "nothing" else set()
-        gold = {shown(p.text, *p.files.values()) for id_ in relevant if (p := self.corpus.get(id_))}
+        gold = {number_of(p) for id_ in relevant if (p := self.corpus.get(id_))}
         key_of = KeysOf(examples.corpus)
         for index, example in enumerate(examples if questions else ()):
-            asked = _asked(example.asked) in questions
+            asked = shown(example.asked) in questions
             positions = examples.corpus.positions(example.positives).tolist() if gold else ()
             if asked or any(key_of(position) in gold for position in positions):
                 what = (
@@ -100,23 +100,7 @@ class DevSet:
         from retriever_server.indexes.bm25 import BM25Index
 
         first = BM25Index.build(self.corpus, place, analyzer="stopwords")
-        return Rerank(first, _Reader(model.eval()), _RERANKED)
-
-
-def _asked(query: Input) -> int:
-    return shown(query) if isinstance(query, str) else shown(query.text, str(query.image))
-
-
-class _Reader(Scorer):
-    """A cross-encoder that is in memory."""
-
-    def __init__(self, model: Any) -> None:
-        self.name, self._model = "the model in training", model
-
-    def score(self, pairs: list[Pair]) -> list[float]:
-        """The model's own number for each pair."""
-        texts = [(query, passage.contents) for query, passage in pairs]
-        return self._model.predict(texts, show_progress_bar=False).tolist()
+        return Rerank(first, CrossEncoder(model.eval(), name="the model in training"), _RERANKED)
 
 
 def relevant_in(qrels: Qrels) -> set[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
-from data.records import Example, Input, Passage
+from data.records import Example, Input, Item, Passage
 from retriever_server.encoders.image_inputs import kind_of
 
 if TYPE_CHECKING:
@@ -23,9 +23,17 @@ logger = logging.getLogger(__name__)
 Form = Literal["tuple", "pair", "list"]
 
 
-def shown(text: str, *files: str) -> int:
+def shown(given: Input, *files: str) -> int:
     """A number for what is read or seen, the same whatever its case and its blanks."""
-    return hash((" ".join(text.lower().split()), *files))
+    text = given
+    if isinstance(given, Item):
+        text, files = given.text, (str(given.image), *files)
+    return hash((" ".join(text.lower().split()), *filter(None, files)))
+
+
+def number_of(passage: Passage) -> int:
+    """The number of a passage, as of all that show the same."""
+    return shown(passage.text, *passage.files.values())
 
 
 class KeysOf:
@@ -38,8 +46,7 @@ class KeysOf:
     def __call__(self, position: int) -> int:
         """Return the number of the passage at this position."""
         if position not in self.known:
-            passage = self.corpus[position]
-            self.known[position] = shown(passage.text, *passage.files.values())
+            self.known[position] = number_of(self.corpus[position])
         return self.known[position]
 
     def __reduce__(self) -> Any:
@@ -92,7 +99,7 @@ def as_dataset(
     left_out = 0
     for draw in range(draws):
         for index, example in enumerate(_checked(examples, labels and labels_of, reads_files)):
-            asked[index] = shown(example.query, *filter(None, [example.query_image]))
+            asked[index] = shown(example.query, example.query_image)
             chosen = _draw(example, negatives, draw, labels)
             if labels and len(chosen) < due:
                 left_out += 1

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from data.corpus import Corpus, passage_row
 from data.errors import ConfigError, DataError
 from data.hub import find_model
-from data.jsonl import append_in_batches, read_json, read_jsonl, write_json
+from data.jsonl import append_in_batches, read_json, write_json
 from data.records import Passage
 
 
@@ -82,18 +82,13 @@ def expand(
 ) -> Path:
     """Write the corpus with the expansions to `out`; one that is there already stays as it is.
 
-    settings: those of the generator, kept in `out`.settings.json. Killed, it goes on after the last whole
-    batch. Raises ConfigError where `out` is of another corpus or of other settings, DataError where the
-    generator gives not one text a passage.
+    settings: those of the generator, kept with the corpus' hash in `out`.settings.json. Killed, it goes on
+    after the last whole batch. Raises ConfigError where `out` is of another corpus or of other settings,
+    DataError where the generator gives not one text a passage.
     """
     out = Path(out)
-    part = out.with_name(f"{out.name}.part")
-    for path in (out, part):
-        _check_of(corpus, path)
-    if settings is not None:
-        _check_settings(
-            {**settings, "passages_at_once": passages_at_once}, out, out.exists() or part.exists()
-        )
+    wanted = {**(settings or {}), "passages_at_once": passages_at_once, "corpus": corpus.content_hash}
+    _check_settings(wanted, out)
     if out.exists():
         return out
 
@@ -112,22 +107,12 @@ def expand(
     return out
 
 
-def _check_settings(settings: dict[str, Any], out: Path, begun: bool) -> None:
+def _check_settings(settings: dict[str, Any], out: Path) -> None:
     """ConfigError unless what was begun is of these settings, which are kept beside it."""
     kept = out.with_name(f"{out.name}.settings.json")
-    found = read_json(kept) if kept.exists() else "settings that were not kept"
-    if begun and found != settings:
-        raise ConfigError(f"{out}: was made by {found}, not by {settings}; remove it, or give another --out")
+    begun = out.exists() or out.with_name(f"{out.name}.part").exists()
+    found = read_json(kept) if begun and kept.exists() else {}
+    if odd := sorted(name for name in found if found[name] != settings.get(name)):
+        was = f"{odd[0]} {found[odd[0]]}, not {settings.get(odd[0])}"
+        raise ConfigError(f"{out}: was made with another {was}; remove it, or give another --out")
     write_json(kept, settings)
-
-
-def _check_of(corpus: Corpus, path: Path) -> None:
-    """ConfigError unless the rows of a file, where there is one, are the corpus' first ones."""
-    if not path.exists():
-        return
-    for position, row in enumerate(read_jsonl(path, tolerate_cut_tail=True)):
-        passage = corpus[position] if position < len(corpus) else None
-        if passage is None or (row.get("id"), row.get("text")) != (passage.id, passage.text):
-            raise ConfigError(
-                f"{path}: line {position + 1} is of another corpus; remove it, or give another out"
-            )

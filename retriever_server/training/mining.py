@@ -21,6 +21,7 @@ from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.retriever import Retriever, text_in, texts_of
 from retriever_server.retrievers.rerank import Scorer
+from retriever_server.training.examples import number_of, shown
 
 Progress = Callable[[Any], Iterable[int]]
 
@@ -94,12 +95,12 @@ def mine(
     differing = {key: value for key, value in asdict(rules).items() if value != getattr(Rules, key)}
     provenance = {"corpus": corpus.content_hash, "generation": generation, "rules": differing}
     provenance["scores"] = _name(teacher) if teacher else generation
-    positives: dict[Any, dict[str, None]] = {}  # of all examples that ask the same
+    positives: dict[int, dict[str, None]] = {}  # of all examples that ask the same
     for example in examples:
-        positives.setdefault(_asked(example), {}).update(dict.fromkeys(example.positives))
+        positives.setdefault(shown(example.asked), {}).update(dict.fromkeys(example.positives))
 
     def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        known = [positives[_asked(example)] for example in batch]
+        known = [positives[shown(example.asked)] for example in batch]
         depth = rules.last_rank + max(map(len, known))
         rankings = search_checked(retriever, batch, depth, corpus, generation)
         goods = [[corpus_passage(corpus, id_) for id_ in ids] for ids in known]
@@ -151,26 +152,14 @@ def _candidates(
     """Select what was found between the ranks, each text once, without positives and what has their text."""
     ids = {passage.id for passage in positives}
     others = [hit.passage for hit in hits if hit.passage.id not in ids]
-    seen = {_shown(passage) for passage in positives}
+    seen = {number_of(passage) for passage in positives}
     found = []
     for passage in others[rules.first_rank - 1 : rules.last_rank]:
         answers = not rules.keep_answers and has_answer(passage.text, example.answers)
-        if not answers and (shown := _shown(passage)) not in seen:
-            seen.add(shown)
+        if not answers and (number := number_of(passage)) not in seen:
+            seen.add(number)
             found.append(passage)
     return found
-
-
-def _words(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _asked(example: Example) -> tuple[str, str]:
-    return _words(example.query), example.query_image
-
-
-def _shown(passage: Passage) -> tuple[str, ...]:
-    return _words(passage.text), *passage.files.values()
 
 
 def _scores(

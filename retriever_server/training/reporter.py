@@ -33,22 +33,20 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One line of metrics."""
         found = {
-            name: value
+            _name(key): value
             for key, value in (logs or {}).items()
-            if isinstance(value, int | float) and (name := _NAMES.get(key, _name(key))) is not None
+            if isinstance(value, int | float) and key not in _LEFT_OUT
         }
         if state.is_world_process_zero and found:
             self._log(state.global_step, found)
 
 
-_NAMES = {"total_flos": None, "train_loss": None, "eval_runtime": None, "eval_samples_per_second": None}
-_NAMES |= {"eval_steps_per_second": None, "train_samples_per_second": "speed/examples_per_second"}
-_NAMES |= {
-    "train_steps_per_second": None,
-    "train_runtime": "speed/seconds",
-    "eval_model_preparation_time": None,
-}
+_LEFT_OUT = ["total_flos", "train_loss", "train_steps_per_second", "eval_runtime", "eval_samples_per_second"]
+_LEFT_OUT += ["eval_steps_per_second", "eval_model_preparation_time"]
+_SPEED = {"train_samples_per_second": "examples_per_second", "train_runtime": "seconds"}
 
 
 def _name(key: str) -> str:
+    if key in _SPEED:
+        return f"speed/{_SPEED[key]}"
     return f"dev/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from data.errors import ConfigError
 from retriever_server.encoders.checks import limit_tokens
-from retriever_server.retrievers.rerank import QUESTION
+from retriever_server.retrievers.rerank import QUESTION, first_tokens, parts_of_prompt
 from retriever_server.training.builders.dense import Base, load_base, load_transformer
 
 
@@ -48,30 +47,17 @@ def yes_no_reranker(
     )  # fmt: skip
     tokenizer = transformer.tokenizer
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    answers = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (yes, no)]
-    if answers[0] == answers[1]:
-        raise ConfigError(f"yes = {yes!r}, no = {no!r}: begin with the same token")
+    answers = first_tokens(tokenizer, yes, no)
     tokenizer.chat_template = pair_template(tokenizer, prompt)
     return CrossEncoder(modules=[transformer, LogitScore(*answers)], device="cpu")
 
 
 def pair_template(tokenizer: Any, prompt: str) -> str:
     """A chat template that puts messages of the roles query and document into `prompt`, others as before."""
-    before, found, rest = _chat(tokenizer, prompt).partition("{query}")
-    between, found_too, after = rest.partition("{passage}")
-    if not (found and found_too):
-        raise ConfigError("prompt: must hold {query} and, after it, {passage}")
-    parts = (json.dumps(part, ensure_ascii=False) for part in (before, between, after))
-    first, second, third = parts
+    parts = parts_of_prompt(tokenizer, prompt)
+    first, second, third = (json.dumps(part, ensure_ascii=False) for part in parts)
     of = '(messages | selectattr("role", "eq", "{}") | map(attribute="content") | first)'
     pair = f"{{{{ {first} ~ {of.format('query')} ~ {second} ~ {of.format('document')} ~ {third} }}}}"
     plain = "{% for message in messages %}{{ message.content }}{% endfor %}"
     is_pair = '{% if messages | selectattr("role", "eq", "query") | list %}'
     return f"{is_pair}{pair}{{% else %}}{tokenizer.chat_template or plain}{{% endif %}}"
-
-
-def _chat(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""One vector a text from an encoder (one transformer, or DPR's two), and the parts that all builders share.
+"""One vector a text, from an encoder, DPR's two, or a decoder, and the parts that all builders share.
 
 A builder takes `(base, **options)`; a recipe's `model.class_path` names it. `base` is a hub name, a folder, a
 GGUF file (or a folder that holds one), or `{config: ..., corpus: ...}` for a tiny random model (`tiny.py`).
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from data.hub import find_model
-from retriever_server.encoders.checks import limit_tokens
+from retriever_server.encoders.checks import append_eos, check_model, limit_tokens, make_two_way
 from retriever_server.encoders.spec import DENSE, Kind
 
 Base = str | dict[str, Any]
@@ -58,6 +58,43 @@ def two_towers(
     )
     router = Router.for_query_document(query_modules=query, document_modules=passage)
     return assemble(DENSE, [router], query_prompt, passage_prompt, normalise)
+
+
+def decoder(
+    base: Base,
+    pooling: Literal["eos", "mean"] = "eos",
+    two_way: bool = False,
+    normalise: bool = True,
+    query_prompt: str = "",
+    passage_prompt: str = "",
+    pool_prompt: bool = True,
+    eos: str | None = None,
+    dropout: float = 0.0,
+    max_tokens: int | None = None,
+    attention: Attention = "sdpa",
+    dtype: str = "float32",
+) -> Any:
+    """One vector a text from a decoder (Llama, Qwen, Mistral, SmolLM ...), checked to be what is asked for.
+
+    pooling: the vector of an EOS token, appended after truncation (E5-mistral, RepLLaMA, Qwen3-Embedding),
+    or the mean of all (LLM2Vec). two_way: tokens attend to those after them. pool_prompt: whether the
+    prompt counts in the mean. eos: another token than the tokenizer's own. dropout: of attention, while
+    it trains (unsupervised SimCSE lives by it). Raises ConfigError, DataError if a check fails.
+    """
+    kernels: Any = {"attn_implementation": attention}
+    transformer = load_transformer(
+        base, max_tokens, dtype, model_kwargs=kernels, config_kwargs={"attention_dropout": dropout}
+    )
+    if two_way:
+        make_two_way(transformer.model)
+    tokenizer = transformer.tokenizer
+    if pooling == "eos":
+        append_eos(tokenizer, eos)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    modules = pooled(transformer, "lasttoken" if pooling == "eos" else "mean", normalise, pool_prompt)
+    model = assemble(DENSE, modules, query_prompt, passage_prompt, normalise)
+    check_model(model)
+    return model
 
 
 def check_base(base: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 from retriever_server.encoders.checks import append_eos
+from retriever_server.encoders.read_spec import patch_token, token_of
 from retriever_server.encoders.spec import DENSE, MULTI
 from retriever_server.training.builders.dense import (
     Attention,
@@ -92,7 +93,7 @@ def colpali(
     transformer = _vision_language(
         base, template, images, augmentation, None, max_tokens, attention, dtype, appended=False
     )
-    kept = [_image_token(transformer.processor)[1]] if only_patches else None
+    kept = [patch_token(transformer)] if only_patches else None
     mask = MultiVectorMask(keep_only_token_ids=kept)
     modules = [transformer, projection(transformer, dimension), mask, Normalize("token_embeddings")]
     return assemble(MULTI, modules, query_prompt, passage_prompt)
@@ -164,19 +165,12 @@ def _vision_language(
     if appended:
         append_eos(tokenizer, eos)
     if template == "plain":
-        token, _ = _image_token(processor)
+        if (token := token_of(processor)) is None:
+            raise ConfigError(f"base: {type(processor).__name__} has no image token; use template: own")
         picture = _PICTURES.get(transformer.config.model_type, token)
         processor.chat_template = plain_template(picture, token, tokenizer.eos_token, augmentation)
         transformer.input_formatter.message_format = "structured"
     return transformer
-
-
-def _image_token(processor: Any) -> tuple[str, int]:
-    token = getattr(processor, "image_token", None)
-    if token is None:
-        raise ConfigError(f"base: {type(processor).__name__} has no image token; use template: own")
-    token = getattr(token, "content", token)
-    return token, processor.tokenizer.convert_tokens_to_ids(token)
 
 
 def plain_template(picture: str, token: str, eos: str, augmentation: int = 0) -> str:

@@ -10,7 +10,7 @@ from data.errors import ConfigError, DataError
 from retriever_server.encoders.checks import append_eos, check_eos, check_prompts, self_test
 from retriever_server.encoders.read_spec import appends_eos, read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
-from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import decoder
 from tests.fakes import byte_tokenizer
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

@@ -10,7 +10,7 @@ from data.errors import DataError
 from retriever_server.encoders.checks import check_two_way, make_two_way, self_test
 from retriever_server.encoders.read_spec import describe_first, is_two_way, outer_transformers, read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
-from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import decoder
 from tests.fakes import tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

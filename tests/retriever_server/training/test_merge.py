@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.read_spec import read_spec
-from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import decoder
 from retriever_server.training.export import save_encoder
 from retriever_server.training.merge import merge, slerp
 from scripts.__main__ import main

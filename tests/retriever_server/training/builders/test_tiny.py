@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.training.builders import tiny
-from retriever_server.training.builders.decoder import decoder
-from retriever_server.training.builders.dense import dense
+from retriever_server.training.builders.dense import decoder, dense
 from retriever_server.training.builders.tiny import tiny_base
 
 BUILDERS = {"mistral": decoder, "qwen3": decoder, "qwen2": decoder, "gemma2": decoder, "llama": decoder}

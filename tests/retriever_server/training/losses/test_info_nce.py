@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import losses
 from torch.nn.functional import cosine_similarity
 
-from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import decoder
 from retriever_server.training.losses.info_nce import DIRECTIONS, Qwen3InfoNCE, qwen3_info_nce, text_keys
 from tests.retriever_server.training.decoder_models import tiny_decoder
 

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from data.errors import ConfigError
-from retriever_server.training.builders.decoder import decoder
+from retriever_server.training.builders.dense import decoder
 from retriever_server.training.losses.masked_next_token import MaskedNextToken, masked_next_token_loss
 from retriever_server.training.losses.simcse import SimCSE
 from tests.retriever_server.training.decoder_models import tiny_decoder
