@@ -83,6 +83,7 @@ MOVED = {
     "retriever_server.training.mixture": "retriever_server.training.batch_samplers",
     "retriever_server.training.models": "retriever_server.training.builders.dense",
     "retriever_server.training.prepare": "retriever_server.training.build_components",
+    "retriever_server.training.reporter": "retriever_server.training.trainer",
     "retriever_server.training.sparse": "retriever_server.training.builders.sparse",
     "retriever_server.training.tiny": "retriever_server.training.builders.tiny",
     "retriever_server.training.tiny_vision": "retriever_server.training.builders.tiny_vision",

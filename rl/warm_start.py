@@ -170,8 +170,7 @@ def warm_start(
     from transformers.utils.logging import disable_progress_bar
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from retriever_server.training.reporter import Reporter
-    from retriever_server.training.trainer import Training
+    from retriever_server.training.trainer import Reporter, Training
 
     class Supervised(Training, SFTTrainer):
         """TRL's, with checkpoints that are whole or not there."""

@@ -142,19 +142,13 @@ def saved_spec(model: str) -> EncodingSpec | None:
 def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | None) -> None:
     """A model serves under the spec it was trained under; only its vectors may be cut or pooled, its texts
     cut, and what of a passage is encoded chosen."""
-    spec = replace(spec, token_pooling=trained.token_pooling)
-    if spec.inputs != trained.inputs:
-        logger.warning("%s: trained with passages of %s, here %s", spec.model, trained.inputs, spec.inputs)
-        spec = replace(spec, inputs=trained.inputs)
-    if dimension is not None:
-        spec = replace(spec, dimension=trained.dimension, normalise=trained.normalise)
-    if spec.max_tokens != trained.max_tokens:
-        logger.warning(
-            "%s: trained with texts of %s tokens, here %s", spec.model, trained.max_tokens, spec.max_tokens
-        )
-        spec = replace(spec, max_tokens=trained.max_tokens)
-    if spec.hash != trained.hash:
-        raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({spec.differences(trained)})")
+    for name, of in (("inputs", "passages of %s"), ("max_tokens", "texts of %s tokens")):
+        here, there = getattr(spec, name), getattr(trained, name)
+        if here != there:
+            logger.warning(f"%s: trained with {of}, here %s", spec.model, there, here)
+    cut = ("dimension", "normalise") if dimension is not None else ()
+    if differences := spec.differences(trained, but=("token_pooling", "inputs", "max_tokens", *cut)):
+        raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({differences})")
 
 
 def choose_device(device: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -135,10 +135,10 @@ class EncodingSpec:
         expansion = str(passage.metadata.get("expansion", ""))
         return self.passage_template.format(**fields, expansion=expansion).strip()
 
-    def differences(self, other: EncodingSpec, but: str = "") -> str:
+    def differences(self, other: EncodingSpec, but: Collection[str] = ()) -> str:
         """List the fields of the hash that differ, for a message.   -> "pooling: cls, here mean" """
         here, there = asdict(self), asdict(other)
-        odd = [key for key in here if key not in ("model", but) and here[key] != there[key]]
+        odd = [key for key in here if key not in ("model", *but) and here[key] != there[key]]
         return "; ".join(f"{key}: {there[key]!r}, here {here[key]!r}" for key in odd)
 
 

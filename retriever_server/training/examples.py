@@ -89,9 +89,8 @@ def as_dataset(
 
     if negatives < 0 or draws < 1:
         raise ConfigError(f"negatives = {negatives}, draws = {draws}: must be >= 0 and >= 1")
-    make = {"tuple": _tuples, "pair": _pairs, "list": _lists}
-    if form not in make:
-        raise ConfigError(f"form = {form!r}: must be one of {', '.join(make)}")
+    if form not in _QUERY:
+        raise ConfigError(f"form = {form!r}: must be one of {', '.join(_QUERY)}")
     rng = np.random.default_rng(seed)
     columns: dict[str, list] = {}
     asked: dict[int, int] = {}
@@ -104,7 +103,7 @@ def as_dataset(
             if labels and len(chosen) < due:
                 left_out += 1
                 continue
-            for row in make[form](examples.corpus, example, chosen, negatives, labels, rng):
+            for row in _rows(form, examples.corpus, example, chosen, negatives, labels, rng):
                 for name, value in ({_QUERY[form]: index} | row).items():
                     columns.setdefault(name, []).append(value)
     if left_out:
@@ -148,39 +147,34 @@ def _draw(example: Example, negatives: int, draw: int, scored: bool) -> list[str
     return [good[draw % len(good)], *(bad[start:] + bad[:start])[:negatives]]
 
 
-def _tuples(
-    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
-) -> Iterator[dict[str, Any]]:
-    positions = corpus.positions(chosen).tolist()
+def _rows(
+    form: Form, corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
+) -> list[dict[str, Any]]:
+    """The rows of an example whose positive and negatives are chosen: positions of passages, and labels."""
+    positions, scores = corpus.positions(chosen).tolist(), example.scores or {}
+    values = [float(scores[id_]) if labels else float(rank == 0) for rank, id_ in enumerate(chosen)]
+    if form == "list":
+        return [{"docs": positions, "label": values}]
+    if form == "pair":
+        each = zip(positions, values, strict=True)
+        return [{"passage": position, "label": value} for position, value in each]
     if len(positions) <= negatives:
-        never = {*corpus.positions((*example.positives, *example.negatives)).tolist()}
-        if len(never) + 1 + negatives - len(positions) > len(corpus):
-            raise DataError(f"{corpus.path}: {len(corpus)} passages are too few for {negatives} negatives")
-        while len(positions) <= negatives:
-            position = int(rng.integers(len(corpus)))
-            if position not in never:
-                never.add(position)
-                positions.append(position)
+        _fill(positions, corpus, example, negatives, rng)
     row = {"positive": positions[0]}
     row |= {f"negative_{i}": position for i, position in enumerate(positions[1:], start=1)}
-    scores = example.scores or {}
-    yield row | ({"label": [float(scores[id_]) for id_ in chosen]} if labels else {})
+    return [row | ({"label": values} if labels else {})]
 
 
-def _pairs(
-    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
-) -> Iterator[dict[str, Any]]:
-    for row in _lists(corpus, example, chosen, negatives, labels, rng):
-        for position, label in zip(row["docs"], row["label"], strict=True):
-            yield {"passage": position, "label": label}
-
-
-def _lists(
-    corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
-) -> Iterator[dict[str, Any]]:
-    scores = example.scores or {}
-    values = [float(scores[id_]) if labels else float(rank == 0) for rank, id_ in enumerate(chosen)]
-    yield {"docs": corpus.positions(chosen).tolist(), "label": values}
+def _fill(positions: list[int], corpus: Corpus, example: Example, negatives: int, rng: Any) -> None:
+    """Add random passages that are no positives, so that there are as many negatives as asked for."""
+    never = {*corpus.positions((*example.positives, *example.negatives)).tolist()}
+    if len(never) + 1 + negatives - len(positions) > len(corpus):
+        raise DataError(f"{corpus.path}: {len(corpus)} passages are too few for {negatives} negatives")
+    while len(positions) <= negatives:
+        position = int(rng.integers(len(corpus)))
+        if position not in never:
+            never.add(position)
+            positions.append(position)
 
 
 @dataclass(frozen=True)

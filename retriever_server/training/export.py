@@ -60,7 +60,7 @@ def check_saved(model: Any, spec: EncodingSpec, folder: str | Path) -> None:
     """Raise DataError unless what loads from the folder has this spec and gives the vectors of `model`."""
     loaded = load_model(str(folder), spec.kind, str(model.device))
     found = read_spec(str(folder), loaded, spec.passage_template, spec.inputs)
-    if differences := found.differences(spec, but="fingerprint"):
+    if differences := found.differences(spec, but=["fingerprint"]):
         raise DataError(f"saved and loaded again the model is another one ({differences})")
     self_test(SentenceEncoder(loaded, found), like=SentenceEncoder(model, spec))
 
@@ -84,7 +84,7 @@ def _check_serves(spec: EncodingSpec, index: str) -> None:
     from retriever_server.indexes.base import read_manifest
 
     served = EncodingSpec(**read_manifest(Path(index)).spec)
-    if differences := spec.differences(served, but="fingerprint"):
+    if differences := spec.differences(served, but=["fingerprint"]):
         raise ConfigError(f"serves = {index!r}: served under another spec ({differences})")
 
 

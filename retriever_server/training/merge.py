@@ -94,7 +94,7 @@ def _check_alike(first: Path, others: list[Path], files: list[Path]) -> None:
             here, there = (saved_spec(str((model / spec).parent)) for model in (first, other))
             if here is None or there is None:
                 raise ConfigError(f"{first} and {other}: only one of them has {spec}: not trained alike")
-            if differences := replace(there, fingerprint=here.fingerprint).differences(here):
+            if differences := there.differences(here, but=["fingerprint"]):
                 raise ConfigError(f"{other}: trained under another spec than {first} ({differences})")
         for file in files:
             if _shapes(first / file) != _shapes(other / file):

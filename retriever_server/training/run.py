@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError, DataError
@@ -33,15 +33,12 @@ from retriever_server.training.build_components import (
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
 from retriever_server.training.recipe import RetrieverRecipe
-from retriever_server.training.reporter import Reporter
-from retriever_server.training.trainer import make_trainer
+from retriever_server.training.trainer import Log, Progress, make_trainer
 
 logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained.json"
 """File of a run folder with the scores on dev before training."""
-Log = Callable[[int, Mapping[str, float]], None]
-Progress = Callable[[int, int], None]
 
 
 def train(
@@ -66,8 +63,8 @@ def train(
     if trainer.evaluator is not None and latest is None:
         write_json(out / UNTRAINED, trainer.evaluate())  # what the model can before it is trained
     if latest and latest.step >= _steps(trainer, recipe):  # the loop would do one more
-        trainer._load_from_checkpoint(str(latest.path))
-        trainer.state.global_step = latest.step
+        trainer.load_weights(latest.path)
+        trainer.state = TrainerState.load_from_json(str(latest.path / "trainer_state.json"))
     else:
         try:
             trainer.train(resume_from_checkpoint=str(latest.path) if latest else None)
@@ -79,7 +76,7 @@ def train(
     if best and best[0].step != trainer.state.global_step:
         metric = trainer.args.metric_for_best_model
         logger.info("exporting step %d, the best (%s %.4f)", best[0].step, metric, best[1])
-        trainer._load_from_checkpoint(str(best[0].path))
+        trainer.load_weights(best[0].path)
     _warn_if_worse(trainer, out, best[0].step if best else trainer.state.global_step)
     # Without the wrapper that computes in bfloat16: what is saved serves in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -88,12 +85,11 @@ def train(
 
 def _warn_if_worse(trainer: Any, out: Path, step: int) -> None:
     """Say so where what is exported scores less on dev than the model did before it was trained."""
-    metric, saved = f"eval_{trainer.args.metric_for_best_model}", out / "checkpoints" / f"step-{step:06d}"
-    if not (out / UNTRAINED).exists() or not (saved / "trainer_state.json").exists():
+    metric = f"eval_{trainer.args.metric_for_best_model}"
+    scores = [row[metric] for row in trainer.state.log_history if metric in row and row["step"] == step]
+    if not scores or not (out / UNTRAINED).exists():
         return
-    before = read_json(out / UNTRAINED)[metric]
-    rows = read_json(saved / "trainer_state.json")["log_history"]
-    after = next((row[metric] for row in reversed(rows) if metric in row), before)
+    before, after = read_json(out / UNTRAINED)[metric], scores[-1]
     if after < before:
         logger.warning(
             "step %d, which is exported, is worse than the untrained model (dev %s %.4f, before %.4f): "
@@ -142,7 +138,8 @@ def build_trainer(
     trainer = make_trainer(
         trained.kind,
         None if dev is None else partial(dev.score_model, kind=trained.kind, spec=spec),
-        [Reporter(log, progress)],
+        log,
+        progress,
         model=model,
         args=args,
         loss=loss,

@@ -6,20 +6,23 @@ Data, losses, GradCache, optimiser, mixed precision and processes are theirs, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.evaluation import BaseEvaluator
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
 from data.errors import ConfigError, DataError, RunStopped, SleuthError
 from retriever_server.encoders.spec import Kind
 
+Log = Callable[[int, Mapping[str, float]], None]
+"""Takes a step and its metrics."""
+Progress = Callable[[int, int], None]
+"""Takes a step and their number."""
 WEIGHTS = "weights.safetensors"
 """File of a checkpoint with all that is trained, and buffers; what is frozen comes from the base again."""
 
@@ -80,7 +83,7 @@ class Training:
         states = Path(self.args.output_dir) / ".random-states"
         states.mkdir(parents=True, exist_ok=True)
         self._save_rng_state(str(states))  # type: ignore[attr-defined]
-        self._wait()
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             save_checkpoint(
                 self._folder,
@@ -92,7 +95,7 @@ class Training:
             is_best = state.best_global_step == state.global_step  # by `metric_for_best_model`
             if is_best and (best is None or state.best_metric > best[1]):
                 mark_best(self._folder, state.global_step, state.best_metric)
-        self._wait()
+        self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, states: Path) -> None:
         save_file({n: v.detach().contiguous().clone() for n, v in self._tensors().items()}, folder / WEIGHTS)
@@ -104,12 +107,15 @@ class Training:
         states.rmdir()
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        self.load_weights(Path(checkpoint_path))
+
+    def load_weights(self, checkpoint: Path) -> None:
         """Put the weights of a checkpoint into the model and the loss."""
-        state = load_file(Path(checkpoint_path) / WEIGHTS)
+        state = load_file(checkpoint / WEIGHTS)
         ours = self._tensors()
         if set(ours) != set(state):
             odd = min(set(ours) ^ set(state))
-            raise DataError(f"{checkpoint_path}: of another model ({odd} is only in one of them)")
+            raise DataError(f"{checkpoint}: of another model ({odd} is only in one of them)")
         with torch.no_grad():
             for name, value in state.items():
                 ours[name].copy_(value)
@@ -122,10 +128,6 @@ class Training:
         known = {id(value) for value in model.parameters()}
         own = ((name, value) for name, value in self.loss.named_parameters() if id(value) not in known)
         return named | {f"loss.{name}": value for name, value in own if value.requires_grad}
-
-    def _wait(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
 
 
 class Scores(BaseEvaluator):
@@ -144,11 +146,55 @@ class Scores(BaseEvaluator):
             model.train(training)
 
 
+class Reporter(TrainerCallback):
+    """Hands the numbers of a trainer on under `group/name`, and says how far it is."""
+
+    def __init__(self, log: Log, progress: Progress) -> None:
+        self._log, self._progress = log, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show the progress before the first step."""
+        self._progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Log before a checkpoint, too: nothing is lost that a resumed run does not log again."""
+        self._progress(state.global_step, state.max_steps)
+        if state.global_step % args.save_steps == 0:
+            control.should_log = True
+        # The last checkpoint is scored, wherever it falls.
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line of metrics."""
+        found = {
+            _name(key): value
+            for key, value in (logs or {}).items()
+            if isinstance(value, int | float) and key not in _LEFT_OUT
+        }
+        if state.is_world_process_zero and found:
+            self._log(state.global_step, found)
+
+
+_LEFT_OUT = ["total_flos", "train_loss", "train_steps_per_second", "eval_runtime", "eval_samples_per_second"]
+_LEFT_OUT += ["eval_steps_per_second", "eval_model_preparation_time"]
+_SPEED = {"train_samples_per_second": "examples_per_second", "train_runtime": "seconds"}
+
+
+def _name(key: str) -> str:
+    if key in _SPEED:
+        return f"speed/{_SPEED[key]}"
+    return f"dev/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+
+
 def make_trainer(
-    kind: Kind, score: Callable[[Any], dict[str, float]] | None, callbacks: list[Any], **given: Any
+    kind: Kind, score: Callable[[Any], dict[str, float]] | None, log: Log, progress: Progress, **given: Any
 ) -> Any:
     """The trainer of sentence-transformers for a kind of model, with `Training`; score: metrics on dev."""
     of = type(kind.trainer_class.__name__, (Training, kind.trainer_class), {})
-    trainer = of(evaluator=None if score is None else Scores(score), callbacks=callbacks, **given)
+    trainer = of(
+        evaluator=None if score is None else Scores(score), callbacks=[Reporter(log, progress)], **given
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
