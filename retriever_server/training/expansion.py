@@ -110,9 +110,9 @@ def expand(
 def _check_settings(settings: dict[str, Any], out: Path) -> None:
     """ConfigError unless what was begun is of these settings, which are kept beside it."""
     kept = out.with_name(f"{out.name}.settings.json")
-    begun = out.exists() or out.with_name(f"{out.name}.part").exists()
-    found = read_json(kept) if begun and kept.exists() else {}
-    if odd := sorted(name for name in found if found[name] != settings.get(name)):
-        was = f"{odd[0]} {found[odd[0]]}, not {settings.get(odd[0])}"
-        raise ConfigError(f"{out}: was made with another {was}; remove it, or give another --out")
+    if out.exists() or out.with_name(f"{out.name}.part").exists():
+        found = read_json(kept) if kept.exists() else dict.fromkeys(settings)
+        if odd := sorted(name for name in found if found[name] != settings.get(name)):
+            was = f"{odd[0]} {found[odd[0]]}, not {settings.get(odd[0])}"
+            raise ConfigError(f"{out}: was made with {was}; remove it, or give another --out")
     write_json(kept, settings)

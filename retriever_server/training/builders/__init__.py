@@ -1,1 +1,1 @@
-"""Builders of models: one retriever method a file. A function here whose first parameter is `base` is one."""
+"""Builders of models, by name in the table `BUILDERS` (`build_components.py`)."""

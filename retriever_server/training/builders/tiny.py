@@ -23,9 +23,7 @@ CACHE = Path.home() / ".cache" / "sleuth" / "tiny"
 """Folder where they are kept for the next time, under a hash of what they were made from."""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 _PASSAGES_READ = 20_000
-_MADE = 2  # counts changes of what the same arguments give
-_MASKED = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-_MASKED |= {"mask_token": "[MASK]"}
+_MADE = 3  # counts changes of what the same arguments give
 _CAUSAL = {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>", "mask_token": "<|mask|>"}
 
 
@@ -108,24 +106,11 @@ def _write_text_model(
 
 
 def _word_pieces(texts: Iterator[str], vocabulary: int) -> Any:
-    """A lower-casing WordPiece tokenizer as BERT's, which puts [CLS] before and [SEP] after."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    """BERT's tokenizer, which lower-cases, puts [CLS] before and [SEP] after, with word pieces of its own."""
+    from transformers import BertTokenizer
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
-    specials = list(_MASKED.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    tokenizer.post_processor = processors.BertProcessing(*ends)  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **_MASKED,
-    )
+    blank: Any = BertTokenizer(do_lower_case=True)
+    return blank.train_new_from_iterator(texts, vocabulary, show_progress=False)
 
 
 def byte_pairs(texts: Iterator[str], vocabulary: int) -> Any:

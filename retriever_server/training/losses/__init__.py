@@ -1,1 +1,1 @@
-"""Losses of our own: one a file. A class or function here whose first parameter is `model` is one."""
+"""Losses of our own: one a file, by name in the table `LOSSES` (`build_components.py`)."""

@@ -62,7 +62,7 @@ def test_the_encoder_reads_the_expansion_and_the_text_stays(corpus: Corpus, tmp_
 def test_a_file_of_another_corpus_and_a_wrong_generator_are_refused(corpus: Corpus, tmp_path: Path) -> None:
     expand(corpus, Shout(), tmp_path / "out.jsonl")
     write_jsonl(tmp_path / "d.jsonl", [{"id": "0", "text": "word 0"}, {"id": "1", "text": "other"}])
-    with pytest.raises(ConfigError, match="line 2 is of another corpus"):
+    with pytest.raises(ConfigError, match=r"out\.jsonl: was made with corpus .*, not "):
         expand(Corpus(tmp_path / "d.jsonl"), Shout(), tmp_path / "out.jsonl")
     with pytest.raises(DataError, match="gave 1 texts for 10 passages"):
         expand(corpus, lambda passages: ["one"], tmp_path / "new.jsonl")
@@ -76,7 +76,7 @@ def test_the_command_expands(corpus: Corpus, tmp_path: Path, capsys: pytest.Capt
     written = out.read_bytes()
     assert main(words) == 0 and main([*words, "--passages_at_once", "3"]) == 2
     said = capsys.readouterr()
-    assert "out.jsonl: was made by {" in said.err
+    assert "out.jsonl: was made with passages_at_once 32, not 3; " in said.err
     assert "remove it, or give another --out" in said.err and out.read_bytes() == written
     assert main(words) == 0
     assert "expanded passages in" in capsys.readouterr().out
