@@ -14,9 +14,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -37,7 +36,7 @@ from scripts.tiers import with_tier
 # The docstring under a field of a configuration becomes its line in --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other option takes one value
+BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other takes a value, or is a switch
 
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
@@ -47,14 +46,13 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     line, for an unknown key, a wrong value, a file that is missing or malformed.
     """
     parser = build_parser(run, prog, positional)
-    argv = value_flags(argv, parser)
-    argv = name_positional(argv, positional) if positional else argv
-    argv = with_tier(parser, prog.removeprefix("sleuth "), argv)
+    argv = with_tier(parser, prog.removeprefix("sleuth "), joined(argv, positional))
     for path in config_paths(argv):
         check_config(path)
-    for option, value in options(argv):
+    for option, _, value in (word.partition("=") for word in argv):
         if value.startswith(("{", "[")):
-            check_value(option, value)
+            with suppress(yaml.YAMLError):  # what else is wrong is said where it is parsed
+                check_keys(value, option)
     values = parse(parser, argv)
     config_type = config_dataclass(run)
     with looking_beside(*config_paths(argv)):
@@ -97,14 +95,13 @@ def is_component(value: Any) -> bool:
 def components_as_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
     """argv with each option of a mapping that names a class as a configuration of this one key."""
     mappings = {f"--{a.dest}" for a in parser._actions if get_origin(getattr(a, "_typehint", None)) is dict}
-    words, out = iter(argv), []
-    for word in words:
-        option, joined, value = word.partition("=")
-        given = [word] if joined or option not in mappings else [word, *islice(words, 1)]
+    out = []
+    for word in argv:
+        option, _, value = word.partition("=")
         with suppress(yaml.YAMLError):
-            if option in mappings and is_component(found := yaml.safe_load(value or given[-1])):
-                given = [f"--config={json.dumps({option[2:]: found})}"]
-        out += given
+            if option in mappings and is_component(found := yaml.safe_load(value)):
+                word = f"--config={json.dumps({option[2:]: found})}"
+        out.append(word)
     return out
 
 
@@ -115,38 +112,33 @@ def config_dataclass(run: Callable) -> type | None:
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
+def joined(argv: Sequence[str], positional: str | None = None) -> list[str]:
+    """argv with option and value in one word, and its first bare value named.
+
+    [--resume, --k, 3, hi] -> [--resume, --k=3, --name=hi]
+    """
+    words, out = [*reversed(argv)], []
+    while words:
+        word, takes_next = words.pop(), bool(words) and words[-1] not in BARE_OPTIONS
+        if not word.startswith("-") and positional:
+            word, positional = f"--{positional}={word}", None
+        elif word.startswith("--") and word not in BARE_OPTIONS and "=" not in word and takes_next:
+            word += "" if words[-1].startswith("--") else f"={words.pop()}"
+        out.append(word)
+    return out
+
+
 def value_flags(argv: list[str], parser: ArgumentParser) -> list[str]:
-    """argv with a switch that stands alone turned on.   [--resume, --k, 3] -> [--resume=true, --k, 3]"""
+    """argv with a switch that stands alone turned on.   [--resume, --k=3] -> [--resume=true, --k=3]"""
     flags = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    flags |= {flag.replace("_", "-") for flag in flags}
-    alone = [word in flags and after[:1] in ("", "-") for word, after in pairwise([*argv, ""])]
-    return [
-        f"--{word[2:].replace('-', '_')}=true" if turn else word
-        for word, turn in zip(argv, alone, strict=True)
-    ]
+    spelled = {flag: flag for flag in flags} | {flag.replace("_", "-"): flag for flag in flags}
+    return [f"{spelled[word]}=true" if word in spelled else word for word in argv]
 
 
-def name_positional(argv: list[str], name: str) -> list[str]:
-    """argv with its first bare value named.   [--k, 3, hi] -> [--k, 3, --name=hi]"""
-    index = 0
-    while index < len(argv) and argv[index].startswith("-"):
-        takes_next = "=" not in argv[index] and argv[index] not in BARE_OPTIONS
-        index += 2 if takes_next else 1
-    if index >= len(argv):
-        return argv
-    return [*argv[:index], f"--{name}={argv[index]}", *argv[index + 1 :]]
-
-
-def bare_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The values that stand for themselves, and the rest.   [a, --k, 3, b] -> [a, b], [--k, 3]"""
-    bare, rest, index = [], [], 0
-    while index < len(argv):
-        takes = 1 + (
-            argv[index].startswith("-") and "=" not in argv[index] and argv[index] not in BARE_OPTIONS
-        )
-        (rest if argv[index].startswith("-") else bare).extend(argv[index : index + takes])
-        index += takes
-    return bare, rest
+def bare_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values that stand for themselves, and the rest.   [a, --k, 3, b] -> [a, b], [--k=3]"""
+    words = joined(argv)
+    return [w for w in words if not w.startswith("-")], [w for w in words if w.startswith("-")]
 
 
 def quoted(text: str) -> str:
@@ -154,16 +146,9 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def options(argv: list[str]) -> list[tuple[str, str]]:
-    """The options that argv gives with a value, as (name, value)."""
-    after = [(word, value) for word, value in pairwise(argv) if word.startswith("--") and "=" not in word]
-    joined = [tuple(word.split("=", 1)) for word in argv if word.startswith("--") and "=" in word]
-    return [*after, *joined]  # pyright: ignore[reportReturnType]
-
-
 def config_paths(argv: list[str]) -> list[Path]:
     """The files that argv names with --config."""
-    return [Path(value) for option, value in options(argv) if option == "--config"]
+    return [Path(word[9:]) for word in argv if word.startswith("--config=")]
 
 
 def check_config(path: Path) -> None:
@@ -187,67 +172,39 @@ def dotted_keys(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
             yield str(key.value), key.start_mark.line + 1
 
 
-def check_value(option: str, value: str) -> None:
-    """Raise ConfigError where a mapping on the command line gives a key twice."""
-    with suppress(yaml.YAMLError):  # what else is wrong is said where it is parsed
-        check_keys(value, option)
-
-
 def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
     """argv where a word stands for a group that has a name: `--protocol compact`, `protocol: compact`.
 
     A group of a class_path alone gets its default name, so that jsonargparse takes it for the group it is.
     """
-    named = {
-        key.removesuffix(".name"): name
-        for key, name in parser.get_defaults().items()
-        if key.endswith(".name")
-    }
+    defaults = parser.get_defaults().items()
+    named = {key.removesuffix(".name"): name for key, name in defaults if key.endswith(".name")}
+
+    def spelled_out(key: str, value: Any) -> Any:
+        if key in named and isinstance(value, str):
+            return {"name": value}
+        alone = key in named and is_component(value) and value.keys() <= {"class_path", "init_args"}
+        return {"name": named[key], **value} if alone else value
+
     words: list[str] = []
-    for number, word in enumerate(argv):
-        option, joined, value = word.partition("=")
-        value = value if joined else next(iter(argv[number + 1 :]), "")
-        if option[2:] in named and value[:1] != "{" and not value.endswith((".yaml", ".yml", ".json")):
-            words.append(f"{option}.name{joined}{value if joined else ''}")
-        elif option[2:] in named and joined:
-            words.append(f"{option}={with_name(value, named[option[2:]])}")
-        elif number and argv[number - 1][2:] in named:
-            words.append(with_name(word, named[argv[number - 1][2:]]))
-        elif number and argv[number - 1] == "--config":
-            words.append(spelled_out(Path(word), named))
-        elif option == "--config" and joined:
-            words.append(f"--config={spelled_out(Path(value), named)}")
-        else:
-            words.append(word)
+    for word in argv:
+        option, _, value = word.partition("=")
+        if option == "--config":
+            given = read_yaml(value)
+            spelled = {key: spelled_out(key, each) for key, each in given.items()}
+            word = word if spelled == given else f"--config={json.dumps(spelled, default=str)}"
+        elif option[2:] in named and value[:1] == "{":
+            with suppress(yaml.YAMLError):
+                word = f"{option}={json.dumps(spelled_out(option[2:], yaml.safe_load(value)))}"
+        elif option[2:] in named and not value.endswith((".yaml", ".yml", ".json")):
+            word = f"{option}.name={value}"
+        words.append(word)
     return words
-
-
-def spelled_out(path: Path, named: dict[str, Any]) -> str:
-    """The path of a configuration; its text with `group: {name: word}` where it says `group: word`."""
-    text = whole = read_checked(path)
-    root = yaml.compose(text)
-    for key, value in reversed(root.value):  # from the end, so that places before stay where they are
-        start, end = value.start_mark.index, value.end_mark.index
-        if key.value not in named:
-            continue
-        if value.tag == "tag:yaml.org,2002:str":
-            text = f"{text[:start]}{{name: {text[start:end]}}}{text[end:]}"
-        elif isinstance(value, yaml.MappingNode):
-            indent = " " * value.start_mark.column
-            text = text[:start] + with_name(text[start:end], named[key.value], indent) + text[end:]
-    return str(path) if text == whole else text
-
-
-def with_name(mapping: str, name: Any, indent: str = "") -> str:
-    """The YAML of a group of class_path and init_args alone with a name before them; other text as it is."""
-    found = yaml.safe_load(indent + mapping)
-    if not is_component(found) or not found.keys() <= {"class_path", "init_args"}:
-        return mapping
-    return f"{{name: {name}, {mapping[1:]}" if mapping[0] == "{" else f"name: {name}\n{indent}{mapping}"
 
 
 def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Name -> value, dataclasses and classes built. Raises ConfigError."""
+    argv = value_flags(joined(argv), parser)
     try:
         namespace = parser.parse_args(components_as_configs(with_words(argv, parser), parser))
     except argparse.ArgumentError as error:
@@ -313,7 +270,7 @@ def known_keys(parser: ArgumentParser) -> list[str]:
 
 def place(key: str, argv: list[str]) -> str:
     """`file, line N: ` where a configuration file gives key; empty if the command line does."""
-    if any(word.partition("=")[0] == f"--{key}" for word in argv):
+    if any(word.startswith(f"--{key}=") for word in argv):
         return ""
     for path in reversed(config_paths(argv)):
         node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"))

@@ -152,6 +152,8 @@ def expand(argv: list[str]) -> list[str]:
 
     `--from TRAINER FILE` prints the recipe of another trainer's configuration, and that is all.
     """
+    from scripts.command_line import joined
+
     if argv[:1] == ["--from"]:
         from scripts.foreign_recipe import print_recipe
 
@@ -160,16 +162,14 @@ def expand(argv: list[str]) -> list[str]:
         print_recipe(*argv[1:])
         raise SystemExit(0)
     expanded: list[str] = []
-    for number, word in enumerate(argv):
-        option, joined, value = word.partition("=")
-        value = value if joined else next(iter(argv[number + 1 :]), "")
+    for word in joined(argv):
+        option, _, value = word.partition("=")
         if option == "--config" and (name := _preset_in(value)):
             expanded += _preset_options(name)
         elif option == "--preset":
             expanded += _preset_options(value)
         if option == "--ray":  # alone, or with the address
-            alone = not joined and (not value or value.startswith("-"))
-            word = f"--ray.address={'local' if alone else value}" if joined or alone else "--ray.address"
+            word = f"--ray.address={value or 'local'}"
         expanded.append(word)
     return expanded
 

@@ -71,13 +71,13 @@ def expand(argv: list[str]) -> list[str]:
 
 def gather(argv: list[str], groups: Sequence[str]) -> list[str]:
     """argv with the options below these groups gathered in `--changes`."""
+    from scripts.command_line import joined
+
     kept: list[str] = []
     changes: dict[str, Any] = {}
-    words = iter(argv)
-    for word in words:
-        option, joined, value = word.partition("=")
+    for word in joined(argv):
+        option, _, text = word.partition("=")
         if option.startswith(tuple(f"--{group}." for group in groups)):
-            text = value if joined else next(words, "")
             try:
                 changes[option[2:]] = yaml.safe_load(text)
             except yaml.YAMLError as error:

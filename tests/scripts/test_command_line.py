@@ -12,7 +12,7 @@ import yaml
 
 from data.errors import ConfigError, DataError
 from scripts import __main__ as sleuth
-from scripts.command_line import call, name_positional
+from scripts.command_line import call, joined
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def test_a_dataclass_appears_flat_and_the_command_line_wins_over_the_file(run, t
 )
 def test_a_word_in_yaml_names_a_group(run, tmp_path, text):
     recipe = write(tmp_path / "r.yaml", text)
-    for joined in (["--config", recipe], [f"--config={recipe}"]):
-        assert run(takes_speech, *joined)[1] == [Speech("compact")]
-        assert run(takes_speech, *joined, "--protocol.turns", "2")[1] == [Speech("compact", 2)]
+    for given in (["--config", recipe], [f"--config={recipe}"]):
+        assert run(takes_speech, *given)[1] == [Speech("compact")]
+        assert run(takes_speech, *given, "--protocol.turns", "2")[1] == [Speech("compact", 2)]
 
 
 def test_a_word_on_the_line_names_a_group(run):
@@ -209,7 +209,7 @@ def test_the_natural_argument_needs_no_name(run, argv):
 
 
 def test_only_one_value_is_named_and_the_rest_is_refused(run):
-    assert name_positional(["a", "b"], "q") == ["--q=a", "b"]
+    assert joined(["a", "b"], "q") == ["--q=a", "b"]
     status, _, _, err = run(takes_arguments, "who", "is", "it", positional="question")
     assert status == 2 and "unrecognized arguments: is it" in err
 

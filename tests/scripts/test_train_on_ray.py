@@ -360,8 +360,8 @@ def test_a_process_does_not_outlive_its_place(tmp_path):
     ("given", "meant"),
     [
         (["--ray"], ["--ray.address=local"]),
-        (["--ray", "--steps", "3"], ["--ray.address=local", "--steps", "3"]),
-        (["--ray", "10.0.0.1:6379", "--steps", "3"], ["--ray.address", "10.0.0.1:6379", "--steps", "3"]),
+        (["--ray", "--steps", "3"], ["--ray.address=local", "--steps=3"]),
+        (["--ray", "10.0.0.1:6379", "--steps", "3"], ["--ray.address=10.0.0.1:6379", "--steps=3"]),
         (["--ray=auto"], ["--ray.address=auto"]),
         (["--ray.trainers=2"], ["--ray.trainers=2"]),
     ],
