@@ -38,6 +38,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other takes a value, or is a switch
 
+MESSAGES = {"changes"}
+"""Keys that a command gives itself (`expand`): no help shows them."""
+
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
     """Call `run` with the values that argv and its configuration files give.
@@ -70,6 +73,9 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
         parser.add_class_arguments(config_type, None)
     else:
         parser.add_function_arguments(run, None)
+    for action in parser._actions:
+        if action.dest in MESSAGES:
+            action.help = argparse.SUPPRESS
     return parser
 
 

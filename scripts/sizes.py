@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -207,10 +206,17 @@ def _load(path: str, sample: int) -> np.ndarray:
 
 
 def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None:
+    from rich.filesize import decimal
+
     from scripts.console import show_table
 
-    columns = ("kind", "disk", "memory", "ms a query", "recall@10", "")
-    show_table(title, columns, [list(_cells(row)) for row in rows])
+    cells = []
+    for row in rows:
+        sizes = [decimal(int(size)) for size in (row.disk_bytes, row.memory_bytes)]
+        seconds = "-" if row.seconds is None else f"{row.seconds * 1000:,.1f}"
+        recall = "-" if row.recall is None else f"{row.recall:.3f}"
+        cells.append([row.kind, *sizes, seconds, recall, row.note])
+    show_table(title, ("kind", "disk", "memory", "ms a query", "recall@10", ""), cells)
     of = vectors or "synthetic vectors (clusters; your own with --vectors FILE.npy)"
     if sample:
         print(
@@ -219,18 +225,3 @@ def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None
             "IVF searches a smaller share of its lists at full size: only a larger --sample tells its recall."
         )
     print("-: not measured. Memory: what should stay in the page cache; with less, it is slower.")
-
-
-def _cells(row: Row) -> Iterator[str]:
-    yield row.kind
-    yield _size(row.disk_bytes)
-    yield _size(row.memory_bytes)
-    yield "-" if row.seconds is None else f"{row.seconds * 1000:,.1f}"
-    yield "-" if row.recall is None else f"{row.recall:.3f}"
-    yield row.note
-
-
-def _size(count: float) -> str:
-    """1_500_000 -> "1.5 MB" """
-    power = min(4, int(math.log10(max(count, 1)) / 3))
-    return f"{count / 1000**power:.1f} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from data.errors import ConfigError
+from data.errors import require, require_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +36,9 @@ class Sampling:
     """Seed of this completion alone; None draws from the engine's generator."""
 
     def __post_init__(self) -> None:
-        for ok, name, allowed in (
-            (self.temperature >= 0, "temperature", ">= 0"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
-            (self.top_k >= 0, "top_k", ">= 0"),
-            (self.max_tokens >= 1, "max_tokens", ">= 1"),
-        ):
-            if not ok:
-                raise ConfigError(f"sampling.{name} = {getattr(self, name)}: must be {allowed}")
+        require_range(self, "sampling.", ">= 0", "temperature", "top_k")
+        require_range(self, "sampling.", ">= 1", "max_tokens")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
 
 
 class FinishReason(StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.errors import require
+from data.errors import require, require_range
 from data.plugins import find_plugin
 
 
@@ -44,9 +44,9 @@ class EngineConfig:
     in float32, else 0.05."""
 
     def __post_init__(self) -> None:
-        require(self.servers >= 1, "engine.servers", self.servers, ">= 1")
-        require(self.deadline_seconds > 0, "engine.deadline_seconds", self.deadline_seconds, "> 0")
-        require(self.max_restarts >= 0, "engine.max_restarts", self.max_restarts, ">= 0")
+        require_range(self, "engine.", ">= 1", "servers")
+        require_range(self, "engine.", "> 0", "deadline_seconds")
+        require_range(self, "engine.", ">= 0", "max_restarts")
         by_files = self.lora == "merged" or self.transport == "folder"
         require(by_files, "engine.transport", self.transport, "folder with engine.lora adapter")
         limit = self.max_probe_difference
