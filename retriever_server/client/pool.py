@@ -199,7 +199,6 @@ class ServerPool:
 
         Where all fail it is tried with those that come back. Raises EngineError where none is left.
         """
-
         answers: dict[Server, Any] = {}
 
         async def attempt(server: Server) -> None:
