@@ -88,7 +88,7 @@ class AtlasTemplates(_OfWorld, Generator):
         ]
 
     def record(self, passage: Passage, seed: int) -> dict[str, str]:
-        """Return the text written for a passage, and the fault that was planted; {} of a passage of another world."""
+        """Return the text written for a passage with its planted fault; {} of a passage of another world."""
         rng = random.Random(seed)
         fault = rng.choices([*self.faults, ""], [*self.faults.values(), 1 - sum(self.faults.values())])[0]
         entity = self.world.by_id.get(passage.id)
