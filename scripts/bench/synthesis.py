@@ -1,4 +1,4 @@
-"""What synthesis can and cannot do, measured where the truth is known.
+"""The reach of synthesis, measured where the truth is known.
 
     python -m scripts.bench.synthesis [--out runs/bench_synthesis] [--parts '[hard]'] [--judge smollm2]
 
@@ -101,7 +101,7 @@ def faults(bench: Bench) -> dict[str, Any]:
 
 
 def _repairs(bench: Bench, made: Any) -> dict[str, float]:
-    """Of drafts that some passage answers: wrong seeds with a right positive now, right ones lost."""
+    """Shares of drafts that a passage answers: wrong seeds with a right positive now, right ones lost."""
     counts: Counter[str] = Counter()
     for row in read_jsonl(made.path("examples")):
         query = str(row["query"])

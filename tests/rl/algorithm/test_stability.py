@@ -1,4 +1,4 @@
-"""What keeps a policy from collapsing: LLDS, DPPO's mask and more modes for the sampler, by plain loops."""
+"""Guards against a policy's collapse: LLDS, DPPO's mask, more modes for the sampler, by plain loops."""
 
 import math
 from dataclasses import replace

@@ -117,7 +117,7 @@ OURS = {
     "off_policy_mask": {"off_policy_threshold": 0.1},
     "unbiased_kl": {"kl_unbiased": True},
 }
-"""What a case adds to the fields of its preset."""
+"""Fields that a case adds to the fields of its preset."""
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
