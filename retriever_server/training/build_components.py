@@ -11,7 +11,6 @@ from typing import Any
 
 from data.class_path import Build, Reader, parts_of
 from data.corpus import Corpus
-from data.device import check_device
 from data.errors import ConfigError
 from data.examples import Examples
 from data.plugins import names_in_source, parameters_in_source
@@ -75,7 +74,10 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
     arguments = recipe.model.get("init_args") or {}
     for base in (value for key, value in arguments.items() if key == "base" or key.endswith("_base")):
         check_base(base)
-    check_device(recipe.device)
+    if recipe.device not in ("auto", "cpu"):
+        from data.device import check_device
+
+        check_device(recipe.device)
     if recipe.serves is not None:
         from retriever_server.indexes.base import read_manifest
 

@@ -68,7 +68,7 @@ def students(bench: Bench, test: list[tuple[Question, str]], filters: dict[str, 
 
 def _student(bench: Bench, name: str, seed: int, negative: bool, test: list[tuple[Question, str]]) -> float:
     """nDCG@10 of a tiny encoder that was trained on these examples; kept."""
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
     from retriever_server.indexes.flat import FlatIndex
 
     folder = bench.out / "students" / f"{name}-{seed}"
@@ -119,7 +119,7 @@ def _judged(retriever: Retriever, asked: list[Question], qrels: Qrels) -> tuple[
 
 def domain(bench: Bench, examples: str, collection: str, others: list[str]) -> dict[str, Any]:
     """nDCG@10 on human judgements: BM25, MiniLM frozen, trained on the examples, and on shuffled pairs."""
-    from retriever_server.encoders.sentence import load_encoder
+    from retriever_server.encoders.loading import load_encoder
     from retriever_server.evaluation import compare
     from retriever_server.indexes.base import open_index
     from retriever_server.indexes.flat import FlatIndex
