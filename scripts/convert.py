@@ -17,6 +17,7 @@ Format = Literal[
     "vidore",
     "dpr",
     "msmarco",
+    "labelled",
     "questions",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any
 from data.corpus import Corpus, passage_row, relative_to
 from data.errors import ConfigError, DataError
 from data.examples import Examples, OnError, check_example
-from data.formats import beir, bge, dpr, msmarco, pairs, search_r1, tevatron, vidore
+from data.formats import beir, bge, dpr, labelled, msmarco, pairs, search_r1, tevatron, vidore
 from data.formats.training import Format, one_text, text_id, unnamed
 from data.jsonl import write_jsonl
 from data.records import Example, Passage
@@ -31,6 +31,7 @@ FORMATS = {
     "vidore": Format(vidore.read),
     "dpr": Format(dpr.read, dpr.write),
     "msmarco": Format(msmarco.read, msmarco.write),
+    "labelled": Format(labelled.read, has_ids=False),
     "questions": Format(search_r1.read, has_passages=False),
 }
 

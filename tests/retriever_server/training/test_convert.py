@@ -88,6 +88,28 @@ def test_tevatron_as_published(tmp_path):
     assert [passage.id for passage in done.corpus] == ["77", "8"]
 
 
+def test_labelled_texts_become_triples_that_their_ids_tell_apart(tmp_path):
+    texts = [
+        ("rain tomorrow", "weather"),
+        ("snow on hills", "weather"),
+        ("play jazz", "music"),
+        ("a louder song", "music"),
+    ]
+    rows = [{"text": text, "label": label} for text, label in [*texts, ("book a table", "alone")]]
+    done = convert_from("labelled", write(tmp_path / "texts.jsonl", *rows), tmp_path / "out")
+    label_of, numbers = dict(texts) | {"book a table": "alone"}, set()
+    for query, (good, bad) in read(done).items():
+        stems, ids = zip(
+            *(each.removesuffix("]").rsplit(" [", 1) for each in (query, *good, *bad)), strict=True
+        )
+        assert len(set(ids)) == 1 and stems[0] != stems[1]
+        assert label_of[stems[0]] == label_of[stems[1]] != label_of[stems[2]]
+        numbers.add(ids[0])
+    assert len(numbers) == len(texts)  # the label that stands there once has no positive
+    with pytest.raises(DataError, match="has 1 labels; two are needed"):
+        convert_from("labelled", write(tmp_path / "one.jsonl", *rows[:2]), tmp_path / "one")
+
+
 def test_bge_keeps_the_teachers_scores(tmp_path):
     row = {"query": "q", "pos": ["good"], "neg": ["bad", "worse"], "pos_scores": [9], "neg_scores": [2, 1]}
     source = write(tmp_path / "bge.jsonl", row | {"prompt": "p", "type": "normal"})
