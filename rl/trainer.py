@@ -246,10 +246,9 @@ class Trainer:
         settings = {"policy": f"step {self.step}", "protocol": self.agent.protocol.name}
         started = time.monotonic()
         scores = await evaluate(self.dev_questions, rollout, folder, settings)
-        if self.run_dir is not None:
-            self.run_dir.tracker.table(
-                self.step, "dev/trajectories", *trajectory_table(iterate_records(folder))
-            )
+        if self.run_dir is not None and self.config.wandb.project:
+            table = trajectory_table(iterate_records(folder))
+            self.run_dir.tracker.table(self.step, "dev/trajectories", *table)
         return {
             "dev/em": scores["em"]["mean"],
             "dev/searches": scores["searches_per_question"],
