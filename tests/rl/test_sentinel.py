@@ -6,8 +6,12 @@ import random
 import pytest
 
 from data.run_dir import RunDir, read_metrics
+from rl.algorithm.presets import AlgorithmConfig
 from rl.config import SentinelConfig
-from rl.sentinel import Sentinel
+from rl.learner.learner import Learner
+from rl.sentinel import Sentinel, Verdict
+from scripts.train import train
+from tests.toy import toy_config
 
 HEALTHY = {
     "policy/entropy": 0.8,
@@ -177,3 +181,33 @@ def test_what_needs_no_baseline_alarms_from_the_first_step():
     row = HEALTHY | {"policy/sampler_difference": 9.0, "policy/entropy": 1e-9}
     (alarm,) = Sentinel(SentinelConfig()).watch(1, row).alarms
     assert "policy/sampler_difference 9 is above" in alarm
+
+
+def test_an_alarm_switches_llds_on_and_it_stays_on_after_a_resume(toy, tmp_path, monkeypatch):
+    two_updates = AlgorithmConfig(updates_per_rollout=2)
+    config = toy_config(
+        toy,
+        tmp_path,
+        steps=3,
+        save_every=1,
+        algorithm=two_updates,
+        sentinel=SentinelConfig(action="preserve"),
+    )
+    alarms = {1: Verdict(["collapse"], "preserve")}
+    monkeypatch.setattr(Sentinel, "watch", lambda self, step, _: alarms.get(step, Verdict([], None)))
+    given, learn = [], Learner.learn
+
+    def noting(self, collected, step):
+        given.append((step, self.config.algorithm.llds_coefficient))
+        return learn(self, collected, step)
+
+    monkeypatch.setattr(Learner, "learn", noting)
+
+    def stop(step):
+        if step == 2:
+            raise GeneratorExit  # nothing of it is caught
+
+    with pytest.raises(GeneratorExit):
+        train(config, on_step=stop)
+    train(config)
+    assert sorted(set(given)) == [(0, 0.0), (1, 0.1), (2, 0.1)]

@@ -386,28 +386,3 @@ def test_a_warning_is_a_line_in_the_log_and_changes_nothing(toy, tmp_path, monke
     train(toy_config(toy, tmp_path / "warned"))
     assert "sentinel: step 1: much" in caplog.text and "sentinel: step 2: much" in caplog.text
     assert_same_weights(tmp_path / "calm", tmp_path / "warned", 2)
-
-
-def test_an_alarm_switches_llds_on_and_it_stays_on_after_a_resume(toy, tmp_path, monkeypatch):
-    two_updates = AlgorithmConfig(updates_per_rollout=2)
-    config = toy_config(
-        toy,
-        tmp_path,
-        steps=3,
-        save_every=1,
-        algorithm=two_updates,
-        sentinel=SentinelConfig(action="preserve"),
-    )
-    alarms = {1: Verdict(["collapse"], "preserve")}
-    monkeypatch.setattr(Sentinel, "watch", lambda self, step, _: alarms.get(step, Verdict([], None)))
-    given, learn = [], Learner.learn
-
-    def noting(self, collected, step):
-        given.append((step, self.config.algorithm.llds_coefficient))
-        return learn(self, collected, step)
-
-    monkeypatch.setattr(Learner, "learn", noting)
-    with pytest.raises(Killed):
-        train(config, on_step=kill_at(2))
-    train(config)
-    assert sorted(set(given)) == [(0, 0.0), (1, 0.1), (2, 0.1)]
