@@ -2,10 +2,6 @@
 
 The loop of one trajectory is `Agent._roll_out`: the engine completes a turn, the environment replies, until
 there is an answer or a limit is met.
-
-environment.reset(question)      the prompt
-await environment.step(action)   an observation, or why the trajectory ends
-environment.score()              exact match and the like of the answer that was given
 """
 
 from __future__ import annotations
@@ -16,60 +12,24 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-from typing import Protocol as Interface
+from typing import TYPE_CHECKING
 
 from agent.engines.base import Completion, Engine, Sampling
-from agent.prompt import PromptFrame, encode_prompt, make_frame
-from agent.protocol import Action, Answer, Invalid, Protocol
-from agent.query_styles import QUERY_STYLES
-from agent.search_tool import Observation, TagSanitizer, find_pictures, observe
-from agent.tools import OPEN_PAGE, SEARCH, Call
-from agent.trajectory import SearchRecord, Segment, SegmentKind, Segments, StopReason, Trajectory
-from data.answers import METRICS
-from data.errors import DataError, RetrieverError
-from data.records import Hit, Question
+from agent.environment import Environment, Searcher
+from agent.prompt import PromptFrame, make_frame
+from agent.protocol import Action, Invalid, Protocol
+from agent.search_tool import TagSanitizer
+from agent.trajectory import Ledger, Segment, SegmentKind, StopReason, Trajectory
+from data.records import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from agent.vision import Vision
 
-MIN_OBSERVATION_TOKENS = 32
-"""With less room than this an observation would be a wrapper around nothing: the trajectory ends."""
 _NUMBERS = itertools.count()
-
-
-class Searcher(Interface):
-    """A retriever as the agent needs it, such as `retriever_server.client.search_client.SearchClient`.
-
-    It may also have `picture` (for policies that read images) and `document` (for the tool open_page).
-    """
-
-    async def search(self, query: str, k: int) -> list[Hit]:
-        """Return the best `k` passages of one query."""
-        ...
-
-
-@dataclass(eq=False)
-class Ledger(Segments):
-    """A trajectory while it grows; a rollout that is given one goes on from there."""
-
-    segments: list[Segment] = field(default_factory=list)
-    searches: list[SearchRecord] = field(default_factory=list)
-
-    @property
-    def turns(self) -> int:
-        """Turns that the policy has written."""
-        return sum(segment.kind is SegmentKind.POLICY for segment in self.segments)
-
-    def rewind(self) -> None:
-        """Go back to the last observation: a turn that has none yet is written again."""
-        if self.segments and self.segments[-1].kind is SegmentKind.POLICY:
-            self.segments.pop()
-        self.searches[:] = [search for search in self.searches if search.turn < self.turns]
 
 
 @dataclass(frozen=True)
@@ -158,7 +118,8 @@ class Agent:
             on_segment(segment)
 
         ledger.rewind()
-        environment = Environment(self, ledger)
+        world = (self.tokenizer, self.searcher, self.spoken, self.frame, self.sanitize, self.vision)
+        environment = Environment(*world, ledger)
         prompt = environment.reset(question)
         if not ledger.segments:
             add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
@@ -208,100 +169,6 @@ class Agent:
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
-
-
-class Environment:
-    """The world of one question. A search that fails ends the trajectory; it is never an empty result."""
-
-    def __init__(self, agent: Agent, ledger: Ledger) -> None:
-        """ledger: of the trajectory; what is called is noted there."""
-        self.agent, self.protocol, self.ledger = agent, agent.spoken, ledger
-        self.searcher: Any = agent.searcher
-        self.question = Question("", "", ())
-        self.answer: str | None = None
-        self.confidence: float | None = None
-        self.invalid_actions = ledger.turns - len(ledger.searches)
-        self._encode = partial(agent.tokenizer.encode, add_special_tokens=False)
-        self._tools = {SEARCH.name: self._search, OPEN_PAGE.name: self._open_page}
-
-    @property
-    def room(self) -> int:
-        """Tokens that the context still takes; less than 0: no turn may follow."""
-        written = sum(len(segment.token_ids) for segment in self.ledger.segments)
-        return self.protocol.max_context_tokens - written
-
-    def reset(self, question: Question) -> Observation:
-        """Begin with a question; the prompt."""
-        self.question, self.answer, self.confidence = question, None, None
-        agent, text = self.agent, self.protocol.prompt(self.agent.sanitize(question.text))
-        return Observation(*encode_prompt(text, self.protocol, agent.tokenizer, agent.frame))
-
-    async def step(self, action: Action) -> Observation | StopReason:
-        """Carry out the action of the last turn in the ledger."""
-        if isinstance(action, Answer):
-            self.answer, self.confidence = action.text, action.confidence
-            return StopReason.ANSWERED
-        if self.ledger.turns > self.protocol.max_turns:
-            return StopReason.TURN_LIMIT
-        record, sources = await self._call(action) if isinstance(action, Call) else (None, [])
-        if record is None:
-            self.invalid_actions += 1
-            return self._feedback()
-        self.ledger.searches.append(record)
-        if record.error is not None:
-            return StopReason.SEARCH_FAILED
-        if self.room < MIN_OBSERVATION_TOKENS:
-            return StopReason.TOKEN_LIMIT
-        budget = min(self.protocol.max_observation_tokens, self.room)
-        sanitize, vision = self.agent.sanitize, self.agent.vision
-        return observe(record.hits, sources, self.protocol, sanitize, self._encode, budget, vision)
-
-    def score(self) -> dict[str, float]:
-        """The scores of the answer by name; 0 without one."""
-        asked = self.question
-        return {
-            name: metric(self.answer, asked.gold_answers, asked.normalizer)
-            for name, metric in METRICS.items()
-        }
-
-    async def _call(self, call: Call) -> tuple[SearchRecord | None, list[str]]:
-        """Call a tool: its record and the pictures found; None where there is no such page."""
-        started, error = time.monotonic(), None
-        sources: list[str] = []
-        try:
-            hits = await self._tools[call.tool](call.argument)
-            if hits is None:
-                return None, []
-            if vision := self.agent.vision:
-                sources = await find_pictures(hits, vision, self.searcher)
-        except (RetrieverError, DataError) as failure:
-            hits, error = [], f"{type(failure).__name__}: {failure}"
-        seconds, turn = time.monotonic() - started, self.ledger.turns - 1
-        return SearchRecord(call.argument, hits, seconds, error, turn, call.tool), sources
-
-    async def _search(self, query: str) -> list[Hit]:
-        asked = [search.query for search in self.ledger.searches if search.tool == SEARCH.name]
-        text = QUERY_STYLES[self.protocol.query_style](self.question.text, asked, query)
-        return await self.searcher.search(text, self.protocol.top_k)
-
-    async def _open_page(self, place: str) -> list[Hit] | None:
-        """The document of a passage: of its number in the last search, else of its id."""
-        if not hasattr(self.searcher, "document"):
-            raise DataError("open_page: the searcher reads no documents")
-        last = next((s.hits for s in reversed(self.ledger.searches) if s.tool == SEARCH.name), [])
-        number = int(place) if place.isascii() and place.isdecimal() and len(place) < 10 else 0
-        hit = last[number - 1] if 0 < number <= len(last) else None
-        page = await self.searcher.document(hit.passage.id if hit else place)
-        known = hit or next((h for s in self.ledger.searches for h in s.hits), None)
-        return page and [Hit(page, hit.score if hit else 0.0, known.generation if known else "")]
-
-    def _feedback(self) -> Observation:
-        """The reply to an invalid action; a token that ended the turn is not said a second time."""
-        last = self.ledger.segments[-1].token_ids[-1:]
-        ended = bool(last) and last[0] in self.agent.tokenizer.added_tokens_decoder
-        said = str(self.agent.tokenizer.decode(last, skip_special_tokens=False)) if ended else ""
-        text = self.protocol.invalid.removeprefix(said)
-        return Observation(text, self._encode(text))
 
 
 def _well_formed(ledger: Ledger, protocol: Protocol) -> bool:

@@ -95,6 +95,25 @@ class Segments:
         return found
 
 
+@dataclass(eq=False)
+class Ledger(Segments):
+    """A trajectory while it grows; a rollout that is given one goes on from there."""
+
+    segments: list[Segment] = field(default_factory=list)
+    searches: list[SearchRecord] = field(default_factory=list)
+
+    @property
+    def turns(self) -> int:
+        """Turns that the policy has written."""
+        return sum(segment.kind is SegmentKind.POLICY for segment in self.segments)
+
+    def rewind(self) -> None:
+        """Go back to the last observation: a turn that has none yet is written again."""
+        if self.segments and self.segments[-1].kind is SegmentKind.POLICY:
+            self.segments.pop()
+        self.searches[:] = [search for search in self.searches if search.turn < self.turns]
+
+
 @dataclass(frozen=True)
 class Trajectory(Segments):
     """A finished rollout of one question."""

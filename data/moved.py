@@ -29,7 +29,6 @@ MOVED = {
     "data.gguf": "data.packaged",
     "data.sealed": "data.atomic",
     "data.unicode": "data.text",
-    "agent.environment": "agent.rollout",
     "agent.observation": "agent.search_tool",
     "data.atlas.factbook": "examples.atlas.factbook",
     "retriever_server.adapters": "retriever_server.server.routes.embeddings",

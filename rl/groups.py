@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent.rollout import Ledger
-from agent.trajectory import StopReason, Trajectory
+from agent.trajectory import Ledger, StopReason, Trajectory
 from agent.transcripts import from_record, to_record
 from data.records import Question
 

@@ -24,8 +24,7 @@ from itertools import islice
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
-from agent.rollout import Ledger
-from agent.trajectory import SegmentKind, StopReason, Trajectory
+from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from data.answers import exact_match
 from data.errors import EngineError, RunStopped
 from rl.groups import OpenGroup

@@ -10,11 +10,12 @@ import yaml
 from fastapi import FastAPI
 
 from agent.engines.scripted import ScriptedEngine
+from agent.environment import Environment
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid
-from agent.rollout import Agent, Environment, Ledger
+from agent.rollout import Agent
 from agent.search_tool import TagSanitizer
 from agent.tools import OPEN_PAGE, SEARCH, Call, Search
-from agent.trajectory import Segment, SegmentKind, StopReason
+from agent.trajectory import Ledger, Segment, SegmentKind, StopReason
 from agent.transcripts import from_record, to_record
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
@@ -216,7 +217,8 @@ def test_arguments_follow_the_schema_of_the_tool():
 def test_an_environment_by_itself():
     tokenizer, ledger = byte_tokenizer(), Ledger()
     agent = Agent(ScriptedEngine(tokenizer, []), tokenizer, Shelf({"Lyon": "fox"}), COMPACT)
-    environment = Environment(agent, ledger)
+    world = (tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, None)
+    environment = Environment(*world, ledger)
 
     def step(turn):
         ledger.segments.append(Segment(SegmentKind.POLICY, tokenizer.encode(turn), turn))

@@ -9,9 +9,9 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer
-from agent.rollout import Agent, Ledger
+from agent.rollout import Agent
 from agent.tools import Search
-from agent.trajectory import SegmentKind, StopReason
+from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
 from rl.algorithm.rewards import REWARDS
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model

@@ -8,9 +8,10 @@ import pytest
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
 from agent.engines.scripted import ScriptedEngine
+from agent.environment import MIN_OBSERVATION_TOKENS
 from agent.evaluation.evaluate import roll_out_each
 from agent.protocol import COMPACT, Answer
-from agent.rollout import MIN_OBSERVATION_TOKENS, Agent
+from agent.rollout import Agent
 from agent.tools import Search
 from agent.trajectory import StopReason
 from data.errors import EngineError

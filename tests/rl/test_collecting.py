@@ -8,8 +8,7 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from agent.rollout import Ledger
-from agent.trajectory import Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
+from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import RunStopped
 from data.records import Question
 from rl.algorithm.presets import AlgorithmConfig
