@@ -25,7 +25,7 @@ def test_a_run_asks_as_on_the_day_it_began(toy, tmp_path, day, monkeypatch):
         prompts.append(prompt)
         return prompt, ids
 
-    monkeypatch.setattr("agent.rollout.encode_prompt", spy)
+    monkeypatch.setattr("agent.environment.encode_prompt", spy)
     spoken = ProtocolConfig(max_turns=1, max_response_tokens=20)
     config = toy_config(toy, tmp_path / "run", policy=str(tmp_path / "policy"), protocol=spoken,
                         save_every=1, eval_every=2, eval_limit=2)  # fmt: skip

@@ -191,7 +191,7 @@ def test_an_alarm_switches_llds_on_and_it_stays_on_after_a_resume(toy, tmp_path,
         steps=3,
         save_every=1,
         algorithm=two_updates,
-        sentinel=SentinelConfig(action="preserve"),
+        sentinel=SentinelConfig(action="preserve", preserve_coefficient=0.3),
     )
     alarms = {1: Verdict(["collapse"], "preserve")}
     monkeypatch.setattr(Sentinel, "watch", lambda self, step, _: alarms.get(step, Verdict([], None)))
@@ -210,4 +210,4 @@ def test_an_alarm_switches_llds_on_and_it_stays_on_after_a_resume(toy, tmp_path,
     with pytest.raises(GeneratorExit):
         train(config, on_step=stop)
     train(config)
-    assert sorted(set(given)) == [(0, 0.0), (1, 0.1), (2, 0.1)]
+    assert sorted(set(given)) == [(0, 0.0), (1, 0.3), (2, 0.3)]

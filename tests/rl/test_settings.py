@@ -41,8 +41,8 @@ def collected(monkeypatch):
     """Return what each step learned from."""
     found, collect = [], Rollouts.collect
 
-    async def spy(self, version):
-        found.append(await collect(self, version))
+    async def spy(self, *given):
+        found.append(await collect(self, *given))
         return found[-1]
 
     monkeypatch.setattr(Rollouts, "collect", spy)
@@ -229,7 +229,8 @@ SHOWN_IN: dict[type, dict[str, str]] = {
     },
     SentinelConfig: {
         "test_sentinel.py": "action patience baseline_steps min_entropy_share max_entropy_share "
-        "min_valid_share max_correct_logprob_fall max_grad_norm_ratio max_sampler_difference",
+        "min_valid_share max_correct_logprob_fall max_grad_norm_ratio max_sampler_difference "
+        "preserve_coefficient",
         "test_trainer.py": "max_roll_backs",
     },
     LoraConfig: {"learner/test_lora.py": "rank alpha target_modules", "test_trainer.py": "dropout"},

@@ -42,7 +42,7 @@ def free_port() -> int:
     ],
 )
 def test_a_cluster_that_there_is_not_is_one_line(options, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("retriever_server.encoders.sentence.load_encoder", lambda *_, **__: FakeEncoder())
+    monkeypatch.setattr("retriever_server.encoders.loading.load_encoder", lambda *_, **__: FakeEncoder())
     monkeypatch.setitem(sys.modules, "ray", None)
     options = {**options, "ray": options["ray"].format(free_port())}
     corpus = write_corpus(tmp_path / "c.jsonl")

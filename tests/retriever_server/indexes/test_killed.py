@@ -213,11 +213,11 @@ class Slow(FakeEncoder):
 
 
 def index(argv: list[str]) -> None:
-    from retriever_server.encoders import sentence
+    from retriever_server.encoders import loading
 
     EncodedIndex.passages_per_shard = 100
     if "--encoder=atlas" in argv:  # a name that is known, for the command looks first
-        sentence.load_encoder, sentence.choose_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
+        loading.load_encoder, loading.choose_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
     sys.exit(main(["index", *argv]))
 
 
