@@ -13,8 +13,6 @@ import pytest
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.run_dir import read_metrics
-from scripts import train
-from scripts.command_line import call
 from tests.processes import PATIENCE_SECONDS, ROOT, sleuth
 
 CRITIC = ("--preset=search_r1_ppo", "--algorithm.critic_learning_rate=1e-2")
@@ -95,11 +93,16 @@ def outcome(out):
     return {"step": last.step, "files": hashes, "metrics": rows, "best": (best[0].step, best[1])}
 
 
+def finish(process):
+    """Wait for a process that is to end well."""
+    assert process.wait(5 * PATIENCE_SECONDS) == 0, process.stderr.read()[-3000:]
+
+
 def check_kills(toy, folder, kills, steps, options):
     """Kill a run so many times, every third time inside a save; compare it with one left alone."""
     moments = random.Random(kills)
     whole, killed = folder / "whole", folder / "killed"
-    call(train.main, train.expand(words(toy, whole, steps, options)), prog="sleuth train")
+    finish(sleuth("train", *words(toy, whole, steps, options)))  # not in this process, which other tests used
     for number in range(kills):
         process = sleuth("train", *words(toy, killed, steps, options))
         if number % 3 == 1:
@@ -107,8 +110,7 @@ def check_kills(toy, folder, kills, steps, options):
         else:
             kill_at_random(process, killed, 1 + number * (steps - 3) // kills, moments)
         assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
-    process = sleuth("train", *words(toy, killed, steps, options))
-    assert process.wait(5 * PATIENCE_SECONDS) == 0, process.stderr.read()[-3000:]
+    finish(sleuth("train", *words(toy, killed, steps, options)))
     expected = outcome(whole)
     assert expected["step"] == steps and len(expected["metrics"]) == steps + steps // 2
     assert {"model.safetensors", "optimizer.safetensors", "trainer.json"} <= expected["files"].keys()
