@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,9 @@ class Chat(Generator):
         options: dict[str, Any] | None = None,
     ) -> None:
         """max_calls, max_tokens: the budget of all requests. options: more of each request's body."""
-        self.name, self._system, self._options = f"chat {model}", system, options or {}
-        self._model = model
+        self._model, self._system, self._options = model, system, options or {}
+        told = json.dumps([system, self._options], sort_keys=True).encode()
+        self.name = f"chat {model}" + (f" {sha256(told).hexdigest()[:8]}" if system or options else "")
         kept = Path(cache) if cache else None
         self._client = ChatClient(
             url, "generator", api_key_file, timeout_seconds, max_concurrent, max_calls, max_tokens, kept

@@ -140,3 +140,9 @@ def test_a_chat_judge_scores_or_abstains_and_stops_where_the_endpoint_fails(tmp_
         assert first == 80 and second != second
     with pytest.raises(SleuthError, match="judge http"):
         ChatJudge("http://127.0.0.1:9/v1").score(pairs)
+
+
+def test_another_system_prompt_or_option_is_another_generator():
+    told = [{}, {"system": "Be brief."}, {"options": {"top_k": 5}}, {"system": "Be long."}]
+    assert len({Chat("http://127.0.0.1:1/v1", **given).name for given in told}) == 4
+    assert Chat("http://127.0.0.1:1/v1").name == Chat("http://127.0.0.1:2/v1").name
