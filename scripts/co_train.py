@@ -136,9 +136,6 @@ class _Loop:
             "held_out": held_out,
             "out": folder / "examples.jsonl",
         })  # fmt: skip
-        self._run(state, "mine", common | {
-            "trajectories": folder / "dev" / "trajectories.jsonl", "out": folder / "dev_examples.jsonl",
-        })  # fmt: skip
         return state
 
     def train(self, state: State) -> State:
@@ -166,7 +163,8 @@ class _Loop:
 
         config, folder = self.config, self._folder(state)
         self._run(state, "gate", {
-            "examples": folder / "dev_examples.jsonl",
+            "trajectories": folder / "dev" / "trajectories.jsonl",
+            "style": config.style,
             "old": state.retriever,
             "new": folder / "index",
             "questions": config.dev_questions,
@@ -195,6 +193,7 @@ class _Loop:
             "policy": state.policy,
             "retriever": state.retriever,
             "questions": config.questions,
+            "dev_questions": config.dev_questions,
             **self._protocol(),
             "steps": config.steps,
             "save_every": config.steps,
@@ -241,7 +240,7 @@ def _show(state: State) -> None:
     for entry in state.history:
         gate = entry.get("gate")
         passed = "" if gate is None else "passed" if gate["passed"] else f"refused: {gate['reason']}"
-        recall = "" if gate is None else f"{gate['old_recall']:.3f} -> {gate['new_recall']:.3f}"
+        recall = "" if gate is None else f"{gate['old_found']:.3f} -> {gate['new_found']:.3f}"
         rows.append([entry["round"], format_estimate(entry["em"]), recall, passed])
-    show_table("", ("round", "EM on dev, at its start", "recall of dev searches", "gate"), rows)
+    show_table("", ("round", "EM on dev, at its start", "dev searches that find", "gate"), rows)
     print(f"policy: {state.policy}\nretriever: {state.retriever}")

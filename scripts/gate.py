@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from data.errors import ConfigError
 
 REFUSED = 3
@@ -9,10 +11,11 @@ REFUSED = 3
 
 
 def main(
-    examples: str,
+    trajectories: str,
     old: str,
     new: str,
     questions: str | None = None,
+    style: Literal["query", "question", "history"] = "query",
     k: int = 3,
     max_plain_loss: float = 0.01,
     out: str | None = None,
@@ -22,33 +25,33 @@ def main(
     Exits with 0 where the new one may serve, with 3 where it is refused.
 
     Args:
-        examples: Held-out searches and their positives, as `sleuth mine --trajectories` writes them.
+        trajectories: Trajectories of the present policy on held-out questions (`sleuth evaluate`).
         old: Retriever that serves now: folder of an index, URL or YAML file.
         new: Retriever that would take its place.
-        questions: Questions that name their passages; asked as they stand they may lose little.
+        questions: Questions that, asked as they stand, may lose little.
+        style: Text that the retriever is asked: protocol.query_style of the agent.
         k: Passages that a search shows.
-        max_plain_loss: Most recall that plain questions may lose.
+        max_plain_loss: Most that plain questions may lose.
         out: File for the decision, as JSON.
     """
-    from data.examples import parse_example
-    from data.jsonl import read_jsonl, write_json
+    from data.jsonl import write_json
     from data.questions import load_questions
     from data.significance import format_estimate
     from retriever_server.open_retriever import check_retriever, open_retriever
-    from rl.co_training.gate import judge_retrievers
+    from rl.co_training.gate import judge_retrievers, read_asked
 
     if k < 1:
         raise ConfigError(f"k = {k}: must be >= 1")
     for spec in (old, new):
         check_retriever(spec)
-    searches = [parse_example(record) for record in read_jsonl(examples)]
+    searches = list(read_asked(trajectories, style))
     asked = load_questions(questions) if questions else []
     decision = judge_retrievers(searches, asked, open_retriever(old), open_retriever(new), k, max_plain_loss)
     if out:
         write_json(out, decision.as_record())
-    change = f"{decision.old_recall:.3f} -> {decision.new_recall:.3f}"
-    print(f"recall@{k} of {decision.searches:,} searches: {change}, gain {format_estimate(decision.gain)}")
+    change = f"{decision.old_found:.3f} -> {decision.new_found:.3f}, {format_estimate(decision.gain)}"
+    print(f"share of {decision.searches:,} searches that find something at {k}: {change}")
     if decision.plain:
-        print(f"recall@{k} of plain questions, difference: {format_estimate(decision.plain)}")
+        print(f"plain questions, difference: {format_estimate(decision.plain)}")
     print(f"{'passed' if decision.passed else 'refused'}: {decision.reason}")
     return 0 if decision.passed else REFUSED

@@ -1,73 +1,112 @@
-"""The gate of a round: a new retriever is taken only where it finds more of what the policy looks for."""
+"""The gate of a round: a new retriever is taken only where it finds more of what the policy looks for.
+
+What counts as found does not depend on what the old retriever showed: the question's gold passages where it
+names them, else any passage with a gold answer in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agent.query_styles import QUERY_STYLES
+from agent.tools import SEARCH
+from data.answers import cover_em
 from data.errors import DataError
-from data.records import Example, Question
+from data.records import Passage, Question
 from data.significance import estimate
 from retriever_server.retriever import Retriever
 from rl.algorithm.rewards import gold_passages
+from rl.co_training.searches import read_searches
 
 _TOGETHER = 256
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A query, the question it is for, and the passages that earlier searches had shown."""
+
+    query: str
+    question: Question
+    shown: tuple[Passage, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is left to find: a gold passage that was not shown yet, or the answer."""
+        gold, field = gold_passages(self.question)
+        return bool(self.question.gold_answers) and (not gold or bool(gold - self._names(field)))
+
+    def finds(self, passage: Passage) -> bool:
+        """Whether this passage is one of those that are left to find."""
+        gold, field = gold_passages(self.question)
+        if gold:
+            return getattr(passage, field) in gold - self._names(field)
+        return cover_em(passage.contents, self.question.gold_answers, self.question.normalizer) == 1.0
+
+    def _names(self, field: str) -> set[str]:
+        return {getattr(passage, field) for passage in self.shown}
+
+
+@dataclass(frozen=True)
 class Decision:
-    """What the gate saw, and whether the new retriever may serve. Estimates are {"mean", "low", "high"}."""
+    """The verdict of a gate, and the figures behind it. Estimates are {"mean", "low", "high"}."""
 
     passed: bool
     reason: str
     k: int
     searches: int
-    old_recall: float
-    new_recall: float
+    old_found: float
+    """Share of the searches for which the old retriever finds something useful among the first k."""
+    new_found: float
     gain: dict[str, Any]
-    """Recall of the new retriever less that of the old, on the policy's own searches."""
+    """The new retriever's share less the old one's, on the policy's own searches."""
     plain: dict[str, Any] | None
-    """The same where the questions themselves are asked; None without questions that name their passages."""
+    """The same where the questions themselves are asked; None without questions."""
 
     def as_record(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
 
 
+def read_asked(path: str | Path, style: str = "query") -> Iterator[Asked]:
+    """Yield the searches of a trajectory file that had something left to find, in their style."""
+    for searches in read_searches(path):
+        history: list[str] = []
+        shown: tuple[Passage, ...] = ()
+        for call in searches.calls:
+            if call.tool == SEARCH.name:
+                text = QUERY_STYLES[style](searches.question.text, history, call.query)
+                asked = Asked(text, searches.question, shown)
+                if text.strip() and asked.is_open:
+                    yield asked
+                history.append(call.query)
+            shown += call.passages
+
+
 def judge_retrievers(
-    examples: Sequence[Example],
+    searches: Sequence[Asked],
     questions: Sequence[Question],
     old: Retriever,
     new: Retriever,
     k: int = 3,
     max_plain_loss: float = 0.01,
 ) -> Decision:
-    """Compare two retrievers on held-out searches (Recall@k), and on plain questions.
+    """Compare two retrievers on held-out searches of the present policy, and on plain questions.
 
     Passes where the interval of the gain lies above 0 and plain retrieval loses at most `max_plain_loss`.
-    Intervals resample questions. Raises DataError without examples.
+    Intervals resample clusters of questions. Raises DataError without a search.
     """
-    if not examples:
+    if not searches:
         raise DataError("the gate has no held-out search to judge by")
-    asked = [(example.query, set(example.positives), "id") for example in examples]
-    before, after = (_recalls(retriever, asked, k) for retriever in (old, new))
-    clusters = [str(example.provenance.get("question_id", example.query)) for example in examples]
-    gain = estimate((after - before)[:, None], clusters)[0]
-    plain = _plain(questions, old, new, k)
+    before, after, gain = _compare(searches, old, new, k)
+    plain_asked = [asked for question in questions if (asked := Asked(question.text, question)).is_open]
+    plain = _compare(plain_asked, old, new, k)[2] if plain_asked else None
     reason = _refusal(gain, plain, max_plain_loss)
-    return Decision(
-        passed=not reason,
-        reason=reason or "finds more",
-        k=k,
-        searches=len(examples),
-        old_recall=float(before.mean()),
-        new_recall=float(after.mean()),
-        gain=gain,
-        plain=plain,
-    )
+    return Decision(not reason, reason or "finds more", k, len(searches), before, after, gain, plain)
 
 
 def _refusal(gain: dict[str, Any], plain: dict[str, Any] | None, max_plain_loss: float) -> str:
@@ -80,21 +119,19 @@ def _refusal(gain: dict[str, Any], plain: dict[str, Any] | None, max_plain_loss:
     return ""
 
 
-def _plain(questions: Sequence[Question], old: Retriever, new: Retriever, k: int) -> dict[str, Any] | None:
-    asked = [(question.text, *gold_passages(question)) for question in questions]
-    asked = [each for each in asked if each[1]]
-    if not asked:
-        return None
-    before, after = (_recalls(retriever, asked, k) for retriever in (old, new))
-    clusters = [str(q.metadata.get("cluster", q.id)) for q in questions if gold_passages(q)[0]]
-    return estimate((after - before)[:, None], clusters)[0]
+def _compare(
+    asked: Sequence[Asked], old: Retriever, new: Retriever, k: int
+) -> tuple[float, float, dict[str, Any]]:
+    before, after = (_found(retriever, asked, k) for retriever in (old, new))
+    clusters = [str(each.question.metadata.get("cluster", each.question.id)) for each in asked]
+    return float(before.mean()), float(after.mean()), estimate((after - before)[:, None], clusters)[0]
 
 
-def _recalls(retriever: Retriever, asked: Sequence[tuple[str, set[str], str]], k: int) -> np.ndarray:
-    """Recall@k of each query, (N,)."""
+def _found(retriever: Retriever, asked: Sequence[Asked], k: int) -> np.ndarray:
+    """1 where something useful is among the first k passages, else 0 (N,)."""
     found: list[float] = []
     for start in range(0, len(asked), _TOGETHER):
         part = asked[start : start + _TOGETHER]
-        for (_, wanted, field), hits in zip(part, retriever.search([q for q, _, _ in part], k), strict=True):
-            found.append(len(wanted & {getattr(hit.passage, field) for hit in hits}) / len(wanted))
+        for each, hits in zip(part, retriever.search([a.query for a in part], k), strict=True):
+            found.append(float(any(each.finds(hit.passage) for hit in hits)))
     return np.array(found)

@@ -51,7 +51,7 @@ class Commands:
         if command == "evaluate":
             write_json(out / "scores.json", {"em": {"mean": 0.5, "low": 0.4, "high": 0.6}})
         elif command == "gate":
-            record = {"passed": self.passes, "reason": "r", "old_recall": 0.1, "new_recall": 0.2}
+            record = {"passed": self.passes, "reason": "r", "old_found": 0.1, "new_found": 0.2}
             write_json(out, record)
             return subprocess.CompletedProcess(argv, 0 if self.passes else 3)
         elif command == "train":
@@ -79,8 +79,8 @@ def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_p
     found = commands()
     co_train.main(config(atlas, tmp_path))
     ran = [command for command, _ in found.ran]
-    assert ran == ["evaluate", "evaluate", "mine", "mine", "train-retriever", "index", "gate", "train"] * 2
-    second = found.ran[8][1]
+    assert ran == ["evaluate", "evaluate", "mine", "train-retriever", "index", "gate", "train"] * 2
+    second = found.ran[7][1]
     assert second["retriever"] == str(tmp_path / "round-0" / "index")
     assert second["policy"] == str(tmp_path / "round-0" / "policy" / "checkpoints" / "last")
     assert found.ran[2][1]["held_out"] == str(atlas / "dev.jsonl")
@@ -95,7 +95,7 @@ def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path,
     state = read_json(tmp_path / "state.json")["state"]
     assert state["round"] == 2 and state["retriever"] == str(atlas / "index")
     assert [entry["gate"]["passed"] for entry in state["history"]] == [False, False]
-    assert found.ran[8][1]["retriever"] == str(atlas / "index")
+    assert found.ran[7][1]["retriever"] == str(atlas / "index")
 
 
 def test_a_stage_that_fails_is_named_and_taken_up_again(atlas, tmp_path, commands):
