@@ -147,7 +147,7 @@ def _read_hub(name: str, split: str | None) -> Iterator[_Row]:
     chosen = _choose(name, split, list(map(str, splits)))
     for number, record in enumerate(splits[chosen]):
         row = f"{name}: row {number + 1} of {chosen}"
-        yield _Row(dict(common_row(record)), row, number, where.rpartition("/")[2], chosen)
+        yield _Row(dict(common_row(dict(record))), row, number, where.rpartition("/")[2], chosen)
 
 
 def _choose(name: str, split: str | None, there: Sequence[str]) -> str:

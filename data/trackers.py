@@ -125,7 +125,7 @@ class TrackioTracker(Tracker):
     """Tracker that logs to Trackio, which keeps its runs on this disk."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], project: str) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]  # an extra that few have
 
         self._trackio = trackio
         trackio.init(project=project, name=folder.name, config=dict(config), resume="allow")

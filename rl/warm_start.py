@@ -172,7 +172,7 @@ def warm_start(
 
     from retriever_server.training.trainer import Reporter, Training
 
-    class Supervised(Training, SFTTrainer):
+    class Supervised(Training, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
         """TRL's, with checkpoints that are whole or not there."""
 
         loss = torch.nn.Identity()  # has no weights to keep
@@ -217,7 +217,8 @@ def _loss_of(
     """Mean loss of the tokens that are learnt, and the share of them that is the likeliest."""
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
     learnt = labels[:, 1:] != -100
-    logits = model.get_output_embeddings()(hidden[learnt]).float()  # (N, V)
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden[learnt]).float()  # (N, V)
     targets = labels[:, 1:][learnt]
     accuracy = (logits.detach().argmax(-1) == targets).float().mean()
     return torch.nn.functional.cross_entropy(logits, targets), float(accuracy)

@@ -156,8 +156,8 @@ def _measure(run: Synthesis) -> None:
     from scripts.console import show_table
 
     config = run.config
-    if not run.judges or run.corpus is None:
-        raise ConfigError("measure_judges: needs --judges and --corpus")
+    if not run.judges or run.corpus is None or run.retriever is None:
+        raise ConfigError("measure_judges: needs --judges, --corpus and --candidates above 0")
     questions, qrels = (
         load_queries(config.queries or "")[: config.limit],
         load_qrels(config.measure_judges or ""),

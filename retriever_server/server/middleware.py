@@ -199,7 +199,7 @@ class JsonRoute(APIRoute):
             return await super().handle(scope, receive, send)
         request = Request(scope, receive)
         body = await self.read(request)
-        answer = await self.endpoint(body, await self._caller_of(request))
+        answer = await self.endpoint(body, await self._caller_of(request))  # pyright: ignore[reportOptionalCall]
         await answer(scope, receive, send)
 
     async def read(self, request: Request) -> Body:

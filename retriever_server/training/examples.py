@@ -25,9 +25,9 @@ Form = Literal["tuple", "pair", "list"]
 
 def shown(given: Input, *files: str) -> int:
     """A number for what is read or seen, the same whatever its case and its blanks."""
-    text = given
+    text = given.text if isinstance(given, Item) else given
     if isinstance(given, Item):
-        text, files = given.text, (str(given.image), *files)
+        files = (str(given.image), *files)
     return hash((" ".join(text.lower().split()), *filter(None, files)))
 
 

@@ -35,7 +35,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Any:
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     shape = LLAMA if CUDA else LlamaConfig(**{**LLAMA.to_dict(), **small, "head_dim": 16})
-    return LlamaForCausalLM(shape).to(DEVICE, dtype).eval()
+    return LlamaForCausalLM(shape).to(torch.device(DEVICE), dtype).eval()  # pyright: ignore[reportArgumentType]
 
 
 def learner(model: Any, packing: bool) -> Any:
@@ -81,9 +81,9 @@ def tests() -> Numbers:
 
 def packing() -> Numbers:
     """Log-probs and gradients of packed rows against padded ones, and seconds of an update of each."""
-    from rl.groups import Collected
     from rl.learner.batch import micro_batches
     from rl.learner.logprobs import Scorer
+    from rl.rollouts import Collected
     from scripts.bench.train_step import make_groups
 
     groups = make_groups(16, 1024 if CUDA else 128)

@@ -73,7 +73,7 @@ LLAMA = LlamaConfig(
 def make_model() -> LlamaForCausalLM:
     """SmolLM2-135M without what it knows."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LLAMA).to(DEVICE)
+    return LlamaForCausalLM(LLAMA).to(torch.device(DEVICE))  # pyright: ignore[reportArgumentType]
 
 
 def make_groups(count: int, longest: int = LONGEST) -> list[Group]:

@@ -43,8 +43,8 @@ class RayProcess(Place):
         """As a place's; its actor is made where there is none."""
         if self._actor is None:
             self._actor = self._ray.remote(Actor).options(**self._options).remote()
-        host, port = self._ask("address", self._seconds, port)
-        return host, port
+        host, taken = self._ask("address", self._seconds, port)
+        return host, taken
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str | None], folder: str, log: str

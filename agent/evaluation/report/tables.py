@@ -35,7 +35,7 @@ def results(run: Run) -> str:
     if not run.evaluations:
         return '<p class="empty">No evaluation yet.</p>'
     compared = compare(run)
-    differences = {} if isinstance(compared, str) else compared[1]
+    first, differences = ("", {}) if isinstance(compared, str) else (_label(compared[0].name), compared[1])
     difference = next(iter(differences.values())) if len(run.evaluations) == 2 and differences else {}
     if {"before", "after"} <= {e.name for e in run.evaluations}:
         difference = differences.get("after", {})
@@ -46,14 +46,12 @@ def results(run: Run) -> str:
         ("All questions", _overall_rows(run, bool(difference))),
     ]
     if differences:
-        groups.insert(
-            1, (f"Flipped against {_label(compared[0].name)}", _flip_rows(run, differences, bool(difference)))
-        )
+        groups.insert(1, (f"Flipped against {first}", _flip_rows(run, differences, bool(difference))))
     if differences and not difference:
         groups.insert(
             1,
             (
-                f"Exact match less that of {_label(compared[0].name)}, paired",
+                f"Exact match less that of {first}, paired",
                 _less_rows(run, kinds, differences),
             ),
         )

@@ -49,7 +49,8 @@ def yes_no_reranker(
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     answers = first_tokens(tokenizer, yes, no)
     tokenizer.chat_template = pair_template(tokenizer, prompt)
-    return CrossEncoder(modules=[transformer, LogitScore(*answers)], device="cpu")
+    modules: Any = [transformer, LogitScore(*answers)]  # pyright: ignore[reportArgumentType]
+    return CrossEncoder(modules=modules, device="cpu")
 
 
 def pair_template(tokenizer: Any, prompt: str) -> str:

@@ -93,7 +93,7 @@ def colpali(
     transformer = _vision_language(
         base, template, images, augmentation, None, max_tokens, attention, dtype, appended=False
     )
-    kept = [patch_token(transformer)] if only_patches else None
+    kept: Any = [patch_token(transformer)] if only_patches else None
     mask = MultiVectorMask(keep_only_token_ids=kept)
     modules = [transformer, projection(transformer, dimension), mask, Normalize("token_embeddings")]
     return assemble(MULTI, modules, query_prompt, passage_prompt)

@@ -215,7 +215,7 @@ class Synthesis:
 
     def _judged_passages(self, row: Mapping[str, Any], hits: Sequence[Sequence[Any]]) -> list[Passage]:
         assert self.corpus is not None
-        ids = dict.fromkeys([*([row["seed"]] if row["seed"] else []), *(id_ for id_, _ in hits)])
+        ids: dict[str, None] = dict.fromkeys([*filter(None, [row["seed"]]), *(str(id_) for id_, _ in hits)])
         return [corpus_passage(self.corpus, id_) for id_ in ids]
 
     def _gains(self, rows: Sequence[Mapping[str, Any]], found: list[dict[str, dict[str, float]]]) -> None:
