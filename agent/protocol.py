@@ -59,7 +59,7 @@ class Protocol:
     json_calls: bool = False
     """All calls stand in the search tag, as JSON with the name of the tool."""
     answer_form: AnswerForm = "short"
-    """What an answer holds: confidence asks for one, cited for explanation, citations and confidence, too."""
+    """Parts of an answer: confidence asks for one, cited for explanation, citations and confidence, too."""
     may_abstain: bool = False
     """Tell the policy that it may say that it does not know."""
     padding: tuple[str, str] = (" ", " ")

@@ -127,7 +127,7 @@ class Trajectory(Segments):
     valid_format: bool = False
     """Every policy turn is one well-formed action of the protocol, and the last one is an answer."""
     confidence: float | None = None
-    """Of the answer, in [0, 1], where the protocol asks for it and the policy states it."""
+    """Confidence in the answer, in [0, 1], where the protocol asks for it and the policy states it."""
     seconds: float = field(default=0.0, compare=False)
     """Wall time; trajectories that run at once wait for each other."""
 
@@ -149,7 +149,7 @@ class Trajectory(Segments):
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was done, in numbers; `valid_format` is 0 or 1."""
+        """Return what was done, in numbers; `valid_format` is 0 or 1."""
         sizes = [(segment.kind, len(segment.token_ids)) for segment in self.segments]
         return {
             "searches": len(self.searches),

@@ -81,10 +81,10 @@ class ProtocolConfig:
     tools: list[str] | None = None
     """Tools that the policy may call: [search, open_page] (docs/agent.md). None: as its folder says."""
     answer_form: Literal["short", "confidence", "cited"] | None = None
-    """What an answer holds: with confidence also how sure the policy is; cited: explanation, citations, exact
+    """Parts of an answer: with confidence also how sure the policy is; cited: explanation, citations, exact
     answer and confidence, as BrowseComp-Plus wants them. None: as its folder says."""
     may_abstain: bool | None = None
-    """Whether the policy is told that it may answer "I don't know". None: as its folder says."""
+    """Tell the policy that it may answer "I don't know". None: as its folder says."""
     max_turns: int | None = None
     """Searches a trajectory may make."""
     top_k: int | None = None

@@ -76,7 +76,7 @@ POOR_QUERIES: dict[str, Callable[[str, random.Random], str]] = {
 
 
 def passages_of(hits: Sequence[Hit]) -> list[dict[str, str]]:
-    """What a demonstration keeps of the passages found."""
+    """Return what a demonstration keeps of the passages found."""
     return [{"id": h.passage.id, "title": h.passage.title, "text": h.passage.text} for h in hits]
 
 
@@ -131,7 +131,7 @@ class Teacher:
 
     @property
     def protocol(self) -> Protocol:
-        """How it is asked: Search-R1's instruction, in one message."""
+        """Return how it is asked: Search-R1's instruction, in one message."""
         return replace(get_protocol("search_r1"), max_turns=self.max_turns, top_k=self.top_k)
 
     async def demonstrate(self, questions: Sequence[Question], searcher: Searcher) -> list[Record | None]:

@@ -52,7 +52,7 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing failed: a group short of a member has another baseline."""
+        """Return whether nothing failed: a group short of a member has another baseline."""
         failed = any(t.stop_reason is StopReason.SEARCH_FAILED for t in self.trajectories)
         return not failed and not any(reward.error for reward in self.rewards)
 

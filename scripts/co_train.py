@@ -48,7 +48,7 @@ class CoTrainConfig:
     """Trajectories a training question."""
     temperature: float = 1.0
     labels: Literal["gold", "answer", "quote", "opened"] = "answer"
-    """What makes a passage positive (see `sleuth mine`)."""
+    """Labeller that makes a passage positive (see `sleuth mine`)."""
     style: Literal["query", "question", "history"] = "query"
     """Text that the retriever learns from and is asked: protocol.query_style of the agent."""
     k: int = 3

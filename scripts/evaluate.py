@@ -52,7 +52,7 @@ class EvaluateConfig:
     """true: also closed_book, random, oracle and single_search, the leak of answers and the overlap with
     train_questions; pairs: with evidence present, replaced, removed; all; or names (docs/evaluation.md)."""
     train_questions: str | None = None
-    """What the policy was trained on, for the overlap."""
+    """Questions that the policy was trained on, for the overlap."""
     corpus: Path | None = None
     """Corpus of the controls, where the retriever is a server."""
     run_files: Path | None = None

@@ -240,7 +240,7 @@ def _cpu_seconds() -> float:
 
 
 def finds_answer(record: Mapping[str, Any]) -> bool:
-    """Whether a passage shown says a gold answer."""
+    """Return whether a passage shown says a gold answer."""
     golds, normalizer = record["gold_answers"], record["metadata"].get("normalizer", "squad")
     return any(
         cover_em(hit["text"], golds, normalizer) for search in record["searches"] for hit in search["hits"]

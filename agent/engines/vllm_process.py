@@ -19,7 +19,7 @@ VARIABLES: Mapping[str, str | None] = {
     # Its own folder and no more: our packages are of another environment.
     **{"PYTHONPATH": str(WORKER), "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"},
 }
-"""What a server finds in its environment besides ours; None: not there."""
+"""Variables that a server finds in its environment besides ours; None: not there."""
 
 
 def find_python(name: str) -> str:

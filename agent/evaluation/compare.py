@@ -35,7 +35,7 @@ MEASURES: dict[str, Callable[[Record], float]] = {
     "searches": lambda record: len(record["searches"]),
     "tokens written": policy_tokens,
 }
-"""What runs are compared by; the judge and the evidence only where all records have them."""
+"""Metrics that runs are compared by; the judge and the evidence only where all records have them."""
 
 Runs = Mapping[str, Sequence[Record]]
 """Name -> its records, those of several samples too."""

@@ -101,7 +101,7 @@ def response_of(record: Record) -> str:
 
 
 def full_answer(turn: str) -> str:
-    """What stands between the tags of the answer; every protocol has the same."""
+    """Return the text between the tags of the answer; every protocol has the same."""
     found = re.search(r"<answer>(.*?)</answer>", turn, re.DOTALL)
     return found[1].strip() if found else ""
 

@@ -252,7 +252,7 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 def packable(model: Any) -> bool:
-    """Whether the trunk of a sentence-transformers model is a BERT: MiniLM, BGE, E5, GTE and more."""
+    """Return whether the trunk of a sentence-transformers model is a BERT: MiniLM, BGE, E5, GTE and more."""
     trunk: Any = getattr(model[0], "auto_model", None)
     return type(trunk).__name__ == "BertModel" and not trunk.config.is_decoder
 

@@ -1,4 +1,4 @@
-"""What an encoder is: its kind, the spec that holds everything which decides its vectors, and the vectors.
+"""An encoder: its kind, the spec that holds everything which decides its vectors, and the vectors.
 
 Three representations of texts, by kind: dense, float32 (N, D); sparse, a scipy csr_array (N, V) of weights
 >= 0; multi, `Multi`, a vector a token.

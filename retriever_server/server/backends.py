@@ -198,7 +198,7 @@ class SearchPipeline:
 
     def __exit__(self, *of: object) -> None:
         self.generations = [self._leases[0].generation]
-        """Of the hits of each stage."""
+        """Number of hits of each stage."""
         for reranker, depth in zip(self._rerankers, self.k, strict=False):
             self.generations.append(reranker.name_of(self.generations[-1], depth))
         for lease in self._leases:

@@ -187,7 +187,7 @@ class _Resolve:
     max_characters: int
     keys: KeysOf
     asked: dict[int, int] = field(default_factory=dict)
-    """Of each query what `shown` says."""
+    """Return of each query what `shown` says."""
 
     def __deepcopy__(self, memo: Any) -> _Resolve:
         return self  # data sets copy their transform; this one never changes, and its files stay open

@@ -24,7 +24,7 @@ TIER_WEIGHTS = {Label.REDUNDANT: 3.0, Label.HARD: 1.0, Label.WEAK: 0.3}
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """How searches become examples."""
+    """Settings by which searches become examples."""
 
     labels: str = "answer"
     """Name of a labeller: gold, answer, quote or opened."""

@@ -36,12 +36,12 @@ class Asked:
 
     @property
     def is_open(self) -> bool:
-        """Whether something is left to find: a gold passage that was not shown yet, or the answer."""
+        """Return whether something is left to find: a gold passage that was not shown yet, or the answer."""
         gold, field = gold_passages(self.question)
         return bool(self.question.gold_answers) and (not gold or bool(gold - self._names(field)))
 
     def finds(self, passage: Passage) -> bool:
-        """Whether this passage is one of those that are left to find."""
+        """Return whether this passage is one of those that are left to find."""
         gold, field = gold_passages(self.question)
         if gold:
             return getattr(passage, field) in gold - self._names(field)

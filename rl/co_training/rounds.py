@@ -30,7 +30,7 @@ MOST_REFUSALS = 2
 
 @dataclass(frozen=True)
 class State:
-    """How far the loop is. `retriever` and `policy` are what serves and what searches now."""
+    """Progress of the loop. `retriever` and `policy` are what serves and what searches now."""
 
     policy: str
     retriever: str

@@ -79,7 +79,7 @@ class SynthesisConfig:
     tasks: int = 2
     """e5: calls for each kind of task that brainstorm tasks."""
     retriever: str | None = None
-    """What finds candidates: folder of an index, URL or YAML file; BM25 of the corpus if not given."""
+    """Retriever of candidates: folder of an index, URL or YAML file; BM25 of the corpus if not given."""
     candidates: int = 20
     """Candidates of each query that are judged; 0: none are looked for."""
     judges: list[Component] = field(default_factory=list)
@@ -96,7 +96,7 @@ class SynthesisConfig:
     evaluation: list[EvaluationSet] = field(default_factory=list)
     """Held out: no query asks what they ask, no positive is gold there."""
     shared: Shared = "nothing"
-    """What may be shared with evaluation sets: nothing, passages (gold ones), all."""
+    """Parts that may be shared with evaluation sets: nothing, passages (gold ones), all."""
     query_template: str = "{query}"
     """The query as it is trained, of {query} and {task}: "Instruct: {task}\\nQuery: {query}"."""
     expansion: bool = False

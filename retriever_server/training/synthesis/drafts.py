@@ -45,7 +45,7 @@ class Draft:
     seed: str
     """Id of the seed passage; "" where the generator wrote the passage, too."""
     fields: Mapping[str, Any]
-    """What was parsed: query, and where the recipe asks for them task, answer, positive, negative."""
+    """Fields that were parsed: query, and where the recipe asks for them task, answer, positive, negative."""
     draws: Mapping[str, Any] = field(default_factory=dict)
     hits: tuple[tuple[str, float], ...] = ()
     """Candidates, best first: id and the retriever's score."""

@@ -41,11 +41,11 @@ class HeldOut:
         return texts
 
     def holds(self, passage: Passage) -> bool:
-        """Whether a passage is gold for a question of a set."""
+        """Return whether a passage is gold for a question of a set."""
         return bool(self._texts) and _shown(passage.text) in self._texts
 
     def reason(self, draft: Draft, texts: Sequence[str]) -> str:
-        """Why a draft with positives of these texts leaks; "" if it does not."""
+        """Return why a draft with positives of these texts leaks; "" if it does not."""
         if self._questions.find(draft.query) is not None:
             return "asks an evaluation question"
         return "positive is gold in an evaluation set" if self._texts & set(map(_shown, texts)) else ""

@@ -55,7 +55,7 @@ class Recipe:
 
     @property
     def writes_passages(self) -> bool:
-        """Whether positives (and negatives) are written, not found."""
+        """Return whether positives (and negatives) are written, not found."""
         return any("positive" in step.fields for step in self.steps)
 
     def draw(self, choices: Mapping[str, Sequence[str]], seed: int, *of: object) -> dict[str, str]:

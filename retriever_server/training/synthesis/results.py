@@ -84,7 +84,7 @@ def write_results(run: Synthesis, count: int) -> dict[str, Any]:
 
 
 def _rows(run: Synthesis, count: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """What the stages say of each draft; a retriever or judges that are not asked now are left out."""
+    """Yield what the stages say of each draft; a retriever or judges that are not asked now are left out."""
     empty = iter(dict, None)
     candidates = run.rows("candidates") if run.retriever and run.config.candidates else empty
     judged = run.rows("judged") if run.judges or run.answer_gain else empty
