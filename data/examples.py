@@ -68,6 +68,8 @@ class Examples(Sequence[Example]):
         """
         self.path, self.corpus, self.on_error = Path(path), corpus, on_error
         self.skipped = self.repeated = 0
+        self.query_styles: set[str] = set()
+        """Styles of the queries, where examples of an agent's searches say one."""
         self._bytes = _map(self.path)
         self._starts, self._lines = array("Q"), array("Q")
         first = self._scan()
@@ -117,6 +119,8 @@ class Examples(Sequence[Example]):
                     self._starts.append(start)
                     self._lines.append(number)
                     ids.add(example.query_id)
+                    if style := example.provenance.get("style"):
+                        self.query_styles.add(str(style))
                     self.repeated += hash(example.asked) in queries
                     queries.add(hash(example.asked))
             start += len(line)

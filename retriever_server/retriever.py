@@ -94,6 +94,12 @@ class Retriever(ABC):
         """Whether a query may be an image, or hold one. May ask another machine."""
         return self.encoder is not None and "image" in self.encoder.takes
 
+    def query_style(self) -> str | None:
+        """Return the text that it was trained to be asked in; None where any will do. May ask a machine."""
+        if self.encoder is not None:
+            return self.encoder.spec.query_style
+        return next(filter(None, (part.query_style() for part in self.parts)), None)
+
     def accepts(self, query: Query) -> bool:
         """Whether it can search this: every text, and images where it takes them."""
         return not isinstance(query, Item) or self.takes_images()

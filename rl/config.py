@@ -91,7 +91,7 @@ class ProtocolConfig:
     """Passages shown a search."""
     query_style: Literal["query", "question", "history"] | None = None
     """Text that the retriever is asked: the policy's query alone, after its question, or with the question
-    and the earlier queries."""
+    and the earlier queries. None: as the retriever was trained; another one is refused."""
     max_response_tokens: int | None = None
     """Tokens of one turn."""
     max_observation_tokens: int | None = None

@@ -50,7 +50,7 @@ class CoTrainConfig:
     labels: Literal["gold", "answer", "quote", "opened"] = "answer"
     """Labeller that makes a passage positive (see `sleuth mine`)."""
     style: Literal["query", "question", "history"] = "query"
-    """Text that the retriever learns from and is asked: protocol.query_style of the agent."""
+    """Text that a new retriever learns from, and is asked once it serves."""
     k: int = 3
     """Passages a search shows, at the gate as to the policy."""
     max_plain_loss: float = 0.01
@@ -111,7 +111,7 @@ class _Loop:
         first = state.round * config.rollout_questions
         part = self.questions[first : first + config.rollout_questions]
         write_jsonl(folder / "questions.jsonl", map(question_row, part))
-        agent = {"policy": state.policy, "retriever": state.retriever, **self._protocol()}
+        agent = {"policy": state.policy, "retriever": state.retriever, "protocol.top_k": config.k}
         sampled = {"samples": config.samples, "temperature": config.temperature, "seed": config.seed}
         sampled |= {"questions": folder / "questions.jsonl", "out": folder / "rollout"}
         self._run(state, "evaluate", agent | sampled)
@@ -164,7 +164,6 @@ class _Loop:
         config, folder = self.config, self._folder(state)
         self._run(state, "gate", {
             "trajectories": folder / "dev" / "trajectories.jsonl",
-            "style": config.style,
             "old": state.retriever,
             "new": folder / "index",
             "questions": config.dev_questions,
@@ -194,7 +193,7 @@ class _Loop:
             "retriever": state.retriever,
             "questions": config.questions,
             "dev_questions": config.dev_questions,
-            **self._protocol(),
+            "protocol.top_k": config.k,
             "steps": config.steps,
             "save_every": config.steps,
             "seed": config.seed + state.round,
@@ -203,9 +202,6 @@ class _Loop:
         last = latest_checkpoint(folder / "policy" / "checkpoints")
         assert last is not None  # a training that ends well has saved
         return replace(state, policy=str(last.path))
-
-    def _protocol(self) -> dict[str, Any]:
-        return {"protocol.top_k": self.config.k, "protocol.query_style": self.config.style}
 
     def _folder(self, state: State) -> Path:
         folder = self.out / f"round-{state.round}"

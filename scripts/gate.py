@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from data.errors import ConfigError
 
 REFUSED = 3
@@ -15,7 +13,6 @@ def main(
     old: str,
     new: str,
     questions: str | None = None,
-    style: Literal["query", "question", "history"] = "query",
     k: int = 3,
     max_plain_loss: float = 0.01,
     out: str | None = None,
@@ -29,7 +26,6 @@ def main(
         old: Retriever that serves now: folder of an index, URL or YAML file.
         new: Retriever that would take its place.
         questions: Questions that, asked as they stand, may lose little.
-        style: Text that the retriever is asked: protocol.query_style of the agent.
         k: Passages that a search shows.
         max_plain_loss: Most that plain questions may lose.
         out: File for the decision, as JSON.
@@ -44,7 +40,7 @@ def main(
         raise ConfigError(f"k = {k}: must be >= 1")
     for spec in (old, new):
         check_retriever(spec)
-    searches = list(read_asked(trajectories, style))
+    searches = list(read_asked(trajectories))
     asked = load_questions(questions) if questions else []
     decision = judge_retrievers(searches, asked, open_retriever(old), open_retriever(new), k, max_plain_loss)
     if out:

@@ -14,7 +14,7 @@ from data.errors import ConfigError
 _BM25_ALONE = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
 _ENCODER = (
     "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "inputs",
-    "token_pooling",
+    "token_pooling", "query_style",
 )  # fmt: skip
 _ENCODED_ALONE = (*_ENCODER, "dtype", "factory", "terms_per_passage", "shard", "ray", "device")
 
@@ -66,6 +66,9 @@ class IndexConfig:
     token_pooling: str = ""
     """maxsim: pool the vectors of a passage to about one in so many: rows:4 (patches side by side),
     kmeans:4 or hierarchical:4; not at all if not given."""
+    query_style: Literal["query", "question", "history"] | None = None
+    """Text that agents ask it in: their query, after its question, or with earlier queries; as the model was
+    trained here if not given, else query."""
     on_error: Literal["stop", "skip"] = "stop"
     """Stop at a page that cannot be read, or skip it and say so."""
     shard: str = "1/1"

@@ -74,6 +74,8 @@ class OpenedAgent:
         text: dict[str, Any] = {"titles": spoken.titles} if spoken.titles == "quoted" else {}
         if spoken.chat_template_kwargs:
             text["chat_template_kwargs"] = dict(spoken.chat_template_kwargs)
+        if spoken.query_style != "query":
+            text["query_style"] = spoken.query_style
         if len(spoken.tools) > 1:
             text["tools"] = list(spoken.tools)
         if spoken.answer_form != "short" or spoken.may_abstain:
@@ -109,6 +111,7 @@ def open_agent(
     sampling = Sampling(temperature=temperature)
     spoken = check_agent(policy, protocol, device, engine)
     client = client or open_client(retriever, deadline_seconds)
+    spoken = replace(spoken, query_style=_query_style(protocol, client, retriever))
     with waiting(f"loading {policy}"):
         from transformers.utils.logging import disable_progress_bar
 
@@ -158,6 +161,17 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     apart = ("name", "titles", "chat_template_kwargs", "tools")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
     return replace(chosen, **({"answer_form": asked.answer_form, "may_abstain": asked.may_abstain} | limits))
+
+
+def _query_style(protocol: ProtocolConfig | None, client: SearchClient, retriever: str) -> str:
+    """The style that the retriever was trained in, else the one asked for; ConfigError if these differ."""
+    asked, trained = protocol and protocol.query_style, client.query_style()
+    if asked and trained and asked != trained:
+        raise ConfigError(
+            f"protocol.query_style = {asked!r}: {retriever} is to be asked in the style {trained!r}, "
+            "which is taken if none is given (docs/closed-loop.md)"
+        )
+    return trained or asked or "query"
 
 
 def open_client(retriever: str, deadline_seconds: float = 60.0, deterministic: bool = False) -> SearchClient:

@@ -51,6 +51,10 @@ class SearchClient:
         """The corpus, where the retriever is in this process and has one."""
         return self._retriever.corpus
 
+    def query_style(self) -> str | None:
+        """As `Retriever.query_style`."""
+        return self._retriever.query_style()
+
     async def search(self, query: Query, k: int) -> list[Hit]:
         """Return the best `k` hits, best first; raises a RetrieverError if nobody could answer.
 

@@ -56,6 +56,7 @@ def load_encoder(
     dtype: str = "float32",
     inputs: str | None = None,
     token_pooling: str = "",
+    query_style: str | None = None,
 ) -> SentenceEncoder:
     """The encoder of a sentence-transformers model by name or folder, or the one that a spec describes.
 
@@ -63,6 +64,7 @@ def load_encoder(
     None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
     inputs: what of a passage is encoded, of `data.modalities.kinds()`; by default what it was trained with
     here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
+    query_style: as it was trained here, else query.
     A spec decides everything but device and dtype; an encoder that is loaded already is shared.
     Raises ConfigError if no such model loads, or it was trained under another spec than is asked for;
     DataError if it is not the model of the spec, or its vectors depend on their batch.
@@ -86,8 +88,9 @@ def load_encoder(
     if token_pooling and spec.kind != "multi":
         raise ConfigError(f"token_pooling {token_pooling!r}: {model} makes no vectors of tokens")
     spec = replace(spec, token_pooling=token_pooling)
-    prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
-    spec = replace(spec, **{name: prompt for name, prompt in prompts.items() if prompt is not None})
+    style = query_style or (trained.query_style if trained else None)
+    given = {"query_prompt": query_prompt, "passage_prompt": passage_prompt, "query_style": style}
+    spec = replace(spec, **{name: value for name, value in given.items() if value is not None})
     if trained:
         _check_trained(spec, trained, dimension)
     check_model(loaded)
@@ -101,7 +104,7 @@ def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncode
     encoder = load_encoder(
         spec.model, spec.kind, spec.query_prompt, spec.passage_prompt, spec.passage_template,
         spec.max_tokens, spec.dimension if spec.kind == "dense" else None, device, dtype,
-        spec.inputs, spec.token_pooling,
+        spec.inputs, spec.token_pooling, spec.query_style,
     )  # fmt: skip
     if encoder.spec.hash != spec.hash:
         raise DataError(

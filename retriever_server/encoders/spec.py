@@ -94,6 +94,8 @@ class EncodingSpec:
     """Processing of an image before the model sees it: processor, pixels, patches, tokens."""
     token_pooling: str = ""
     """Pooling of the token vectors of a passage before they are stored, such as rows:4; "" not at all."""
+    query_style: str = "query"
+    """Text that agents ask it in, as it was trained (`agent.query_styles`); of old, the query alone."""
 
     def __post_init__(self) -> None:
         if self.kind not in ENCODERS:
@@ -110,7 +112,8 @@ class EncodingSpec:
     @property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all fields that decide vectors."""
-        later = {"inputs": "text", "image_processor": "", "token_pooling": ""}  # hashed where they say more
+        later = {"inputs": "text", "image_processor": "", "token_pooling": "", "query_style": "query"}
+        # Hashed where they say more.
         fields = {key: value for key, value in asdict(self).items() if later.get(key) != value}
         del fields["model"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -74,6 +74,13 @@ class Remote(Retriever):
         except (RetrieverRefused, KeyError, TypeError):
             return False  # another project's, or older than images
 
+    def query_style(self) -> str | None:
+        """Read it in the server's /v1/info; None where it is not there."""
+        try:
+            return self._bridge.run(self._http.get("/v1/info", _HEALTH_SECONDS)).get("query_style")
+        except RetrieverError:
+            return None
+
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Ask the server; raises a RetrieverError where it does not answer, at the latest at the deadline."""
         if k < 1:

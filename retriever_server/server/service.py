@@ -190,7 +190,8 @@ class SearchService:
             lease = backend.current
             about = lease.retriever.describe()
             accepts = ["text", "image"] if lease.retriever.takes_images() else ["text"]
-            described[name] = {**about, "generation": lease.generation, "accepts": accepts}
+            known = {"accepts": accepts, "query_style": lease.retriever.query_style()}
+            described[name] = {**about, "generation": lease.generation, **known}
             self.metrics.note_backend(name, lease.generation, about)
         return described
 

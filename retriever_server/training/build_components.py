@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,15 @@ def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
     if recipe.inputs not in (None, "text"):
         raise ConfigError(f"inputs = {recipe.inputs!r}: a reranker reads no images")
     return ModelInTraining(model, CROSS, None)
+
+
+def with_style(built: ModelInTraining, sets: list[Examples | Corpus]) -> ModelInTraining:
+    """The model with a spec of the style that its examples' queries have; ConfigError where they have two."""
+    styles = {style for each in sets if isinstance(each, Examples) for style in each.query_styles}
+    if len(styles) > 1:
+        raise ConfigError(f"train: queries of several styles ({', '.join(sorted(styles))}), one is asked")
+    spec = built.spec and replace(built.spec, **({"query_style": styles.pop()} if styles else {}))
+    return replace(built, spec=spec)
 
 
 def build_loss(recipe: RetrieverRecipe, built: ModelInTraining, processes: int = 1) -> Any:

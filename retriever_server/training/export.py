@@ -46,7 +46,7 @@ def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
         check_saved(model, spec, partial)
         for name, part in getattr(model[-1], "parts", lambda _: {})(model).items():  # M3 is three encoders
             of = read_spec(name, part, spec.passage_template, spec.inputs)
-            save_encoder(part, of, partial / name)
+            save_encoder(part, replace(of, query_style=spec.query_style), partial / name)
     return folder
 
 
@@ -60,7 +60,7 @@ def check_saved(model: Any, spec: EncodingSpec, folder: str | Path) -> None:
     """Raise DataError unless what loads from the folder has this spec and gives the vectors of `model`."""
     loaded = load_model(str(folder), spec.kind, str(model.device))
     found = read_spec(str(folder), loaded, spec.passage_template, spec.inputs)
-    if differences := found.differences(spec, but=["fingerprint"]):
+    if differences := found.differences(spec, but=["fingerprint", "query_style"]):
         raise DataError(f"saved and loaded again the model is another one ({differences})")
     self_test(SentenceEncoder(loaded, found), like=SentenceEncoder(model, spec))
 

@@ -29,6 +29,7 @@ from retriever_server.training.build_components import (
     build_loss,
     build_model,
     prepare,
+    with_style,
 )
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
@@ -116,7 +117,7 @@ def build_trainer(
     set_seed(recipe.seed)
     examples = (prepared or prepare(recipe)).sets
     dev = _dev_set(recipe, examples, bar)
-    trained = build_model(recipe)
+    trained = with_style(build_model(recipe), examples)
     model, spec = trained.model, trained.spec
     sets = _data(recipe, examples, trained)
     args = _arguments(recipe, trained, sets, dev)

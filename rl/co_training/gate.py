@@ -28,11 +28,19 @@ _TOGETHER = 256
 
 @dataclass(frozen=True)
 class Asked:
-    """A query, the question it is for, and the passages that earlier searches had shown."""
+    """A query, the question it is for, and what earlier searches had asked and shown."""
 
     query: str
     question: Question
     shown: tuple[Passage, ...] = ()
+    history: tuple[str, ...] | None = None
+    """None: not a search but the question itself, asked as it stands."""
+
+    def text(self, style: str | None) -> str:
+        """Return what a retriever of that style is asked."""
+        if self.history is None:
+            return self.query
+        return QUERY_STYLES[style or "query"](self.question.text, self.history, self.query)
 
     @property
     def is_open(self) -> bool:
@@ -72,18 +80,17 @@ class Decision:
         return asdict(self)
 
 
-def read_asked(path: str | Path, style: str = "query") -> Iterator[Asked]:
-    """Yield the searches of a trajectory file that had something left to find, in their style."""
+def read_asked(path: str | Path) -> Iterator[Asked]:
+    """Yield the searches of a trajectory file that had something left to find."""
     for searches in read_searches(path):
-        history: list[str] = []
+        history: tuple[str, ...] = ()
         shown: tuple[Passage, ...] = ()
         for call in searches.calls:
             if call.tool == SEARCH.name:
-                text = QUERY_STYLES[style](searches.question.text, history, call.query)
-                asked = Asked(text, searches.question, shown)
-                if text.strip() and asked.is_open:
+                asked = Asked(call.query, searches.question, shown, history)
+                if call.query.strip() and asked.is_open:
                     yield asked
-                history.append(call.query)
+                history += (call.query,)
             shown += call.passages
 
 
@@ -97,6 +104,7 @@ def judge_retrievers(
 ) -> Decision:
     """Compare two retrievers on held-out searches of the present policy, and on plain questions.
 
+    Each is asked in the style that it was trained in.
     Passes where the interval of the gain lies above 0 and plain retrieval loses at most `max_plain_loss`.
     Intervals resample clusters of questions. Raises DataError without a search.
     """
@@ -130,8 +138,9 @@ def _compare(
 def _found(retriever: Retriever, asked: Sequence[Asked], k: int) -> np.ndarray:
     """1 where something useful is among the first k passages, else 0 (N,)."""
     found: list[float] = []
+    style = retriever.query_style()
     for start in range(0, len(asked), _TOGETHER):
         part = asked[start : start + _TOGETHER]
-        for each, hits in zip(part, retriever.search([a.query for a in part], k), strict=True):
+        for each, hits in zip(part, retriever.search([a.text(style) for a in part], k), strict=True):
             found.append(float(any(each.finds(hit.passage) for hit in hits)))
     return np.array(found)

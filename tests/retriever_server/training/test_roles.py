@@ -61,6 +61,7 @@ CHANGED: dict[str, Any] = {
     "kind": "sparse", "fingerprint": "other", "dimension": 8, "query_prompt": "q: ", "passage_prompt": "p: ",
     "passage_template": "{text}", "max_tokens": 9, "pooling": "cls", "normalise": True,
     "similarity": "cosine", "inputs": "image", "image_processor": "x", "token_pooling": "rows:4",
+    "query_style": "question",
 }  # fmt: skip
 
 

@@ -17,8 +17,11 @@ class Ranks(Retriever):
 
     generation = "g"
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, table, style=None):
+        self.table, self.style = table, style
+
+    def query_style(self):
+        return self.style
 
     def search(self, queries, k, where=None):
         return [[Hit(Passage(id_, ""), 1.0, "g") for id_ in self.table.get(q, ())[:k]] for q in queries]
@@ -65,10 +68,19 @@ def test_what_the_old_retriever_never_showed_counts_for_the_new_one(tmp_path):
     write_jsonl(
         tmp_path / "t.jsonl", [trajectory([search("tower", ["cow"], 0), search("x", ["eiffel"], 1)], "abc")]
     )
-    asked = list(read_asked(tmp_path / "t.jsonl", "question"))
-    assert [a.query.split(" [SEP] ")[1] for a in asked] == ["tower", "x"]
+    asked = list(read_asked(tmp_path / "t.jsonl"))
+    assert [a.text("history").split("\n", 1)[1] for a in asked] == [
+        "Query: tower", "Query: x\nEarlier queries:\n1. tower",
+    ]  # fmt: skip
     decision = judge_retrievers(asked, [], Ranks({}), Ranks({a.query: ["eiffel"] for a in asked}))
     assert (decision.old_found, decision.new_found) == (0.0, 1.0)
+
+
+def test_each_retriever_is_asked_in_its_own_style_and_plain_questions_as_they_stand():
+    searches = [Asked(f"q{n}", question, (), ()) for n, question in enumerate(QUESTIONS)]
+    styled = {f"Q{n} [SEP] q{n}": [f"p{n}"] for n in range(40)}
+    decision = judge_retrievers(searches, QUESTIONS, Ranks(RIGHT | PLAIN), Ranks(styled | PLAIN, "question"))
+    assert (decision.old_found, decision.new_found, decision.plain["mean"]) == (1.0, 1.0, 0.0)
 
 
 def test_no_searches_are_no_judgement():
