@@ -35,7 +35,8 @@ def styled(tmp_path_factory):
 
 
 def test_training_keeps_the_style_of_its_examples_with_the_model_and_the_index(styled):
-    assert saved_spec(str(styled / "run" / "model")).query_style == "question"
+    spec = saved_spec(str(styled / "run" / "model"))
+    assert spec and spec.query_style == "question"
     index = open_retriever(str(styled / "index"))
     assert index.query_style() == Cached(index).query_style() == "question"
     with pytest.raises(ConfigError, match=r"another spec \(query_style: 'question', here 'query'\)"):

@@ -34,10 +34,14 @@ HALF = {query: ids for query, ids in RIGHT.items() if int(query[1:]) % 2}
 PLAIN = {f"Q{n}": [f"p{n}"] for n in range(40)}
 
 
+def plain_of(decision):
+    return (decision.plain or {})["mean"]
+
+
 def test_a_retriever_that_finds_more_passes():
     decision = judge_retrievers(SEARCHES, QUESTIONS, Ranks(HALF | PLAIN), Ranks(RIGHT | PLAIN))
     assert decision.passed and (decision.old_found, decision.new_found) == (0.5, 1.0)
-    assert decision.gain["mean"] == 0.5 and decision.gain["low"] > 0 and decision.plain["mean"] == 0
+    assert decision.gain["mean"] == 0.5 and decision.gain["low"] > 0 and plain_of(decision) == 0
     json.dumps(decision.as_record())
 
 
@@ -80,7 +84,7 @@ def test_each_retriever_is_asked_in_its_own_style_and_plain_questions_as_they_st
     searches = [Asked(f"q{n}", question, (), ()) for n, question in enumerate(QUESTIONS)]
     styled = {f"Q{n} [SEP] q{n}": [f"p{n}"] for n in range(40)}
     decision = judge_retrievers(searches, QUESTIONS, Ranks(RIGHT | PLAIN), Ranks(styled | PLAIN, "question"))
-    assert (decision.old_found, decision.new_found, decision.plain["mean"]) == (1.0, 1.0, 0.0)
+    assert (decision.old_found, decision.new_found, plain_of(decision)) == (1.0, 1.0, 0.0)
 
 
 def test_no_searches_are_no_judgement():
