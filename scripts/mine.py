@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +30,10 @@ def main(
     seed: int = 0,
     on_error: Literal["stop", "skip"] = "stop",
     trajectories: str | None = None,
-    labels: Literal["gold", "answer", "quote", "opened"] = "answer",
-    style: Literal["query", "question", "history"] = "query",
+    labels: str | None = None,
+    style: Literal["query", "question", "history"] | None = None,
+    recipe: Literal["agentic_r", "lrat", "iter"] | None = None,
+    scores: str | None = None,
     held_out: str | None = None,
 ) -> None:
     """Find passages that a retriever takes for good and that are not. Killed, it goes on when started again.
@@ -61,12 +64,19 @@ def main(
         trajectories: Trajectories of a training or of `sleuth evaluate`, instead of queries.
         labels: With --trajectories: what makes a passage positive. gold: the question names it. answer: the
             trajectory is correct and a gold answer stands in it. quote: the next turn repeats four words of
-            it. opened: the agent opened its page.
-        style: With --trajectories: the query alone, after its question, or with the earlier queries.
+            it. opened: the agent opened its page. judge, fork, likelihood, agentic_r: by --scores. (answer)
+        style: With --trajectories: the query alone, after its question, or with the earlier queries. (query)
+        recipe: With --trajectories: labels, style and weights as published; what else is given wins.
+        scores: With --trajectories: scores of its searches, by `sleuth score-searches`.
         held_out: With --trajectories: questions that must not contribute, files separated by commas.
     """
     if trajectories:
-        _mine_trajectories(trajectories, out, labels, style, per_query, held_out, corpus, queries)
+        if queries:
+            raise ConfigError("--queries and --trajectories: give one of them")
+        given = {"labels": labels, "style": style}
+        if per_query != 15 or not recipe:
+            given["negatives"] = per_query
+        _mine_trajectories(trajectories, out, recipe, given, scores, held_out, corpus)
         return
     if not queries:
         raise ConfigError("--queries or --trajectories must be given")
@@ -92,26 +102,19 @@ def main(
 
 
 def _mine_trajectories(
-    path: str,
-    out: str,
-    labels: str,
-    style: str,
-    negatives: int,
-    held_out: str | None,
-    corpus: Any,
-    queries: Any,
+    path: str, out: str, recipe: str | None, given: dict[str, Any], scores: Any, held_out: Any, corpus: Any
 ) -> None:
     from data.corpus import Corpus
     from data.questions import load_questions
-    from rl.co_training.examples import LabelConfig, mine_trajectories
+    from rl.co_training.examples import RECIPES, LabelConfig, mine_trajectories
     from scripts.console import track
 
-    if queries:
-        raise ConfigError("--queries and --trajectories: give one of them")
-    config = LabelConfig(labels, style, negatives)
+    base = RECIPES[recipe] if recipe else LabelConfig()
+    config = replace(base, **{key: value for key, value in given.items() if value is not None})
     questions = load_questions(held_out) if held_out else []
     content_hash = Corpus(corpus).content_hash if corpus else ""
-    tally = mine_trajectories(path, out, config, questions, content_hash, track("labelling searches"))
+    bar = track("labelling searches")
+    tally = mine_trajectories(path, out, config, questions, content_hash, bar, scores)
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
     print(
         f"{tally.examples:,} examples in {out} of {tally.searches:,} searches; passages: {counts or 'none'}"

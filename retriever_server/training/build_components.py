@@ -30,7 +30,7 @@ _BUILDERS = {
     "vision": "dse gme colpali two_tower_pages",
 }
 _LOSSES = {
-    "distillation": "ContrastiveDistillation",
+    "distillation": "ContrastiveDistillation WeightedInfoNCE",
     "info_nce": "Qwen3InfoNCE",
     "m3": "M3Loss",
     "masked_next_token": "MaskedNextToken",

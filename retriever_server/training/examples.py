@@ -65,6 +65,7 @@ def as_dataset(
     form: Form = "tuple",
     labels: bool = False,
     labels_of: Literal["teacher", "any"] = "teacher",
+    weights: bool = False,
     draws: int = 1,
     seed: int = 0,
     max_characters: int = 100_000,
@@ -76,6 +77,8 @@ def as_dataset(
              pair    query, passage, label: 1 or 0, with `labels` the passage's score; 1 + n rows a draw
              list    query, docs, label: lists of at most 1 + n passages and their labels
     render   what of a passage is encoded: `EncodingSpec.render` of what will serve; images stay unread
+    weights  label: the weight of the example and those of its negatives (`provenance.weight`,
+             `negative_weights`), 1 where none is said; tuples without `labels`
     draws    how often an example stands there. Each time another positive comes up and other negatives, in
              their order; without `negatives` it is the first of each.
     labels_of   teacher: DataError where the scores are those of the retriever that mined the example
@@ -103,7 +106,7 @@ def as_dataset(
             if labels and len(chosen) < due:
                 left_out += 1
                 continue
-            for row in _rows(form, examples.corpus, example, chosen, negatives, labels, rng):
+            for row in _rows(form, examples.corpus, example, chosen, negatives, labels, rng, weights):
                 for name, value in ({_QUERY[form]: index} | row).items():
                     columns.setdefault(name, []).append(value)
     if left_out:
@@ -148,7 +151,14 @@ def _draw(example: Example, negatives: int, draw: int, scored: bool) -> list[str
 
 
 def _rows(
-    form: Form, corpus: Corpus, example: Example, chosen: list[str], negatives: int, labels: bool, rng: Any
+    form: Form,
+    corpus: Corpus,
+    example: Example,
+    chosen: list[str],
+    negatives: int,
+    labels: bool,
+    rng: Any,
+    weights: bool = False,
 ) -> list[dict[str, Any]]:
     """The rows of an example whose positive and negatives are chosen: positions of passages, and labels."""
     positions, scores = corpus.positions(chosen).tolist(), example.scores or {}
@@ -162,7 +172,15 @@ def _rows(
         _fill(positions, corpus, example, negatives, rng)
     row = {"positive": positions[0]}
     row |= {f"negative_{i}": position for i, position in enumerate(positions[1:], start=1)}
-    return [row | ({"label": values} if labels else {})]
+    values = _weights(example, chosen, negatives) if weights else values
+    return [row | ({"label": values} if labels or weights else {})]
+
+
+def _weights(example: Example, chosen: list[str], negatives: int) -> list[float]:
+    """The weight of an example and those of its negatives; random ones that fill it up weigh 1.   (1 + N,)"""
+    of = example.provenance.get("negative_weights", {})
+    found = [float(example.provenance.get("weight", 1.0)), *(float(of.get(id_, 1.0)) for id_ in chosen[1:])]
+    return [*found, *[1.0] * (1 + negatives - len(found))]
 
 
 def _fill(positions: list[int], corpus: Corpus, example: Example, negatives: int, rng: Any) -> None:

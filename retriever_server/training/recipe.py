@@ -32,6 +32,9 @@ class DataConfig:
     """Hand the teacher's scores to the loss; examples without are left out."""
     labels_of: Literal["teacher", "any"] = "teacher"
     """Whose scores: a teacher's alone, or any, also those of the retriever that mined the negatives."""
+    weights: bool = False
+    """Hand the loss (WeightedInfoNCE) the weights that `sleuth mine --trajectories` gave examples and
+    negatives; 1 where an example says none."""
     form: Literal["tuple", "pair", "list", "text"] = "tuple"
     """Columns: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
     draws: int = 1
@@ -49,6 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         given = (self.examples is None) == (self.form == "text")
         require(given, "train.examples", self.examples, "a file, but for form text (passages of the corpus)")
+        alone = not self.weights or (self.form == "tuple" and not self.labels)
+        require(alone, "train.weights", self.weights, "without labels, and of form tuple alone")
         require(self.negatives >= 0, "train.negatives", self.negatives, ">= 0")
         require(self.draws >= 1, "train.draws", self.draws, ">= 1")
         require(self.weight > 0, "train.weight", self.weight, "> 0")

@@ -245,7 +245,7 @@ def _data(recipe: RetrieverRecipe, examples: list[Any], trained: ModelInTraining
             sets.append(TrainSet(name, i, passages_as_dataset(each, texts), of.weight))
             continue
         data = as_dataset(
-            each, render, of.negatives, of.form, of.labels, of.labels_of, of.draws, recipe.seed,
+            each, render, of.negatives, of.form, of.labels, of.labels_of, of.weights, of.draws, recipe.seed,
             reads_files=trained.reads_files,
         )  # fmt: skip
         if trained.reads_files and of.form == "tuple":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from agent.query_styles import QUERY_STYLES
@@ -13,7 +15,7 @@ from agent.tools import SEARCH
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Example, Question
-from rl.co_training.labels import LABELLERS, Label, Labels, label
+from rl.co_training.labels import LABELLERS, SCORED, Label, Labels, Redundancy, label
 from rl.co_training.searches import Searched, Searches, read_searches
 
 NEGATIVES = (Label.REDUNDANT, Label.HARD, Label.WEAK)
@@ -27,11 +29,23 @@ class LabelConfig:
     """Settings by which searches become examples."""
 
     labels: str = "answer"
-    """Name of a labeller: gold, answer, quote or opened."""
+    """Name of a labeller."""
     style: str = "query"
     """Text of an example's query: query, question or history."""
     negatives: int = 15
     """Most negatives of an example."""
+    least_negatives: int = 0
+    """Queries with fewer are left out."""
+    drawn: bool = False
+    """Draw the negatives at random, the same ones for the same query; else by tier, as they were ranked."""
+    most: Mapping[Label, int] = field(default_factory=dict)
+    """Most negatives of a tier."""
+    correct_only: bool = False
+    """Read the trajectories alone whose answer is right."""
+    redundancy: Redundancy = "shown"
+    """See `label`."""
+    weighted: tuple[str, ...] = ("reasoning", "tiers")
+    """Weights: of an example by the reasoning that followed (LRAT), of a negative by its tier (ITER)."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a name that no table has, or a negative number."""
@@ -40,6 +54,21 @@ class LabelConfig:
                 raise ConfigError(f"{name} = {given!r}: must be one of {', '.join(table)}")
         if self.negatives < 0:
             raise ConfigError(f"negatives = {self.negatives}: must be >= 0")
+
+
+RECIPES = {
+    "agentic_r": LabelConfig("agentic_r", "question", 15, least_negatives=15, drawn=True, weighted=()),
+    "lrat": LabelConfig("opened", "query", 9, correct_only=True, redundancy="none", weighted=("reasoning",)),
+    "iter": LabelConfig(
+        "opened",
+        "history",
+        9,
+        most={Label.REDUNDANT: 3, Label.HARD: 3},
+        correct_only=True,
+        redundancy="trajectory",
+    ),
+}
+"""Published recipes (2601.11888, 2604.04949, 2608.27912)."""
 
 
 @dataclass
@@ -72,14 +101,18 @@ def mine_trajectories(
     held_out: Iterable[Question] = (),
     corpus_hash: str = "",
     progress: Callable[[Iterable[Searches]], Iterable[Searches]] = iter,
+    scores: str | Path | None = None,
 ) -> Tally:
     """Write the examples that the searches of a trajectory file give; the same file gives the same bytes.
 
-    A query asked twice of one question is one example. held_out: questions that must not contribute, by id
-    or text. Raises DataError where the file is wrong, or gives no example.
+    scores: of `sleuth score-searches`, for the labellers in SCORED. held_out: questions that must not
+    contribute, by id or text. A query asked twice of one question is one example. Raises DataError where
+    the file is wrong, or gives no example.
     """
+    if config.labels in SCORED and scores is None:
+        raise ConfigError(f"labels = {config.labels}: needs scores, a file of `sleuth score-searches`")
     tally = Tally()
-    asked = _collect(progress(read_searches(path)), config, _Known(held_out), tally)
+    asked = _collect(progress(read_searches(path, scores)), config, _Known(held_out), tally)
     examples = list(_examples(asked.values(), config, corpus_hash, Path(path).name, tally))
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
@@ -115,32 +148,45 @@ def _collect(
         if searches.question in held_out:
             tally.dropped["searches of held-out questions"] += len(searches.calls)
             continue
+        if config.correct_only and not searches.is_correct:
+            tally.dropped["searches of trajectories with a wrong answer"] += len(searches.calls)
+            continue
         history: list[str] = []
-        for call, labels in zip(searches.calls, label(searches, config.labels), strict=True):
+        labelled = label(searches, config.labels, config.redundancy)
+        for at, (call, labels) in enumerate(zip(searches.calls, labelled, strict=True)):
             if call.tool != SEARCH.name:
                 continue  # the argument names a page; no retriever is asked
             tally.labels.update(str(kind) for kind in labels.values())
             text = QUERY_STYLES[config.style](searches.question.text, history, call.query)
-            key = (searches.question.id, text)
-            found[key] = _united(found.get(key), searches.question, text, call, labels)
+            key = (searches.group, text)
+            tokens = _reasoning(searches.calls, at)
+            found[key] = _united(found.get(key), searches.question, text, tokens, labels)
             history.append(call.query)
     return found
 
 
-def _united(known: _Asked | None, question: Question, text: str, call: Searched, labels: Labels) -> _Asked:
+def _reasoning(calls: Sequence[Searched], at: int) -> int:
+    """Count the tokens that follow a search: the longest turn after a page that it led to, else the next."""
+    pages = [call.next_tokens for call in takewhile(lambda c: c.tool != SEARCH.name, calls[at + 1 :])]
+    return max(pages, default=calls[at].next_tokens)
+
+
+def _united(known: _Asked | None, question: Question, text: str, tokens: int, labels: Labels) -> _Asked:
     """Unite the labels of a query asked again: of two the one that stands first in `Label` counts."""
     order = list(Label)
     merged = dict(known.labels) if known else {}
     for id_, kind in labels.items():
         merged[id_] = min(kind, merged.get(id_, kind), key=order.index)
-    tokens = max(call.next_tokens, known.tokens if known else 0)
-    return _Asked(question, text, merged, tokens)
+    return _Asked(question, text, merged, max(tokens, known.tokens if known else 0))
 
 
 def _examples(
     asked: Iterable[_Asked], config: LabelConfig, corpus_hash: str, source: str, tally: Tally
 ) -> Iterator[Example]:
     kept = []
+    useful: dict[str, set[str]] = defaultdict(set)
+    for each in asked:
+        useful[each.question.text].update(i for i, kind in each.labels.items() if kind is Label.POSITIVE)
     for each in asked:
         if Label.POSITIVE not in each.labels.values():
             tally.dropped["queries without a positive"] += 1
@@ -148,14 +194,19 @@ def _examples(
             tally.dropped["empty queries"] += 1
         else:
             kept.append(each)
-    weights = reasoning_weights([each.tokens for each in kept])
-    for number, (each, weight) in enumerate(zip(kept, weights, strict=True)):
-        by = {kind: [id_ for id_, of in each.labels.items() if of is kind] for kind in Label}
-        negatives = [id_ for kind in NEGATIVES for id_ in by[kind]][: config.negatives]
+    by_reasoning = reasoning_weights([each.tokens for each in kept])
+    for number, (each, weight) in enumerate(zip(kept, by_reasoning, strict=True)):
+        negatives = _negatives(each, config, useful[each.question.text])
+        if len(negatives) < config.least_negatives:
+            tally.dropped[f"queries with fewer than {config.least_negatives} negatives"] += 1
+            continue
         tally.examples += 1
+        weights = {"weight": round(weight, 6)} if "reasoning" in config.weighted else {}
+        if "tiers" in config.weighted:
+            weights["negative_weights"] = {id_: TIER_WEIGHTS[each.labels[id_]] for id_ in negatives}
         yield Example(
             query=each.query,
-            positives=tuple(by[Label.POSITIVE]),
+            positives=tuple(id_ for id_, kind in each.labels.items() if kind is Label.POSITIVE),
             negatives=tuple(negatives),
             query_id=f"{each.question.id}/{number}",
             answers=each.question.gold_answers,
@@ -166,9 +217,22 @@ def _examples(
                 "labels": config.labels,
                 "style": config.style,
                 "tiers": {id_: str(each.labels[id_]) for id_ in negatives},
-                "weight": round(weight, 6),
+                **weights,
             },
         )
+
+
+def _negatives(asked: _Asked, config: LabelConfig, useful: set[str]) -> list[str]:
+    """The negatives of a query; no one that is useful to another query of its question, unless redundant."""
+    by = {kind: [id_ for id_, of in asked.labels.items() if of is kind] for kind in NEGATIVES}
+    found = [
+        id_
+        for kind, ids in by.items()
+        for id_ in [i for i in ids if kind is Label.REDUNDANT or i not in useful][: config.most.get(kind)]
+    ]
+    if config.drawn and len(found) > config.negatives:
+        return random.Random(asked.query).sample(found, config.negatives)
+    return found[: config.negatives]
 
 
 def reasoning_weights(tokens: Sequence[int]) -> list[float]:

@@ -5,9 +5,11 @@ The same file gives the same labels. Label once, render queries afterwards (ITER
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from typing import Literal
 
 from agent.tools import OPEN_PAGE, SEARCH
 from data.answers import cover_em, normalize_unicode
@@ -37,30 +39,47 @@ Judgement = dict[str, Label]
 Labeller = Callable[[Searches], list[Judgement]]
 """Judge the passages of each call of a trajectory as POSITIVE (useful), HARD, WEAK or UNKNOWN."""
 
+Redundancy = Literal["none", "shown", "trajectory"]
 QUOTE_WORDS = 4
 """Shortest span of words that counts as a quote."""
 
 
-def label(searches: Searches, labeller: str) -> list[Labels]:
+USEFUL_SCORE = 60
+"""Least score of a judge for a passage that is useful (Agentic-R), of 100."""
+MOST_TIES = 3
+"""Most positives of a search by Agentic-R's rule."""
+
+
+def label(searches: Searches, labeller: str, redundancy: Redundancy = "shown") -> list[Labels]:
     """Return the labels of each call by the labeller of that name in LABELLERS.
 
-    A useful passage that an earlier search had shown is REDUNDANT. One that is useful anywhere in the
-    trajectory is never a negative elsewhere, so what is read later is known before (ITER).
+    One that is useful anywhere in the trajectory is never a negative before it is found, so what is read
+    later is known before (ITER). A useful passage becomes REDUNDANT where redundancy is
+    shown        an earlier search had shown it (had it opened, if that is what makes it useful)
+    trajectory   also in later searches that do not show it; and what was HARD stays so there (ITER)
+    none         never (LRAT)
     """
     judged = LABELLERS[labeller](searches)
     useful = {id_ for call in judged for id_, kind in call.items() if kind is Label.POSITIVE}
     shown: set[str] = set()
+    read: Judgement = {}
     labelled: list[Labels] = []
     for call in judged:
-        found: Judgement = {}
+        known = read if redundancy == "trajectory" else {}
+        found = {id_: kind for id_, kind in known.items() if id_ not in call}
         for id_, kind in call.items():
-            if kind is Label.POSITIVE and id_ in shown:
+            if kind is Label.POSITIVE and redundancy != "none" and id_ in shown:
                 kind = Label.REDUNDANT
+            elif kind is not Label.POSITIVE and id_ in known:
+                kind = known[id_]
             elif kind in (Label.HARD, Label.WEAK) and id_ in useful:
                 kind = Label.UNKNOWN
             found[id_] = kind
         labelled.append(found)
-        shown |= set(call)
+        hard = [id_ for id_, kind in call.items() if kind is Label.HARD and id_ not in useful]
+        helped = [id_ for id_, kind in call.items() if kind is Label.POSITIVE]
+        read |= dict.fromkeys(hard, Label.HARD) | dict.fromkeys(helped, Label.REDUNDANT)
+        shown |= set(helped if labeller == "opened" else call)
     return labelled
 
 
@@ -110,16 +129,74 @@ def quote(searches: Searches) -> list[Judgement]:
 def opened(searches: Searches) -> list[Judgement]:
     """Label by what `open_page` was asked for after a search, before the next one (LRAT, 2604.04949).
 
-    Nothing opened leaves a search UNKNOWN.
+    One that a judge of the reading (score `read`) found useless is HARD, one that is opened after another
+    search is no negative. Nothing opened leaves a search UNKNOWN.
     """
-    asked = [_opened_after(searches.calls, at) for at in range(len(searches.calls))]
+    asked = [
+        _opened_after(searches.calls, at) if call.tool == SEARCH.name else set()
+        for at, call in enumerate(searches.calls)
+    ]
+    anywhere = set[str]().union(*asked)
+
+    def kind(call: Searched, id_: str, pages: set[str]) -> Label:
+        if id_ in pages:
+            useless = call.scores.get(id_, {}).get("read", 100.0) < USEFUL_SCORE
+            return Label.HARD if useless else Label.POSITIVE
+        return Label.UNKNOWN if id_ in anywhere or not pages else Label.WEAK
+
     return [
-        _by_use(call, [call.tool == SEARCH.name and p.id in pages for p in call.passages])
+        {p.id: kind(call, p.id, pages) for p in call.passages}
         for call, pages in zip(searches.calls, asked, strict=True)
     ]
 
 
-LABELLERS: dict[str, Labeller] = {"gold": gold, "answer": answer, "quote": quote, "opened": opened}
+def by_score(name: str, least: float, other: Label = Label.WEAK) -> Labeller:
+    """Return the labeller by a score: useful from `least` on, the others `other` where one is useful.
+
+    With `other` HARD they are so in any case. What has no score stays UNKNOWN.
+    """
+
+    def judge(call: Searched) -> Judgement:
+        scores = {id_: scored[name] for id_, scored in call.scores.items() if name in scored}
+        useful = {id_ for id_, score in scores.items() if score >= least}
+        below = other if useful or other is Label.HARD else Label.UNKNOWN
+        unknown = {p.id: Label.UNKNOWN for p in call.passages}
+        return unknown | {id_: Label.POSITIVE if id_ in useful else below for id_ in scores}
+
+    return lambda searches: [judge(call) for call in searches.calls]
+
+
+def agentic_r(searches: Searches) -> list[Judgement]:
+    """Label candidates by whether the answer came out right with each alone, then by a judge's score.
+
+    The best and its ties, at most MOST_TIES, are useful where the answer is right and the judge gives
+    USEFUL_SCORE; other ties are UNKNOWN, the rest HARD (Agentic-R, 2601.11888).
+    """
+
+    def judge(call: Searched) -> Judgement:
+        scores = {i: (s["alone"], s["judge"]) for i, s in call.scores.items() if {"alone", "judge"} <= set(s)}
+        best = max(scores.values(), default=(0.0, 0.0))
+        if best < (1.0, USEFUL_SCORE):
+            return {p.id: Label.UNKNOWN for p in call.passages}
+        ties = [id_ for id_, score in scores.items() if score == best]
+        found = dict.fromkeys(scores, Label.HARD) | dict.fromkeys(ties, Label.UNKNOWN)
+        return found | dict.fromkeys(ties[:MOST_TIES], Label.POSITIVE)
+
+    return [judge(call) for call in searches.calls]
+
+
+LABELLERS: dict[str, Labeller] = {
+    "gold": gold,
+    "answer": answer,
+    "quote": quote,
+    "opened": opened,
+    "judge": by_score("judge", USEFUL_SCORE, Label.HARD),
+    "fork": by_score("fork", 1e-9),
+    "likelihood": by_score("likelihood", math.log(2)),
+    "agentic_r": agentic_r,
+}
+SCORED = {name: (name,) for name in ("judge", "fork", "likelihood")} | {"agentic_r": ("alone", "judge")}
+"""Labellers that need a file of scores, and the scores they read."""
 
 
 def _by_use(call: Searched, useful: Sequence[bool]) -> Judgement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from agent.tools import SEARCH
 from agent.trajectory import SegmentKind
 from data.answers import exact_match
 from data.errors import DataError
-from data.jsonl import numbered_jsonl
+from data.jsonl import numbered_jsonl, read_jsonl
 from data.records import FORMAT_VERSION, Passage, Question
 
 
@@ -25,6 +25,9 @@ class Searched:
     next_text: str
     """Text of the policy's next turn; "" if there is none."""
     next_tokens: int
+    turn: int = 0
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Passage id -> scorer -> score (`rl.co_training.scores`), also of passages that were not shown."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Searches:
     answer: str | None
     place: str
     """FILE:LINE, for messages."""
+    segments: tuple[Mapping[str, Any], ...] = ()
+    """As the file has them."""
+    number: int = 0
+    """Line of the file, from 1."""
+
+    @property
+    def group(self) -> str:
+        """Return the id of the question that this is a sample of."""
+        return str(self.question.metadata.get("sample_of", self.question.id))
 
     @property
     def is_correct(self) -> bool:
@@ -43,27 +55,42 @@ class Searches:
         return exact_match(self.answer, self.question.gold_answers, self.question.normalizer) == 1.0
 
 
-def read_searches(path: str | Path) -> Iterator[Searches]:
+def read_searches(path: str | Path, scores: str | Path | None = None) -> Iterator[Searches]:
     """Yield the searches of each trajectory of a file, in its order; failed searches are left out.
 
-    Reads trajectories of training and of `sleuth evaluate` alike. Raises DataError "FILE:LINE: ...".
+    scores: a file of `sleuth score-searches` about this one. Reads trajectories of training and of `sleuth
+    evaluate` alike. Raises DataError "FILE:LINE: ...".
     """
+    known = read_scores(scores) if scores else {}
     for number, record in numbered_jsonl(path, tolerate_cut_tail=True):
         place = f"{path}:{number}"
         if record.get("format_version") != FORMAT_VERSION:
             version = record.get("format_version")
             raise DataError(f"{place}: format_version is {version!r}, allowed is {FORMAT_VERSION}")
         try:
-            yield _searches(record, place)
+            yield _searches(record, place, number, known)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{place}: no trajectory: {type(error).__name__} {error}") from error
 
 
-def _searches(record: Mapping[str, Any], place: str) -> Searches:
+def read_scores(path: str | Path) -> dict[tuple[int, int], Mapping[str, Any]]:
+    """Return the records of a file of scores by line and call of their trajectories."""
+    return {(each["line"], each["call"]): each for each in read_jsonl(path, tolerate_cut_tail=True)}
+
+
+def _searches(
+    record: Mapping[str, Any], place: str, number: int, known: Mapping[tuple[int, int], Mapping[str, Any]]
+) -> Searches:
     question = Question(record["id"], record["question"], tuple(record["gold_answers"]), record["metadata"])
     turns = [each for each in record["segments"] if each["kind"] == SegmentKind.POLICY]
     calls = [_call(search, turns) for search in record["searches"] if search.get("error") is None]
-    return Searches(question, tuple(calls), record["answer"], place)
+    for at, call in enumerate(calls):
+        if scored := known.get((number, at)):
+            if (scored["id"], scored["query"]) != (question.id, call.query):
+                raise ValueError(f"the scores are of another file: {scored['query']!r}, here {call.query!r}")
+            calls[at] = replace(call, scores=scored["scores"])
+    segments = tuple(record["segments"])
+    return Searches(question, tuple(calls), record["answer"], place, segments, number)
 
 
 def _call(search: Mapping[str, Any], turns: list[Mapping[str, Any]]) -> Searched:
@@ -74,6 +101,7 @@ def _call(search: Mapping[str, Any], turns: list[Mapping[str, Any]]) -> Searched
         tool=search.get("tool", SEARCH.name),
         next_text=following[0]["text"] if following else "",
         next_tokens=_tokens(following[0]) if following else 0,
+        turn=search["turn"],
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns, embed_columns_padded
-from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+from sentence_transformers.util import all_gather, all_gather_with_grad, cos_sim, dot_score, get_rank
 from torch import Tensor, nn
 
 from data.errors import ConfigError
@@ -132,6 +132,35 @@ class ContrastiveDistillation(GradCached):
             return loss
         teacher = labels / self.teacher_temperature
         return loss + self.distill_weight * distillation(own_group(scores, first), teacher)
+
+
+class WeightedInfoNCE(ContrastiveDistillation):
+    """InfoNCE with weights of examples (LRAT, 2604.04949) and of negatives (ITER, 2608.27912).
+
+    -w_i log(e^{s_i+} / sum over the passages p of the batch of v_p e^{s_ip}), s over the temperature: a
+    negative adds log v to its logit, for all queries and whichever process it is in; v of a positive is 1.
+    Columns (anchor, positive, negative_1..n, label (B, 1 + n): w, and v of each negative): `weights: true`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        similarity: str = "cosine",
+        temperature: float = 0.02,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        more: Any = {"mini_batch_size": mini_batch_size, "gather_across_devices": gather_across_devices}
+        super().__init__(model, similarity, temperature, **more)
+
+    def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
+        if labels is None:
+            raise ConfigError("loss: WeightedInfoNCE reads weights of examples: say weights: true in train")
+        offsets = F.pad(labels[:, 1:].log(), (1, 0))  # (B, N)
+        offsets = all_gather(offsets) if self.gather_across_devices else offsets
+        logits = (scores / self.temperature + offsets).flatten(1)
+        own = (torch.arange(len(scores), device=scores.device) + first) * scores.shape[2]
+        return (labels[:, 0] * F.cross_entropy(logits, own, reduction="none")).mean()
 
 
 def maxsim_scores(encoder: Any, features: list[dict[str, Any]], gather: bool = False) -> Tensor:

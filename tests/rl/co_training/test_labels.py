@@ -9,7 +9,7 @@ from data.examples import Examples
 from data.jsonl import read_jsonl, write_jsonl
 from data.records import Question
 from rl.co_training.examples import LabelConfig, mine_trajectories, reasoning_weights
-from rl.co_training.labels import LABELLERS, label
+from rl.co_training.labels import LABELLERS, SCORED, label
 from rl.co_training.searches import read_searches
 
 CORPUS = {
@@ -170,7 +170,7 @@ def test_weights_by_reasoning_are_the_published_formula():
 def test_names_that_no_table_has_are_refused():
     with pytest.raises(ConfigError, match=r"labels = 'luck': must be one of gold, answer, quote, opened"):
         LabelConfig(labels="luck")
-    assert list(LABELLERS) == ["gold", "answer", "quote", "opened"]
+    assert {"gold", "answer", "quote", "opened", *SCORED} == set(LABELLERS)
 
 
 def test_a_line_that_is_no_trajectory_is_named(tmp_path):

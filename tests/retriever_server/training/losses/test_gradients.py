@@ -21,7 +21,7 @@ from retriever_server.training.builders.colbert import colbert
 from retriever_server.training.builders.dense import dense as dense_model
 from retriever_server.training.builders.sparse import unicoil
 from retriever_server.training.builders.tiny import tiny_base
-from retriever_server.training.losses.distillation import ContrastiveDistillation
+from retriever_server.training.losses.distillation import ContrastiveDistillation, WeightedInfoNCE
 from retriever_server.training.losses.info_nce import Qwen3InfoNCE
 from retriever_server.training.losses.splade import splade_loss
 
@@ -103,7 +103,9 @@ def test_the_analytic_gradient_is_the_slope_of_the_loss(tmp_path: Path) -> None:
     )
 
 
-KINDS = ("InfoNCE", "Qwen3 InfoNCE", "contrast and distillation", "maxsim")
+KINDS = ("InfoNCE", "Qwen3 InfoNCE", "contrast and distillation", "maxsim", "weighted")
+WEIGHTS = torch.tensor([[0.5, 3.0], [1.0, 0.3], [2.0, 1.0], [0.7, 0.3], [1.3, 3.0], [0.5, 1.0]])
+LABELS = {"contrast and distillation": TEACHER, "maxsim": TEACHER, "weighted": WEIGHTS}
 
 
 def process(rank: int, folder: str) -> None:
@@ -113,7 +115,7 @@ def process(rank: int, folder: str) -> None:
     for kind in KINDS:
         model, loss = gathered(Path(folder), kind, True)
         batch = columns_of(kind, model, slice(3 * rank, 3 * rank + 3))
-        labels = TEACHER[3 * rank : 3 * rank + 3] if "InfoNCE" not in kind else None
+        labels = LABELS[kind][3 * rank : 3 * rank + 3] if kind in LABELS else None
         value = loss([dict(each) for each in batch], labels).item()
         mine = gradient(model, partial(loss, batch, labels))
         torch.distributed.all_reduce(mine)
@@ -131,7 +133,8 @@ def gathered(folder: Path, kind: str, gather: bool) -> tuple[Any, Any]:
         return model, dense.MultipleNegativesRankingLoss(model, 10.0, dot_score, gather_across_devices=gather)
     if kind == "Qwen3 InfoNCE":
         return model, Qwen3InfoNCE(model, 0.1, gather_across_devices=gather)
-    return model, ContrastiveDistillation(model, "dot", 0.1, gather_across_devices=gather)
+    of = WeightedInfoNCE if kind == "weighted" else ContrastiveDistillation
+    return model, of(model, "dot", 0.1, gather_across_devices=gather)
 
 
 def columns_of(kind: str, model: Any, rows: slice) -> Columns:
@@ -150,7 +153,7 @@ def test_two_processes_that_gather_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
     for kind in KINDS:
         model, loss = gathered(tmp_path, kind, False)
-        batch, labels = columns_of(kind, model, slice(0, 6)), TEACHER if "InfoNCE" not in kind else None
+        batch, labels = columns_of(kind, model, slice(0, 6)), LABELS.get(kind)
         whole = loss([dict(each) for each in batch], labels).item()
         slope = gradient(model, partial(loss, batch, labels))
         halves = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(2)]
