@@ -73,9 +73,8 @@ def main(
     if trajectories:
         if queries:
             raise ConfigError("--queries and --trajectories: give one of them")
-        given = {"labels": labels, "style": style}
-        if per_query != 15 or not recipe:
-            given["negatives"] = per_query
+        negatives = per_query if per_query != 15 or not recipe else None
+        given = {"labels": labels, "style": style, "negatives": negatives}
         _mine_trajectories(trajectories, out, recipe, given, scores, held_out, corpus)
         return
     if not queries:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
@@ -201,7 +202,7 @@ def _examples(
             tally.dropped[f"queries with fewer than {config.least_negatives} negatives"] += 1
             continue
         tally.examples += 1
-        weights = {"weight": round(weight, 6)} if "reasoning" in config.weighted else {}
+        weights: dict[str, Any] = {"weight": round(weight, 6)} if "reasoning" in config.weighted else {}
         if "tiers" in config.weighted:
             weights["negative_weights"] = {id_: TIER_WEIGHTS[each.labels[id_]] for id_ in negatives}
         yield Example(

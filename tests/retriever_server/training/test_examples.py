@@ -10,7 +10,6 @@ from data.errors import ConfigError, DataError
 from data.examples import Examples, parse_example
 from data.jsonl import write_jsonl
 from retriever_server.training.examples import as_dataset
-from retriever_server.training.recipe import DataConfig
 
 
 @pytest.fixture
@@ -135,16 +134,6 @@ def test_missing_negatives_are_filled_with_other_passages(tmp_path, corpus):
     assert found[0] == as_dataset(examples, lambda passage: passage.id, negatives=9)[0]
     with pytest.raises(DataError, match="12 passages are too few for 11 negatives"):
         as_dataset(examples, negatives=11)
-
-
-def test_weights_are_those_of_the_chosen_negatives_and_1_where_none_is_said(tmp_path, corpus):
-    provenance = {"weight": 0.5, "negative_weights": {"p1": 3.0, "p2": 0.3}}
-    examples = load(tmp_path, corpus, row(negatives=["p1", "p2"], provenance=provenance), row(5))
-    found = as_dataset(examples, negatives=3, weights=True, draws=2)
-    assert found[0]["label"] == [0.5, 3.0, 0.3, 1.0] and found[1]["label"][0] == 1.0
-    assert as_dataset(examples, negatives=1, weights=True, draws=2)[2]["label"] == [0.5, 0.3]
-    with pytest.raises(ConfigError, match=r"train\.weights = True: must be without labels"):
-        DataConfig("c", "e", weights=True, labels=True)
 
 
 def test_examples_without_enough_scores_are_left_out_and_counted(tmp_path, corpus, caplog):

@@ -94,7 +94,7 @@ def test_the_punctuation_of_passages_is_kept_or_not(punctuation: bool, tmp_path:
 @pytest.mark.parametrize("of", [Shuffled, NoDuplicates])
 def test_a_set_of_a_mixture_comes_in_another_order_each_time_round(of: Any) -> None:
     sets = [Dataset.from_dict({"text": [f"{n} {i}" for i in range(size)]}) for n, size in enumerate((12, 40))]
-    mixed = Mixture(ConcatDataset(sets), [of(each, 4, False, seed=7) for each in sets], None, 7, [9, 1])
+    mixed = Mixture(ConcatDataset(sets), [of(each, 4, False, seed=7) for each in sets], None, 7, [9, 1])  # type: ignore[arg-type]
     turns = []
     for epoch in range(2):
         mixed.set_epoch(epoch)
