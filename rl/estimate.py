@@ -92,7 +92,7 @@ class ResourceEstimate:
     def memory(self, longest: int) -> dict[str, dict[str, float]]:
         """Bytes by phase and part, with trajectories of `longest` tokens; all but "always" come in turn."""
         config, share, stored = self.config, self.share, self.stored_bytes
-        reference = config.algorithm.kl_coefficient > 0 and not self.adapters
+        reference = config.algorithm.needs_reference and not self.adapters
         tokens = max(longest, min(config.micro_batch_tokens, self.batch * longest))
         rows = config.rollout.max_rows if config.eval_every else self.rows
         positions = -(-longest // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS + 1
@@ -168,7 +168,7 @@ class ResourceEstimate:
         width = 2 * self.text.num_hidden_layers * self.text.num_attention_heads * self.head_size
         head = 2 * self.text.hidden_size * self.text.vocab_size * written
         trunk = 2 * self.body * total + width * total**2
-        near, again = algorithm.kl_coefficient > 0, self.config.gradient_checkpointing
+        near, again = algorithm.needs_reference, self.config.gradient_checkpointing
         before = (algorithm.updates_per_rollout > 1 or (near and algorithm.kl_in == "reward")) + near
         in_loss = (
             algorithm.entropy_coefficient

@@ -362,7 +362,7 @@ async def _train(
     )
     dtype = str(opened.policy.model.dtype).removeprefix("torch.")
     trained = another("float32") if sharded else opened.policy  # the engine needs whole weights
-    near = config.algorithm.kl_coefficient > 0 and not config.lora.rank
+    near = config.algorithm.needs_reference and not config.lora.rank
     protocol = opened.agent.protocol
     learner = Learner(trained, config, protocol, workers, another(dtype) if near else None)
     kept = run and frozen_frame(run.path, protocol, opened.policy.tokenizer)

@@ -9,6 +9,7 @@ on loading, for the configuration's sake.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -45,7 +46,7 @@ class RewardBatch:
     group_size: int
     """Trajectories a question; B is a multiple of it."""
     values: Tensor | None = None  # (N,) of the critic; gae alone needs them
-    credit: Tensor | None = None  # (N,) of searches (search_credit.py); search_credit alone needs it
+    credit: Tensor | None = None  # (N,) of search_credit.py or answer_likelihood.py
 
     @property
     def row(self) -> Tensor:
@@ -114,10 +115,11 @@ def turn(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     return _against_group(rewards, present, batch.group_size, _scale)[row, turns]
 
 
-def search_credit(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
-    """grpo's advantage and, on the tokens of queries, what their searches earned (arXiv 2610.10179)."""
+def with_credit(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
+    """grpo's advantage and credit beside it: on the tokens of queries what their searches earned (arXiv
+    2610.10179), or on all tokens of a turn what it made of the answer's likelihood (2607.13988)."""
     if batch.credit is None:
-        raise ValueError("advantage search_credit needs the credit of searches")
+        raise ValueError("advantages search_credit and answer_likelihood need the credit")
     return grpo(batch, gamma, gae_lambda) + batch.credit
 
 
@@ -129,7 +131,8 @@ ADVANTAGES: dict[str, Callable[[RewardBatch, float, float], Tensor]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": centred,
     "turn": turn,
-    "search_credit": search_credit,
+    "search_credit": with_credit,
+    "answer_likelihood": with_credit,
 }
 """(batch, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
 WITH_CRITIC = {"gae"}
@@ -143,6 +146,14 @@ def against_group(found: Tensor, present: Tensor, group_size: int) -> Tensor:
     (B, K), (B, K) bool -> (B, K); 0 where all agree, one alone included.
     """
     return _against_group(found, present, group_size, _scale)
+
+
+def permute(found: Tensor, present: Tensor, group_size: int, draw: random.Random) -> None:
+    """Hand what is present of a column around at random within each group.   (B, K), (B, K) bool"""
+    for first in range(0, len(found), group_size):
+        for at in range(found.shape[1]):
+            rows = [row for row in range(first, first + group_size) if present[row, at]]
+            found[rows, at] = found[draw.sample(rows, len(rows)), at]
 
 
 def _returns_to_go(rewards: Tensor, counts: Tensor, discount: float) -> Tensor:

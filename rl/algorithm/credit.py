@@ -7,7 +7,7 @@ prompt and the observations hold is in none of these tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agent.trajectory import SegmentKind, Trajectory
 from rl.algorithm.advantages import ADVANTAGES, Reward, RewardBatch
+from rl.algorithm.answer_likelihood import answer_credit
 from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class TrainingBatch:
     rewards: Sequence[Reward]
     device: torch.device
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
-    """old, reference (log-probs), values, advantages, returns: a tensor (tokens,) a trajectory."""
+    """old, reference (log-probs), values, advantages, returns: a tensor (tokens,) a trajectory; answer: the
+    reference's mean log-prob of the gold answer before each turn."""
 
     def joined(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
         """A column over these rows, or all, one after another (N,)."""
@@ -71,14 +73,12 @@ def assign_advantages(
         rewards = rewards - algorithm.kl_coefficient * kl
     values = batch.joined("values") if "values" in batch.columns else None
     turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]
-    credit, size = None, config.rollout.group_size
-    if algorithm.advantage == "search_credit":
-        from rl.algorithm.search_credit import search_credit  # late: it reads what evaluation does
-
-        found = search_credit(batch.trajectories, turn_tokens, size, algorithm, decode, config.seed)
-        totals["policy/search_credit"] = (float(found.abs().sum()), float(found.numel()))
-        credit = found.to(batch.device)
-    earned = RewardBatch(rewards, counts, torch.tensor(turns, dtype=torch.long), size, values, credit)
+    size = config.rollout.group_size
+    earned = RewardBatch(rewards, counts, torch.tensor(turns, dtype=torch.long), size, values)
+    if algorithm.advantage in ("search_credit", "answer_likelihood"):
+        found = _credit(batch, earned, turn_tokens, config, decode)
+        totals[f"policy/{algorithm.advantage}"] = (float(found.abs().sum()), float(found.numel()))
+        earned = replace(earned, credit=found.to(batch.device))
     if algorithm.llds_coefficient:
         turn_of = torch.tensor(turns, dtype=torch.long, device=batch.device)
         batch.columns["turns"] = list(turn_of.split(counts.tolist()))
@@ -91,6 +91,24 @@ def assign_advantages(
         advantages = whiten(advantages, workers.sum)
     batch.columns["advantages"] = list(advantages.split(counts.tolist()))
     return totals
+
+
+def _credit(
+    batch: TrainingBatch,
+    earned: RewardBatch,
+    turn_tokens: Sequence[Sequence[int]],
+    config: TrainConfig,
+    decode: Callable[[list[int]], str],
+) -> Tensor:
+    """The credit of each token (N,) that the advantage adds to the outcome's."""
+    from rl.algorithm.search_credit import search_credit  # late: it reads what evaluation does
+
+    given = batch.trajectories, turn_tokens, earned.group_size, config.algorithm
+    if config.algorithm.advantage == "search_credit":
+        return search_credit(*given, decode, config.seed)
+    outcome = ADVANTAGES["grpo"](earned, 1.0, 1.0).split(earned.counts.tolist())
+    first = [float(each[0]) if len(each) else 0.0 for each in outcome]
+    return answer_credit(*given, [each.tolist() for each in batch.columns["answer"]], first, config.seed)
 
 
 def place_rewards(turn_rewards: Sequence[Sequence[float]], turn_tokens: Sequence[Sequence[int]]) -> Tensor:

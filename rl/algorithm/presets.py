@@ -17,6 +17,7 @@ Advantage: TypeAlias = Literal[*ADVANTAGES]  # pyright: ignore
 Surrogate: TypeAlias = Literal[*SURROGATES]  # pyright: ignore
 Estimator: TypeAlias = Literal[*KL_ESTIMATORS]  # pyright: ignore
 Potential: TypeAlias = Literal["coverage", "coverage_ordered", "answer_match"]
+AnswerValue: TypeAlias = Literal["log_ratio", "probability", "logprob"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class AlgorithmConfig:
     critic_only_steps: int = 0
     """First steps that train the critic alone (advantage gae only)."""
     advantage: Advantage = "grpo"
-    """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, turn, or
-    search_credit (grpo, and what each search was first to find, on the tokens of its query)."""
+    """gae (PPO's, with a critic), grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, turn,
+    search_credit (grpo, and what each search was first to find, on the tokens of its query), or
+    answer_likelihood (grpo, and what each turn made of the gold answer's likelihood)."""
     gamma: float = 1.0
     """Discount a policy token (gae, reinforce_pp), or a turn (turn); observations are not counted."""
     gae_lambda: float = 1.0
@@ -50,9 +52,11 @@ class AlgorithmConfig:
     """What a search earns by: the share of the gold passages found, the same in the question's order, or a
     passage that holds a gold answer (answer_match, which needs no names of gold passages)."""
     credit_weight: float = 0.5
-    """Weight of search_credit beside the outcome."""
+    """Weight of search_credit and answer_likelihood beside the outcome; their papers take .5 and .2."""
     credit_permuted: bool = False
-    """Give the credit of searches to others of the group at random: the control of search_credit."""
+    """Give the credit to others of the group at random: the control of both."""
+    answer_value: AnswerValue = "log_ratio"
+    """What answer_likelihood takes differences of: log_ratio (TRACE), probability or logprob (IGPO)."""
     surrogate: Surrogate = "ppo"
     """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, reinforce (ratio as weight), dppo (bounds
     the change of probability) or sapo (a soft gate)."""
@@ -121,6 +125,11 @@ class AlgorithmConfig:
     def needs_critic(self) -> bool:
         """Whether values are learned beside the policy."""
         return self.advantage in WITH_CRITIC
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the starting policy stays in memory."""
+        return self.kl_coefficient > 0 or self.advantage == "answer_likelihood"
 
     @property
     def needs_groups(self) -> bool:

@@ -21,7 +21,7 @@ from agent.trajectory import SearchRecord, SegmentKind, Trajectory
 from data.answers import cover_em
 from data.formats.rows import ids_of
 from data.records import Question
-from rl.algorithm.advantages import against_group
+from rl.algorithm.advantages import against_group, permute
 from rl.algorithm.presets import Potential
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def search_credit(
     present = torch.tensor([[at < len(each) for at in range(most)] for each in earned], dtype=torch.bool)
     found = torch.tensor([each + [0.0] * (most - len(each)) for each in earned])
     if algorithm.credit_permuted:
-        _permute(found, present, group_size, random.Random(f"{seed}/{trajectories[0].question.id}"))
+        permute(found, present, group_size, random.Random(f"{seed}/{trajectories[0].question.id}"))
     credits = [torch.zeros(sum(counts)) for counts in turn_tokens]
     if not most:
         return torch.cat([torch.empty(0), *credits])
@@ -127,10 +127,3 @@ def _found(question: Question, searches: Sequence[SearchRecord]) -> tuple[list[s
     gold = sorted(names, key=order.index)
     seen = {getattr(hit.passage, field) for search in searches for hit in search.hits}
     return gold, [name in seen for name in gold]
-
-
-def _permute(found: Tensor, present: Tensor, group_size: int, draw: random.Random) -> None:
-    for first in range(0, len(found), group_size):
-        for at in range(found.shape[1]):
-            rows = [row for row in range(first, first + group_size) if present[row, at]]
-            found[rows, at] = found[draw.sample(rows, len(rows)), at]

@@ -15,9 +15,11 @@ checkpoint/
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +33,7 @@ from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from agent.vision import text_trunk
 from data.errors import ConfigError
 from data.records import Question
+from rl.algorithm.answer_likelihood import probe_key, probes
 from rl.algorithm.credit import TrainingBatch, assign_advantages
 from rl.algorithm.losses import token_weights, value_loss
 from rl.algorithm.policy_loss import ScoredTokens, policy_loss
@@ -103,7 +106,7 @@ class Learner:
             for module in {self.scorer, self.critic, near}:
                 if module is not None:
                     _shard(module, config.dtype)
-        self.reference = near if algorithm.kl_coefficient else None
+        self.reference = near if algorithm.needs_reference else None
         self.optimizer = Optimizer(self.model, algorithm, algorithm.learning_rate, algorithm.warmup_steps)
         self.critic_optimizer = self.critic and Optimizer(
             self.critic, algorithm, algorithm.critic_learning_rate, algorithm.critic_warmup_steps
@@ -127,7 +130,9 @@ class Learner:
         dropout = training_dropout(self.model) if self.config.lora.rank else nullcontext()
         with dropout, _recomputing(self.model), _recomputing(self.critic):
             self._score(batch)
+            started = time.monotonic()
             totals = assign_advantages(batch, self.config, self.workers, self.token_limit, self._decode)
+            totals["time/advantages_seconds"] = (time.monotonic() - started, 1.0)
             for part in range(algorithm.updates_per_rollout):
                 rows = _share(groups, part, algorithm.updates_per_rollout, collected.count)
                 if self.critic is None or step >= algorithm.critic_only_steps:
@@ -148,7 +153,10 @@ class Learner:
             batch.columns["old"] = self._measured(batch, self._logprobs)
         if reference is not None:
             with without_adapters(reference.model) if self.config.lora.rank else nullcontext():
-                batch.columns["reference"] = self._measured(batch, lambda each: reference(each).logprobs)
+                if algorithm.kl_coefficient:
+                    batch.columns["reference"] = self._measured(batch, lambda each: reference(each).logprobs)
+                if algorithm.advantage == "answer_likelihood":
+                    batch.columns["answer"] = self._answer_logprobs(batch, reference)
         if self.critic is not None:
             batch.columns["values"] = self._measured(batch, self.critic)
 
@@ -159,6 +167,17 @@ class Learner:
             parts = measure(each).split(each.counts.tolist())
             found.update(zip(each.rows, parts, strict=bool(each.rows)))
         return [found[row] for row in range(len(batch.trajectories))]
+
+    def _answer_logprobs(self, batch: TrainingBatch, reference: Scorer) -> list[Tensor]:
+        """The reference's mean log-prob of the gold answer before each turn: (turns,) a trajectory."""
+        encode = partial(self.policy.tokenizer.encode, add_special_tokens=False)
+        asked = [probes(each, self.protocol, encode) for each in batch.trajectories]
+        keyed = {probe_key(probe): probe for each in asked for probe in each}  # a group shares its prompt
+        alone = TrainingBatch(list(keyed.values()), (), batch.device)
+        scored = self._measured(alone, lambda each: reference(each).logprobs)
+        means = dict(zip(keyed, (each.mean() for each in scored), strict=True))
+        nothing = torch.empty(0, device=batch.device)
+        return [torch.stack([means[probe_key(p)] for p in each]) if each else nothing for each in asked]
 
     def _update_policy(self, batch: TrainingBatch, rows: Sequence[int], totals: Totals) -> None:
         """Update the policy once on its share of the batch."""

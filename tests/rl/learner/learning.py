@@ -134,13 +134,14 @@ class Learned:
     metrics: dict[str, float]
 
 
-def make_learner(config: TrainConfig, kind: str = "qwen2", reference: Any = None) -> Learner:
+def make_learner(
+    config: TrainConfig, kind: str = "qwen2", reference: Any = None, tokenizer: Any = None
+) -> Learner:
     """A learner of a tiny policy, with a reference that differs, adapters and a critic that say something."""
-    no_tokenizer: Any = None
     model, near = tiny_model(kind, VOCABULARY), None
-    if config.algorithm.kl_coefficient and not config.lora.rank:
-        near = Policy(reference or tiny_model(kind, VOCABULARY, seed=1), no_tokenizer)
-    learner = Learner(Policy(model, no_tokenizer), config, PROTOCOL, Workers(), near)
+    if config.algorithm.needs_reference and not config.lora.rank:
+        near = Policy(reference or tiny_model(kind, VOCABULARY, seed=1), tokenizer)
+    learner = Learner(Policy(model, tokenizer), config, PROTOCOL, Workers(), near)
     draw = torch.Generator().manual_seed(9)
     for name, parameter in learner.model.named_parameters():
         if "lora_B" in name:  # which are zero at first, as the critic's head is
