@@ -154,11 +154,15 @@ class Agent:
         sampling = replace(self.turn_sampling, seed=(seed + turn) % 2**63)
         shown = (pictures,) if self.vision and (pictures := ledger.pictures) else ()
         completion = await self.engine.generate(ledger.token_ids, sampling, trajectory_id, *shown)
-        action = protocol.parse(self._decode(completion.token_ids))
+        action = self.read_action(completion.token_ids)
         if isinstance(action, Invalid) and turn < protocol.max_turns and not protocol.keeps_eos:
             completion = self._without_end(completion)
         text, written = self._decode(completion.token_ids), (completion.logprobs, completion.weights_version)
         return Segment(SegmentKind.POLICY, completion.token_ids, text, *written), action
+
+    def read_action(self, token_ids: list[int]) -> Action:
+        """The action in a turn."""
+        return self.spoken.parse(self._decode(token_ids))
 
     def _without_end(self, completion: Completion) -> Completion:
         """The completion less the special tokens at its end: the same message goes on with the feedback."""

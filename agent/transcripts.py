@@ -59,7 +59,8 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
             confidence=record.get("confidence"),
         )
     except KeyError as error:
-        hint = " (a compact record holds no tokens)" if error.args[0] == "token_ids" else ""
+        compact = " (a compact record holds no tokens: sleuth evaluate --keep_tokens)"
+        hint = compact if error.args[0] == "token_ids" else ""
         raise DataError(f"trajectory {record.get('id')!r}: no field {error}{hint}") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"trajectory {record.get('id')!r}: {error}") from error

@@ -47,6 +47,8 @@ COMMANDS = {
     "train-retriever": Command("scripts.train_retriever", "train a retriever or a reranker on examples"),
     "evaluate": Command("scripts.evaluate", "score a policy on a question set"),
     "evaluate-retriever": Command("scripts.evaluate_retriever", "score a retriever on a test collection"),
+    "replay": Command("scripts.replay", "a trajectory again, with another retriever", "trajectory"),
+    "matrix": Command("scripts.matrix", "policies x retrievers x passages x searches, each cell evaluated"),
     "compare": Command("scripts.compare", "runs of the same questions: paired differences, what flipped"),
     "audit": Command("scripts.audit", "which questions a corpus can answer at all"),
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),

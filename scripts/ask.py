@@ -123,9 +123,7 @@ class _View:
     def show_hits(self, hits: list[Hit]) -> None:
         """Titles and first words."""
         for hit in hits:
-            words = " ".join(hit.passage.text.split())
-            cut = words if len(words) <= PREVIEW_CHARS else words[:PREVIEW_CHARS].rsplit(" ", 1)[0] + " ..."
-            self._line("found", f"{hit.passage.title or hit.passage.id}: {cut}", "blue")
+            self._line("found", preview(hit), "blue")
         if not hits:
             self._line("found", "nothing", "blue")
 
@@ -136,6 +134,13 @@ class _View:
 
         line = Text(f"{label:>8}  ", style="dim").append(visible(content), style=f"not dim {style}")
         self.console.print(line, soft_wrap=not self.console.is_terminal)
+
+
+def preview(hit: Hit) -> str:
+    """Title and first words of a passage."""
+    words = " ".join(hit.passage.text.split())
+    cut = words if len(words) <= PREVIEW_CHARS else words[:PREVIEW_CHARS].rsplit(" ", 1)[0] + " ..."
+    return f"{hit.passage.title or hit.passage.id}: {cut}"
 
 
 def split_turn(turn: str, protocol: Protocol) -> list[tuple[str, str]]:

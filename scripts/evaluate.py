@@ -69,6 +69,8 @@ class EvaluateConfig:
     """How long a search is retried before it counts as failed."""
     max_failed_share: float = 0.1
     """Share of the questions whose searches may fail before the evaluation stops."""
+    keep_tokens: bool = False
+    """Keep token ids and log-probs in trajectories.jsonl, which `sleuth replay` needs."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: str = "auto"
@@ -92,11 +94,31 @@ def main(config: EvaluateConfig) -> None:
     The same command again goes on where it stopped, and asks failed searches again.
     """
     from agent.evaluation.controls import leaks
+    from data.questions import load_questions
+
+    training = load_questions(config.train_questions) if config.train_questions else []
+    scores, questions, protocol = run(config)
+    show_scores(scores, f"{config.policy} with {config.retriever}")
+    if config.controls:
+        show_controls(Path(config.out), scores, leaks(questions, training))
+    if errors := scores.get("judge", {}).get("errors"):
+        print(f"{errors} answers could not be judged: the same command asks again")
+    if config.run_files:
+        from agent.evaluation.browsecomp import write_run_files
+
+        write_run_files(Path(config.out), config.run_files)
+    if obstacle := _obstacle(scores, config.policy, protocol, config.out):
+        print(obstacle)
+    if scores["search_failed"]:
+        print(f"{scores['search_failed']} searches failed: the same command asks them again")
+
+
+def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
+    """Evaluate, or go on with it: the scores, the questions, the name of the protocol."""
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
     from data.jsonl import check_is_file
     from data.listening import why_silent
-    from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
 
@@ -110,7 +132,6 @@ def main(config: EvaluateConfig) -> None:
     if judge and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
-    training = load_questions(config.train_questions) if config.train_questions else []
     opened = open_agent(
         policy,
         retriever,
@@ -129,19 +150,7 @@ def main(config: EvaluateConfig) -> None:
             scores = judge_all(Path(out), judge)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
-    show_scores(scores, f"{policy} with {retriever}")
-    if config.controls:
-        show_controls(Path(out), scores, leaks(questions, training))
-    if errors := scores.get("judge", {}).get("errors"):
-        print(f"{errors} answers could not be judged: the same command asks again")
-    if config.run_files:
-        from agent.evaluation.browsecomp import write_run_files
-
-        write_run_files(Path(out), config.run_files)
-    if obstacle := _obstacle(scores, policy, opened.agent.protocol.name, out):
-        print(obstacle)
-    if scores["search_failed"]:
-        print(f"{scores['search_failed']} searches failed: the same command asks them again")
+    return scores, questions, opened.agent.protocol.name
 
 
 def choose_questions(config: EvaluateConfig) -> list[Question]:
@@ -197,7 +206,9 @@ async def _evaluate(
         await opened.check()
         settings["retriever"] = await retriever_generation(opened.client, questions[0].text, config.retriever)
         rollout = rollout_with_bar(opened, config.seed, len(questions), out)
-        scores = await evaluate(questions, rollout, out, settings, config.max_failed_share)
+        scores = await evaluate(
+            questions, rollout, out, settings, config.max_failed_share, config.keep_tokens
+        )
         if config.controls:
             await _run_controls(opened, questions, config, settings)
         return scores

@@ -38,6 +38,7 @@ SMALLER = {
     "sleuth train-retriever": "--steps 2 --batch_size 2",
     "quickstart.sh": "--steps 1 --limit 4",
     "sleuth evaluate ": "--limit 2",
+    "sleuth matrix ": "--limit 2",
 }
 STAND_INS = {
     "policy smollm2": "policy atlas",

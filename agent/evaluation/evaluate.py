@@ -36,14 +36,15 @@ async def evaluate(
     out_dir: Path | str,
     settings: Mapping[str, Any],
     max_failed_share: float = 0.1,
+    tokens: bool = False,
 ) -> dict[str, Any]:
     """Roll out every question once and write its scores; returns what scores.json holds.
 
     `settings` name all that decides the outcome: policy, protocol, the retriever's generation,
-    sampling. Starting again in the same folder asks only the questions that have no record yet, and
-    those whose search failed. Raises ConfigError where the folder holds another evaluation, DataError
-    where a question came back twice or never, StorageError where the disk refuses, RunStopped once
-    searches have failed in more than `max_failed_share` of the questions.
+    sampling; tokens: keep token ids and log-probs. Starting again in the same folder asks only the questions
+    that have no record yet, and those whose search failed. Raises ConfigError where the folder holds another
+    evaluation, DataError where a question came back twice or never, StorageError where the disk refuses,
+    RunStopped once searches have failed in more than `max_failed_share` of the questions.
     """
     out_dir = Path(out_dir)
     check_unique([question.id for question in questions], "questions")
@@ -57,7 +58,7 @@ async def evaluate(
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
 
             def on_finished(trajectory: Trajectory) -> None:
-                record = evaluation_record(trajectory)
+                record = evaluation_record(trajectory, tokens)
                 if record["id"] in records:
                     raise DataError(f"question {record['id']!r} was rolled out twice")
                 _append(file, record)

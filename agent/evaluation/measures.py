@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent.evaluation.records import judge_answer
-from agent.trajectory import SearchRecord, SegmentKind, Trajectory
+from agent.trajectory import SearchRecord, Trajectory
 from agent.transcripts import to_record
 from data.answers import METRICS, is_abstention
 from data.formats.rows import ids_of
@@ -49,18 +49,20 @@ def evidence(question: Question, searches: Sequence[SearchRecord]) -> dict[str, 
     }
 
 
-def evaluation_record(trajectory: Trajectory) -> dict[str, Any]:
-    """The compact record of a trajectory with its scores and measures (docs/evaluation.md lists them)."""
-    record = to_record(trajectory, tokens=False)
+def evaluation_record(trajectory: Trajectory, tokens: bool = False) -> dict[str, Any]:
+    """The record of a trajectory with its scores and measures (docs/evaluation.md lists them).
+
+    tokens: with token ids and log-probs; else compact.
+    """
+    record, counts = to_record(trajectory, tokens), trajectory.counts
     scores = dict(zip(METRICS, judge_answer(record), strict=True))
-    written = sum(s["tokens"] for s in record["segments"] if s["kind"] == SegmentKind.POLICY)
     return {
         **record,
         **scores,
         "abstained": is_abstention(trajectory.answer),
         "confidence": trajectory.confidence,
-        "tokens_in": sum(s["tokens"] for s in record["segments"]) - written,
-        "tokens_out": written,
+        "tokens_in": counts["total_tokens"] - counts["policy_tokens"],
+        "tokens_out": counts["policy_tokens"],
         "seconds": round(trajectory.seconds, 4),
         **evidence(trajectory.question, trajectory.searches),
     }

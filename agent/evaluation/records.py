@@ -15,6 +15,7 @@ from data.jsonl import read_jsonl
 
 Record = Mapping[str, Any]
 
+MATRIX_FILE = "matrix.json"
 JUDGEMENTS = "judgements.jsonl"
 """Beside trajectories.jsonl: the verdicts of a judge, by question id."""
 
@@ -51,7 +52,7 @@ def read_records(out_dir: Path | str) -> list[dict[str, Any]]:
 def brief(record: Record) -> Record:
     """Reduce a record to what scoring needs: no text of passages, so that many fit in memory."""
     segments = [s for s in record["segments"] if s["kind"] == "policy"]
-    tokens = [{"kind": segment["kind"], "tokens": segment["tokens"]} for segment in segments]
+    tokens = [{"kind": segment["kind"], "tokens": _size(segment)} for segment in segments]
     return {**record, "segments": tokens, "searches": [None] * len(record["searches"])}
 
 
@@ -121,7 +122,11 @@ def trajectory_table(records: Iterable[Record], limit: int = 50) -> tuple[tuple[
 def policy_tokens(record: Record) -> int:
     """Tokens that the policy wrote."""
     policy = [segment for segment in record["segments"] if segment["kind"] == "policy"]
-    return sum(s["tokens"] if "tokens" in s else len(s["token_ids"]) for s in policy)
+    return sum(map(_size, policy))
+
+
+def _size(segment: Mapping[str, Any]) -> int:
+    return segment["tokens"] if "tokens" in segment else len(segment["token_ids"])
 
 
 def check_unique(ids: Sequence[str], where: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.evaluation.compare import paired_difference, short_names
-from agent.evaluation.records import brief
+from agent.evaluation.records import MATRIX_FILE, brief
 from agent.evaluation.scores import score
 from data.answers import METRICS
 from data.errors import ConfigError, DataError
@@ -45,6 +45,8 @@ class Run:
     evaluations: Sequence[Evaluation]
     passed_over: Sequence[str] = ()
     """Names of evaluations on dev that are left out because there are so many."""
+    matrix: Mapping[str, Any] | None = None
+    """As `sleuth matrix` wrote it."""
 
 
 def read_folder(path: Path | str, names: str | None = None) -> Run:
@@ -70,6 +72,7 @@ def read_folder(path: Path | str, names: str | None = None) -> Run:
         phases=_read_phases(path / "phases.json"),
         evaluations=[found for name in wanted if (found := _read(name, folders[name])) is not None],
         passed_over=[name for name in folders if name not in wanted],
+        matrix=read_json(path / MATRIX_FILE) if (path / MATRIX_FILE).exists() else None,
     )
 
 

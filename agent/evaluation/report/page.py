@@ -63,6 +63,7 @@ def render_report(
         "style": _asset("style.css"),
         "heading": tables.heading(run),
         "results": tables.results(run),
+        "matrix": tables.heat_map(run),
         "phases": tables.phases(run),
         "configuration": tables.configuration(run),
         "data": embed_json(payload),

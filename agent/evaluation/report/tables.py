@@ -69,6 +69,40 @@ def results(run: Run) -> str:
     )
 
 
+def heat_map(run: Run) -> str:
+    """A table of EM for each pair of limits, policies down and retrievers across; then the contrasts."""
+    if run.matrix is None:
+        return ""
+    cells = list(run.matrix["cells"].values())
+    across = dict.fromkeys(cell["retriever"] for cell in cells)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in across)
+    parts = []
+    for limits in dict.fromkeys((cell["top_k"], cell["searches"]) for cell in cells):
+        own = [cell for cell in cells if (cell["top_k"], cell["searches"]) == limits]
+        rows = "".join(
+            f'<tr><th scope="row">{escape(policy)}</th>'
+            + "".join(_warm(cell) for cell in own if cell["policy"] == policy)
+            + "</tr>"
+            for policy in dict.fromkeys(cell["policy"] for cell in own)
+        )
+        named = zip(("passages a search", "searches at most"), limits, strict=True)
+        title = ", ".join(f"{limit} {name}" for name, limit in named if limit is not None)
+        parts.append(f'<table class="heat"><caption>{title}</caption><tr><th></th>{head}</tr>{rows}</table>')
+    contrasts = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{_signed(found)}</td></tr>'
+        for name, found in run.matrix["contrasts"].items()
+    )
+    note = f"EM; below it less that of {run.matrix['baseline']}, paired, with its 95 % interval."
+    more = f'<table class="phases">{contrasts}</table>' if contrasts else ""
+    return f'<h3>Matrix</h3>{"".join(parts)}<p class="footnote">{escape(note)}</p>{more}'
+
+
+def _warm(cell: Mapping[str, Any]) -> str:
+    mean = cell["em"]["mean"]
+    less = f"<br>{_signed(cell['difference'])}" if "difference" in cell else ""
+    return f'<td style="--heat: {100 * mean:.0f}%"><b>{mean:.3f}</b>{less}</td>'
+
+
 def phases(run: Run) -> str:
     """Wall time of each phase as bars; nothing where no phase was timed."""
     if not run.phases:

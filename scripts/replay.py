@@ -1,0 +1,206 @@
+"""`sleuth replay`: a recorded trajectory again, but that another retriever answers one of its queries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict, fields, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.engines.config import EngineConfig
+from data.errors import ConfigError
+from rl.config import ProtocolConfig
+
+if TYPE_CHECKING:
+    from agent.protocol import Protocol
+    from agent.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    trajectory: Path,
+    retriever: str,
+    turn: int = 0,
+    id: str | None = None,
+    policy: str | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+    deadline_seconds: float = 60.0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Show what would have happened had another retriever answered the query of a turn, and all later ones.
+
+    The tokens before are those on record: `sleuth evaluate --keep_tokens` keeps them. With several samples
+    the shares of right answers after the passages on record and after the other's are compared.
+
+    Args:
+        trajectory: Folder of an evaluation, or its trajectories.jsonl.
+        retriever: The other one: URL of a server, folder of an index or a .yaml file; none finds nothing.
+        turn: Turn whose query it is asked, from 0, as in the searches on record.
+        id: Id of the trajectory, where the file holds several.
+        policy: Folder, hub name, or one that comes with Sleuth; none: that of the evaluation.
+        samples: Continuations of either side; several need a temperature.
+        temperature: Of sampling; none: 0 (greedy) for one sample, else 1.
+        seed: Of sampling.
+        out: Folder for both, as evaluations, and a report of them side by side.
+        protocol: Where the protocol differs from the evaluation's, or the policy's own.
+        engine: What samples: this process, or vLLM servers.
+        deadline_seconds: How long a search is retried.
+        device: cpu, cuda, or auto.
+        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
+    """
+    from agent.evaluation.evaluate import check_folder
+    from agent.replay import until
+    from data.errors import require
+    from scripts.wiring import fingerprint, open_agent
+
+    require(samples >= 1, "samples", samples, ">= 1")
+    heat = float(samples > 1) if temperature is None else temperature
+    require(samples == 1 or heat > 0, "temperature", heat, f"> 0 for {samples} samples")
+    recorded, settings = read_trajectory(trajectory, id)
+    until(recorded, turn, observed=samples > 1)
+    for side in ("original", "replay") if out else ():
+        check_folder(Path(out or "") / side)
+    policy = policy or _policy_of(settings, trajectory)
+    protocol = _protocol_of(settings, protocol)
+    opened = open_agent(
+        policy, retriever, protocol, heat, samples, device, dtype, deadline_seconds, engine=engine
+    )
+    if settings.get("weights", fingerprint(opened.policy.model)) != fingerprint(opened.policy.model):
+        logger.warning("%s is not the policy that wrote the trajectory: its weights are others", policy)
+
+    async def both() -> tuple[list[Trajectory], list[Trajectory]]:
+        from agent.replay import replay, resample
+
+        async with opened:
+            await opened.check()
+            other = await replay(opened.agent, recorded, turn, samples, seed)
+            if samples == 1 and not heat:
+                return [recorded], other
+            return await resample(opened.agent, recorded, turn, samples, seed), other
+
+    before, after = asyncio.run(both())
+    _show(before, after, turn, retriever, opened.agent.spoken)
+    if out:
+        asked = {"trajectory": str(trajectory), "turn": turn, "seed": seed, **opened.settings()}
+        print(_write(out, before, after, {"policy": policy, **asked}, retriever))
+
+
+def read_trajectory(path: Path, id_: str | None) -> tuple[Trajectory, dict[str, Any]]:
+    """The trajectory of that id, and the settings of its evaluation where they lie beside it."""
+    from agent.transcripts import from_record
+    from data.jsonl import check_is_file, read_json, read_jsonl
+
+    file = path / "trajectories.jsonl" if path.is_dir() else path
+    check_is_file(file)
+    records = [record for record in read_jsonl(file) if id_ in (None, record.get("id"))]
+    if len(records) != 1:
+        some = ", ".join(str(record.get("id")) for record in records[:3])
+        wrong = f"{len(records)} trajectories, name one: {some}, ..." if records else "no such trajectory"
+        raise ConfigError(f"id = {id_!r}: {file} holds {wrong}")
+    beside = file.parent / "evaluation.json"
+    return from_record(records[0]), read_json(beside) if beside.exists() else {}
+
+
+def _policy_of(settings: dict[str, Any], trajectory: Path) -> str:
+    """The policy of the evaluation, whose path begins where that was started."""
+    if "policy" not in settings:
+        raise ConfigError(f"policy: {trajectory} does not say which: name it by --policy")
+    there = Path(settings.get("folder", "")) / settings["policy"]
+    return str(there) if there.exists() else settings["policy"]
+
+
+def _protocol_of(settings: dict[str, Any], asked: ProtocolConfig) -> ProtocolConfig:
+    """The protocol of the evaluation, but for what is asked."""
+    known = settings.get("protocol", {})
+    changed = {key: value for key, value in asdict(asked).items() if value is not None}
+    own = {field.name: known[field.name] for field in fields(asked) if field.name in known}
+    return replace(asked, **own | changed)
+
+
+def _show(
+    before: list[Trajectory], after: list[Trajectory], turn: int, retriever: str, protocol: Protocol
+) -> None:
+    """Print the common beginning, then what differs side by side."""
+    import sys
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from scripts.console import visible
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    question = before[0].question
+    console.print(Text(visible(f"{question.text}  (gold: {' | '.join(question.gold_answers)})")))
+    for at in range(turn + 1):
+        for line in _told(before[0], at, protocol, passages=at < turn):
+            console.print(Text(visible(line)))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, expand=True)
+    for title in ("on record", f"with {retriever}"):
+        table.add_column(Text(visible(title)), ratio=1)
+    sides = [_rest(side[0], turn, protocol) for side in (before, after)]
+    for lines in zip_longest(*sides, fillvalue=""):
+        table.add_row(*(Text(visible(line)) for line in lines))
+    console.print(table)
+    if len(before) > 1:
+        shares = [sum(map(_right, side)) / len(side) for side in (before, after)]
+        said = f"on record {shares[0]:.3f}, with {retriever} {shares[1]:.3f}"
+        console.print(Text(visible(f"EM of {len(before)} continuations: {said}")))
+
+
+def _rest(trajectory: Trajectory, turn: int, protocol: Protocol) -> list[str]:
+    """What a turn found and all that followed, in lines."""
+    turns = sum(segment.kind == "policy" for segment in trajectory.segments)
+    lines = [line for at in range(turn, turns) for line in _told(trajectory, at, protocol, words=at > turn)]
+    return [*lines, f"{'':>8}  {'right' if _right(trajectory) else f'wrong ({trajectory.stop_reason})'}"]
+
+
+def _right(trajectory: Trajectory) -> bool:
+    from data.answers import exact_match
+
+    asked = trajectory.question
+    return exact_match(trajectory.answer, asked.gold_answers, asked.normalizer) > 0
+
+
+def _told(
+    trajectory: Trajectory, turn: int, protocol: Protocol, words: bool = True, passages: bool = True
+) -> list[str]:
+    """A turn in lines: the parts of what the policy wrote, and the passages that it found."""
+    from scripts.ask import preview, split_turn
+
+    written = [segment.text for segment in trajectory.segments if segment.kind == "policy"][turn]
+    lines = [f"{label:>8}  {text}" for label, text in split_turn(written, protocol)] if words else []
+    for search in trajectory.searches if passages else ():
+        if search.turn == turn:
+            lines += [f"{'found':>8}  {preview(hit)}" for hit in search.hits] or [f"{'found':>8}  nothing"]
+    return lines
+
+
+def _write(
+    out: Path, before: list[Trajectory], after: list[Trajectory], settings: dict[str, Any], retriever: str
+) -> Path:
+    """Write both sides as evaluations, and their report."""
+    from agent.evaluation.evaluate import evaluate
+    from agent.evaluation.report.page import write_report
+
+    for name, side, asked in (("original", before, "on record"), ("replay", after, retriever)):
+
+        async def told(todo, on_finished, side=side) -> None:
+            for trajectory in side:
+                if trajectory.question in todo:
+                    on_finished(trajectory)
+
+        questions = [trajectory.question for trajectory in side]
+        found = {**settings, "retriever": asked}
+        asyncio.run(evaluate(questions, told, out / name, found, max_failed_share=1.0, tokens=True))
+    return write_report(out)
