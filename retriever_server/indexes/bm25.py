@@ -32,7 +32,8 @@ from retriever_server.indexes.base import (
     write_generation,
 )
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.postings import best, open_postings, write_postings
+from retriever_server.indexes.max_score import MaxScore
+from retriever_server.indexes.postings import open_postings, write_postings
 from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
 from retriever_server.retriever import Query, texts_of
 
@@ -58,6 +59,7 @@ class BM25Index(Index):
         self._cosine = settings.get("scoring") == "tfidf"
         self._terms = np.load(path / "terms.npy", mmap_mode="r").view(np.ndarray)
         self._postings = open_postings(path, len(corpus))
+        self._search = MaxScore(self._postings)
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> BM25Index:
@@ -99,8 +101,8 @@ class BM25Index(Index):
 
     def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
         """As `PositionSearch.find`; nothing for a query without a known word."""
-        scores = (self._scores(self._terms_of(query)) for query in texts_of(queries, self.generation))
-        return [(found, each[found]) for each in scores for found in [best(each, k, mask)]]
+        asked = (self._weighed(query) for query in texts_of(queries, self.generation))
+        return [self._search.top(terms, k, mask, weights) for terms, weights in asked]
 
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
@@ -108,21 +110,20 @@ class BM25Index(Index):
         """As `Retriever.score`; 0 for a passage that shares no word with the query."""
         scores = []
         for query, each in zip(texts_of(queries, self.generation), passages, strict=True):
-            of = self._scores(self._terms_of(query))
-            scores.append({id_: float(of[position]) for id_, position in self.places(each).items()})
+            places = self.places(each)
+            found = self._postings.scores_at(np.array([*places.values()], np.int32), *self._weighed(query))
+            scores.append(dict(zip(places, found.tolist(), strict=True)))
         return scores
 
-    def _scores(self, terms: list[int]) -> np.ndarray:
-        """Return the score of every passage for a query of these terms.   -> (P,)"""
-        return self._cosines(terms) if self._cosine and terms else self._postings.scores(terms)
-
-    def _cosines(self, terms: list[int]) -> np.ndarray:
-        """Return the cosine of every passage with a query of these terms.   -> (P,)"""
+    def _weighed(self, query: str) -> tuple[list[int], list[float] | None]:
+        """Return the terms of a query and their weights, 1 if None; those of a cosine for tfidf."""
+        terms = self._terms_of(query)
+        if not self._cosine or not terms:
+            return terms, None
         rows, counts = np.unique(terms, return_counts=True)
-        frequencies = self._postings.starts[rows + 1] - self._postings.starts[rows]
-        weights = (1 + np.log(counts)) * np.log(len(self.corpus) / frequencies)
+        weights = (1 + np.log(counts)) * np.log(len(self.corpus) / self._postings.lengths(rows))
         length = np.linalg.norm(weights)
-        return self._postings.scores(rows.tolist(), (weights / (length or 1)).tolist())
+        return rows.tolist(), (weights / (length or 1)).tolist()
 
     def _terms_of(self, query: str) -> list[int]:
         """Return the rows of those words of the query that the corpus has."""

@@ -5,6 +5,7 @@ What they weigh on disk can be cut: the largest `terms_per_passage` alone, and w
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from data.errors import require
 from retriever_server.encoders.spec import EncodingSpec, Vectors
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.postings import best, open_postings, write_postings
+from retriever_server.indexes.max_score import MaxScore
+from retriever_server.indexes.postings import open_postings, write_postings
 from retriever_server.indexes.shards import Shards
 
 
@@ -27,6 +29,7 @@ class InvertedIndex(EncodedIndex):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.postings = open_postings(self.path, self.manifest.corpus_count)
+        self._search = MaxScore(self.postings)
         scale = self.path / "scale.npy"
         self.scale = float(np.load(scale)[0]) if scale.exists() else 1.0
         self.whole = "terms_per_passage" not in self.manifest.settings
@@ -64,12 +67,10 @@ class InvertedIndex(EncodedIndex):
 
     def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`.   queries csr (Q, V)"""
-        rankings = []
-        for start, end in zip(queries.indptr[:-1], queries.indptr[1:], strict=True):
-            scores = self.postings.scores(queries.indices[start:end], queries.data[start:end] * self.scale)
-            found = best(scores, k, mask)
-            rankings.append((found, scores[found]))
-        return rankings
+        return [
+            self._search.top(queries.indices[start:end], k, mask, queries.data[start:end] * self.scale)
+            for start, end in pairwise(queries.indptr)
+        ]
 
     def stored(self, position: int) -> np.ndarray:
         """Return the vector of a passage, by a search in every posting list.   (1, V)"""

@@ -128,10 +128,11 @@ class MaxSimIndex(EncodedIndex):
 
     def _maxsim(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Exact scores of passages that have tokens.   query (T, D) -> (N,)"""
-        tokens = [self.stored(int(position)) for position in positions]
-        starts = np.cumsum([0, *map(len, tokens[:-1])])
-        products = query @ np.concatenate(tokens).T
-        return np.maximum.reduceat(products, starts, axis=1).sum(axis=0, dtype=np.float64)
+        starts, lengths = self.offsets[positions], self.offsets[positions + 1] - self.offsets[positions]
+        firsts = _offsets(lengths)[:-1]  # of each passage among the tokens
+        rows = np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())
+        products = query @ self.tokens[rows].T
+        return np.maximum.reduceat(products, firsts, axis=1).sum(axis=0, dtype=np.float64)
 
     def stored(self, position: int) -> np.ndarray:
         """Return the vectors of a passage's tokens.   (tokens, D)"""

@@ -29,6 +29,34 @@ class Postings:
     count: int
     """Passages of the corpus, P."""
 
+    def list_of(self, term: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return positions, ascending, and weights of a term's postings.   -> (n,), (n,)"""
+        span = slice(self.starts[term], self.starts[term + 1])
+        return self.positions[span], self.weights[span]
+
+    def lengths(self, terms: np.ndarray) -> np.ndarray:
+        """Return how many passages hold each term.   (T,) -> (T,)"""
+        return self.starts[terms + 1] - self.starts[terms]
+
+    def look_up(self, term: int, positions: np.ndarray) -> np.ndarray:
+        """Return the weight of a term in some passages, 0 where it is not.   positions (N,) int32 -> (N,)"""
+        of_term, weights = self.list_of(term)
+        if not len(of_term):
+            return np.zeros(len(positions), weights.dtype)
+        at = np.searchsorted(of_term, positions)
+        at[at == len(of_term)] = 0
+        return np.where(of_term[at] == positions, weights[at], 0)
+
+    def scores_at(
+        self, positions: np.ndarray, terms: Sequence[int], term_weights: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """Return the `scores` of some passages, to the last bit.   positions (N,) int32 -> (N,)"""
+        scores = np.zeros(len(positions))
+        factors = np.ones(len(terms)) if term_weights is None else term_weights
+        for term, factor in zip(terms, factors, strict=True):
+            scores += self.look_up(term, positions) * float(factor)
+        return scores
+
     def scores(self, terms: Sequence[int], term_weights: Sequence[float] | None = None) -> np.ndarray:
         """Return the sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
         spans = [slice(self.starts[term], self.starts[term + 1]) for term in terms]
@@ -99,7 +127,8 @@ def best(scores: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarr
     """
     if mask is not None:
         scores = scores * mask
-    k = min(k, len(scores))
+    if not (k := min(k, len(scores))):
+        return np.zeros(0, np.int64)
     least = np.partition(scores, -k)[-k]
     candidates = np.flatnonzero(scores >= least) if least > 0 else np.flatnonzero(scores > 0)
     return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
