@@ -110,13 +110,14 @@ class MaxSimIndex(EncodedIndex):
 
     def rank(self, queries: Multi, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`."""
-        return [self._rank_one(queries[i], k, mask) for i in range(len(queries))]
+        allowed = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
+        candidates = [allowed] * len(queries)
+        if self.candidates and len(allowed) > (count := max(self.candidates, k)):
+            found = self.fixed.search(self._encoding.encode(queries, is_query=True), count, mask)
+            candidates = [positions for positions, _ in found]
+        return [self._rank_one(queries[i], each, k) for i, each in enumerate(candidates)]
 
-    def _rank_one(self, query: np.ndarray, k: int, mask: np.ndarray | None) -> Ranking:
-        candidates = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
-        if self.candidates and len(candidates) > (count := max(self.candidates, k)):
-            alone = Multi(query, np.array([0, len(query)]))
-            [(candidates, _)] = self.fixed.search(self._encoding.encode(alone, is_query=True), count, mask)
+    def _rank_one(self, query: np.ndarray, candidates: np.ndarray, k: int) -> Ranking:
         candidates = np.sort(candidates)
         candidates = candidates[self.offsets[candidates + 1] > self.offsets[candidates]]
         starts = range(0, len(candidates), _PASSAGES_TOGETHER)
