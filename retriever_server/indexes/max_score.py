@@ -31,7 +31,7 @@ class MaxScore:
         terms: Sequence[int],
         k: int,
         mask: np.ndarray | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return positions and scores of the `k` best positive sums, best first, ties in order.
 

@@ -48,7 +48,10 @@ class Postings:
         return np.where(of_term[at] == positions, weights[at], 0)
 
     def scores_at(
-        self, positions: np.ndarray, terms: Sequence[int], term_weights: Sequence[float] | None = None
+        self,
+        positions: np.ndarray,
+        terms: Sequence[int],
+        term_weights: Sequence[float] | np.ndarray | None = None,
     ) -> np.ndarray:
         """Return the `scores` of some passages, to the last bit.   positions (N,) int32 -> (N,)"""
         scores = np.zeros(len(positions))
@@ -57,7 +60,9 @@ class Postings:
             scores += self.look_up(term, positions) * float(factor)
         return scores
 
-    def scores(self, terms: Sequence[int], term_weights: Sequence[float] | None = None) -> np.ndarray:
+    def scores(
+        self, terms: Sequence[int], term_weights: Sequence[float] | np.ndarray | None = None
+    ) -> np.ndarray:
         """Return the sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
         spans = [slice(self.starts[term], self.starts[term + 1]) for term in terms]
         if not spans:

@@ -101,9 +101,10 @@ class Rows:
         whole = torch.round(queries / torch.where(scale == 0, 1, scale))
         # The most that a score is off by: what rounding left of the query, and float32's own.
         off = ((queries - whole * scale).abs() + 1e-6 * queries.abs()).sum(1) * self._largest
+        multiply = torch.ops.aten._int_mm
         asked, count = whole.to(torch.int8), 8 * k + 128
         while True:
-            rough, where = self._top(len(queries), count, mask, lambda rows: torch._int_mm(asked, rows.T))
+            rough, where = self._top(len(queries), count, mask, lambda rows: multiply(asked, rows.T))
             found = [
                 _by_score(each, self[each] @ query)
                 for each, query in zip(where, queries.numpy(), strict=True)

@@ -119,7 +119,7 @@ def open_bm25s(folder: Path, passages: Corpus) -> Search:
 
 def open_tantivy(folder: Path, passages: Corpus) -> Search:
     """Return a search of tantivy, one segment, with the words of our analyzer."""
-    import tantivy
+    import tantivy  # pyright: ignore[reportMissingImports]  # of a peer, not ours
 
     schema = tantivy.SchemaBuilder()
     schema.add_text_field("text", stored=False, tokenizer_name="whitespace", index_option="freq")
