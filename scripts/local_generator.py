@@ -43,11 +43,11 @@ class Local(Generator):
         self._chat = chat and bool(self._tokenizer.chat_template)
         self._most = most_prompt_tokens
         self._engine = open_engine(config, loaded, policy, get_protocol("search_r1"), max_rows, None)
-        self._loop = asyncio.new_event_loop()  # one for all calls: engines keep connections
+        self._runner = asyncio.Runner()  # one for all calls: engines keep connections
 
     def write(self, calls: Sequence[Call]) -> list[Written]:
         """As `Generator.write`; a prompt that is too long is refused."""
-        return self._loop.run_until_complete(self._all(calls))
+        return self._runner.run(self._all(calls))
 
     async def _all(self, calls: Sequence[Call]) -> list[Written]:
         return list(await asyncio.gather(*(self._one(i, call) for i, call in enumerate(calls))))

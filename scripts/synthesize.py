@@ -28,17 +28,27 @@ def main(config: SynthesisConfig) -> None:
     scripts/configs/synthesis/ holds the recipes; docs/synthesis.md explains them. Killed, the same command
     goes on. OUT/examples.jsonl is what `sleuth train-retriever` reads; OUT/summary.json counts rejections.
     """
-    run = open_run(config)
-    if config.dry_run:
-        return _dry_run(run)
-    if config.measure_judges:
-        return _measure(run)
+    try:
+        run = open_run(config)
+        if config.dry_run:
+            _dry_run(run)
+        elif config.measure_judges:
+            _measure(run)
+        else:
+            _synthesize(run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the same command goes on: {config.out} keeps what is done"
+        ) from None
+
+
+def _synthesize(run: Synthesis) -> None:
     from retriever_server.training.synthesis.judges import warnings_of
     from retriever_server.training.synthesis.results import load_measured, write_results
 
-    for line in warnings_of(load_measured(run), run.judges, config.least_auc):
+    for line in warnings_of(load_measured(run), run.judges, run.config.least_auc):
         _log.warning("%s", line)
-    _show(write_results(run, run.run()), config)
+    _show(write_results(run, run.run()), run.config)
 
 
 expand = partial(gather, groups=("generator",))

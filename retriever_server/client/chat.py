@@ -66,8 +66,8 @@ class ChatClient:
         self._cache, self._lock = cache, threading.Lock()
         kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
         self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
-        self._took = {each["key"]: each.get("tokens", 0) for each in kept if "reply" in each}
-        self._calls, self._tokens = len(kept), sum(each.get("tokens", 0) for each in kept)
+        self._took = {each["key"]: _tokens(each) for each in kept if "reply" in each}
+        self._calls, self._tokens = len(kept), sum(sum(_tokens(each)) for each in kept)
 
     def ask(
         self, requests: Sequence[Mapping[str, Any]], parse: Callable[[str], _Parsed]
@@ -85,9 +85,9 @@ class ChatClient:
             known = dict(zip(different, outcomes, strict=True))
         return [known[body] for body in bodies]
 
-    def tokens_of(self, request: Mapping[str, Any]) -> int:
-        """The tokens that the server said a request and its reply took; 0 where it was not answered."""
-        return self._took.get(self._key(json.dumps(request).encode()), 0)
+    def tokens_of(self, request: Mapping[str, Any]) -> tuple[int, int]:
+        """The tokens read and written that the server told; (0, 0) where it did not answer."""
+        return self._took.get(self._key(json.dumps(request).encode()), (0, 0))
 
     def _key(self, body: bytes) -> str:
         return hashlib.sha256(self.url.encode() + b"\n" + body).hexdigest()
@@ -107,25 +107,28 @@ class ChatClient:
         except ChatError as error:
             return error
         with self._lock:
-            self._known[key], self._tokens = reply, self._tokens + tokens
-            self._took[key] = tokens
+            self._known[key], self._took[key] = reply, tokens
+            self._tokens += sum(tokens)
             if self._cache:
-                append_jsonl(self._cache, [{"key": key, "reply": reply, "tokens": tokens}])
+                took = dict(zip(("read", "written"), tokens, strict=True))
+                append_jsonl(self._cache, [{"key": key, "reply": reply, **took}])
         return parsed
 
-    def _ask_again(self, client: httpx.Client, body: bytes) -> tuple[str, int]:
+    def _ask_again(self, client: httpx.Client, body: bytes) -> tuple[str, tuple[int, int]]:
         """Return the reply and its tokens, or raise ChatError; ValueError for an answer that is none."""
-        failures = 0
+        failures, waited = 0, 0.0
         while True:
             self._spend()
             try:
                 return self._ask_once(client, body)
             except TryAgain as error:
-                failures, delay = failures + 1, error.after_seconds or delay_seconds(failures + 1)
-                if failures == TRIES or delay > self.timeout_seconds:
+                failures, told = failures + 1, error.after_seconds or 0.0
+                waited += told  # as long as it says when, it is asked again, within the time of one request
+                if (failures >= TRIES and not told) or waited > self.timeout_seconds:
                     tries = "1 try" if failures == 1 else f"{failures} tries"
-                    raise ChatError(f"{self.name} {self.url}: {tries} failed ({error})") from error
-            time.sleep(delay)
+                    wait = f", to wait {told:g} s" if told else ""
+                    raise ChatError(f"{self.name} {self.url}: {tries} failed ({error}{wait})") from error
+            time.sleep(told or delay_seconds(failures))
 
     def _spend(self) -> None:
         """Count a request; raise ChatError where the budget is spent."""
@@ -140,7 +143,7 @@ class ChatClient:
                 )
             self._calls += 1
 
-    def _ask_once(self, client: httpx.Client, body: bytes) -> tuple[str, int]:
+    def _ask_once(self, client: httpx.Client, body: bytes) -> tuple[str, tuple[int, int]]:
         end, content = time.monotonic() + self.timeout_seconds, b""
         try:
             with client.stream("POST", self.url, content=body) as response:
@@ -162,14 +165,21 @@ class ChatClient:
         return _parse(content)
 
 
-def _parse(content: bytes) -> tuple[str, int]:
-    """Return the text of a chat completion, and the tokens that it says it took."""
+def _parse(content: bytes) -> tuple[str, tuple[int, int]]:
+    """Return the text of a chat completion, and the tokens that it says were read and written."""
     try:
         completion = json.loads(content)
         text = completion["choices"][0]["message"]["content"]
-        return str(text), int((completion.get("usage") or {}).get("total_tokens") or 0)
+        usage = completion.get("usage") or {}
+        written = int(usage.get("completion_tokens") or 0)
+        total = int(usage.get("total_tokens") or int(usage.get("prompt_tokens") or 0) + written)
+        return str(text or ""), (total - written, written)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {content[:100]!r}") from None
+
+
+def _tokens(kept: Mapping[str, Any]) -> tuple[int, int]:
+    return kept.get("read", kept.get("tokens", 0)), kept.get("written", 0)
 
 
 def _checked(url: str | None, name: str) -> str:

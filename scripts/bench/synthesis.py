@@ -8,8 +8,9 @@ faults    planted in questions of the embedded world (three seeds): what relabel
           random numbers and, with --judge, by a language model; precision and recall of every filter
 judges    gold@1 and AUC of the judges of --judge by kind of question
 hard      BM25's recall@10 on direct and on indirect questions, all of them answerable
-students  a tiny encoder (three seeds) on four kinds of labels, on what filters keep and on what they do not,
-          and on shuffled pairs; asked held-out questions with phrasings that no training question has
+students  a tiny encoder (three seeds) that learns from extracts of SQuAD with planted faults: four kinds of
+          labels, filtered or not, beside 200 and 2,000 real pairs, shuffled; asked people's questions
+minilm    the same with MiniLM (one seed), also on two collections that were not in training
 domain    a collection without training questions: the examples of --examples train MiniLM, which is held
           against itself frozen and BM25 on the human judgements of --collection
 """
@@ -30,7 +31,8 @@ from data.records import Passage, Qrels, Question
 from retriever_server.retriever import Scorer
 from retriever_server.training.synthesis.config import LabelRules, SynthesisConfig
 from retriever_server.training.synthesis.filters import make_filters
-from scripts.bench.synthesis_students import bm25, domain, students
+from scripts.bench.synthesis_domain import domain
+from scripts.bench.synthesis_students import bm25, minilm_students, tiny_students
 from scripts.bench.synthesis_templates import AtlasOracle, AtlasTemplates, RandomJudge, corpus_rows
 
 FAULTS = {"wrong_seed": 0.15, "duplicate": 0.2, "quote": 0.1, "unanswerable": 0.1}
@@ -47,8 +49,8 @@ CATCHES = {
 class Bench:
     """The folder of a measurement, with the corpus of the embedded world and its BM25."""
 
-    def __init__(self, out: Path, judge: str | None, drafts: int) -> None:
-        self.out, self.judge, self.drafts = out, judge, drafts
+    def __init__(self, out: Path, judge: str | None, drafts: int, data: str) -> None:
+        self.out, self.judge, self.drafts, self.data = out, judge, drafts, Path(data)
         self.oracle = AtlasOracle()
         if not (out / "corpus.jsonl").exists():
             write_jsonl(out / "corpus.jsonl", corpus_rows(self.oracle.world))
@@ -61,7 +63,7 @@ class Bench:
         from retriever_server.training.synthesis.results import write_results
 
         generator = AtlasTemplates(FAULTS)
-        settings = {"recipe": "fret", "limit": self.drafts, "per_passage": 2, "candidates": 10, **fields}
+        settings = {"recipe": "fret", "limit": self.drafts, "per_passage": 2, "candidates": 8, **fields}
         made = Synthesis(
             SynthesisConfig(
                 generator={"class_path": "AtlasTemplates"}, corpus=str(self.corpus.path), seed=seed,
@@ -86,7 +88,7 @@ def faults(bench: Bench) -> dict[str, Any]:
     if bench.judge:
         from retriever_server.training.synthesis.judges import QueryLikelihood
 
-        judges["query likelihood"] = QueryLikelihood(bench.judge)
+        judges["query likelihood"] = QueryLikelihood(bench.judge, dtype="bfloat16")
     found: dict[str, Any] = {"repairs": {}, "filters": []}
     for name, judge in judges.items():
         rows = []
@@ -122,29 +124,29 @@ def _repairs(bench: Bench, made: Any) -> dict[str, float]:
 
 
 def _filters(bench: Bench, made: Any) -> dict[str, Any]:
-    """Each filter alone: precision and recall of its own fault; the round trip and all: of good ones."""
+    """Each filter alone, and all: of what it keeps, free of its own fault; of the good ones, kept; ..."""
     drafts = list(_drafts(bench, made))
-    table: dict[str, Any] = {}
-    for name, options in FILTERS.items():
-        check = make_filters({name: options}, bench.corpus)[name]
-        caught = [isinstance(check(draft), str) for draft, _ in drafts]
-        own, any_fault = [CATCHES[name] in of for _, of in drafts], [bool(of) for _, of in drafts]
+    planted = Counter(fault for _, of in drafts for fault in of)
+    table: dict[str, Any] = {"planted": {name: round(n / len(drafts), 4) for name, n in planted.items()}}
+    for name in (*FILTERS, "all together"):
+        chosen = {name: FILTERS[name]} if name in FILTERS else FILTERS
+        own = {CATCHES[each] for each in chosen}
+        checks = make_filters(chosen, bench.corpus).values()
+        kept = [not any(isinstance(check(draft), str) for check in checks) for draft, _ in drafts]
+        rejected = [not each for each in kept]
+        faulty, caught = [bool(of) for _, of in drafts], [bool(own & of) for _, of in drafts]
         table[name] = {
-            "precision (any fault)": _scores(caught, any_fault, "reject")["reject precision"],
-            "recall (its own)": _scores(caught, own, "reject")["recall"],
+            "kept, free of its fault": 1 - _share(caught, kept),
+            "without fault, kept": _share(kept, [not each for each in faulty]),
+            "rejected, faulty": _share(faulty, rejected),
+            "its fault, rejected": _share(rejected, caught),
         }
-    checks = make_filters(FILTERS, bench.corpus)
-    left, good = [], [not of for _, of in drafts]
-    for draft, _ in drafts:
-        left.append(not any(isinstance(check(draft), str) for check in checks.values()))
-    table["all together"] = _scores(left, good, "keep")
-    trip = make_filters({"round_trip": {}}, bench.corpus)["round_trip"]
-    seeded = [
-        (draft, not ({"wrong_seed"} & of)) for draft, of in drafts if not ({"quote", "unanswerable"} & of)
-    ]
-    kept = [not isinstance(trip(draft), str) for draft, _ in seeded]
-    table["round trip, keeps right seeds"] = _scores(kept, [ok for _, ok in seeded], "keep")
+        table[name] = {what: round(value, 4) for what, value in table[name].items()}
     return table
+
+
+def _share(those: list[bool], among: list[bool]) -> float:
+    return sum(a for a, b in zip(those, among, strict=True) if b) / max(1, sum(among))
 
 
 def _drafts(bench: Bench, made: Any) -> Any:
@@ -166,12 +168,6 @@ def _drafts(bench: Bench, made: Any) -> Any:
         asked.add(normalize_unicode(query))
         hits = tuple(map(tuple, found["hits"]))
         yield Draft(row["id"], row["seed"], row["fields"], hits=hits, positive=row["seed"]), true
-
-
-def _scores(chosen: list[bool], true: list[bool], verb: str) -> dict[str, float]:
-    both = sum(a and b for a, b in zip(chosen, true, strict=True))
-    precision = both / max(1, sum(chosen))
-    return {f"{verb} precision": round(precision, 4), "recall": round(both / max(1, sum(true)), 4)}
 
 
 # ---- judges and hard queries ---------------------------------------------------------------------------
@@ -222,9 +218,8 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "faults": faults,
     "judges": judges,
     "hard": hard,
-    "students": lambda bench: students(
-        bench, [e for e in _questions(bench, "test", 1.0) if e[0].metadata["kind"] == "one_hop"], FILTERS
-    ),
+    "students": lambda bench: tiny_students(bench.out, bench.data, FAULTS, bench.drafts),
+    "minilm": lambda bench: minilm_students(bench.out, bench.data, FAULTS, bench.drafts),
 }
 
 
@@ -233,30 +228,35 @@ def main(
     parts: list[str] = ["faults", "hard", "students"],  # noqa: B006 (jsonargparse)
     judge: str | None = None,
     drafts: int = 1500,
+    data: str = "../shared/data",
     examples: str = "",
     collection: str = "",
     others: list[str] = [],  # noqa: B006
+    training: dict[str, Any] = {"epochs": 3.0, "learning_rate": 2e-5, "batch_size": 32},  # noqa: B006
 ) -> None:
     """Measure; print each part as it is done.
 
     Args:
         out: Folder that keeps what was measured.
-        parts: faults, judges, hard, students, domain.
+        parts: faults, judges, hard, students, minilm, domain.
         judge: A causal language model: folder, hub name or short name.
-        drafts: Queries of the embedded world.
+        drafts: Queries to write, about the embedded world or SQuAD.
+        data: Folder with squad/ and ir/, for students and minilm.
         examples: For domain: the examples of a synthesis over the collection.
         collection: For domain: folder with corpus.jsonl, queries.jsonl and qrels.tsv.
         others: For domain: collections that were not in training.
+        training: For domain: fields of a recipe of sleuth train-retriever; negatives: how many an example.
     """
     import json
 
-    bench = Bench(Path(out), judge, drafts)
+    bench = Bench(Path(out), judge, drafts, data)
     for part in parts:
         kept = Path(out) / f"{part}.json"
         if part not in (*PARTS, "domain"):
             raise ConfigError(f"parts: {part!r}: must be of {', '.join((*PARTS, 'domain'))}")
         if not kept.exists():
-            made = domain(bench, examples, collection, others) if part == "domain" else PARTS[part](bench)
+            asked = (bench.out, examples, collection, others, training)
+            made = domain(*asked) if part == "domain" else PARTS[part](bench)
             write_json(kept, made)
         print(part, json.dumps(read_json(kept), indent=1))
 

@@ -1,9 +1,11 @@
-"""A generator whose truth is known: questions about an embedded world, with planted faults; its judges."""
+"""Generators whose truth is known, with planted faults, and the judges that know it."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -12,14 +14,17 @@ from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
 from data.atlas.phrasings import ASKED, LOCATORS, SUMMIT_OF
 from data.atlas.questions import Ask, asks, put
-from data.atlas.world import Entity, World, load_world
+from data.atlas.world import World, load_world
+from data.corpus import Corpus
 from data.errors import ConfigError
 from data.records import Passage
 from retriever_server.retriever import Scorer
 from retriever_server.training.synthesis.drafts import Call, Written, draw_seed
+from retriever_server.training.synthesis.filters import content_words
 from retriever_server.training.synthesis.generators import Generator
 
 FAULTS = ("wrong_seed", "duplicate", "quote", "unanswerable")
+_NAME = re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: (?:of |the )?[A-Z][\w'-]+)*|\d[\d,.]*\d)\b")
 _UNTOLD = ("anthem", "national sport", "oldest bridge", "largest museum", "founder", "tallest tower")
 
 
@@ -46,13 +51,60 @@ class _OfWorld:
         return found
 
 
-class AtlasTemplates(_OfWorld, Generator):
-    """Writes {"task", "query", "answer", "kind"} for passages of a world, with shares of faults.
+class Planted(Generator):
+    """Writes {"task", "query", "answer", "kind"} for passages, with shares of faults.
 
-    wrong_seed: about another entity of the type: its passage answers it, the seed's does not. duplicate:
-    what the call before asked, where it was for the same passage. quote: a sentence of the passage.
-    unanswerable: something that no passage tells.
+    wrong_seed: about another passage like it, that answers it as the seed does not. duplicate: what the call
+    before asked, where it was for the same passage. quote: a sentence of the passage. unanswerable:
+    something that no passage tells.
     """
+
+    def __init__(self, faults: dict[str, float] | None, name: str) -> None:
+        self.faults = faults or {}
+        if wrong := [name for name in self.faults if name not in FAULTS]:
+            raise ConfigError(f"faults: {wrong[0]!r}: must be of {', '.join(FAULTS)}")
+        self.name = f"{name} {self.faults}"
+
+    @abstractmethod
+    def question(self, passage: Passage, wrong: bool, rng: random.Random) -> dict[str, str]:
+        """Return task, query, answer, kind, subject; `wrong`: of another passage. {} if there is none."""
+
+    def write(self, calls: Sequence[Call]) -> list[Written]:
+        """A JSON object for each call, and beside, where no recipe reads, the fault (a copy's is its own)."""
+        records: list[dict[str, str]] = []
+        for before, call in zip([None, *calls], calls, strict=False):
+            record = self.record(call.passage, call.seed) if call.passage else {}
+            again = before is not None and before.passage == call.passage and records[-1]
+            if again and record.get("fault") == "duplicate":
+                record = {**records[-1], "query": records[-1]["query"].lower()}
+            records.append(record)
+        return [
+            Written(
+                text := json.dumps(record),
+                len(call.prompt.split()),
+                len(text.split()),
+                refused="" if record else "nothing to ask of it",
+            )
+            for call, record in zip(calls, records, strict=True)
+        ]
+
+    def record(self, passage: Passage, seed: int) -> dict[str, str]:
+        """Return the text written for a passage with its planted fault; {} where there is nothing to ask."""
+        rng = random.Random(seed)
+        fault = rng.choices([*self.faults, ""], [*self.faults.values(), 1 - sum(self.faults.values())])[0]
+        made = self.question(passage, fault == "wrong_seed", rng)
+        if not made:
+            return {}
+        subject = made.pop("subject")
+        if fault == "quote":
+            made["query"] = rng.choice(passage.text.rstrip(".").split(". "))
+        if fault == "unanswerable":
+            made |= {"query": f"What is the {rng.choice(_UNTOLD)} of {subject}?", "answer": ""}
+        return {**made, "fault": fault}
+
+
+class AtlasTemplates(_OfWorld, Planted):
+    """Questions about the entities of a world."""
 
     def __init__(
         self,
@@ -61,57 +113,77 @@ class AtlasTemplates(_OfWorld, Generator):
         invented: int | None = None,
         world_seed: int = 0,
     ) -> None:
-        super().__init__(invented, world_seed)
-        self.faults, self.kinds = faults or {}, kinds or ["one_hop"]
-        if wrong := [name for name in self.faults if name not in FAULTS]:
-            raise ConfigError(f"faults: {wrong[0]!r}: must be of {', '.join(FAULTS)}")
-        self.name = f"templates {self.kinds} {self.faults} {invented} {world_seed}"
+        _OfWorld.__init__(self, invented, world_seed)
+        self.kinds = kinds or ["one_hop"]
+        Planted.__init__(self, faults, f"templates {self.kinds} {invented} {world_seed}")
 
-    def write(self, calls: Sequence[Call]) -> list[Written]:
-        """A JSON object for each call; the fault stands beside, under "fault", where recipes do not read."""
-        records: list[dict[str, str]] = []
-        for before, call in zip([None, *calls], calls, strict=False):
-            record = self.record(call.passage, call.seed) if call.passage else {}
-            again = before is not None and before.passage == call.passage
-            if record.get("fault") == "duplicate" and again:
-                record = {**records[-1], "query": records[-1]["query"].lower(), "fault": "duplicate"}
-            records.append(record)
-        texts = [json.dumps(record) for record in records]
-        return [
-            Written(
-                text,
-                len(call.prompt.split()),
-                len(text.split()),
-                refused="" if record else "not of this world",
-            )
-            for text, call, record in zip(texts, calls, records, strict=True)
-        ]
-
-    def record(self, passage: Passage, seed: int) -> dict[str, str]:
-        """Return the text written for a passage with its planted fault; {} of a passage of another world."""
-        rng = random.Random(seed)
-        fault = rng.choices([*self.faults, ""], [*self.faults.values(), 1 - sum(self.faults.values())])[0]
+    def question(self, passage: Passage, wrong: bool, rng: random.Random) -> dict[str, str]:
+        """As `Planted.question`; a wrong one is about another entity of the type."""
         entity = self.world.by_id.get(passage.id)
         if entity is None:
             return {}
-        entity = self._other(entity, rng) if fault == "wrong_seed" else entity
-        ask = self._ask(entity, rng)
-        query = put(ask, rng, True, "").text
-        if fault == "quote":
-            query = rng.choice(passage.text.rstrip(".").split(". "))
-        if fault == "unanswerable":
-            query = f"What is the {rng.choice(_UNTOLD)} of {entity.name}?"
-        task = f"Given a question about a {entity.type}, find the passage that answers it"
-        answer = "" if fault == "unanswerable" else ask.gold_answers[0]
-        return {"task": task, "query": query, "answer": answer, "kind": ask.kind, "fault": fault}
-
-    def _ask(self, entity: Entity, rng: random.Random) -> Ask:
+        if wrong:
+            same = [e for e in self.world.entities if e.type == entity.type and e.id != entity.id]
+            entity = rng.choice([e for e in same if self.asks.get(e.id)] or [entity])
         known = [ask for ask in self.asks.get(entity.id, ()) if ask.kind in self.kinds]
-        return rng.choice(known or self.asks[entity.id])
+        ask = rng.choice(known or self.asks[entity.id])
+        task = f"Given a question about a {entity.type}, find the passage that answers it"
+        query = put(ask, rng, True, "").text
+        return {
+            "task": task, "query": query, "answer": ask.gold_answers[0],
+            "kind": ask.kind, "subject": entity.name,
+        }  # fmt: skip
 
-    def _other(self, entity: Entity, rng: random.Random) -> Entity:
-        same = [e for e in self.world.entities if e.type == entity.type and e.id != entity.id]
-        return rng.choice([e for e in same if self.asks.get(e.id)] or [entity])
+
+class Extracts(Planted):
+    """Asks for a name or number of a sentence by a part of its other words: cloze queries of any text."""
+
+    def __init__(self, corpus: str, faults: dict[str, float] | None = None, share: float = 0.6) -> None:
+        """share: of the sentence's content words, how many a query has."""
+        self.corpus, self.share = Corpus(corpus), share
+        super().__init__(faults, f"extracts {self.corpus.content_hash} {share}")
+
+    def question(self, passage: Passage, wrong: bool, rng: random.Random) -> dict[str, str]:
+        """As `Planted.question`; a wrong one is about another passage of the same title."""
+        if wrong:
+            known = self._by_title[passage.title]
+            passage = self.corpus[rng.choice(known)] if len(known) > 1 else passage
+        found = [
+            (sentence, answer)
+            for sentence in re.split(r"(?<=[.!?]) ", passage.text)
+            for answer in _NAME.findall(sentence)
+            if len(content_words(sentence) - content_words(answer)) >= 5
+        ]
+        if not found:
+            return {}
+        sentence, answer = rng.choice(found)
+        number, year = answer[0].isdigit(), answer.isdigit() and len(answer) == 4
+        asked = "when" if year else "how many" if number else "what"
+        words = normalize_unicode(sentence.replace(answer, " ")).split()
+        words = [word for word in words if content_words(word)]
+        chosen = sorted(rng.sample(range(len(words)), max(4, round(self.share * min(12, len(words))))))
+        query = f"{asked} {' '.join(words[i] for i in chosen)}"
+        return {
+            "task": "Given a question, find the paragraph that answers it",
+            "query": query, "answer": answer, "kind": "extract", "subject": passage.title,
+        }  # fmt: skip
+
+    @cached_property
+    def _by_title(self) -> dict[str, list[int]]:
+        table: dict[str, list[int]] = {}
+        for position, passage in enumerate(self.corpus):
+            table.setdefault(passage.title, []).append(position)
+        return table
+
+
+class HasAllWords(Scorer):
+    """The truth about `Extracts`: 1 for passages with all content words of the query."""
+
+    name = "has all words"
+
+    def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
+        """1.0 or 0.0."""
+        return [float(content_words(q) <= content_words(f"many {p.title} {p.text}")) for q, p in pairs]
 
 
 class RandomJudge(Scorer):

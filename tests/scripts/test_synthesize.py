@@ -40,7 +40,9 @@ def test_the_command_writes_examples_with_repaired_seeds(atlas, tmp_path, capsys
     corpus = Corpus(atlas / "corpus.jsonl")
     examples = Examples(tmp_path / "examples.jsonl", corpus)
     assert len(examples) == summary["examples"] > 40 and summary["relabelled"] > 15
-    right = [oracle.score([(e.query.split("Query: ")[1], corpus.get(e.positives[0]))])[0] for e in examples]
+    positives = [next(p for p in corpus if p.id == e.positives[0]) for e in examples]
+    asked = [e.query.split("Query: ")[1] for e in examples]
+    right = oracle.score(list(zip(asked, positives, strict=True)))
     assert sum(right) / len(right) > 0.95
     assert f"{summary['examples']} examples in" in said and "tokens each" in said
 
@@ -100,6 +102,26 @@ def test_wrong_input_is_one_line(atlas, tmp_path, capsys, more, message):
     assert synthesize(atlas, tmp_path, *more) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said and said.startswith("sleuth: ")
+
+
+def test_interrupted_it_is_one_line_and_the_same_command_goes_on(atlas, tmp_path, capsys, monkeypatch):
+    write, asked = AtlasTemplates.write, []
+
+    def interrupted(self, calls):
+        asked.append(calls)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return write(self, calls)
+
+    monkeypatch.setattr(AtlasTemplates, "write", interrupted)
+    more = ("--limit", "60", "--batch", "16")
+    assert synthesize(atlas, tmp_path / "a", *more) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"sleuth: interrupted; the same command goes on: {tmp_path / 'a'} keeps what is done"
+    assert synthesize(atlas, tmp_path / "a", *more) == synthesize(atlas, tmp_path / "b", *more) == 0
+    assert len(asked) == 2 + 3 + 4
+    examples = [(tmp_path / of / "examples.jsonl").read_bytes() for of in "ab"]
+    assert examples[0] == examples[1]
 
 
 @pytest.mark.parametrize(

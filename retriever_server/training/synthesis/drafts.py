@@ -30,8 +30,8 @@ class Written:
 
     text: str
     prompt_tokens: int = 0
+    """Those of both together where that is all an endpoint tells."""
     new_tokens: int = 0
-    """Its tokens; of both together where that is all an endpoint tells."""
     logprob: float | None = None
     """Mean log-probability of its tokens, where the generator tells it."""
     refused: str = ""

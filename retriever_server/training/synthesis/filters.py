@@ -27,6 +27,7 @@ from retriever_server.training.synthesis.drafts import Draft
 Check = Callable[[Draft], Draft | str]
 _WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 _STOP, _EMPTY = frozenset(_WORDS["stop"].split()), frozenset(_WORDS["empty"].split())
+_ASKS = frozenset(_WORDS["asks"].split())
 _FUNCTION_WORDS = {name: frozenset(words.split()) for name, words in _WORDS["function_words"].items()}
 _POINTS_AT = re.compile(
     rf"\b(this|the|that|these|above|given|following)\s+(\w+\s+)?({'|'.join(_WORDS['points_at'].split())})s?\b",
@@ -114,7 +115,7 @@ def vague(corpus: Corpus, least_content_words: int = 2) -> Check:
 def quotes(corpus: Corpus, most_words: int = 8, most_share: float = 0.75) -> Check:
     """A query is no quote: no run of more than `most_words`, nor of `most_share` of it, is the passage's.
 
-    The share counts for queries of at least five words.
+    The share counts for queries of at least five words that do not begin like a question.
     """
 
     def check(draft: Draft) -> Draft | str:
@@ -124,13 +125,10 @@ def quotes(corpus: Corpus, most_words: int = 8, most_share: float = 0.75) -> Che
             return draft
         text = normalize_unicode(passage.text).split()
         run = SequenceMatcher(None, query, text, autojunk=False).find_longest_match().size
-        return "quotes the passage" if run > most_words or _is_most(run, query, most_share) else draft
+        most = len(query) >= 5 and query[0] not in _ASKS and run > most_share * len(query)
+        return "quotes the passage" if run > most_words or most else draft
 
     return check
-
-
-def _is_most(run: int, query: list[str], share: float) -> bool:
-    return len(query) >= 5 and run > share * len(query)
 
 
 def duplicates(corpus: Corpus, similarity: float = SIMILARITY) -> Check:

@@ -22,6 +22,8 @@ class Generator(ABC):
 
     name: str
     """The model and its settings, kept in the provenance."""
+    url = ""
+    """The address of the endpoint, if it is one."""
 
     @abstractmethod
     def write(self, calls: Sequence[Call]) -> list[Written]:
@@ -52,6 +54,7 @@ class Chat(Generator):
         told = json.dumps([system, self._options], sort_keys=True).encode()
         self.name = f"chat {model}" + (f" {sha256(told).hexdigest()[:8]}" if system or options else "")
         kept = Path(cache) if cache else None
+        self.url = url
         self._client = ChatClient(
             url, "generator", api_key_file, timeout_seconds, max_concurrent, max_calls, max_tokens, kept
         )
@@ -67,7 +70,7 @@ class Chat(Generator):
         return [
             Written("", refused="refused by the endpoint")
             if isinstance(each, ChatError)
-            else Written(each, new_tokens=self._client.tokens_of(body))
+            else Written(each, *self._client.tokens_of(body))
             for body, each in zip(bodies, outcomes, strict=True)
         ]
 

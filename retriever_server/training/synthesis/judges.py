@@ -137,7 +137,7 @@ class ChatJudge(Scorer):
         judgements: str | None = None,
     ) -> None:
         """judgements: the file that keeps replies; max_calls, max_tokens: the budget."""
-        self.name, self._model, self._prompt = f"chat {model}", model, prompt
+        self.name, self.url, self._model, self._prompt = f"chat {model}", url, model, prompt
         kept = Path(judgements) if judgements else None
         self._client = ChatClient(
             url, "judge", api_key_file, timeout_seconds, max_concurrent, max_calls, max_tokens, kept

@@ -21,16 +21,20 @@ class HeldOut:
 
         self._questions, self._texts = Seen(), set[str]()
         for each in sets if shared != "all" else ():
-            for question in load_queries(each.queries):
+            asked = load_queries(each.queries)
+            for question in asked:
                 self._questions.add(question.text, question.id)
             if each.qrels and shared == "nothing":
-                self._texts |= self._gold_texts(each, Corpus(each.corpus) if each.corpus else corpus)
+                there = Corpus(each.corpus) if each.corpus else corpus
+                self._texts |= self._gold_texts(each, {question.id for question in asked}, there)
 
     @staticmethod
-    def _gold_texts(given: EvaluationSet, corpus: Corpus | None) -> set[str]:
+    def _gold_texts(given: EvaluationSet, asked: set[str], corpus: Corpus | None) -> set[str]:
+        """The texts that are relevant to these questions: qrels may judge others, too."""
         from data.formats.trec import load_qrels
 
-        ids = {id_ for of in load_qrels(given.qrels or "").values() for id_, grade in of.items() if grade > 0}
+        judged = load_qrels(given.qrels or "").items()
+        ids = {id_ for query, of in judged if query in asked for id_, grade in of.items() if grade > 0}
         found = [corpus.get(id_) for id_ in sorted(ids)] if corpus is not None else []
         texts = {_shown(passage.text) for passage in found if passage is not None}
         if not texts:

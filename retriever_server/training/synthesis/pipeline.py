@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -36,6 +37,7 @@ from retriever_server.training.synthesis.leakage import HeldOut
 from retriever_server.training.synthesis.parsing import Unparsable, parse_list
 from retriever_server.training.synthesis.recipes import Recipe, fill, load_recipe, with_sampling
 
+_log = logging.getLogger(__name__)
 STAGES = "stages.json"
 Rows = Callable[[range], Iterable[Mapping[str, Any]]]
 
@@ -267,7 +269,12 @@ class Synthesis:
                 raise ConfigError(
                     f"{made[0]}: was made by other settings; give another --out, or remove it to make it anew"
                 )
-        noted = {"format_version": FORMAT_VERSION, "corpus": _hash(self.corpus), **prints}
+        asked = (self.generator, *self.judges)
+        urls = {each.name: url for each in asked if (url := getattr(each, "url", ""))}
+        for name, url in urls.items():
+            if (before := known.get("urls", {}).get(name, url)) != url:
+                _log.warning("%s: is asked at %s; what %s wrote before stays", name, url, before)
+        noted = {"format_version": FORMAT_VERSION, "corpus": _hash(self.corpus), "urls": urls, **prints}
         write_json(self.folder / STAGES, noted)
 
     def _fingerprints(self) -> dict[str, str]:
@@ -296,7 +303,7 @@ class Synthesis:
         return found
 
 
-def check_corpus(folder: Path, corpus: Corpus | None) -> dict[str, str]:
+def check_corpus(folder: Path, corpus: Corpus | None) -> dict[str, Any]:
     """What is noted of the stages in a folder. Raises DataError where they were begun with another corpus."""
     known = read_json(folder / STAGES) if (folder / STAGES).exists() else {}
     if known.get("corpus", _hash(corpus)) != _hash(corpus):

@@ -51,6 +51,24 @@ def test_a_reply_that_cannot_be_parsed_is_an_error_and_asked_again():
         assert len(server.seen) == 3
 
 
+def test_tokens_read_and_written_are_told_apart_and_kept(tmp_path):
+    told = [
+        {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}, {"total_tokens": 9}, {},
+        {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 12}, {"prompt_tokens": 7}, None,
+    ]  # fmt: skip
+    usages, requests = iter(told), bodies(*"abcdef")
+
+    def answer(body):
+        return 200, {"choices": [{"message": {"content": "x"}}], "usage": next(usages)}
+
+    with answering(v1__chat__completions=answer) as server:
+        for _ in range(2):  # the second time from the file
+            client = ChatClient(f"{server.url}/v1", max_concurrent=1, cache=tmp_path / "chat.jsonl")
+            client.ask(requests, str)
+            took = [client.tokens_of(request) for request in requests]
+            assert took == [(7, 2), (9, 0), (0, 0), (10, 2), (7, 0), (0, 0)]
+
+
 def test_tokens_are_a_budget_too_after_a_restart_as_well(tmp_path):
     with answering(v1__chat__completions=echo) as server:
         settings = {"max_tokens": 8, "max_concurrent": 1, "cache": tmp_path / "chat.jsonl"}
@@ -87,7 +105,23 @@ def test_retry_after_is_honoured_where_it_is_worth_it(saying_when):
     start = time.monotonic()
     assert asyncio.run(ask("1"))[0] == ["A"] and time.monotonic() - start >= 1
     [[error], server] = asyncio.run(ask("3600"))
-    assert "1 try failed (answered 429)" in str(error) and len(server.requests) == 1
+    assert "1 try failed (answered 429, to wait 3600 s)" in str(error) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("busy, outcome", [(4, "A"), (5, "5 tries failed (answered 429, to wait 1 s)")])
+def test_a_server_that_says_when_is_asked_for_the_time_of_a_request(monkeypatch, busy, outcome):
+    import asyncio
+
+    from tests.retriever_server.client.test_search_client import FlakyServer
+
+    async def ask():
+        full = (429, {"retry-after": "1"}, "busy")
+        async with FlakyServer(*[full] * busy, (200, {}, json.dumps(completion("A")))).running() as server:
+            client = ChatClient(server.url, timeout_seconds=4.0)
+            monkeypatch.setattr(time, "sleep", lambda seconds: None)
+            return await asyncio.to_thread(client.ask, bodies("a"), str)
+
+    assert outcome in str(asyncio.run(ask())[0])
 
 
 @pytest.mark.parametrize("url", [None, "", "localhost:8000", "http://x:99999/v1"])

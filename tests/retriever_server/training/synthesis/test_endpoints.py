@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from data.errors import RunStopped, SleuthError, StorageError
+from data.errors import ConfigError, RunStopped, SleuthError, StorageError
 from retriever_server.client import retries
 from retriever_server.client.chat import ChatError
 from retriever_server.training.synthesis.generators import Chat, Scripted
@@ -140,6 +140,28 @@ def test_a_chat_judge_scores_or_abstains_and_stops_where_the_endpoint_fails(tmp_
         assert first == 80 and second != second
     with pytest.raises(SleuthError, match="judge http"):
         ChatJudge("http://127.0.0.1:9/v1").score(pairs)
+
+
+def test_tokens_are_counted_as_read_and_written_and_a_moved_endpoint_is_said(tmp_path, caplog):
+    def answer(body):
+        status, reply = Endpoint()(body)
+        return status, {**reply, "usage": {"prompt_tokens": 40, "completion_tokens": 10, "total_tokens": 50}}
+
+    with answering(v1__chat__completions=answer, v2__chat__completions=answer) as server:
+        summary = synthesize(run(tmp_path, chat(server, tmp_path), limit=8))
+        assert summary["tokens"] == {"read": 320, "written": 80}
+        assert not caplog.records
+        moved = Chat(f"{server.url}/v2", cache=str(tmp_path / "replies.jsonl"))
+        synthesize(run(tmp_path, moved))
+    [said] = [record.message for record in caplog.records]
+    assert said == f"chat default: is asked at {server.url}/v2; what {server.url}/v1 wrote before stays"
+
+
+def test_another_model_refuses_what_the_first_one_wrote(tmp_path):
+    with answering(v1__chat__completions=Endpoint()) as server:
+        synthesize(run(tmp_path, chat(server, tmp_path, model="a"), limit=8))
+        with pytest.raises(ConfigError, match=r"generated\.jsonl: was made by other settings"):
+            synthesize(run(tmp_path, chat(server, tmp_path, model="b")))
 
 
 def test_another_system_prompt_or_option_is_another_generator():

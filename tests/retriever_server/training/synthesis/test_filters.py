@@ -47,6 +47,8 @@ CASES = [
     ("vague", "authors who measured rivers in miles", {}, ""),
     ("quotes", "river amadro rises near mount", {}, "quotes the passage"),
     ("quotes", "amadro rises", {}, ""),
+    ("quotes", "what river amadro rises near mount", {}, ""),  # a question in the passage's words
+    ("quotes", "where the river amadro rises near mount amadrous and is 90 miles", {}, "quotes the passage"),
     ("quotes", "how many miles long is the amadro", {}, ""),
     ("answerable", "q", {"fields": {"answer": "90"}}, ""),
     ("answerable", "q", {"fields": {"answer": "The AMADRO us"}}, "answer not in the passage"),
@@ -78,7 +80,8 @@ def test_options_of_filters(corpus):
 def test_negatives_within_the_margin_are_dropped(corpus):
     given = draft("q", negatives=("a", "b", "c"), labels={"amadro": 5.0, "a": 4.9, "b": 3.0})
     check = make_filters({"false_negatives": {"margin": 1.0}}, corpus)["false_negatives"]
-    assert check(given).negatives == ("b", "c")  # c has no score: it stays
+    kept = check(given)
+    assert isinstance(kept, Draft) and kept.negatives == ("b", "c")  # c has no score: it stays
     close = draft("q", negatives=("a",), labels={"amadro": 5.0, "a": 4.9})
     assert check(close) == "all negatives may be positives"
     assert reason(corpus, "false_negatives", close, share=0.01) == ""
@@ -137,6 +140,14 @@ def test_evaluation_questions_and_their_gold_passages_leak(tmp_path, corpus):
         )
         == ""
     )
+
+
+def test_passages_that_are_gold_for_other_questions_of_the_qrels_are_free(tmp_path, corpus):
+    given = evaluation(tmp_path)
+    with open(tmp_path / "qrels.tsv", "a") as file:
+        file.write("train1\tamalmo\t1\n")
+    held = HeldOut([given], corpus, "nothing")
+    assert held.holds(corpus.get("amadro")) and not held.holds(corpus.get("amalmo"))
 
 
 def test_qrels_of_another_corpus_are_refused(tmp_path, corpus):
