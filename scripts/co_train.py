@@ -51,6 +51,8 @@ class CoTrainConfig:
     """Labeller that makes a passage positive (see `sleuth mine`)."""
     style: Literal["query", "question", "history"] = "query"
     """Text that a new retriever learns from, and is asked once it serves."""
+    negatives: int = 1
+    """Passages a search showed beside a useful one, for each example of the retriever."""
     k: int = 3
     """Passages a search shows, at the gate as to the policy."""
     max_plain_loss: float = 0.01
@@ -140,7 +142,11 @@ class _Loop:
 
     def train(self, state: State) -> State:
         folder = self._folder(state)
-        source = [{"examples": str(folder / "examples.jsonl"), "corpus": self.config.corpus}]
+        source = [{
+            "examples": str(folder / "examples.jsonl"),
+            "corpus": self.config.corpus,
+            "negatives": self.config.negatives,
+        }]  # fmt: skip
         given = {
             "config": self.config.retriever_recipe,
             "train": json.dumps(source),

@@ -100,12 +100,18 @@ def answer(searches: Searches) -> list[Judgement]:
     """Label by a gold answer that stands in a passage of a correct trajectory.
 
     Where one passage of a search holds it the others are WEAK. A search that shows none stays UNKNOWN: what
-    leads to another search holds no answer either.
+    leads to another search holds no answer either. An answer that the question names, as one of two to
+    choose from, is no evidence: it stands in any passage about it.
     """
     question = searches.question
 
+    def named(text: str, answers: Sequence[str]) -> bool:
+        return cover_em(text, answers, question.normalizer) == 1.0
+
+    answers = [each for each in question.gold_answers if not named(question.text, [each])]
+
     def holds(passage: Passage) -> bool:
-        return cover_em(passage.contents, question.gold_answers, question.normalizer) == 1.0
+        return named(passage.contents, answers)
 
     found = [[searches.is_correct and holds(p) for p in call.passages] for call in searches.calls]
     return [_by_use(call, useful) for call, useful in zip(searches.calls, found, strict=True)]

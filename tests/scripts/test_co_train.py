@@ -83,6 +83,7 @@ def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_p
     second = found.ran[7][1]
     assert second["retriever"] == str(tmp_path / "round-0" / "index")
     assert second["policy"] == str(tmp_path / "round-0" / "policy" / "checkpoints" / "last")
+    assert json.loads(found.ran[3][1]["train"])[0]["negatives"] == 1
     assert found.ran[2][1]["held_out"] == str(atlas / "dev.jsonl")
     first, later = (read_ids(tmp_path / f"round-{n}" / "questions.jsonl") for n in (0, 1))
     assert len(first) == len(later) == 8 and not first & later

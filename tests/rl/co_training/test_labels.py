@@ -63,6 +63,12 @@ def test_labels_are_those_worked_out_by_hand(labeller, expected, tmp_path):
     assert labels_of(TWO_HOPS, labeller, tmp_path) == expected
 
 
+def test_an_answer_that_the_question_names_labels_nothing(tmp_path):
+    choice = TWO_HOPS | {"question": "Is the builder from Paris or from Dijon?"}
+    labels = labels_of(choice, "answer", tmp_path)
+    assert {kind for call in labels for kind in call.values()} == {"unknown"}
+
+
 def test_the_answer_labels_nothing_in_a_wrong_trajectory(tmp_path):
     labels = labels_of(TWO_HOPS | {"answer": "Paris"}, "answer", tmp_path)
     assert {kind for call in labels for kind in call.values()} == {"unknown"}
