@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.config import EngineConfig
-from data.errors import ConfigError
+from data.errors import ConfigError, require, require_range
 from rl.config import ProtocolConfig
 
 if TYPE_CHECKING:
@@ -20,78 +20,79 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def main(
-    trajectory: Path,
-    retriever: str,
-    turn: int = 0,
-    id: str | None = None,
-    policy: str | None = None,
-    samples: int = 1,
-    temperature: float | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
-    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
-    deadline_seconds: float = 60.0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> None:
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Replay a recorded trajectory with another retriever."""
+
+    trajectory: Path
+    """Folder of an evaluation, or its trajectories.jsonl."""
+    retriever: str
+    """The other one: URL of a server, folder of an index or a .yaml file; none finds nothing."""
+    turn: int = 0
+    """Turn whose query it is asked, from 0, as in the searches on record."""
+    id: str | None = None
+    """Id of the trajectory, where the file holds several."""
+    policy: str | None = None
+    """Folder, hub name, or one that comes with Sleuth; none: that of the evaluation."""
+    samples: int = 1
+    """Continuations of either side; several need a temperature."""
+    temperature: float | None = None
+    """Of sampling; none: 0 (greedy) for one sample, else 1."""
+    seed: int = 0
+    """Of sampling."""
+    out: Path | None = None
+    """Folder for both, as evaluations, and a report of them side by side."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    deadline_seconds: float = 60.0
+    """How long a search is retried."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "", ">= 1", "samples")
+        many = self.samples > 1 and not self.heat
+        require(not many, "temperature", self.temperature, f"> 0 for {self.samples} samples")
+
+    @property
+    def heat(self) -> float:
+        """The temperature of sampling."""
+        return float(self.samples > 1) if self.temperature is None else self.temperature
+
+
+def main(config: ReplayConfig) -> None:
     """Show what would have happened had another retriever answered the query of a turn, and all later ones.
 
     The tokens before are those on record: `sleuth evaluate --keep_tokens` keeps them. With several samples
     the shares of right answers after the passages on record and after the other's are compared.
-
-    Args:
-        trajectory: Folder of an evaluation, or its trajectories.jsonl.
-        retriever: The other one: URL of a server, folder of an index or a .yaml file; none finds nothing.
-        turn: Turn whose query it is asked, from 0, as in the searches on record.
-        id: Id of the trajectory, where the file holds several.
-        policy: Folder, hub name, or one that comes with Sleuth; none: that of the evaluation.
-        samples: Continuations of either side; several need a temperature.
-        temperature: Of sampling; none: 0 (greedy) for one sample, else 1.
-        seed: Of sampling.
-        out: Folder for both, as evaluations, and a report of them side by side.
-        protocol: Where the protocol differs from the evaluation's, or the policy's own.
-        engine: What samples: this process, or vLLM servers.
-        deadline_seconds: How long a search is retried.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
     """
     from agent.evaluation.evaluate import check_folder
-    from agent.replay import until
-    from data.errors import require
+    from agent.replay import replay, resample, until
     from scripts.wiring import fingerprint, open_agent
 
-    require(samples >= 1, "samples", samples, ">= 1")
-    heat = float(samples > 1) if temperature is None else temperature
-    require(samples == 1 or heat > 0, "temperature", heat, f"> 0 for {samples} samples")
-    recorded, settings = read_trajectory(trajectory, id)
-    until(recorded, turn, observed=samples > 1)
-    for side in ("original", "replay") if out else ():
-        check_folder(Path(out or "") / side)
-    policy = policy or _policy_of(settings, trajectory)
-    protocol = _protocol_of(settings, protocol)
-    opened = open_agent(
-        policy, retriever, protocol, heat, samples, device, dtype, deadline_seconds, engine=engine
-    )
-    if settings.get("weights", fingerprint(opened.policy.model)) != fingerprint(opened.policy.model):
+    recorded, settings = read_trajectory(config.trajectory, config.id)
+    until(recorded, config.turn, observed=config.heat > 0)
+    for side in ("original", "replay") if config.out else ():
+        check_folder(Path(config.out or "") / side)
+    policy = config.policy or _policy_of(settings, config.trajectory)
+    sampling = config.heat, config.samples, config.device, config.dtype, config.deadline_seconds
+    protocol = _protocol_of(settings, config.protocol)
+    opened = open_agent(policy, config.retriever, protocol, *sampling, engine=config.engine)
+    if settings.get("weights") not in (None, fingerprint(opened.policy.model)):
         logger.warning("%s is not the policy that wrote the trajectory: its weights are others", policy)
+    given = opened.agent, recorded, config.turn, config.samples, config.seed
 
     async def both() -> tuple[list[Trajectory], list[Trajectory]]:
-        from agent.replay import replay, resample
-
         async with opened:
             await opened.check()
-            other = await replay(opened.agent, recorded, turn, samples, seed)
-            if samples == 1 and not heat:
-                return [recorded], other
-            return await resample(opened.agent, recorded, turn, samples, seed), other
+            return await resample(*given) if config.heat else [recorded], await replay(*given)
 
     before, after = asyncio.run(both())
-    _show(before, after, turn, retriever, opened.agent.spoken)
-    if out:
-        asked = {"trajectory": str(trajectory), "turn": turn, "seed": seed, **opened.settings()}
-        print(_write(out, before, after, {"policy": policy, **asked}, retriever))
+    _show(before, after, config, opened.agent.spoken)
+    if config.out:
+        print(_write(config.out, before, after, config, {"policy": policy, **opened.settings()}))
 
 
 def read_trajectory(path: Path, id_: str | None) -> tuple[Trajectory, dict[str, Any]]:
@@ -122,12 +123,12 @@ def _protocol_of(settings: dict[str, Any], asked: ProtocolConfig) -> ProtocolCon
     """The protocol of the evaluation, but for what is asked."""
     known = settings.get("protocol", {})
     changed = {key: value for key, value in asdict(asked).items() if value is not None}
-    own = {field.name: known[field.name] for field in fields(asked) if field.name in known}
+    own = {each.name: known[each.name] for each in fields(asked) if each.name in known}
     return replace(asked, **own | changed)
 
 
 def _show(
-    before: list[Trajectory], after: list[Trajectory], turn: int, retriever: str, protocol: Protocol
+    before: list[Trajectory], after: list[Trajectory], config: ReplayConfig, protocol: Protocol
 ) -> None:
     """Print the common beginning, then what differs side by side."""
     import sys
@@ -140,13 +141,13 @@ def _show(
     from scripts.console import visible
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
-    question = before[0].question
+    question, turn, other = before[0].question, config.turn, f"with {config.retriever}"
     console.print(Text(visible(f"{question.text}  (gold: {' | '.join(question.gold_answers)})")))
     for at in range(turn + 1):
         for line in _told(before[0], at, protocol, passages=at < turn):
             console.print(Text(visible(line)))
     table = Table(box=SIMPLE_HEAD, show_edge=False, expand=True)
-    for title in ("on record", f"with {retriever}"):
+    for title in ("on record", other):
         table.add_column(Text(visible(title)), ratio=1)
     sides = [_rest(side[0], turn, protocol) for side in (before, after)]
     for lines in zip_longest(*sides, fillvalue=""):
@@ -154,7 +155,7 @@ def _show(
     console.print(table)
     if len(before) > 1:
         shares = [sum(map(_right, side)) / len(side) for side in (before, after)]
-        said = f"on record {shares[0]:.3f}, with {retriever} {shares[1]:.3f}"
+        said = f"on record {shares[0]:.3f}, {other} {shares[1]:.3f}"
         console.print(Text(visible(f"EM of {len(before)} continuations: {said}")))
 
 
@@ -187,13 +188,18 @@ def _told(
 
 
 def _write(
-    out: Path, before: list[Trajectory], after: list[Trajectory], settings: dict[str, Any], retriever: str
+    out: Path,
+    before: list[Trajectory],
+    after: list[Trajectory],
+    config: ReplayConfig,
+    settings: dict[str, Any],
 ) -> Path:
     """Write both sides as evaluations, and their report."""
     from agent.evaluation.evaluate import evaluate
     from agent.evaluation.report.page import write_report
 
-    for name, side, asked in (("original", before, "on record"), ("replay", after, retriever)):
+    settings |= {"trajectory": str(config.trajectory), "turn": config.turn, "seed": config.seed}
+    for name, side, asked in (("original", before, "on record"), ("replay", after, config.retriever)):
 
         async def told(todo, on_finished, side=side) -> None:
             for trajectory in side:
