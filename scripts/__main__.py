@@ -53,6 +53,7 @@ COMMANDS = {
     "audit": Command("scripts.audit", "which questions a corpus can answer at all"),
     "mine": Command("scripts.mine", "hard negatives, teachers' labels, query crops to train retrievers with"),
     "synthesize": Command("scripts.synthesize", "examples that a language model writes from passages"),
+    "score-searches": Command("scripts.score_searches", "what passages of an agent's searches were worth"),
     "gate": Command("scripts.gate", "whether a new retriever may take the place of the old one"),
     "co-train": Command("scripts.co_train", "policy and retriever train each other, in rounds"),
     "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),

@@ -139,7 +139,7 @@ def opened(searches: Searches) -> list[Judgement]:
     search is no negative. Nothing opened leaves a search UNKNOWN.
     """
     asked = [
-        _opened_after(searches.calls, at) if call.tool == SEARCH.name else set()
+        set(opened_pages(searches.calls, at)) if call.tool == SEARCH.name else set()
         for at, call in enumerate(searches.calls)
     ]
     anywhere = set[str]().union(*asked)
@@ -210,14 +210,14 @@ def _by_use(call: Searched, useful: Sequence[bool]) -> Judgement:
     return {p.id: Label.POSITIVE if use else other for p, use in zip(call.passages, useful, strict=True)}
 
 
-def _opened_after(calls: Sequence[Searched], at: int) -> set[str]:
-    """Ids of the passages opened before the next search: asked for by id, or by number in this search."""
-    shown, pages = calls[at].passages, set[str]()
+def opened_pages(calls: Sequence[Searched], at: int) -> dict[str, Searched]:
+    """The pages opened before the next search, asked for by id or by number in this one, with their calls."""
+    shown, pages = calls[at].passages, dict[str, Searched]()
     for call in calls[at + 1 :]:
         if call.tool != OPEN_PAGE.name:
             break
         number = int(call.query) if call.query.isascii() and call.query.isdecimal() else 0
-        pages.add(shown[number - 1].id if 0 < number <= len(shown) else call.query)
+        pages[shown[number - 1].id if 0 < number <= len(shown) else call.query] = call
     return pages
 
 
