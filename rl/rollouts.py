@@ -25,8 +25,8 @@ from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
 from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
-from data.answers import exact_match
 from data.errors import EngineError, RunStopped
+from rl.algorithm.rewards import score_answer
 from rl.groups import OpenGroup
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
     stops = Counter(t.stop_reason for t in trajectories)
     scored = [reward for _, reward in pairs if not reward.error]
     names = scored[0].parts if scored else ()
-    right = [t for t in trajectories if exact_match(t.answer, t.question.gold_answers)]
+    right = [t for t in trajectories if score_answer("em", t)]
     return {
         "reward/mean": average([r.total for r in scored]),
         "reward/group_std": average([pstdev([r.total for r in g.rewards]) for g in groups]),

@@ -16,6 +16,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from agent.evaluation.measures import gold_passages
@@ -50,7 +51,8 @@ class World:
     """What controls search instead: the corpus, where one is known, and the gold passages of questions."""
 
     corpus: Corpus | None
-    gold: Mapping[str, Sequence[Passage]]
+    gold: Mapping[str, Sequence[Sequence[Passage]]]
+    """By question: of each title or id that names gold its passages, first those that hold an answer."""
 
     def allows(self, name: str, question: Question) -> bool:
         """Return whether the control can be made of the question."""
@@ -60,10 +62,7 @@ class World:
 
 
 def make_world(corpus: Corpus | None, questions: Sequence[Question]) -> World:
-    """Look up the gold passages of all questions in one pass over the corpus.
-
-    Of a document with several passages of the title, those that hold an answer come first.
-    """
+    """Look up the gold passages of all questions in one pass over the corpus."""
     wanted: dict[str, set[str]] = {"id": set(), "title": set()}
     for question in questions:
         names, field = gold_passages(question)
@@ -76,10 +75,10 @@ def make_world(corpus: Corpus | None, questions: Sequence[Question]) -> World:
     return World(corpus, {question.id: _gold_of(question, found) for question in questions})
 
 
-def _gold_of(question: Question, found: Mapping[tuple[str, str], list[Passage]]) -> list[Passage]:
+def _gold_of(question: Question, found: Mapping[tuple[str, str], list[Passage]]) -> list[list[Passage]]:
     names, field = gold_passages(question)
     return [
-        max(found[field, name], key=lambda passage: _holds_answer(passage, question))
+        sorted(found[field, name], key=lambda passage: -_holds_answer(passage, question))
         for name in sorted(names)
         if (field, name) in found
     ]
@@ -94,13 +93,12 @@ def control_agent(name: str, agent: Agent, world: World, question: Question, see
         once = replace(agent.protocol, max_turns=min(1, agent.protocol.max_turns))
         return replace(agent, protocol=once, searcher=_Asks(agent.searcher, question))
     gold = list(world.gold.get(question.id, ()))
+    in_turn = [passage for rank in zip_longest(*gold) for passage in rank if passage]
     searchers: dict[str, Callable[[], Searcher]] = {
         "closed_book": lambda: _Shows([]),
         "random": lambda: _Draws(world.corpus, f"{seed}/{question.id}"),  # type: ignore[arg-type]
-        "oracle": lambda: _Shows(_hits(gold)),
-        "evidence_present": lambda: _Without(agent.searcher, question, gold, gold),
-        "evidence_replaced": lambda: _Without(agent.searcher, question, gold, None),
-        "evidence_removed": lambda: _Without(agent.searcher, question, gold, []),
+        "oracle": lambda: _Shows(_hits(in_turn)),
+        **dict.fromkeys(PAIRS, lambda: _Without(agent.searcher, question, gold, name)),
     }
     return replace(agent, searcher=searchers[name]())
 
@@ -144,16 +142,16 @@ class _Asks:
 
 
 class _Without:
-    """A searcher that shows what the question finds, with the gold passages present, replaced or removed.
+    """A searcher that shows what the question finds, with the evidence present, replaced or removed (PAIRS).
 
-    As many passages as k, or as gold ones if there are more: with `shown` these first; None: only others,
-    as many; []: the others alone, fewer by the gold ones.
+    Evidence is the first passage of each gold title or id; the others are none of gold and hold no answer.
+    Present: evidence first, k in all; replaced: so many others; removed: the same less the evidence.
     """
 
     def __init__(
-        self, searcher: Searcher, question: Question, gold: list[Passage], shown: list[Passage] | None
+        self, searcher: Searcher, question: Question, gold: Sequence[Sequence[Passage]], control: str
     ) -> None:
-        self._searcher, self._question, self._gold, self._shown = searcher, question, gold, shown
+        self._searcher, self._question, self._gold, self._control = searcher, question, gold, control
         self._list: _Shows | None = None
 
     async def search(self, query: Any, k: int) -> list[Hit]:
@@ -162,17 +160,16 @@ class _Without:
         return await self._list.search(query, k)
 
     async def _make(self, k: int) -> list[Hit]:
-        names = {passage.id for passage in self._gold}
-        found = await self._searcher.search(self._question.text, _OTHERS + k)
+        evidence = _hits(passages[0] for passages in self._gold)
+        gold = {passage.id for passages in self._gold for passage in passages}
         others = [
             hit
-            for hit in found
-            if hit.passage.id not in names and not _holds_answer(hit.passage, self._question)
+            for hit in await self._searcher.search(self._question.text, _OTHERS + k)
+            if hit.passage.id not in gold and not _holds_answer(hit.passage, self._question)
         ]
-        total = max(k, len(self._gold))
-        if self._shown is None:
-            return others[:total]
-        return _hits(self._shown) + others[: total - len(self._gold)]
+        total = max(k, len(evidence))
+        beside = others[: total - len(evidence)]
+        return dict(zip(PAIRS, (evidence + beside, others[:total], beside), strict=True))[self._control]
 
 
 def _hits(passages: Iterable[Passage]) -> list[Hit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from agent.evaluation.records import judge_answer
@@ -31,6 +32,7 @@ def evidence(question: Question, searches: Sequence[SearchRecord]) -> dict[str, 
     evidence_recall: share of the gold passages that any search found; None where the question names none.
     searches_after_evidence: searches made once all of them had been found; None where they never were.
     novelty: of each search, the share of its passages that no earlier one had found.
+    searches_after_nothing_new: searches made although the two before had found no passage that was new.
     generations: of the indexes that answered.
     """
     gold, field = gold_passages(question)
@@ -45,6 +47,7 @@ def evidence(question: Question, searches: Sequence[SearchRecord]) -> dict[str, 
         "evidence_recall": 1 - len(missing) / len(gold) if gold else None,
         "searches_after_evidence": after if gold and not missing else None,
         "novelty": novelty,
+        "searches_after_nothing_new": sum(not any(pair) for pair in list(pairwise(novelty))[:-1]),
         "generations": sorted({hit.generation for search in searches for hit in search.hits}),
     }
 

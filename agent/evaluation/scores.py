@@ -201,6 +201,9 @@ def _searching(records: Sequence[Record]) -> dict[str, Any]:
         found["searches_after_evidence"] = mean_of(had) if had else None
     if novelty := [each for record in records for each in record.get("novelty", ())]:
         found["novelty"] = mean_of(novelty)
+    key = "searches_after_nothing_new"
+    if in_vain := [record[key] for record in records if key in record]:
+        found[key] = mean_of(in_vain)
     return found
 
 

@@ -33,6 +33,7 @@ def _lines(scores: Scores) -> Iterator[tuple[str, str]]:
         ('said "I don\'t know"', "abstained_rate", "{:.3f}"),
         ("novelty of a search", "novelty", "{:.2f}"),
         ("searches after the evidence was in", "searches_after_evidence", "{:.2f}"),
+        ("searches after two found nothing new", "searches_after_nothing_new", "{:.2f}"),
         ("judged right, given an attempt", "judge_given_attempted", "{:.3f}"),
         ("F-score of SimpleQA", "judge_f_score", "{:.3f}"),
         ("tokens read a question", "tokens_in_per_question", "{:,.0f}"),

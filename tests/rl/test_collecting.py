@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import pstdev
 from typing import Any, ClassVar, cast
 
@@ -220,6 +221,9 @@ def test_the_numbers_of_a_step_are_sums_and_counts_over_its_trajectories():
         "policy/correct_logprob": (-1.0 - 2 - 3 - 0.5 - 1, 5.0),
     }
     assert totals_of([])["reward/mean"] == (0.0, 0.0)
+    tokyo = replace(QUESTIONS[0], gold_answers=("東京",), metadata={"normalizer": "unicode"})
+    one = replace(written([-1.0], answer="「東京」"), question=tokyo)
+    assert totals_of([Group(0, [one], [Reward([1.0], {})])])["rollout/em"] == (1.0, 1.0)
 
 
 def test_pictures_are_counted_where_any_was_shown():

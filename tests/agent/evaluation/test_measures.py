@@ -48,6 +48,9 @@ def test_a_record_says_when_the_evidence_was_in_what_was_new_and_what_it_cost():
     assert (half["evidence_recall"], half["searches_after_evidence"], half["novelty"]) == (0.5, None, [1, 0])
     titled = evaluation_record(tried(asked(supporting_titles=["A"]), found=("xa",)))
     unknown = evaluation_record(tried(asked(), found=("ab",)))
+    for found, in_vain in (("ab ab ba", 0), ("ab ab ba ab", 1), ("a a a b b b b", 2), ("", 0)):
+        again = evaluation_record(tried(asked(), found=found.split()))
+        assert again["searches_after_nothing_new"] == in_vain
     assert (titled["evidence_recall"], unknown["evidence_recall"]) == (1.0, None)
 
 
@@ -68,6 +71,7 @@ def test_a_run_against_a_table_by_hand():
     assert scores["accuracy_given_answered"]["mean"] == pytest.approx(2 / 3)
     assert scores["evidence_recall"]["mean"] == pytest.approx(2 / 5)
     assert scores["searches_after_evidence"] == 0.5  # q0 none, q2 one
+    assert scores["searches_after_nothing_new"] == 0
     found = scores["calibration"]
     assert (found["n"], found["brier"]) == (3, pytest.approx((0.01 + 0.64 + 0.49) / 3))
     assert (found["auc"], found["aurc"]) == (0.5, pytest.approx((0 + 1 / 2 + 1 / 3) / 3))
