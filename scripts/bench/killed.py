@@ -50,9 +50,10 @@ def measure(out: Path, questions: int, kills: int, policy: str) -> list[tuple[st
     with serve(out / "world" / "index", out) as url:
         for name, stop in (("whole", None), *(("parts", stop) for stop in (*stops, None))):
             given = {"policy": policy, "questions": out / "questions.jsonl", "retriever": url}
+            given |= {"protocol.max_turns": 1}  # the longest trajectory decides how much a step reads
             options = [f"--{key}={value}" for key, value in (given | {"out": out / name}).items()]
             rows.append(
-                (name, *_start([sys.executable, "-m", "scripts", "evaluate", *options], out / name, stop))
+                (name, *start([sys.executable, "-m", "scripts", "evaluate", *options], out / name, stop))
             )
     return rows
 
@@ -64,8 +65,8 @@ def _questions(world: Path) -> Iterator[dict[str, Any]]:
         yield {**row, "id": f"{row['id']}/{number // len(rows)}"}
 
 
-def _start(command: list[str], folder: Path, stop: int | None) -> tuple[str, ...]:
-    """Start it, and kill it once `stop` questions are recorded; the row of COLUMNS."""
+def start(command: list[str], folder: Path, stop: int | None) -> tuple[str, ...]:
+    """Start an evaluation, and kill it once `stop` questions are recorded; the row of COLUMNS."""
     path, sizes, begun = folder / "trajectories.jsonl", [], time.monotonic()
     before = _records(path)
     process = ManagedProcess(command, folder.with_suffix(".log"))

@@ -3,10 +3,7 @@
 import asyncio
 import gc
 import json
-import signal
-import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from agent.rollout import Agent
 from data.errors import DataError
 from data.jsonl import write_jsonl
 from data.records import Question
+from scripts.bench.killed import differing, measure, start
 from tests.fakes import DictSearcher, byte_tokenizer, tiny_model
 from tests.retriever_server.running import build_small_index
 
@@ -95,29 +93,6 @@ sys.exit(sleuth.main(["evaluate", *sys.argv[1:]]))
 """
 
 
-def memory_bytes(pid):
-    """Return the memory of a process that runs; 0 of one that has ended."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
-
-
-def evaluate_until(out, options, enough=None):
-    """Run the command, and kill it once so many are recorded; the memory it had on the way."""
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *options])
-    path, sizes, until = out / "trajectories.jsonl", [], time.monotonic() + 500
-    before = path.stat().st_size if path.exists() else 0
-    while process.poll() is None and time.monotonic() < until:
-        time.sleep(0.2)
-        recorded = path.read_bytes().count(b"\n") if path.exists() else 0
-        if recorded and path.stat().st_size != before:  # it has begun
-            sizes.append(memory_bytes(process.pid))
-        if enough is not None and recorded >= enough:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait(10) == (0 if enough is None else -signal.SIGKILL)
-    return [size for size in sizes if size]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
 def test_twenty_thousand_questions_killed_twice_are_each_recorded_once_in_bounded_memory(tmp_path):
@@ -129,13 +104,30 @@ def test_twenty_thousand_questions_killed_twice_are_each_recorded_once_in_bounde
     out = tmp_path / "out"
     given = {"policy": "policy", "questions": "questions.jsonl", "retriever": "index", "out": "out"}
     options = [word for key, name in given.items() for word in (f"--{key}", str(tmp_path / name))]
-    evaluate_until(out, options, 6000)
-    evaluate_until(out, options, 12_000)
+    command = [sys.executable, "-c", SCRIPT, *options]
+    for stop in (6000, 12_000):
+        start(command, out, stop)
     kept = (out / "trajectories.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()[:12_000]
-    sizes = evaluate_until(out, options)
+    *_, first, _, most = start(command, out, None)
     lines = (out / "trajectories.jsonl").read_bytes().splitlines()
     assert lines[:12_000] == kept
     ids = [json.loads(line)["id"] for line in lines]
     assert len(ids) == len(set(ids)) == 20_000
     assert json.loads((out / "scores.json").read_text())["em"]["mean"] == 1.0
-    assert max(sizes) - sizes[0] < 100e6
+    assert float(most) - float(first) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
+def test_a_policy_over_http_killed_twice_leaves_the_records_of_one_that_was_left_alone(tmp_path):
+    rows = measure(tmp_path, questions=300, kills=2, policy="atlas")
+    assert [row[:2] for row in rows] == [
+        ("whole", "itself"),
+        *[("parts", "kill -9")] * 2,
+        ("parts", "itself"),
+    ]
+    assert 0 < int(rows[1][2]) < int(rows[2][2]) < 300 == int(rows[3][2])
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    path = tmp_path / "parts" / "trajectories.jsonl"
+    path.write_text(path.read_text().replace('"stop_reason": "answered"', '"stop_reason": "lost"', 1))
+    assert len(differing(tmp_path / "whole", tmp_path / "parts")) == 1
