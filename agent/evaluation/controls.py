@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agent.rollout import Agent
 
 STANDARD = ("closed_book", "random", "oracle", "single_search")
-PAIRS = ("evidence_present", "evidence_replaced", "evidence_removed")
+PAIRS: tuple[str, ...] = ("evidence_present", "evidence_replaced", "evidence_removed")
 _OTHERS = 20
 """Passages looked through for those that hold no evidence."""
 
