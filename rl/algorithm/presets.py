@@ -28,6 +28,8 @@ class AlgorithmConfig:
     """Learning rate of the policy's AdamW, after `warmup_steps`."""
     warmup_steps: int = 0
     """Optimiser updates of linear warm-up."""
+    decay_steps: int = 0
+    """Last steps of the run over which the policy's learning rate falls linearly towards 0; 0: none."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
@@ -110,7 +112,7 @@ class AlgorithmConfig:
         require_range(
             self, "algorithm.", "> 0", "learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high"
         )
-        at_least_0 = ("warmup_steps", "critic_warmup_steps", "critic_only_steps", "weight_decay")
+        at_least_0 = ("warmup_steps", "decay_steps", "critic_warmup_steps", "critic_only_steps", "weight_decay")
         at_least_0 += ("averaging_tokens", "kl_coefficient", "entropy_coefficient", "value_clip")
         require_range(self, "algorithm.", ">= 0", *at_least_0, "dynamic_sampling_rounds")
         require_range(self, "algorithm.", "in [0, 1]", "gamma", "gae_lambda", "overlong_buffer")
@@ -140,6 +142,7 @@ class AlgorithmConfig:
 RECIPE_FIELDS = (
     "learning_rate",
     "warmup_steps",
+    "decay_steps",
     "weight_decay",
     "max_grad_norm",
     "critic_learning_rate",

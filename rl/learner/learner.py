@@ -126,6 +126,7 @@ class Learner:
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         rewards = [reward for group in groups for reward in group.rewards]
         batch = TrainingBatch(trajectories, rewards, self.model.device)
+        self.optimizer.decay = min(1.0, (self.config.steps - step) / (algorithm.decay_steps + 1))
         torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # of LoRA's dropout
         dropout = training_dropout(self.model) if self.config.lora.rank else nullcontext()
         with dropout, _recomputing(self.model), _recomputing(self.critic):

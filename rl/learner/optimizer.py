@@ -27,6 +27,8 @@ class Optimizer:
         }
         self._max_grad_norm, self._warmup_updates = config.max_grad_norm, warmup_updates
         self._learning_rate = learning_rate
+        self.decay = 1.0
+        """Factor of the learning rate, beside that of the warm-up."""
         self._adamw = torch.optim.AdamW(
             self._masters.values(), self._learning_rate, (0.9, 0.95), weight_decay=config.weight_decay
         )
@@ -45,7 +47,7 @@ class Optimizer:
             self._updates += 1
             warm = min(1.0, self._updates / max(1, self._warmup_updates))
             for group in self._adamw.param_groups:
-                group["lr"] = self._learning_rate * warm
+                group["lr"] = self._learning_rate * warm * self.decay
             self._adamw.step()
             self._copy_masters()
         self._adamw.zero_grad(set_to_none=True)
