@@ -24,6 +24,11 @@ class RolloutConfig:
     """Questions drawn for one step; each is answered `group_size` times."""
     group_size: int = 8
     """Trajectories of one question; their mean reward is the baseline."""
+    kind_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of the kinds of questions in the draw, by `kind` in their metadata, such as {two_hop: 1,
+    comparison: 3}; kinds not named are left out. {}: all questions alike."""
+    last_kind_weights: dict[str, float] = field(default_factory=dict)
+    """Weights that `kind_weights` turn into, a little with each question, by the last step; {}: they stay."""
     temperature: float = 1.0
     """Softmax temperature of sampling; the trainer's log-probs are taken at the same temperature."""
     top_p: float = 1.0
@@ -51,6 +56,12 @@ class RolloutConfig:
             self, "rollout.", "> 0", "temperature", "retriever_deadline_seconds", "deadline_seconds"
         )
         require_range(self, "rollout.", "in [0, 1]", "max_failed_share")
+        for name in ("kind_weights", "last_kind_weights"):
+            weights = getattr(self, name)
+            fits = not weights or (min(weights.values()) >= 0 and max(weights.values()) > 0)
+            require(fits, f"rollout.{name}", weights, "numbers >= 0, one of them above")
+        begun = not self.last_kind_weights or bool(self.kind_weights)
+        require(begun, "rollout.last_kind_weights", self.last_kind_weights, "{} without kind_weights")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         for name, full in (("top_p", 1), ("top_k", 0)):
             # The tokens sampled would not be those that the log-probs of the loss speak of.

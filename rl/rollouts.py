@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
@@ -28,6 +26,7 @@ from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError, RunStopped
 from rl.algorithm.rewards import score_answer
 from rl.groups import OpenGroup
+from rl.question_mix import QuestionMix
 
 if TYPE_CHECKING:
     from agent.rollout import Agent
@@ -89,7 +88,8 @@ class Rollouts:
         workers: Workers,
     ) -> None:
         self.agent = agent
-        self.questions, self.reward, self.config, self.workers = questions, reward, config, workers
+        self.reward, self.config, self.workers = reward, config, workers
+        self.mix = QuestionMix(questions, config)
         self.share = len(range(workers.rank, config.rollout.questions_per_step, workers.count))
         self.most_batches = config.rollout.batches_in_flight
         self.in_flight: list[OpenGroup] = []  # this process's share, oldest first
@@ -159,7 +159,7 @@ class Rollouts:
         mine = range(self.position + self.workers.rank, self.position + count, self.workers.count)
         self.position += count
         self.batches += 1
-        drawn = [(number, draw_question(self.questions, number, self.config.seed)) for number in mine]
+        drawn = [(number, self.mix.draw(number)) for number in mine]
         self._roll_out(
             [OpenGroup(n, version, q, [Ledger() for _ in range(size)], [None] * size) for n, q in drawn]
         )
@@ -278,17 +278,6 @@ class Rollouts:
                 f"searches or rewards failed in {len(failed)} of {len(everywhere)} trajectories "
                 f"(allowed: {allowed:.0%}; {failed[0]}); {ended}"
             )
-
-
-def draw_question(questions: Sequence[Question], number: int, seed: int) -> Question:
-    """Return the number-th question of a run: a new order every epoch, which depends on the seed alone."""
-    epoch, index = divmod(number, len(questions))
-    return questions[_order(len(questions), f"{seed}/{epoch}")[index]]
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(count), count)
 
 
 def staleness(trajectory: Trajectory, version: int) -> int:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from data.atlas.build import build_atlas
+from data.atlas.build import build_atlas, build_invented
+from data.errors import ConfigError
 
 
-def main(out: str | None = None, hard: bool = False) -> None:
+def main(out: str | None = None, hard: bool = False, invented: int | None = None) -> None:
     """Write the embedded world: a corpus and train, dev and test questions.
 
     Args:
         out: Folder to write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl into. Default: runs/atlas, or
-            runs/atlas_hard.
+            runs/atlas_hard or runs/atlas_invented.
         hard: A passage a fact, told in words that no question uses, so that a retriever has something to
             learn. Tells how many of the passages needed BM25 finds.
+        invented: Seed of an invented world in place of the real one, to test on: 400 questions of each kind,
+            none to train on.
     """
-    out = out or ("runs/atlas_hard" if hard else "runs/atlas")
-    made = build_atlas(out, hard=hard)
+    if hard and invented is not None:
+        raise ConfigError("hard, invented: give one of them, not both")
+    out = out or "runs/atlas" + "_hard" * hard + "_invented" * (invented is not None)
+    made = build_atlas(out, hard=hard) if invented is None else build_invented(out, invented)
     print(f"{out}: {made['passages']:,} passages of {made['words_per_passage']:.1f} words")
     for split, kinds in made["questions"].items():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         print(f"{split:>6}: {sum(kinds.values()):,} questions ({counts})")
+    if invented is not None:
+        return
     floors = ", ".join(f"{kind} {share:.3f}" for kind, share in made["majority_baseline"].items())
     print(f"EM of the commonest training answer to each relation: {floors}")
     if hard:

@@ -237,8 +237,10 @@ def train(
 def _questions(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     """The questions to train on, and those of dev."""
     from data.questions import load_questions
+    from rl.question_mix import check_kinds
 
     questions = load_questions(config.questions, config.split, normalizer=config.normalizer)
+    check_kinds(config.rollout, questions)
     if config.dev_questions is None:
         return questions, []
     dev = load_questions(config.dev_questions, config.dev_split, config.eval_limit, config.normalizer)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.atlas.hard import hard_passages, hard_questions
+from data.atlas.invented import invent_world
 from data.atlas.passages import render_passages
-from data.atlas.questions import UNSEEN_SHARE, majority_baseline, make_questions
+from data.atlas.questions import KINDS, UNSEEN_SHARE, majority_baseline, make_questions
 from data.atlas.world import SPLITS, load_world
 from data.jsonl import write_jsonl
 from data.records import Passage, Question
+
+INVENTED = {"countries": (200, 200), "places": (3, 6), "elements": (60, 60)}
+"""Size of an invented world to test on."""
+INVENTED_QUESTIONS = 400
+"""Its questions of each kind."""
 
 
 def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dict[str, Any]:
@@ -22,15 +30,31 @@ def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dic
     Each file appears whole or not at all. Raises StorageError if one cannot be written.
     """
     world = load_world()
-    folder = Path(directory)
     passages = hard_passages(world, seed) if hard else render_passages(world, seed)
-    write_jsonl(folder / "corpus.jsonl", (passage_row(passage) for passage in passages))
     questions = {
         split: hard_questions(world, split, seed)
         if hard
         else make_questions(world, split, unseen_share=UNSEEN_SHARE if split == "test" else 0.0, seed=seed)
         for split in SPLITS
     }
+    baseline = majority_baseline(questions["train"], questions["test"])
+    return {**_write(Path(directory), passages, questions), "majority_baseline": baseline}
+
+
+def build_invented(directory: str | Path, seed: int) -> dict[str, Any]:
+    """Write corpus.jsonl and test.jsonl of an invented world, whose entities no training has seen.
+
+    The same seed gives the same files. -> as `build_atlas`, without the baseline.
+    """
+    world = invent_world(random.Random(f"test:{seed}"), **INVENTED)
+    asked = make_questions(world, None, dict.fromkeys(KINDS, INVENTED_QUESTIONS), UNSEEN_SHARE, seed)
+    return _write(Path(directory), render_passages(world, seed), {"test": asked})
+
+
+def _write(
+    folder: Path, passages: Sequence[Passage], questions: Mapping[str, Sequence[Question]]
+) -> dict[str, Any]:
+    write_jsonl(folder / "corpus.jsonl", (passage_row(passage) for passage in passages))
     for split, asked in questions.items():
         write_jsonl(folder / f"{split}.jsonl", (question_row(question) for question in asked))
     words = sum(len(passage.text.split()) for passage in passages)
@@ -40,7 +64,6 @@ def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dic
         "questions": {
             split: dict(Counter(q.metadata["kind"] for q in asked)) for split, asked in questions.items()
         },
-        "majority_baseline": majority_baseline(questions["train"], questions["test"]),
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agent.trajectory import SegmentKind, Trajectory
+from agent.trajectory import SegmentKind, StopReason, Trajectory
 from rl.algorithm.advantages import ADVANTAGES, Reward, RewardBatch
 from rl.algorithm.answer_likelihood import answer_credit
 from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
@@ -90,6 +90,10 @@ def assign_advantages(
     if algorithm.whiten:
         advantages = whiten(advantages, workers.sum)
     batch.columns["advantages"] = list(advantages.split(counts.tolist()))
+    if not algorithm.learn_from_turn_limit:
+        for trajectory, each in zip(batch.trajectories, batch.columns["advantages"], strict=True):
+            if trajectory.stop_reason is StopReason.TURN_LIMIT:
+                each.zero_()
     return totals
 
 

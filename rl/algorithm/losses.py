@@ -160,6 +160,10 @@ def clip_fraction(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return cut.float().sum() / max(1, cut.numel())
 
 
+ROUNDING = 1e-5
+"""Nats by which two float32 log-probs may differ that were computed in batches of other shapes."""
+
+
 def llds(tokens: PolicyTokens, unit: Tensor) -> Tensor:
     """What likelihood tokens lost that should have kept it: max(0, old log p - log p) (N,).
 
@@ -167,6 +171,7 @@ def llds(tokens: PolicyTokens, unit: Tensor) -> Tensor:
     likelihood as a whole. unit: (N,) long, from 0: the trajectory (response gate) or the turn (action gate).
     """
     lost = tokens.old_logprobs - tokens.logprobs
+    lost = lost * (lost.detach().abs() > ROUNDING)
     sizes = lost.new_zeros(int(unit.max()) + 1 if unit.numel() else 0)
     fell = sizes.index_add(0, unit, lost.detach()) > 0
     return lost.relu() * (fell[unit] & (tokens.advantages >= 0))

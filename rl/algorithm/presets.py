@@ -107,12 +107,20 @@ class AlgorithmConfig:
     """Further rollouts that replace groups whose rewards are all equal (DAPO); 0: such groups stay."""
     overlong_buffer: float = 0.0
     """Share of the policy's tokens, the last, over which the reward falls to -1 (DAPO); 0: off."""
+    learn_from_turn_limit: bool = True
+    """False: a trajectory that the turn limit ended only counts in the mean of its group."""
 
     def __post_init__(self) -> None:
         require_range(
             self, "algorithm.", "> 0", "learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high"
         )
-        at_least_0 = ("warmup_steps", "decay_steps", "critic_warmup_steps", "critic_only_steps", "weight_decay")
+        at_least_0 = (
+            "warmup_steps",
+            "decay_steps",
+            "critic_warmup_steps",
+            "critic_only_steps",
+            "weight_decay",
+        )
         at_least_0 += ("averaging_tokens", "kl_coefficient", "entropy_coefficient", "value_clip")
         require_range(self, "algorithm.", ">= 0", *at_least_0, "dynamic_sampling_rounds")
         require_range(self, "algorithm.", "in [0, 1]", "gamma", "gae_lambda", "overlong_buffer")

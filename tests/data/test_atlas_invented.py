@@ -1,5 +1,6 @@
 """Invented worlds and the half-taught demonstrations over them."""
 
+import hashlib
 import json
 import random
 import re
@@ -8,14 +9,17 @@ from functools import cache
 
 import pytest
 
+from data.atlas.build import INVENTED_QUESTIONS, build_invented
 from data.atlas.demonstrations import LAST, Demonstrator, demonstrations
 from data.atlas.invented import invent_world
 from data.atlas.names import Language, holds_real_name, real_names
 from data.atlas.passages import render_passages
 from data.atlas.phrasings import ASKED
-from data.atlas.questions import make_questions
+from data.atlas.questions import KINDS, make_questions
 from data.atlas.world import load_world
 from data.errors import ConfigError
+from data.jsonl import read_jsonl
+from scripts import __main__ as sleuth
 
 MANY = {"one_hop": 40, "two_hop": 40, "three_hop": 10, "comparison": 5}
 
@@ -83,6 +87,26 @@ def test_invented_countries_tell_the_relations_that_real_ones_do():
 
     invented = told(e for world in worlds(40) for e in world.entities)
     assert invented == told(load_world().entities)
+
+
+def test_an_invented_test_is_frozen_and_asks_enough_of_each_kind(tmp_path):
+    """docs/quickstart.md shows figures on that of seed 1."""
+    made = build_invented(tmp_path, seed=1)
+    assert made["questions"]["test"] == dict.fromkeys(KINDS, INVENTED_QUESTIONS)
+    digest = hashlib.sha256((tmp_path / "test.jsonl").read_bytes() + (tmp_path / "corpus.jsonl").read_bytes())
+    assert digest.hexdigest().startswith("0c3022eccf86bb90")
+    titles = {row["title"] for row in read_jsonl(tmp_path / "corpus.jsonl")}
+    asked = {name for row in read_jsonl(tmp_path / "test.jsonl") for name in row["metadata"]["hops"]}
+    assert asked <= titles and not any(title.lower() in real_names() for title in titles)
+    assert build_invented(tmp_path / "other", seed=2) != made
+
+
+def test_the_command_makes_it_and_refuses_a_world_both_hard_and_invented(tmp_path, capsys):
+    assert sleuth.main(["atlas", "--invented", "1", "--out", str(tmp_path)]) == 0
+    assert "test: 1,600 questions (400 one_hop, 400 two_hop, 400" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "test.jsonl"]
+    assert sleuth.main(["atlas", "--invented", "1", "--hard", "true"]) == 2
+    assert "hard, invented: give one of them, not both" in capsys.readouterr().err
 
 
 def test_demonstrations_are_deterministic_json():

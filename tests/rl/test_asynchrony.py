@@ -25,7 +25,8 @@ from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig
 from rl.learner.learner import Learner
 from rl.learner.workers import Workers
-from rl.rollouts import Collected, Group, Rollouts, draw_question, staleness
+from rl.question_mix import draw_question
+from rl.rollouts import Collected, Group, Rollouts, staleness
 from scripts.train import train
 from scripts.wiring import open_agent, open_client
 from tests.fakes import question

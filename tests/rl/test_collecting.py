@@ -16,7 +16,8 @@ from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
 from rl.learner.workers import Workers, averages
-from rl.rollouts import Collected, Group, Rollouts, draw_question, staleness, totals_of
+from rl.question_mix import draw_question
+from rl.rollouts import Collected, Group, Rollouts, staleness, totals_of
 
 WANTED, SIZE = 3, 2
 QUESTIONS = [Question(str(number), f"q {number}?", ("right",)) for number in range(10)]

@@ -22,7 +22,6 @@ from rl.algorithm.losses import SURROGATES, value_loss
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import ProtocolConfig, RolloutConfig, SentinelConfig
 from rl.learner.learner import Learner
-from rl.rollouts import draw_question
 from rl.sentinel import Sentinel, Verdict
 from scripts.train import train
 from scripts.wiring import open_client
@@ -247,12 +246,6 @@ def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy
     train(config)
     assert [batch[0].segments[1].weights_version for batch in trained] == [0, 1, 2, 3]
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped", 4)
-
-
-def test_every_question_comes_once_an_epoch():
-    asked = [draw_question(range(6), number, seed=1) for number in range(12)]
-    assert sorted(asked[:6]) == sorted(asked[6:]) == list(range(6)) and asked[:6] != asked[6:]
-    assert asked[:6] != [draw_question(range(6), number, seed=2) for number in range(6)]
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(toy, tmp_path, monkeypatch):

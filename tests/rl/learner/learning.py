@@ -72,7 +72,8 @@ def make_groups(seed: int) -> list[Group]:
         if number == 2:
             rewards = [*[0.0] * (turns - 1), 0.5]
         sampled = [_sampled(segment, segments, draw) for segment in segments]
-        return Trajectory(question(), sampled, StopReason.ANSWERED, "a"), Reward(rewards, {})
+        ended = StopReason.TURN_LIMIT if turns == 3 else StopReason.ANSWERED
+        return Trajectory(question(), sampled, ended, "a"), Reward(rewards, {})
 
     groups = []
     for number in range(GROUPS):

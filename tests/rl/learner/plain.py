@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agent.trajectory import SegmentKind, Trajectory
+from agent.trajectory import SegmentKind, StopReason, Trajectory
 from rl.config import TrainConfig
 from rl.rollouts import Group
 
@@ -210,6 +210,11 @@ class PlainLearner:
                 "critic/explained_variance", [_explained([*chain(*self.values)], [*chain(*self.returns)])]
             )
         self.advantages = plain_whitened(advantages) if algorithm.whiten else advantages
+        if not algorithm.learn_from_turn_limit:
+            ended = [t.stop_reason is StopReason.TURN_LIMIT for t in rows.trajectories]
+            self.advantages = [
+                [a * (not e) for a in row] for row, e in zip(self.advantages, ended, strict=True)
+            ]
         for part in range(algorithm.updates_per_rollout):
             chosen = rows.of_part(part)
             if self.critic is None or step >= algorithm.critic_only_steps:

@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "value_clip": (PPO, [0.0]),
     "importance": ({}, ["token", "sequence", "token_mask", "sequence_truncate"]),
     "importance_cap": ({"importance": "token"}, [1.2]),
+    "learn_from_turn_limit": ({}, [False]),
     "overlong_buffer": ({"advantage": "reinforce_pp", "gamma": 0.9}, [0.9]),
 }
 """Settings in which a field matters, and other values of it than the default's."""
@@ -189,6 +190,15 @@ def test_policy_and_critic_learn_at_their_own_rates_each_warmed_up_by_itself():
     for each in (policy, critic):
         assert settings_of(each, "weight_decay") == [0.04] * 5
         assert settings_of(each, "betas") == [(0.9, 0.95)] * 5
+
+
+def test_the_policy_alone_learns_less_and_less_over_the_last_steps():
+    learner = make_learner(replace(optimised(decay_steps=3), steps=5))
+    steps = [learn(learner, make_groups(seed), seed) for seed in range(5)]
+    assert settings_of([step.policy for step in steps], "lr") == pytest.approx(
+        [0.3 * share for share in (1, 1, 0.75, 0.5, 0.25)]
+    )
+    assert settings_of([step.critic for step in steps], "lr") == [0.7] * 5
 
 
 def test_without_a_warm_up_the_first_update_has_the_whole_rate():
