@@ -168,7 +168,7 @@ def test_more_failures_than_allowed_stop_the_run_by_their_reason_and_just_so_man
         collect(config, rewarded(broken=[0, 1, 2, 5]))
 
 
-def written(*turns, answer="right", stop=StopReason.ANSWERED, searches=0, **more):
+def written(*turns, answer: str | None = "right", stop=StopReason.ANSWERED, searches=0, **more):
     """A trajectory of a prompt of two tokens and turns of log-probs, an observation of three after each."""
     segments = [Segment(SegmentKind.PROMPT, [1, 2], "")]
     for number, logprobs in enumerate(turns):

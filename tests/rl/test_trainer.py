@@ -1,5 +1,8 @@
 """The trainer on a policy small enough to watch: it learns, resumes bit for bit, and trains on no failure."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportOptionalIterable=false, reportArgumentType=false
+
 import json
 import math
 import random

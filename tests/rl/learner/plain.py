@@ -270,7 +270,7 @@ class PlainLearner:
         now, entropy = self.rows.score(self.model, row)
         old = self.old[row] if algorithm.updates_per_rollout > 1 else _numbers(now)
         trust = self._trust(old, self.rows.sampled(row))
-        mean = sum(n - o for n, o in zip(now, old, strict=True)) / max(1, len(now))
+        mean: Any = sum(n - o for n, o in zip(now, old, strict=True)) / max(1, len(now))
         moved = [float(n) - o for n, o in zip(now, old, strict=True)]
         sampled = self.rows.sampled(row)
         drift = sum(float(s - n) for n, s in zip(_numbers(now), sampled, strict=True) if s is not None)
