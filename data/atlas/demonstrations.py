@@ -34,6 +34,8 @@ class Demonstrator:
     """Chance that it stops after one search where the answer needs more."""
     p_third: float = 0.1
     """Chance that it searches a third time after a second."""
+    compares: bool = False
+    """Where it has read both passages of a comparison, its thought says both values."""
     kinds: dict[str, float] = field(
         default_factory=lambda: {"one_hop": 0.6, "two_hop": 0.32, "three_hop": 0.04, "comparison": 0.04}
     )
@@ -107,9 +109,9 @@ class _Reader:
         self.searched.append(entity)
         self.named = [other for other in rendered.named if other not in self.searched]
 
-    def answer(self, text: str, relation: str = "") -> None:
+    def answer(self, text: str, relation: str = "", think: str = "") -> None:
         """End with an answer; the thought quotes what the passage says of the relation."""
-        self.steps.append({"think": self.thought(relation), "answer": text})
+        self.steps.append({"think": think or self.thought(relation), "answer": text})
 
     def thought(self, relation: str) -> str:
         """The words of the passage read last that tell the relation; without any, a plain thought."""
@@ -171,7 +173,8 @@ def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
         reader.answer(reader.rng.choice(ask.path).name)
     else:
         reader.search(ask.path[1])
-        reader.answer(ask.gold_answers[0])
+        values = [f"{entity.name} {entity.facts[ask.relation][0]}" for entity in ask.path]
+        reader.answer(ask.gold_answers[0], think=f"{', '.join(values)}." if how.compares else "")
 
 
 def _guess(ask: Ask, reader: _Reader, wrong: bool) -> str:
