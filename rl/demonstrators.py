@@ -8,6 +8,7 @@ good one found. So a warm start teaches format and reading, and leaves what to s
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from data.answers import cover_em, exact_match
 from data.records import Hit, Question
 from retriever_server.client.chat import ChatClient, ChatError
 from retriever_server.indexes.analyzers import ENGLISH_STOP_WORDS
+
+logger = logging.getLogger(__name__)
 
 _ASKS = re.compile(
     r"who|whom|whose|what|which|when|where|why|how|many|much|do|does|did|has|have|had|were|can|could|would|from|"
@@ -152,11 +155,17 @@ class Teacher:
             errors = [each.error for each in tries if each.error]
             if errors and len(errors) == len(tries):
                 raise errors[0]
+            if errors:
+                logger.warning("%d of %d tries had no reply: %s", len(errors), len(tries), errors[0])
         return [kept.get(at) for at in range(len(questions))]
 
     async def _one_turn(self, live: Sequence[_Try], searcher: Searcher) -> None:
         requests = [each.request(self.model, self.temperature) for each in live]
-        replies = await asyncio.to_thread(self.client.ask, requests, str) if requests else []
+        try:
+            replies = await asyncio.to_thread(self.client.ask, requests, str) if requests else []
+        except asyncio.CancelledError:  # the thread would ask all the others first
+            self.client.stop()
+            raise
         for each, reply in zip(live, replies, strict=True):
             query = each.take(reply)
             if query is not None:

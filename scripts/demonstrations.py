@@ -44,6 +44,7 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         require_range(self, "teacher.", ">= 1", "samples", "max_turns", "max_concurrent", "max_calls")
         require_range(self, "teacher.", ">= 0", "temperature")
+        require_range(self, "teacher.", "> 0", "timeout_seconds")
 
 
 def main(
@@ -90,13 +91,21 @@ def main(
         raise ConfigError(f"top_k = {top_k}: must be >= 1")
     if rest is not None and take is None:
         raise ConfigError(f"rest = {rest}: needs take, which leaves questions over")
+    if teacher.url is None and teacher != TeacherConfig():
+        raise ConfigError("teacher: has options but no url; without --teacher.url rules demonstrate")
+    if Path(out).is_dir():
+        raise ConfigError(f"out = {out}: is a folder, must be a file")
     check_retriever(retriever, deadline_seconds)
     every = load_questions(questions, split)
     random.Random(seed).shuffle(every)
     asked, left = every[:take], every[len(every) if take is None else take :]
     if rest is not None and not left:
         raise ConfigError(f"take = {take}: leaves none of the {len(every):,} questions for rest = {rest}")
-    found = asyncio.run(_demonstrate(asked, retriever, Path(out), top_k, teacher, deadline_seconds, seed))
+    try:
+        found = asyncio.run(_demonstrate(asked, retriever, Path(out), top_k, teacher, deadline_seconds, seed))
+    except KeyboardInterrupt:
+        kept = f": {out}.replies keeps the replies, the same command goes on" if teacher.url else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
     kept = [with_queries(record, queries, seed) for record in found if record is not None]
     if not kept:
         raise DataError(f"none of {len(asked):,} questions gave a demonstration: {_why(teacher, retriever)}")

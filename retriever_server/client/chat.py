@@ -63,7 +63,7 @@ class ChatClient:
         if key_file is not None:
             key = read_secret(key_file, f"{name}.api_key_file", first_line=True)
             self._headers["Authorization"] = f"Bearer {key}"
-        self._cache, self._lock = cache, threading.Lock()
+        self._cache, self._lock, self._stopped = cache, threading.Lock(), False
         kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
         self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
         self._took = {each["key"]: _tokens(each) for each in kept if "reply" in each}
@@ -84,6 +84,10 @@ class ChatClient:
             outcomes = pool.map(lambda body: self._settle(client, body, parse), different)
             known = dict(zip(different, outcomes, strict=True))
         return [known[body] for body in bodies]
+
+    def stop(self) -> None:
+        """Send nothing more, also of what another thread is about to ask; replies under way are kept."""
+        self._stopped = True
 
     def tokens_of(self, request: Mapping[str, Any]) -> tuple[int, int]:
         """The tokens read and written that the server told; (0, 0) where it did not answer."""
@@ -133,6 +137,8 @@ class ChatClient:
     def _spend(self) -> None:
         """Count a request; raise ChatError where the budget is spent."""
         with self._lock:
+            if self._stopped:
+                raise ChatError(f"{self.name}: stopped")
             if self._calls >= self.max_calls:
                 raise ChatError(
                     f"{self.name}: all {self.max_calls} requests of {self.name}.max_calls are spent"

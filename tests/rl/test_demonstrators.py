@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -126,3 +128,41 @@ def test_a_teacher_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(ChatError, match="teacher http"):
         client = ChatClient("http://127.0.0.1:9/v1", "teacher", timeout_seconds=1)
         asyncio.run(Teacher(client, "m").demonstrate([ASKED], Shelf()))
+
+
+def test_tries_without_a_reply_are_told_of(caplog):
+    right = ["<think>t</think><search>a</search>", "<think>t</think><answer>Rome</answer>"]
+    other = replace(ASKED, id="2", text="Which?")
+
+    def reply(request):
+        if "Which?" in request["messages"][0]["content"]:
+            return 400, {"error": "too long"}
+        return 200, {"choices": [{"message": {"content": right[len(request["messages"]) // 2]}}]}
+
+    with answering(v1__chat__completions=reply) as server:
+        teacher = Teacher(ChatClient(f"{server.url}/v1", "teacher"), "m")
+        first, second = asyncio.run(teacher.demonstrate([ASKED, other], Shelf()))
+    assert first and second is None
+    assert "1 of 2 tries had no reply: teacher http" in caplog.text and "answered 400" in caplog.text
+
+
+def test_a_teacher_that_is_interrupted_asks_nothing_more():
+    """The requests under way end, those that would come after them are not sent."""
+    asked = []
+
+    def reply(request):
+        asked.append(request)
+        time.sleep(0.4)
+        return 200, {"choices": [{"message": {"content": "no form"}}]}
+
+    async def interrupted(teacher):
+        questions = [replace(ASKED, id=str(n), text=f"Who is {n}?") for n in range(20)]
+        task = asyncio.create_task(teacher.demonstrate(questions, Shelf()))
+        while not asked:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+
+    with answering(v1__chat__completions=reply) as server:
+        asyncio.run(interrupted(Teacher(ChatClient(f"{server.url}/v1", max_concurrent=2), "m")))
+    assert 1 <= len(asked) <= 2

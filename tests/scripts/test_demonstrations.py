@@ -77,6 +77,9 @@ def test_good_queries_are_nothing_to_be_told_of(files):
         (["--queries", "bad"], "queries"),
         (["--teacher.samples", 0], "teacher.samples = 0: must be >= 1"),
         (["--teacher.url", "no url"], "teacher"),
+        (["--teacher.timeout_seconds", 0], "teacher.timeout_seconds = 0.0: must be > 0"),
+        (["--teacher.samples", 4], "teacher: has options but no url; without --teacher.url rules"),
+        (["--out", "."], "out = .: is a folder, must be a file"),
         (["--retriever", "none"], "none of 6 questions gave a demonstration: no passage that none finds"),
     ],
 )
