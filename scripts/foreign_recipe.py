@@ -6,6 +6,7 @@ counterpart is listed in comments, never dropped in silence.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -106,14 +107,14 @@ def _of_script(text: str, file: Path) -> Flat:
         words = shlex.split(text.replace("\\\n", " "), comments=True)
     except ValueError as error:
         raise ConfigError(f"{file}: is no shell script: {error}") from error
-    variables: dict[str, str] = {}
+    variables = dict(os.environ)
     options: Flat = {}
     for word in words:
         name, is_given, value = word.lstrip("+").partition("=")
-        if not is_given or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        if not is_given or not re.fullmatch(r"[A-Za-z_][\w.]*|--config-\w+", name):
             continue
         value = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), value)
-        if "." in name or name == "max_turns":
+        if name == "max_turns" or not name.isidentifier():
             options[name] = (
                 yaml.safe_load(value) if not re.fullmatch(r"[-\d.]+e-?\d+", value) else float(value)
             )
@@ -142,13 +143,16 @@ def _derive(ours: dict[str, Any], left: Flat, trainer: str) -> None:
     if clip is not None:
         ours |= {"algorithm.clip_low": float(clip), "algorithm.clip_high": float(clip)}
     mini = take(f"{_ARR}.actor.ppo_mini_batch_size", None)
-    updates = max(1, ours.get("rollout.questions_per_step", 0) // int(mini)) if mini else 1
+    # Search-R1 cuts trajectories into mini-batches, verl questions.
+    whole = ours.get("rollout.questions_per_step", 0) * (
+        ours["rollout.group_size"] if trainer == "search_r1" else 1
+    )
+    updates = max(1, whole // int(mini)) if mini else 1
     ours["algorithm.updates_per_rollout"] = updates
-    ratio, steps = take(f"{_ARR}.actor.optim.lr_warmup_steps_ratio", None), ours.get("steps")
-    if ratio and steps:
-        ours["algorithm.warmup_steps"] = round(ratio * steps * updates)
-    elif ratio:
-        left[f"{_ARR}.actor.optim.lr_warmup_steps_ratio"] = ratio  # of how many steps is not said
+    if steps := ours.get("steps"):  # else of how many steps is not said
+        for of, own in ((f"{_ARR}.actor", "warmup_steps"), ("critic", "critic_warmup_steps")):
+            if ratio := take(f"{of}.optim.lr_warmup_steps_ratio", None):
+                ours[f"algorithm.{own}"] = round(ratio * steps * updates)
     _derive_kl(ours, take)
     if (tested := take("trainer.test_freq", None)) and int(tested) > 0 and left.get("data.val_files"):
         ours |= {"eval_every": int(tested), "dev_questions": str(take("data.val_files"))}

@@ -74,7 +74,12 @@ def test_a_script_of_search_r1_means_here_what_it_means_there(tmp_path, capsys):
     assert (config.rollout.questions_per_step, config.rollout.group_size) == (512, 5)
     assert (config.steps, config.save_every, config.wandb.project) == (1005, 100, "p")
     algorithm, protocol = config.algorithm, config.protocol
-    assert (algorithm.learning_rate, algorithm.updates_per_rollout, algorithm.warmup_steps) == (1e-6, 2, 573)
+    # 512 questions x 5 in mini-batches of 256 trajectories; the warm-up is .285 of 1005 such steps.
+    assert (algorithm.learning_rate, algorithm.updates_per_rollout, algorithm.warmup_steps) == (
+        1e-6,
+        10,
+        2864,
+    )
     assert (algorithm.kl_in, algorithm.kl_coefficient, algorithm.kl_estimator) == ("loss", 0.002, "k3")
     assert (protocol.name, protocol.max_turns, protocol.top_k) == ("search_r1", 2, 3)
     limits = protocol.max_response_tokens, protocol.max_observation_tokens, protocol.max_context_tokens
@@ -84,9 +89,25 @@ def test_a_script_of_search_r1_means_here_what_it_means_there(tmp_path, capsys):
 
 def test_ppo_has_its_kl_in_the_reward(tmp_path, capsys):
     script = SEARCH_R1.replace("ADVANTAGE", "gae").replace("KL", "algorithm.kl_ctrl.kl_coef=0.003")
+    script = script.replace("n_agent=5", "n_agent=1 critic.optim.lr_warmup_steps_ratio=0.05")
     algorithm = printed(script, "train.sh", "search_r1", tmp_path, capsys)[0].algorithm
     assert (algorithm.advantage, algorithm.kl_in) == ("gae", "reward")
     assert (algorithm.kl_coefficient, algorithm.kl_estimator) == (0.003, "k1")
+    assert algorithm.updates_per_rollout == 2
+    assert (algorithm.warmup_steps, algorithm.critic_warmup_steps) == (573, 100)
+
+
+def test_a_script_of_verl_finds_its_variables_here_and_names_the_file_that_it_builds_on(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA_DIR", "the script's own wins")
+    script = SEARCH_R1.replace("ADVANTAGE", "grpo").replace("KL", GRPO_KL).replace("n_agent", "n")
+    script = script.replace("main_ppo", "main_ppo --config-name=search").replace("'data/", "$HOME'/data/")
+    config, text = printed(script, "train.sh", "verl", tmp_path, capsys)
+    assert config.questions == "/home/me/data/nq_search/train.parquet"
+    assert config.algorithm.updates_per_rollout == 2  # its mini-batches are of questions
+    assert "#   --config-name=search\n" in text
 
 
 def test_a_yaml_of_verl_with_its_own_meaning_of_turns_and_lengths(tmp_path, capsys):
