@@ -1,5 +1,7 @@
 """Demonstrations out of questions: what rules and a teacher keep, and what a poor query changes."""
 
+# pyright: reportOptionalSubscript=false, reportArgumentType=false
+
 import asyncio
 import random
 import time

@@ -1,7 +1,6 @@
 """The trainer on a policy small enough to watch: it learns, resumes bit for bit, and trains on no failure."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
-# pyright: reportOptionalIterable=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportArgumentType=false
 
 import json
 import math
@@ -149,8 +148,8 @@ def test_the_best_checkpoint_on_dev_outlives_newer_ones(toy, tmp_path, monkeypat
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     train(toy_config(toy, tmp_path, steps=5, eval_every=1, keep_checkpoints=1))
-    best, score = best_checkpoint(tmp_path / "checkpoints")
-    assert (best.step, score) == (2, 0.5)  # of two as good, the earlier
+    best = best_checkpoint(tmp_path / "checkpoints")
+    assert best and (best[0].step, best[1]) == (2, 0.5)  # of two as good, the earlier
     assert [found.step for found in list_checkpoints(tmp_path / "checkpoints")] == [2, 5]
 
 
