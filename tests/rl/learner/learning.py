@@ -157,7 +157,8 @@ def learn(learner: Learner, groups: Sequence[Group], step: int = 0) -> Learned:
     """One step of this process alone."""
     with given_to_adamw(learner.model, learner.critic) as (policy, critic):
         totals = learner.learn(Collected(list(groups), len(groups), len(groups), {}), step)
-    return Learned(policy, critic, averages([totals]))
+    metrics = {name: value for name, value in averages([totals]).items() if not name.startswith("time/")}
+    return Learned(policy, critic, metrics)
 
 
 def plain_learner(learner: Learner, kind: str = "qwen2") -> PlainLearner:
