@@ -58,6 +58,7 @@ class Slow(SearchClient):
 
     def __init__(self, toy, seconds, fails=lambda number: False, lost=0):
         self.inner, self.seconds = open_client(str(toy / "index")), seconds
+        self._retriever = self.inner._retriever
         self.fails, self.lost = fails, lost
         self.random, self.asked = random.Random(0), 0
 

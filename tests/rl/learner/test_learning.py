@@ -69,6 +69,7 @@ ELSEWHERE = {
     "credit_potential",
     "credit_weight",
     "credit_permuted",
+    "answer_value",
 }
 """Which questions are asked (test_collecting.py), what the optimiser does (below), and what searches earn
 (test_search_credit.py)."""
