@@ -62,28 +62,25 @@ class Environment:
         self.question = Question("", "", ())
         self.answer: str | None = None
         self.confidence: float | None = None
-        self.invalid_actions = ledger.turns - len(ledger.searches)
+        self.turn = self.invalid_actions = 0
         self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._tools = {SEARCH.name: self._search, OPEN_PAGE.name: self._open_page}
 
-    @property
-    def room(self) -> int:
-        """Tokens that the context still takes; less than 0: no turn may follow."""
-        written = sum(len(segment.token_ids) for segment in self.ledger.segments)
-        return self.protocol.max_context_tokens - written
-
     def reset(self, question: Question) -> Observation:
-        """Begin with a question; the prompt."""
+        """Begin with a question, or go on after the last whole turn in the ledger; return the prompt."""
         self.question, self.answer, self.confidence = question, None, None
+        self.turn = self.ledger.rewind()
+        self.invalid_actions = self.turn - len(self.ledger.searches)
         text = self.protocol.prompt(self.sanitize(question.text))
         return Observation(*encode_prompt(text, self.protocol, self.tokenizer, self.frame))
 
     async def step(self, action: Action) -> Observation | StopReason:
         """Carry out the action of the last turn in the ledger."""
+        self.turn += 1
         if isinstance(action, Answer):
             self.answer, self.confidence = action.text, action.confidence
             return StopReason.ANSWERED
-        if self.ledger.turns > self.protocol.max_turns:
+        if self.turn > self.protocol.max_turns:
             return StopReason.TURN_LIMIT
         record, sources = await self._call(action) if isinstance(action, Call) else (None, [])
         if record is None:
@@ -92,9 +89,11 @@ class Environment:
         self.ledger.searches.append(record)
         if record.error is not None:
             return StopReason.SEARCH_FAILED
-        if self.room < MIN_OBSERVATION_TOKENS:
+        written = sum(len(segment.token_ids) for segment in self.ledger.segments)
+        room = self.protocol.max_context_tokens - written
+        if room < MIN_OBSERVATION_TOKENS:
             return StopReason.TOKEN_LIMIT
-        budget = min(self.protocol.max_observation_tokens, self.room)
+        budget = min(self.protocol.max_observation_tokens, room)
         return observe(record.hits, sources, self.protocol, self.sanitize, self._encode, budget, self.vision)
 
     def score(self) -> dict[str, float]:
@@ -117,8 +116,8 @@ class Environment:
                 sources = await find_pictures(hits, self.vision, self.searcher)
         except (RetrieverError, DataError) as failure:
             hits, error = [], f"{type(failure).__name__}: {failure}"
-        seconds, turn = time.monotonic() - started, self.ledger.turns - 1
-        return SearchRecord(call.argument, hits, seconds, error, turn, call.tool), sources
+        seconds = time.monotonic() - started
+        return SearchRecord(call.argument, hits, seconds, error, self.turn - 1, call.tool), sources
 
     async def _search(self, query: str) -> list[Hit]:
         asked = [search.query for search in self.ledger.searches if search.tool == SEARCH.name]

@@ -17,7 +17,6 @@ from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
-from data.text import replace_halves
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,7 @@ class Protocol:
 
     def read_call(self, tag: str, inside: str) -> Call | None:
         """The call whose tag has this content; None where it is none."""
-        call = read_call(inside) if self.json_calls else Call(self.call_tags[tag], inside.strip())
-        return call and replace(call, argument=replace_halves(call.argument))
+        return read_call(inside) if self.json_calls else Call(self.call_tags[tag], inside.strip())
 
     def opens_thought(self, before: str) -> bool:
         """Return whether the text before a turn has begun its thought, as some chat templates do."""

@@ -48,6 +48,9 @@ class Agent:
     prompt_frame: PromptFrame | None = None
     """The text around the instruction, as the run keeps it; None: as the chat template makes it now."""
 
+    def __post_init__(self) -> None:
+        self.sampling.check()
+
     @cached_property
     def sanitize(self) -> TagSanitizer:
         """Takes the brackets off tags of the protocol and added tokens of the tokenizer."""
@@ -117,7 +120,6 @@ class Agent:
             ledger.segments.append(segment)
             on_segment(segment)
 
-        ledger.rewind()
         world = (self.tokenizer, self.searcher, self.spoken, self.frame, self.sanitize, self.vision)
         environment = Environment(*world, ledger)
         prompt = environment.reset(question)
@@ -126,8 +128,9 @@ class Agent:
         outcome, started = StopReason.TOKEN_LIMIT, time.monotonic()
         trajectory_id = f"{question.id}/{seed:016x}/{next(_NUMBERS)}"  # a question may be asked twice at once
         try:
-            while environment.room >= 0:
-                turn, action = await self._complete(ledger, seed, trajectory_id)
+            while len(token_ids := ledger.token_ids) <= self.spoken.max_context_tokens:
+                number = environment.turn
+                turn, action = await self._complete(ledger, token_ids, number, seed, trajectory_id)
                 add(turn)
                 outcome = await environment.step(action)
                 if isinstance(outcome, StopReason):
@@ -148,12 +151,14 @@ class Agent:
             seconds=time.monotonic() - started,
         )
 
-    async def _complete(self, ledger: Ledger, seed: int, trajectory_id: str) -> tuple[Segment, Action]:
-        """The policy's next turn, and the action in it."""
-        protocol, turn = self.spoken, ledger.turns
+    async def _complete(
+        self, ledger: Ledger, token_ids: list[int], turn: int, seed: int, trajectory_id: str
+    ) -> tuple[Segment, Action]:
+        """The policy's turn of this number after `token_ids`, those of the ledger; and the action in it."""
+        protocol = self.spoken
         sampling = replace(self.turn_sampling, seed=(seed + turn) % 2**63)
         shown = (pictures,) if self.vision and (pictures := ledger.pictures) else ()
-        completion = await self.engine.generate(ledger.token_ids, sampling, trajectory_id, *shown)
+        completion = await self.engine.generate(token_ids, sampling, trajectory_id, *shown)
         action = self.read_action(completion.token_ids)
         if isinstance(action, Invalid) and turn < protocol.max_turns and not protocol.keeps_eos:
             completion = self._without_end(completion)

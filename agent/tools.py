@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from data.text import replace_halves
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -62,7 +64,8 @@ def read_call(text: str) -> Call | None:
         return None
     if type(argument) is int and "integer" in tool.types:
         argument = str(argument)
-    return Call(tool.name, argument.strip()) if isinstance(argument, str) else None
+    # Only an escape of JSON can hold half of a surrogate pair.
+    return Call(tool.name, replace_halves(argument).strip()) if isinstance(argument, str) else None
 
 
 def write_call(call: Call) -> str:

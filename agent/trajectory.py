@@ -107,11 +107,13 @@ class Ledger(Segments):
         """Turns that the policy has written."""
         return sum(segment.kind is SegmentKind.POLICY for segment in self.segments)
 
-    def rewind(self) -> None:
-        """Go back to the last observation: a turn that has none yet is written again."""
+    def rewind(self) -> int:
+        """Go back to the last observation, as a turn that has none is written again; return the turns."""
         if self.segments and self.segments[-1].kind is SegmentKind.POLICY:
             self.segments.pop()
-        self.searches[:] = [search for search in self.searches if search.turn < self.turns]
+        turns = self.turns
+        self.searches[:] = [search for search in self.searches if search.turn < turns]
+        return turns
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,17 @@ import operator
 import os
 import weakref
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from data.errors import CorpusChanged, DataError, unreadable
-from data.formats.rows import needed_id, object_of, text_of
+from data.formats.rows import parse_passage
 from data.jsonl import parse_line
-from data.modalities import modalities
-from data.offsets import OFFSETS, Offsets, Stamp, hash_of, hash_text, keep, table_place
-from data.records import Passage, split_contents
+from data.offsets import OFFSETS, Offsets, Stamp, keep, table_place
+from data.records import Passage
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def __getitem__(self, position: int) -> Passage:
+    def __getitem__(self, position: SupportsIndex) -> Passage:
         """The passage at `position`, from 0; IndexError beyond, and for -1, an index's "none".
 
         Raises CorpusChanged where the file does not hold it any more.
@@ -146,56 +145,19 @@ class Corpus:
         return np.where(self._hashes[slots] == wanted, self._positions[slots].astype(np.int64), -1)
 
 
+def hash_of(content: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def hash_text(text: str) -> int:
+    """64 bits of a text, which may hold halves of surrogate pairs."""
+    return hash_of(text.encode("utf-8", "surrogatepass"))
+
+
 def _document_of(passage: Passage) -> str:
     """The url of a passage, else its title; "" where it has neither."""
     return str(passage.metadata.get("url") or passage.title)
-
-
-def parse_passage(record: Mapping[str, Any]) -> Passage:
-    """The passage in one record of a corpus; ValueError says what is wrong with it.
-
-    {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
-    """
-    title, text = record.get("title"), record.get("text")
-    files = {name: file for name in modalities() if name in record and (file := text_of(record[name], name))}
-    if text is None:
-        contents = record.get("contents", "" if files else None)
-        if contents is None:
-            others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
-            raise ValueError(f'neither "contents"{others}')
-        title, text = _split(text_of(contents, "contents"), title)
-    passage = Passage(
-        id=needed_id(record.get("id")),
-        text=text_of(text, "text").strip(),
-        title=text_of(title, "title").strip(),
-        metadata=object_of(record["metadata"], "metadata") if "metadata" in record else {},
-        image=files.pop("image", ""),
-        media=files,
-    )
-    return passage.keep_verbatim(record["contents"]) if "contents" in record else passage
-
-
-def passage_row(passage: Passage, folder: str | Path) -> dict[str, Any]:
-    """The line of a passage in a corpus that lies in `folder`, with all its fields."""
-    row: dict[str, Any] = {"id": passage.id, "title": passage.title, "text": passage.text}
-    if passage.verbatim:
-        row["contents"] = passage.verbatim
-    if passage.metadata:
-        row["metadata"] = dict(passage.metadata)
-    return row | {name: relative_to(file, folder) for name, file in passage.files.items()}
-
-
-def relative_to(file: str, folder: str | Path) -> str:
-    """The path of a file as a corpus in `folder` writes it; "" stays "".   /a/b/x.png, /a -> b/x.png"""
-    return Path(os.path.relpath(file, folder)).as_posix() if file else ""
-
-
-def _split(contents: str, title: Any) -> tuple[Any, str]:
-    """Title and text; a title that the record gives besides wins over the first line."""
-    first, rest = split_contents(contents)
-    if title is None:
-        return first, rest
-    return title, rest if first and first == title else contents
 
 
 def _open(path: Path) -> int:

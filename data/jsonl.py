@@ -36,7 +36,9 @@ def numbered_jsonl(path: str | Path, tolerate_cut_tail: bool = False) -> Iterato
 def parse_line(line: bytes) -> dict[str, Any]:
     """The object on one line, byte order mark or not; ValueError says what else it is."""
     try:
-        value = replace_halves_in(json.loads(line.decode("utf-8-sig").rstrip()), line)
+        value = json.loads(line.decode("utf-8-sig").rstrip())
+        if b"\\u" in line:
+            value = replace_halves_in(value, line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:

@@ -100,16 +100,6 @@ class Offsets:
         return np.split(self.table[_HEADER:], [count + 1, 2 * count + 1, 3 * count + 1])
 
 
-def hash_of(content: bytes) -> int:
-    """64 bits of BLAKE2b."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
-
-
-def hash_text(text: str) -> int:
-    """64 bits of a text, which may hold halves of surrogate pairs."""
-    return hash_of(text.encode("utf-8", "surrogatepass"))
-
-
 def cached_file(name: str) -> Path | None:
     """Return the path of a file about a corpus in the user's cache; None for a user without a home."""
     try:

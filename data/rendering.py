@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.atomic import atomic_write
-from data.corpus import Corpus, passage_row
+from data.corpus import Corpus, hash_text
 from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require, unreadable
+from data.formats.rows import passage_row
 from data.images import PAGE_DPI, png, read_image, split_page
 from data.jsonl import write_jsonl
 from data.layout import LAYOUTS, draw_page
-from data.offsets import hash_text
 from data.records import Passage
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from rl.question_mix import QuestionMix
 if TYPE_CHECKING:
     from agent.rollout import Agent
     from data.records import Question
-    from rl.algorithm.advantages import Reward
+    from rl.algorithm.rewards import Reward
     from rl.config import TrainConfig
     from rl.learner.workers import Totals, Workers
 
@@ -50,10 +50,13 @@ class Group:
     rewards: list[Reward]
 
     @property
-    def complete(self) -> bool:
-        """Return whether nothing failed: a group short of a member has another baseline."""
-        failed = any(t.stop_reason is StopReason.SEARCH_FAILED for t in self.trajectories)
-        return not failed and not any(reward.error for reward in self.rewards)
+    def failures(self) -> list[str | None]:
+        """The error of each trajectory; a group short of a member has another baseline."""
+        pairs = zip(self.trajectories, self.rewards, strict=True)
+        return [
+            t.searches[-1].error if t.stop_reason is StopReason.SEARCH_FAILED else reward.error
+            for t, reward in pairs
+        ]
 
     @property
     def flat(self) -> bool:
@@ -74,6 +77,20 @@ class Collected:
     """Groups of all processes that were used up for it, usable or not."""
     totals: Totals
     """Metrics of everything that was rolled out, used or not."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a process tells the others about its part of a round."""
+
+    broken: str | None
+    """The reason why its rollouts ended."""
+    failures: list[str | None]
+    """The error of each trajectory of the round."""
+    usable: list[int]
+    """Numbers of the step's groups so far that can be learned from."""
+    drawn: int
+    """The step's groups so far."""
 
 
 class Rollouts:
@@ -113,13 +130,18 @@ class Rollouts:
         self.taken, self.settled = [], self.position
         groups: list[Group] = []
         usable: list[Group] = []
+        reports: list[_Report] = []
+        numbers: list[int] = []
         for _ in range(1 + rounds):
-            drawn = await self._next(version, progress)
+            drawn, broken = await self._next(version, progress)
             groups += drawn
-            usable += [g for g in drawn if g.complete and not (rounds and g.flat)]
-            if not rounds or sum(self.workers.gather(len(usable))) >= wanted:
+            usable += [g for g in drawn if not any(g.failures) and not (rounds and g.flat)]
+            failures = [failure for group in drawn for failure in group.failures]
+            reports = self.workers.gather(_Report(broken, failures, [g.number for g in usable], len(groups)))
+            self._check_failures(reports)
+            numbers = sorted(number for each in reports for number in each.usable)[:wanted]
+            if len(numbers) == wanted:
                 break
-        numbers = sorted(n for part in self.workers.gather([g.number for g in usable]) for n in part)[:wanted]
         places = {number: place for place, number in enumerate(numbers)}
         chosen = [replace(g, number=places[g.number]) for g in usable if g.number in places]
         totals = totals_of(groups)
@@ -127,10 +149,13 @@ class Rollouts:
             lags = [staleness(t, version) for g in groups for t in g.trajectories]
             totals["rollout/staleness"] = (float(sum(lags)), float(len(lags)))
         self.taken, self.settled = [], self.position
-        return Collected(chosen, len(numbers), sum(self.workers.gather(len(groups))), totals)
+        return Collected(chosen, len(places), sum(each.drawn for each in reports), totals)
 
-    async def _next(self, version: int, progress: Callable[[int], object]) -> list[Group]:
-        """Return one batch, as many groups as this process has in any; later ones are begun before it."""
+    async def _next(self, version: int, progress: Callable[[int], object]) -> tuple[list[Group], str | None]:
+        """Return one batch, as many groups as this process has in any, or why there is none.
+
+        Later ones are begun before it.
+        """
         rollout = self.config.rollout
         steps_left = self.config.steps - version
         while self.batches < max(1, min(self.most_batches, steps_left)):
@@ -150,8 +175,7 @@ class Rollouts:
             Group(group.number, members, list(islice(rewards, rollout.group_size)))
             for group, members in zip(taken, finished, strict=True)
         ]
-        self._check_failures(groups, broken)
-        return groups
+        return groups, broken
 
     def _begin(self, version: int) -> None:
         """Begin this process's share of the next questions."""
@@ -254,21 +278,15 @@ class Rollouts:
         self.in_flight, self._failure = [], None
         self.taken, self.batches = [], 0
 
-    def _check_failures(self, groups: Sequence[Group], broken: str | None) -> None:
+    def _check_failures(self, reports: Sequence[_Report]) -> None:
         """Stop the run where too many searches or rewards failed; nothing of the batch is trained."""
-        reasons = [
-            t.searches[-1].error if t.stop_reason is StopReason.SEARCH_FAILED else reward.error
-            for group in groups
-            for t, reward in zip(group.trajectories, group.rewards, strict=True)
-        ]
-        found = self.workers.gather((broken, reasons))
         ended = (
             f"the state before this step is saved in {self.config.out}: start the same command again to go on"
         )
-        for rank, (said, _) in enumerate(found):
-            if said:
-                raise RunStopped(f"rollouts of process {rank} ended: {said}; {ended}")
-        everywhere = [reason for _, part in found for reason in part]
+        for rank, report in enumerate(reports):
+            if report.broken:
+                raise RunStopped(f"rollouts of process {rank} ended: {report.broken}; {ended}")
+        everywhere = [reason for report in reports for reason in report.failures]
         failed = [reason for reason in everywhere if reason]
         if failed and self.workers.leads:
             logger.warning("%d of %d trajectories lost to %s", len(failed), len(everywhere), failed[0])

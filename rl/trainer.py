@@ -81,7 +81,6 @@ class Trainer:
         reward = combine(config.rewards, config.judge, self.path / f"judge-{workers.rank}.jsonl")
         self.bar = bar if workers.leads else no_bar
         self.rollouts = Rollouts(self.agent, questions, reward, config, workers)
-        self.sentinel = Sentinel(config.sentinel)
         self.checkpoints = self.path / "checkpoints"
         self.on_step = on_step
         self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
@@ -183,8 +182,8 @@ class Trainer:
         write_jsonl(self.path / "rollouts" / f"step-{self.step:06d}-{self.workers.rank}.jsonl", rows)
 
     async def _apply_alarm(self, metrics: dict[str, float]) -> None:
-        """Warn, stop or go back where the sentinel sees a collapse; the leading process decides."""
-        verdict = self.workers.gather(self.sentinel.watch(self.step, metrics))[0]
+        """Warn, stop or go back where the sentinel, the same in all processes, sees a collapse."""
+        verdict = self.sentinel.watch(self.step, metrics)
         if self.run_dir is not None:
             self._say_obstacle(metrics)
             for alarm in verdict.alarms:
@@ -292,7 +291,8 @@ class Trainer:
         if self.run_dir is not None:
             self._forget_evaluations_after(self.step)
             self.run_dir.rewind(self.step + 1)
-            self.sentinel = Sentinel(self.config.sentinel, read_metrics(self.path))
+        history = self.workers.gather(self.run_dir and read_metrics(self.path))[0]
+        self.sentinel = Sentinel(self.config.sentinel, history)
         if found is not None:
             await self._load(found)
             logger.info("resuming after step %d of %d from %s", self.step, self.config.steps, found.path)

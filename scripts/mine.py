@@ -172,7 +172,7 @@ def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
     folders = [Path(spec.removeprefix("random:")) for spec in specs]
     if folder := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
         return corpus_of(folder)
-    found = next((plan().corpus for plan in plans if hasattr(plan(), "corpus")), None)
+    found = next((corpus for plan in plans if (corpus := plan().corpus) is not None), None)
     if found is None:
         raise ConfigError("--corpus: must be given, as no retriever is an index on this machine")
     return found

@@ -109,6 +109,7 @@ def open_agent(
     `device` says otherwise. Raises ConfigError.
     """
     sampling = Sampling(temperature=temperature)
+    sampling.check()
     spoken = check_agent(policy, protocol, device, engine)
     client = client or open_client(retriever, deadline_seconds)
     spoken = replace(spoken, query_style=_query_style(protocol, client, retriever))

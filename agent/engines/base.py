@@ -35,7 +35,8 @@ class Sampling:
     seed: int | None = None
     """Seed of this completion alone; None draws from the engine's generator."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError for a value that means nothing."""
         require_range(self, "sampling.", ">= 0", "temperature", "top_k")
         require_range(self, "sampling.", ">= 1", "max_tokens")
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")

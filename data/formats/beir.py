@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.atomic import open_atomic
-from data.corpus import parse_passage, passage_row, relative_to
 from data.errors import ConfigError, DataError
 from data.examples import Examples
-from data.formats.rows import first_of, id_of, object_of, text_of
+from data.formats.rows import first_of, id_of, object_of, parse_passage, passage_row, relative_to, text_of
 from data.formats.search_r1 import gold_answers
 from data.formats.tables import at, kind_of, read_lines, read_rows, table_line
 from data.formats.training import Items, judged_items, query_ids, title_as_text

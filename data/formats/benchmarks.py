@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus import passage_row
 from data.formats import beir, bright, vidore
+from data.formats.rows import passage_row
 from data.records import Benchmark, Hit, Passage
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from typing import IO, Any, NamedTuple
 
 import regex
 
-from data.corpus import parse_passage
 from data.errors import ConfigError, DataError
 from data.formats.html import decode_html, html_sections
+from data.formats.rows import parse_passage
 from data.jsonl import numbered_jsonl
 from data.text import name_of, replace_halves
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+from data.modalities import modalities
+from data.records import Passage, split_contents
 from data.text import replace_halves_in
 
 _OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
@@ -129,6 +133,53 @@ def object_of(value: Any, name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'"{name}" must be an object, found {shown(value)}')
     return value or {}
+
+
+def parse_passage(record: Mapping[str, Any]) -> Passage:
+    """The passage in one record of a corpus; ValueError says what is wrong with it.
+
+    {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
+    """
+    title, text = record.get("title"), record.get("text")
+    files = {name: file for name in modalities() if name in record and (file := text_of(record[name], name))}
+    if text is None:
+        contents = record.get("contents", "" if files else None)
+        if contents is None:
+            others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
+            raise ValueError(f'neither "contents"{others}')
+        title, text = _split(text_of(contents, "contents"), title)
+    passage = Passage(
+        id=needed_id(record.get("id")),
+        text=text_of(text, "text").strip(),
+        title=text_of(title, "title").strip(),
+        metadata=object_of(record["metadata"], "metadata") if "metadata" in record else {},
+        image=files.pop("image", ""),
+        media=files,
+    )
+    return passage.keep_verbatim(record["contents"]) if "contents" in record else passage
+
+
+def passage_row(passage: Passage, folder: str | Path) -> dict[str, Any]:
+    """The line of a passage in a corpus that lies in `folder`, with all its fields."""
+    row: dict[str, Any] = {"id": passage.id, "title": passage.title, "text": passage.text}
+    if passage.verbatim:
+        row["contents"] = passage.verbatim
+    if passage.metadata:
+        row["metadata"] = dict(passage.metadata)
+    return row | {name: relative_to(file, folder) for name, file in passage.files.items()}
+
+
+def relative_to(file: str, folder: str | Path) -> str:
+    """The path of a file as a corpus in `folder` writes it; "" stays "".   /a/b/x.png, /a -> b/x.png"""
+    return Path(os.path.relpath(file, folder)).as_posix() if file else ""
+
+
+def _split(contents: str, title: Any) -> tuple[Any, str]:
+    """Title and text; a title that the record gives besides wins over the first line."""
+    first, rest = split_contents(contents)
+    if title is None:
+        return first, rest
+    return title, rest if first and first == title else contents
 
 
 def first_of(record: Mapping[str, Any], *names: str) -> Any:

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus import relative_to
 from data.examples import Examples
-from data.formats.rows import first_of, id_of, ids_of, needed_id, text_of
+from data.formats.rows import first_of, id_of, ids_of, needed_id, relative_to, text_of
 from data.formats.tables import at, image_file, read_part, read_rows
 from data.formats.training import Items, items_of, passage_of, passages_by_id, passages_in, query_ids
 from data.jsonl import write_jsonl

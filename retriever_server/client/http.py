@@ -97,7 +97,7 @@ class Http:
         """Return the whole document of a passage, by our server's `/access`; None where there is none."""
 
         def parse(answer: Any) -> Passage | None:
-            from data.corpus import parse_passage
+            from data.formats.rows import parse_passage
 
             try:
                 [page] = answer["result"]

@@ -69,16 +69,14 @@ class SearchClient:
         loop = asyncio.get_running_loop()
         state = self._loops.setdefault(loop, _LoopState())
         waiter: asyncio.Future[list[Hit]] = loop.create_future()
-        if k not in state.open:
-            state.open[k] = batch = {}
-            if self._retriever.window_seconds:
-                loop.call_later(self._retriever.window_seconds, self._send, state, batch, k)
-            else:  # after every coroutine that is ready now has run
-                loop.call_soon(self._send, state, batch, k)
-        batch = state.open[k]
+        batch = state.open.setdefault(k, {})
+        if not batch:
+            task = loop.create_task(self._answer(state, batch, k))
+            state.tasks.add(task)
+            task.add_done_callback(state.tasks.discard)
         batch.setdefault(query, []).append(waiter)
         if len(batch) >= self._max_batch:
-            self._send(state, batch, k)
+            del state.open[k]  # the next query begins another
         return await waiter
 
     async def picture(self, passage: Passage, side: int = 1024) -> bytes:
@@ -104,8 +102,6 @@ class SearchClient:
     async def close(self) -> None:
         """Fail what still waits in this event loop, and close the connections."""
         state = self._loops.pop(asyncio.get_running_loop(), _LoopState())
-        for k, batch in list(state.open.items()):
-            self._send(state, batch, k)
         for task in state.tasks:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)
@@ -117,19 +113,18 @@ class SearchClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _send(self, state: _LoopState, batch: _Batch, k: int) -> None:
-        if state.open.get(k) is not batch:
-            return  # it was full and has gone before its window ended
-        del state.open[k]
-        task = asyncio.get_running_loop().create_task(self._answer(batch, k))
-        state.tasks.add(task)
-        task.add_done_callback(state.tasks.discard)
+    async def _answer(self, state: _LoopState, batch: _Batch, k: int) -> None:
+        """Ask when the batch's window ends, and hand every waiter its hits or its error.
 
-    async def _answer(self, batch: _Batch, k: int) -> None:
-        """Ask, and hand every waiter its hits or its error; one that was cancelled is left out."""
+        One that was cancelled is left out.
+        """
         outcomes: Sequence[Outcome] = []
         failure: RetrieverError = RetrieverUnavailable("the search client was closed")
         try:
+            # Without a window: after every coroutine that is ready now has run.
+            await asyncio.sleep(self._retriever.window_seconds)
+            if state.open.get(k) is batch:
+                del state.open[k]
             outcomes = await self._retriever.ask(list(batch), k)
             failure = RetrieverError(f"{len(outcomes)} rows for {len(batch)} queries")
         except RetrieverError as error:

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data.corpus import Corpus
+from data.corpus import Corpus, hash_text
 from data.errors import ConfigError, DataError, require
-from data.offsets import hash_text
 from data.records import Passage
 from retriever_server.indexes.analyzers import WORDS, load_analyzer, spaceless_share
 from retriever_server.indexes.base import (

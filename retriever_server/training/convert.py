@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus, passage_row, relative_to
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples, OnError, check_example
 from data.formats import beir, bge, dpr, labelled, msmarco, pairs, search_r1, tevatron, vidore
+from data.formats.rows import passage_row, relative_to
 from data.formats.training import Format, one_text, text_id, unnamed
 from data.jsonl import write_jsonl
 from data.records import Example, Passage

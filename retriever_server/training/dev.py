@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus import Corpus, passage_row
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.formats.beir import load_queries
+from data.formats.rows import passage_row
 from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
 from data.progress import Bar, Track, no_bar

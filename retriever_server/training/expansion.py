@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from data.corpus import Corpus, passage_row
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.formats.rows import passage_row
 from data.hub import find_model
 from data.jsonl import append_in_batches, read_json, write_json
 from data.records import Passage

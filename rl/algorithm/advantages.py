@@ -11,29 +11,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Reward:
-    """The reward of a trajectory."""
-
-    turns: list[float]
-    """Weighted, one a policy turn; the reward of the outcome is on the last."""
-    parts: dict[str, float]
-    """By name, summed over the turns, without weights; rewards that failed are not among them."""
-    error: str | None = None
-    """The reason of a failure; the trajectory then stays out of the loss."""
-    total: float = field(init=False)
-    """The weighted sum."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "total", sum(self.turns))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from agent.trajectory import SegmentKind, StopReason, Trajectory
-from rl.algorithm.advantages import ADVANTAGES, Reward, RewardBatch
+from rl.algorithm.advantages import ADVANTAGES, RewardBatch
 from rl.algorithm.answer_likelihood import answer_credit
 from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
 
 if TYPE_CHECKING:
+    from rl.algorithm.rewards import Reward
     from rl.config import TrainConfig
     from rl.learner.workers import Totals, Workers
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -23,7 +24,6 @@ from data.class_path import hints_of
 from data.errors import ConfigError
 from data.plugins import find_plugin
 from data.records import Question
-from rl.algorithm.advantages import Reward
 
 if TYPE_CHECKING:
     from rl.algorithm.presets import AlgorithmConfig
@@ -31,8 +31,24 @@ if TYPE_CHECKING:
 RewardFunction = Callable[[Trajectory], float | list[float]]
 """One number for the outcome, paid on the last turn, or a list of one number a policy turn."""
 
-
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of a trajectory."""
+
+    turns: list[float]
+    """Weighted, one a policy turn; the reward of the outcome is on the last."""
+    parts: dict[str, float]
+    """By name, summed over the turns, without weights; rewards that failed are not among them."""
+    error: str | None = None
+    """The reason of a failure; the trajectory then stays out of the loss."""
+    total: float = field(init=False)
+    """The weighted sum."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", sum(self.turns))
 
 
 def score_answer(metric: str, trajectory: Trajectory) -> float:

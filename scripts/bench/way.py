@@ -4,7 +4,8 @@
 
     retriever   `sleuth train-retriever` from the command to the first loss of a dense model
     query       one search over HTTP, from a warm server's socket to its answer
-    policy      one step of `sleuth train` on the atlas world: two trajectories, an update
+    policy      one step of `sleuth train` on the atlas world: two trajectories, whose equal rewards
+                leave no gradient
 
 A way is traced with `sys.setprofile` in every thread. `files` are those entered; `changes` are the calls from
 a function of one file to a function of another, each pair once, so that loops do not count. Both checkouts
@@ -58,14 +59,17 @@ class Way:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         """Take note of a call into one of our files."""
-        if not self.on or event != "call" or not frame.f_code.co_filename.startswith(self.inside):
+        if not self.on or event != "call" or not self._is_ours(frame):
             return
         self.files.add(frame.f_code.co_filename)
         caller = frame.f_back
-        while caller is not None and not caller.f_code.co_filename.startswith(self.inside):
+        while caller is not None and not self._is_ours(caller):
             caller = caller.f_back
         if caller is not None and caller.f_code.co_filename != frame.f_code.co_filename:
             self.changes.add((_name(caller), _name(frame)))
+
+    def _is_ours(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename.startswith(self.inside) and frame.f_code.co_filename != __file__
 
     def start(self) -> None:
         """Begin anew."""

@@ -13,7 +13,7 @@ from agent.protocol import HERMES, SEARCH_R1, get_protocol
 from agent.rollout import Agent
 from agent.search_tool import TagSanitizer, render_hits
 from agent.trajectory import SegmentKind
-from data.corpus import parse_passage
+from data.formats.rows import parse_passage
 from data.records import Hit
 from retriever_server.client.wire import parse_hits, parse_results
 from retriever_server.client.wire import render_hits as answer

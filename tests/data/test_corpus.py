@@ -12,8 +12,9 @@ import pytest
 
 import data.corpus
 import data.offsets
-from data.corpus import Corpus, parse_passage
+from data.corpus import Corpus
 from data.errors import CorpusChanged, DataError
+from data.formats.rows import parse_passage
 from data.records import Passage
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -148,7 +148,7 @@ async def _score(caller: Caller, pairs: list[tuple[str, str]], whole: bool = Fal
         check_unicode([text for pair in pairs for text in pair])
 
         def tokens_of(query: str, text: str) -> Any:
-            return scorer.tokens_of(query, Passage("", text)) if hasattr(scorer, "tokens_of") else None
+            return scorer.tokens_of(query, Passage("", text))
 
         def work(items: list[tuple[str, str]]) -> list[float]:
             with lease:

@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.corpus import Corpus, passage_row
+from data.corpus import Corpus
 from data.errors import DataError, RunStopped
+from data.formats.rows import passage_row
 from data.jsonl import read_json, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Example, Passage
 from retriever_server.training.synthesis.drafts import Draft

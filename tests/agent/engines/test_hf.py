@@ -1,6 +1,7 @@
 """The hf engine against plain forwards: its cache, its rows and its sampling change no number."""
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def test_greedy_equals_generate():
     completion = asyncio.run(
         HFEngine(model, TOKENIZER).generate(prompt, Sampling(temperature=0, max_tokens=20), "t")
     )
-    theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
+    generate: Any = model.generate
+    theirs = generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
     assert completion.token_ids == theirs[0, len(prompt) :].tolist()
     assert completion.finish_reason is FinishReason.LENGTH
 
@@ -244,7 +246,7 @@ def test_draw_mixes_greedy_and_sampled_rows():
 
 def test_sampling_refuses_what_it_cannot_mean():
     with pytest.raises(ConfigError, match=r"sampling.top_p = 0: must be in \(0, 1\]"):
-        Sampling(top_p=0)
+        Sampling(top_p=0).check()
 
 
 def test_new_weights_in_mid_completion_go_on_where_the_old_ones_were():

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data.corpus import Corpus, passage_row
+from data.corpus import Corpus
 from data.errors import DataError
 from data.examples import Examples
 from data.formats.benchmarks import benchmark_passages, load_benchmark
+from data.formats.rows import passage_row
 from data.formats.training import one_text
 from data.formats.trec import load_run, write_run
 from data.jsonl import write_jsonl
