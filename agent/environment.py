@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, runtime_checkable
 from typing import Protocol as Interface
 
 from agent.prompt import PromptFrame, encode_prompt
@@ -20,7 +20,7 @@ from agent.tools import OPEN_PAGE, SEARCH, Call
 from agent.trajectory import Ledger, SearchRecord, StopReason
 from data.answers import METRICS
 from data.errors import DataError, RetrieverError
-from data.records import Hit, Question
+from data.records import Hit, Passage, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,11 +34,21 @@ MIN_OBSERVATION_TOKENS = 32
 class Searcher(Interface):
     """A retriever as the agent needs it, such as `retriever_server.client.search_client.SearchClient`.
 
-    It may also have `picture` (for policies that read images) and `document` (for the tool open_page).
+    It may also be a `DocumentReader` (for the tool open_page) and a `PictureReader` (for policies that read
+    images).
     """
 
     async def search(self, query: str, k: int) -> list[Hit]:
         """Return the best `k` passages of one query."""
+        ...
+
+
+@runtime_checkable
+class DocumentReader(Interface):
+    """A searcher that reads the documents of passages."""
+
+    async def document(self, passage_id: str) -> Passage | None:
+        """Return the document that a passage is from, as one passage; None where there is no such passage."""
         ...
 
 
@@ -57,8 +67,7 @@ class Environment:
     ) -> None:
         """protocol: as `frame` has fitted it. ledger: of the trajectory; what is called is noted there."""
         self.tokenizer, self.protocol, self.frame, self.ledger = tokenizer, protocol, frame, ledger
-        self.searcher: Any = searcher
-        self.sanitize, self.vision = sanitize, vision
+        self.searcher, self.sanitize, self.vision = searcher, sanitize, vision
         self.question = Question("", "", ())
         self.answer: str | None = None
         self.confidence: float | None = None
@@ -126,7 +135,7 @@ class Environment:
 
     async def _open_page(self, place: str) -> list[Hit] | None:
         """The document of a passage: of its number in the last search, else of its id."""
-        if not hasattr(self.searcher, "document"):
+        if not isinstance(self.searcher, DocumentReader):
             raise DataError("open_page: the searcher reads no documents")
         last = next((s.hits for s in reversed(self.ledger.searches) if s.tool == SEARCH.name), [])
         number = int(place) if place.isascii() and place.isdecimal() and len(place) < 10 else 0

@@ -133,11 +133,11 @@ class Protocol:
         question = question.strip()
         if not question.endswith("?"):
             question += "?"
-        more = "".join(self._told(name) for name in self.tools if name != SEARCH.name)
+        more = "".join(self._describe_tool(name) for name in self.tools if name != SEARCH.name)
         more += (ASKED[self.answer_form] + MAY_ABSTAIN * self.may_abstain).replace("{tag}", self.answer_tag)
         return _fill(self.instruction, question=question, tools=more)
 
-    def _told(self, name: str) -> str:
+    def _describe_tool(self, name: str) -> str:
         """A further tool, in the words of the instruction."""
         tool = TOOLS[name]
         if self.json_calls:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, runtime_checkable
+from typing import Protocol as Interface
 
 from agent.protocol import Protocol
 from agent.trajectory import Picture
@@ -155,7 +156,16 @@ class Observation:
     """`start` counts in `token_ids`."""
 
 
-async def find_pictures(hits: Sequence[Hit], vision: Vision, searcher: Any) -> list[str]:
+@runtime_checkable
+class PictureReader(Interface):
+    """A searcher that reads the pictures of passages that a server found."""
+
+    async def picture(self, passage: Passage) -> bytes:
+        """Return a file of the image of a passage."""
+        ...
+
+
+async def find_pictures(hits: Sequence[Hit], vision: Vision, searcher: object) -> list[str]:
     """The sources of the hits' pictures in order, all of them read.
 
     A picture that a server found is asked of that server, by its client alone, and kept for training under
@@ -167,13 +177,13 @@ async def find_pictures(hits: Sequence[Hit], vision: Vision, searcher: Any) -> l
     return sources
 
 
-async def _source(hit: Hit, vision: Vision, searcher: Any) -> str:
+async def _source(hit: Hit, vision: Vision, searcher: object) -> str:
     image = hit.passage.image
     if "://" not in image:
         return image
     source = f"{image}@{hit.generation}"
     if not vision.has(source):
-        if not hasattr(searcher, "picture"):
+        if not isinstance(searcher, PictureReader):
             raise DataError(f"{image}: on a server, and the searcher fetches no pictures")
         vision.keep(source, await searcher.picture(hit.passage))
     return source

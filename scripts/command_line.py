@@ -31,6 +31,7 @@ from data.class_path import wrong_value
 from data.errors import ConfigError
 from data.plugins import looking_beside
 from data.yaml_file import check_keys, read_checked, read_yaml
+from rl.algorithm.presets import preset_fields
 from scripts.tiers import with_tier
 
 # The docstring under a field of a configuration becomes its line in --help.
@@ -82,7 +83,8 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
 class ConfigFile(ActionConfigFile):
     """A configuration whose {class_path: ...} takes the place of one before it, as a whole.
 
-    jsonargparse would take both for classes of its own and join their arguments.
+    jsonargparse would take both for classes of its own and join their arguments. The fields that a preset
+    sets come before what the configuration that names it says.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -90,6 +92,9 @@ class ConfigFile(ActionConfigFile):
         for key, value in given.items():
             if is_component(value) and isinstance(cfg.get(key), dict):
                 cfg[key] = None
+        if given.get("preset") is not None and has_preset(parser):
+            for key, value in preset_fields(given["preset"]).items():
+                cfg[f"algorithm.{key}"] = value
         super().__call__(parser, cfg, values, option_string)
 
 
@@ -98,12 +103,19 @@ def is_component(value: Any) -> bool:
     return isinstance(value, dict) and "class_path" in value
 
 
+def has_preset(parser: ArgumentParser) -> bool:
+    """Return whether the command knows presets."""
+    return any(action.dest == "preset" for action in parser._actions)
+
+
 def components_as_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
-    """argv with each option of a mapping that names a class as a configuration of this one key."""
+    """argv with a preset, and each mapping that names a class, as a configuration of this one key."""
     mappings = {f"--{a.dest}" for a in parser._actions if get_origin(getattr(a, "_typehint", None)) is dict}
     out = []
     for word in argv:
         option, _, value = word.partition("=")
+        if option == "--preset" and has_preset(parser):
+            word = f"--config={json.dumps({'preset': value})}"
         with suppress(yaml.YAMLError):
             if option in mappings and is_component(found := yaml.safe_load(value)):
                 word = f"--config={json.dumps({option[2:]: found})}"

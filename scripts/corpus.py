@@ -64,14 +64,14 @@ def main(
                 counts["skipped"] += 1
                 logger.warning("skipped: %s", error)
         if not counts["passages"]:
-            raise DataError(f"source = {source}: no text in {len(files):,} files{_told(without)}")
+            raise DataError(f"source = {source}: no text in {len(files):,} files{_left_out(without)}")
 
     write_jsonl(out, rows())
     skipped = f", {counts['skipped']} files skipped" if counts["skipped"] else ""
-    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}{_told(without)}")
+    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}{_left_out(without)}")
 
 
-def _told(without: dict[str, list[Path]]) -> str:
+def _left_out(without: dict[str, list[Path]]) -> str:
     """Return how many files gave no passage, and why."""
     reasons = (f"{len(paths):,} {reason} (such as {paths[0].name})" for reason, paths in without.items())
     return (

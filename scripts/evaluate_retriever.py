@@ -45,21 +45,15 @@ def main(
         run_out: File for the retriever's run alone, in TREC's format.
     """
     _check_given(queries, qrels, benchmark, answers, top_k)
+    _check_retrievers([retriever, compare], where or {})
     from retriever_server.evaluation import judge, judge_answers, parse_metrics
-    from retriever_server.filters import parse_filter
-    from retriever_server.open_retriever import check_retriever
 
-    parse_filter(where or {})
     measures = parse_metrics(metrics, top_k)
-    for spec in filter(None, (retriever, compare)):
-        if not spec.endswith((".run", ".trec")):
-            check_retriever(spec)
     collection = _collection(benchmark, queries, qrels)
-    asked = collection.queries
 
     def judged(rankings: Any) -> Any:
         values = judge(rankings, collection.qrels, measures) if collection.qrels else {}
-        return values | (judge_answers(rankings, asked, top_k) if answers else {})
+        return values | (judge_answers(rankings, collection.queries, top_k) if answers else {})
 
     runs, parts = [], {}
     for spec in filter(None, (retriever, compare)):
@@ -68,17 +62,13 @@ def main(
         runs.append((rankings, judged(rankings)))
         parts = parts or {name: judged(each) for name, each in of_parts.items() if spec is retriever}
     scores = _scores([values for _, values in runs], parts)
+    _show(scores, retriever if not compare else f"first: {retriever}, second: {compare}")
     settings = {
         "retriever": retriever, "compare": compare, "queries": queries, "qrels": qrels,
         "benchmark": benchmark, "top_k": top_k, "where": where, "query_template": query_template,
     }  # fmt: skip
-    _show(scores, retriever if not compare else f"first: {retriever}, second: {compare}")
-    if run_out:
-        from data.formats.trec import write_run
-
-        write_run(run_out, runs[0][0], _generation(runs[0][0]))
-    if out:
-        _write(Path(out), {"format_version": FORMAT_VERSION, **settings, "scores": scores}, asked, runs)
+    summary = {"format_version": FORMAT_VERSION, **settings, "scores": scores}
+    _write(out, run_out, summary, collection.queries, runs)
 
 
 def _check_given(
@@ -92,6 +82,16 @@ def _check_given(
         raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
     if top_k < 1:
         raise ConfigError(f"top_k = {top_k}: must be >= 1")
+
+
+def _check_retrievers(specs: Sequence[str | None], where: dict[str, Any]) -> None:
+    from retriever_server.filters import parse_filter
+    from retriever_server.open_retriever import check_retriever
+
+    parse_filter(where)
+    for spec in filter(None, specs):
+        if not spec.endswith((".run", ".trec")):
+            check_retriever(spec)
 
 
 def _scores(values: list[Any], parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -194,10 +194,22 @@ def _generation(rankings: Any) -> str:
     return hits[0].generation if hits else "none"
 
 
-def _write(out: Path, summary: dict[str, Any], queries: Sequence[Question], runs: list[Any]) -> None:
+def _write(
+    folder: str | None,
+    run_out: str | None,
+    summary: dict[str, Any],
+    queries: Sequence[Question],
+    runs: list[Any],
+) -> None:
+    """Write the first run alone, and all into the folder, where they are asked for."""
     from data.formats.trec import write_run
     from data.jsonl import write_json, write_jsonl
 
+    if run_out:
+        write_run(run_out, runs[0][0], _generation(runs[0][0]))
+    if not folder:
+        return
+    out = Path(folder)
     names = ("scores", "compared")
     rows = [
         {"id": query.id, "question": query.text}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,114 +10,118 @@ from typing import Any, Literal
 from data.errors import ConfigError, DataError
 
 
-def main(
-    out: str,
-    queries: str | None = None,
-    retriever: str | None = None,
-    corpus: str | None = None,
-    teacher: str | None = None,
-    teachers: list[str] | None = None,
-    first_rank: int = 1,
-    last_rank: int = 100,
-    per_query: int = 15,
-    pick: Literal["top", "random"] = "top",
-    margin: float | None = None,
-    relative_margin: float | None = None,
-    keep_answers: bool = False,
-    positive_ranks: tuple[int, int] = (1, 10),
-    negative_ranks: tuple[int, int] = (46, 50),
-    crops_per_passage: int = 1,
-    seed: int = 0,
-    on_error: Literal["stop", "skip"] = "stop",
-    trajectories: str | None = None,
-    labels: str | None = None,
-    style: Literal["query", "question", "history"] | None = None,
-    recipe: Literal["agentic_r", "lrat", "iter"] | None = None,
-    scores: str | None = None,
-    held_out: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class MineConfig:
+    """Sources, ranks and rules of mining."""
+
+    out: str
+    """File for the examples; with --teachers a folder."""
+    queries: str | None = None
+    """JSON lines of examples (`sleuth convert` makes them), or crops: pieces of the passages."""
+    retriever: str | None = None
+    """Folder of an index, URL of a server, or YAML file of a retriever."""
+    corpus: str | None = None
+    """The passages; without it those of the index."""
+    teacher: str | None = None
+    """Scores positives and negatives: a cross-encoder's name or folder, a YAML file of a scorer, or a second
+    retriever. Its scores are kept, and margins go by them."""
+    teachers: list[str] | None = None
+    """Retrievers, in the order in which they are added: [bm25, dense]."""
+    first_rank: int = 1
+    """Negatives are looked for from this rank on, not counting positives."""
+    last_rank: int = 100
+    """... to this one."""
+    per_query: int = 15
+    """The most negatives of a query."""
+    pick: Literal["top", "random"] = "top"
+    """The top ones, or a random choice between the ranks."""
+    margin: float | None = None
+    """A negative must score so much below the worst positive."""
+    relative_margin: float | None = None
+    """The same, as a share of the positive's score."""
+    keep_answers: bool = False
+    """Keep passages in which a gold answer stands."""
+    positive_ranks: tuple[int, int] = (1, 10)
+    """With --teachers: the ranks that become positives."""
+    negative_ranks: tuple[int, int] = (46, 50)
+    """With --teachers: the ranks that become negatives."""
+    crops_per_passage: int = 1
+    """Queries cropped from a passage."""
+    seed: int = 0
+    """Seed of what is chosen at random."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """stop, or skip: leave out examples that are wrong (no positive, dangling ids)."""
+    trajectories: str | None = None
+    """Trajectories of a training or of `sleuth evaluate`, instead of queries."""
+    labels: str | None = None
+    """With --trajectories: what makes a passage positive. gold: the question names it. answer: the trajectory
+    is correct and a gold answer stands in it. quote: the next turn repeats four words of it. opened: the
+    agent opened its page. judge, fork, likelihood, agentic_r: by --scores. (answer)"""
+    style: Literal["query", "question", "history"] | None = None
+    """With --trajectories: the query alone, after its question, or with the earlier queries. (query)"""
+    recipe: Literal["agentic_r", "lrat", "iter"] | None = None
+    """With --trajectories: labels, style and weights as published; what else is given wins."""
+    scores: str | None = None
+    """With --trajectories: scores of its searches, by `sleuth score-searches`."""
+    held_out: str | None = None
+    """With --trajectories: questions that must not contribute, files separated by commas."""
+
+    def __post_init__(self) -> None:
+        if self.queries and self.trajectories:
+            raise ConfigError("--queries and --trajectories: give one of them")
+        if not (self.queries or self.trajectories):
+            raise ConfigError("--queries or --trajectories must be given")
+        if self.trajectories:
+            return
+        if self.retriever and self.teachers:
+            raise ConfigError("--retriever mines negatives, --teachers makes labels: give one of them")
+        if not (self.retriever or self.teachers) and self.queries != "crops":
+            raise ConfigError("--retriever or --teachers must be given, or --queries crops")
+
+
+def main(config: MineConfig) -> None:
     """Find passages that a retriever takes for good and that are not. Killed, it goes on when started again.
 
     With --teachers, what several retrievers find becomes labels instead (DRAGON), a file for each stage.
     With --trajectories, the searches of an agent become examples, labelled by what the agent did with them.
-
-    Args:
-        queries: JSON lines of examples (`sleuth convert` makes them), or crops: pieces of the passages.
-        out: File for the examples; with --teachers a folder.
-        retriever: Folder of an index, URL of a server, or YAML file of a retriever.
-        corpus: The passages; without it those of the index.
-        teacher: Scores positives and negatives: a cross-encoder's name or folder, a YAML file of a scorer, or
-            a second retriever. Its scores are kept, and margins go by them.
-        teachers: Retrievers, in the order in which they are added: [bm25, dense].
-        first_rank: Negatives are looked for from this rank on, not counting positives.
-        last_rank: ... to this one.
-        per_query: How many negatives a query gets at most.
-        pick: The top ones, or a random choice between the ranks.
-        margin: A negative must score so much below the worst positive.
-        relative_margin: The same, as a share of the positive's score.
-        keep_answers: Keep passages in which a gold answer stands.
-        positive_ranks: With --teachers: the ranks that become positives.
-        negative_ranks: With --teachers: the ranks that become negatives.
-        crops_per_passage: How many queries are cropped from a passage.
-        seed: Of what is chosen at random.
-        on_error: stop, or skip: leave out examples that are wrong (no positive, dangling ids).
-        trajectories: Trajectories of a training or of `sleuth evaluate`, instead of queries.
-        labels: With --trajectories: what makes a passage positive. gold: the question names it. answer: the
-            trajectory is correct and a gold answer stands in it. quote: the next turn repeats four words of
-            it. opened: the agent opened its page. judge, fork, likelihood, agentic_r: by --scores. (answer)
-        style: With --trajectories: the query alone, after its question, or with the earlier queries. (query)
-        recipe: With --trajectories: labels, style and weights as published; what else is given wins.
-        scores: With --trajectories: scores of its searches, by `sleuth score-searches`.
-        held_out: With --trajectories: questions that must not contribute, files separated by commas.
     """
-    if trajectories:
-        if queries:
-            raise ConfigError("--queries and --trajectories: give one of them")
-        negatives = per_query if per_query != 15 or not recipe else None
-        given = {"labels": labels, "style": style, "negatives": negatives}
-        _mine_trajectories(trajectories, out, recipe, given, scores, held_out, corpus)
-        return
-    if not queries:
-        raise ConfigError("--queries or --trajectories must be given")
-    if retriever and teachers:
-        raise ConfigError("--retriever mines negatives, --teachers makes labels: give one of them")
-    if not (retriever or teachers) and queries != "crops":
-        raise ConfigError("--retriever or --teachers must be given, or --queries crops")
+    if config.trajectories:
+        return _mine_trajectories(config)
     from retriever_server.training.mining import Rules
     from retriever_server.training.teachers import Ranks
 
-    rules = Rules(first_rank, last_rank, per_query, pick, margin, relative_margin, keep_answers, seed)
-    ranks = Ranks(positive_ranks, negative_ranks)
-    specs = teachers or ([retriever] if retriever else [])
+    rules = Rules(**{each.name: getattr(config, each.name) for each in fields(Rules)})
+    ranks = Ranks(config.positive_ranks, config.negative_ranks)
+    specs = config.teachers or ([config.retriever] if config.retriever else [])
     plans = [_plan(spec) for spec in specs]
-    scorer = _plan(teacher, scorer=True) if teacher else None
-    passages = _corpus(corpus, specs, plans)
+    scorer = _plan(config.teacher, scorer=True) if config.teacher else None
+    passages = _corpus(config.corpus, specs, plans)
+    queries = config.queries or ""
     if queries == "crops":
-        queries = _write_crops(passages, Path(out), crops_per_passage, seed, bool(specs), bool(teachers))
-    if teachers:
-        _label(queries, plans, passages, out, ranks)
-    elif retriever:
-        _mine(queries, plans[0], passages, out, rules, scorer, on_error)
+        queries = _write_crops(passages, config)
+    if config.teachers:
+        _label(queries, plans, passages, config.out, ranks)
+    elif config.retriever:
+        _mine(queries, plans[0], passages, config.out, rules, scorer, config.on_error)
 
 
-def _mine_trajectories(
-    path: str, out: str, recipe: str | None, given: dict[str, Any], scores: Any, held_out: Any, corpus: Any
-) -> None:
+def _mine_trajectories(config: MineConfig) -> None:
     from data.corpus import Corpus
     from data.questions import load_questions
     from rl.co_training.examples import RECIPES, LabelConfig, mine_trajectories
     from scripts.console import track
 
-    base = RECIPES[recipe] if recipe else LabelConfig()
-    config = replace(base, **{key: value for key, value in given.items() if value is not None})
-    questions = load_questions(held_out) if held_out else []
-    content_hash = Corpus(corpus).content_hash if corpus else ""
-    bar = track("labelling searches")
-    tally = mine_trajectories(path, out, config, questions, content_hash, bar, scores)
+    base = RECIPES[config.recipe] if config.recipe else LabelConfig()
+    negatives = config.per_query if config.per_query != 15 or not config.recipe else None
+    given = {"labels": config.labels, "style": config.style, "negatives": negatives}
+    labels = replace(base, **{key: value for key, value in given.items() if value is not None})
+    questions = load_questions(config.held_out) if config.held_out else []
+    content_hash = Corpus(config.corpus).content_hash if config.corpus else ""
+    bar, path = track("labelling searches"), config.trajectories or ""
+    tally = mine_trajectories(path, config.out, labels, questions, content_hash, bar, config.scores)
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
-    print(
-        f"{tally.examples:,} examples in {out} of {tally.searches:,} searches; passages: {counts or 'none'}"
-    )
+    made = f"{tally.examples:,} examples in {config.out} of {tally.searches:,} searches"
+    print(f"{made}; passages: {counts or 'none'}")
     for reason, count in tally.dropped.most_common():
         print(f"left out: {count:,} {reason}")
 
@@ -146,15 +150,19 @@ def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any)
     print(f"labels of {len(teachers)} teachers; the last stage is {stages[-1]}")
 
 
-def _write_crops(corpus: Any, out: Path, per_passage: int, seed: int, go_on: bool, folder: bool) -> str:
+def _write_crops(corpus: Any, config: MineConfig) -> str:
     """Write the crops: to `out`, or beside what is made from them."""
     from itertools import chain
 
     from data.jsonl import write_jsonl
     from retriever_server.training.teachers import crops
 
-    path = out if not go_on else out / "crops.jsonl" if folder else out.with_name(f"{out.name}.crops.jsonl")
-    found = crops(corpus, per_passage, seed=seed)
+    path = Path(config.out)
+    if config.teachers:
+        path = path / "crops.jsonl"
+    elif config.retriever:
+        path = path.with_name(f"{path.name}.crops.jsonl")
+    found = crops(corpus, config.crops_per_passage, seed=config.seed)
     if (first := next(found, None)) is None:
         raise DataError(f"{corpus.path}: no passage has a sentence long enough to be a query")
     write_jsonl(path, (example.as_record() for example in chain([first], found)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,12 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import yaml
-
 from data.errors import ConfigError, EngineError, SleuthError
 from data.listening import why_silent
 from data.settings import WandbConfig
-from rl.algorithm.presets import preset_fields
 from rl.config import SentinelConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -148,7 +144,7 @@ def _launch(config: TrainConfig) -> None:
 
 
 def expand(argv: list[str]) -> list[str]:
-    """argv with a preset's options before what names it; `--ray` with its value.
+    """argv with the value of `--ray`.
 
     `--from TRAINER FILE` prints the recipe of another trainer's configuration, and that is all.
     """
@@ -164,29 +160,10 @@ def expand(argv: list[str]) -> list[str]:
     expanded: list[str] = []
     for word in joined(argv):
         option, _, value = word.partition("=")
-        if option == "--config" and (name := _preset_in(value)):
-            expanded += _preset_options(name)
-        elif option == "--preset":
-            expanded += _preset_options(value)
         if option == "--ray":  # alone, or with the address
             word = f"--ray.address={value or 'local'}"
         expanded.append(word)
     return expanded
-
-
-def _preset_options(name: str) -> list[str]:
-    return [
-        f"--algorithm.{key}={json.dumps(value).strip(chr(34))}" for key, value in preset_fields(name).items()
-    ]
-
-
-def _preset_in(path: str) -> str | None:
-    """The preset that a configuration file names; a file that cannot be read is complained of later."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content.get("preset") if isinstance(content, dict) else None
 
 
 def train(
@@ -258,7 +235,7 @@ def hash_inputs(
 
 
 def _leads() -> bool:
-    """Whether this is the first process of the run, as every launcher tells."""
+    """Return whether this is the first process of the run, as every launcher tells."""
     return os.environ.get("RANK", "0") == "0"
 
 

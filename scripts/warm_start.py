@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.atlas.demonstrations import Demonstrator
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from rl.config import ProtocolConfig, WarmStartConfig
+
+if TYPE_CHECKING:
+    from agent.policy import Policy
+    from agent.protocol import Protocol
+    from rl.demonstrations import Span
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +45,7 @@ def main(
     Args:
         out: Folder for the policy.
         policy: Folder or name of the policy to start from; new makes the seed policy (examples/seed_policy).
-        demonstrations: JSONL file of demonstrations (docs/data-formats.md), such as `sleuth demonstrations`
-            makes.
+        demonstrations: JSONL file of demonstrations (docs/data-formats.md).
         invented: Instead of a file: so many demonstrations over invented worlds, where no name is real.
         invented_seed: Of the invented worlds.
         demonstrator: How the searcher of the invented demonstrations behaves.
@@ -48,9 +54,9 @@ def main(
     """
     if bool(demonstrations) == bool(invented):
         raise ConfigError("give either demonstrations (a file) or invented (a number), not both or none")
-    if invented < 0:
-        raise ConfigError(f"invented = {invented}: must be >= 0")
+    require(invented >= 0, "invented", invented, ">= 0")
     from agent.policy_folder import find_policy
+    from data.atlas.demonstrations import demonstrations as invent
     from rl.demonstrations import (
         check_out,
         demonstration_spans,
@@ -67,32 +73,36 @@ def main(
         spans = load_demonstrations(demonstrations, spoken)
         source = describe_demonstrations(demonstrations)
     else:
-        from data.atlas.demonstrations import demonstrations as invent
-
-        spans = [list(demonstration_spans(d, spoken)) for d in invent(invented, invented_seed, demonstrator)]
+        worlds = invent(invented, invented_seed, demonstrator)
+        spans = [list(demonstration_spans(each, spoken)) for each in worlds]
         source = {"invented": invented, "invented_seed": invented_seed, "demonstrator": asdict(demonstrator)}
     limits = {key: value for key, value in vars(spoken).items() if type(value) is int}
     record = {"policy": policy, **source, "protocol": {"name": spoken.name, **limits}}
     check_out(Path(out), {**record, "training": asdict(training)})
-    if policy == "new":
-        from data.plugins import find_plugin
-
-        make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
     size = f"{training.steps:,} steps of {training.batch_size} demonstrations"
     say(f"warm start of {policy}: {size}, into {out}")
-    from agent.policy import load_policy
+    start = _starting_policy(policy, spans, spoken, training)
     from rl.warm_start import warm_start
 
-    if policy == "new":
-        from data.packaged import WIRED_IN
-
-        logger.info(WIRED_IN)
-        texts = (text for demonstration in spans[:4000] for _, text in demonstration)
-        start = make_seed_policy(texts, spoken, seed=training.seed)
-    else:
-        frozen_half = training.lora.rank > 0 and training.precision == "bfloat16"
-        start = load_policy(policy, dtype="bfloat16" if frozen_half else "float32")
     lines = StepLines(_SHOWN)
     with lines.bar("training") as progress:
         warm_start(start, spans, spoken, Path(out), training, lines, progress, record)
     print(f"{out}: learnt from {len(spans):,} demonstrations")
+
+
+def _starting_policy(
+    name: str, spans: Sequence[Sequence[Span]], protocol: Protocol, training: WarmStartConfig
+) -> Policy:
+    """Make the seed policy, its tokenizer from the demonstrations, or load one."""
+    if name != "new":
+        from agent.policy import load_policy
+
+        frozen_half = training.lora.rank > 0 and training.precision == "bfloat16"
+        return load_policy(name, dtype="bfloat16" if frozen_half else "float32")
+    from data.packaged import WIRED_IN
+    from data.plugins import find_plugin
+
+    make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
+    logger.info(WIRED_IN)
+    texts = (text for demonstration in spans[:4000] for _, text in demonstration)
+    return make_seed_policy(texts, protocol, seed=training.seed)

@@ -58,23 +58,13 @@ def create_app(
     limits = limits or Limits()
     service = SearchService(backends, limits, batching or Batching(), image_folders, dialect, info, on_reload)
     mcp = make_mcp(service) if with_mcp else None
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.describe)
-        watching = [
-            asyncio.create_task(each.watch(watch_seconds)) for each in backends.values() if watch_seconds
-        ]
-        async with AsyncExitStack() as stack:
-            if mcp is not None:
-                await stack.enter_async_context(mcp.session_manager.run())
-            yield
-        for task in watching:
-            task.cancel()
-        await service.close()
-
     # No documentation pages: they load scripts from other hosts.
-    app = FastAPI(title="Sleuth retriever", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Sleuth retriever",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lambda _: _lifespan(service, watch_seconds, mcp),
+    )
     app.state.service = service
     app.add_middleware(
         RequestMiddleware,
@@ -89,3 +79,17 @@ def create_app(
     if mcp is not None:
         add_mcp(app, mcp, guarded=token is not None or hosts is not None)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(service: SearchService, watch_seconds: float, mcp: Any) -> AsyncIterator[None]:
+    await asyncio.to_thread(service.describe)
+    backends = service.backends.values()
+    watching = [asyncio.create_task(each.watch(watch_seconds)) for each in backends if watch_seconds]
+    async with AsyncExitStack() as stack:
+        if mcp is not None:
+            await stack.enter_async_context(mcp.session_manager.run())
+        yield
+    for task in watching:
+        task.cancel()
+    await service.close()

@@ -67,8 +67,8 @@ class SearchService:
         self.images = ImageReader(limits, image_folders)
         self.stopping = False
         """Set when it is about to stop: new clients should go elsewhere."""
-        self._told = False
-        """Whether the log knows of a search that hangs."""
+        self._hang_logged = False
+        """Set while the log knows of a search that hangs."""
         for backend in self.backends.values():
             backend.on_swap = self.describe
 
@@ -89,9 +89,9 @@ class SearchService:
         return f"a search has been under way for {seconds:.0f} s" if hangs else ""
 
     def check_health(self) -> bool:
-        """Whether no search hangs; tells the log when that changes."""
-        if bool(reason := self.hanging) != self._told:
-            self._told = bool(reason)
+        """Return whether no search hangs; tell the log when that changes."""
+        if bool(reason := self.hanging) != self._hang_logged:
+            self._hang_logged = bool(reason)
             _log.error("%s", reason or "no search hangs any more")
         return not reason
 
