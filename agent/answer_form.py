@@ -1,4 +1,4 @@
-"""What the protocol asks of an answer besides the answer: a confidence, citations, leave to say none."""
+"""Parts of an answer besides the answer: a confidence, citations, leave to say none."""
 
 from __future__ import annotations
 

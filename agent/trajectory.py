@@ -22,7 +22,7 @@ class SegmentKind(StrEnum):
 
 
 class StopReason(StrEnum):
-    """Why a trajectory ended."""
+    """The reason why a trajectory ended."""
 
     ANSWERED = "answered"
     """The policy gave an answer."""

@@ -112,7 +112,7 @@ class Reader:
         raise ConfigError(f"{place}: {name!r} must be one of {known}{hint}")
 
     def _is_own_function(self, make: Any) -> bool:
-        """Whether it is in the table: such a function need not say what it gives."""
+        """Return whether it is in the table: such a function need not say what it gives."""
         return inspect.isfunction(make) and self.short_names.get(make.__name__) == make.__module__
 
     def _read(self, value: Any, key: str, takes: Signature) -> Any:
@@ -264,7 +264,7 @@ def hints_of(make: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value without objects in it is of the annotation as it is.   [1], list[int] -> True"""
+    """Return whether a value without objects in it is of the annotation as it is.   [1], list[int] -> True"""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return any(_fits(value, each) for each in get_args(hint))
     of, parts = get_origin(hint) or hint, get_args(hint) or (Any,)
@@ -278,7 +278,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _holds(hint: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether an annotation, or a part of its union, is of one of these kinds.   list[str] | None, (list,)"""
+    """Return whether an annotation, or a part of its union, is of one of these kinds."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return any(_holds(each, kinds) for each in get_args(hint))
     return (get_origin(hint) or hint) in kinds

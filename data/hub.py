@@ -116,7 +116,7 @@ def _ask_hub(name: str, kind: str) -> str:
 
 
 _offline: list[str] = []
-"""Why the hub is asked no more, once it is."""
+"""The reason why the hub is asked no more, once it is."""
 
 
 def _offline_because(constants: Any) -> str:

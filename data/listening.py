@@ -7,7 +7,7 @@ import time
 from urllib.parse import urlsplit
 
 PROBE_SECONDS = 3.0
-"""How long a server that does not listen yet is waited for at the start of a command."""
+"""Time to wait at the start of a command for a server that does not listen yet."""
 
 
 def why_silent(url: str) -> str:

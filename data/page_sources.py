@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HTML = (".html", ".htm", ".xhtml")
 ENDS = (".pdf", *HTML, *IMAGES)
-"""How the names of files end that a folder is searched for."""
+"""Endings of the files that a folder is searched for."""
 
 _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _DATES = re.compile(rb"/(?:Creation|Mod)Date \(D:([^)]*)\)")

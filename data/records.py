@@ -132,7 +132,7 @@ class Example:
     query_id: str = ""
     answers: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it comes from: `corpus` (content hash), `generation` (of the retriever mined with), `scores`
+    """Origin: `corpus` (content hash), `generation` (of the retriever mined with), `scores`
     (whose they are), ..."""
     query_image: str = ""
     """The image asked with or instead of a text: a file, or a page of one; where it is written down its path

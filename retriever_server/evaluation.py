@@ -127,7 +127,7 @@ def judge_answers(rankings: Rankings, queries: Sequence[Question], top_k: int) -
 
 
 def has_answer(text: str, gold_answers: Iterable[str]) -> bool:
-    """Whether the words of a gold answer stand side by side in the text, as DPR looks for them."""
+    """Return whether the words of a gold answer stand side by side in the text, as DPR looks for them."""
     words = f" {' '.join(_words(text))} "
     return any(bool(gold := _words(answer)) and f" {' '.join(gold)} " in words for answer in gold_answers)
 

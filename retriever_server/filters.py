@@ -67,7 +67,7 @@ def allowed(corpus: Corpus, where: Filter) -> np.ndarray:
 
 
 def is_url(place: str) -> bool:
-    """Whether it may name passages by the url in their metadata."""
+    """Return whether it may name passages by the url in their metadata."""
     return "://" in place
 
 
@@ -118,7 +118,7 @@ def _parse_condition(name: str, condition: Any) -> Agrees:
 
 
 def one_of(values: Sequence[Any], name: str = "") -> Agrees:
-    """Whether each value found is one of these."""
+    """Return whether each value found is one of these."""
     for value in values:
         if not isinstance(value, str | int | float | None):
             raise DataError(f"filter on {name!r}: {_short(value)}: must be a string, number, boolean or null")

@@ -61,7 +61,7 @@ class Retriever(ABC):
     generation: str
     """Names what answers: the index on disk, its settings and its corpus. Stamped on every hit."""
     waits: bool = False
-    """Whether a search waits for another machine, so that it must not hold up an event loop."""
+    """Set where a search waits for another machine, so that it must not hold up an event loop."""
     parts: Sequence[Retriever] = ()
     """The retrievers that it asks in turn (see `Wrapper`)."""
     encoder: Encoder | None = None
@@ -71,7 +71,7 @@ class Retriever(ABC):
     scorer: Scorer | None = None
     """Scores a passage for a query, if that is how it ranks."""
     window_seconds: float = 0.0
-    """How long a client waits for other queries to travel in the same request."""
+    """Time that a client waits for other queries to travel in the same request."""
 
     @abstractmethod
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
@@ -91,7 +91,7 @@ class Retriever(ABC):
         return [{} for _ in queries]
 
     def takes_images(self) -> bool:
-        """Whether a query may be an image, or hold one. May ask another machine."""
+        """Return whether a query may be an image, or hold one. May ask another machine."""
         return self.encoder is not None and "image" in self.encoder.takes
 
     def query_style(self) -> str | None:
@@ -101,7 +101,7 @@ class Retriever(ABC):
         return next(filter(None, (part.query_style() for part in self.parts)), None)
 
     def accepts(self, query: Query) -> bool:
-        """Whether it can search this: every text, and images where it takes them."""
+        """Return whether it can search this: every text, and images where it takes them."""
         return not isinstance(query, Item) or self.takes_images()
 
     def thumbnail(self, passage_id: str, side: int) -> bytes | None:

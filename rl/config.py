@@ -18,7 +18,7 @@ from rl.algorithm.presets import AlgorithmConfig
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How trajectories are sampled."""
+    """Settings of the sampling of trajectories."""
 
     questions_per_step: int = 16
     """Questions drawn for one step; each is answered `group_size` times."""
@@ -42,12 +42,12 @@ class RolloutConfig:
     max_failed_share: float = 0.1
     """Share of a batch whose searches may fail before the run stops with its state saved."""
     retriever_deadline_seconds: float = 60.0
-    """How long a search is retried before it counts as failed."""
+    """Seconds for which a search is retried before it counts as failed."""
     max_staleness: int = 0
     """Updates by which the oldest weights that wrote in a trajectory may lag behind those it trains. 0:
     rollouts and updates take turns; above, rollouts go on during updates (needs algorithm.importance)."""
     deadline_seconds: float = 3600.0
-    """How long an update waits for its trajectories before the run stops with its state saved."""
+    """Seconds that an update waits for its trajectories before the run stops with its state saved."""
 
     def __post_init__(self) -> None:
         require_range(self, "rollout.", ">= 1", "questions_per_step", "group_size", "max_rows")
@@ -151,7 +151,7 @@ class SentinelConfig:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Where the processes of a run live: placed and watched over by Ray (docs/scaling.md)."""
+    """Placement of the processes of a run by Ray, which watches over them (docs/scaling.md)."""
 
     address: str | None = None
     """local, auto or HOST:PORT of a cluster's head; `--ray ADDRESS` for short. None: without Ray."""
@@ -206,7 +206,7 @@ class TrainConfig:
     dev_split: str | None = None
     """Split of the dev questions."""
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
-    """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
+    """Normal form of answers: squad, or unicode for scripts without spaces; none: as each question's
     metadata say, else squad."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

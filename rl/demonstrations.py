@@ -71,7 +71,7 @@ def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]
 
 
 def describe_demonstrations(path: str | Path) -> dict[str, Any]:
-    """What a warm start's record says of its file: name, content, and how many queries are of which kind."""
+    """Describe a file for a warm start's record: name, content, and how many queries are of which kind."""
     kinds = Counter(str(record.get("queries", "as given")) for _, record in numbered_jsonl(path))
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return {"demonstrations": str(path), "sha256": digest, "queries": dict(kinds)}
@@ -90,7 +90,7 @@ def check_out(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def warm_start_notes(policy: str) -> list[str]:
-    """What a reader of results must know of how the policy in this folder was warm-started."""
+    """Note what a reader of results must know of how the policy in this folder was warm-started."""
     file = Path(policy) / RECORD_FILE
     kinds = read_json(file).get("queries", {}) if file.exists() else {}
     poor = {kind: count for kind, count in kinds.items() if kind in POOR}

@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why nothing can be learned."""
+    """The reason why nothing can be learned."""
 
     name: str
     seen: str
@@ -65,7 +65,7 @@ def find_obstacle(rows: Sequence[Row], config: TrainConfig, protocol: str) -> Ob
 
 
 def all_are(rows: Sequence[Row], key: str, value: float) -> bool:
-    """Whether there are rows, and the metric has this value in each."""
+    """Return whether there are rows, and the metric has this value in each."""
     return bool(rows) and all(row.get(key) == value for row in rows)
 
 
@@ -126,7 +126,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def conclude(rows: Sequence[Row], config: TrainConfig, protocol: str) -> str:
-    """How a training that has ended went, in one line: what stood in its way, or what it changed."""
+    """Describe a training that has ended in one line: what stood in its way, or what it changed."""
     steps = [row for row in rows if "reward/mean" in row]
     head = f"trained {config.steps:,} steps"
     if (obstacle := find_obstacle(steps, config, protocol)) is not None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-"""How long trajectories that were told to end may take to do so."""
+"""Time for trajectories that were told to end to do so."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Group:
 
     @property
     def flat(self) -> bool:
-        """Whether all rewards agree, which says nothing about which trajectory was better."""
+        """Return whether all rewards agree, which says nothing about which trajectory was better."""
         totals = [reward.total for reward in self.rewards]
         return min(totals) == max(totals)
 
@@ -81,7 +81,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a process tells the others about its part of a round."""
+    """A process's part of a round, for the other processes."""
 
     broken: str | None
     """The reason why its rollouts ended."""

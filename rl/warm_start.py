@@ -73,7 +73,7 @@ def encode_demonstration(
 
 
 def obstacle(spans: Sequence[Span], policy: Policy, protocol: Protocol) -> str | None:
-    """Why no rollout could be like this demonstration: the limit of the protocol that it exceeds."""
+    """Name the limit of the protocol that this demonstration exceeds, so that no rollout could be like it."""
     turns = [text for kind, text in spans if kind is SegmentKind.POLICY]
     searches = sum(kind is SegmentKind.OBSERVATION for kind, _ in spans)
     longest = max(len(policy.tokenizer.encode(text, add_special_tokens=False)) for text in turns)

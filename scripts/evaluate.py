@@ -42,7 +42,7 @@ class EvaluateConfig:
     limit: int | None = None
     """Only the first so many questions."""
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
-    """How answers are compared: squad, or unicode for scripts without spaces; none: as each question's
+    """Normal form of answers: squad, or unicode for scripts without spaces; none: as each question's
     metadata say, else squad."""
     per_set: int | None = None
     """Only so many questions of each set, always the same ones; 512 is usual."""
@@ -66,7 +66,7 @@ class EvaluateConfig:
     max_rows: int = 128
     """Trajectories decoded at once."""
     deadline_seconds: float = 60.0
-    """How long a search is retried before it counts as failed."""
+    """Seconds for which a search is retried before it counts as failed."""
     max_failed_share: float = 0.1
     """Share of the questions whose searches may fail before the evaluation stops."""
     keep_tokens: bool = False
@@ -181,7 +181,7 @@ def judge_all(out: Path, judge: Judge) -> dict[str, Any]:
 
 
 def _obstacle(scores: dict[str, Any], policy: str, protocol: str, out: str) -> str | None:
-    """Why no answer could count, where none is in the form of the protocol."""
+    """Say why no answer could count, where none is in the form of the protocol."""
     from rl.diagnosis import no_valid_format
 
     if scores["valid_format_rate"] > 0:

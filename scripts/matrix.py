@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agent.evaluation.matrix import Cell
 
 _SHARED = {each.name for each in fields(EvaluateConfig)} - {"out", "questions"}
-"""What a cell takes over from the matrix."""
+"""Fields that a cell takes over from the matrix."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MatrixConfig:
     limit: int | None = None
     """Only the first so many questions."""
     normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
-    """How answers are compared; none: as each question's metadata say, else squad."""
+    """Normal form of answers; none: as each question's metadata say, else squad."""
     samples: int = 1
     """Answers of each question; more need a temperature."""
     temperature: float = 0.0

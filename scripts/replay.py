@@ -37,15 +37,15 @@ class ReplayConfig:
     samples: int = 1
     """Continuations of either side; several need a temperature."""
     temperature: float | None = None
-    """Of sampling; none: 0 (greedy) for one sample, else 1."""
+    """Temperature of sampling; none: 0 (greedy) for one sample, else 1."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     out: Path | None = None
     """Folder for both, as evaluations, and a report of them side by side."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     deadline_seconds: float = 60.0
-    """How long a search is retried."""
+    """Seconds for which a search is retried."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: str = "auto"
@@ -160,7 +160,7 @@ def _show(
 
 
 def _rest(trajectory: Trajectory, turn: int, protocol: Protocol) -> list[str]:
-    """What a turn found and all that followed, in lines."""
+    """Describe in lines what a turn found and all that followed."""
     turns = sum(segment.kind == "policy" for segment in trajectory.segments)
     lines = [line for at in range(turn, turns) for line in _told(trajectory, at, protocol, words=at > turn)]
     return [*lines, f"{'':>8}  {'right' if _right(trajectory) else f'wrong ({trajectory.stop_reason})'}"]

@@ -21,7 +21,7 @@ Name = Literal["fork", "alone", "likelihood", "judge", "read"]
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What is scored, by whom."""
+    """Trajectories to score, and the judge."""
 
     trajectories: Path
     """Trajectories of `sleuth evaluate` or of a training."""
@@ -52,7 +52,7 @@ class ScoreConfig:
     max_rows: int = 128
     """Trajectories decoded at once."""
     deadline_seconds: float = 60.0
-    """How long a search is retried."""
+    """Seconds for which a search is retried."""
     seed: int = 0
     device: str = "auto"
     """cpu, cuda, or auto."""

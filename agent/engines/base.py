@@ -43,7 +43,7 @@ class Sampling:
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended."""
+    """The reason why a completion ended."""
 
     STOP = "stop"
     """A stop string, or the end-of-sequence token, was written."""

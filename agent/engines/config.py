@@ -22,7 +22,7 @@ class EngineConfig:
     urls: str | None = None
     """Addresses of vLLM servers that run already, separated by commas; none: they are started."""
     servers: int = 1
-    """How many to start, each on CUDA devices of its own where there are enough."""
+    """Servers to start, each on CUDA devices of its own where there are enough."""
     python: str = ".venv-vllm/bin/python"
     """Python of the environment that vLLM lives in: scripts/vllm_env.sh makes it."""
     arguments: str = ""
@@ -30,9 +30,9 @@ class EngineConfig:
     devices: str | None = None
     """CUDA devices of the started servers, such as 1,2,3; none: all that are visible."""
     sync_folder: str | None = None
-    """Where weights are handed over; all servers must see it. None: a folder of this machine's own."""
+    """Folder in which weights are handed over; all servers must see it. None: one of this machine's own."""
     transport: Literal["folder", "nccl", "ipc"] = "folder"
-    """How new weights reach servers: by files; from GPU to GPU; within one GPU that is shared with them."""
+    """Way of new weights to the servers: by files; from GPU to GPU; within one GPU that they share."""
     lora: Literal["merged", "adapter"] = "merged"
     """The part of LoRA that servers get: whole weights, adapters merged; or the adapters alone, by files."""
     max_restarts: int = 3

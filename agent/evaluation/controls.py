@@ -48,7 +48,7 @@ def control_names(given: str) -> list[str]:
 
 @dataclass(frozen=True)
 class World:
-    """What controls search instead: the corpus, where one is known, and the gold passages of questions."""
+    """The sources of controls: the corpus, where one is known, and the gold passages of questions."""
 
     corpus: Corpus | None
     gold: Mapping[str, Sequence[Sequence[Passage]]]
@@ -137,7 +137,7 @@ class _Asks:
         self._searcher, self._question = searcher, question
 
     async def search(self, query: Any, k: int) -> list[Hit]:
-        """What the question finds."""
+        """Return the hits of the question."""
         return await self._searcher.search(self._question.text, k)
 
 

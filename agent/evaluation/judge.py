@@ -65,7 +65,7 @@ Verdict = float | str
 
 @dataclass(frozen=True)
 class Case:
-    """What a judge is told of one question: the answer, or for some rubrics the response it stands in."""
+    """The text that a judge is given of one question: the answer, or for some rubrics the response."""
 
     question: str
     gold_answers: Sequence[str]

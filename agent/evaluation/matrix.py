@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 Weights = Mapping[Cell, float]
-"""What is added up of the scores of a question."""
+"""Scores of a question that are added up."""
 
 
 def read_matrix(

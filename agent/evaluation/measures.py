@@ -14,7 +14,7 @@ from data.formats.rows import ids_of
 from data.records import Question
 
 GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}
-"""Where a question's metadata may name its gold passages, and by what; the first that is there counts.
+"""The keys of a question's metadata that may name its gold passages, and by what; the first found counts.
 `entities` is how the embedded world names them."""
 
 

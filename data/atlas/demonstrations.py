@@ -35,7 +35,7 @@ class Demonstrator:
     p_third: float = 0.1
     """Chance that it searches a third time after a second."""
     compares: bool = False
-    """Where it has read both passages of a comparison, its thought says both values."""
+    """State both values in the thought after both passages of a comparison were read."""
     kinds: dict[str, float] = field(
         default_factory=lambda: {"one_hop": 0.6, "two_hop": 0.32, "three_hop": 0.04, "comparison": 0.04}
     )

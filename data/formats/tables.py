@@ -24,7 +24,7 @@ from data.jsonl import check_is_file, numbered_jsonl
 from data.text import replace_halves_in
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Where a row stands ("FILE:LINE", or "FILE: row N", from 1), and its columns."""
+"""The place of a row ("FILE:LINE", or "FILE: row N", from 1), and its columns."""
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")

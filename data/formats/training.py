@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data.examples import Examples
 
 Items = Iterator[tuple[str, Passage | Example]]
-"""Where it stands, and a passage or an example. The passages of an example come at any time."""
+"""A place in a file, and a passage or an example. The passages of an example come at any time."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def fold(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether it is fit to be a title: a capital, 1-3 words, letters with ' - . inside, 3-24 long."""
+    """Return whether it is fit to be a title: a capital, 1-3 words, letters with ' - . inside, 3-24 long."""
     return bool(NAME.fullmatch(text)) and len(text.split()) <= 3 and 3 <= len(text) <= 24
 
 

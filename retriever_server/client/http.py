@@ -51,7 +51,7 @@ class Http:
     """
 
     patience_seconds = float("inf")
-    """How long what fails is asked again, within the deadline."""
+    """Time for which what fails is asked again, within the deadline."""
 
     def __init__(
         self,

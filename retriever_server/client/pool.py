@@ -48,7 +48,7 @@ class Server:
         """Times it was opened; it has forgotten what was agreed before."""
         self.down_until, self.since = 0.0, time.monotonic()
         self.reason = self.given_up = ""
-        """Why it is down; why it is started no more."""
+        """The reason why it is down, or is started no more."""
         self._lost: asyncio.Future[None] | None = None
         self._http: Any = None
 

@@ -18,7 +18,7 @@ class TryAgain(Exception):
 
 
 def may_pass(status: int) -> bool:
-    """Whether an answer with this HTTP status may be another one the next time."""
+    """Return whether an answer with this HTTP status may be another one the next time."""
     return status >= 500 or status in (408, 425, 429)
 
 

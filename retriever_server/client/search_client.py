@@ -43,7 +43,7 @@ class SearchClient:
 
     @property
     def waits(self) -> bool:
-        """Whether a search asks another machine: what comes back, and when, is then not repeatable."""
+        """Return whether a search asks another machine: what comes back, and when, is then not repeatable."""
         return self._retriever.waits
 
     @property

@@ -22,7 +22,7 @@ PYTHON = "{python}"
 Command = Callable[[str, int], Sequence[str]]
 """The command of a server, for its host and port."""
 PORT_SECONDS = 10.0
-"""How long a port is waited for that a process which has just died still holds."""
+"""Time to wait for a port that a process which has just died still holds."""
 
 
 class Place:

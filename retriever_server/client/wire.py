@@ -27,7 +27,7 @@ from data.errors import DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage, split_contents
 
 THUMBNAIL = "/v1/thumbnail/"
-"""Where a server shows the picture of a passage: followed by its id."""
+"""Path at which a server shows the picture of a passage: followed by its id."""
 
 
 @dataclass(frozen=True)

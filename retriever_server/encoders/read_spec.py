@@ -119,13 +119,13 @@ def outer_transformers(model: Any) -> list[Any]:
 
 
 def is_two_way(model: Any) -> bool:
-    """Whether a model of transformers says of itself that it is a decoder with two-way attention."""
+    """Return whether a model of transformers says of itself that it is a decoder with two-way attention."""
     config = getattr(model, "config", None)
     return config is not None and getattr(config.get_text_config(), "is_causal", None) is False
 
 
 def appends_eos(model: Any) -> bool:
-    """Whether a model of sentence-transformers pools the vector of a token that its tokenizer appends."""
+    """Return whether a model of sentence-transformers pools a token that its tokenizer appends."""
     return _pools_last(model) and last_token(model.tokenizer) is not None
 
 

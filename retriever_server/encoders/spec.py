@@ -85,7 +85,7 @@ class EncodingSpec:
     max_tokens: int | None = None
     pooling: str = ""
     normalise: bool = False
-    """Whether vectors have length 1, whatever the model leaves."""
+    """Scale vectors to length 1, whatever the model leaves."""
     similarity: str = "dot"
     """cosine (of vectors of length 1), dot or maxsim."""
     inputs: str = "text"

@@ -32,7 +32,7 @@ class Cached(Wrapper):
 
     @property
     def generation(self) -> str:
-        """That of the retriever behind: the cache changes no ranking."""
+        """The generation of the retriever behind: the cache changes no ranking."""
         return self.retriever.generation
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:

@@ -59,12 +59,12 @@ class Fuse(SideBySide):
         return [self._join(rankings, k, generation) for rankings in zip(*rows, strict=True)]
 
     def takes_images(self) -> bool:
-        """Whether one of the parts does."""
+        """Return whether one of the parts does."""
         return any(part.takes_images() for part in self.parts)
 
     @staticmethod
     def _taken(part: Retriever, queries: Sequence[Query]) -> list[bool]:
-        """Whether each query is asked of the part."""
+        """Return whether each query is asked of the part."""
         holds = [isinstance(query, Item) for query in queries]
         refuses = any(holds) and not part.takes_images()
         return [not (refuses and held) for held in holds]

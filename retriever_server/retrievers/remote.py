@@ -16,7 +16,7 @@ from retriever_server.client.wire import with_image_bytes
 from retriever_server.retriever import Filter, Outcome, Query, Retriever
 
 _STALE_SECONDS = 1.0
-"""How long a server's generation is believed."""
+"""Time for which a server's generation is believed."""
 _HEALTH_SECONDS = 2.0
 
 

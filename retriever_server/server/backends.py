@@ -176,7 +176,7 @@ class SearchPipeline:
         """Equal for searches that may travel together."""
 
     def takes_images(self) -> bool:
-        """Whether a query may hold an image: what finds passages must take it, and rerankers read texts."""
+        """Return whether a query may hold an image: what finds passages must take it; rerankers read text."""
         return not self._rerankers and self._leases[0].retriever.takes_images()
 
     def corpora(self) -> list[Corpus]:

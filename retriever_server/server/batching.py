@@ -45,7 +45,7 @@ _LONGEST_RETRY_SECONDS = 10
 
 @dataclass(frozen=True)
 class Batching:
-    """How the queries of different requests travel together."""
+    """Batching of the queries of different requests."""
 
     max_batch: int = 64
     """Queries in one search."""
@@ -57,7 +57,7 @@ class Batching:
     """Queries that may stand in the queue; beyond it requests get 429 or 503."""
 
     hang_seconds: float = 30.0
-    """How long a search may take before `/readyz` says 503."""
+    """Time that a search may take before `/readyz` says 503."""
 
     def __post_init__(self) -> None:
         require_range(self, "", "> 0", "hang_seconds")

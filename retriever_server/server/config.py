@@ -69,7 +69,7 @@ class ServeConfig(Limits):
     max_connections: int = 0
     """The most connections of a process; 0: as many as open files allow, of which it asks for more."""
     stall_seconds: float = 30.0
-    """How long a client may take for the head of a request, or send or read next to nothing of the rest."""
+    """Time that a client may take for the head of a request, or send or read next to nothing of the rest."""
     token_file: str | None = None
     """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
     admin_token_file: str | None = None
@@ -79,13 +79,13 @@ class ServeConfig(Limits):
     image_folders: list[str] = field(default_factory=list)
     """Folders of pictures that may be shown, beside the folder of their corpus."""
     dialect: str = "rllm"
-    """How to answer what two projects' clients ask alike: rllm, zerosearch, search-r1, skyrl, asearcher."""
+    """Dialect of answers to what two projects ask alike: rllm, zerosearch, search-r1, skyrl, asearcher."""
     batching: Batching = field(default_factory=Batching)
-    """How the queries of different requests travel together."""
+    """Batching of the queries of different requests."""
     watch_seconds: float = 1.0
-    """How often to look for a new generation at the places of the retrievers; 0: never."""
+    """Interval of looking for a new generation at the places of the retrievers; 0: never."""
     drain_seconds: float = 2.0
-    """How long SIGTERM leaves others to see at /readyz that this server goes, before it refuses requests."""
+    """Time after SIGTERM for others to see at /readyz that this server goes, before it refuses requests."""
     request_log: str | None = None
     """File to which a JSON line a request is appended."""
     mcp: Literal["off", "http", "stdio"] = "off"

@@ -95,7 +95,7 @@ def _name_in(host: str) -> str:
 
 
 def _is_own(name: str) -> bool:
-    """Whether it is an address, or a name that every machine gives itself alone."""
+    """Return whether it is an address, or a name that every machine gives itself alone."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return name == "localhost" or name.endswith(".localhost")

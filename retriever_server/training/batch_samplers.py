@@ -119,7 +119,7 @@ class _Batch:
         self.own, self.all = set(), set()
 
     def takes(self, texts: Texts) -> bool:
-        """Whether there is room, and no text would be its own negative."""
+        """Return whether there is room, and no text would be its own negative."""
         own, every = texts
         return len(self.rows) < self.size and own.isdisjoint(self.all) and every.isdisjoint(self.own)
 
@@ -205,7 +205,7 @@ class Mixture(MultiDatasetDefaultBatchSampler):
 
     @property
     def comes_out_even(self) -> bool:
-        """Whether all processes have as many examples in every batch."""
+        """Return whether all processes have as many examples in every batch."""
         return all(getattr(sampler, "comes_out_even", False) for sampler in self.batch_samplers)
 
     def __len__(self) -> int:

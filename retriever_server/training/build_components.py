@@ -137,7 +137,7 @@ class ModelInTraining:
     spec: EncodingSpec | None
     """None of a reranker."""
     reads_files: bool = False
-    """Whether it encodes images, or another modality beside text."""
+    """Return whether it encodes images, or another modality beside text."""
 
 
 def build_model(recipe: RetrieverRecipe) -> ModelInTraining:

@@ -46,7 +46,7 @@ class Rules:
 
     @property
     def keeps_margin(self) -> bool:
-        """Whether scores decide."""
+        """Return whether scores decide."""
         return self.margin is not None or self.relative_margin is not None
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ class DataConfig:
     form: Literal["tuple", "pair", "list", "text"] = "tuple"
     """Columns: query, positive, negatives; query, passage, label; query, passages, labels; a text."""
     draws: int = 1
-    """How often an example comes up in an epoch, with other positives and negatives each time."""
+    """Times that an example comes up in an epoch, with other positives and negatives each time."""
     weight: float = 1.0
     """Share of batches, among several sets."""
     shares: dict[str, float] = field(default_factory=dict)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rl.algorithm.presets import AlgorithmConfig
 
 WINDOW, DISCOUNT, TERMINAL, GAP = 3, 0.8, 2.0, 0.1
-"""Of TRACE: turns that a turn is credited for, their discount, the weight of the outcome, the offset."""
+"""Constants of TRACE: turns that a turn is credited for, their discount, weight of the outcome, offset."""
 
 VALUES: dict[AnswerValue, Callable[[float], float]] = {
     "log_ratio": lambda logprob: -math.log(GAP - min(logprob, 0.0)),
@@ -59,7 +59,7 @@ def probes(
 
 
 def probe_key(probe: Trajectory) -> tuple[object, ...]:
-    """What a probe's log-probs depend on: that of the first turn is the same for a whole group."""
+    """Return what a probe's log-probs depend on: the same for the first turns of a whole group."""
     return (*probe.token_ids, *(picture.source for picture in probe.pictures))
 
 

@@ -157,7 +157,7 @@ def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:
 
 
 def _turn_tokens(trajectory: Trajectory, mask_observations: bool) -> list[int]:
-    """How many trained tokens each turn of the policy has, with what it read if that is trained, too."""
+    """Count the trained tokens of each turn of the policy, with what it read if that is trained, too."""
     turns: list[int] = []
     for segment in trajectory.segments[1:]:
         if segment.kind is SegmentKind.POLICY:

@@ -35,7 +35,7 @@ class PolicyTokens:
 
     @property
     def ratio(self) -> Tensor:
-        """How much likelier each token has become (N,)."""
+        """The factor by which each token has become likelier (N,)."""
         return (self.logprobs - self.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
     @property
@@ -165,7 +165,7 @@ ROUNDING = 1e-5
 
 
 def llds(tokens: PolicyTokens, unit: Tensor) -> Tensor:
-    """What likelihood tokens lost that should have kept it: max(0, old log p - log p) (N,).
+    """The likelihood lost by tokens that should have kept it: max(0, old log p - log p) (N,).
 
     LLDS (arXiv 2512.04220): only where the advantage is not negative, and where the unit of the token lost
     likelihood as a whole. unit: (N,) long, from 0: the trajectory (response gate) or the turn (action gate).

@@ -22,7 +22,7 @@ AnswerValue: TypeAlias = Literal["log_ratio", "probability", "logprob"]
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """How rewards become an update. The defaults are GRPO with the token average of DAPO, on-policy."""
+    """The way from rewards to an update. The defaults are GRPO with the token average of DAPO, on-policy."""
 
     learning_rate: float = 1e-6
     """Learning rate of the policy's AdamW, after `warmup_steps`."""
@@ -51,14 +51,14 @@ class AlgorithmConfig:
     whiten: bool = False
     """Shift and scale advantages to mean 0 and spread 1 over all policy tokens of the batch."""
     credit_potential: Potential = "coverage"
-    """What a search earns by: the share of the gold passages found, the same in the question's order, or a
-    passage that holds a gold answer (answer_match, which needs no names of gold passages)."""
+    """Potential that a search is paid by: the share of gold passages found, the same in the question's order,
+    or a passage that holds a gold answer (answer_match, which needs no names of gold passages)."""
     credit_weight: float = 0.5
     """Weight of search_credit and answer_likelihood beside the outcome; their papers take .5 and .2."""
     credit_permuted: bool = False
     """Give the credit to others of the group at random: the control of both."""
     answer_value: AnswerValue = "log_ratio"
-    """What answer_likelihood takes differences of: log_ratio (TRACE), probability or logprob (IGPO)."""
+    """Measure that answer_likelihood compares: log_ratio (TRACE), probability or logprob (IGPO)."""
     surrogate: Surrogate = "ppo"
     """ppo (clipped), gspo (clipped, one ratio a trajectory), cispo, reinforce (ratio as weight), dppo (bounds
     the change of probability) or sapo (a soft gate)."""
@@ -71,7 +71,7 @@ class AlgorithmConfig:
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float = 0.0
-    """Where the advantage is negative, bound the loss at this ratio, such as 3 (surrogate ppo); 0: off."""
+    """Bound the loss at this ratio, such as 3, where the advantage is negative (surrogate ppo); 0: off."""
     averaging: Averaging = "token"
     """Over all policy tokens of the batch (token), per trajectory, or by a fixed token count (constant)."""
     averaging_tokens: int = 0
@@ -102,7 +102,7 @@ class AlgorithmConfig:
     """Correct for a sampler that differs from the trainer: weights truncated a token (TIS), trajectories left
     out (MIS), tokens left out, or weights truncated a trajectory."""
     importance_cap: float = 2.0
-    """Where token weights are truncated, and beyond which, or its inverse, a trajectory is left out."""
+    """Limit at which token weights are truncated; beyond it, or its inverse, a trajectory is left out."""
     dynamic_sampling_rounds: int = 0
     """Further rollouts that replace groups whose rewards are all equal (DAPO); 0: such groups stay."""
     overlong_buffer: float = 0.0
@@ -133,17 +133,17 @@ class AlgorithmConfig:
 
     @property
     def needs_critic(self) -> bool:
-        """Whether values are learned beside the policy."""
+        """Return whether values are learned beside the policy."""
         return self.advantage in WITH_CRITIC
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the starting policy stays in memory."""
+        """Return whether the starting policy stays in memory."""
         return self.kl_coefficient > 0 or self.advantage == "answer_likelihood"
 
     @property
     def needs_groups(self) -> bool:
-        """Whether a trajectory is compared with others of its question."""
+        """Return whether a trajectory is compared with others of its question."""
         return self.advantage not in WITHOUT_GROUPS or self.dynamic_sampling_rounds > 0
 
 

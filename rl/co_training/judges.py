@@ -96,7 +96,7 @@ class LanguageModelJudge:
 
 
 def _told(candidates: Candidates) -> dict[str, Any]:
-    """What is told of a search: its question with the gold answers, and the queries up to it."""
+    """Describe a search: its question with the gold answers, and the queries up to it."""
     question, calls = candidates.searches.question, candidates.searches.calls[: candidates.at + 1]
     queries = [call.query for call in calls]
     return {"question": question.text, "gold_answers": list(question.gold_answers), "queries": queries}

@@ -26,7 +26,7 @@ class MicroBatch:
     """
 
     rows: list[int]
-    """Where each trajectory stands in the batch it was made from."""
+    """Row of each trajectory in the batch it was made from."""
     token_ids: Tensor  # (R, T)
     position_ids: Tensor  # (R, T), from 0 in every trajectory
     attention_mask: Tensor | None  # (R, T), 1 where there is a token; None where packed

@@ -114,7 +114,7 @@ class Learner:
 
     @property
     def half(self) -> bool:
-        """Whether it and its engine compute in half precision: weights shared out are float32 then."""
+        """Return whether it and its engine compute in half precision: weights shared out are float32 then."""
         dtype, cuda = self.config.dtype, self.model.device.type == "cuda"
         return dtype == "bfloat16" or (dtype == "auto" and cuda)
 

@@ -58,7 +58,7 @@ def hidden_states(trunk: PreTrainedModel, batch: MicroBatch, vision: Vision | No
 
 
 def _trained(batch: MicroBatch) -> Tensor:
-    """Where the trained tokens are (N,) in the flattened rows."""
+    """Places of the trained tokens (N,) in the flattened rows."""
     return batch.loss_mask.flatten().nonzero()[:, 0]
 
 

@@ -87,7 +87,7 @@ def packed_attention(
 
 
 def _has_kernel(query: Tensor) -> bool:
-    """Whether PyTorch's kernel for variable lengths takes these heads."""
+    """Return whether PyTorch's kernel for variable lengths takes these heads."""
     takes = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
     return takes and "enable_gqa" in signature(varlen_attn).parameters  # torch from 2.12 on
 

@@ -35,7 +35,7 @@ class Workers:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes the run folder."""
+        """Return whether this process writes the run folder."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:

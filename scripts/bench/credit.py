@@ -95,7 +95,7 @@ def table(folders: dict[str, list[Path]]) -> str:
 
 
 def of_runs(folders: list[Path]) -> tuple[str, ...]:
-    """What the metrics of an arm's runs say, a number a seed."""
+    """Read the metrics of an arm's runs, a number a seed."""
     cells: list[list[str]] = []
     for folder in folders:
         rows = read_metrics(folder)

@@ -1,4 +1,4 @@
-"""Whether encoders of pictures learn, from scratch and without OCR: one table with paired 95 % intervals.
+"""Measure what encoders of pictures learn from scratch, without OCR: a table with paired 95 % intervals.
 
     python -m scripts.bench.multimodal --data DATA [--work runs/multimodal] [--only '[dse, colpali]']
 

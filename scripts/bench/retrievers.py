@@ -1,4 +1,4 @@
-"""Whether the recipes learn, on real text: one table with paired 95 % intervals.
+"""Measure what the recipes learn, on real text: one table with paired 95 % intervals.
 
     python -m scripts.bench.retrievers --data DATA [--work runs/retrievers] [--only '[dpr, splade]']
 

@@ -52,7 +52,7 @@ def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
 
 
 def _most(run: Run, asked: Sequence[str], limit_bytes: float) -> int:
-    """How many of the questions could fit at all, as the first of them take room: the others are not read."""
+    """Count the questions that could fit at all, as the first of them take room: the others are not read."""
     trial = list(asked[:_TRIAL])
     full = {e.name: read_full(e, set(trial)) for e in run.evaluations} if trial else {}
     size = len(json.dumps(_payload(run, full, trial, TEXT_LIMITS[-1])["questions"], ensure_ascii=False))

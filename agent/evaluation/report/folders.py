@@ -104,7 +104,7 @@ Compared = tuple[Evaluation, dict[str, dict[str, Any]]]
 
 
 def compare(run: Run) -> Compared | str:
-    """What `before` was and `after` is; or else the others less the first; or why there is no difference."""
+    """The pair `before` and `after`; or else the others less the first; or why there is no difference."""
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
     chosen = [named[name] for name in ("before", "after") if name in named]
     first, *others = chosen if len(chosen) == 2 else run.evaluations

@@ -34,7 +34,7 @@ class LabelRules:
     """none; far: the worst of the candidates (FRet's p20); sampled: any of them; ranks: from `first_rank` of
     the retriever on (ReasonIR); written by the generator."""
     negatives: int = 1
-    """How many an example gets at most."""
+    """The most that an example gets."""
     first_rank: int = 20
     """Rank from which `ranks` takes them."""
 

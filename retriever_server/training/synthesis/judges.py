@@ -243,7 +243,7 @@ def _means(figures: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def believed(measured: Mapping[str, Any], judge: str, kind: str, least_auc: float) -> bool:
-    """Whether a judge counts for this kind of query; one that was not measured does (it is warned of)."""
+    """Return whether a judge counts for this kind of query; one that was not measured does."""
     figures = measured.get(judge)
     if not figures:
         return True

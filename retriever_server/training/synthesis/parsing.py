@@ -100,7 +100,7 @@ def _object_in(text: str, required: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _values(text: str, opening: str) -> Iterator[Any]:
-    """What can be read as JSON: the whole, else the fenced blocks, else each span of brackets that match."""
+    """Read JSON: the whole, else the fenced blocks, else each span of brackets that match."""
     for pieces in ([text], _FENCE.findall(text), list(_balanced(text, opening))):
         values = [value for piece in pieces if (value := _read(piece)) is not None]
         if values:

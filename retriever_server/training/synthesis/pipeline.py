@@ -90,7 +90,7 @@ class Synthesis:
         return read_jsonl(self.path(stage)) if self.path(stage).exists() else iter(dict, None)
 
     def seeds(self) -> Iterator[dict[str, Any]]:
-        """What each query is written from: a passage or a task, and what was drawn, in random order."""
+        """Draw what each query is written from: a passage or a task, and more, in random order."""
         return self._tasks() if self.recipe.brainstorm else self._passages()
 
     def _passages(self) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ class Synthesis:
             yield {"kind": kind, "raw": reply.text, **found}
 
     def values(self, seed: Mapping[str, Any]) -> tuple[dict[str, str], Passage | None]:
-        """What a prompt is filled with for a seed, and its passage."""
+        """Return the values of a prompt's fields for a seed, and its passage."""
         passage = corpus_passage(self.corpus, seed["seed"]) if self.corpus and seed["seed"] else None
         values = {"shots": self.shots, **seed["draws"]}
         if passage is not None:
@@ -304,7 +304,7 @@ class Synthesis:
 
 
 def check_corpus(folder: Path, corpus: Corpus | None) -> dict[str, Any]:
-    """What is noted of the stages in a folder. Raises DataError where they were begun with another corpus."""
+    """Read the notes of the stages in a folder. Raises DataError where they began with another corpus."""
     known = read_json(folder / STAGES) if (folder / STAGES).exists() else {}
     if known.get("corpus", _hash(corpus)) != _hash(corpus):
         raise DataError(
