@@ -14,6 +14,7 @@ from data.hub import find_model
 from data.records import Hit, Passage
 from data.text import cut_for, replace_halves
 from retriever_server.retriever import Filter, Query, Retriever, Scorer, Wrapper, texts_of
+from retriever_server.retrievers.causal import CausalJudge, load_or_refuse
 
 Pair = tuple[str, Passage]
 
@@ -93,7 +94,7 @@ class CrossEncoder(Scorer):
         from sentence_transformers import CrossEncoder as Model
 
         self.name, self.batch_size = f"cross-encoder {model}", batch_size
-        self._model = _load(
+        self._model = load_or_refuse(
             model, lambda: Model(found, max_length=max_length, device=device, trust_remote_code=False)
         )
 
@@ -155,26 +156,15 @@ class YesNo(Scorer):
         chat: wrap the prompt in the model's chat template; None: where it has one. max_length: tokens of
         the whole prompt; the passage is cut to fit.
         """
-        found = find_model(model, "model")
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.name, self.max_length, self.batch_size = f"yes-no {model}", max_length, batch_size
-        self._tokenizer = _load(model, lambda: AutoTokenizer.from_pretrained(found))
-        self._model = _load(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=dtype))
-        self._model = self._model.to(device).eval()
+        self.name, self.max_length = f"yes-no {model}", max_length
+        self._lm = CausalJudge(model, "", batch_size, device, dtype)
+        self._tokenizer, self._tokens = self._lm.tokenizer, self._lm.tokens
         self._before, self._between, self._after = parts_of_prompt(self._tokenizer, prompt, chat)
         self._yes, self._no = first_tokens(self._tokenizer, yes, no)
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """Return the difference of the two logits after each prompt, in batches of similar length."""
-        prompts = [self._prompt(*pair) for pair in pairs]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        scores = [0.0] * len(prompts)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            for i, value in zip(chosen, self._differences([prompts[i] for i in chosen]), strict=True):
-                scores[i] = value
-        return scores
+        return self._lm.differences([self._prompt(*pair) for pair in pairs], self._yes, self._no)
 
     def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
         """As `Scorer.tokens_of`."""
@@ -191,39 +181,3 @@ class YesNo(Scorer):
             return whole
         tail = self._tokens(self._after)
         return [*whole[: max(0, self.max_length - len(tail))], *tail]  # what is cut is the passage
-
-    def _tokens(self, text: str) -> list[int]:
-        return self._tokenizer(replace_halves(text), add_special_tokens=False)["input_ids"]
-
-    def _differences(self, prompts: list[list[int]]) -> list[float]:
-        import torch
-
-        longest = max(map(len, prompts))
-        ids = torch.zeros((len(prompts), longest), dtype=torch.long)  # (B, T), padded on the left
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        device = self._model.device
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            logits = (
-                self._model(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    position_ids=positions.to(device),
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )  # (B, V)
-        return (logits[:, self._yes] - logits[:, self._no]).tolist()
-
-
-def _load(model: str, load: Any) -> Any:
-    """Return what `load` loads; ConfigError where there is no such model."""
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"model = {model!r}: no such model loads from there ({reason})") from error

@@ -48,7 +48,8 @@ class SynthesisConfig:
     """Everything that decides what is written, and what of it is kept."""
 
     recipe: str
-    """e5, fret, reasonir, reasonir_length, qwen3, promptagator, doc2query, or one of your own `prompts`."""
+    """e5, fret, reasonir, reasonir_length, reasonir_written, qwen3, promptagator, doc2query, or one of your
+    own `prompts`."""
     generator: Component
     """class_path and init_args of what writes: Chat, Local, Seq2Seq, AtlasTemplates, Scripted, module.Class;
     one argument by `--generator.init_args.url URL`."""

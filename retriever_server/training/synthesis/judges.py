@@ -21,7 +21,7 @@ from data.progress import Bar, no_bar
 from data.records import Passage, Qrels, Question
 from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
 from retriever_server.retriever import Retriever, Scorer
-from retriever_server.training.synthesis.language_model import CausalJudge
+from retriever_server.retrievers.causal import CausalJudge
 
 LIKELIHOOD = """Passage: The harbour of Veldra froze in the winter of 1709; no ship could leave for ten weeks.
 Query: how long was the port of Veldra closed by ice
@@ -72,11 +72,12 @@ class _OfLanguageModel(Scorer):
         dtype: str = "float32",
     ) -> None:
         """prefix: the start of every prompt, with its examples. max_length: tokens of a passage."""
-        self._lm = CausalJudge(model, prefix or self.prefix, max_length, batch_size, device, dtype)
-        self.name = f"{type(self).__name__} {model}"
+        self._lm = CausalJudge(model, prefix or self.prefix, batch_size, device, dtype)
+        self.name, self.max_length = f"{type(self).__name__} {model}", max_length
 
     def _shown(self, passage: Passage) -> str:
-        return self._lm.cut(" ".join(f"{passage.title} {passage.text}".split()), self._lm.max_length)
+        text = " ".join(f"{passage.title} {passage.text}".split())
+        return self._lm.cut(text, self.max_length)
 
     @abstractmethod
     def score(self, pairs: list[tuple[str, Passage]]) -> list[float]: ...
@@ -99,8 +100,11 @@ class Relevance(_OfLanguageModel):
 
     def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
         """Log-odds."""
+        yes, no = self._lm.tokens(" Yes"), self._lm.tokens(" No")
+        same = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
         contexts = [f"{q.strip()}\nPassage: {self._shown(p)}\nAnswer:" for q, p in pairs]
-        return self._lm.differences(contexts, " Yes", " No")
+        rows = [self._lm.tokens(each) + yes[:same] for each in contexts]
+        return self._lm.differences(rows, yes[same], no[same])
 
 
 class AnswerGain(_OfLanguageModel):

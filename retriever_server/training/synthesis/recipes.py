@@ -55,8 +55,8 @@ class Recipe:
 
     @property
     def writes_passages(self) -> bool:
-        """Return whether positives (and negatives) are written, not found."""
-        return any("positive" in step.fields for step in self.steps)
+        """Return whether positives or negatives are written, not found."""
+        return any({"positive", "negative"} & {*step.fields, *step.optional} for step in self.steps)
 
     def draw(self, choices: Mapping[str, Sequence[str]], seed: int, *of: object) -> dict[str, str]:
         """Draw one value of everything, for this query; `choices` replace those of the recipe."""

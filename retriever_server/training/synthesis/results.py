@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,22 +97,18 @@ def _judged(
     run: Synthesis, draft: Draft, measured: Mapping[str, Any], checks: Mapping[str, Check]
 ) -> tuple[Draft, str, str]:
     """The draft with its labels; filter and reason where one of the filters rejects it."""
-    if run.recipe.writes_passages:
-        written = tuple(f"{draft.id}.{name}" for name in ("positive", "negative") if draft.fields.get(name))
-        takes = run.config.labels.negative == "written"
-        found = label(draft, run.config.labels, (), run.corpus, run.config.seed) if run.corpus else draft
-        draft = Draft(
-            **{**vars(found), "positive": written[0], "negatives": written[1:] if takes else found.negatives}
-        )
-        texts = [str(draft.fields["positive"])]
-    else:
-        assert run.corpus is not None
-        kind = str(draft.fields.get("kind") or "all")
-        names = [j.name for j in run.judges if believed(measured, j.name, kind, run.config.least_auc)]
+    kind = str(draft.fields.get("kind") or "all")
+    names = [j.name for j in run.judges if believed(measured, j.name, kind, run.config.least_auc)]
+    if run.corpus:
         draft = label(draft, run.config.labels, names, run.corpus, run.config.seed)
-        passage = run.corpus.get(draft.positive)
-        texts = [passage.text] if passage else []
-    if reason := run.held_out.reason(draft, texts):
+    text = str(draft.fields.get("positive", ""))
+    if text:
+        draft = replace(draft, positive=f"{draft.id}.positive", labels={}, labelled_by=())
+    elif run.corpus and (passage := run.corpus.get(draft.positive)):
+        text = passage.text
+    if run.config.labels.negative == "written" and draft.fields.get("negative"):
+        draft = replace(draft, negatives=(f"{draft.id}.negative",))
+    if reason := run.held_out.reason(draft, [text]):
         return draft, "leakage", reason
     for name, check in checks.items():
         verdict = check(draft)

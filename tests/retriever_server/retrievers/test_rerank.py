@@ -1,5 +1,7 @@
 """Rerank: depth, ties, generations; its two scorers against the models they wrap."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_yes_minus_no_is_the_same_in_a_batch_and_alone_and_that_of_the_model(lan
     text = "Query: query\nPassage: short\nIs the passage relevant to the query? Answer yes or no."
     ids = scorer._tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        logits = scorer._model(ids).logits[0, -1].float()
+        logits = scorer._lm.model(ids).logits[0, -1].float()
     yes, no = (scorer._tokenizer(word)["input_ids"][0] for word in ("yes", "no"))
     assert together[0] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
     assert len(scorer._prompt(*pairs[2])) == 200  # the passage is cut, what follows it is not
@@ -96,7 +98,8 @@ def test_a_cross_encoder_scores_as_sentence_transformers_does(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    settings: Any = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, **sizes}
+    config = BertConfig(vocab_size=len(tokenizer), **settings)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     passages = [Passage("1", "a river", "Loire"), Passage("2", "a longer text " * 3)]
     scores = CrossEncoder(str(tmp_path), max_length=64, device="cpu").score([("q", p) for p in passages])

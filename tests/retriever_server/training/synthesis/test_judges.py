@@ -46,7 +46,7 @@ def plain_logprobs(judge, context, span):
     lm = judge._lm
     before, after = lm.tokens(judge.prefix) + lm.tokens(context), lm.tokens(span)
     with torch.inference_mode():
-        logits = lm._model(torch.tensor([before + after])).logits[0].float().log_softmax(-1)
+        logits = lm.model(torch.tensor([before + after])).logits[0].float().log_softmax(-1)
     return [logits[len(before) + i - 1, token].item() for i, token in enumerate(after)]
 
 

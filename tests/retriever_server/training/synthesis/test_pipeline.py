@@ -88,7 +88,9 @@ def test_relabelling_repairs_wrong_seeds_and_rejections_add_up(tmp_path):
     truth = {f"How many miles has river {name}?": name for name in NAMES}
     for example in Examples(tmp_path / "out" / "examples.jsonl", rivers(tmp_path)):
         assert example.positives == (truth[example.query],)
-        assert example.scores[example.positives[0]] == 1.0 and example.provenance["scores"] == "oracle"
+        assert (example.scores or {})[example.positives[0]] == 1.0 and example.provenance[
+            "scores"
+        ] == "oracle"
     assert summary["relabelled"] > 0
     assert summary["examples"] + sum(each["count"] for each in summary["rejected"]) == summary["texts"]
     assert {"stage": "generated", "reason": "refusal", "count": 4} in summary["rejected"]
@@ -144,9 +146,25 @@ def test_written_passages_get_a_corpus_of_their_own(tmp_path):
     assert synthesize(made_run)["examples"] == 3
     corpus = Corpus(tmp_path / "out" / "corpus.jsonl")
     for example in Examples(tmp_path / "out" / "examples.jsonl", corpus):
-        assert corpus.get(example.positives[0]).text == "Leaves fall as days grow short."
-        assert corpus.get(example.negatives[0]).text == "Ash."
+        [good, bad] = map(corpus.get, (*example.positives, *example.negatives))
+        assert good and bad and (good.text, bad.text) == ("Leaves fall as days grow short.", "Ash.")
         assert example.provenance["task"].startswith("Given")
+
+
+def test_a_written_negative_stands_beside_the_seed_passage(tmp_path):
+    class Writer(Lengths):
+        def text(self, call):
+            query = f"How many miles has river {call.passage.title}?"
+            return json.dumps({"query": query, "negative": f"No river is {call.passage.title}."})
+
+    labels = LabelRules(positive="best", negative="written")
+    synthesize(run(tmp_path, Writer(), recipe="reasonir_written", judges=[ORACLE], labels=labels))
+    corpus = Corpus(tmp_path / "out" / "corpus.jsonl")
+    for example in Examples(tmp_path / "out" / "examples.jsonl", corpus):
+        seed = example.provenance["seed_passage"]
+        assert example.positives == (seed,) and len(example.negatives) == 1
+        negative = corpus.get(example.negatives[0])
+        assert negative is not None and negative.text == f"No river is {seed}."
 
 
 def test_kept_queries_expand_their_passages(tmp_path):

@@ -1,51 +1,58 @@
-"""A causal language model that judges: log-probabilities of what follows a text."""
+"""A causal language model that judges texts by the log-probabilities of what follows them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from data.errors import ConfigError, first_line
 from data.hub import find_model
-from data.text import replace_halves
+from data.text import cut, replace_halves
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_or_refuse(model: str, load: Callable[[], _Loaded]) -> _Loaded:
+    """Return what `load` loads; ConfigError where there is no such model."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model = {model!r}: no such model loads from there ({first_line(error)})"
+        ) from error
 
 
 class CausalJudge:
-    """Reads contexts that all begin with `prefix`, whose keys and values are computed once and kept."""
+    """Reads texts in batches of similar length; keys and values of a common `prefix` are computed once."""
 
     def __init__(
-        self, model: str, prefix: str, max_length: int, batch_size: int, device: str, dtype: str
+        self, model: str, prefix: str = "", batch_size: int = 16, device: str = "cpu", dtype: str = "auto"
     ) -> None:
+        """Raises ConfigError where no causal language model loads."""
         found = find_model(model, "model")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(found)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(found, dtype=getattr(torch, dtype, "auto"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model = {model!r}: no causal model loads from there ({first_line(error)})"
-            ) from None
-        self._model = loaded.to(device).eval()
-        self._prefix = self.tokens(prefix)
-        self.max_length, self.batch_size = max_length, batch_size
-        self.tokens_read = 0
-        with torch.inference_mode():
-            self._cache: Any = DynamicCache(config=self._model.config)
-            self._model(input_ids=torch.tensor([self._prefix], device=device), past_key_values=self._cache)
+        self.tokenizer: Any = load_or_refuse(model, lambda: AutoTokenizer.from_pretrained(found))
+        loaded: Any = load_or_refuse(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=dtype))
+        self.model, self.batch_size = loaded.to(device).eval(), batch_size
+        self._prefix, self._cache = self.tokens(prefix), None
+        if self._prefix:
+            with torch.inference_mode():
+                self._cache = DynamicCache(config=loaded.config)
+                self.model(input_ids=torch.tensor([self._prefix], device=device), past_key_values=self._cache)
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
-        return self._tokenizer(replace_halves(text), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(replace_halves(text), add_special_tokens=False)["input_ids"]
 
     def cut(self, text: str, room: int) -> str:
         """The first `room` tokens of a text."""
-        ids = self.tokens(text[: 20 * room])
-        return text if len(ids) <= room and len(text) <= 20 * room else self._tokenizer.decode(ids[:room])
+        ids = self.tokens(cut(text, room, lambda part: len(self.tokens(part))))
+        return text if len(ids) <= room else self.tokenizer.decode(ids[:room])
 
     def mean_logprobs(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Mean log-probability of the tokens of each span after the prefix and its context."""
@@ -59,24 +66,21 @@ class CausalJudge:
                 found[row] = at[range(len(span)), span].mean().item()
         return found
 
-    def differences(self, contexts: Sequence[str], yes: str, no: str) -> list[float]:
-        """Log-probabilities of `yes` minus `no` after each context, of the first tokens that differ."""
-        a, b = self.tokens(yes), self.tokens(no)
-        same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-        found = [0.0] * len(contexts)
-        for chosen, logits in self._batches([self.tokens(each) + a[:same] for each in contexts], 1):
+    def differences(self, rows: Sequence[list[int]], yes: int, no: int) -> list[float]:
+        """Log-probability of the token `yes` minus that of `no` after each row of ids."""
+        found = [0.0] * len(rows)
+        for chosen, logits in self._batches(rows, 1):
             for row, of in zip(chosen, logits[:, -1], strict=True):
-                found[row] = (of[a[same]] - of[b[same]]).item()
+                found[row] = (of[yes] - of[no]).item()
         return found
 
-    def _batches(self, rows: Sequence[list[int]], keep: int) -> Any:
+    def _batches(self, rows: Sequence[list[int]], keep: int) -> Iterator[tuple[list[int], Any]]:
         """(indices, logits (B, keep, V)) of batches of similar length."""
         import torch
 
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            self.tokens_read += sum(len(rows[i]) for i in chosen)
             with torch.inference_mode():
                 yield chosen, self._logits([rows[i] for i in chosen], keep)
 
@@ -84,16 +88,17 @@ class CausalJudge:
         """Float logits (B, min(keep, T), V) of the last places; padded on the left, after the prefix."""
         import torch
 
-        width, before, device = max(map(len, rows)), len(self._prefix), self._model.device
+        width, before, device = max(map(len, rows)), len(self._prefix), self.model.device
         ids = torch.zeros((len(rows), width), dtype=torch.long)  # (B, T)
         mask = torch.zeros_like(ids)
         for at, row in enumerate(rows):
             ids[at, width - len(row) :], mask[at, width - len(row) :] = torch.tensor(row), 1
         positions = before + (mask.cumsum(1) - 1).clamp(min=0)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(len(rows))
         whole = torch.cat([torch.ones((len(rows), before), dtype=torch.long), mask], dim=1)
-        return self._model(
+        cached = copy.deepcopy(self._cache)
+        if cached is not None:
+            cached.batch_repeat_interleave(len(rows))
+        return self.model(
             input_ids=ids.to(device), attention_mask=whole.to(device), position_ids=positions.to(device),
-            past_key_values=cache, use_cache=True, logits_to_keep=min(keep, width),
+            past_key_values=cached, use_cache=cached is not None, logits_to_keep=min(keep, width),
         ).logits.float()  # fmt: skip
