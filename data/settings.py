@@ -1,4 +1,4 @@
-"""Settings that the training of a policy and that of a retriever have alike."""
+"""Settings that several commands have alike."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ class WandbConfig:
     """offline keeps the run on this disk."""
     tracker: Literal["wandb", "trackio", "tensorboard"] | None = None
     """Logs to Trackio or TensorBoard (in the run's folder) instead; none: wandb."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """A language model behind any server that speaks OpenAI's chat completions."""
+
+    url: str | None = None
+    """Base URL, such as http://127.0.0.1:8001/v1."""
+    model: str = ""
+    """Name that the server knows it by."""
+    api_key_file: str | None = None
+    """File whose first line is the key; none: no key is sent."""
+    timeout_seconds: float = 30.0
+    """Seconds of one request; it is tried three times."""
+    max_concurrent: int = 8
+    """Requests at once."""
+    max_calls: int = 100_000
+    """Requests in all, those before a restart too; the run stops when they are spent."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.errors import ConfigError, DataError, require_range
+from data.settings import ChatConfig
 
 if TYPE_CHECKING:
     from data.records import Question
@@ -19,27 +20,19 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(ChatConfig):
     """The language model that demonstrates: any server that speaks OpenAI's chat completions."""
 
     url: str | None = None
     """Base URL, such as http://127.0.0.1:8001/v1; none: rules demonstrate."""
     model: str = "teacher"
-    """Name that the server knows it by."""
-    api_key_file: str | None = None
-    """File whose first line is the key; none: no key is sent."""
+    timeout_seconds: float = 120.0
     temperature: float = 0.7
     """Temperature of its sampling."""
     samples: int = 1
     """Tries for a question, until one ends in a gold answer by exact match."""
     max_turns: int = 4
     """Searches that a demonstration may make."""
-    timeout_seconds: float = 120.0
-    """Seconds of one request; it is tried three times."""
-    max_concurrent: int = 8
-    """Requests at once."""
-    max_calls: int = 100_000
-    """Requests in all, those before a restart too."""
 
     def __post_init__(self) -> None:
         require_range(self, "teacher.", ">= 1", "samples", "max_turns", "max_concurrent", "max_calls")
@@ -157,16 +150,8 @@ async def _demonstrate(
 
 
 def _teacher(config: TeacherConfig, out: Path, top_k: int, seed: int) -> Any:
-    from retriever_server.client.chat import ChatClient
+    from retriever_server.client.chat import open_chat
     from rl.demonstrators import Teacher
 
-    client = ChatClient(
-        config.url,
-        "teacher",
-        config.api_key_file,
-        config.timeout_seconds,
-        config.max_concurrent,
-        config.max_calls,
-        cache=out.with_name(f"{out.name}.replies"),
-    )
+    client = open_chat(config, "teacher", out.with_name(f"{out.name}.replies"))
     return Teacher(client, config.model, config.temperature, config.max_turns, top_k, config.samples, seed)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
 from agent.protocol import Answer, Protocol
 from agent.tools import Call, Search
+from tests.scripted import ScriptedEngine
 
 
 class PageReader(ScriptedEngine):

@@ -87,14 +87,11 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, cache: Path | None = None) -> None:
         """Raises ConfigError where the URL is missing or wrong, or the key cannot be read."""
-        from retriever_server.client.chat import ChatClient
+        from retriever_server.client.chat import open_chat
 
         self.config = config
         self._prompt, self._pattern, self._whole = _rubric(config)
-        self._chat = ChatClient(
-            config.url, "judge", config.api_key_file, config.timeout_seconds, config.max_concurrent,
-            config.max_calls, cache=cache,
-        )  # fmt: skip
+        self._chat = open_chat(config, "judge", cache)
         kept = read_jsonl(cache, tolerate_cut_tail=True) if cache and cache.exists() else ()
         self._scores = {each["key"]: each["score"] for each in kept if "score" in each}
         """By a hash of the request, of a cache that an earlier version wrote."""

@@ -6,24 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.errors import require_range
+from data.settings import ChatConfig
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(ChatConfig):
     """The language model that judges answers: any server that speaks OpenAI's chat completions."""
 
-    url: str | None = None
-    """Base URL, such as http://127.0.0.1:8001/v1."""
     model: str = "judge"
-    """Name that the server knows it by."""
-    api_key_file: str | None = None
-    """File whose first line is the key; none: no key is sent."""
-    timeout_seconds: float = 30.0
-    """Seconds of one request; it is tried three times."""
-    max_concurrent: int = 8
-    """Requests at once."""
-    max_calls: int = 100_000
-    """Requests in all; the run stops when they are spent."""
     rubric: Literal["yes_no", "simpleqa", "browsecomp"] = "yes_no"
     """yes_no; simpleqa: correct, incorrect or not attempted; browsecomp: the whole response, as
     BrowseComp-Plus judges it."""

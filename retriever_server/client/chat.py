@@ -21,6 +21,7 @@ import httpx
 from data.errors import ConfigError, SleuthError
 from data.jsonl import append_jsonl, read_jsonl
 from data.secret import read_secret
+from data.settings import ChatConfig
 from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
 
 TRIES = 3
@@ -169,6 +170,12 @@ class ChatClient:
         if response.status_code != 200:
             raise ValueError(f"answered {response.status_code}: {content[:200].decode(errors='replace')}")
         return _parse(content)
+
+
+def open_chat(config: ChatConfig, name: str, cache: Path | None) -> ChatClient:
+    """Return a client of the server in a configuration. Raises ConfigError."""
+    limits = (config.timeout_seconds, config.max_concurrent, config.max_calls)
+    return ChatClient(config.url, name, config.api_key_file, *limits, cache=cache)
 
 
 def _parse(content: bytes) -> tuple[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import SleuthError
-from retriever_server.client.chat import ChatClient
+from retriever_server.client.chat import ChatClient, open_chat
 from rl.co_training.labels import opened_pages
 from rl.co_training.scores import Candidates, Scored
 
@@ -114,8 +114,4 @@ def _numbers(reply: str) -> list[float]:
 
 def open_judge(config: JudgeConfig, cache: Path) -> LanguageModelJudge:
     """Return the judge of a configuration; `cache` keeps its replies. Raises ConfigError for a wrong URL."""
-    chat = ChatClient(
-        config.url, "judge", config.api_key_file, config.timeout_seconds, config.max_concurrent,
-        config.max_calls, cache=cache,
-    )  # fmt: skip
-    return LanguageModelJudge(chat, config.model)
+    return LanguageModelJudge(open_chat(config, "judge", cache), config.model)

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from agent.engines.scripted import ScriptedEngine
 from agent.prompt import encode_prompt
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer
 from agent.rollout import Agent
@@ -16,6 +15,7 @@ from data.errors import ConfigError
 from data.records import Passage
 from tests.agent.test_rollout import CHATML
 from tests.fakes import DictSearcher, byte_tokenizer, question
+from tests.scripted import ScriptedEngine
 
 every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 MARKERS = ("<|im_start|>", "<|im_end|>")

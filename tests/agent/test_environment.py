@@ -9,7 +9,6 @@ import pytest
 import yaml
 from fastapi import FastAPI
 
-from agent.engines.scripted import ScriptedEngine
 from agent.environment import Environment
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer, Invalid
 from agent.rollout import Agent
@@ -29,6 +28,7 @@ from retriever_server.server.app import create_app
 from scripts import __main__ as sleuth
 from tests.fakes import DictSearcher, byte_tokenizer, question
 from tests.retriever_server.running import serving
+from tests.scripted import ScriptedEngine
 
 BOTH = ("search", "open_page")
 every_protocol = pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import trl
 
-from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
 from agent.policy_folder import own_protocol
 from agent.prompt import PROMPT_FILE, encode_prompt, frozen_frame, make_frame
@@ -22,6 +21,7 @@ from rl.algorithm.rewards import REWARDS
 from rl.demonstrations import demonstration_spans
 from rl.warm_start import encode_demonstration
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
+from tests.scripted import ScriptedEngine
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training"))

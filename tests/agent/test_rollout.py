@@ -7,7 +7,6 @@ import pytest
 
 from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
-from agent.engines.scripted import ScriptedEngine
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, SEARCH_R1, Answer
 from agent.rollout import Agent
 from agent.tools import Search
@@ -15,6 +14,7 @@ from agent.trajectory import Ledger, SegmentKind, StopReason
 from data.errors import RetrieverUnavailable
 from rl.algorithm.rewards import REWARDS
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
+from tests.scripted import ScriptedEngine
 
 WORLD = {"Lyon": "Lyon is a city in France.", "France": "Its capital is Paris."}
 CHATML = (

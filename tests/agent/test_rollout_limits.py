@@ -7,7 +7,6 @@ import pytest
 
 from agent.engines.base import FinishReason, Sampling
 from agent.engines.hf import HFEngine
-from agent.engines.scripted import ScriptedEngine
 from agent.environment import MIN_OBSERVATION_TOKENS
 from agent.evaluation.evaluate import roll_out_each
 from agent.protocol import COMPACT, Answer
@@ -16,6 +15,7 @@ from agent.tools import Search
 from agent.trajectory import StopReason
 from data.errors import EngineError
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
+from tests.scripted import ScriptedEngine
 
 TOKENIZER = byte_tokenizer()
 PASSAGE = {"T": "fox" + "x" * 200}

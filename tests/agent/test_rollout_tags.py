@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from agent.engines.base import Sampling
-from agent.engines.scripted import ScriptedEngine
 from agent.engines.stop_strings import StopFinder
 from agent.protocol import HERMES, SEARCH_R1
 from agent.rollout import Agent
 from agent.trajectory import StopReason
 from tests.fakes import DictSearcher, byte_tokenizer, question
+from tests.scripted import ScriptedEngine
 
 # Whose tokens cross the ends of tags: "</" + "search", ">\n", "><".
 TOKENIZER = byte_tokenizer(

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.scripted import ScriptedEngine
 from agent.protocol import HERMES, SEARCH_R1, get_protocol
 from agent.rollout import Agent
 from agent.search_tool import TagSanitizer, render_hits
@@ -19,6 +18,7 @@ from retriever_server.client.wire import parse_hits, parse_results
 from retriever_server.client.wire import render_hits as answer
 from retriever_server.server.routes.search import render_hit
 from tests.fakes import byte_tokenizer, question
+from tests.scripted import ScriptedEngine
 
 ROOM = replace(SEARCH_R1, max_observation_tokens=10**6, max_context_tokens=10**7)
 

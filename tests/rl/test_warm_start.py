@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy, load_policy
 from agent.protocol import COMPACT, HERMES, PROTOCOLS
 from agent.rollout import Agent
@@ -22,6 +21,7 @@ from rl.config import WarmStartConfig
 from rl.demonstrations import demonstration_spans, load_demonstrations
 from rl.warm_start import encode_demonstration, warm_start
 from tests.fakes import byte_tokenizer, question, tiny_model
+from tests.scripted import ScriptedEngine
 
 every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 CHATML = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n"

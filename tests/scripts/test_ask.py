@@ -2,7 +2,6 @@
 
 import pytest
 
-from agent.engines.scripted import ScriptedEngine
 from agent.policy import Policy
 from agent.protocol import COMPACT, HERMES
 from agent.tools import Search
@@ -10,6 +9,7 @@ from scripts import __main__ as sleuth
 from scripts.ask import split_turn
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import build_small_index
+from tests.scripted import ScriptedEngine
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def scripted(monkeypatch):
     """Wires an engine that searches once, then answers, in the place of the real one."""
-    from agent.engines.scripted import ScriptedEngine
+    from tests.scripted import ScriptedEngine
 
     turns = ["<think> a </think><search> fox</search>", "<think> b </think><answer> red</answer>"]
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def test_a_real_engine_goes_through_and_stays_within_the_limits(folder, tmp_path
 
 
 def test_answers_that_are_all_malformed_are_explained(folder, tmp_path, monkeypatch, capsys):
-    from agent.engines.scripted import ScriptedEngine
+    from tests.scripted import ScriptedEngine
 
     monkeypatch.setattr(
         "agent.engines.hf.HFEngine", lambda model, tokenizer, rows, **_: ScriptedEngine(tokenizer, ["Red."])
@@ -263,7 +263,7 @@ def test_a_failure_inside_a_rollout_is_raised_as_it_is():
 def test_answers_of_a_script_without_spaces_are_compared_as_told(
     folder, monkeypatch, tmp_path, normalizer, f1
 ):
-    from agent.engines.scripted import ScriptedEngine
+    from tests.scripted import ScriptedEngine
 
     turns = ["<think> b </think><answer> 東京都</answer>"]
     monkeypatch.setattr(

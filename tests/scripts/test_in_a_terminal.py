@@ -9,13 +9,13 @@ from functools import partial
 import pytest
 import yaml
 
-from agent.engines.scripted import ScriptedEngine
 from data.corpus import Corpus
 from data.jsonl import read_json, read_jsonl, write_jsonl
 from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts import convert
 from tests.retriever_server.training.recipes import settings
+from tests.scripted import ScriptedEngine
 from tests.scripts.test_warm_start import RECORD as DEMONSTRATION
 from tests.terminal import Terminal
 from tests.toy import build_toy

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from agent.engines.scripted import ScriptedEngine
 from agent.evaluation.evaluate import roll_out_each
 from agent.policy import Policy
 from agent.protocol import COMPACT
@@ -20,6 +19,7 @@ from data.records import Question
 from scripts.bench.killed import differing, measure, start
 from tests.fakes import DictSearcher, byte_tokenizer, tiny_model
 from tests.retriever_server.running import build_small_index
+from tests.scripted import ScriptedEngine
 
 QUESTIONS = [Question(f"q{i}", f"What is {i}?", ("red",)) for i in range(6)]
 
@@ -79,7 +79,7 @@ def test_the_first_failure_ends_all_and_is_raised_as_it_is():
 SCRIPT = """
 import sys
 import agent.engines.hf
-from agent.engines.scripted import ScriptedEngine
+from tests.scripted import ScriptedEngine
 from scripts import __main__ as sleuth
 
 class Forgetful(ScriptedEngine):

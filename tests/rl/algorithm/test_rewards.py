@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from agent.engines.scripted import ScriptedEngine
 from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
 from agent.trajectory import StopReason, Trajectory
@@ -13,6 +12,7 @@ from data.errors import ConfigError
 from rl.algorithm.rewards import EXAMPLES, REWARDS, Reward, check_questions, combine
 from rl.config import JudgeConfig
 from tests.fakes import DictSearcher, byte_tokenizer, question
+from tests.scripted import ScriptedEngine
 
 SEARCH = "<think> look </think><search> France </search>"
 RIGHT = "<think> read </think><answer> the Paris! </answer>"

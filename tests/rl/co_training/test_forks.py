@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from agent.engines.base import Sampling
-from agent.engines.scripted import ScriptedEngine
 from agent.protocol import COMPACT
 from agent.rollout import Agent
 from agent.transcripts import to_record
@@ -23,6 +22,7 @@ from rl.co_training.scores import Candidates, score_file
 from rl.co_training.searches import read_searches
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.answering import answering
+from tests.scripted import ScriptedEngine
 
 PASSAGES = {"a": "nothing here", "b": "The town is Dijon.", "c": "the red cow", "d": "no town"}
 QUESTION = Question("q1", "Which town?", ("Dijon",), {"supporting_ids": ["b"]})

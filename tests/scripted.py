@@ -1,4 +1,4 @@
-"""The `scripted` engine: says what it is told. A fake that is part of the design, for tests."""
+"""The scripted engine: says what it is told."""
 
 from __future__ import annotations
 
