@@ -84,7 +84,7 @@ def _read_source(name: str, split: str | None) -> list[_Row]:
         rows = list(_read_hub(name, split))
     elif name in SETS:
         found = SETS[name]
-        rows = [replace(row, set_name=name) for row in _read_hub(found.source, split or found.split)]
+        rows = [replace(row, set_name=name) for row in _read_hub(found.source, split or found.split, name)]
     else:
         raise DataError(f"{name}: no such file")
     kept = [row for row in rows if split in (None, row.split)]
@@ -129,11 +129,11 @@ def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:
         yield _Row(record, where, number, path.resolve().name, chosen)
 
 
-def _read_hub(name: str, split: str | None) -> Iterator[_Row]:
-    """The rows of a split of a hub name, through `datasets`."""
+def _read_hub(name: str, split: str | None, known_as: str = "") -> Iterator[_Row]:
+    """The rows of a split of a hub name, through `datasets`; `known_as`: the set that was asked for."""
     from data.hub import find_dataset
 
-    find_dataset(name.partition(":")[0], "questions")
+    find_dataset(name.partition(":")[0], f"questions: {known_as}" if known_as else "questions")
     import datasets
 
     where, config = name.partition(":")[0], name.partition(":")[2] or None

@@ -34,9 +34,11 @@ def main(
     """
     from agent.evaluation.compare import as_markdown, compare, read_runs, table, write_csv
     from data.atomic import atomic_write
+    from data.errors import require
     from data.jsonl import write_json
     from scripts.console import show_table, waiting
 
+    require(flipped >= 0, "flipped", flipped, ">= 0")
     with waiting("reading the runs"):
         read = read_runs(runs)
         compared = compare(read, common)

@@ -78,7 +78,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "in [0, 1]")
-        require_range(self, "", ">= 1", "samples")
+        require_range(self, "", ">= 1", "samples", "max_rows")
         require(self.per_set is None or self.per_set > 0, "per_set", self.per_set, "> 0")
         many = self.samples > 1 and self.temperature == 0
         require(not many, "temperature", self.temperature, f"> 0 for {self.samples} samples")

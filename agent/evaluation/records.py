@@ -16,6 +16,12 @@ from data.jsonl import read_jsonl
 Record = Mapping[str, Any]
 
 MATRIX_FILE = "matrix.json"
+_FIELDS: dict[str, Any] = {
+    "id": str, "question": str, "gold_answers": list, "metadata": dict, "answer": (str, type(None)),
+    "stop_reason": str, "valid_format": bool, "invalid_actions": int, "segments": list, "searches": list,
+    **dict.fromkeys(METRICS, (int, float)),
+}  # fmt: skip
+
 JUDGEMENTS = "judgements.jsonl"
 """Beside trajectories.jsonl: the verdicts of a judge, by question id."""
 
@@ -32,11 +38,17 @@ def judge_answer(record: Record) -> list[float]:
 def iterate_records(out_dir: Path | str) -> Iterator[dict[str, Any]]:
     """The records of an evaluation folder one by one, each with its judge's verdict if there is one.
 
-    A last line cut by a kill is left out.
+    A last line cut by a kill is left out. Raises DataError for what is no record, or one more of a question.
     """
-    file = Path(out_dir) / JUDGEMENTS
+    file, path = Path(out_dir) / JUDGEMENTS, Path(out_dir) / "trajectories.jsonl"
     verdicts = {each["id"]: each for each in read_jsonl(file)} if file.exists() else {}
-    for record in read_jsonl(Path(out_dir) / "trajectories.jsonl", tolerate_cut_tail=True):
+    seen: set[str] = set()
+    for record in read_jsonl(path, tolerate_cut_tail=True):
+        wrong = [key for key, kind in _FIELDS.items() if not isinstance(record.get(key, seen), kind)]
+        if wrong or record["id"] in seen:
+            what = f"missing or wrong: {', '.join(wrong)}" if wrong else "is there twice"
+            raise DataError(f"{path}: trajectory {record.get('id')!r}: {what}")
+        seen.add(record["id"])
         verdict = verdicts.get(record["id"])
         # One about an answer that was given since stands for nothing.
         if verdict and verdict["answer"] == record["answer"]:

@@ -95,7 +95,7 @@ def test_a_run_that_is_half_there_and_a_folder_of_nothing(tmp_path):
     with pytest.raises(DataError, match="empty is no run folder and no evaluation, and holds none"):
         render_report(tmp_path / "empty")
     write_jsonl(tmp_path / "bad" / "trajectories.jsonl", [{"id": "x"}])
-    with pytest.raises(DataError, match="trajectory 'x': no field segments"):
+    with pytest.raises(DataError, match="trajectory 'x': missing or wrong: question, gold_"):
         render_report(tmp_path / "bad")
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.evaluation.compare import paired_difference, short_names
-from agent.evaluation.records import MATRIX_FILE, brief
+from agent.evaluation.records import MATRIX_FILE, brief, iterate_records
 from agent.evaluation.scores import score
-from data.answers import METRICS
 from data.errors import ConfigError, DataError
-from data.jsonl import read_json, read_jsonl
+from data.jsonl import read_json
 from data.run_dir import read_metrics, read_run
 
 
@@ -121,7 +120,7 @@ def compare(run: Run) -> Compared | str:
 
 def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, Any]]:
     """The whole records of some questions."""
-    return {record["id"]: record for record in _records(evaluation.folder) if record["id"] in ids}
+    return {record["id"]: record for record in iterate_records(evaluation.folder) if record["id"] in ids}
 
 
 def _name(path: Path, folder: Path) -> str:
@@ -172,20 +171,11 @@ def _em(folder: Path) -> float:
 
 
 def _read(name: str, folder: Path) -> Evaluation | None:
-    records = {record["id"]: brief(record) for record in _records(folder)}
+    records = {record["id"]: brief(record) for record in iterate_records(folder)}
     file = folder / "scores.json"
     if file.exists():
         return Evaluation(name, folder, read_json(file), records, True)
     return Evaluation(name, folder, score(records.values()), records, False) if records else None
-
-
-def _records(folder: Path) -> Any:
-    """The records of an evaluation, one at a time; a last line cut by a kill is left out."""
-    for record in read_jsonl(folder / "trajectories.jsonl", tolerate_cut_tail=True):
-        missing = [key for key in ("id", "segments", "searches", *METRICS) if key not in record]
-        if missing:
-            raise DataError(f"{folder}: trajectory {record.get('id')!r}: no field {', '.join(missing)}")
-        yield record
 
 
 def _info(path: Path, kind: str, runs: Sequence[Path], evaluations: int) -> dict[str, Any]:

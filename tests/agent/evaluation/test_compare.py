@@ -86,6 +86,20 @@ def test_wrong_runs_are_one_line(tmp_path, runs, capsys):
         read_runs([])
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [({}, "is there twice"), ({"id": "z", "metadata": 3, "searches": None}, "wrong: metadata, searches")],
+)
+def test_what_is_no_record_or_one_too_many_is_one_line(tmp_path, runs, capsys, command, changed, says):
+    path = tmp_path / "x" / "b" / "trajectories.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    path.write_text(path.read_text() + json.dumps(last | changed) + "\n")
+    assert sleuth([command, *runs]) == 2
+    assert f"{path}: trajectory '{changed.get('id', 'q19')}': " in (error := capsys.readouterr().err)
+    assert says in error and error.count("\n") == 1
+
+
 def test_the_command_prints_a_table_and_writes_csv_markdown_and_json(tmp_path, runs, capsys):
     files = [str(tmp_path / name) for name in ("t.csv", "t.md", "t.json")]
     options = ["--csv", files[0], "--markdown", files[1], "--json", files[2], "--flipped", "1"]
