@@ -1,7 +1,6 @@
 """Run files in the form that BrowseComp-Plus' script reads, its summary, and what ours says beside it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from data.formats.answer_sets import common_row, official_metric, slice_of_each
 from data.jsonl import write_json, write_jsonl
 from data.questions import load_questions
 from data.records import Hit, Passage, Question
+from scripts.__main__ import main as sleuth
 
 
 def evaluation(folder, count=120, right=lambda i: i % 3 == 1):
@@ -99,8 +99,8 @@ def test_the_seven_sets_go_by_name(monkeypatch):
 
     asked = []
 
-    def read(name, split):
-        asked.append((name, split))
+    def read(name, split, known_as):
+        asked.append((name, split, known_as))
         yield module._Row({"question": "q", "golden_answers": ["a"]}, "x", 0, "FlashRAG", "test")
 
     monkeypatch.setattr(module, "_read_hub", read)
@@ -108,5 +108,14 @@ def test_the_seven_sets_go_by_name(monkeypatch):
     assert [q.metadata["data_source"] for q in loaded] == [
         "nq", "triviaqa", "popqa", "hotpotqa", "2wiki", "musique", "bamboogle", "simpleqa",
     ]  # fmt: skip
-    assert asked[3] == ("RUC-NLPIR/FlashRAG_datasets:hotpotqa", "dev")
-    assert Path("nq").exists() is False
+    assert asked[3] == ("RUC-NLPIR/FlashRAG_datasets:hotpotqa", "dev", "hotpotqa")
+
+
+def test_without_a_hub_a_set_by_name_is_one_line_that_says_what_to_do(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("data.hub._why_not_on_hub", lambda name, kind: "the hub cannot be reached (x)")
+    for command in ("evaluate --policy atlas --retriever none --out", "audit --corpus"):
+        given = [*command.split(), str(tmp_path / "x"), "--questions", "popqa,nq"]
+        assert sleuth(given) == 2
+        error = capsys.readouterr().err
+        assert "sleuth: questions: popqa = 'RUC-NLPIR/FlashRAG_datasets': no file or folder" in error
+        assert "a local .jsonl, .json or .parquet file needs no hub" in error and error.count("\n") == 1
