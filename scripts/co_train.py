@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from data.errors import ConfigError, SleuthError, require_range
-from rl.co_training.rounds import State, run_rounds
+from data.errors import ConfigError, SleuthError, require, require_range
+from rl.co_training.rounds import State, load_state, run_rounds
+
+LEAST_HEADROOM = 0.15
+"""Below this a loop has nothing to show."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class CoTrainConfig:
     samples: int = 4
     """Trajectories a training question."""
     temperature: float = 1.0
-    labels: Literal["gold", "answer", "quote", "opened"] = "answer"
+    labels: Literal["gold", "answer", "quote", "opened", "fork", "likelihood"] = "answer"
     """Labeller that makes a passage positive (see `sleuth mine`)."""
     style: Literal["query", "question", "history"] = "query"
     """Text that a new retriever learns from, and is asked once it serves."""
@@ -57,6 +61,17 @@ class CoTrainConfig:
     """Passages a search shows, at the gate as to the policy."""
     max_plain_loss: float = 0.01
     """Most recall that plain questions may lose at the gate."""
+    replay: str | None = None
+    """Examples of the first retriever's training, or the like, mixed in so that nothing is forgotten."""
+    replay_share: float = 0.2
+    """Their share of the batches."""
+    server: str | None = None
+    """URL of the server, or of replicas with commas between, that serves the index at `retriever`: the policy
+    searches there, and a new index is put at that place and reloaded."""
+    admin_token_file: str | None = None
+    """File with the word that /admin/reload needs."""
+    stop_without_gain: bool = True
+    """End where the policy's EM on dev did not rise in a round."""
     from_scratch: bool = True
     """Train the retriever from the recipe's own base each round; false: from the last one that passed."""
     seed: int = 0
@@ -64,6 +79,7 @@ class CoTrainConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for a number that is out of range."""
         require_range(self, "", ">= 1", "rounds", "steps", "rollout_questions", "samples", "k")
+        require(0 < self.replay_share < 1, "replay_share", self.replay_share, "in (0, 1)")
 
 
 def main(config: CoTrainConfig) -> None:
@@ -75,8 +91,8 @@ def main(config: CoTrainConfig) -> None:
     from data.questions import load_questions
 
     out = Path(config.out)
-    for path in (config.train_recipe, config.retriever_recipe, config.corpus):
-        if not Path(path).is_file():
+    for path in (config.train_recipe, config.retriever_recipe, config.corpus, config.replay):
+        if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
     asked = load_questions(config.questions)
     if (needed := config.rounds * config.rollout_questions) > len(asked):
@@ -90,13 +106,21 @@ def main(config: CoTrainConfig) -> None:
         name: getattr(loop, name) for name in ("rollout", "label", "train", "index", "gate", "swap", "policy")
     }
     start = State(config.policy, config.retriever)
+    before = load_state(out / "state.json", start)
+    if before.history:
+        say_headroom(before.history[0])
     try:
         state = run_rounds(start, config.rounds, stages, out / "state.json")
+        if len(state.history) == state.round:  # what the last round was good for
+            state = loop.score(state)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done is kept in {out}: start the same command again to go on"
         ) from None
+    from rl.co_training.report import write_report
+
     _show(state)
+    print(f"{write_report(out)} shows the rounds")
 
 
 class _Loop:
@@ -107,55 +131,88 @@ class _Loop:
 
     def rollout(self, state: State) -> State:
         from data.atlas.build import question_row
-        from data.jsonl import read_json, write_jsonl
+        from data.jsonl import write_jsonl
 
         config, folder = self.config, self._folder(state)
+        after = self.score(state)
+        if state.round == 0:
+            say_headroom(after.history[0])
+        elif config.stop_without_gain:
+            was, now = (entry["em"]["mean"] for entry in after.history[-2:])
+            if now <= was:
+                return replace(after, ended=f"no gain: EM {now:.3f} on dev after {was:.3f}")
         first = state.round * config.rollout_questions
         part = self.questions[first : first + config.rollout_questions]
         write_jsonl(folder / "questions.jsonl", map(question_row, part))
-        agent = {"policy": state.policy, "retriever": state.retriever, "protocol.top_k": config.k}
         sampled = {"samples": config.samples, "temperature": config.temperature, "seed": config.seed}
         sampled |= {"questions": folder / "questions.jsonl", "out": folder / "rollout"}
-        self._run(state, "evaluate", agent | sampled)
+        self._run(state, "evaluate", self._agent(state) | sampled)
+        return after
+
+    def score(self, state: State) -> State:
+        """Evaluate the policy on dev, in the first round also with the passages that each question needs."""
+        from data.jsonl import read_json
+
+        config, folder = self.config, self._folder(state)
         dev = {"questions": config.dev_questions, "out": folder / "dev"}
         dev |= {} if config.dev_limit is None else {"limit": config.dev_limit}
-        self._run(state, "evaluate", agent | dev)
-        scores = read_json(folder / "dev" / "scores.json")
-        entry = {
-            "round": state.round,
-            "policy": state.policy,
-            "retriever": state.retriever,
-            "em": scores["em"],
-        }
+        dev |= {} if state.round else {"controls": "oracle", "corpus": config.corpus}
+        self._run(state, "evaluate", self._agent(state) | dev)
+        entry = {"round": state.round, "policy": state.policy, "retriever": state.retriever}
+        entry["em"] = read_json(folder / "dev" / "scores.json")["em"]
+        if not state.round:
+            controls = read_json(folder / "dev" / "controls.json")["controls"]
+            oracle = controls.get("oracle", {}).get("em", {}).get("mean")
+            entry["headroom"] = None if oracle is None else oracle - entry["em"]["mean"]
         return replace(state, history=(*state.history, entry))
 
     def label(self, state: State) -> State:
+        from rl.co_training.labels import SCORED
+        from scripts.mine import NOTHING
+
         config, folder = self.config, self._folder(state)
         held_out = ",".join(filter(None, [config.dev_questions, config.held_out]))
-        common = {"labels": config.labels, "style": config.style, "corpus": config.corpus}
-        self._run(state, "mine", common | {
-            "trajectories": folder / "rollout" / "trajectories.jsonl",
-            "held_out": held_out,
-            "out": folder / "examples.jsonl",
-        })  # fmt: skip
+        searched = {"trajectories": folder / "rollout" / "trajectories.jsonl"}
+        given = searched | {"labels": config.labels, "style": config.style, "corpus": config.corpus}
+        given |= {"held_out": held_out, "out": folder / "examples.jsonl"}
+        if config.labels in SCORED:
+            by = {"by": json.dumps(SCORED[config.labels]), "out": folder / "scores.jsonl"}
+            self._run(state, "score-searches", self._agent(state) | searched | by)
+            given["scores"] = folder / "scores.jsonl"
+        if self._run(state, "mine", given, allowed=(0, NOTHING)) == NOTHING:
+            return state.refused("no search has a label")
         return state
 
     def train(self, state: State) -> State:
+        from data.run_dir import read_run
+
         folder = self._folder(state)
-        source = [{
-            "examples": str(folder / "examples.jsonl"),
-            "corpus": self.config.corpus,
-            "negatives": self.config.negatives,
-        }]  # fmt: skip
         given = {
             "config": self.config.retriever_recipe,
-            "train": json.dumps(source),
+            "train": json.dumps(self._train_sets(folder)),
             "out": folder / "retriever",
         }
         if not self.config.from_scratch and (last := self._last_model(state)):
             given |= {"model.init_args.base": last}
-        self._run(state, "train-retriever", given)
+        if self._run(state, "train-retriever", given, allowed=(0, 2)):
+            found = (folder / "retriever" / "run.json").is_file() and read_run(folder / "retriever")["reason"]
+            if not found or not re.match(r"step \d+: the (loss|gradient)", found):
+                self._fail(state, "train-retriever", 2)
+            return replace(state.refused(f"the training diverged: {found}"), refusals=state.refusals + 1)
         return state
+
+    def _train_sets(self, folder: Path) -> list[dict[str, Any]]:
+        """The examples of this round, read as the recipe reads its first set, and those that are replayed."""
+        from data.yaml_file import read_yaml
+
+        config = self.config
+        sets = read_yaml(Path(config.retriever_recipe)).get("train") or [{}]
+        of = {**sets[0], "corpus": config.corpus, "negatives": config.negatives}
+        own = {**of, "examples": str(folder / "examples.jsonl")}
+        if not config.replay:
+            return [own]
+        share = config.replay_share
+        return [{**own, "weight": 1 - share}, {**of, "examples": config.replay, "weight": share}]
 
     def index(self, state: State) -> State:
         folder = self._folder(state)
@@ -181,13 +238,17 @@ class _Loop:
 
     def swap(self, state: State) -> State:
         from data.jsonl import read_json
+        from retriever_server.indexes.base import read_manifest
+        from rl.co_training.live import put_in_place, reload
 
-        folder = self._folder(state)
-        decision = read_json(folder / "gate.json")
-        history = (*state.history[:-1], {**state.history[-1], "gate": decision})
+        index = self._folder(state) / "index"
+        state = state.noted(gate=(decision := read_json(index.with_name("gate.json"))))
         if not decision["passed"]:
-            return replace(state, history=history, refusals=state.refusals + 1)
-        return replace(state, history=history, refusals=0, retriever=str(folder / "index"))
+            return replace(state.noted(refused=decision["reason"]), refusals=state.refusals + 1)
+        if self.config.server:
+            put_in_place(index, Path(self.config.retriever))
+            reload(self.config.server, self.config.admin_token_file, read_manifest(index).generation)
+        return replace(state, refusals=0, retriever=str(index))
 
     def policy(self, state: State) -> State:
         from data.checkpoint import latest_checkpoint
@@ -195,11 +256,9 @@ class _Loop:
         config, folder = self.config, self._folder(state)
         self._run(state, "train", {
             "config": config.train_recipe,
-            "policy": state.policy,
-            "retriever": state.retriever,
+            **self._agent(state),
             "questions": config.questions,
             "dev_questions": config.dev_questions,
-            "protocol.top_k": config.k,
             "steps": config.steps,
             "save_every": config.steps,
             "seed": config.seed + state.round,
@@ -218,31 +277,48 @@ class _Loop:
         model = Path(state.retriever).parent / "retriever" / "model"
         return str(model) if model.is_dir() else None
 
-    def _run(
-        self, state: State, command: str, given: dict[str, Any], allowed: tuple[int, ...] = (0,)
-    ) -> None:
-        """Run `sleuth COMMAND`; its own resuming takes up what an earlier run began."""
+    def _agent(self, state: State) -> dict[str, Any]:
+        """The options of an agent of this state. RetrieverError where its server serves another index."""
+        from retriever_server.indexes.base import read_manifest
+        from rl.co_training.live import check_generation
+
+        if self.config.server:
+            check_generation(self.config.server, read_manifest(Path(state.retriever)).generation)
+        retriever = self.config.server or state.retriever
+        return {"policy": state.policy, "retriever": retriever, "protocol.top_k": self.config.k}
+
+    def _run(self, state: State, command: str, given: dict[str, Any], allowed: tuple[int, ...] = (0,)) -> int:
+        """Run `sleuth COMMAND`; its own resuming takes up what an earlier run began. Its exit status."""
         print(f"-- round {state.round}, {state.stage}: sleuth {command}", flush=True)
         options = [f"--{name}={value}" for name, value in given.items()]
         status = subprocess.run([sys.executable, "-m", "scripts", command, *options], check=False).returncode
         if status in (130, -2):
             raise KeyboardInterrupt
         if status not in allowed:
-            raise SleuthError(
-                f"round {state.round}, {state.stage}: sleuth {command} ended with status {status}; "
-                "mend what it says above and start the same command again"
-            )
+            self._fail(state, command, status)
+        return status
+
+    def _fail(self, state: State, command: str, status: int) -> NoReturn:
+        raise SleuthError(
+            f"round {state.round}, {state.stage}: sleuth {command} ended with status {status}; "
+            "mend what it says above and start the same command again"
+        )
+
+
+def say_headroom(first: Mapping[str, Any]) -> None:
+    """Print by how much the policy could be better if every search found what it needs."""
+    if (headroom := first.get("headroom")) is None:
+        return print("headroom unknown: the dev questions name no gold passages")
+    print(f"headroom: EM with the oracle's passages less that at the start: {headroom:+.3f}")
+    if headroom < LEAST_HEADROOM:
+        print(f"nothing to show: below {LEAST_HEADROOM} a better retriever cannot help this policy much")
 
 
 def _show(state: State) -> None:
-    from data.significance import format_estimate
+    from rl.co_training.report import COLUMNS, round_rows
     from scripts.console import show_table
 
-    rows = []
-    for entry in state.history:
-        gate = entry.get("gate")
-        passed = "" if gate is None else "passed" if gate["passed"] else f"refused: {gate['reason']}"
-        recall = "" if gate is None else f"{gate['old_found']:.3f} -> {gate['new_found']:.3f}"
-        rows.append([entry["round"], format_estimate(entry["em"]), recall, passed])
-    show_table("", ("round", "EM on dev, at its start", "dev searches that find", "gate"), rows)
+    show_table("", COLUMNS, round_rows(state.history))
+    if state.ended:
+        print(f"ended: {state.ended}")
     print(f"policy: {state.policy}\nretriever: {state.retriever}")

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from data.errors import ConfigError, DataError
 
+NOTHING = 3
+"""Exit status where trajectories give no example."""
+
 
 @dataclass(frozen=True)
 class MineConfig:
@@ -79,11 +82,12 @@ class MineConfig:
             raise ConfigError("--retriever or --teachers must be given, or --queries crops")
 
 
-def main(config: MineConfig) -> None:
+def main(config: MineConfig) -> int:
     """Find passages that a retriever takes for good and that are not. Killed, it goes on when started again.
 
     With --teachers, what several retrievers find becomes labels instead (DRAGON), a file for each stage.
-    With --trajectories, the searches of an agent become examples, labelled by what the agent did with them.
+    With --trajectories, the searches of an agent become examples, labelled by what the agent did with them;
+    exits with 3 where there is none.
     """
     if config.trajectories:
         return _mine_trajectories(config)
@@ -103,12 +107,13 @@ def main(config: MineConfig) -> None:
         _label(queries, plans, passages, config.out, ranks)
     elif config.retriever:
         _mine(queries, plans[0], passages, config.out, rules, scorer, config.on_error)
+    return 0
 
 
-def _mine_trajectories(config: MineConfig) -> None:
+def _mine_trajectories(config: MineConfig) -> int:
     from data.corpus import Corpus
     from data.questions import load_questions
-    from rl.co_training.examples import RECIPES, LabelConfig, mine_trajectories
+    from rl.co_training.examples import RECIPES, LabelConfig, NoExamples, mine_trajectories
     from scripts.console import track
 
     base = RECIPES[config.recipe] if config.recipe else LabelConfig()
@@ -118,12 +123,17 @@ def _mine_trajectories(config: MineConfig) -> None:
     questions = load_questions(config.held_out) if config.held_out else []
     content_hash = Corpus(config.corpus).content_hash if config.corpus else ""
     bar, path = track("labelling searches"), config.trajectories or ""
-    tally = mine_trajectories(path, config.out, labels, questions, content_hash, bar, config.scores)
+    try:
+        tally = mine_trajectories(path, config.out, labels, questions, content_hash, bar, config.scores)
+    except NoExamples as none:
+        print(none)
+        return NOTHING
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
     made = f"{tally.examples:,} examples in {config.out} of {tally.searches:,} searches"
     print(f"{made}; passages: {counts or 'none'}")
     for reason, count in tally.dropped.most_common():
         print(f"left out: {count:,} {reason}")
+    return 0
 
 
 def _mine(

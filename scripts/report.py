@@ -52,4 +52,8 @@ def main(
         ids = file.read_text(encoding="utf-8").splitlines() if file.is_file() else questions.split(",")
     wanted = tuple(id_.strip() for id_ in ids if id_.strip())
     choice = Choice(evaluations, verdict, kind, wanted, megabytes)
+    if (run / "state.json").is_file() and choice == Choice() and not more and not out:
+        from rl.co_training.report import write_report as write_loop
+
+        return print(write_loop(run))
     print(write_report(run, choice, more or (), out))

@@ -72,6 +72,10 @@ RECIPES = {
 """Published recipes (2601.11888, 2604.04949, 2608.27912)."""
 
 
+class NoExamples(DataError):
+    """No search of the file became an example."""
+
+
 @dataclass
 class Tally:
     """Counts of what was read and made."""
@@ -108,7 +112,7 @@ def mine_trajectories(
 
     scores: of `sleuth score-searches`, for the labellers in SCORED. held_out: questions that must not
     contribute, by id or text. A query asked twice of one question is one example. Raises DataError where
-    the file is wrong, or gives no example.
+    the file is wrong, NoExamples where it gives none.
     """
     if config.labels in SCORED and scores is None:
         raise ConfigError(f"labels = {config.labels}: needs scores, a file of `sleuth score-searches`")
@@ -117,7 +121,7 @@ def mine_trajectories(
     examples = list(_examples(asked.values(), config, corpus_hash, Path(path).name, tally))
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
-        raise DataError(
+        raise NoExamples(
             f"{path}: {tally.trajectories} trajectories with {tally.searches} searches give no example"
             + (f" ({reasons})" if reasons else "")
         )

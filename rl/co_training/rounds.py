@@ -38,6 +38,8 @@ class State:
     stage: str = STAGES[0]
     refusals: int = 0
     """Refused gates in a row."""
+    ended: str = ""
+    """Why the loop is over before its last round."""
     history: tuple[Mapping[str, Any], ...] = field(default=())
     """A record of each round: its gate, and the scores of its policy on dev questions."""
 
@@ -46,7 +48,16 @@ class State:
         at = STAGES.index(self.stage) + 1
         if at < len(STAGES):
             return replace(self, stage=STAGES[at])
-        return replace(self, stage=STAGES[0], round=self.round + 1)
+        ended = f"{MOST_REFUSALS} refused gates in a row" if self.refusals >= MOST_REFUSALS else ""
+        return replace(self, stage=STAGES[0], round=self.round + 1, ended=ended)
+
+    def noted(self, **fields: Any) -> State:
+        """The state with more in the record of its round."""
+        return replace(self, history=(*self.history[:-1], {**self.history[-1], **fields}))
+
+    def refused(self, reason: str) -> State:
+        """The state after a round that has no new retriever: it goes on with the policy."""
+        return replace(self.noted(refused=reason), stage="swap")
 
 
 Stage = Callable[[State], State]
@@ -56,12 +67,13 @@ Stage = Callable[[State], State]
 def run_rounds(start: State, rounds: int, stages: Mapping[str, Stage], path: Path) -> State:
     """Run the stages of each round in turn, from where the file at `path` says; return the last state.
 
-    Ends after `rounds`, or MOST_REFUSALS refused gates in a row. Raises DataError where the file was begun
-    with another policy or retriever.
+    Ends after `rounds`, MOST_REFUSALS refused gates in a row, or where a stage says so. Raises ConfigError
+    where the file was begun with another policy or retriever.
     """
     state = load_state(path, start)
-    while state.round < rounds and (state.refusals < MOST_REFUSALS or state.stage != STAGES[0]):
-        state = stages[state.stage](state).next()
+    while state.round < rounds and not state.ended:
+        after = stages[state.stage](state)
+        state = after if after.ended else after.next()
         _save(path, state, start)
     return state
 

@@ -1,17 +1,26 @@
 """`sleuth co-train`: each stage is a command whose options exist; what a gate refuses does not serve."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from agent.evaluation.measures import evaluation_record
+from agent.evaluation.records import read_records
+from agent.evaluation.scores import score
+from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.atlas.build import build_atlas
-from data.errors import ConfigError, SleuthError
+from data.errors import ConfigError, RetrieverRefused, SleuthError
 from data.jsonl import read_json, write_json, write_jsonl
+from data.records import Hit, Passage, Question
+from retriever_server.indexes.base import read_manifest
 from scripts import __main__ as sleuth
 from scripts import co_train
 from scripts.command_line import build_parser, parse
+from tests.retriever_server.answering import answering
+from tests.retriever_server.running import build_numbered_index
 
 CONFIGS = Path(co_train.__file__).parent / "configs"
 
@@ -33,11 +42,27 @@ def config(atlas, out, **given):
     } | given)  # fmt: skip
 
 
+def evaluated(out, gain):
+    """Leave what an evaluation leaves: EM rises with the rounds, and later searches find what they need."""
+    later = int(out.parent.name.partition("-")[2])
+    question = Question("q1", "Where was Eiffel born?", ("Dijon",), {"supporting_ids": ["born"]})
+    hits = [Hit(Passage("born" if later else "cow", "text of it"), 1.0, "g")]
+    turn = Segment(SegmentKind.POLICY, [1], "<answer>Dijon</answer>", [0.0])
+    searches = [SearchRecord("Eiffel birth", hits, 0.1)]
+    made = Trajectory(question, [turn], StopReason.ANSWERED, "Dijon", searches)
+    write_jsonl(out / "trajectories.jsonl", [evaluation_record(made)])
+    scores = score(read_records(out))
+    scores["em"] = {"mean": 0.5 + gain * later, "low": 0.4, "high": 0.6}
+    write_json(out / "scores.json", scores)
+
+
 class Commands:
     """In the place of `subprocess.run`: checks the options, and leaves what each command would leave."""
 
-    def __init__(self, passes=True, broken=None):
+    def __init__(self, passes=True, broken=None, statuses=(), oracle=0.9, gain=0.1):
         self.passes, self.broken, self.ran = passes, broken, []
+        self.index: Path | None = None
+        self.statuses, self.oracle, self.gain = dict(statuses), oracle, gain
 
     def __call__(self, argv, check):
         command, options = argv[3], argv[4:]
@@ -49,7 +74,17 @@ class Commands:
         parse(build_parser(module.main, command), options)
         out = Path(given["out"])
         if command == "evaluate":
-            write_json(out / "scores.json", {"em": {"mean": 0.5, "low": 0.4, "high": 0.6}})
+            evaluated(out, self.gain)
+            oracle = {"oracle": {"em": {"mean": self.oracle}}} if self.oracle else {}
+            if "controls" in given:
+                write_json(out / "controls.json", {"controls": oracle})
+        elif command in self.statuses:
+            if command == "train-retriever":
+                reason = "step 3: the loss is nan; the last checkpoint is kept"
+                write_json(out / "run.json", {"format_version": 1, "status": "stopped", "reason": reason})
+            return subprocess.CompletedProcess(argv, self.statuses[command])
+        elif command == "index" and self.index:
+            shutil.copytree(self.index, out)
         elif command == "gate":
             record = {"passed": self.passes, "reason": "r", "old_found": 0.1, "new_found": 0.2}
             write_json(out, record)
@@ -79,7 +114,8 @@ def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_p
     found = commands()
     co_train.main(config(atlas, tmp_path))
     ran = [command for command, _ in found.ran]
-    assert ran == ["evaluate", "evaluate", "mine", "train-retriever", "index", "gate", "train"] * 2
+    a_round = ["evaluate", "evaluate", "mine", "train-retriever", "index", "gate", "train"]
+    assert ran == [*a_round, *a_round, "evaluate"]  # the last one says what the last round was good for
     second = found.ran[7][1]
     assert second["retriever"] == str(tmp_path / "round-0" / "index")
     assert second["policy"] == str(tmp_path / "round-0" / "policy" / "checkpoints" / "last")
@@ -87,7 +123,14 @@ def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_p
     assert found.ran[2][1]["held_out"] == str(atlas / "dev.jsonl")
     first, later = (read_ids(tmp_path / f"round-{n}" / "questions.jsonl") for n in (0, 1))
     assert len(first) == len(later) == 8 and not first & later
-    assert "passed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "passed" in said and "headroom: EM with the oracle's passages less that at the start: +0.400" in said
+    )
+    page = (tmp_path / "report.html").read_text()
+    for part in ("Rounds", "0.100 -&gt; 0.200", "Searches on dev", "First searches that changed", "gained"):
+        assert part in page
+    assert sleuth.main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
 
 
 def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path, commands):
@@ -95,6 +138,7 @@ def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path,
     co_train.main(config(atlas, tmp_path, rounds=3))
     state = read_json(tmp_path / "state.json")["state"]
     assert state["round"] == 2 and state["retriever"] == str(atlas / "index")
+    assert state["ended"] == "2 refused gates in a row"
     assert [entry["gate"]["passed"] for entry in state["history"]] == [False, False]
     assert found.ran[7][1]["retriever"] == str(atlas / "index")
 
@@ -105,7 +149,96 @@ def test_a_stage_that_fails_is_named_and_taken_up_again(atlas, tmp_path, command
         co_train.main(config(atlas, tmp_path, rounds=1))
     found = commands()
     co_train.main(config(atlas, tmp_path, rounds=1))
-    assert [command for command, _ in found.ran] == ["index", "gate", "train"]
+    assert [command for command, _ in found.ran] == ["index", "gate", "train", "evaluate"]
+
+
+def test_no_label_in_a_round_is_recorded_and_the_policy_goes_on_with_the_old_retriever(
+    atlas, tmp_path, commands, capsys
+):
+    found = commands(statuses={"mine": 3})
+    co_train.main(config(atlas, tmp_path, rounds=1))
+    assert [command for command, _ in found.ran] == ["evaluate", "evaluate", "mine", "train", "evaluate"]
+    state = read_json(tmp_path / "state.json")["state"]
+    assert state["retriever"] == str(atlas / "index") and state["refusals"] == 0
+    assert state["history"][0]["refused"] == "no search has a label"
+    assert "refused: no search has a label" in capsys.readouterr().out
+
+
+def test_a_training_that_diverges_is_refused_and_another_failure_is_not(atlas, tmp_path, commands):
+    found = commands(statuses={"train-retriever": 2})
+    co_train.main(config(atlas, tmp_path, rounds=5))
+    assert [command for command, _ in found.ran].count("index") == 0
+    state = read_json(tmp_path / "state.json")["state"]
+    assert state["round"] == 2 and state["retriever"] == str(atlas / "index")  # two in a row end it
+    assert state["history"][0]["refused"].startswith("the training diverged: step 3: the loss is nan")
+    commands(broken="train-retriever")
+    with pytest.raises(SleuthError, match="train-retriever ended with status 2; mend"):
+        co_train.main(config(atlas, tmp_path / "other"))
+
+
+def test_a_round_without_gain_ends_the_loop(atlas, tmp_path, commands, capsys):
+    found = commands(gain=0.0)
+    co_train.main(config(atlas, tmp_path, rounds=5))
+    assert [command for command, _ in found.ran].count("train") == 1
+    assert "ended: no gain: EM 0.500 on dev after 0.500" in capsys.readouterr().out
+    ran = len(found.ran)
+    co_train.main(config(atlas, tmp_path, rounds=5))
+    assert len(found.ran) == ran  # it stays ended
+
+
+@pytest.mark.parametrize(
+    ("oracle", "says"), [(0.6, "nothing to show: below 0.15"), (None, "headroom unknown: the dev questions")]
+)
+def test_the_headroom_is_said_at_every_start(oracle, says, atlas, tmp_path, commands, capsys):
+    for _ in range(2):
+        commands(oracle=oracle)
+        co_train.main(config(atlas, tmp_path, rounds=1))
+        assert says in capsys.readouterr().out
+
+
+def test_pairs_of_the_first_retriever_are_replayed_as_the_recipe_reads_its_own(atlas, tmp_path, commands):
+    write_jsonl(tmp_path / "pairs.jsonl", [])
+    recipe = (CONFIGS / "retriever" / "minilm.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("- {examples:", "- {weights: true, examples:"))
+    found = commands()
+    recipe = {"retriever_recipe": str(tmp_path / "recipe.yaml"), "replay": str(tmp_path / "pairs.jsonl")}
+    co_train.main(config(atlas, tmp_path / "out", rounds=1, replay_share=0.25, **recipe))
+    own, old = json.loads(found.ran[3][1]["train"])
+    assert (own["weight"], old["weight"], old["examples"]) == (0.75, 0.25, recipe["replay"])
+    assert own["negatives"] == old["negatives"] == 1 and own["weights"]
+
+
+def test_a_server_that_will_not_reload_keeps_the_loop_at_its_swap(atlas, tmp_path, commands):
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        build_numbered_index(tmp_path / str(number), number)
+    old, new = (read_manifest(tmp_path / n / "index").generation for n in "12")
+    says = {"generation": old, "status": 409}
+
+    def reload(_):
+        says["generation"] = new if says["status"] == 200 else old
+        return says["status"], {"detail": "not swapped: no"}
+
+    found = commands()
+    found.index = tmp_path / "2" / "index"
+    with answering(healthz=lambda _: (200, says), admin__reload=reload) as server:
+        place = str(tmp_path / "1" / "index")
+        given = config(atlas, tmp_path / "out", retriever=place, server=server.url, rounds=1)
+        with pytest.raises(RetrieverRefused, match=r"/admin/reload: answered 409: .*not swapped: no"):
+            co_train.main(given)
+        assert read_json(tmp_path / "out" / "state.json")["state"]["stage"] == "swap"
+        says["status"] = 200
+        co_train.main(given)
+    assert [command for command, _ in found.ran][-2:] == ["train", "evaluate"]
+    assert found.ran[-1][1]["retriever"] == server.url and found.ran[0][1]["retriever"] == server.url
+    assert read_manifest(Path(place)).generation == new  # the server's place holds the new index
+
+
+def test_labels_by_forks_are_scored_first(atlas, tmp_path, commands):
+    found = commands()
+    co_train.main(config(atlas, tmp_path, rounds=1, labels="fork"))
+    [scored, mined] = [given for command, given in found.ran if command in ("score-searches", "mine")]
+    assert scored["by"] == '["fork"]' and scored["out"] == mined["scores"]
 
 
 def test_too_few_questions_are_said_before_anything_runs(atlas, tmp_path):

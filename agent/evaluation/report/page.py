@@ -32,16 +32,17 @@ def write_report(
     choice: Choice = Choice(),  # noqa: B008 (frozen)
     more: Sequence[Path | str] = (),
     out: Path | str | None = None,
+    sections: str = "",
 ) -> Path:
     """Write FOLDER/report.html from what a run, an evaluation or a folder of them holds so far; its path.
 
-    more: further folders, side by side with it. out: another file.
+    more: further folders, side by side with it. out: another file. sections: HTML before the results.
 
     Raises DataError where it is none of these or a file in it is malformed, ConfigError where what is chosen
     is not there, StorageError where the page cannot be written.
     """
     path = Path(out) if out else Path(folder) / "report.html"
-    atomic_write(path, render_report(folder, choice, more))
+    atomic_write(path, render_report(folder, choice, more, sections))
     return path
 
 
@@ -49,6 +50,7 @@ def render_report(
     folder: Path | str,
     choice: Choice = Choice(),  # noqa: B008 (frozen)
     more: Sequence[Path | str] = (),
+    sections: str = "",
 ) -> str:
     """The page as HTML; the log says what of the folder it leaves out."""
     run = read_folders([folder, *more], choice.evaluations)
@@ -62,7 +64,7 @@ def render_report(
         "digest": digest,
         "style": _asset("style.css"),
         "heading": tables.heading(run),
-        "results": tables.results(run),
+        "results": sections + tables.results(run),
         "matrix": tables.heat_map(run),
         "phases": tables.phases(run),
         "configuration": tables.configuration(run),
