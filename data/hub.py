@@ -59,6 +59,13 @@ def find_dataset(name: str, what: str) -> None:
 
 
 def _check_model(folder: Path, what: str, files: Sequence[str]) -> None:
+    places = (folder, folder / "actor", folder.parent)
+    shards = next((at for at in places if any(at.glob("model_world_size_*_rank_*.pt"))), None)
+    if shards and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{what} = {str(folder)!r}: holds the shards of verl's trainer; make one model of them by "
+            f"`python -m verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`"
+        )
     if not any((folder / file).is_file() for file in files):
         below = [str(path.parent) for path in sorted(folder.glob(f"*/{files[0]}"))]
         hint = f"; did you mean {' or '.join(below[:3])}?" if below else ""

@@ -147,6 +147,26 @@ def test_the_demonstrator_is_half_taught():
     assert set(count) == {"one_hop", "two_hop", "three_hop", "comparison"}
 
 
+def test_a_demonstrator_that_compares_says_both_values_and_answers_by_them():
+    compared = 0
+    for record in demonstrations(
+        30, seed=4, demonstrator=Demonstrator(compares=True, kinds={"comparison": 1.0})
+    ):
+        *searches, last = record["steps"]
+        if len(searches) == 2:
+            compared += 1
+            first, second = (step["search"] for step in searches)
+            said = re.fullmatch(
+                f"{re.escape(first)} ([0-9,]+), {re.escape(second)} ([0-9,]+)[.]", last["think"]
+            )
+            assert said
+            values = [float(value.replace(",", "")) for value in said.groups()]
+            assert last["answer"] == (first if values[0] > values[1] else second)
+            texts = [step["passages"][0]["text"] for step in searches]
+            assert all(value in text for value, text in zip(said.groups(), texts, strict=True))
+    assert compared > 5
+
+
 def test_a_demonstrator_that_always_stops_never_searches_twice_for_two_hops():
     shown = demonstrations(200, demonstrator=Demonstrator(p_stop=1.0, kinds={"two_hop": 1.0}))
     assert {len(d["steps"]) for d in shown} == {2}

@@ -116,6 +116,18 @@ def test_a_folder_that_is_no_model_names_the_models_in_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("at", [".", "actor", "actor/huggingface"])
+def test_shards_of_verl_are_told_how_to_become_a_model(tmp_path, at):
+    (tmp_path / "actor" / "huggingface").mkdir(parents=True)
+    (tmp_path / "actor" / "model_world_size_2_rank_0.pt").touch()
+    (tmp_path / "actor" / "huggingface" / "config.json").touch()
+    told = f"holds the shards of verl's trainer; .* --local_dir {tmp_path / 'actor'} --target_dir DIR`$"
+    with pytest.raises(ConfigError, match=told):
+        find_model(str(tmp_path / at), "policy")
+    (tmp_path / "actor" / "huggingface" / "model.safetensors").touch()  # verl's own whole model
+    assert find_model(str(tmp_path / "actor" / "huggingface"), "policy")
+
+
 def test_an_adapter_whose_base_is_nowhere_is_refused_by_name(no_hub, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
