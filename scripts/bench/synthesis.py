@@ -63,7 +63,7 @@ class Bench:
         from retriever_server.training.synthesis.results import write_results
 
         generator = AtlasTemplates(FAULTS)
-        settings = {"recipe": "fret", "limit": self.drafts, "per_passage": 2, "candidates": 8, **fields}
+        settings = {"recipe": "fret", "limit": self.drafts, "per_passage": 2, "candidates": 10, **fields}
         made = Synthesis(
             SynthesisConfig(
                 generator={"class_path": "AtlasTemplates"}, corpus=str(self.corpus.path), seed=seed,

@@ -58,7 +58,7 @@ def minilm_students(out: Path, data: Path, faults: dict[str, float], drafts: int
     model = {"class_path": "pretrained", "init_args": {"base": minilm(), "max_tokens": 64}}
     world.dtype = "bfloat16"  # half the time of encoding
     others = {name: data / "ir" / name for name in ("cranfield", "cisi")}
-    return world.grid("MiniLM", MINILM_STUDENTS, model, {"steps": 30}, range(1), world.part(1000), others)
+    return world.grid("MiniLM", MINILM_STUDENTS, model, {"steps": 20}, range(1), world.part(600), others)
 
 
 class Squad:
