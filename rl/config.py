@@ -46,6 +46,9 @@ class RolloutConfig:
     max_staleness: int = 0
     """Updates by which the oldest weights that wrote in a trajectory may lag behind those it trains. 0:
     rollouts and updates take turns; above, rollouts go on during updates (needs algorithm.importance)."""
+    mixed_generations: bool = False
+    """Let several generations of the retriever answer the searches of a group, and log the share of such
+    groups. Else one that meets a swap is begun anew, and left out if it meets others."""
     deadline_seconds: float = 3600.0
     """Seconds that an update waits for its trajectories before the run stops with its state saved."""
 

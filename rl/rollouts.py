@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError, RunStopped
 from rl.algorithm.rewards import score_answer
-from rl.groups import OpenGroup
+from rl.groups import OpenGroup, is_mixed
 from rl.question_mix import QuestionMix
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_AGAIN = 2
+"""Times that a group is begun anew for a swap of the retriever."""
 CLOSE_SECONDS = 60.0
 """Time for trajectories that were told to end to do so."""
 
@@ -135,7 +137,7 @@ class Rollouts:
         for _ in range(1 + rounds):
             drawn, broken = await self._next(version, progress)
             groups += drawn
-            usable += [g for g in drawn if not any(g.failures) and not (rounds and g.flat)]
+            usable += [g for g in drawn if self._is_usable(g) and not (rounds and g.flat)]
             failures = [failure for group in drawn for failure in group.failures]
             reports = self.workers.gather(_Report(broken, failures, [g.number for g in usable], len(groups)))
             self._check_failures(reports)
@@ -145,11 +147,18 @@ class Rollouts:
         places = {number: place for place, number in enumerate(numbers)}
         chosen = [replace(g, number=places[g.number]) for g in usable if g.number in places]
         totals = totals_of(groups)
+        if self.config.rollout.mixed_generations:
+            mixed = sum(is_mixed(g.trajectories) for g in groups)
+            totals["rollout/mixed_generations"] = (float(mixed), float(len(groups)))
         if self.config.rollout.max_staleness:
             lags = [staleness(t, version) for g in groups for t in g.trajectories]
             totals["rollout/staleness"] = (float(sum(lags)), float(len(lags)))
         self.taken, self.settled = [], self.position
         return Collected(chosen, len(places), sum(each.drawn for each in reports), totals)
+
+    def _is_usable(self, group: Group) -> bool:
+        apart = self.config.rollout.mixed_generations or not is_mixed(group.trajectories)
+        return apart and not any(group.failures)
 
     async def _next(self, version: int, progress: Callable[[int], object]) -> tuple[list[Group], str | None]:
         """Return one batch, as many groups as this process has in any, or why there is none.
@@ -190,12 +199,13 @@ class Rollouts:
 
     def _roll_out(self, groups: Sequence[OpenGroup]) -> None:
         """Let the agent finish these groups, as one batch; each trajectory has a seed by its number."""
-        self.in_flight += groups
+        self.in_flight += [group for group in groups if group not in self.in_flight]
         slots = [(g, at) for g in groups for at, trajectory in enumerate(g.finished) if trajectory is None]
 
         def on_finished(index: int, trajectory: Trajectory) -> None:
             group, at = slots[index]
             group.finished[at] = trajectory
+            self._keep_apart(group)
             self._changed.set()
 
         rollout = self.agent.rollout(
@@ -208,6 +218,20 @@ class Rollouts:
         task = asyncio.get_running_loop().create_task(rollout)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+
+    def _keep_apart(self, group: OpenGroup) -> None:
+        """Begin a group anew that is done, and of whose searches a swap of the retriever came in between."""
+        mixed = None not in group.finished and is_mixed(group.finished)
+        if self.config.rollout.mixed_generations or not mixed or group.again == MOST_AGAIN:
+            return
+        logger.warning("group %d met a swap of the retriever: it is rolled out anew", group.number)
+        size = len(group.finished)
+        group.ledgers, group.finished, group.again = (
+            [Ledger() for _ in range(size)],
+            [None] * size,
+            group.again + 1,
+        )
+        self._roll_out([group])
 
     def _ended(self, task: asyncio.Task[list[Trajectory]]) -> None:
         self._tasks.discard(task)

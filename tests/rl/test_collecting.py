@@ -11,10 +11,11 @@ import pytest
 
 from agent.trajectory import Ledger, Picture, SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.errors import RunStopped
-from data.records import Question
+from data.records import Hit, Passage, Question
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
+from rl.groups import is_mixed
 from rl.learner.workers import Workers, averages
 from rl.question_mix import draw_question
 from rl.rollouts import Collected, Group, Rollouts, staleness, totals_of
@@ -95,6 +96,45 @@ def test_a_group_with_a_failed_search_or_reward_is_no_group():
     assert members(first) == [(0, [0, 1])] and (first.count, first.drawn) == (1, 3)
     assert len(members(second)) == WANTED
     assert averages([first.totals])["stop/search_failed"] == pytest.approx(1 / 6)  # of all, used or not
+
+
+class Swapped(Agent):
+    """The retriever is swapped within the first trajectories of group 1, so many times as `swaps`."""
+
+    def __init__(self, swaps):
+        super().__init__()
+        self.left, self.generation = swaps, 0
+
+    async def rollout(
+        self, questions: Sequence[Question], seed, on_finished, keys, ledgers: Sequence[Ledger]
+    ):
+        self.keys += keys
+        for index, (asked, key) in enumerate(zip(questions, keys, strict=True)):
+            await asyncio.sleep(0)
+            if key == SIZE + 1 and self.left:
+                self.left, self.generation = self.left - 1, self.generation + 1
+            hit = Hit(Passage("p", "t"), 1.0, f"g{self.generation}")
+            written = Segment(SegmentKind.POLICY, [1], "", [-1.0])
+            search = SearchRecord("q", [hit], 0.0)
+            on_finished(index, Trajectory(asked, [written], StopReason.ANSWERED, str(key), [search]))
+
+
+@pytest.mark.parametrize(("swaps", "kept", "begun"), [(0, 3, 6), (1, 3, 8), (2, 3, 10), (9, 2, 10)])
+def test_no_group_holds_two_generations_of_the_retriever(swaps, kept, begun, caplog):
+    agent = Swapped(swaps)
+    (found,) = collect(make_config(), rewarded(), agent)
+    assert len(found.groups) == kept and len(agent.keys) == begun
+    assert not any(is_mixed(group.trajectories) for group in found.groups)
+    assert [r.message for r in caplog.records] == [
+        "group 1 met a swap of the retriever: it is rolled out anew"
+    ] * min(swaps, 2)
+
+
+def test_several_generations_are_logged_where_they_are_allowed():
+    (found,) = collect(make_config(mixed_generations=True), rewarded(), Swapped(1))
+    assert len(found.groups) == 3 and averages([found.totals])["rollout/mixed_generations"] == pytest.approx(
+        1 / 3
+    )
 
 
 def test_flat_groups_stay_where_they_are_not_to_be_replaced():

@@ -208,7 +208,7 @@ def test_a_protocol_is_chosen_by_name_and_each_of_its_limits_by_itself(name):
     assert unquoted.titles == "unquoted"
     limits = ("max_turns", "top_k", "max_response_tokens", "max_observation_tokens", "max_context_tokens")
     for limit in limits:
-        given = ProtocolConfig(name=name, **{limit: 17})
+        given = ProtocolConfig(name=name, **{limit: 17})  # type: ignore[arg-type]
         assert wiring.make_protocol(given, policy) == replace(PROTOCOLS[name], **{limit: 17})
 
 
@@ -216,9 +216,11 @@ HERE = "test_settings.py"
 SHOWN_IN: dict[type, dict[str, str]] = {
     RolloutConfig: {
         HERE: "max_rows retriever_deadline_seconds",
-        "test_collecting.py": "questions_per_step group_size max_failed_share max_staleness",
+        "test_collecting.py": "questions_per_step group_size max_failed_share max_staleness "
+        "mixed_generations",
         "learner/test_learning.py": "temperature top_p top_k renormalise_logprobs",
         "test_asynchrony.py": "deadline_seconds",
+        "test_question_mix.py": "kind_weights last_kind_weights",
     },
     ProtocolConfig: {
         HERE: "name titles max_turns top_k max_response_tokens max_observation_tokens max_context_tokens",

@@ -7,6 +7,7 @@ import pytest
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from rl.co_training.examples import RECIPES, LabelConfig, mine_trajectories, reasoning_weights
+from scripts.bench import labellers
 from tests.rl.co_training.test_labels import search, trajectory
 
 
@@ -124,6 +125,17 @@ def test_scores_of_another_file_and_missing_ones_are_refused(tmp_path):
         mined([record], tmp_path, LabelConfig("fork"))
     with pytest.raises(DataError, match=r"t\.jsonl:1: .*the scores are of another file: 'cow', here 'tower'"):
         mined([record], tmp_path, LabelConfig("fork"), [scored(0, "cow", {"eiffel": 1.0}, "fork")])
+
+
+def test_labellers_are_measured_against_gold(tmp_path, capsys):
+    record = trajectory([search("tower", ["eiffel", "cow", "mustard"], 0)], ["a", "b"])
+    write_jsonl(tmp_path / "t.jsonl", [record])
+    scores = {"eiffel": 1.0, "cow": 1.0, "mustard": -1.0}
+    write_jsonl(tmp_path / "s.jsonl", [scored(0, "tower", scores, "fork")])
+    labellers.main(tmp_path / "t.jsonl", tmp_path / "s.jsonl")
+    said = capsys.readouterr().out
+    assert "| `fork` | 3 | 1 | 2 | 0.500 | 1.000 | 0.750 |" in said  # cow ties with the gold passage
+    assert "| `answer` | 3 | 1 | 1 | 0.000 | 0.000 |  |" in said and "judge" not in said
 
 
 @pytest.mark.parametrize("name", RECIPES)
