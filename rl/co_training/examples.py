@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from agent.tools import SEARCH
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Example, Question
-from rl.co_training.labels import LABELLERS, SCORED, Label, Labels, Redundancy, label
+from rl.co_training.labels import LABELLERS, SCORED, Label, Redundancy, label
 from rl.co_training.searches import Searched, Searches, read_searches
 
 NEGATIVES = (Label.REDUNDANT, Label.HARD, Label.WEAK)
@@ -93,8 +93,13 @@ class _Asked:
     """One query of one question: labels united over the trajectories that asked it."""
 
     question: Question
+    group: str
+    """Id of the question that this may be a sample of."""
+    at: int
+    """Place among the calls, the first where it was asked again."""
     query: str
     labels: dict[str, Label]
+    ranks: dict[str, int]
     tokens: int
     """Longest reasoning that followed."""
 
@@ -164,8 +169,10 @@ def _collect(
             tally.labels.update(str(kind) for kind in labels.values())
             text = QUERY_STYLES[config.style](searches.question.text, history, call.query)
             key = (searches.group, text)
+            ranks = {id_: rank for rank, id_ in enumerate(labels)}
             tokens = _reasoning(searches.calls, at)
-            found[key] = _united(found.get(key), searches.question, text, tokens, labels)
+            new = _Asked(searches.question, searches.group, at, text, dict(labels), ranks, tokens)
+            found[key] = _united(found[key], new) if key in found else new
             history.append(call.query)
     return found
 
@@ -176,23 +183,28 @@ def _reasoning(calls: Sequence[Searched], at: int) -> int:
     return max(pages, default=calls[at].next_tokens)
 
 
-def _united(known: _Asked | None, question: Question, text: str, tokens: int, labels: Labels) -> _Asked:
-    """Unite the labels of a query asked again: of two the one that stands first in `Label` counts."""
-    order = list(Label)
-    merged = dict(known.labels) if known else {}
-    for id_, kind in labels.items():
-        merged[id_] = min(kind, merged.get(id_, kind), key=order.index)
-    return _Asked(question, text, merged, max(tokens, known.tokens if known else 0))
+def _united(known: _Asked, new: _Asked) -> _Asked:
+    """Unite the labels of a query asked again: of two the one that stands first in `Label` counts.
+
+    The same whichever is known first, as trajectories stand in the order in which they finished.
+    """
+    order, labels, ranks = list(Label), {**known.labels}, {**known.ranks}
+    for id_, kind in new.labels.items():
+        labels[id_] = min(kind, labels.get(id_, kind), key=order.index)
+        ranks[id_] = min(new.ranks[id_], ranks.get(id_, new.ranks[id_]))
+    labels = dict(sorted(labels.items(), key=lambda each: (ranks[each[0]], each[0])))
+    at, tokens = min(known.at, new.at), max(known.tokens, new.tokens)
+    return replace(known, at=at, labels=labels, ranks=ranks, tokens=tokens)
 
 
 def _examples(
-    asked: Iterable[_Asked], config: LabelConfig, corpus_hash: str, source: str, tally: Tally
+    asked: Collection[_Asked], config: LabelConfig, corpus_hash: str, source: str, tally: Tally
 ) -> Iterator[Example]:
     kept = []
     useful: dict[str, set[str]] = defaultdict(set)
     for each in asked:
         useful[each.question.text].update(i for i, kind in each.labels.items() if kind is Label.POSITIVE)
-    for each in asked:
+    for each in sorted(asked, key=lambda each: (each.group, each.at, each.query)):
         if Label.POSITIVE not in each.labels.values():
             tally.dropped["queries without a positive"] += 1
         elif not each.query.strip():
@@ -213,12 +225,12 @@ def _examples(
             query=each.query,
             positives=tuple(id_ for id_, kind in each.labels.items() if kind is Label.POSITIVE),
             negatives=tuple(negatives),
-            query_id=f"{each.question.id}/{number}",
+            query_id=f"{each.group}/{number}",
             answers=each.question.gold_answers,
             provenance={
                 **({"corpus": corpus_hash} if corpus_hash else {}),
                 "trajectories": source,
-                "question_id": each.question.id,
+                "question_id": each.group,
                 "labels": config.labels,
                 "style": config.style,
                 "tiers": {id_: str(each.labels[id_]) for id_ in negatives},

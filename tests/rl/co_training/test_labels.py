@@ -139,6 +139,18 @@ def test_the_same_file_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == first
 
 
+def test_the_order_in_which_trajectories_finished_changes_no_byte(tmp_path):
+    other = trajectory(
+        [search("tower of Paris", ["cow", "eiffel", "mustard"], 0)], ["a", "b c d e"], id="q1~2"
+    )
+    sample = other | {"metadata": {**other["metadata"], "sample_of": "q1"}}
+    found = []
+    for records in ([TWO_HOPS, sample, TWO_HOPS | {"id": "q0"}], [TWO_HOPS | {"id": "q0"}, sample, TWO_HOPS]):
+        mined(records, tmp_path)
+        found.append((tmp_path / "out.jsonl").read_bytes())
+    assert found[0] == found[1] and b"q1~2" not in found[0]
+
+
 def test_a_query_asked_twice_of_one_question_is_one_example(tmp_path):
     other = trajectory([search("tower of Paris", ["cow", "mustard"], 0)], ["a", "b"])
     _, rows = mined([TWO_HOPS, other], tmp_path)
