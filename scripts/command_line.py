@@ -92,8 +92,8 @@ class ConfigFile(ActionConfigFile):
         for key, value in given.items():
             if is_component(value) and isinstance(cfg.get(key), dict):
                 cfg[key] = None
-        if given.get("preset") is not None and has_preset(parser):
-            for key, value in preset_fields(given["preset"]).items():
+        if isinstance(preset := given.get("preset"), str) and has_preset(parser):
+            for key, value in preset_fields(preset).items():
                 cfg[f"algorithm.{key}"] = value
         super().__call__(parser, cfg, values, option_string)
 

@@ -128,8 +128,7 @@ def search_checked(
     rankings = retriever.search([example.asked for example in examples], depth)
     if retriever.generation != generation:
         raise DataError(f"the retriever changed from {generation} to {retriever.generation} meanwhile")
-    own = getattr(retriever, "corpus", None)
-    if isinstance(own, Corpus) and own.content_hash == corpus.content_hash:
+    if retriever.corpus is not None and retriever.corpus.content_hash == corpus.content_hash:
         return rankings
     for hit in {hit.passage.id: hit for ranking in rankings for hit in ranking}.values():
         if corpus_passage(corpus, hit.passage.id).text != hit.passage.text:

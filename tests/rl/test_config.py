@@ -131,6 +131,13 @@ def test_what_follows_a_preset_wins_over_it(tmp_path):
     assert configured(f"--config={file}", "--preset", "cispo").algorithm.clip_high == 4.0
 
 
+def test_a_preset_that_is_no_name_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("preset: [dapo]\n")
+    with pytest.raises(ConfigError, match=r"recipe.yaml, line 1: preset: "):
+        configured(f"--config={file}")
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are():
     with pytest.raises(
         ConfigError, match="preset = 'pppo': must be one of search_r1_ppo, search_r1_grpo, ppo"
