@@ -63,6 +63,8 @@ class CoTrainConfig:
     """Most recall that plain questions may lose at the gate."""
     replay: str | None = None
     """Examples of the first retriever's training, or the like, mixed in so that nothing is forgotten."""
+    replay_corpus: str | None = None
+    """Their passages, if they are not those of `corpus`."""
     replay_share: float = 0.2
     """Their share of the batches."""
     server: str | None = None
@@ -91,7 +93,8 @@ def main(config: CoTrainConfig) -> None:
     from data.questions import load_questions
 
     out = Path(config.out)
-    for path in (config.train_recipe, config.retriever_recipe, config.corpus, config.replay):
+    replayed = (config.replay, config.replay_corpus)
+    for path in (config.train_recipe, config.retriever_recipe, config.corpus, *replayed):
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
     asked = load_questions(config.questions)
@@ -212,7 +215,8 @@ class _Loop:
         if not config.replay:
             return [own]
         share = config.replay_share
-        return [{**own, "weight": 1 - share}, {**of, "examples": config.replay, "weight": share}]
+        old = {**of, "examples": config.replay, "corpus": config.replay_corpus or config.corpus}
+        return [{**own, "weight": 1 - share}, {**old, "weight": share}]
 
     def index(self, state: State) -> State:
         folder = self._folder(state)

@@ -105,15 +105,11 @@ def answer(searches: Searches) -> list[Judgement]:
     """
     question = searches.question
 
-    def named(text: str, answers: Sequence[str]) -> bool:
-        return cover_em(text, answers, question.normalizer) == 1.0
+    def named(text: str) -> bool:
+        return cover_em(text, question.gold_answers, question.normalizer) == 1.0
 
-    answers = [each for each in question.gold_answers if not named(question.text, [each])]
-
-    def holds(passage: Passage) -> bool:
-        return named(passage.contents, answers)
-
-    found = [[searches.is_correct and holds(p) for p in call.passages] for call in searches.calls]
+    tells = searches.is_correct and not named(question.text)
+    found = [[tells and named(p.contents) for p in call.passages] for call in searches.calls]
     return [_by_use(call, useful) for call, useful in zip(searches.calls, found, strict=True)]
 
 

@@ -202,9 +202,11 @@ def test_pairs_of_the_first_retriever_are_replayed_as_the_recipe_reads_its_own(a
     (tmp_path / "recipe.yaml").write_text(recipe.replace("- {examples:", "- {weights: true, examples:"))
     found = commands()
     recipe = {"retriever_recipe": str(tmp_path / "recipe.yaml"), "replay": str(tmp_path / "pairs.jsonl")}
+    recipe["replay_corpus"] = str(atlas / "dev.jsonl")
     co_train.main(config(atlas, tmp_path / "out", rounds=1, replay_share=0.25, **recipe))
     own, old = json.loads(found.ran[3][1]["train"])
     assert (own["weight"], old["weight"], old["examples"]) == (0.75, 0.25, recipe["replay"])
+    assert (own["corpus"], old["corpus"]) == (str(atlas / "corpus.jsonl"), recipe["replay_corpus"])
     assert own["negatives"] == old["negatives"] == 1 and own["weights"]
 
 
