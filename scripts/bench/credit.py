@@ -42,20 +42,26 @@ ARMS: dict[str, dict[str, Options]] = {
 }
 
 
-def main(experiment: Literal["credit", "stability"], out: Path = Path("runs/credit"), seeds: int = 3) -> None:
+def main(
+    experiment: Literal["credit", "stability"],
+    out: Path = Path("runs/credit"),
+    seeds: int = 3,
+    only: list[str] | None = None,
+) -> None:
     """Train every arm of an experiment over seeds, and print its table.
 
     Args:
         experiment: Which.
         out: Folder of all runs.
         seeds: Seeds of each arm.
+        only: Only these arms, the one first that the others are compared with.
     """
     build_world(out / "world")
     test = read_jsonl(out / "world" / "test.jsonl")
     multi_hop = [row for row in test if row["metadata"]["kind"] in ("two_hop", "three_hop")]
     write_jsonl(out / "test.jsonl", multi_hop[::3])
     write_jsonl(out / "dev.jsonl", list(read_jsonl(out / "world" / "dev.jsonl"))[::8])
-    arms = ARMS[experiment]
+    arms = {name: ARMS[experiment][name] for name in only or ARMS[experiment]}
     folders = {name: [out / f"{experiment}-{name}-{seed}" for seed in range(seeds)] for name in arms}
     for seed in range(seeds):
         for name, options in arms.items():
