@@ -1,5 +1,7 @@
 """`sleuth mine` and `sleuth convert`: from files of pairs to mined negatives, killed in between."""
 
+# pyright: reportOptionalMemberAccess=false
+
 import json
 import signal
 import subprocess
@@ -20,6 +22,10 @@ from tests.retriever_server.training.mined import write_corpus
 ROOT = Path(__file__).parents[2]
 
 
+def run_mine(out, queries=None, retriever=None, **given):
+    return mine.main(mine.MineConfig(out, queries, retriever, **given))
+
+
 @pytest.fixture
 def made(tmp_path):
     """A folder with pairs.csv converted, and an index of its passages."""
@@ -32,7 +38,7 @@ def made(tmp_path):
 
 
 def test_pairs_become_examples_with_mined_negatives(made, capsys):
-    mine.main(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
+    run_mine(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
     said = capsys.readouterr().out
     assert said.startswith(f"6 examples in {made}/mined.jsonl, 2.0 negatives each; 0 have none")
     corpus = Corpus(made / "corpus.jsonl")
@@ -41,7 +47,7 @@ def test_pairs_become_examples_with_mined_negatives(made, capsys):
 
 
 def test_mined_examples_convert_to_other_formats(made, capsys):
-    mine.main(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
+    run_mine(str(made / "mined.jsonl"), str(made / "examples.jsonl"), str(made / "index"), per_query=2)
     convert.main(str(made / "mined.jsonl"), str(made / "bge.jsonl"), target_format="bge")
     first = json.loads((made / "bge.jsonl").read_text().splitlines()[0])
     assert len(first["pos"]) == 1 and len(first["neg"]) == 2
@@ -51,13 +57,13 @@ def test_mined_examples_convert_to_other_formats(made, capsys):
 def test_crops_and_teachers_make_labels(made, capsys):
     index, out = str(made / "index"), str(made / "labels")
     ranks = {"positive_ranks": (1, 1), "negative_ranks": (2, 3)}
-    mine.main(out, "crops", teachers=[index, index], **ranks)
+    run_mine(out, "crops", teachers=[index, index], **ranks)
     assert f"the last stage is {out}/stage_2.jsonl" in capsys.readouterr().out
     assert len(Examples(made / "labels" / "stage_2.jsonl", Corpus(made / "corpus.jsonl"))) == 6
 
 
 def test_crops_alone_need_no_retriever(made):
-    mine.main(str(made / "crops.jsonl"), "crops", corpus=str(made / "corpus.jsonl"))
+    run_mine(str(made / "crops.jsonl"), "crops", corpus=str(made / "corpus.jsonl"))
     assert len(Examples(made / "crops.jsonl", Corpus(made / "corpus.jsonl"))) == 6
 
 
@@ -74,7 +80,7 @@ def test_crops_alone_need_no_retriever(made):
 )
 def test_wrong_options_are_refused(made, options, message):
     with pytest.raises(ConfigError, match=message):
-        mine.main(str(made / "out.jsonl"), str(made / "examples.jsonl"), **options)
+        run_mine(str(made / "out.jsonl"), str(made / "examples.jsonl"), **options)
 
 
 def test_a_teacher_is_named_by_a_file(made):
@@ -94,7 +100,7 @@ def test_a_broken_line_is_named(made):
     with (made / "examples.jsonl").open("a") as file:
         file.write('{"query": "torn')
     with pytest.raises(DataError, match=r"examples.jsonl:7: not valid JSON"):
-        mine.main(str(made / "out.jsonl"), str(made / "examples.jsonl"), str(made / "index"))
+        run_mine(str(made / "out.jsonl"), str(made / "examples.jsonl"), str(made / "index"))
 
 
 def test_convert_is_from_ours_or_to_ours(made):
@@ -124,8 +130,8 @@ def test_killed_with_no_warning_it_goes_on_to_the_same_bytes(tmp_path):
     assert process.wait() == -signal.SIGKILL and not out.exists()
     done = part.read_bytes().count(b"\n")
     assert 0 < done < 300
-    mine.main(out=str(out), retriever=str(tmp_path / "fast.yaml"), **given)
-    mine.main(out=str(tmp_path / "whole.jsonl"), retriever=str(tmp_path / "fast.yaml"), **given)
+    run_mine(out=str(out), retriever=str(tmp_path / "fast.yaml"), **given)
+    run_mine(out=str(tmp_path / "whole.jsonl"), retriever=str(tmp_path / "fast.yaml"), **given)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(Examples(out, corpus)) == 300
 
@@ -136,11 +142,11 @@ def test_crops_of_a_script_without_spaces_are_made_and_none_at_all_is_an_error(t
         "氷河は谷をゆっくりと下る氷の流れである。",
     ]
     write_jsonl(tmp_path / "ja.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
-    mine.main(str(tmp_path / "crops.jsonl"), "crops", corpus=str(tmp_path / "ja.jsonl"))
+    run_mine(str(tmp_path / "crops.jsonl"), "crops", corpus=str(tmp_path / "ja.jsonl"))
     corpus = Corpus(tmp_path / "ja.jsonl")
     examples = Examples(tmp_path / "crops.jsonl", corpus)
     assert len(examples) == 2 and all(e.query in corpus.get(e.positives[0]).text for e in examples)
     write_jsonl(tmp_path / "short.jsonl", [{"id": "1", "text": "Too short."}])
     with pytest.raises(DataError, match=r"short\.jsonl: no passage has a sentence long enough"):
-        mine.main(str(tmp_path / "none.jsonl"), "crops", corpus=str(tmp_path / "short.jsonl"))
+        run_mine(str(tmp_path / "none.jsonl"), "crops", corpus=str(tmp_path / "short.jsonl"))
     assert not (tmp_path / "none.jsonl").exists()
