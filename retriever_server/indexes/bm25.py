@@ -31,8 +31,7 @@ from retriever_server.indexes.base import (
     write_generation,
 )
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.max_score import MaxScore
-from retriever_server.indexes.postings import open_postings, write_postings
+from retriever_server.indexes.postings import MaxScore, open_postings, write_postings
 from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
 from retriever_server.retriever import Query, texts_of
 

@@ -16,8 +16,7 @@ from data.errors import require
 from retriever_server.encoders.spec import EncodingSpec, Vectors
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.max_score import MaxScore
-from retriever_server.indexes.postings import open_postings, write_postings
+from retriever_server.indexes.postings import MaxScore, open_postings, write_postings
 from retriever_server.indexes.shards import Shards
 
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server.indexes.max_score import MaxScore
-from retriever_server.indexes.postings import Postings, best
+from retriever_server.indexes.postings import MaxScore, Postings, best
 
 PASSAGES = 400
 
