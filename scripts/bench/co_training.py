@@ -243,7 +243,7 @@ def found(bench: Bench, index: Any) -> tuple[np.ndarray, list[str]]:
 def report(bench: Bench, seeds: Sequence[int]) -> None:
     """Print what the seeds that are done show: means over them, clusters of questions resampled."""
     start, clusters = scores(bench.out / "start")
-    oracle = read_json(bench.out / "start" / "scores.json")["controls"]["oracle"]["em"]["mean"]
+    oracle = read_json(bench.out / "start/controls.json")["controls"]["oracle"]["em"]["mean"]
     room = f"oracle EM {oracle:.3f} - start {start.mean():.3f} = {oracle - start.mean():.3f}"
     print(f"\nseeds {list(seeds)}; headroom: {room}")
 
