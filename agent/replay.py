@@ -26,8 +26,10 @@ async def replay(
     ledger = until(trajectory, turn, observed=False)
     world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
     environment = Environment(*world, ledger)
-    environment.reset(trajectory.question)
-    action = agent.read_action(ledger.segments[-1].token_ids)
+    written = ledger.segments[-1]
+    environment.reset(trajectory.question)  # takes a turn off the ledger that nothing has answered yet
+    ledger.segments.append(written)
+    action = agent.read_action(written.token_ids)
     asked = next(search.query for search in trajectory.searches if search.turn == turn)
     if not (isinstance(action, Call) and action.argument == asked):
         read = f"{agent.spoken.name} reads {action} in turn {turn}"
