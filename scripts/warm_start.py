@@ -6,16 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from agent.protocol import Protocol
 from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError, require
 from rl.config import ProtocolConfig, WarmStartConfig
-
-if TYPE_CHECKING:
-    from agent.policy import Policy
-    from agent.protocol import Protocol
-    from rl.demonstrations import Span
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +86,12 @@ def main(
 
 
 def _starting_policy(
-    name: str, spans: Sequence[Sequence[Span]], protocol: Protocol, training: WarmStartConfig
-) -> Policy:
-    """Make the seed policy, its tokenizer from the demonstrations, or load one."""
+    name: str, spans: Sequence[Sequence[Any]], protocol: Protocol, training: WarmStartConfig
+) -> Any:
+    """Make the seed policy, its tokenizer from the demonstrations, or load one.
+
+    The types are not named: jsonargparse would import torch for every --help.
+    """
     if name != "new":
         from agent.policy import load_policy
 

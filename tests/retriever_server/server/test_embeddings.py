@@ -13,7 +13,7 @@ from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi
-from retriever_server.retriever import Retriever, Wrapper
+from retriever_server.retriever import Retriever, Scorer, Wrapper
 from retriever_server.server.app import create_app
 from tests.retriever_server.running import post
 
@@ -35,7 +35,9 @@ class Fixed(Encoder):
         return rows if self.spec.kind == "dense" else Multi(rows, np.arange(len(texts) + 1))
 
 
-class LengthScorer:
+class LengthScorer(Scorer):
+    name = "length"
+
     def score(self, pairs):
         return [float(len(passage.contents)) for _, passage in pairs]
 

@@ -269,12 +269,12 @@ SHOWN = {
         workers passage_template inputs train out
         model loss changes gradient_checkpointing serves device resume wandb""",
     DataConfig: """corpus examples negatives labels draws weight on_error
-        labels_of form shares query_prompt""",
+        labels_of form shares query_prompt weights""",
     DevConfig: "queries qrels corpus metrics limit passages shared",
     LoraConfig: "rank alpha dropout target_modules",
 }
 """Fields shown here, and in a line of its own those that other tests show (test_run, test_held_out,
-test_mining, test_examples, test_vision_training, test_train_retriever)."""
+test_mining, test_examples, test_weights, test_vision_training, test_train_retriever)."""
 
 
 @pytest.mark.parametrize("of", SHOWN)

@@ -86,9 +86,10 @@ def test_equal_to_loops_over_the_definition(name, batch, gamma, seed):
     tokens = flat(batch, group_size).rewards.numel()
     values = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
     result = ADVANTAGES[name](flat(batch, group_size, values), gamma, 0.5)
-    outcome = "grpo" if name == "search_credit" else name
+    credited = name in ("search_credit", "answer_likelihood")
+    outcome = "grpo" if credited else name
     expected = by_loops(outcome, batch, group_size, gamma, 0.5, values.tolist())
-    expected = expected + values if name == "search_credit" else expected
+    expected = expected + values if credited else expected
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
