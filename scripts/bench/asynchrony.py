@@ -93,6 +93,10 @@ class SlowClient(SearchClient):
         finally:
             self.clock.leave()
 
+    def query_style(self) -> str | None:
+        """That of the other client."""
+        return self.inner.query_style()
+
     async def __aenter__(self) -> SearchClient:
         self.clock.rule(asyncio.get_running_loop())
         return self

@@ -190,6 +190,9 @@ class Unreliable:
             raise RetrieverUnavailable("nobody answers")
         return await self.inner.search(query, k)
 
+    def query_style(self):
+        return self.inner.query_style()
+
     async def __aenter__(self):
         return self
 

@@ -99,6 +99,9 @@ def test_rollouts_over_http_go_on_during_updates(vllm, toy, tmp_path, monkeypatc
                 await asyncio.sleep(0.01)
             return await self.inner.search(query, k)
 
+        def query_style(self):
+            return self.inner.query_style()
+
         async def close(self):
             await self.inner.close()
 
