@@ -17,6 +17,7 @@ from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
+from data.text import replace_halves
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ class Protocol:
 
     def read_call(self, tag: str, inside: str) -> Call | None:
         """The call whose tag has this content; None where it is none."""
-        return read_call(inside) if self.json_calls else Call(self.call_tags[tag], inside.strip())
+        if self.json_calls:
+            return read_call(inside)
+        return Call(self.call_tags[tag], replace_halves(inside.strip()))
 
     def opens_thought(self, before: str) -> bool:
         """Return whether the text before a turn has begun its thought, as some chat templates do."""

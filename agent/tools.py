@@ -64,7 +64,6 @@ def read_call(text: str) -> Call | None:
         return None
     if type(argument) is int and "integer" in tool.types:
         argument = str(argument)
-    # Only an escape of JSON can hold half of a surrogate pair.
     return Call(tool.name, replace_halves(argument).strip()) if isinstance(argument, str) else None
 
 

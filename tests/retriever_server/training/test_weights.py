@@ -33,9 +33,10 @@ def test_a_retriever_trains_on_weights_and_says_where_they_are_missing(rivers, t
     loss = component("WeightedInfoNCE", mini_batch_size=8)
     train = [{**settings(rivers, "")["train"][0], "negatives": 2, "weights": True}]
     rows = []
-    training.train(recipe(rivers, tmp_path / "a", loss=loss, train=train), lambda step, row: rows.append(row))
+    long = {"loss": loss, "train": train, "steps": 40, "save_every": 40}
+    training.train(recipe(rivers, tmp_path / "a", **long), lambda step, row: rows.append(row))
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])
     train[0]["weights"] = False
     with pytest.raises(ConfigError, match="say weights: true"):
         training.train(recipe(rivers, tmp_path / "b", loss=loss, train=train))
