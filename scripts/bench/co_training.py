@@ -40,7 +40,7 @@ from scripts.bench.co_training_world import demonstrations, mean_pooled, plain_p
 from scripts.gate import REFUSED
 
 K, ROUNDS, STEPS, ROLLED_OUT = 2, 2, 6, 1500
-WARM_STEPS, PLAIN_STEPS, POLICY_RATE, RETRIEVER_STEPS, RETRIEVER_RATE = 150, 25, 3e-4, 60, 3e-4
+WARM_STEPS, PLAIN_STEPS, POLICY_RATE, RETRIEVER_STEPS, RETRIEVER_RATE = 150, 100, 3e-4, 60, 3e-4
 SMALLER = 2
 """One in so many questions of dev and test is asked."""
 Cell = dict[str, Any]
@@ -126,12 +126,12 @@ class Bench:
         assert last is not None
         return last.path
 
-    def retriever(self, cell: str, examples: Path) -> Path:
-        """Return the index of a retriever trained on these examples."""
-        source = [
-            {"examples": str(examples), "corpus": str(self.world / "corpus.jsonl"), "negatives": 1},
-            self.lesson | {"negatives": 1},
-        ]
+    def retriever(self, cell: str, examples: Path | None = None) -> Path:
+        """Return the index of a retriever trained on these examples and the replay, or the replay alone."""
+        source = [self.lesson | {"negatives": 1}]
+        if examples is not None:
+            given = {"examples": str(examples), "corpus": str(self.world / "corpus.jsonl"), "negatives": 1}
+            source = [given, *source]
         recipe = {"config": self.out / "retriever.yaml", "train": json.dumps(source)}
         self.run(f"{cell}/retriever", "train-retriever", **recipe)
         model = self.out / cell / "retriever" / "model"
@@ -265,10 +265,13 @@ def report(bench: Bench, seeds: Sequence[int]) -> None:
     for name, values in differences.items():
         say(f"EM, {name}", values, clusters, signed=True)
     before, asked = found(bench, bench.index)
+    replayed = found(bench, bench.retriever("replayed"))[0]
     say(f"recall@{K}, before", before, asked)
+    say(f"recall@{K}, replay alone - before", replayed - before, asked, signed=True)
     for name in ("loop", "pairs", "shuffled"):
         each = [found(bench, read_json(bench.out / f"{seed}/arms.json")[name]["index"])[0] for seed in seeds]
         say(f"recall@{K}, {name} - before", np.mean(each, axis=0) - before, asked, signed=True)
+        say(f"recall@{K}, {name} - replay alone", np.mean(each, axis=0) - replayed, asked, signed=True)
     spent = sum(read_json(note)["processor_seconds"] for note in (bench.out / "done").glob("*.json"))
     print(f"{spent / 60:.0f} processor minutes so far", flush=True)
 

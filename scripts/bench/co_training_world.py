@@ -85,11 +85,15 @@ def mean_pooled(name: str, out: Path) -> Path:
 
 
 def plain_pairs(questions: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Yield what the first encoder learns: one step of a question of the plain world, and its passage."""
+    """Yield what the first encoder learns: one step of a question of the plain world, and its passage.
+
+    Every second query is the plain question, with its first passage, as the gate asks plain questions, too.
+    """
     rng = random.Random(0)
     several = [q for q in load_questions(str(questions)) if q.metadata["kind"] != "comparison"]
-    for question in rng.sample(several, count):
-        path = zip(question.metadata["hops"], question.metadata["entities"], strict=True)
-        name, passage = rng.choice(list(path))
-        yield {"query_id": question.id, "query": f"{question.text} [SEP] {name}", "positives": [passage],
+    for number, question in enumerate(rng.sample(several, count)):
+        path = list(zip(question.metadata["hops"], question.metadata["entities"], strict=True))
+        name, passage = rng.choice(path) if number % 2 else ("", path[0][1])
+        query = f"{question.text} [SEP] {name}" if name else question.text
+        yield {"query_id": question.id, "query": query, "positives": [passage],
                "provenance": {"style": "question"}}  # fmt: skip
