@@ -78,16 +78,7 @@ def main(
     from retriever_server.open_retriever import check_retriever
     from rl.demonstrators import with_queries
 
-    if take is not None and take < 1:
-        raise ConfigError(f"take = {take}: must be >= 1, or none for all")
-    if top_k < 1:
-        raise ConfigError(f"top_k = {top_k}: must be >= 1")
-    if rest is not None and take is None:
-        raise ConfigError(f"rest = {rest}: needs take, which leaves questions over")
-    if teacher.url is None and teacher != TeacherConfig():
-        raise ConfigError("teacher: has options but no url; without --teacher.url rules demonstrate")
-    if Path(out).is_dir():
-        raise ConfigError(f"out = {out}: is a folder, must be a file")
+    _check(out, rest, take, top_k, teacher)
     check_retriever(retriever, deadline_seconds)
     every = load_questions(questions, split)
     random.Random(seed).shuffle(every)
@@ -107,6 +98,20 @@ def main(
         write_jsonl(rest, map(_row, left))
     over = f"; {len(left):,} questions left over in {rest}" if rest is not None else ""
     print(f"{out}: {len(kept):,} demonstrations of {len(asked):,} questions, queries {queries}{over}")
+
+
+def _check(out: str, rest: str | None, take: int | None, top_k: int, teacher: TeacherConfig) -> None:
+    """Raise ConfigError for options that are wrong or do not go together."""
+    if take is not None and take < 1:
+        raise ConfigError(f"take = {take}: must be >= 1, or none for all")
+    if top_k < 1:
+        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+    if rest is not None and take is None:
+        raise ConfigError(f"rest = {rest}: needs take, which leaves questions over")
+    if teacher.url is None and teacher != TeacherConfig():
+        raise ConfigError("teacher: has options but no url; without --teacher.url rules demonstrate")
+    if Path(out).is_dir():
+        raise ConfigError(f"out = {out}: is a folder, must be a file")
 
 
 def _why(teacher: TeacherConfig, retriever: str) -> str:

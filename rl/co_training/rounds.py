@@ -39,7 +39,7 @@ class State:
     refusals: int = 0
     """Refused gates in a row."""
     ended: str = ""
-    """Why the loop is over before its last round."""
+    """Reason to end the loop before its last round."""
     history: tuple[Mapping[str, Any], ...] = field(default=())
     """A record of each round: its gate, and the scores of its policy on dev questions."""
 

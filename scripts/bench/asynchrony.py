@@ -94,7 +94,7 @@ class SlowClient(SearchClient):
             self.clock.leave()
 
     def query_style(self) -> str | None:
-        """That of the other client."""
+        """Return the style of the other client."""
         return self.inner.query_style()
 
     async def __aenter__(self) -> SearchClient:

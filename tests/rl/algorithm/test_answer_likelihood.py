@@ -136,7 +136,7 @@ def test_the_outcome_stays_on_all_tokens():
 
 @torch.no_grad()
 def test_a_planted_useful_search_gains_the_most_in_four_of_five_trajectories(tmp_path):
-    """Of three searches in the embedded world one finds the answer; the seed policy judges."""
+    """Three searches in the embedded world, one of which finds the answer; the seed policy judges."""
     build_atlas(tmp_path)
     policy, draw = load_policy("atlas", "cpu", "float32"), random.Random(0)
     passages = list(Corpus(tmp_path / "corpus.jsonl"))
