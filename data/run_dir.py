@@ -230,8 +230,9 @@ def describe_difference(
     """
     known = defaults if isinstance(defaults, Mapping) else {}
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        # A setting that older runs do not have is what they were if it is none.
-        keys = [*old, *(key for key, value in new.items() if key not in old and value is not None)]
+        # A setting that one of the two does not have is what it was if it is none.
+        keys = [key for key, value in old.items() if key in new or value not in (None, {})]
+        keys += [key for key, value in new.items() if key not in old and value is not None]
         pairs = [(str(key), old.get(key, known.get(key, "absent")), new.get(key, "absent")) for key in keys]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(str(number), *pair) for number, pair in enumerate(zip(old, new, strict=True))]

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -38,9 +38,6 @@ from scripts.tiers import with_tier
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other takes a value, or is a switch
-
-MESSAGES = {"changes"}
-"""Keys that a command gives itself (`expand`): no help shows them."""
 
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
@@ -74,9 +71,6 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
         parser.add_class_arguments(config_type, None)
     else:
         parser.add_function_arguments(run, None)
-    for action in parser._actions:
-        if action.dest in MESSAGES:
-            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -108,10 +102,41 @@ def has_preset(parser: ArgumentParser) -> bool:
     return any(action.dest == "preset" for action in parser._actions)
 
 
+def open_mappings(parser: ArgumentParser) -> set[str]:
+    """The keys whose values are mappings of anything, such as a class_path and its init_args."""
+    return {a.dest for a in parser._actions if getattr(a, "_typehint", None) == dict[str, Any]}
+
+
+def keys_inside(argv: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, Any]]:
+    """argv without its options inside mappings of anything, and these.
+
+    [--model.init_args.base=tiny, --steps=3] -> [--steps=3], {model.init_args.base: tiny}
+    """
+    mappings, kept, inside = open_mappings(parser), list[str](), dict[str, Any]()
+    for word in argv:
+        option, given, text = word.partition("=")
+        key = option.removeprefix("--")
+        if given and "." in key and key.partition(".")[0] in mappings:
+            try:
+                inside[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{option}: got {text!r}, which is no YAML") from error
+        else:
+            kept.append(word)
+    return kept, inside
+
+
+def changed(node: Any, keys: list[str], value: Any) -> Any:
+    """A mapping with the value at a nested key replaced; the argument is unchanged."""
+    if not keys:
+        return value
+    below = node if isinstance(node, dict) else {}
+    return {**below, keys[0]: changed(below.get(keys[0]), keys[1:], value)}
+
+
 def components_as_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
     """argv with a preset, and each mapping that names a class, as a configuration of this one key."""
-    mappings = {f"--{a.dest}" for a in parser._actions if get_origin(getattr(a, "_typehint", None)) is dict}
-    out = []
+    mappings, out = {f"--{key}" for key in open_mappings(parser)}, []
     for word in argv:
         option, _, value = word.partition("=")
         if option == "--preset" and has_preset(parser):
@@ -194,6 +219,7 @@ def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
     """argv where a word stands for a group that has a name: `--protocol compact`, `protocol: compact`.
 
     A group of a class_path alone gets its default name, so that jsonargparse takes it for the group it is.
+    The empty `changes` that earlier versions wrote to config.yaml is left out.
     """
     defaults = parser.get_defaults().items()
     named = {key.removesuffix(".name"): name for key, name in defaults if key.endswith(".name")}
@@ -209,7 +235,8 @@ def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
         option, _, value = word.partition("=")
         if option == "--config":
             given = read_yaml(value)
-            spelled = {key: spelled_out(key, each) for key, each in given.items()}
+            given_keys = {key: each for key, each in given.items() if (key, each) != ("changes", {})}
+            spelled = {key: spelled_out(key, each) for key, each in given_keys.items()}
             word = word if spelled == given else f"--config={json.dumps(spelled, default=str)}"
         elif option[2:] in named and value[:1] == "{":
             with suppress(yaml.YAMLError):
@@ -222,11 +249,14 @@ def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
 
 def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     """Name -> value, dataclasses and classes built. Raises ConfigError."""
-    argv = value_flags(joined(argv), parser)
+    argv, inside = keys_inside(value_flags(joined(argv), parser), parser)
     try:
         namespace = parser.parse_args(components_as_configs(with_words(argv, parser), parser))
     except argparse.ArgumentError as error:
         raise ConfigError(explain(str(error), parser, argv)) from None
+    for path, value in inside.items():
+        key, *keys = path.split(".")
+        namespace[key] = changed(namespace[key], keys, value)
     check_shapes(namespace, parser, argv)
     try:
         values = dict(vars(parser.instantiate(namespace)))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError
 from retriever_server.training.synthesis.config import SynthesisConfig
-from scripts.train_retriever import gather
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -49,9 +47,6 @@ def _synthesize(run: Synthesis) -> None:
     for line in warnings_of(load_measured(run), run.judges, run.config.least_auc):
         _log.warning("%s", line)
     _show(write_results(run, run.run()), run.config)
-
-
-expand = partial(gather, groups=("generator",))
 
 
 def open_run(config: SynthesisConfig) -> Synthesis:

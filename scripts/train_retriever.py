@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-import yaml
-
-from data.errors import ConfigError
 from data.progress import no_bar
 from retriever_server.training.recipe import RetrieverRecipe
 
@@ -62,29 +58,6 @@ def main(config: RetrieverRecipe) -> None:
             ) from None
     if leads:
         print(f"trained: {folder} (`sleuth index --encoder {folder} ...` builds an index with it)")
-
-
-def expand(argv: list[str]) -> list[str]:
-    """argv with `--model.init_args.KEY VALUE` and `--loss...` gathered in `--changes`."""
-    return gather(argv, ("model", "loss"))
-
-
-def gather(argv: list[str], groups: Sequence[str]) -> list[str]:
-    """argv with the options below these groups gathered in `--changes`."""
-    from scripts.command_line import joined
-
-    kept: list[str] = []
-    changes: dict[str, Any] = {}
-    for word in joined(argv):
-        option, _, text = word.partition("=")
-        if option.startswith(tuple(f"--{group}." for group in groups)):
-            try:
-                changes[option[2:]] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{option}: got {text!r}, which is no YAML") from error
-        else:
-            kept.append(word)
-    return [*kept, *([f"--changes={json.dumps(changes)}"] if changes else [])]
 
 
 def _open_run(

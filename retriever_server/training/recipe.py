@@ -98,8 +98,6 @@ class RetrieverRecipe:
     """class_path of a loss of sentence-transformers or ours, and init_args; it gets the model."""
     train: list[DataConfig]
     """Sets of examples; a batch comes from one of them."""
-    changes: dict[str, Any] = field(default_factory=dict)
-    """Changes of model and loss above, by dotted key; the line's --model.init_args.base NAME."""
     out: str = "runs/retriever"
     """Run folder; OUT/model is the trained model."""
     passage_template: str = "{title}\n{text}"
@@ -155,11 +153,6 @@ class RetrieverRecipe:
     """Go on although the configuration has changed. The same one goes on by itself."""
 
     def __post_init__(self) -> None:
-        for path, value in self.changes.items():
-            name, *keys = path.split(".")
-            require(name in ("model", "loss") and bool(keys), "changes", path, "a key below model or loss")
-            object.__setattr__(self, name, changed(getattr(self, name), keys, value))
-        object.__setattr__(self, "changes", {})  # they are where they belong
         require(len(self.train) >= 1, "train", self.train, "a list of at least one set of examples")
         for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
@@ -173,11 +166,3 @@ class RetrieverRecipe:
         require(self.workers >= 0, "workers", self.workers, ">= 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         EncodingSpec("template", "dense", "", 1, passage_template=self.passage_template)  # it can be rendered
-
-
-def changed(node: Any, keys: list[str], value: Any) -> Any:
-    """A mapping with the value at a nested key replaced; the argument is unchanged."""
-    if not keys:
-        return value
-    below = node if isinstance(node, dict) else {}
-    return {**below, keys[0]: changed(below.get(keys[0]), keys[1:], value)}

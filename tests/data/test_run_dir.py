@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data.errors import ConfigError, DataError, RunStopped
-from data.run_dir import RunDir, read_config, read_metrics, read_run
+from data.run_dir import RunDir, describe_difference, read_config, read_metrics, read_run
 from data.trackers import WandbTracker
 
 CONFIG = {"algorithm": {"learning_rate": 1e-6, "clip": (0.2, 0.28)}, "steps": 3}
@@ -158,6 +158,11 @@ def test_a_run_of_the_first_version_has_no_hashes_and_resumes(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(info))
     RunDir(tmp_path, CONFIG, inputs={"questions": ("q.jsonl", "aa")}).close()
     assert read_run(tmp_path)["inputs"] == {"questions": "aa"}
+
+
+def test_an_empty_setting_that_is_gone_is_no_difference(tmp_path):
+    assert describe_difference({"steps": 1, "changes": {}, "note": None}, {"steps": 1}) == []
+    assert describe_difference({"changes": {"model": 1}}, {}) == ["changes: {'model': 1} -> 'absent'"]
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

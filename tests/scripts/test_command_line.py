@@ -5,7 +5,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -277,3 +277,28 @@ def test_a_switch_with_a_wrong_value_is_refused():
 
     with pytest.raises(ConfigError, match=r"big: got 'maybe', expected bool"):
         call(run, ["--big", "maybe"], "sleuth run")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A configuration with a mapping of anything."""
+
+    model: dict[str, Any]
+    steps: int = 3
+
+
+def test_an_option_inside_a_mapping_changes_it_and_leaves_the_rest(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: {class_path: dense, init_args: {base: a, dtype: x}}, changes: {}}")
+
+    def main(config: Taught) -> Taught:
+        return config
+
+    options = ["--model.init_args.base", "b", "--steps", "4", "--model.init_args.more.depth=[1, 2]"]
+    given = call(main, ["--config", str(recipe), *options], "sleuth fake")
+    init_args = {"base": "b", "dtype": "x", "more": {"depth": [1, 2]}}
+    assert given == Taught({"class_path": "dense", "init_args": init_args}, 4)
+    with pytest.raises(ConfigError, match=r"--model\.init_args\.base: got '\[', which is no YAML"):
+        call(main, ["--config", str(recipe), "--model.init_args.base", "["], "sleuth fake")
+    with pytest.raises(ConfigError, match="missing: --model"):
+        call(main, ["--model.init_args.base", "b"], "sleuth fake")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.errors import ConfigError, require
-from retriever_server.training.recipe import Component, changed
+from retriever_server.training.recipe import Component
 
 Shared = Literal["nothing", "passages", "all"]
 
@@ -53,8 +53,6 @@ class SynthesisConfig:
     generator: Component
     """class_path and init_args of what writes: Chat, Local, Seq2Seq, AtlasTemplates, Scripted, module.Class;
     one argument by `--generator.init_args.url URL`."""
-    changes: dict[str, Any] = field(default_factory=dict)
-    """Changes of the generator above, by dotted key; the line's --generator.init_args.url URL."""
     corpus: str | None = None
     """JSON lines of passages; e5 does without."""
     out: str = "runs/synthesis"
@@ -117,10 +115,6 @@ class SynthesisConfig:
     """Passages beside gold in measure_judges."""
 
     def __post_init__(self) -> None:
-        for path, value in self.changes.items():
-            _, *keys = path.split(".")
-            object.__setattr__(self, "generator", changed(self.generator, keys, value))
-        object.__setattr__(self, "changes", {})  # they are where they belong
         for name in ("per_passage", "batch", "tasks", "distractors"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1")
