@@ -96,7 +96,7 @@ MOVED = {
     "rl.batch": "rl.learner.batch",
     "rl.credit": "rl.algorithm.credit",
     "rl.critic": "rl.learner.critic",
-    "rl.importance": "rl.algorithm.importance",
+    "rl.importance": "rl.algorithm.policy_loss",
     "rl.in_flight": "rl.rollouts",
     "rl.judge": "agent.evaluation.judge",
     "rl.learner": "rl.learner.learner",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,6 @@ class OpenGroup:
             [Ledger(each.segments, each.searches) for each in read],
             [each if whole else None for each, whole in zip(read, finished, strict=True)],
         )
-
-
-def is_mixed(trajectories: Iterable[Trajectory | None]) -> bool:
-    """Return whether searches of these were answered by several generations of the retriever."""
-    searches = [search for t in trajectories if t is not None for search in t.searches]
-    return len({hit.generation for search in searches for hit in search.hits}) > 1
 
 
 def _member(question: Question, ledger: Ledger, trajectory: Trajectory | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import pstdev
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from data.errors import EngineError, RunStopped
 from rl.algorithm.rewards import score_answer
-from rl.groups import OpenGroup, is_mixed
+from rl.groups import OpenGroup
 from rl.question_mix import QuestionMix
 
 if TYPE_CHECKING:
@@ -352,3 +352,9 @@ def totals_of(groups: Sequence[Group]) -> Totals:
         **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
         "policy/correct_logprob": average([p for t in right for p in t.logprobs if p is not None]),
     }
+
+
+def is_mixed(trajectories: Iterable[Trajectory | None]) -> bool:
+    """Return whether searches of these were answered by several generations of the retriever."""
+    searches = [search for t in trajectories if t is not None for search in t.searches]
+    return len({hit.generation for search in searches for hit in search.hits}) > 1

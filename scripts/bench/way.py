@@ -4,8 +4,7 @@
 
     retriever   `sleuth train-retriever` from the command to the first loss of a dense model
     query       one search over HTTP, from a warm server's socket to its answer
-    policy      one step of `sleuth train` on the atlas world: two trajectories, whose equal rewards
-                leave no gradient
+    policy      one step of `sleuth train` on the atlas world: sixteen trajectories, with a gradient
 
 A way is traced with `sys.setprofile` in every thread. `files` are those entered; `changes` are the calls from
 a function of one file to a function of another, each pair once, so that loops do not count. Both checkouts
@@ -47,7 +46,7 @@ RECIPE = {
     "out": "model",
 }  # fmt: skip
 POLICY = "--policy atlas --questions atlas/train.jsonl --retriever atlas/index --out run --steps 2"
-SMALL = "--rollout.questions_per_step 1 --rollout.group_size 2 --eval_every 0 --deterministic true"
+SMALL = "--rollout.questions_per_step 4 --rollout.group_size 4 --eval_every 0 --deterministic true"
 
 
 class Way:

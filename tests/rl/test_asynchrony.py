@@ -19,7 +19,7 @@ from data.jsonl import read_jsonl
 from data.questions import load_questions
 from data.run_dir import read_metrics, read_run
 from retriever_server.client.search_client import SearchClient
-from rl.algorithm.importance import sampler_weights
+from rl.algorithm.policy_loss import sampler_weights
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig

@@ -15,10 +15,9 @@ from data.records import Hit, Passage, Question
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import Reward
 from rl.config import RolloutConfig, TrainConfig
-from rl.groups import is_mixed
 from rl.learner.workers import Workers, averages
 from rl.question_mix import draw_question
-from rl.rollouts import Collected, Group, Rollouts, staleness, totals_of
+from rl.rollouts import Collected, Group, Rollouts, is_mixed, staleness, totals_of
 
 WANTED, SIZE = 3, 2
 QUESTIONS = [Question(str(number), f"q {number}?", ("right",)) for number in range(10)]

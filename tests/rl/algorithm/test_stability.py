@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl.algorithm.importance import sampler_weights
 from rl.algorithm.losses import PolicyTokens, clip_fraction, dppo, llds
-from rl.algorithm.policy_loss import ScoredTokens, policy_loss
+from rl.algorithm.policy_loss import ScoredTokens, policy_loss, sampler_weights
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 
 ROW = torch.tensor([0, 0, 0, 0, 1, 1, 2])
