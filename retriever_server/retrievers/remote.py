@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from retriever_server.client.bridge import Bridge
 from retriever_server.client.replicas import open_http
 from retriever_server.client.wire import with_image_bytes
 from retriever_server.retriever import Filter, Outcome, Query, Retriever
+
+logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 1.0
 """Time for which a server's generation is believed."""
@@ -75,10 +78,13 @@ class Remote(Retriever):
             return False  # another project's, or older than images
 
     def query_style(self) -> str | None:
-        """Read it in the server's /v1/info; None where it is not there."""
+        """Read it in the server's /v1/info; None where it is not there, with a warning if it may be."""
         try:
             return self._bridge.run(self._http.get("/v1/info", _HEALTH_SECONDS)).get("query_style")
-        except RetrieverError:
+        except RetrieverRefused:
+            return None  # another project's
+        except RetrieverUnavailable as error:
+            logger.warning("the style in which the retriever is to be asked is not known: %s", error)
             return None
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:

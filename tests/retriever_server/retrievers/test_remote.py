@@ -122,3 +122,14 @@ def test_metadata_and_url_travel_over_http_to_every_client_of_ours(tmp_path):
                 return await client.search("oslo sea", 2)
 
         assert asyncio.run(ask()) == index.search(["oslo sea"], 2)[0]
+
+
+def test_a_style_that_a_server_may_have_but_does_not_say_is_warned_of(caplog):
+    broken = {"v1__info": lambda _: (500, {"error": "no"})}
+    with answering(retrieve=echo("g"), **broken) as server:
+        assert Remote(server.url).query_style() is None
+    assert "the style in which the retriever is to be asked is not known" in caplog.text
+    caplog.clear()
+    with answering(retrieve=echo("g")) as server:  # another project's: there is nothing to say
+        assert Remote(server.url).query_style() is None
+    assert not caplog.records
