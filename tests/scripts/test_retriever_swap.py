@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import httpx
 import pytest
 
 from data.corpus import Corpus
+from data.jsonl import read_jsonl
 from data.run_dir import read_metrics
+from retriever_server.indexes.base import read_manifest
 from retriever_server.indexes.bm25 import BM25Index
+from rl.co_training import live
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.retriever_server.running import build_small_index, running_server
@@ -60,6 +65,13 @@ def hits_of(file: Path) -> list[dict]:
 
 def generations(file: Path) -> set[str]:
     return {hit["generation"] for hit in hits_of(file)}
+
+
+def without_seconds(value):
+    """A record without what the clock says."""
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if "seconds" not in k}
+    return [without_seconds(each) for each in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +128,37 @@ def test_a_live_swap_between_steps_shows_in_the_trajectories(toy, tmp_path):
     assert before != after
     steps = [generations(tmp_path / f"run/rollouts/step-{step:06d}-0.jsonl") for step in (1, 2, 3)]
     assert steps == [{before}, {before}, {after}]
+
+
+def test_swaps_to_an_identical_retriever_change_no_greedy_trajectory(toy, tmp_path):
+    bigram_policy({"</think>": {"<search>": 0.9, "<answer>": 0.1}}).save(tmp_path / "policy", "compact")
+    (tmp_path / "token").write_text("word\n")
+    shutil.copytree(toy / "index", tmp_path / "copy")
+    live.put_in_place(toy / "index", tmp_path / "place")
+    over, swaps = threading.Event(), []
+
+    def written(name: str) -> bytes:
+        asked = ["--questions", str(toy / "dev.jsonl"), "--retriever", server.url, "--keep_tokens", "true"]
+        out = ["--out", str(tmp_path / name), "--policy", str(tmp_path / "policy")]
+        assert sleuth.main(["evaluate", *asked, *out]) == 0
+        rows = read_jsonl(tmp_path / name / "trajectories.jsonl")
+        return json.dumps([without_seconds(row) for row in rows]).encode()
+
+    def swap() -> None:
+        while not over.is_set():
+            live.put_in_place(tmp_path / "copy" if len(swaps) % 2 else toy / "index", tmp_path / "place")
+            live.reload(server.url, str(tmp_path / "token"), read_manifest(toy / "index").generation)
+            swaps.append(server.url)
+
+    options = ["--admin_token_file", str(tmp_path / "token"), "--watch_seconds", "3600"]
+    with running_server(tmp_path / "place", *options) as server:
+        alone = written("alone")
+        thread = threading.Thread(target=swap)
+        thread.start()
+        beside = written("beside")
+        over.set()
+        thread.join()
+    assert alone == beside and len(swaps) >= 2 and b'"hits"' in alone
 
 
 def test_evaluations_during_training_name_what_answered(toy, tmp_path):
