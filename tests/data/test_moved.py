@@ -23,8 +23,7 @@ def test_every_class_that_moved_alone_is_found(name):
 def test_a_class_is_found_by_its_old_name():
     from retriever_server.retrievers.fuse import Fuse
 
-    for module in ("retriever_server.compose", "retriever_server.retrievers.compose"):
-        assert find_plugin(f"{module}.Fuse", "class_path") is Fuse
+    assert find_plugin("retriever_server.compose.Fuse", "class_path") is Fuse
     assert current_name("mine.Retriever") == "mine.Retriever"
 
 
