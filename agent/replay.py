@@ -5,11 +5,11 @@ The prefix is the token ids that are on record; nothing that the policy wrote is
 
 from __future__ import annotations
 
-from agent.environment import Environment
+from agent.engines.base import Completion, FinishReason
 from agent.evaluation.samples import sampled
-from agent.rollout import Agent
+from agent.rollout import Agent, Episode
 from agent.tools import SEARCH, Call
-from agent.trajectory import Ledger, Segment, SegmentKind, StopReason, Trajectory
+from agent.trajectory import Ledger, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, RetrieverError
 from data.records import Question
 
@@ -24,23 +24,19 @@ async def replay(
     agent's protocol reads another query there; RetrieverError where that search fails.
     """
     ledger = until(trajectory, turn, observed=False)
-    world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
-    environment = Environment(*world, ledger)
     written = ledger.segments[-1]
-    environment.reset(trajectory.question)  # takes a turn off the ledger that nothing has answered yet
-    ledger.segments.append(written)
+    episode = Episode(agent, trajectory.question, ledger)  # takes off a turn that nothing has answered yet
     action = agent.read_action(written.token_ids)
     asked = next(search.query for search in trajectory.searches if search.turn == turn)
     if not (isinstance(action, Call) and action.argument == asked):
         read = f"{agent.spoken.name} reads {action} in turn {turn}"
         raise ConfigError(f"protocol: {read}, on record is {asked!r}")
-    outcome = await environment.step(action)
-    if outcome is StopReason.SEARCH_FAILED:
+    told = list(written.logprobs or []), FinishReason.STOP, written.weights_version
+    await episode.take(Completion(written.token_ids, *told))
+    if episode.outcome is StopReason.SEARCH_FAILED:
         raise RetrieverError(str(ledger.searches[-1].error))
-    if isinstance(outcome, StopReason):
-        raise ConfigError(f"turn = {turn}: no passage is read in it ({outcome})")
-    told = outcome.token_ids, outcome.text
-    ledger.segments.append(Segment(SegmentKind.OBSERVATION, *told, pictures=outcome.pictures))
+    if ledger.segments[-1].kind is SegmentKind.POLICY:
+        raise ConfigError(f"turn = {turn}: no passage is read in it ({episode.outcome})")
     return await _go_on(agent, trajectory.question, ledger, samples, seed)
 
 

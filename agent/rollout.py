@@ -1,7 +1,7 @@
 """Questions -> trajectories. Every trajectory is its own coroutine; none waits for another's turn.
 
-The loop of one trajectory is `Agent._roll_out`: the engine completes a turn, the environment replies, until
-there is an answer or a limit is met.
+The loop of one trajectory is `Agent._roll_out`: the engine completes a turn, the episode takes it
+and replies, until there is an answer or a limit is met.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from agent.engines.base import Completion, Engine, Sampling
+from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.environment import Environment, Searcher
 from agent.prompt import PromptFrame, make_frame
 from agent.protocol import Action, Invalid, Protocol
 from agent.search_tool import TagSanitizer
 from agent.trajectory import Ledger, Segment, SegmentKind, StopReason, Trajectory
+from data.errors import EngineError
 from data.records import Question
 
 if TYPE_CHECKING:
@@ -116,68 +117,125 @@ class Agent:
     async def _roll_out(
         self, question: Question, seed: int, ledger: Ledger, on_segment: Callable[[Segment], None]
     ) -> Trajectory:
-        def add(segment: Segment) -> None:
-            ledger.segments.append(segment)
-            on_segment(segment)
-
-        world = (self.tokenizer, self.searcher, self.spoken, self.frame, self.sanitize, self.vision)
-        environment = Environment(*world, ledger)
-        prompt = environment.reset(question)
-        if not ledger.segments:
-            add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
-        outcome, started = StopReason.TOKEN_LIMIT, time.monotonic()
+        episode = Episode(self, question, ledger, on_segment)
         trajectory_id = f"{question.id}/{seed:016x}/{next(_NUMBERS)}"  # a question may be asked twice at once
         try:
-            while len(token_ids := ledger.token_ids) <= self.spoken.max_context_tokens:
-                number = environment.turn
-                turn, action = await self._complete(ledger, token_ids, number, seed, trajectory_id)
-                add(turn)
-                outcome = await environment.step(action)
-                if isinstance(outcome, StopReason):
-                    break
-                read = outcome.token_ids, outcome.text
-                add(Segment(SegmentKind.OBSERVATION, *read, pictures=outcome.pictures))
+            while episode.outcome is None:
+                sampling = replace(self.turn_sampling, seed=(seed + episode.environment.turn) % 2**63)
+                shown = (pictures,) if self.vision and (pictures := ledger.pictures) else ()
+                await episode.take(
+                    await self.engine.generate(ledger.token_ids, sampling, trajectory_id, *shown)
+                )
         finally:
             await self.engine.release(trajectory_id)
-        return Trajectory(
-            question=question,
-            segments=ledger.segments,
-            stop_reason=outcome if isinstance(outcome, StopReason) else StopReason.TOKEN_LIMIT,
-            answer=environment.answer,
-            searches=ledger.searches,
-            invalid_actions=environment.invalid_actions,
-            valid_format=environment.answer is not None and _well_formed(ledger, self.spoken),
-            confidence=environment.confidence,
-            seconds=time.monotonic() - started,
-        )
-
-    async def _complete(
-        self, ledger: Ledger, token_ids: list[int], turn: int, seed: int, trajectory_id: str
-    ) -> tuple[Segment, Action]:
-        """The policy's turn of this number after `token_ids`, those of the ledger; and the action in it."""
-        protocol = self.spoken
-        sampling = replace(self.turn_sampling, seed=(seed + turn) % 2**63)
-        shown = (pictures,) if self.vision and (pictures := ledger.pictures) else ()
-        completion = await self.engine.generate(token_ids, sampling, trajectory_id, *shown)
-        action = self.read_action(completion.token_ids)
-        if isinstance(action, Invalid) and turn < protocol.max_turns and not protocol.keeps_eos:
-            completion = self._without_end(completion)
-        text, written = self._decode(completion.token_ids), (completion.logprobs, completion.weights_version)
-        return Segment(SegmentKind.POLICY, completion.token_ids, text, *written), action
+        return episode.trajectory
 
     def read_action(self, token_ids: list[int]) -> Action:
         """The action in a turn."""
-        return self.spoken.parse(self._decode(token_ids))
+        return self.spoken.parse(self.decode(token_ids))
 
-    def _without_end(self, completion: Completion) -> Completion:
+    def without_end(self, completion: Completion) -> Completion:
         """The completion less the special tokens at its end: the same message goes on with the feedback."""
         kept = len(completion.token_ids)
         while kept and completion.token_ids[kept - 1] in self.special_ids:
             kept -= 1
         return replace(completion, token_ids=completion.token_ids[:kept], logprobs=completion.logprobs[:kept])
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int]) -> str:
+        """Their text, special tokens included."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+class Episode:
+    """A trajectory as it grows, whoever writes its turns: an engine, or another trainer.
+
+    episode = Episode(agent, question)        what is read first is in episode.text
+    await episode.write(turn)                 what is read next is; until episode.outcome says why it ended
+    episode.trajectory                        for the rewards
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        question: Question,
+        ledger: Ledger | None = None,
+        on_segment: Callable[[Segment], None] = lambda segment: None,
+    ) -> None:
+        """ledger: where it is written, after the whole turns found there."""
+        self.agent, self.question, self.ledger = agent, question, ledger or Ledger()
+        self.outcome: StopReason | None = None
+        """None while another turn may be written."""
+        self._on_segment, self._started = on_segment, time.monotonic()
+        world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
+        self.environment = Environment(*world, self.ledger)
+        prompt = self.environment.reset(question)
+        if not self.ledger.segments:
+            self._add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
+        self._check_room()
+
+    @property
+    def text(self) -> str:
+        """The last thing that was read or written, such as the prompt or an observation."""
+        return self.ledger.segments[-1].text
+
+    async def write(self, turn: str | Sequence[int]) -> None:
+        """Add a turn that was sampled elsewhere, its text or its token ids, and what it is answered."""
+        encode = self.agent.tokenizer.encode
+        ids = encode(turn, add_special_tokens=False) if isinstance(turn, str) else list(turn)
+        await self.take(Completion(ids, [None] * len(ids), FinishReason.STOP, 0))
+
+    async def take(self, completion: Completion) -> None:
+        """Add a turn and the reply to it; `outcome` is set where there is none."""
+        agent = self.agent
+        action = agent.read_action(completion.token_ids)
+        last = self.environment.turn >= agent.spoken.max_turns
+        if isinstance(action, Invalid) and not last and not agent.spoken.keeps_eos:
+            completion = agent.without_end(completion)
+        text, written = agent.decode(completion.token_ids), (completion.logprobs, completion.weights_version)
+        self._add(Segment(SegmentKind.POLICY, completion.token_ids, text, *written))
+        reply = await self.environment.step(action)
+        if isinstance(reply, StopReason):
+            self.outcome = reply
+            return
+        self._add(Segment(SegmentKind.OBSERVATION, reply.token_ids, reply.text, pictures=reply.pictures))
+        self._check_room()
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The trajectory as it is; one that is not over would end for want of tokens."""
+        environment = self.environment
+        return Trajectory(
+            question=self.question,
+            segments=self.ledger.segments,
+            stop_reason=self.outcome or StopReason.TOKEN_LIMIT,
+            answer=environment.answer,
+            searches=self.ledger.searches,
+            invalid_actions=environment.invalid_actions,
+            valid_format=environment.answer is not None and _well_formed(self.ledger, self.agent.spoken),
+            confidence=environment.confidence,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _add(self, segment: Segment) -> None:
+        self.ledger.segments.append(segment)
+        self._on_segment(segment)
+
+    def _check_room(self) -> None:
+        if len(self.ledger.token_ids) > self.agent.spoken.max_context_tokens:
+            self.outcome = StopReason.TOKEN_LIMIT
+
+
+class Elsewhere(Engine):
+    """The engine of an agent whose turns another trainer samples: it has none to give."""
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: object = ()
+    ) -> Completion:
+        """Raise EngineError."""
+        raise EngineError("this agent's turns are sampled elsewhere: see Episode.write")
+
+    async def update_weights(self, state: object, version: int) -> None:
+        """There are none here."""
 
 
 def _well_formed(ledger: Ledger, protocol: Protocol) -> bool:

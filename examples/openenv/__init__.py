@@ -1,0 +1,1 @@
+"""The search environment as an OpenEnv server."""
