@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError, DataError
+from retriever_server.training.mining import Rules
 
 NOTHING = 3
 """Exit status where trajectories give no example."""
 
 
-@dataclass(frozen=True)
-class MineConfig:
+@dataclass(frozen=True, kw_only=True)
+class MineConfig(Rules):
     """Sources, ranks and rules of mining."""
 
     out: str
@@ -30,28 +31,12 @@ class MineConfig:
     retriever. Its scores are kept, and margins go by them."""
     teachers: list[str] | None = None
     """Retrievers, in the order in which they are added: [bm25, dense]."""
-    first_rank: int = 1
-    """Negatives are looked for from this rank on, not counting positives."""
-    last_rank: int = 100
-    """... to this one."""
-    per_query: int = 15
-    """The most negatives of a query."""
-    pick: Literal["top", "random"] = "top"
-    """The top ones, or a random choice between the ranks."""
-    margin: float | None = None
-    """A negative must score so much below the worst positive."""
-    relative_margin: float | None = None
-    """The same, as a share of the positive's score."""
-    keep_answers: bool = False
-    """Keep passages in which a gold answer stands."""
     positive_ranks: tuple[int, int] = (1, 10)
     """With --teachers: the ranks that become positives."""
     negative_ranks: tuple[int, int] = (46, 50)
     """With --teachers: the ranks that become negatives."""
     crops_per_passage: int = 1
     """Queries cropped from a passage."""
-    seed: int = 0
-    """Seed of what is chosen at random."""
     on_error: Literal["stop", "skip"] = "stop"
     """stop, or skip: leave out examples that are wrong (no positive, dangling ids)."""
     trajectories: str | None = None
@@ -70,6 +55,7 @@ class MineConfig:
     """With --trajectories: questions that must not contribute, files separated by commas."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.queries and self.trajectories:
             raise ConfigError("--queries and --trajectories: give one of them")
         if not (self.queries or self.trajectories):
@@ -91,7 +77,6 @@ def main(config: MineConfig) -> int:
     """
     if config.trajectories:
         return _mine_trajectories(config)
-    from retriever_server.training.mining import Rules
     from retriever_server.training.teachers import Ranks
 
     rules = Rules(**{each.name: getattr(config, each.name) for each in fields(Rules)})

@@ -31,9 +31,11 @@ class Rules:
     """Rules by which passages found become negatives. Ranks count from 1 and leave positives out."""
 
     first_rank: int = 1
+    """Negatives are looked for from this rank on, not counting positives."""
     last_rank: int = 100
+    """... to this one."""
     per_query: int = 15
-    """At most so many a query."""
+    """The most negatives of a query."""
     pick: Literal["top", "random"] = "top"
     """The first of those allowed, or a random choice of them (BGE), the same in every run."""
     margin: float | None = None
@@ -43,6 +45,7 @@ class Rules:
     keep_answers: bool = False
     """Keep passages that hold one of the query's answers; without it they are no negatives."""
     seed: int = 0
+    """Seed of what is chosen at random."""
 
     @property
     def keeps_margin(self) -> bool:

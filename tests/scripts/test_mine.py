@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_mine(out, queries=None, retriever=None, **given):
-    return mine.main(mine.MineConfig(out, queries, retriever, **given))
+    return mine.main(mine.MineConfig(out=out, queries=queries, retriever=retriever, **given))
 
 
 @pytest.fixture
