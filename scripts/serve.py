@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.secret import read_secret
 from retriever_server.server.config import ServeConfig
+from scripts.listening import announce, hosts_of, read_token
 
 _log = logging.getLogger(__name__)
 
@@ -34,41 +34,27 @@ def main(config: ServeConfig) -> None:
     served = f"{manifest.corpus_count:,} passages ({lease.generation})" if manifest else lease.generation
     opened_seconds = time.monotonic() - start
     with listen(config.host, config.port) as listener:
-        announce = functools.partial(_announce, config, listener.getsockname(), served)
+        announce_it = functools.partial(announce, config, listener.getsockname(), served)
         if config.workers == 1:
-            announce()
+            announce_it()
             run_until_stopped(app, listener, config)
         else:
             del app, lease
-            _run_workers(config, listener, opened_seconds, announce)
-
-
-def _announce(config: ServeConfig, address: tuple[Any, ...], served: str) -> None:
-    host, port = address[:2]
-    if config.port_file is not None:
-        from data.atomic import atomic_write
-
-        atomic_write(config.port_file, f"{port}\n")
-    print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            _run_workers(config, listener, opened_seconds, announce_it)
 
 
 def build_app(config: ServeConfig) -> Any:
     """Return the application, its retrievers opened; SIGHUP reloads them."""
     from retriever_server.server.app import create_app
 
-    def secret(option: str) -> str | None:
-        return read_secret(path, option) if (path := getattr(config, option)) else None
-
-    # A machine that listens on all its addresses goes by its name.
-    own = socket.gethostname() if config.host in ("", "0.0.0.0", "::") else config.host
     app = create_app(
         _open_backends(config),
         config,
         batching=config.batching,
         dialect=config.dialect,
-        token=secret("token_file"),
-        admin_token=secret("admin_token_file"),
-        hosts={name.lower().rstrip(".") for name in (own, *config.allowed_hosts)},
+        token=read_token(config.token_file, "token_file"),
+        admin_token=read_token(config.admin_token_file, "admin_token_file"),
+        hosts=hosts_of(config),
         image_folders=config.image_folders,
         request_log=Path(config.request_log) if config.request_log else None,
         watch_seconds=config.watch_seconds,

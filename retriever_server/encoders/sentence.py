@@ -145,6 +145,15 @@ class SentenceEncoder(Encoder):
         whole, read = (0 if mask is None else int(mask.sum()) for mask in masks)
         return max(whole, read), read  # a query may be filled up
 
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """Decode as `Encoder.text_of` says; special tokens, which it adds itself, are left out."""
+        if self._tokenizer is None or not hasattr(self._tokenizer, "decode"):
+            return None
+        if max(token_ids) >= (size := len(self._tokenizer)):
+            raise DataError(f"token {max(token_ids)}: the encoder has those below {size}")
+        with self._lock:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
     def _given(self, text: str) -> Any:
         """A text as the model takes it."""
         text = self._cut(text)

@@ -166,6 +166,10 @@ class Encoder(ABC):
         """
         return None
 
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """Return the text of its tokenizer's tokens. None: it cannot tell. DataError for one it lacks."""
+        return None
+
 
 @dataclass(frozen=True)
 class Multi:

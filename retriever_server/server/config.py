@@ -46,8 +46,37 @@ class Limits:
         return {names.get(each.name, each.name): getattr(self, each.name) for each in fields(Limits)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where a server listens, to whom, and how it stops."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is seen by this machine only."""
+    port: int = 8000
+    """0 takes a free one."""
+    port_file: str | None = None
+    """File to write the port into once the server listens."""
+    max_connections: int = 0
+    """The most connections of a process; 0: as many as open files allow, of which it asks for more."""
+    stall_seconds: float = 30.0
+    """Time that a client may take for the head of a request, or send or read next to nothing of the rest."""
+    token_file: str | None = None
+    """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names under which it may be asked without a token, beside addresses, localhost and its host."""
+    drain_seconds: float = 2.0
+    """Time after SIGTERM for others to see at /readyz that this server goes, before it refuses requests."""
+    request_log: str | None = None
+    """File to which a JSON line a request is appended."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "", ">= 0", "max_connections")
+        require(0 < self.stall_seconds < inf, "stall_seconds", self.stall_seconds, "> 0")
+        require(0 <= self.drain_seconds < inf, "drain_seconds", self.drain_seconds, ">= 0")
+
+
 @dataclass(frozen=True)
-class ServeConfig(Limits):
+class ServeConfig(Limits, Listening):
     """Serve a retriever until SIGTERM or Ctrl-C; requests in flight are finished first.
 
     After SIGTERM /readyz says 503 while searches go on for `drain_seconds`; Ctrl-C does not wait for that.
@@ -58,24 +87,10 @@ class ServeConfig(Limits):
     """Folder of an index, made by `sleuth index`; a YAML file of retrievers; or a server's URL."""
     others: dict[str, str] = field(default_factory=dict)
     """More retrievers beside it, by name, for clients that name a backend."""
-    host: str = "127.0.0.1"
-    """Address to listen on. The default is seen by this machine only."""
-    port: int = 8000
-    """0 takes a free one."""
-    port_file: str | None = None
-    """File to write the port into once the server listens."""
     workers: int = 1
     """Processes that share the port and the memory map; a dead one is replaced."""
-    max_connections: int = 0
-    """The most connections of a process; 0: as many as open files allow, of which it asks for more."""
-    stall_seconds: float = 30.0
-    """Time that a client may take for the head of a request, or send or read next to nothing of the rest."""
-    token_file: str | None = None
-    """File with a token that every request but probes must carry, as Authorization: Bearer or X-API-Key."""
     admin_token_file: str | None = None
     """File with another token, for administration; without it the one of token_file administers."""
-    allowed_hosts: list[str] = field(default_factory=list)
-    """Names under which it may be asked without a token, beside addresses, localhost and its host."""
     image_folders: list[str] = field(default_factory=list)
     """Folders of pictures that may be shown, beside the folder of their corpus."""
     dialect: str = "rllm"
@@ -84,20 +99,14 @@ class ServeConfig(Limits):
     """Batching of the queries of different requests."""
     watch_seconds: float = 1.0
     """Interval of looking for a new generation at the places of the retrievers; 0: never."""
-    drain_seconds: float = 2.0
-    """Time after SIGTERM for others to see at /readyz that this server goes, before it refuses requests."""
-    request_log: str | None = None
-    """File to which a JSON line a request is appended."""
     mcp: Literal["off", "http", "stdio"] = "off"
     """The Model Context Protocol: at /mcp beside the rest, or on stdin and stdout instead of it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Limits.__post_init__(self)
+        Listening.__post_init__(self)
         require_range(self, "", ">= 1", "workers")
-        require_range(self, "", ">= 0", "max_connections")
-        require(0 < self.stall_seconds < inf, "stall_seconds", self.stall_seconds, "> 0")
-        for name in ("watch_seconds", "drain_seconds"):
-            require(0 <= getattr(self, name) < inf, name, getattr(self, name), ">= 0")
+        require(0 <= self.watch_seconds < inf, "watch_seconds", self.watch_seconds, ">= 0")
         for folder in self.image_folders:
             if not Path(folder).is_dir():
                 raise ConfigError(f"image_folders: {folder}: no such folder")

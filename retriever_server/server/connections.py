@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from data.errors import ConfigError
-from retriever_server.server.config import ServeConfig
+from retriever_server.server.config import Listening
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_until_stopped(app: FastAPI, listener: socket.socket, config: ServeConfig, pulse: Any = None) -> None:
+def run_until_stopped(app: FastAPI, listener: socket.socket, config: Listening, pulse: Any = None) -> None:
     """Serve in this process; `pulse` is told every second that it is well, or not that it is not."""
     most = config.max_connections or connections_for(raise_open_files())
     _log.info("at most %d connections", most)

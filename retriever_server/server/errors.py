@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from data.errors import ConfigError, CorpusChanged, DataError, RetrieverError
+from data.errors import ConfigError, CorpusChanged, DataError, EngineError, RetrieverError
 from retriever_server.server.batching import Overloaded
 from retriever_server.server.replies import JsonReply
 
@@ -31,6 +31,8 @@ _DESCRIPTIONS = {
     503: "The search failed; outside of /v1 also: too many queries wait, Retry-After says when to come back",
     504: "The deadline has passed",
 }
+_OPENAI = {"/v1/embeddings": 422, "/v1/models": 422, "/v1/chat/completions": 400}
+"""Routes that OpenAI has, and the status there of a wrong value."""
 ANY_SEARCH = (400, 401, 413, 421, 422, 500, 501, 503, 504)
 """Statuses of whatever searches, encodes or scores."""
 
@@ -80,24 +82,34 @@ _PATHS = re.compile(r"https?://\S+|(?:[\w.~%-]*/)+[\w.~%#=-]*")
 def add_error_replies(app: FastAPI) -> None:
     """Register the answer {"detail": reason} for all errors."""
     for kind in (
-        *(DataError, ConfigError, RetrieverError, CorpusChanged, QueryFailed, Overloaded, TimeoutError),
-        *(RequestValidationError, HTTPException, ClientGone, ClientDisconnect, Exception),
+        *(DataError, ConfigError, RetrieverError, EngineError, CorpusChanged, QueryFailed, Overloaded),
+        *(TimeoutError, RequestValidationError, HTTPException, ClientGone, ClientDisconnect, Exception),
     ):
         app.add_exception_handler(kind, answer_error)
 
 
 async def answer_error(request: Request, error: Exception) -> JsonReply:
     """Answer with the status and the reason of what a route raised."""
-    status, reason = _status_and_reason(error)
+    status, reason = status_and_reason(error)
+    status = _OPENAI.get(request.url.path, status) if status == 422 else status
     headers = getattr(error, "headers", None)
     if isinstance(error, Overloaded):
         # Clients of other projects come back after 503 alone: some take 429 for an answer without hits.
         status = 429 if request.url.path.startswith("/v1/") else 503
         headers = {"Retry-After": str(error.retry_after_seconds)}
-    return JsonReply({"detail": reason}, status, headers)
+    return JsonReply(error_body(request.url.path, status, reason), status, headers)
 
 
-def _status_and_reason(error: Exception) -> tuple[int, str]:
+def error_body(path: str, status: int, reason: str) -> dict[str, Any]:
+    """Return the JSON of an error: the reason, where OpenAI has such a route also as its clients read it."""
+    if path not in _OPENAI:
+        return {"detail": reason}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"detail": reason, "error": {"message": reason, "type": kind, "param": None, "code": None}}
+
+
+def status_and_reason(error: Exception) -> tuple[int, str]:
+    """Return the status that answers an error, and its reason for clients."""
     match error:
         case HTTPException():
             return error.status_code, str(error.detail)
@@ -111,7 +123,7 @@ def _status_and_reason(error: Exception) -> tuple[int, str]:
             return 422, str(error)
         case ConfigError():
             return 501, str(error)
-        case RetrieverError() | CorpusChanged() | Overloaded():
+        case RetrieverError() | EngineError() | CorpusChanged() | Overloaded():
             return 503, without_paths(str(error))
         case TimeoutError():
             return 504, str(error)

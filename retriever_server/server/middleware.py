@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
 from retriever_server.server.batching import Overloaded
+from retriever_server.server.errors import error_body
 from retriever_server.server.metrics import Metrics
 from retriever_server.server.replies import JsonReply
 from retriever_server.server.schema import Body
@@ -42,7 +43,7 @@ class Access:
     """Who may ask what. A token comes as `Authorization: Bearer ...` or as `X-API-Key`."""
 
     token: str | None = field(default=None, repr=False)
-    """Needed for all but `OPEN_TO_ALL`."""
+    """Needed for all but reading what is `OPEN_TO_ALL`."""
     admin_token: str | None = field(default=None, repr=False)
     """Needed to administer, and good for all else; without it `token` administers."""
     hosts: Collection[str] | None = None
@@ -51,13 +52,14 @@ class Access:
     A page of the web can have its own name resolve to this machine; the browser then lets it read answers.
     """
 
-    def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
+    def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, str] | None:
         """Return the status and the reason with which a request is refused; None if it may pass."""
         if path.startswith("/admin/"):
             return self._administration(headers)
         if self.token is None:
             return self._unnamed(headers.get(b"host", b""))
-        if path in OPEN_TO_ALL or _carries(headers, self.token, self.admin_token):
+        is_open = path in OPEN_TO_ALL and method in ("GET", "HEAD")
+        if is_open or _carries(headers, self.token, self.admin_token):
             return None
         return 401, _NEEDED
 
@@ -146,9 +148,10 @@ class RequestMiddleware:
             return message
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            refusal = self._refusal(scope["method"], scope["path"], headers)
             if refusal:
-                answer = JsonReply({"detail": refusal[1]}, refusal[0], _SAID_WITH.get(refusal[0]))
+                body = error_body(scope["path"], *refusal)
+                answer = JsonReply(body, refusal[0], _SAID_WITH.get(refusal[0]))
                 await answer(scope, receive, note_and_send)
             else:
                 await self._app(scope, count_and_receive, note_and_send)
@@ -163,11 +166,11 @@ class RequestMiddleware:
             if self._log:
                 self._log.write(scope, request_id.decode("latin-1"), status, seconds)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_bytes:
             return 413, f"body: more than {self._max_bytes} bytes"
-        return self._access.refusal(path, headers)
+        return self._access.refusal(method, path, headers)
 
 
 _READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id"}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from data.errors import DataError
+from data.records import Input
 
 
 class Body(BaseModel):
@@ -36,18 +40,30 @@ def _kind(value: Any) -> str:
     return "item" if isinstance(value, dict | ImageInput) else "text"
 
 
+def _kind_or_ids(value: Any) -> str:
+    return "ids" if isinstance(value, list) else _kind(value)
+
+
 def _kind_or_list(value: Any) -> str:
-    return "list" if isinstance(value, list) else _kind(value)
+    is_list = isinstance(value, list) and not (value and isinstance(value[0], int))
+    return "list" if is_list else _kind_or_ids(value)
 
 
 TextOrImage = Annotated[
     Annotated[str, Tag("text")] | Annotated[ImageInput, Tag("item")],
     Discriminator(_kind),
 ]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+"""A text as the tokens of the encoder's own tokenizer."""
+_OneInput = Annotated[
+    Annotated[str, Tag("text")] | Annotated[ImageInput, Tag("item")] | Annotated[TokenIds, Tag("ids")],
+    Discriminator(_kind_or_ids),
+]
 OneOrMore = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[ImageInput, Tag("item")]
-    | Annotated[list[TextOrImage], Tag("list")],
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[_OneInput], Tag("list")],
     Discriminator(_kind_or_list),
 ]
 
@@ -162,14 +178,21 @@ class RetrieveBody(SearchOptions):
     return_score: bool | None = None
 
 
+class PackedBody(RetrieveBody):
+    """The same in MessagePack, as GEM sends it."""
+
+
 class SingleSearchBody(SearchOptions):
-    """`POST /search` of ReCall (`query`, `top_n`) and of Serper's clients (`q`, `num`)."""
+    """`POST /search`: Tavily's (`query`), ReCall's (`top_n`), Exa's (`contents`), Serper's (`q`)."""
 
     query: str | None = None
     q: str | None = None
     top_n: int | None = None
     num: int | None = None
-    return_score: bool = False
+    return_score: bool | None = None
+    max_results: int | None = None
+    contents: dict[str, Any] | bool | None = None
+    numResults: int | None = None
 
 
 class BatchSearchBody(SearchOptions):
@@ -218,6 +241,28 @@ class RerankBody(Truncated):
     return_scores: bool = False
 
 
+class TextDocument(Body):
+    """A text to score."""
+
+    text: str
+
+
+class DocumentsBody(Body):
+    """`/v1/rerank` and `/v2/rerank` of Cohere, Jina and vLLM."""
+
+    query: str
+    documents: list[str | TextDocument]
+    top_n: int | None = Field(None, ge=1)
+    model: str | None = None
+    return_documents: bool = True
+
+
+class AnyInputs(Body):
+    """TEI's `POST /`: the body of its `/embed` or `/rerank`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class Weight(BaseModel):
     """A weight of a sparse vector."""
 
@@ -241,3 +286,26 @@ class EmbeddingsBody(Body):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     is_query: bool = False
+
+
+def texts_of(inputs: Sequence[str | ImageInput]) -> list[str]:
+    """Return the text of each; "" of an image that came alone."""
+    return [each if isinstance(each, str) else each.text for each in inputs]
+
+
+NO_UNICODE = "not Unicode: half a surrogate pair"
+
+
+def is_unicode(query: Input) -> bool:
+    """Return whether it can be written as UTF-8: half a surrogate pair cannot."""
+    try:
+        (query if isinstance(query, str) else query.text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise DataError if one holds half a surrogate pair, which JSON can carry and no encoder reads."""
+    if not all(map(is_unicode, texts)):
+        raise DataError(NO_UNICODE)

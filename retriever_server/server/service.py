@@ -24,7 +24,14 @@ from retriever_server.server.config import Limits
 from retriever_server.server.errors import ClientGone, QueryFailed, WrongQuery, without_paths
 from retriever_server.server.image_requests import ImageReader
 from retriever_server.server.metrics import Metrics
-from retriever_server.server.schema import ImageInput, SearchOptions, Stage
+from retriever_server.server.schema import (
+    NO_UNICODE,
+    ImageInput,
+    SearchOptions,
+    Stage,
+    is_unicode,
+    texts_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -136,14 +143,14 @@ class SearchService:
         if where is not None:  # not in a thread that searches: others wait for it
             for corpus in pipeline.corpora():
                 await prepare(corpus, where)
-        asked = [query for query in read if _is_unicode(query)]
+        asked = [query for query in read if is_unicode(query)]
         # Texts do not wait for the images of others.
         key = (pipeline.key, where and json.dumps(where, sort_keys=True), pictured)
         found = await self.batcher.run(key, functools.partial(pipeline.search, where=where), asked)
         for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
             _log.error("search failed: %s", error)
         outcomes = (_judge(*each, pipeline.k[-1], where) for each in zip(asked, found, strict=True))
-        return [next(outcomes) if _is_unicode(query) else WrongQuery(_NO_UNICODE) for query in read]
+        return [next(outcomes) if is_unicode(query) else WrongQuery(NO_UNICODE) for query in read]
 
     def _check(self, queries: Sequence[str | ImageInput], k: int, where: Mapping[str, Any] | None) -> None:
         limits, longest = self.limits, max(map(len, texts_of(queries)), default=0)
@@ -265,11 +272,6 @@ class Caller:
                 leaving.cancel()
 
 
-def texts_of(inputs: Sequence[str | ImageInput]) -> list[str]:
-    """Return the text of each; "" of an image that came alone."""
-    return [each if isinstance(each, str) else each.text for each in inputs]
-
-
 def _judge(query: Input, outcome: Outcome, k: int, where: Mapping[str, Any] | None) -> Outcome:
     """Return hits, or the error of a query; raises DataError for a filter of no use here."""
     if isinstance(outcome, ConfigError) and where is not None:
@@ -283,23 +285,6 @@ def _judge(query: Input, outcome: Outcome, k: int, where: Mapping[str, Any] | No
     if not all(hit.passage.id and math.isfinite(hit.score) for hit in outcome):
         return RetrieverError("a hit without an id, or whose score is NaN or infinite")
     return outcome
-
-
-_NO_UNICODE = "not Unicode: half a surrogate pair"
-
-
-def _is_unicode(query: Input) -> bool:
-    try:
-        (query if isinstance(query, str) else query.text).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def check_unicode(texts: Sequence[str]) -> None:
-    """Raise DataError if one holds half a surrogate pair, which JSON can carry and no encoder reads."""
-    if not all(map(_is_unicode, texts)):
-        raise DataError(_NO_UNICODE)
 
 
 def _seconds_in(header: str | None) -> float:

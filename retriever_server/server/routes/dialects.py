@@ -2,11 +2,15 @@
 
     Search-R1, verl, slime  {"queries", "topk", "return_scores"}  {"result": [[{"document", "score"}]]}
     SkyRL                   {"query", "topk", "return_scores"}    the same, one row
+    GEM                     the same, in MessagePack              {"result": [{"document", "score"}]}
+    BrowseComp-Plus, LRAT   {"query"}                             {"result": [{"document", "docid"}]}
     rLLM                    {"query", "top_k"} (and "k")          {"query", "results", "num_results"}
     ZeroSearch              {"query", "top_k"}                    [{"text"}]
     ASearcher               as Search-R1, without scores          documents that have a "url"
     ReCall                  {"query", "top_n", "return_score"}    [{"id", "contents"}] or [those, scores]
     Serper's clients        {"q", "num"}                          {"organic": [{"title", "link", "snippet"}]}
+    Tavily                  {"query"} (and "max_results", ...)    {"results": [{"title", "url", "content"}]}
+    Exa                     {"query", "contents", "numResults"}   {"results": [{"id", "url", "text"}]}
 
 What two of them ask alike is answered as `dialect` says. Any of them may name a filter `where`, a `backend`
 and `deadline_seconds`, as `/v1/search` has them.
@@ -19,17 +23,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
 from retriever_server.server.errors import ANY_SEARCH, error_replies
-from retriever_server.server.middleware import JsonRoute
+from retriever_server.server.middleware import JsonRoute, parse_body
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
 from retriever_server.server.schema import (
     AccessBody,
     BatchSearchBody,
+    PackedBody,
     RetrieveBody,
     SearchOptions,
     SingleSearchBody,
@@ -39,25 +44,58 @@ from retriever_server.server.service import Caller, CallerOf, Found
 DIALECTS = ("rllm", "zerosearch", "search-r1", "skyrl", "asearcher")
 _TOP_K_NAMES = ("topk", "topk_rerank", "top_k", "k", "top_n")
 
-router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH))
+
+_MAPS = tuple(bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF))
+"""The first byte of a map in MessagePack; no JSON begins with one."""
+
+
+class _PackedRoute(JsonRoute):
+    """Reads MessagePack, too, whatever type the request says."""
+
+    async def read(self, request: Request) -> Any:
+        """Return the body."""
+        content = await request.body()
+        if self._model is not RetrieveBody or not content.startswith(_MAPS):
+            return await super().read(request)
+        msgpack = _msgpack()
+        try:
+            unpacked = msgpack.unpackb(content)
+        except ValueError as error:
+            raise HTTPException(400, f"body: not MessagePack ({error})") from error
+        return parse_body(PackedBody, unpacked)
+
+
+class PackedReply(JsonReply):
+    """MessagePack, to those who asked in it."""
+
+    media_type = "application/msgpack"
+
+    def render(self, content: Any) -> bytes:
+        """Write it."""
+        return _msgpack().packb(content)
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ConfigError("body: MessagePack needs a package: pip install 'sleuth-rl[msgpack]'") from error
+    return msgpack
+
+
+router = APIRouter(route_class=_PackedRoute, responses=error_replies(*ANY_SEARCH))
 
 
 @router.post("/retrieve")
 async def retrieve(body: RetrieveBody, caller: CallerOf) -> Response:
-    """Search as the clients of Search-R1, verl, slime, SkyRL, rLLM, ZeroSearch and ASearcher do."""
+    """Search as Search-R1, verl, slime, SkyRL, rLLM, ZeroSearch, ASearcher, GEM and LRAT do."""
     return await _answer(parse_retrieve(body, caller.service.dialect), body, caller)
 
 
 @router.post("/search")
 async def search(body: SingleSearchBody, caller: CallerOf) -> Response:
-    """Search as the clients of ReCall (`query`) and Serper (`q`) do."""
-    if body.query is None and body.q is None:
-        raise DataError("query: must be a string")
-    if body.query is not None:
-        request = DialectRequest([body.query], body.top_n, "recall", body.return_score)
-    else:
-        request = DialectRequest([body.q or ""], body.num, "serper")
-    return await _answer(request, body, caller)
+    """Search as the clients of ReCall, Serper, Exa and Tavily do, told apart by their keys."""
+    return await _answer(parse_search(body), body, caller)
 
 
 @router.post("/batch_search")
@@ -81,7 +119,8 @@ async def _answer(request: DialectRequest, options: SearchOptions, caller: Calle
     rankings, found = await caller.rank(request.queries, request.top_k, options)
 
     def write() -> Response:
-        return JsonReply(_SHAPES[request.shape](request, rankings, found))
+        reply = PackedReply if isinstance(options, PackedBody) else JsonReply
+        return reply(_SHAPES[request.shape](request, rankings, found))
 
     return await asyncio.to_thread(write) if len(rankings) > LONG_ANSWER else write()
 
@@ -109,10 +148,25 @@ def parse_retrieve(body: RetrieveBody, dialect: str) -> DialectRequest:
         return DialectRequest(body.queries, top_k, "asearcher" if dialect == "asearcher" else "rows", scored)
     if body.query is None:
         raise DataError("queries: must be a list of strings (or query a string)")
+    if isinstance(body, PackedBody) or (dialect == "rllm" and top_k is None):
+        return DialectRequest([body.query], top_k, "flat", True)
     if body.topk is not None or dialect not in ("rllm", "zerosearch"):
         return DialectRequest([body.query], top_k, "rows", scored)
     both = body.top_k is not None and body.k is not None
     return DialectRequest([body.query], top_k, "rllm" if both else dialect)
+
+
+def parse_search(body: SingleSearchBody) -> DialectRequest:
+    """Return the search of a `POST /search`, and the shape of its answer."""
+    if body.query is None and body.q is None:
+        raise DataError("query: must be a string")
+    if body.query is None:
+        return DialectRequest([body.q or ""], body.num, "serper")
+    if body.top_n is not None or body.return_score is not None:
+        return DialectRequest([body.query], body.top_n, "recall", bool(body.return_score))
+    if body.contents is not None or body.numResults is not None:
+        return DialectRequest([body.query], body.numResults, "exa")
+    return DialectRequest([body.query], body.max_results, "tavily")
 
 
 def url_of(hit: Hit) -> str:
@@ -122,6 +176,12 @@ def url_of(hit: Hit) -> str:
 
 def _rows(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     return render_hits(rankings, found.generation, request.return_scores, found.linked)
+
+
+def _flat(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
+    answer = render_hits(rankings, found.generation, True, found.linked)
+    hits = [{**item, "docid": item["document"]["id"]} for item in answer["result"][0]]
+    return {**answer, "result": hits}
 
 
 def _asearcher(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
@@ -168,12 +228,30 @@ def _serper(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
     return {"searchParameters": {"q": request.queries[0]}, "organic": organic}
 
 
+def _web(request: DialectRequest, rankings: Rankings, found: Found) -> Any:
+    text = "text" if request.shape == "exa" else "content"  # an Exa client without one asks as Tavily's do
+    results = [
+        {
+            "id": hit.passage.id,
+            "url": url_of(hit),
+            "title": hit.passage.title,
+            "score": hit.score,
+            text: hit.passage.text,
+        }
+        for hit in rankings[0]
+    ]
+    return {"query": request.queries[0], "results": results}
+
+
 _SHAPES: dict[str, Shape] = {
     "rows": _rows,
+    "flat": _flat,
     "asearcher": _asearcher,
     "rllm": _rllm,
     "zerosearch": _zerosearch,
     "recall": _recall,
     "recall-batch": _recall,
     "serper": _serper,
+    "exa": _web,
+    "tavily": _web,
 }

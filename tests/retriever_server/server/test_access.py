@@ -95,6 +95,12 @@ def test_a_token_comes_as_bearer_or_as_api_key(headers, status):
         assert server.post("/retrieve", json={"queries": ["a"]}, headers=headers).status_code == status
 
 
+def test_posting_to_the_place_of_the_page_needs_the_token():
+    with TestClient(create_app(Stub(), token="secret")) as server:
+        assert server.get("/").status_code == 200
+        assert server.post("/", json={"inputs": "a"}).status_code == 401
+
+
 def asked(token, admin_token, given) -> tuple[int, int]:
     """The statuses of a reload and of a search."""
     headers = {"X-API-Key": given} if given else {}

@@ -1,5 +1,6 @@
 """Golden contracts: what each project's client sends, byte for byte, and what it reads from the answer."""
 
+import sys
 import time
 
 import pytest
@@ -102,6 +103,55 @@ def test_serper_clients_read_organic_results():
     ]
 
 
+def test_browsecomp_plus_and_lrat_read_a_flat_list_with_docids():
+    hits = ask("/retrieve", {"query": "a"})["result"]
+    assert [hit["docid"] for hit in hits] == ["7", "8"]
+    assert [(hit["document"]["title"], hit["document"]["text"]) for hit in hits] == [
+        ("Paris", "A city.\nOn a river."),
+        ("Seine", "A river."),
+    ]
+
+
+def test_gem_asks_and_reads_in_messagepack():
+    msgpack = pytest.importorskip("msgpack")
+    payload = msgpack.packb({"query": "a", "topk": 2, "return_scores": True})
+    with TestClient(create_app(TwoPassages())) as server:
+        answer = server.post("/retrieve", content=payload)  # no type, as requests sends bytes
+        assert answer.headers["content-type"] == "application/msgpack"
+        hits = msgpack.unpackb(answer.content)["result"]
+        assert [hit["document"]["contents"] for hit in hits] == CONTENTS
+        several = server.post("/retrieve", content=msgpack.packb({"queries": ["a"], "topk": 1}))
+        assert len(msgpack.unpackb(several.content)["result"][0]) == 1
+        assert server.post("/retrieve", content=payload[:9]).status_code == 400
+        assert server.post("/retrieve", content=payload + b"x").status_code == 400
+        assert server.post("/retrieve", content=msgpack.packb({"query": 1})).status_code == 422
+
+
+def test_messagepack_without_its_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with TestClient(create_app(TwoPassages())) as server:
+        answer = server.post("/retrieve", content=b"\x81\xa5query\xa1a")
+    assert answer.status_code == 501 and "pip install 'sleuth-rl[msgpack]'" in answer.json()["detail"]
+
+
+TAVILY = {"query": "a", "search_depth": "basic", "include_answer": False, "max_results": 1}
+
+
+@pytest.mark.parametrize(("body", "number"), [({"query": "a"}, 2), (TAVILY, 1)])
+def test_tavily_reads_content(body, number):
+    answer = ask("/search", body)
+    assert answer["query"] == "a" and len(answer["results"]) == number
+    first = {"url": "https://x.org/paris", "title": "Paris", "score": 0.5, "content": PASSAGES[0].text}
+    assert answer["results"][0] == {"id": "7", **first}
+
+
+@pytest.mark.parametrize("contents", [{"text": {"maxCharacters": 10000}}, {"text": True}])
+def test_exa_reads_text(contents):
+    answer = ask("/search", {"query": "a", "numResults": 1, "contents": contents})
+    first = {"url": "https://x.org/paris", "title": "Paris", "score": 0.5, "text": PASSAGES[0].text}
+    assert answer["results"] == [{"id": "7", **first}]
+
+
 @pytest.mark.parametrize("path", ["/retrieve", "/search", "/batch_search", "/access"])
 def test_what_no_dialect_asks_is_refused(path):
     with TestClient(create_app(TwoPassages())) as server:
@@ -145,7 +195,9 @@ ROUTES = [
     ("/retrieve", {"queries": ["a"]}),
     ("/retrieve", {"query": "a", "topk": 1}),
     ("/retrieve", {"query": "a", "top_k": 1}),
-    ("/search", {"query": "a"}),
+    ("/retrieve", {"query": "a"}),
+    ("/search", {"query": "a", "top_n": 1}),
+    ("/search", {"query": "a", "contents": {"text": True}}),
     ("/search", {"q": "a", "num": 1}),
     ("/batch_search", {"query": ["a"]}),
 ]

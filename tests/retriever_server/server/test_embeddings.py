@@ -12,10 +12,12 @@ from scipy.sparse import csr_array
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit
+from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi
 from retriever_server.retriever import Retriever, Scorer, Wrapper
 from retriever_server.server.app import create_app
 from tests.retriever_server.running import post
+from tests.retriever_server.tiny_encoders import tiny_model
 
 QUERY, PASSAGE = [3.0, 4.0, 0.0], [0.0, 5.0, 12.0]
 
@@ -65,6 +67,9 @@ class Outer(Wrapper):
         return self.retriever.search(queries, k)
 
 
+DENSE, MULTI, SCORER = {"encoder": Fixed("dense")}, {"encoder": Fixed("multi")}, {"scorer": LengthScorer()}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     url = {"url": "https://x.org/paris"}
@@ -109,15 +114,93 @@ def test_openai_embeddings():
     assert short["data"][0]["embedding"] == [0.0, 1.0]  # cut, and of length 1 again
 
 
+def test_openai_errors_say_their_reason_where_its_client_looks():
+    answer = post(Whole(), "/v1/embeddings", {"input": "a"})
+    assert answer.json()["error"]["message"] == answer.json()["detail"] == "the retriever has no encoder"
+
+
+@pytest.mark.parametrize("count", [3, 5000])
+def test_many_texts_are_encoded_in_one_request(count):
+    texts = [f"text {i}" for i in range(count)]
+    answer = ask("/v1/embeddings", {"input": texts, "is_query": True}, encoder=Fixed("dense"))
+    assert [item["index"] for item in answer["data"]] == list(range(count))
+    assert all(item["embedding"] == QUERY for item in answer["data"])
+    assert len(ask("/embed", {"inputs": texts}, encoder=Fixed("dense"))) == count
+
+
+def test_token_ids_are_read_as_the_encoders_own(tmp_path):
+    encoder = load_encoder(str(tiny_model(tmp_path / "d", "dense")), device="cpu")
+    tokenizer = encoder._model.tokenizer
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in ("red fox", "sea")]
+    expected = ask("/embed", {"inputs": ["red fox", "sea"]}, encoder=encoder)
+    assert np.allclose(ask("/embed", {"inputs": ids}, encoder=encoder), expected)
+    data = ask("/v1/embeddings", {"input": ids[0]}, encoder=encoder)["data"]
+    assert len(data) == 1 and np.allclose(data[0]["embedding"], expected[0])
+    status, reason = ask("/v1/embeddings", {"input": [9999]}, encoder=encoder)
+    assert status == 422 and reason.startswith("token 9999: the encoder has those below")
+
+
+def test_tei_root_does_what_the_model_is_for():
+    rows = ask("/", {"inputs": "a", "normalize": False}, encoder=Fixed("dense"))
+    assert rows == [PASSAGE]  # huggingface_hub's client asks so
+    assert ask("/", {"inputs": "a"}, encoder=Fixed("sparse"))[0][0] == {"index": 1, "value": 5.0}
+    ranked = ask("/", {"query": "q", "texts": ["a", "ccc"]}, scorer=LengthScorer())
+    assert [item["index"] for item in ranked] == [1, 0]
+
+
+def test_models_and_info_name_what_is_inside():
+    with TestClient(create_app(Whole(encoder=Fixed("dense")))) as server:
+        assert [model["id"] for model in server.get("/v1/models").json()["data"]] == ["fixed"]
+        described = server.get("/info").json()
+        assert described["model_id"] == "fixed" and described["model_type"] == {"embedding": {"pooling": ""}}
+    with TestClient(create_app(Whole(scorer=LengthScorer()))) as server:
+        assert "reranker" in server.get("/info").json()["model_type"]
+    with TestClient(create_app(Whole())) as server:
+        assert server.get("/v1/models").json()["data"] == []
+        assert server.get("/info").status_code == 404
+
+
+def test_cohere_jina_and_vllm_rerank():
+    body = {"model": "rerank-v3.5", "query": "q", "documents": ["a", {"text": "ccc"}, "bb"], "top_n": 2}
+    for path in ("/v1/rerank", "/v2/rerank"):
+        answer = ask(path, body, scorer=LengthScorer())
+        results = answer["results"]
+        assert [item["index"] for item in results] == [1, 2] and answer["model"] == "rerank-v3.5"
+        assert math.isclose(results[0]["relevance_score"], 1 / (1 + math.exp(-3)))
+        assert results[0]["document"] == {"text": "ccc"}
+        bare = ask(path, {**body, "return_documents": False}, scorer=LengthScorer())["results"]
+        assert "document" not in bare[0]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "parts", "trouble"),
     [
         ("/embed", {"inputs": "a"}, {}, (404, "the retriever has no encoder")),
         ("/embed", {"inputs": "a"}, {"encoder": Fixed("sparse")}, (404, "the encoder is sparse, not dense")),
-        ("/embed", {"inputs": "bad"}, {"encoder": Fixed("dense")}, (503, "encoding failed: ZeroDivision")),
-        ("/embed", {"inputs": ["a"] * 4097}, {"encoder": Fixed("dense")}, (422, "4097 texts, at most 4096")),
+        ("/embed", {"inputs": "bad"}, DENSE, (503, "encoding failed: ZeroDivision")),
+        (
+            "/embed_all",
+            {"inputs": ["a"] * 4097},
+            {"encoder": Fixed("multi")},
+            (422, "4097 texts, at most 4096"),
+        ),
+        (
+            "/embed",
+            {"inputs": [[1, 2]]},
+            DENSE,
+            (422, "token ids: the encoder does not"),
+        ),
+        ("/embed", {"inputs": [True]}, DENSE, (422, "inputs")),
+        (
+            "/v1/rerank",
+            {"query": "q", "documents": [{}]},
+            {"scorer": LengthScorer()},
+            (422, "documents.0"),
+        ),
+        ("/", {"texts": ["a"]}, SCORER, (422, "query: must be a string")),
+        ("/", {"inputs": "a"}, {}, (404, "the retriever has no encoder")),
         ("/rerank", {"query": "q", "texts": ["a"]}, {}, (404, "the retriever has no scorer")),
-        ("/rerank", {"queries": ["q"], "documents": []}, {"scorer": LengthScorer()}, (422, "0 lists for 1")),
+        ("/rerank", {"queries": ["q"], "documents": []}, SCORER, (422, "0 lists for 1")),
     ],
 )
 def test_what_is_not_there_or_fails_is_said(path, body, parts, trouble):

@@ -97,7 +97,7 @@ def test_every_route_describes_what_it_may_answer():
     with TestClient(create_app(Whole(encoder=Fixed("dense")))) as server:
         paths = server.get("/openapi.json").json()["paths"]
     peers = {"/retrieve", "/search", "/batch_search", "/access"}
-    encoding = {"/embed", "/embed_sparse", "/embed_all", "/rerank", "/v1/embeddings"}
+    encoding = {"/", "/embed", "/embed_sparse", "/embed_all", "/rerank", "/v1/embeddings", "/v1/rerank"}
     for path in peers | encoding | {"/v1/search"}:
         described = set(paths[path]["post"]["responses"])
         assert {"200", "400", "401", "413", "421", "422", "500", "501", "503", "504"} <= described, path
