@@ -118,7 +118,8 @@ class Environment:
         started, error = time.monotonic(), None
         sources: list[str] = []
         try:
-            hits = await self._tools[call.tool](call.argument)
+            run = self._tools.get(call.tool) or partial(self._ask_server, call.tool)
+            hits = await run(call.argument)
             if hits is None:
                 return None, []
             if self.vision:
@@ -143,6 +144,13 @@ class Environment:
         page = await self.searcher.document(hit.passage.id if hit else place)
         known = hit or next((h for s in self.ledger.searches for h in s.hits), None)
         return page and [Hit(page, hit.score if hit else 0.0, known.generation if known else "")]
+
+    async def _ask_server(self, name: str, argument: str) -> list[Hit] | None:
+        """What the tool of an MCP server returns; None for a call too many."""
+        server = next(server for server in self.protocol.servers if name in server.names)
+        if sum(call.tool in server.names for call in self.ledger.searches) >= server.max_calls:
+            return None
+        return await server.call(self.protocol.known_tools[name], argument)
 
     def _feedback(self) -> Observation:
         """The reply to an invalid action; a token that ended the turn is not said a second time."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from agent.answer_form import ASKED, MAY_ABSTAIN, AnswerForm, read_answer, write_answer
 from agent.query_styles import QUERY_STYLES
-from agent.tools import SEARCH, TOOLS, Call, read_call, write_call
+from agent.tools import SEARCH, TOOLS, Call, Tool, ToolServer, read_call, write_call
 from data.errors import ConfigError
 from data.records import Passage
 from data.text import replace_halves
@@ -56,6 +56,8 @@ class Protocol:
     observation_tag: str = "information"
     tools: tuple[str, ...] = (SEARCH.name,)
     """Tools (agent/tools.py) that the policy may call; each but search stands in a tag of its name."""
+    servers: tuple[ToolServer, ...] = ()
+    """MCP servers, whose tools are among `tools`, too (agent/mcp_tools.py)."""
     json_calls: bool = False
     """All calls stand in the search tag, as JSON with the name of the tool."""
     answer_form: AnswerForm = "short"
@@ -96,11 +98,21 @@ class Protocol:
                 raise ConfigError(f"protocol.{limit} = {getattr(self, limit)}: must be >= 1")
         if self.max_turns < 0:
             raise ConfigError(f"protocol.max_turns = {self.max_turns}: must be >= 0")
-        if SEARCH.name not in self.tools or not set(self.tools) <= TOOLS.keys():
-            allowed = f"{SEARCH.name}, with or without {', '.join(TOOLS.keys() - {SEARCH.name})}"
+        if SEARCH.name not in self.tools or not set(self.tools) <= self.known_tools.keys():
+            others = ", ".join(self.known_tools.keys() - {SEARCH.name})
+            allowed = f"{SEARCH.name}, with or without {others} and {{mcp: URL or command}}"
             raise ConfigError(f"protocol.tools = {list(self.tools)}: must be {allowed}")
+        taken = self.think_tag, self.search_tag, self.answer_tag, self.observation_tag
+        others = [name for name in self.tools if name != SEARCH.name]
+        if len(set(others)) < len(others) or (not self.json_calls and set(others) & set(taken)):
+            raise ConfigError(f"protocol.tools = {list(self.tools)}: each name once, and none of {taken}")
         if self.answer_form not in ASKED:
             raise ConfigError(f"protocol.answer_form = {self.answer_form!r}: must be {', '.join(ASKED)}")
+
+    @property
+    def known_tools(self) -> dict[str, Tool]:
+        """Tools by name: ours, and those of the servers."""
+        return TOOLS | {tool.name: tool for server in self.servers for tool in server.tools}
 
     @property
     def call_tags(self) -> dict[str, str]:
@@ -124,7 +136,8 @@ class Protocol:
         own = self.name in PROTOCOLS and PROTOCOLS[self.name].titles == self.titles
         titles = {} if own else {"titles": self.titles}
         told = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
-        tools = {"tools": list(self.tools)} if self.tools != (SEARCH.name,) else {}
+        own_tools = [name for name in self.tools if name in TOOLS]
+        tools = {"tools": own_tools} if own_tools != [SEARCH.name] else {}
         form = {"answer_form": self.answer_form} if self.answer_form != "short" else {}
         abstains = {"may_abstain": True} if self.may_abstain else {}
         return {"protocol": self.name, **titles, **told, **tools, **form, **abstains}
@@ -140,9 +153,9 @@ class Protocol:
 
     def _describe_tool(self, name: str) -> str:
         """A further tool, in the words of the instruction."""
-        tool = TOOLS[name]
+        tool = self.known_tools[name]
         if self.json_calls:
-            call = write_call(Call(name, tool.example))
+            call = write_call(Call(name, tool.example), self.known_tools)
             return f"Another tool, {name}, {tool.does}: <{self.search_tag}>{call}</{self.search_tag}>. "
         return f"<{name}> {tool.example} </{name}> {tool.does}. "
 
@@ -165,8 +178,9 @@ class Protocol:
     def read_call(self, tag: str, inside: str) -> Call | None:
         """The call whose tag has this content; None where it is none."""
         if self.json_calls:
-            return read_call(inside)
-        return Call(self.call_tags[tag], replace_halves(inside.strip()))
+            return read_call(inside, self.known_tools)
+        call = Call(self.call_tags[tag], replace_halves(inside.strip()))
+        return call if self.known_tools[call.tool].arguments(call.argument) is not None else None
 
     def opens_thought(self, before: str) -> bool:
         """Return whether the text before a turn has begun its thought, as some chat templates do."""
@@ -196,7 +210,7 @@ class Protocol:
         if isinstance(action, Answer):
             tag, inside = self.answer_tag, write_answer(action.text, action.confidence)
         elif self.json_calls:
-            tag, inside = self.search_tag, write_call(action)
+            tag, inside = self.search_tag, write_call(action, self.known_tools)
         else:
             tag = next(tag for tag, tool in self.call_tags.items() if tool == action.tool)
             inside = action.argument

@@ -8,7 +8,8 @@ SleuthError
 ├── RetrieverError         the retriever, seen from the client
 │   ├── RetrieverUnavailable   nobody answers, or answers 5xx, until the deadline
 │   ├── RetrieverTimeout       it took longer than the deadline
-│   └── RetrieverRefused       it answered 4xx: the request is wrong and a retry is useless
+│   ├── RetrieverRefused       it answered 4xx: the request is wrong and a retry is useless
+│   └── ToolUnavailable        a tool of an MCP server did not answer in time
 ├── EngineError            the engine died or was asked for what it cannot do
 └── RunStopped             training stopped on purpose with its state saved
 
@@ -52,6 +53,10 @@ class RetrieverTimeout(RetrieverError):
 
 class RetrieverRefused(RetrieverError):
     """The server answered 4xx: the request itself is wrong, so it is not retried."""
+
+
+class ToolUnavailable(RetrieverError):
+    """A tool of an MCP server did not answer in time, or what answers is no such server."""
 
 
 class EngineError(SleuthError):

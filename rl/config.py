@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from agent.engines.config import EngineConfig
 from agent.evaluation.judge_config import JudgeConfig
+from agent.mcp_tools import McpConfig
 from agent.protocol import get_protocol
 from data.errors import require, require_range
 from data.settings import LoraConfig, WandbConfig
@@ -92,8 +93,9 @@ class ProtocolConfig:
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the policy's chat template besides the messages, such as {enable_thinking: false}."""
-    tools: list[str] | None = None
-    """Tools that the policy may call: [search, open_page] (docs/agent.md). None: as its folder says."""
+    tools: list[str | McpConfig] | None = None
+    """Tools that the policy may call: [search, open_page, {mcp: URL or command}] (docs/agent.md). None: as
+    its folder says."""
     answer_form: Literal["short", "confidence", "cited"] | None = None
     """Parts of an answer: with confidence also how sure the policy is; cited: explanation, citations, exact
     answer and confidence, as BrowseComp-Plus wants them. None: as its folder says."""
@@ -115,7 +117,8 @@ class ProtocolConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None or self.tools is not None:
-            get_protocol(self.name or "search_r1", tools=self.tools or ["search"])
+            own = [tool for tool in self.tools or ["search"] if isinstance(tool, str)]
+            get_protocol(self.name or "search_r1", tools=own)
 
 
 @dataclass(frozen=True)
@@ -297,6 +300,8 @@ class TrainConfig:
         local = not self.deterministic or self.engine.shares_model
         allowed = f"false with engine {self.engine.label}, which batches as requests come"
         require(local, "deterministic", True, allowed)
+        served = any(isinstance(tool, McpConfig) for tool in self.protocol.tools or [])
+        require(not (self.deterministic and served), "deterministic", True, "false with tools of MCP servers")
 
 
 @dataclass(frozen=True)

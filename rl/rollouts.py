@@ -357,4 +357,4 @@ def totals_of(groups: Sequence[Group]) -> Totals:
 def is_mixed(trajectories: Iterable[Trajectory | None]) -> bool:
     """Return whether searches of these were answered by several generations of the retriever."""
     searches = [search for t in trajectories if t is not None for search in t.searches]
-    return len({hit.generation for search in searches for hit in search.hits}) > 1
+    return len({hit.generation for search in searches for hit in search.hits if hit.generation}) > 1

@@ -62,7 +62,18 @@ COMMANDS = {
     "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
     "report": Command("scripts.report", "write report.html of a run or of evaluations", "run"),
 }
-QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "fsspec", "filelock", "datasets", "bm25s", "numba")
+QUIET_LOGGERS = (
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "mcp",
+    "urllib3",
+    "fsspec",
+    "filelock",
+    "datasets",
+    "bm25s",
+    "numba",
+)
 STDOUT = 1
 USER_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 

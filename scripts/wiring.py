@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from agent.engines.base import Sampling
 from agent.engines.config import EngineConfig
 from agent.engines.open_engine import check_engine
+from agent.mcp_tools import McpConfig, open_server
 from agent.policy_folder import find_policy, own_protocol
 from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
@@ -157,10 +158,13 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     own = own_protocol(policy)
     chosen = own if config.name in (None, own.name) else get_protocol(config.name)
     told = {**chosen.chat_template_kwargs, **(config.chat_template_kwargs or {})}
-    tools = chosen.tools if config.tools is None else config.tools
+    asked_tools = chosen.tools if config.tools is None else config.tools
+    tools = [tool for tool in asked_tools if isinstance(tool, str)]
+    servers = tuple(open_server(tool) for tool in asked_tools if isinstance(tool, McpConfig))
     asked, chosen = chosen, get_protocol(chosen.name, config.titles or chosen.titles, told, tools)
     apart = ("name", "titles", "chat_template_kwargs", "tools")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}
+    chosen = replace(chosen, servers=servers, tools=(*chosen.tools, *(n for s in servers for n in s.names)))
     return replace(chosen, **({"answer_form": asked.answer_form, "may_abstain": asked.may_abstain} | limits))
 
 

@@ -13,9 +13,9 @@ from tests.scripted import ScriptedEngine
 class PageReader(ScriptedEngine):
     """Asked "How does the page about X end?" it does as it should."""
 
-    def __init__(self, policy: Policy, protocol: Protocol) -> None:
+    def __init__(self, policy: Policy, protocol: Protocol, opens: str = "open_page") -> None:
         super().__init__(policy.tokenizer, self.write)
-        self.protocol = protocol
+        self.protocol, self.opens = protocol, opens
 
     def write(self, text: str) -> str:
         """The next turn after this text."""
@@ -25,5 +25,5 @@ class PageReader(ScriptedEngine):
         if not seen:
             return self.protocol.render_turn("find", Search(title))
         if len(seen) == 1:
-            return self.protocol.render_turn("open", Call("open_page", "1"))
+            return self.protocol.render_turn("open", Call(self.opens, "1"))
         return self.protocol.render_turn("read", Answer(seen[-1].rstrip(". \n").split()[-1]))

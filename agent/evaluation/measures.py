@@ -48,7 +48,9 @@ def evidence(question: Question, searches: Sequence[SearchRecord]) -> dict[str, 
         "searches_after_evidence": after if gold and not missing else None,
         "novelty": novelty,
         "searches_after_nothing_new": sum(not any(pair) for pair in list(pairwise(novelty))[:-1]),
-        "generations": sorted({hit.generation for search in searches for hit in search.hits}),
+        "generations": sorted(
+            {hit.generation for search in searches for hit in search.hits if hit.generation}
+        ),
     }
 
 

@@ -1,0 +1,192 @@
+"""Tools of MCP servers, for the policy to call: `tools: [search, {mcp: URL or command}]` (docs/agent.md).
+
+The model is wrong (arguments that are none, a call too many): an invalid action. The tool says that it
+failed: an observation. The world is wrong (nobody answers, or not in time): a ToolUnavailable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from agent.tools import TOOLS, Tool
+from data.errors import ConfigError, ToolUnavailable, reason_of, require, require_range
+from data.records import Hit, Passage
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+_INVALID_PARAMS = -32602
+_WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class McpConfig:
+    """A server of the Model Context Protocol, and the limits of its tools."""
+
+    mcp: str
+    """Its URL (streamable HTTP), or a command that speaks MCP on its stdin and stdout."""
+    tools: tuple[str, ...] | None = None
+    """Those of its tools that are offered; None: all."""
+    timeout_seconds: float = 30.0
+    """The longest that one call may take, a new connection included."""
+    max_calls: int = 8
+    """Calls of a trajectory; one more is an invalid action."""
+    max_bytes: int = 100_000
+    """A result is cut at so many; what is read of it is `max_observation_tokens` at most."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.mcp.strip()), "tools.mcp", self.mcp, "a URL or a command")
+        require_range(self, "tools.", "> 0", "timeout_seconds")
+        require_range(self, "tools.", ">= 1", "max_calls", "max_bytes")
+
+
+class McpServer:
+    """A server and its tools; it serves any number of event loops, each by a connection of its own."""
+
+    def __init__(self, config: McpConfig) -> None:
+        """Ask it for its tools. Raises ConfigError, and ToolUnavailable where it does not answer."""
+        self.config, self.max_calls = config, config.max_calls
+        self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, _Connection] = WeakKeyDictionary()
+        offered = {tool.name: tool for tool in asyncio.run(self._list())}
+        names = offered.keys() if config.tools is None else config.tools
+        for name in names:
+            if name not in offered or name in TOOLS or not _NAME.fullmatch(name):
+                allowed = ", ".join(sorted(set(filter(_NAME.fullmatch, offered)) - TOOLS.keys()))
+                raise ConfigError(f"tools.mcp {config.mcp}: tools: {name!r}: must be of {allowed or 'none'}")
+        self.tools = tuple(_as_tool(offered[name]) for name in names)
+        self.names = tuple(tool.name for tool in self.tools)
+
+    async def call(self, tool: Tool, argument: str) -> list[Hit] | None:
+        """What a tool returns, as one hit; None where the arguments are none of it.
+
+        A connection that breaks is made again until `timeout_seconds` are over; raises ToolUnavailable.
+        """
+        from mcp import MCPError
+
+        try:
+            async with asyncio.timeout(self.config.timeout_seconds):
+                result = await self._retried(tool.name, tool.arguments(argument) or {})
+        except MCPError as error:
+            if error.error.code == _INVALID_PARAMS:
+                return None
+            raise ToolUnavailable(f"{self.config.mcp}: {tool.name}: {error}") from error
+        except TimeoutError as error:
+            waited = f"no answer in {self.config.timeout_seconds:g} s"
+            raise ToolUnavailable(f"{self.config.mcp}: {tool.name}: {waited}") from error
+        said = "\n".join(part.text for part in result.content if part.type == "text")
+        text = said.encode(errors="replace")[: self.config.max_bytes].decode(errors="ignore")
+        return [Hit(Passage(f"{tool.name} {argument}", text, tool.name), 0.0, "")]
+
+    async def _retried(self, name: str, arguments: dict[str, Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection = self._connections.get(loop)
+            if connection is None or connection.task.done():
+                connection = self._connections[loop] = _Connection(_make_client(self.config))
+            try:
+                client = await connection.client()
+                return await client.call_tool(name, arguments)
+            except Exception as error:
+                if _is_answer(error):
+                    raise
+                _log.warning("%s: %s: %s; asked again", self.config.mcp, name, _reason(error))
+                connection.task.cancel()
+                if self._connections.get(loop) is connection:  # another call may have opened a new one
+                    del self._connections[loop]
+                await asyncio.sleep(_WAIT_SECONDS)
+
+    async def _list(self) -> Sequence[Any]:
+        client = _make_client(self.config)  # before the clock runs: the import takes seconds
+        connection = _Connection(client)
+        try:
+            async with asyncio.timeout(self.config.timeout_seconds):
+                return (await (await connection.client()).list_tools()).tools
+        except TimeoutError as error:
+            waited = f"no answer in {self.config.timeout_seconds:g} s"
+            raise ToolUnavailable(f"tools.mcp {self.config.mcp}: {waited}") from error
+        except Exception as error:
+            raise ToolUnavailable(f"tools.mcp {self.config.mcp}: {_reason(error)}") from error
+        finally:
+            connection.task.cancel()
+            await asyncio.wait([connection.task])
+
+
+class _Connection:
+    """A client that is opened and closed by one task, as its cancel scopes want it."""
+
+    def __init__(self, unopened: Any) -> None:
+        self._ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(self._hold(unopened))
+
+    async def client(self) -> Any:
+        """The client, once it is connected; raises what kept it from that."""
+        return await asyncio.shield(self._ready)
+
+    async def _hold(self, unopened: Any) -> None:
+        try:
+            async with unopened as client:
+                self._ready.set_result(client)
+                await asyncio.Event().wait()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._fail(ConnectionError("the connection was closed"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # nobody may ask for it
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, of a group of errors the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return reason_of(error)
+
+
+def _make_client(config: McpConfig) -> Any:
+    try:
+        from mcp import Client, StdioServerParameters
+    except ImportError as error:
+        raise ConfigError("tools.mcp needs the package mcp: pip install 'sleuth-rl[mcp]'") from error
+    if "://" in config.mcp:
+        return Client(config.mcp, cache=None)
+    command, *arguments = shlex.split(config.mcp)
+    return Client(StdioServerParameters(command=command, args=arguments), cache=None)
+
+
+def _is_answer(error: Exception) -> bool:
+    """Return whether the server itself said so; a connection that closed is no answer."""
+    from mcp import MCPError
+
+    return isinstance(error, MCPError) and error.error.code not in (-32000, -32001)
+
+
+def _as_tool(offered: Any) -> Tool:
+    """A tool of theirs as one of ours: with its one argument by name, else with all of them as JSON."""
+    schema = dict(offered.input_schema)
+    properties, needed = schema.get("properties", {}), schema.get("required", [])
+    does = " ".join((offered.description or offered.name).split()).rstrip(".")
+    if len(properties) == 1 or len(needed) == 1:
+        [name] = needed or properties
+        kind = properties[name].get("type")
+        if kind in ("string", "integer"):
+            types = ("string", "integer") if kind == "integer" else ("string",)
+            return Tool(offered.name, does, name, name, types, parameters=schema)
+    example = json.dumps({name: "..." for name in properties})
+    return Tool(offered.name, does, "", example, parameters=schema)
+
+
+@cache
+def open_server(config: McpConfig) -> McpServer:
+    """The server of this configuration, asked for its tools once a process."""
+    return McpServer(config)

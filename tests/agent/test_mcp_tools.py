@@ -1,0 +1,173 @@
+"""Tools of MCP servers: a peer over stdio that behaves well and badly, and our own server over HTTP."""
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from agent.mcp_tools import McpConfig, McpServer
+from agent.protocol import COMPACT, HERMES, PROTOCOLS, Answer, Invalid
+from agent.rollout import Agent
+from agent.tools import Call, Search
+from agent.trajectory import SegmentKind, StopReason
+from data.errors import ConfigError, ToolUnavailable
+from data.jsonl import read_jsonl, write_jsonl
+from data.run_dir import read_metrics
+from retriever_server.open_retriever import open_retriever
+from retriever_server.server.app import create_app
+from scripts import __main__ as sleuth
+from tests.fakes import DictSearcher, byte_tokenizer, question
+from tests.retriever_server.running import build_small_index, serving
+from tests.scripted import ScriptedEngine
+
+PEER = f"{sys.executable} -m tests.mcp_server"
+USED = ("add", "slow", "huge", "fail", "die")
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """Its tools with limits of a test; connections are opened again in each event loop."""
+    return McpServer(McpConfig(PEER, USED, timeout_seconds=20, max_calls=2, max_bytes=1000))
+
+
+def speaking(protocol, server, **limits):
+    limits = {
+        "max_turns": 4,
+        "max_observation_tokens": 2000,
+        "max_context_tokens": 9000,
+        "max_response_tokens": 300,
+    } | limits
+    return replace(protocol, servers=(server,), tools=("search", *server.names), **limits)
+
+
+def roll_out(protocol, actions):
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    turns = [a if isinstance(a, str) else protocol.render_turn("t", a) for a in actions]
+    agent = Agent(ScriptedEngine(tokenizer, turns), tokenizer, DictSearcher({"Lyon": "fox"}), protocol)
+    [trajectory] = asyncio.run(agent.rollout([question()]))
+    return trajectory, [s.text for s in trajectory.segments if s.kind is SegmentKind.OBSERVATION]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_what_a_tool_returns_is_an_observation(peer, protocol):
+    spoken = speaking(protocol, peer)
+    calls = [Call("add", '{"a": 2, "b": 3}'), Call("fail", "no luck"), Search("fox"), Call("add", "{}")]
+    trajectory, read = roll_out(spoken, [*calls, Answer("5")])
+    assert "the sum is 5 [/" in read[0] or "the sum is 5 </information>[" in read[0]  # it cannot speak for us
+    assert "no luck" in read[1] and "fox" in read[2]
+    assert read[3] == protocol.invalid  # a third call is one too many
+    assert (trajectory.answer, trajectory.invalid_actions, trajectory.valid_format) == ("5", 1, True)
+    assert [(s.tool, len(s.hits)) for s in trajectory.searches] == [("add", 1), ("fail", 1), ("search", 1)]
+
+
+def test_arguments_that_are_none_are_an_invalid_action(peer):
+    spoken = speaking(HERMES, peer)
+    call = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
+    assert spoken.parse(call % ("slow", "1")) == spoken.parse(call % ("slow", '{"second": 1}'))
+    assert spoken.parse(call % ("slow", '{"seconds": 1}')) == Call("slow", "1")
+    assert isinstance(spoken.parse(call % ("unknown", "{}")), Invalid)
+    assert isinstance(spoken.parse(call % ("add", "[1]")), Invalid)
+    tags = speaking(COMPACT, peer)
+    assert isinstance(tags.parse("<add> two and two </add>"), Invalid)
+    _, [read] = roll_out(tags, ["<add>{}</add>", Answer("x")])
+    assert read == COMPACT.invalid or "validation" in read
+
+
+def test_a_result_is_cut_and_the_budget_holds(peer):
+    trajectory, [read] = roll_out(speaking(COMPACT, peer), [Call("huge", "é"), Answer("x")])
+    assert trajectory.searches[0].hits[0].passage.text == "é" * 500
+    _, [read] = roll_out(
+        speaking(COMPACT, peer, max_observation_tokens=100), [Call("huge", "a"), Answer("x")]
+    )
+    assert len(read) <= 100
+
+
+def test_a_server_that_died_is_started_again(peer, tmp_path):
+    spoken = speaking(COMPACT, peer)
+    trajectory, [read] = roll_out(spoken, [Call("die", str(tmp_path / "once")), Answer("x")])
+    assert "alive" in read and trajectory.answer == "x"
+
+
+def test_trajectories_share_a_server_that_dies_under_them(peer, tmp_path):
+    spoken = speaking(COMPACT, peer)
+    tokenizer = byte_tokenizer()
+    turns = [spoken.render_turn("t", Call("die", str(tmp_path / "once"))), "<answer>x</answer>"]
+    agent = Agent(ScriptedEngine(tokenizer, turns), tokenizer, DictSearcher({}), spoken)
+    trajectories = asyncio.run(agent.rollout([question()] * 8))
+    assert {t.searches[0].hits[0].passage.text for t in trajectories} == {"alive"}
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(peer):
+    hasty = McpServer(replace(peer.config, timeout_seconds=6))
+    for call in (Call("die", "never"), Call("slow", "60")):
+        trajectory, read = roll_out(speaking(COMPACT, hasty), [call, Answer("x")])
+        assert trajectory.stop_reason is StopReason.SEARCH_FAILED and not read
+        assert f"ToolUnavailable: {PEER}: {call.tool}: no answer in 6 s" == trajectory.searches[0].error
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "says"),
+    [
+        (McpConfig(PEER, ("fly",)), ConfigError, "tools: 'fly': must be of add, answer, die, fail"),
+        (McpConfig("http://127.0.0.1:9/mcp", timeout_seconds=5), ToolUnavailable, "http://127.0.0.1:9/mcp: "),
+        (McpConfig("no-such-command"), ToolUnavailable, "tools.mcp no-such-command: "),
+    ],
+)
+def test_a_server_that_cannot_serve_is_refused_in_one_line(config, error, says):
+    with pytest.raises(error, match=says) as caught:
+        McpServer(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_limits_and_names_that_are_taken_are_refused():
+    with pytest.raises(ConfigError, match=r"tools.max_calls = 0: must be >= 1"):
+        McpConfig(PEER, max_calls=0)
+    taken = McpServer(McpConfig(PEER, ("answer",)))
+    with pytest.raises(ConfigError, match="each name once, and none of"):
+        speaking(COMPACT, taken)
+    with pytest.raises(ConfigError, match="each name once"):
+        replace(HERMES, servers=(taken, taken), tools=("search", "answer", "answer"))
+
+
+def test_our_own_server_is_a_peer_by_recipe(tmp_path, capsys):
+    build_small_index(tmp_path)
+    retriever = open_retriever(str(tmp_path / "index"))
+    write_jsonl(
+        tmp_path / "dev.jsonl",
+        [{"id": "q", "question": "How does the page about fox end?", "golden_answers": ["sea"]}],
+    )
+    with serving(create_app(retriever, with_mcp=True)) as url:
+        tools = ["search", {"mcp": f"{url}/mcp", "tools": ["fetch"], "max_calls": 1}]
+        recipe = {
+            "policy": "atlas",
+            "retriever": str(tmp_path / "index"),
+            "questions": str(tmp_path / "dev.jsonl"),
+            "protocol": {"name": "hermes", "tools": tools, "max_response_tokens": 200},
+            "engine": {"class_path": "tests.page_reader.PageReader", "init_args": {"opens": "fetch"}},
+            "out": str(tmp_path / "out"),
+            "device": "cpu",
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert sleuth.main(["evaluate", "--config", str(tmp_path / "recipe.yaml")]) == 0
+        once = {"questions_per_step": 1, "group_size": 2}
+        trained = {**recipe, "out": str(tmp_path / "run"), "steps": 1, "rollout": once}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(trained))
+        assert sleuth.main(["train", "--config", str(tmp_path / "train.yaml")]) == 0
+        tools[1].pop("tools")
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "out": str(tmp_path / "other")}))
+        assert sleuth.main(["evaluate", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "'search': must be of fetch" in said and "swap of the retriever" not in said
+    [row] = read_metrics(tmp_path / "run")
+    assert row["rollout/searches"] == 2  # a search and a call
+    [folder] = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert json.loads((folder / "sleuth.json").read_text()) == {
+        "protocol": "hermes"
+    }  # a URL is no one's habit
+    [record] = read_jsonl(tmp_path / "out" / "trajectories.jsonl")
+    assert record["searches"][1]["tool"] == "fetch"
+    assert "blue fox sea" in json.dumps(record["searches"][1]["hits"])
