@@ -39,6 +39,7 @@ COMMANDS = {
     "sizes": Command("scripts.sizes", "what each kind of index costs for a corpus size"),
     "index": Command("scripts.index", "build an index from a corpus"),
     "serve": Command("scripts.serve", "serve an index over HTTP"),
+    "serve-agent": Command("scripts.serve_agent", "serve a policy that searches, by OpenAI's chat API"),
     "search": Command("scripts.search", "print the passages found for a query", "query"),
     "ask": Command("scripts.ask", "watch a policy search and answer a question", "question"),
     "demonstrations": Command("scripts.demonstrations", "what warm-start learns from, out of questions"),

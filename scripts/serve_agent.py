@@ -1,0 +1,114 @@
+"""`sleuth serve-agent`: a policy that searches, for clients of OpenAI's chat completions and in a browser."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.engines.config import EngineConfig
+from data.errors import SleuthError, require_range
+from retriever_server.server.config import Listening
+from rl.config import ProtocolConfig
+from scripts.agent_limits import AgentLimits
+from scripts.listening import announce, hosts_of, read_token
+
+if TYPE_CHECKING:
+    from scripts.wiring import OpenedAgent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeAgentConfig(AgentLimits, Listening):
+    """Serve a policy with its retriever until SIGTERM or Ctrl-C; questions in flight are finished first."""
+
+    policy: str
+    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
+    retriever: str
+    """URL of a server, folder of an index or a .yaml file; none finds nothing."""
+    port: int = 8080
+    """0 takes a free one."""
+    name: str | None = None
+    """Name of the model to clients; none: that of the policy or of its folder."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """How the policy speaks, and its limits: turns, and tokens of a turn and of the whole."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What samples: this process, or vLLM servers."""
+    temperature: float = 0.0
+    """Of sampling where the client gives none; 0 is greedy."""
+    max_body_bytes: int = 1 << 20
+    """The largest request."""
+    deadline_seconds: float = 30.0
+    """How long a search is retried."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
+
+    def __post_init__(self) -> None:
+        AgentLimits.__post_init__(self)
+        Listening.__post_init__(self)
+        require_range(self, "", ">= 1", "max_body_bytes")
+
+
+def main(config: ServeAgentConfig) -> None:
+    """Serve a policy with its retriever until SIGTERM or Ctrl-C; questions in flight are finished first."""
+    from retriever_server.server.connections import listen, run_until_stopped
+    from scripts.wiring import open_agent
+
+    listen(config.host, config.port).close()  # whether it is free, before anything is opened
+    read_token(config.token_file, "token_file")
+    opened = open_agent(
+        config.policy,
+        config.retriever,
+        config.protocol,
+        config.temperature,
+        config.concurrency,
+        config.device,
+        config.dtype,
+        config.deadline_seconds,
+        engine=config.engine,
+    )
+    failures: list[SleuthError] = []
+    app = build_app(config, opened, failures)
+    with listen(config.host, config.port) as listener:
+        announce(config, listener.getsockname(), app.state.service.name)
+        try:
+            run_until_stopped(app, listener, config)
+        finally:
+            if failures:
+                raise failures[0]
+
+
+def build_app(config: ServeAgentConfig, opened: OpenedAgent, failures: list[SleuthError]) -> Any:
+    """Return the application; it opens the agent in its own loop, and stops if that fails."""
+    from retriever_server.server.middleware import Access, RequestMiddleware
+    from scripts.agent_server import AgentService, create_app
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(opened)
+                await opened.check()
+            except SleuthError as error:
+                failures.append(error)
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield
+
+    policy = Path(config.policy)
+    service = AgentService(
+        opened.agent, config.name or (policy.resolve().name if policy.is_dir() else config.policy), config
+    )
+    app = create_app(service, lifespan=lifespan)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=service.metrics,
+        access=Access(read_token(config.token_file, "token_file"), None, hosts_of(config)),
+        max_body_bytes=config.max_body_bytes,
+        request_log=Path(config.request_log) if config.request_log else None,
+    )
+    return app
