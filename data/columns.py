@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from data.errors import StorageError
+from data.joined_corpus import JoinedCorpus
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -30,7 +31,7 @@ METADATA = "corpus.metadata"
 """Its name in the folder of an index."""
 _VALUES_TOGETHER = 1 << 18
 
-_LOADING: WeakKeyDictionary[Corpus, Future[Columns]] = WeakKeyDictionary()
+_LOADING: WeakKeyDictionary[Corpus, Future[Columns | JoinedColumns]] = WeakKeyDictionary()
 _LOCK, _ONE_AT_A_TIME = threading.Lock(), threading.Lock()
 
 
@@ -62,6 +63,19 @@ class Columns:
         return np.concatenate(found)
 
 
+class JoinedColumns:
+    """The columns of a `JoinedCorpus`, from those of its parts."""
+
+    def __init__(self, corpus: JoinedCorpus) -> None:
+        self._corpus, self._columns = corpus, [load_columns(part).result() for part in corpus.parts]
+
+    def positions(self, field: str, agrees: Callable[[str, Any], Any]) -> np.ndarray:
+        """As `Columns.positions`."""
+        spans = zip(self._corpus.spans(), self._columns, strict=True)
+        rows = np.concatenate([span.start + columns.positions(field, agrees) for span, columns in spans])
+        return self._corpus.positions_of_rows(rows[self._corpus.alive[rows]])
+
+
 def json_type(value: Any) -> str:
     """ "string", "number", "True", "False", "None" or "other": to Python True is 1, to JSON it is not."""
     if isinstance(value, bool) or value is None:
@@ -82,7 +96,7 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def load_columns(corpus: Corpus) -> Future[Columns]:
+def load_columns(corpus: Corpus) -> Future[Columns | JoinedColumns]:
     """The columns of a corpus, on the way in a thread of their own: its index may be older and have none."""
     with _LOCK:
         if (loading := _LOADING.get(corpus)) is None:
@@ -105,13 +119,18 @@ def save_columns(corpus: Corpus, path: Path) -> None:
         _write(corpus, file)
 
 
-def _load(corpus: Corpus, loading: Future[Columns]) -> None:
+def _load(corpus: Corpus, loading: Future[Columns | JoinedColumns]) -> None:
     try:
-        with _ONE_AT_A_TIME:
-            content = _kept(corpus)
-        loading.set_result(Columns(content))
+        loading.set_result(_columns_of(corpus))
     except BaseException as error:
         loading.set_exception(error)
+
+
+def _columns_of(corpus: Corpus) -> Columns | JoinedColumns:
+    if isinstance(corpus, JoinedCorpus):
+        return JoinedColumns(corpus)
+    with _ONE_AT_A_TIME:
+        return Columns(_kept(corpus))
 
 
 def _kept(corpus: Corpus) -> Any:

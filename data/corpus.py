@@ -43,6 +43,9 @@ class Corpus:
     Reading is safe from many threads.
     """
 
+    rows: np.ndarray | None = None
+    """Place of each passage among all lines of its files, where some were deleted. (P,), ascending"""
+
     def __init__(
         self, path: str | Path, sidecar_folder: str | Path | None = None, index: str | Path | None = None
     ) -> None:
@@ -84,6 +87,11 @@ class Corpus:
         """Put the table into the folder of an index. Raises StorageError."""
         self.offsets.save(index / OFFSETS)
 
+    @property
+    def parts(self) -> Sequence[Corpus]:
+        """The corpora that it joins (see `JoinedCorpus`), or itself."""
+        return (self,)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Corpus, self._made_from  # another process opens the file itself
 
@@ -114,13 +122,18 @@ class Corpus:
 
     def get(self, passage_id: str) -> Passage | None:
         """The passage with this id, or None."""
+        position = self.position_of(passage_id)
+        return None if position is None else self[position]
+
+    def position_of(self, passage_id: str) -> int | None:
+        """The position of this id, or None."""
         wanted = np.uint64(hash_text(passage_id))
         first = int(np.searchsorted(self._hashes, wanted))
         for slot in range(first, len(self)):  # one turn, but for two ids of the same hash
             if self._hashes[slot] != wanted:
                 break
-            if (passage := self[int(self._positions[slot])]).id == passage_id:
-                return passage
+            if self[position := int(self._positions[slot])].id == passage_id:
+                return position
         return None
 
     def document(self, passage_id: str) -> Passage | None:

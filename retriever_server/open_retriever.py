@@ -73,7 +73,7 @@ def plan_retriever(spec: str, deadline_seconds: float = 30.0) -> Build:
     folder = Path(spec.removeprefix("random:"))
     if not folder.exists():
         raise ConfigError(f"retriever {spec!r}: must be {ALLOWED}")
-    manifest = importlib.import_module("retriever_server.indexes.base").read_manifest(folder)
+    manifest = importlib.import_module("retriever_server.indexes.manifest").read_manifest(folder)
     if manifest.spec:
         find_model(str(manifest.spec.get("model")), f"{folder}: its encoder")
     return partial(_open_random if spec.startswith("random:") else _ours("open_index"), folder)

@@ -90,6 +90,22 @@ class Retriever(ABC):
         """
         return [{} for _ in queries]
 
+    def add(self, passages: Sequence[Passage], replaces: bool = False) -> Retriever:
+        """Add passages on disk; return what searches the new generation, while this one goes on.
+
+        replaces: a passage takes the place of the one with its id. Raises DataError for an id that is there
+        already, RetrieverRefused where passages cannot be added.
+        """
+        raise RetrieverRefused(f"{type(self).__name__}: passages are added to an index, and this is none")
+
+    def delete(self, ids: Sequence[str]) -> Retriever:
+        """Delete passages on disk, as `add`; DataError names an id that is unknown."""
+        raise RetrieverRefused(f"{type(self).__name__}: passages are deleted from an index, and this is none")
+
+    def compact(self) -> Retriever:
+        """Merge what changes have left on disk, where there is much, as `add`; else return this one."""
+        return self
+
     def takes_images(self) -> bool:
         """Return whether a query may be an image, or hold one. May ask another machine."""
         return self.encoder is not None and "image" in self.encoder.takes

@@ -242,7 +242,7 @@ class _Loop:
 
     def swap(self, state: State) -> State:
         from data.jsonl import read_json
-        from retriever_server.indexes.base import read_manifest
+        from retriever_server.indexes.manifest import read_manifest
         from rl.co_training.live import put_in_place, reload
 
         index = self._folder(state) / "index"
@@ -283,7 +283,7 @@ class _Loop:
 
     def _agent(self, state: State) -> dict[str, Any]:
         """The options of an agent of this state. RetrieverError where its server serves another index."""
-        from retriever_server.indexes.base import read_manifest
+        from retriever_server.indexes.manifest import read_manifest
         from rl.co_training.live import check_generation
 
         if self.config.server:

@@ -1,4 +1,4 @@
-"""`sleuth index`: a corpus or a folder of pages in, an index on disk out; or one that is there, verified."""
+"""`sleuth index`: a corpus or a folder of pages in, an index on disk out; or one that is there, changed."""
 
 from __future__ import annotations
 
@@ -81,6 +81,14 @@ class IndexConfig:
     """cpu, cuda or auto."""
     overwrite: bool = False
     """Replace a different index at `out`."""
+    add: str | None = None
+    """Add the passages of this file to the index at --out; nothing else is encoded."""
+    replace: bool = False
+    """With --add: a passage takes the place of the one with its id, which is refused otherwise."""
+    delete: str | None = None
+    """Delete these passages from the index at --out: a file with an id a line, or ids between commas."""
+    compact: str | None = None
+    """The folder of an index: merge what was added into it, and drop what was deleted."""
     verify: str | None = None
     """The folder of an index: read every byte of it and of its corpus, and build nothing."""
 
@@ -89,19 +97,68 @@ def main(config: IndexConfig) -> None:
     """Build an index of a corpus. The same corpus and settings at `out` are reused as they are.
 
     With --encoder the passages become vectors, shard by shard: a run that was killed goes on when it
-    is started again.
+    is started again. --add and --delete change the index at `out`: a new generation, without a rebuild.
     """
     if config.verify is not None:
-        from retriever_server.indexes.base import verify_index
+        from retriever_server.indexes.manifest import verify_index
 
         whole = verify_index(config.verify)
         print(f"whole: {whole.corpus_count:,} passages in {config.verify} (generation {whole.generation})")
+    elif config.compact is not None:
+        from retriever_server.indexes.living import compact
+
+        _say_change("compacted", compact(Path(config.compact)), config.compact)
+    elif config.add is not None or config.delete is not None:
+        _change(config)
     elif not config.corpus or not config.out:
-        raise ConfigError("--corpus and --out must be given, or --verify with the folder of an index")
+        others = "--add or --delete with --out, or --verify or --compact with the folder of an index"
+        raise ConfigError(f"--corpus and --out must be given, or {others}")
     elif config.encoder is None:
         _build_bm25(config, config.out)
     else:
         _build_encoded(config, config.encoder, config.out)
+
+
+def _change(config: IndexConfig) -> None:
+    """Add passages to an index, or delete some."""
+    if (config.add is None) == (config.delete is None) or config.corpus or not config.out:
+        raise ConfigError("--add FILE or --delete IDS: one of them, with --out, the index, and no --corpus")
+    _refuse(
+        config, (*_BM25_ALONE, "kind", "dtype", "factory", "terms_per_passage", "shard", "ray"), "--corpus"
+    )
+    from data.corpus import Corpus
+    from retriever_server.indexes.living import add, delete
+    from scripts.console import track
+
+    place = Path(config.out)
+    if config.delete is not None:
+        _refuse(config, ("replace",), "--add")
+        deleted = delete(place, ids := _ids(config.delete))
+        return _say_change(f"deleted {len(ids):,};", deleted, config.out)
+    passages, encoder = Corpus(config.add or ""), None
+    if config.encoder is None:
+        _refuse(config, _ENCODER, "--encoder")
+    else:
+        from retriever_server.encoders.loading import load_encoder
+
+        options = {name: getattr(config, name) for name in _ENCODER}
+        encoder = load_encoder(config.encoder, device=config.device, **options)
+    how = {"device": config.device, "progress": track("encoding passages")}
+    added = add(place, passages, encoder, config.replace, **how)
+    _say_change(f"added {len(passages):,};", added, config.out)
+
+
+def _ids(given: str) -> list[str]:
+    """Return the ids in a file, or those between commas."""
+    file = Path(given)
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else given.split(",")
+    if not (ids := [id_.strip() for id_ in lines if id_.strip()]):
+        raise ConfigError(f"--delete {given}: holds no id")
+    return ids
+
+
+def _say_change(done: str, index: Any, out: str) -> None:
+    print(f"{done} {index.corpus_count:,} passages in {out} (generation {index.generation})")
 
 
 def _build_bm25(config: IndexConfig, out: str) -> None:
@@ -135,7 +192,8 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     from data.hub import find_model
     from retriever_server.encoders.loading import load_encoder
     from retriever_server.encoders.spec import ENCODERS
-    from retriever_server.indexes.base import building, index_kind
+    from retriever_server.indexes.base import building
+    from retriever_server.indexes.manifest import index_kind
     from scripts.console import track
     from scripts.on_ray.encode import encode_on_ray
 

@@ -2,7 +2,7 @@
 
 The index is any `faiss.index_factory` string; a candidate's own score, compressed, only decides whether
 it is a candidate. A filtered search is exact: a product with the allowed vectors alone; so is one that faiss
-finds too few passages for.
+finds too few passages for, and that of passages added since faiss was trained.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
+from retriever_server.indexes.base import merge
 from retriever_server.indexes.encoded import Ranking
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.shards import Shards
@@ -48,7 +49,7 @@ def default_search(factory: str) -> str:
 class AnnIndex(FlatIndex):
     """Candidates by faiss, at least `candidates` and 4 k of them; their order by exact inner products."""
 
-    kind = "ann"
+    kind, part_kind = "ann", "flat"
 
     def __init__(self, *args: Any, search: str | None = None, candidates: int = 100) -> None:
         """search: faiss's name=value settings, such as "nprobe=64"; None: those of the build."""
@@ -56,9 +57,17 @@ class AnnIndex(FlatIndex):
         import faiss
 
         # Memory-mapped where faiss can; else it reads the file.
-        self._faiss = faiss.read_index(str(self.path / _FILE), faiss.IO_FLAG_MMAP_IFC)
+        self._faiss = faiss.read_index(str(self.folders[0] / _FILE), faiss.IO_FLAG_MMAP_IFC)
         _set_search(self._faiss, search or self.manifest.settings["search"])
         self._candidates = candidates
+        mask = super()._mask(None)
+        self._findable = np.ones(len(self), bool) if mask is None else mask
+        self._added = self._findable & (np.arange(len(self)) >= self._faiss.ntotal)
+
+    @classmethod
+    def part_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what is for faiss."""
+        return {name: value for name, value in settings.items() if name not in ("factory", "search")}
 
     @classmethod
     def checked_settings(
@@ -76,7 +85,7 @@ class AnnIndex(FlatIndex):
         import faiss
 
         super().write(folder, shards, settings)
-        rows = Rows(folder)
+        rows = Rows([folder])
         index = _new(rows.dimension, settings["factory"])
         lists = getattr(faiss.try_extract_index_ivf(index), "nlist", 1024)
         size = max(lists, 1024) * _TRAINING_VECTORS_A_LIST
@@ -100,14 +109,17 @@ class AnnIndex(FlatIndex):
             return super().rank(queries, k, mask)
         count = min(max(self._candidates, 4 * k), len(self))
         _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
-        kept = (found >= 0) & ~np.isin(found, self.skipped)
+        kept = (found >= 0) & self._findable[found]
         ranked = [
             self._rescored(query, row[of], k) for query, row, of in zip(queries, found, kept, strict=True)
         ]
-        # A graph may miss nodes, a search lists; or zeros of skipped passages stand before all others.
-        whole = min(k, len(self) - len(self.skipped))
-        short = [i for i, (positions, _) in enumerate(ranked) if len(positions) < whole]
-        exact = super().rank(queries[short], k, super()._mask(None)) if short else []
+        if self._added.any():
+            added = super().rank(queries, k, self._added)
+            ranked = [merge(each, k) for each in zip(ranked, added, strict=True)]
+        # A graph may miss nodes, a search lists; or passages that no search finds stand before all others.
+        whole = min(k, int(self._findable.sum()))
+        short = [i for i, (rows, _) in enumerate(ranked) if len(rows) < whole]
+        exact = super().rank(queries[short], k, self._findable) if short else []
         for i, ranking in zip(short, exact, strict=True):
             ranked[i] = ranking
         return ranked

@@ -1,6 +1,7 @@
 """BM25 and TF-IDF: a sum over the postings of a query's terms, memory-mapped.
 
     terms.npy        (V,) sorted hashes of the terms: a search for a term is a search in this array
+    lengths.npy      (P,) tokens of each passage
     starts.npy positions.npy weights.npy   see `Postings`; a weight is that of Lucene's BM25, or
                      (1 + ln tf) ln(N / df) over the length of the passage's vector of these
 
@@ -10,7 +11,7 @@ BM25's weights equal those of bm25s. The building is ours because bm25s holds al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,27 @@ import numpy as np
 
 from data.corpus import Corpus, hash_text
 from data.errors import ConfigError, DataError, require
+from data.joined_corpus import JoinedCorpus
 from data.records import Passage
-from retriever_server.indexes.analyzers import WORDS, load_analyzer, spaceless_share
+from retriever_server.indexes.analyzers import WORDS, Analyzer, load_analyzer, spaceless_share
 from retriever_server.indexes.base import (
     Index,
-    Manifest,
     Ranking,
     building,
     found_at,
-    generation_name,
+    merge,
     open_index,
     write_generation,
 )
+from retriever_server.indexes.bm25_statistics import Restated, Statistics, count_from
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.postings import MaxScore, open_postings, write_postings
-from retriever_server.indexes.term_counts import TermCounts, count_terms, lucene_length
+from retriever_server.indexes.manifest import Manifest, generation_name
+from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
+from retriever_server.indexes.term_counts import TermCounts, count_terms
 from retriever_server.retriever import Query, texts_of
 
 logger = logging.getLogger(__name__)
+LENGTHS = "lengths.npy"
 _LAYOUT = 2  # of the files; 1 was that of bm25s
 
 
@@ -48,16 +52,41 @@ class BM25Index(Index):
     sums in float64.
     """
 
+    kind = part_kind = "bm25"
+
     def __init__(self, path: Path, manifest: Manifest, corpus: Corpus) -> None:
-        self.manifest, self.corpus, self.generation = manifest, corpus, manifest.generation
+        self.path, self.manifest, self.corpus, self.generation = path, manifest, corpus, manifest.generation
         settings = manifest.settings
         if settings.get("layout") != _LAYOUT:
             raise DataError(f"{path}: built by an older version of this program; build the index again")
-        self._analyze = load_analyzer(settings["analyzer"], settings["language"], settings.get("words", 1))
+        self._analyze = _analyzer(settings)
         self._cosine = settings.get("scoring") == "tfidf"
-        self._terms = np.load(path / "terms.npy", mmap_mode="r").view(np.ndarray)
-        self._postings = open_postings(path, len(corpus))
-        self._search = MaxScore(self._postings)
+        folders = manifest.folders(path)
+        starts = np.cumsum([0, *map(len, corpus.parts)]).tolist()
+        self._parts = [_Part(*each) for each in zip(folders, map(len, corpus.parts), starts, strict=False)]
+        self._frequencies: dict[int, int] = {}
+        if isinstance(corpus, JoinedCorpus):
+            self._restate(corpus, [np.load(folder / LENGTHS) for folder in folders])
+
+    def _restate(self, corpus: JoinedCorpus, lengths: list[np.ndarray]) -> None:
+        """Weigh the postings of all parts by the statistics of what is left of all."""
+        self._lengths, self._alive = np.concatenate(lengths), corpus.alive
+        self._whole = Statistics.of(self._lengths[corpus.alive], self.manifest.settings)
+        for part, each in zip(self._parts, lengths, strict=True):
+            built = Statistics.of(each, self.manifest.settings)
+            part.restate(each, built, self._whole, self._frequency)
+
+    def _frequency(self, word: int) -> int:
+        """Count the passages that a word stands in.   word: its hash"""
+        if word not in self._frequencies:
+            asked = np.array([word], np.uint64)
+            of_parts = [
+                part.start + part.postings.passages_of(row)
+                for part in self._parts
+                for row in part.rows_of(asked)
+            ]
+            self._frequencies[word] = sum(int(np.count_nonzero(self._alive[rows])) for rows in of_parts)
+        return self._frequencies[word]
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, corpus: Corpus) -> BM25Index:
@@ -91,6 +120,8 @@ class BM25Index(Index):
 
         def write(folder: Path) -> None:
             _write(folder, corpus, settings, progress)
+            if not len(np.load(folder / "terms.npy", mmap_mode="r")):
+                raise DataError(f"{corpus.path}: {len(corpus)} passages without a single word")
 
         if found_at(Path(out), generation_name("bm25", settings, corpus.content_hash), overwrite) is None:
             with building(Path(out)):
@@ -99,8 +130,13 @@ class BM25Index(Index):
 
     def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
         """As `PositionSearch.find`; nothing for a query without a known word."""
-        asked = (self._weighed(query) for query in texts_of(queries, self.generation))
-        return [self._search.top(terms, k, mask, weights) for terms, weights in asked]
+        return [merge(self._rankings(query, k, mask), k) for query in texts_of(queries, self.generation)]
+
+    def _rankings(self, query: str, k: int, mask: np.ndarray | None) -> Iterator[Ranking]:
+        words = self._words_of(query)
+        for part in self._parts:
+            terms, weights = self._weighed(part, words)
+            yield part.search.top(terms, k, mask, weights)
 
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
@@ -108,40 +144,116 @@ class BM25Index(Index):
         """As `Retriever.score`; 0 for a passage that shares no word with the query."""
         scores = []
         for query, each in zip(texts_of(queries, self.generation), passages, strict=True):
-            places = self.places(each)
-            found = self._postings.scores_at(np.array([*places.values()], np.int32), *self._weighed(query))
+            places, words = self.places(each), self._words_of(query)
+            rows, found = np.array([*places.values()], np.int32), np.zeros(len(places))
+            for part in self._parts:
+                inside = (rows >= part.start) & (rows < part.start + part.postings.count)
+                at = rows[inside] - np.int32(part.start)
+                found[inside] = part.postings.scores_at(at, *self._weighed(part, words))
             scores.append(dict(zip(places, found.tolist(), strict=True)))
         return scores
 
-    def _weighed(self, query: str) -> tuple[list[int], list[float] | None]:
+    def _weighed(self, part: _Part, words: np.ndarray) -> tuple[list[int], list[float] | None]:
         """Return the terms of a query and their weights, 1 if None; those of a cosine for tfidf."""
-        terms = self._terms_of(query)
+        terms = part.rows_of(words)
         if not self._cosine or not terms:
             return terms, None
         rows, counts = np.unique(terms, return_counts=True)
-        weights = (1 + np.log(counts)) * np.log(len(self.corpus) / self._postings.lengths(rows))
+        weights = (1 + np.log(counts)) * np.log(len(self.corpus) / part.postings.lengths(rows))
         length = np.linalg.norm(weights)
         return rows.tolist(), (weights / (length or 1)).tolist()
 
-    def _terms_of(self, query: str) -> list[int]:
-        """Return the rows of those words of the query that the corpus has."""
-        hashes = np.array([hash_text(word) for word in self._analyze(query)], np.uint64)
-        rows = np.searchsorted(self._terms, hashes)
-        rows[rows == len(self._terms)] = 0
-        return rows[self._terms[rows] == hashes].tolist()
+    def _words_of(self, query: str) -> np.ndarray:
+        """Return the hashes of the words of a query."""
+        return np.array([hash_text(word) for word in self._analyze(query)], np.uint64)
+
+    @classmethod
+    def write_part(cls, folder: Path, corpus: Corpus, settings: dict[str, Any], **_: Any) -> None:
+        """As `Index.write_part`."""
+        _write(folder, corpus, settings, iter)
+
+    def write_merged(self, folder: Path) -> None:
+        """As `Index.write_merged`; to the last bit what is built of the passages."""
+        corpus = self.corpus
+        assert isinstance(corpus, JoinedCorpus)
+        words, position_of = (
+            np.unique(np.concatenate([part.words for part in self._parts])),
+            corpus.places(),
+        )
+        frequencies = np.zeros(len(words), np.int64)
+        for part, span in zip(self._parts, corpus.spans(), strict=True):
+            row_of = np.searchsorted(words, part.words)
+            for terms, _, _ in blocks_of(part.postings, position_of[span]):
+                frequencies += np.bincount(row_of[terms], minlength=len(words))
+        left = frequencies > 0
+        words, frequencies, lengths = words[left], frequencies[left], self._lengths[corpus.alive]
+        save_array(folder / "terms.npy", words)
+        save_array(folder / LENGTHS, lengths)
+
+        def blocks() -> Iterator[Block]:
+            idf, norms = self._whole.idf(frequencies), self._whole.norms(lengths)
+            for part, span in zip(self._parts, corpus.spans(), strict=True):
+                row_of = np.searchsorted(words, part.words)
+                built = part.built
+                built_idf = built.idf(np.diff(part.postings.starts))
+                for terms, passages, weights in blocks_of(part.postings, position_of[span]):
+                    tf = count_from(weights, built_idf[terms], built.norms(lengths[passages]))
+                    terms = row_of[terms]
+                    yield terms, passages, idf[terms] * tf / (tf + norms[passages])
+
+        write_postings(folder, frequencies, blocks())
+
+
+class _Part:
+    """The words and postings of one of the indexes that are joined, or of the only one."""
+
+    def __init__(self, folder: Path, count: int, start: int) -> None:
+        self.words = np.load(folder / "terms.npy", mmap_mode="r").view(np.ndarray)
+        """(V,) ascending hashes"""
+        self.postings, self.start = open_postings(folder, count), start
+        self.search = MaxScore(self.postings, start=start)
+
+    def restate(
+        self, lengths: np.ndarray, built: Statistics, whole: Statistics, frequency: Callable[[int], int]
+    ) -> None:
+        """Weigh by the statistics of more passages; frequency: of the word with a hash."""
+        of = self.postings
+        stated = Restated(
+            of.starts, of.positions, of.weights, of.count, lengths, built, whole,
+            lambda row: frequency(int(self.words[row])),
+        )  # fmt: skip
+        self.postings, self.built, self.search = stated, built, MaxScore(stated, start=self.start)
+
+    def rows_of(self, words: np.ndarray) -> list[int]:
+        """Return the rows of those words that it has."""
+        rows = np.searchsorted(self.words, words)
+        inside = np.flatnonzero(rows < len(self.words))
+        return rows[inside][self.words[rows[inside]] == words[inside]].tolist()
+
+
+def note_lengths(path: Path, corpus: Corpus, settings: dict[str, Any]) -> None:
+    """Count the tokens of each passage, which indexes of earlier versions did not keep."""
+    if (path / LENGTHS).exists():
+        return
+    analyze, boost = _analyzer(settings), settings["title_boost"]
+    lengths = [len(analyze(each.title)) * boost + len(analyze(each.text)) for each in corpus]
+    save_array(path / LENGTHS, np.array(lengths, np.int32))
+
+
+def _analyzer(settings: dict[str, Any]) -> Analyzer:
+    return load_analyzer(settings["analyzer"], settings["language"], settings.get("words", 1))
 
 
 def _write(folder: Path, corpus: Corpus, settings: dict[str, Any], progress: Callable) -> None:
     """Count the terms of the corpus block by block on disk, then scatter the blocks into the postings."""
-    analyze = load_analyzer(settings["analyzer"], settings["language"])
+    analyze = _analyzer(settings)
     with count_terms(folder, progress(corpus), analyze, settings["title_boost"]) as counts:
-        if not counts.vocabulary:
-            raise DataError(f"{corpus.path}: {len(corpus)} passages without a single word")
         hashes = np.fromiter(map(hash_text, counts.vocabulary), np.uint64, len(counts.vocabulary))
         by_hash = np.argsort(hashes)
         row_of = np.argsort(by_hash)  # of each term in the vocabulary's order
         frequencies = counts.document_frequencies()
         save_array(folder / "terms.npy", hashes[by_hash])
+        save_array(folder / LENGTHS, counts.lengths.astype(np.int32))
         weigh = _SCORINGS[settings.get("scoring", "bm25")](counts, frequencies, settings)
         blocks = ((row_of[t], passages, weigh(t, passages, found)) for t, passages, found in counts.blocks())
         write_postings(folder, frequencies[by_hash], blocks)
@@ -152,16 +264,9 @@ Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _lucene_bm25(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]) -> Weigh:
-    """idf * tf / (tf + k1 * (1 - b + b * length / average)).
-
-    Analyzed as anserini, as Lucene counts: passages without a term are none, and lengths lose what a
-    byte cannot hold.
-    """
-    k1, b, lengths, lucene = settings["k1"], settings["b"], counts.lengths, settings["analyzer"] == "anserini"
-    count = np.count_nonzero(lengths) if lucene else len(lengths)
-    stored = lucene_length(lengths) if lucene else lengths
-    idf = np.log(1 + (count - frequencies + 0.5) / (frequencies + 0.5))
-    norms = k1 * (1 - b + b * stored / (lengths.sum() / count))
+    """Weigh as `Statistics` says."""
+    known = Statistics.of(counts.lengths, settings)
+    idf, norms = known.idf(frequencies), known.norms(counts.lengths)
     return lambda terms, passages, occurrences: idf[terms] * occurrences / (occurrences + norms[passages])
 
 

@@ -1,7 +1,4 @@
-"""The base of indexes of an encoder's vectors: building in shards, opening with checks, searching.
-
-Adding or deleting passages is a new generation: the corpus changes, and is indexed again.
-"""
+"""The base of indexes of an encoder's vectors: building in shards, opening with checks, searching."""
 
 from __future__ import annotations
 
@@ -15,19 +12,20 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.joined_corpus import JoinedCorpus
 from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
 from retriever_server.indexes.base import (
     Index,
-    Manifest,
     PositionSearch,
     Ranking,
     building,
     found_at,
-    generation_name,
     open_index,
     write_generation,
 )
+from retriever_server.indexes.checksums import save_array
+from retriever_server.indexes.manifest import Manifest, generation_name
 from retriever_server.indexes.shards import Progress, Shards, silent
 from retriever_server.retriever import Filter, Query
 
@@ -49,7 +47,6 @@ class VectorSearch(PositionSearch):
 class EncodedIndex(VectorSearch, Index):
     """An index over the vectors of an encoder; its kinds say what is stored and how it is ranked."""
 
-    kind: ClassVar[str]
     vectors: ClassVar[str]
     """The kind of encoder it needs."""
     passages_per_shard: ClassVar[int] = 50_000
@@ -60,10 +57,16 @@ class EncodedIndex(VectorSearch, Index):
         self, path: Path, manifest: Manifest, corpus: Corpus, encoder: Encoder, device: str = "cpu"
     ) -> None:
         self.path, self.manifest, self.corpus, self.encoder = path, manifest, corpus, encoder
-        self.generation, self.device = manifest.generation, device
-        skipped = [np.load(file) for file in sorted(path.glob("*.skipped.npy"))]
-        self.skipped: np.ndarray = np.concatenate([np.zeros(0, np.int64), *skipped])
-        """Positions of passages that could not be encoded: no search finds them."""
+        self.generation, self.device, self.folders = manifest.generation, device, manifest.folders(path)
+        starts = np.cumsum([0, *map(len, corpus.parts)]).tolist()
+        skipped = [
+            start + np.load(file)
+            for start, folder in zip(starts, self.folders, strict=False)
+            for file in sorted(folder.glob("*.skipped.npy"))
+        ]
+        rows = np.concatenate([np.zeros(0, np.int64), *skipped])
+        self.skipped = rows[corpus.alive[rows]] if isinstance(corpus, JoinedCorpus) else rows
+        """Rows of passages that could not be encoded: no search finds them."""
 
     @classmethod
     def build(
@@ -121,6 +124,45 @@ class EncodedIndex(VectorSearch, Index):
         return shards, {"encoder": encoder.spec.hash, "dtype": dtype, **checked, **skips}
 
     @classmethod
+    def write_part(
+        cls,
+        folder: Path,
+        corpus: Corpus,
+        settings: dict[str, Any],
+        encoder: Encoder,
+        place: Path,
+        progress: Progress = silent,
+        **_: Any,
+    ) -> None:
+        """As `Index.write_part`; place: where the folder will be."""
+        size, on_error = cls.passages_per_shard, settings.get("on_error", "stop")
+        shards = Shards.beside(place, corpus, encoder, settings["dtype"], size, on_error)
+        shards.encode(progress)
+        shards.check_some()
+        cls.write(folder, shards, settings)
+
+    def write_merged(self, folder: Path) -> None:
+        """As `Index.write_merged`: what is stored is copied, and nothing encoded."""
+        shards = Shards(
+            folder / ".stored", self.corpus, self.encoder, self.manifest.dtype, self.passages_per_shard
+        )
+        for shard in range(len(shards)):
+            shards.save(shard, self.arrays(np.array([self.row(at) for at in shards.positions(shard)])))
+        self.write(folder, shards, self.manifest.settings)
+        shutil.rmtree(shards.folder)
+        self.save_skipped(folder)
+
+    def save_skipped(self, folder: Path) -> None:
+        """Note which passages of those that are left could not be encoded."""
+        if len(self.skipped):
+            assert isinstance(self.corpus, JoinedCorpus)
+            save_array(folder / "00000.skipped.npy", self.corpus.places()[self.skipped])
+
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what is stored of some rows, ascending, as the arrays of a shard, where that is stored."""
+        raise NotImplementedError
+
+    @classmethod
     def open(
         cls,
         path: Path,
@@ -139,15 +181,8 @@ class EncodedIndex(VectorSearch, Index):
         """
         from retriever_server.encoders.loading import choose_device, load_encoder
 
-        try:
-            spec = EncodingSpec(**manifest.spec)
-        except (TypeError, ConfigError) as error:
-            raise DataError(f"{path}: its manifest was changed: {error}") from error
-        if spec.hash != manifest.spec_hash:
-            raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
-        encoder = encoder or load_encoder(spec, device=device)
-        if encoder.spec.hash != spec.hash:
-            raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")
+        encoder = encoder or load_encoder(built_spec(path, manifest), device=device)
+        check_same(path, manifest, encoder)
         index = cls(path, manifest, corpus, encoder, choose_device(device), **options)
         index.check_encoder(recheck)
         return index
@@ -200,18 +235,41 @@ class EncodedIndex(VectorSearch, Index):
 
     def describe(self) -> dict[str, Any]:
         """As `Retriever.describe`."""
-        of = {"generation": self.generation, "passages": len(self), "dtype": self.manifest.dtype}
+        of = {"generation": self.generation, "passages": len(self.corpus), "dtype": self.manifest.dtype}
         of |= {"skipped": len(self.skipped)} if len(self.skipped) else {}
         return {"kind": self.kind, **of, "settings": self.manifest.settings, "spec": self.manifest.spec}
 
     def check_encoder(self, count: int) -> None:
         """Encode `count` passages again; DataError if they are not what is stored (cosine <= .999)."""
-        if len(self) != len(self.corpus):
-            raise DataError(f"{self.path}: {len(self)} passages, its corpus has {len(self.corpus)}")
-        count = min(count, len(self))
-        positions = [len(self) * i // count for i in range(count)]
-        positions = [position for position in positions if position not in self.skipped]
-        check_encodes(self.encoder, self.corpus, positions, self.stored, self.path, self.whole)
+        passages = sum(map(len, self.corpus.parts))
+        if len(self) != passages:
+            raise DataError(f"{self.path}: {len(self)} passages, its corpus has {passages}")
+        count = min(count, len(self.corpus))
+        positions = [len(self.corpus) * i // count for i in range(count)]
+        positions = [position for position in positions if self.row(position) not in self.skipped]
+
+        def stored(position: int) -> np.ndarray:
+            return self.stored(self.row(position))
+
+        check_encodes(self.encoder, self.corpus, positions, stored, self.path, self.whole)
+
+
+def built_spec(path: Path, manifest: Manifest) -> EncodingSpec:
+    """Return the spec of the encoder that built the index."""
+    try:
+        spec = EncodingSpec(**manifest.spec)
+    except (TypeError, ConfigError) as error:
+        raise DataError(f"{path}: its manifest was changed: {error}") from error
+    if spec.hash != manifest.spec_hash:
+        raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
+    return spec
+
+
+def check_same(path: Path, manifest: Manifest, encoder: Encoder) -> None:
+    """DataError if the encoder is not the one that built the index."""
+    spec = built_spec(path, manifest)
+    if encoder.spec.hash != spec.hash:
+        raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")
 
 
 def check_encodes(

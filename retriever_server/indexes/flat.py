@@ -20,11 +20,12 @@ class FlatIndex(EncodedIndex):
     Scores are cosines where the spec normalises. Larger than memory, as nothing but blocks is read.
     """
 
-    kind, vectors = "flat", "dense"
+    kind = part_kind = "flat"
+    vectors = "dense"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.rows = Rows(self.path, device=self.device)
+        self.rows = Rows(self.folders, device=self.device)
 
     @classmethod
     def checked_settings(cls, corpus: Corpus, spec: EncodingSpec) -> dict[str, Any]:
@@ -39,6 +40,10 @@ class FlatIndex(EncodedIndex):
     def rank(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`.   queries (Q, D)"""
         return self.rows.search(queries, k, mask)
+
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As `EncodedIndex.arrays`."""
+        return self.rows.arrays(rows)
 
     def stored(self, position: int) -> np.ndarray:
         """Return the vector of a passage.   (1, D)"""

@@ -5,6 +5,7 @@ What they weigh on disk can be cut: the largest `terms_per_passage` alone, and w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,28 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.errors import require
+from data.joined_corpus import JoinedCorpus
 from retriever_server.encoders.spec import EncodingSpec, Vectors
+from retriever_server.indexes.base import merge
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.encoded import EncodedIndex, Ranking
-from retriever_server.indexes.postings import MaxScore, open_postings, write_postings
+from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
 from retriever_server.indexes.shards import Shards
 
 
 class InvertedIndex(EncodedIndex):
     """Inner products of sparse vectors; passages that share no term with the query are no hits."""
 
-    kind, vectors = "inverted", "sparse"
+    kind = part_kind = "inverted"
+    vectors = "sparse"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.postings = open_postings(self.path, self.manifest.corpus_count)
-        self._search = MaxScore(self.postings)
-        scale = self.path / "scale.npy"
-        self.scale = float(np.load(scale)[0]) if scale.exists() else 1.0
+        starts = np.cumsum([0, *map(len, self.corpus.parts)]).tolist()
+        of_parts = zip(self.folders, map(len, self.corpus.parts), starts, strict=False)
+        self._searches = [MaxScore(open_postings(each, n), start=at) for each, n, at in of_parts]
+        files = [folder / "scale.npy" for folder in self.folders]
+        self._scales = [float(np.load(file)[0]) if file.exists() else 1.0 for file in files]
         self.whole = "terms_per_passage" not in self.manifest.settings
 
     @classmethod
@@ -61,27 +66,62 @@ class InvertedIndex(EncodedIndex):
         blocks = (_largest(shards, shard, limit) for shard in range(len(shards)))
         if eight_bits:
             save_array(folder / "scale.npy", scale)
-            blocks = ((t, p, np.clip(np.rint(weights / scale), 1, 255)) for t, p, weights in blocks)
+            blocks = ((t, p, _in_bits(weights, scale)) for t, p, weights in blocks)
         write_postings(folder, counts, blocks, np.uint8 if eight_bits else np.float32)
 
     def rank(self, queries: Vectors, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         """As `EncodedIndex.rank`.   queries csr (Q, V)"""
+        asked = [
+            (queries.indices[start:end], queries.data[start:end]) for start, end in pairwise(queries.indptr)
+        ]
+        searches = list(zip(self._searches, self._scales, strict=True))
         return [
-            self._search.top(queries.indices[start:end], k, mask, queries.data[start:end] * self.scale)
-            for start, end in pairwise(queries.indptr)
+            merge([search.top(terms, k, mask, weights * scale) for search, scale in searches], k)
+            for terms, weights in asked
         ]
 
     def stored(self, position: int) -> np.ndarray:
         """Return the vector of a passage, by a search in every posting list.   (1, V)"""
-        postings, row = self.postings, np.zeros((1, len(self.postings.starts) - 1), np.float32)
-        for term, (start, end) in enumerate(zip(postings.starts[:-1], postings.starts[1:], strict=True)):
+        part = int(np.searchsorted([each.start for each in self._searches], position, side="right")) - 1
+        postings, position = self._searches[part].postings, position - self._searches[part].start
+        row = np.zeros((1, len(postings.starts) - 1), np.float32)
+        for term, (start, end) in enumerate(pairwise(postings.starts)):
             at = start + np.searchsorted(postings.positions[start:end], position)
             if at < end and postings.positions[at] == position:
-                row[0, term] = postings.weights[at] * self.scale
+                row[0, term] = postings.weights[at] * self._scales[part]
         return row
 
+    def write_merged(self, folder: Path) -> None:
+        """As `Index.write_merged`; weights of 8 bits are rounded anew where the parts have other scales."""
+        corpus = self.corpus
+        assert isinstance(corpus, JoinedCorpus)
+        self.save_skipped(folder)
+        position_of, scale = corpus.places(), max(self._scales)
+        eight_bits = self.manifest.dtype == "int8"
+        if eight_bits:
+            save_array(folder / "scale.npy", np.full(1, scale, np.float32))
+
+        def blocks() -> Iterator[Block]:
+            of_parts = zip(self._searches, self._scales, corpus.spans(), strict=True)
+            for search, of, span in of_parts:
+                for terms, passages, weights in blocks_of(search.postings, position_of[span]):
+                    yield (
+                        terms,
+                        passages,
+                        _in_bits(weights * np.float32(of), scale) if eight_bits else weights,
+                    )
+
+        counts = np.zeros(self.manifest.dimension, np.int64)
+        for terms, _, _ in blocks():
+            counts += np.bincount(terms, minlength=len(counts))
+        write_postings(folder, counts, blocks(), np.uint8 if eight_bits else np.float32)
+
     def __len__(self) -> int:
-        return self.postings.count
+        return sum(each.postings.count for each in self._searches)
+
+
+def _in_bits(weights: np.ndarray, scale: Any) -> np.ndarray:
+    return np.clip(np.rint(weights / scale), 1, 255)
 
 
 def _largest(shards: Shards, shard: int, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -68,7 +68,8 @@ class MaxSimIndex(EncodedIndex):
     With candidates >= P, or 0, it is exact over all. Token vectors lie ragged in memory-mapped shards.
     """
 
-    kind, vectors = "maxsim", "multi"
+    kind = part_kind = "maxsim"
+    vectors = "multi"
     passages_per_shard = 5_000
 
     def __init__(self, *args: Any, candidates: int = 256) -> None:
@@ -76,9 +77,9 @@ class MaxSimIndex(EncodedIndex):
         super().__init__(*args)
         require(candidates >= 0, "candidates", candidates, ">= 0 (0: every passage is scored)")
         self.candidates = candidates
-        self.tokens = Rows(self.path)
-        self.fixed = Rows(self.path, "fde", self.device)
-        lengths = [np.load(path) for path in sorted(self.path.glob("*.lengths.npy"))]
+        self.tokens = Rows(self.folders)
+        self.fixed = Rows(self.folders, "fde", self.device)
+        lengths = [np.load(file) for each in self.folders for file in sorted(each.glob("*.lengths.npy"))]
         self.offsets = _offsets(np.concatenate(lengths))
         self._encoding = _encoding(self.manifest.dimension, self.manifest.settings)
 
@@ -97,7 +98,7 @@ class MaxSimIndex(EncodedIndex):
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
         """Write the shards, and for each the fixed encodings of its passages in int8."""
         shards.link_into(folder)
-        encoding, tokens, end = _encoding(shards.encoder.spec.dimension, settings), Rows(folder), 0
+        encoding, tokens, end = _encoding(shards.encoder.spec.dimension, settings), Rows([folder]), 0
         for shard in range(len(shards)):
             parts = []
             lengths = shards.load(shard, "lengths")
@@ -129,11 +130,19 @@ class MaxSimIndex(EncodedIndex):
 
     def _maxsim(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Exact scores of passages that have tokens.   query (T, D) -> (N,)"""
-        starts, lengths = self.offsets[positions], self.offsets[positions + 1] - self.offsets[positions]
-        firsts = _offsets(lengths)[:-1]  # of each passage among the tokens
-        rows = np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())
-        products = query @ self.tokens[rows].T
+        firsts = _offsets(self.offsets[positions + 1] - self.offsets[positions])[:-1]  # among the tokens
+        products = query @ self.tokens[self._tokens_of(positions)].T
         return np.maximum.reduceat(products, firsts, axis=1).sum(axis=0, dtype=np.float64)
+
+    def _tokens_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows of the tokens of some passages.   (N,) -> (T,)"""
+        starts, lengths = self.offsets[positions], self.offsets[positions + 1] - self.offsets[positions]
+        return np.repeat(starts - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
+
+    def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As `EncodedIndex.arrays`."""
+        lengths = np.diff(self.offsets)[rows].astype(np.int32)
+        return {**self.tokens.arrays(self._tokens_of(rows)), "lengths": lengths}
 
     def stored(self, position: int) -> np.ndarray:
         """Return the vectors of a passage's tokens.   (tokens, D)"""

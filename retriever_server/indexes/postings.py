@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from retriever_server.indexes.checksums import save_array
 
 EXHAUSTIVE = 30_000
 """In a corpus of so many passages all of them are summed: that takes no longer."""
+BLOCK_POSTINGS = 1 << 22
+"""Postings merged at once: about 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,15 @@ class Postings:
 
     def list_of(self, term: int) -> tuple[np.ndarray, np.ndarray]:
         """Return positions, ascending, and weights of a term's postings.   -> (n,), (n,)"""
-        span = slice(self.starts[term], self.starts[term + 1])
-        return self.positions[span], self.weights[span]
+        return self.passages_of(term), self.weigh(term)
+
+    def passages_of(self, term: int) -> np.ndarray:
+        """Return the positions of a term's postings, ascending."""
+        return self.positions[self.starts[term] : self.starts[term + 1]]
+
+    def weigh(self, term: int, at: Any = slice(None)) -> np.ndarray:
+        """Return the weights of a term's postings, or of those `at` some places of its list."""
+        return self.weights[self.starts[term] : self.starts[term + 1]][at]
 
     def lengths(self, terms: np.ndarray) -> np.ndarray:
         """Return how many passages hold each term.   (T,) -> (T,)"""
@@ -48,12 +57,12 @@ class Postings:
 
     def look_up(self, term: int, positions: np.ndarray) -> np.ndarray:
         """Return the weight of a term in some passages, 0 where it is not.   positions (N,) int32 -> (N,)"""
-        of_term, weights = self.list_of(term)
+        of_term = self.passages_of(term)
         if not len(of_term):
-            return np.zeros(len(positions), weights.dtype)
+            return np.zeros(len(positions), self.weights.dtype)
         at = np.searchsorted(of_term, positions)
         at[at == len(of_term)] = 0
-        return np.where(of_term[at] == positions, weights[at], 0)
+        return np.where(of_term[at] == positions, self.weigh(term, at), 0)
 
     def scores_at(
         self,
@@ -72,21 +81,21 @@ class Postings:
         self, terms: Sequence[int], term_weights: Sequence[float] | np.ndarray | None = None
     ) -> np.ndarray:
         """Return the sum over the terms of term weight (1 if None) x posting weight, in float64.   -> (P,)"""
-        spans = [slice(self.starts[term], self.starts[term + 1]) for term in terms]
-        if not spans:
+        if not len(terms):
             return np.zeros(self.count)
-        weights = [self.weights[span] for span in spans]
+        weights = [self.weigh(term) for term in terms]
         if term_weights is not None:
             weights = [w * float(factor) for w, factor in zip(weights, term_weights, strict=True)]
-        positions = np.concatenate([self.positions[span] for span in spans])
+        positions = np.concatenate([self.passages_of(term) for term in terms])
         return np.bincount(positions, weights=np.concatenate(weights), minlength=self.count)
 
 
 class MaxScore:
     """Search in postings, exactly: positions, scores and ties are those of all sums ranked."""
 
-    def __init__(self, postings: Postings, exhaustive: int = EXHAUSTIVE) -> None:
-        self.postings, self.exhaustive = postings, exhaustive
+    def __init__(self, postings: Postings, exhaustive: int = EXHAUSTIVE, start: int = 0) -> None:
+        """start: the row of the first passage, where the index joins several."""
+        self.postings, self.exhaustive, self.start = postings, exhaustive, start
         self._largest: dict[int, float] = {}
         self._thread = threading.local()
 
@@ -97,11 +106,23 @@ class MaxScore:
         mask: np.ndarray | None = None,
         weights: Sequence[float] | np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return positions and scores of the `k` best positive sums, best first, ties in order.
+        """Return rows and scores of the `k` best positive sums, best first, ties in order.
 
-        terms may repeat, weights: one for each, 1 if None; mask (P,) says which passages may be found.
+        terms may repeat, weights: one for each, 1 if None; mask (R,) says which rows may be found.
         -> (<= k,), (<= k,)
         """
+        if mask is not None:
+            mask = mask[self.start : self.start + self.postings.count]
+        found, scores = self._top(terms, k, mask, weights)
+        return found + self.start, scores
+
+    def _top(
+        self,
+        terms: Sequence[int],
+        k: int,
+        mask: np.ndarray | None,
+        weights: Sequence[float] | np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         factors = np.ones(len(terms)) if weights is None else np.asarray(weights, np.float64)
         if self.postings.count <= self.exhaustive or (factors < 0).any():
             scores = self.postings.scores(terms, weights)
@@ -173,13 +194,34 @@ class MaxScore:
         return self._thread.sums
 
 
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Terms, passages and weights of some postings. (N,) each"""
+
+
+def blocks_of(postings: Postings, position_of: np.ndarray) -> Iterator[Block]:
+    """Yield all postings of some passages, a stretch of terms at a time; weights as they are stored.
+
+    position_of (P,): where each passage goes, -1 for one that is left out.
+    """
+    ends, first = postings.starts[1:], 0
+    while first < len(ends):
+        start = int(postings.starts[first])
+        last = max(first + 1, int(np.searchsorted(ends, start + BLOCK_POSTINGS, side="right")))
+        span = slice(start, int(ends[last - 1]))
+        passages = position_of[postings.positions[span]]
+        kept = passages >= 0
+        terms = np.repeat(np.arange(first, last), np.diff(postings.starts[first : last + 1]))
+        yield terms[kept], passages[kept], postings.weights[span][kept]
+        first = last
+
+
 def write_postings(
     folder: Path, counts: np.ndarray, blocks: Iterable[tuple[np.ndarray, ...]], dtype: Any = np.float32
 ) -> None:
     """Write starts.npy, positions.npy and weights.npy into a folder. Raises OSError.
 
-    counts (V,): postings of each term. blocks: terms, passages and weights, (N,) each, those of a later
-    block in later passages; within a block each term's in the order of passages.
+    counts (V,): postings of each term. blocks: terms, passages and weights, (N,) each; each term's in the
+    order of passages, within a block and from block to block.
     """
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     save_array(folder / "starts.npy", starts)

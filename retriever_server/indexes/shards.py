@@ -123,6 +123,10 @@ class Shards:
         arrays = {name: np.concatenate([each[name] for each in packed]) for name in packed[0]}
         if skipped:
             arrays["skipped"] = np.array(skipped, np.int64)
+        self.save(shard, arrays)
+
+    def save(self, shard: int, arrays: dict[str, np.ndarray]) -> None:
+        """Write the arrays of a shard. Raises StorageError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             sizes = {}

@@ -9,8 +9,9 @@ integers, several times faster, and those that may be among the best are scored 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ _BLOCK_BYTES = {"cpu": 4 << 20, "int8": 64 << 20, "cuda": 1 << 30}
 
 
 class Rows:
-    """N vectors of D dimensions, as stored under `name` and its scales in the files of a folder."""
+    """N vectors of D dimensions, as stored under `name` and its scales in the files of some folders."""
 
-    def __init__(self, folder: Path, name: str = "vectors", device: str = "cpu") -> None:
-        self._shards, self._scales = _mapped(folder, name), _mapped(folder, f"{name}-scales")
+    def __init__(self, folders: Sequence[Path], name: str = "vectors", device: str = "cpu") -> None:
+        self._shards, self._scales = _mapped(folders, name), _mapped(folders, f"{name}-scales")
         self._set_up(device)
 
     @staticmethod
@@ -65,6 +66,16 @@ class Rows:
         """Rows from `start` to before `end` as float32, all in one shard."""
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         return self._decoded(shard, slice(start - int(self._starts[shard]), end - int(self._starts[shard])))
+
+    def arrays(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows at `positions`, ascending, as `shards.quantise` gave them."""
+        cuts = np.searchsorted(positions, self._starts).tolist()
+        found: dict[str, np.ndarray] = {}
+        for name, shards in {"vectors": self._shards, "vectors-scales": self._scales}.items():
+            parts = zip(shards, pairwise(cuts), self._starts.tolist(), strict=False)
+            if taken := [shard[positions[a:b] - start] for shard, (a, b), start in parts]:
+                found[name] = np.concatenate(taken)
+        return found
 
     def _decoded(self, shard: int, where: Any) -> np.ndarray:
         rows = self._shards[shard][where].astype(np.float32)
@@ -152,7 +163,8 @@ class Rows:
                     kept = np.flatnonzero(mask[positions])
                     if not len(kept):
                         continue
-                    positions, span = positions[kept], kept + start
+                    if len(kept) < len(positions):
+                        positions, span = positions[kept], kept + start
                 stored = self._resident[shard] if self._resident else rows
                 block = _tensor(stored[span]).to(self._device)
                 scales = _tensor(self._scales[shard][span]).to(self._device) if self._scales else None
@@ -165,9 +177,10 @@ def _by_score(positions: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np
     return positions[order], scores[order]
 
 
-def _mapped(folder: Path, name: str) -> list[np.ndarray]:
+def _mapped(folders: Sequence[Path], name: str) -> list[np.ndarray]:
     """Return the arrays of this name, plain views of maps: slicing np.memmap itself is slow."""
-    return [np.load(path, mmap_mode="r").view(np.ndarray) for path in sorted(folder.glob(f"*.{name}.npy"))]
+    files = [file for folder in folders for file in sorted(folder.glob(f"*.{name}.npy"))]
+    return [np.load(file, mmap_mode="r").view(np.ndarray) for file in files]
 
 
 def _tensor(array: Any) -> Any:

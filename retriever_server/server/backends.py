@@ -97,13 +97,22 @@ class HotSwappable:
             raise ConfigError("this retriever has no place on disk to be opened from again")
         with self._one_at_a_time:
             self._seen = self._stamp() if self._stamp else None
-            found = RetrieverLease(self._reopen())
-            before = self.generation
-            if found.generation == before:
-                found.retire()
-                return False
-            found.search([_WARM_UP_QUERY], 1, None)  # what cannot search takes nobody's place
-            old, self.current = self.current, found
+            return self._swap(self._reopen())
+
+    def change(self, make: Callable[[Retriever], Retriever]) -> bool:
+        """Let what `make` gives for the retriever answer, as `reload`."""
+        with self._one_at_a_time:
+            return self._swap(make(self.current.retriever))
+
+    def _swap(self, retriever: Retriever) -> bool:
+        before, found = self.generation, RetrieverLease(retriever)
+        if retriever is self.current.retriever:
+            return False
+        if found.generation == before:
+            found.retire()
+            return False
+        found.search([_WARM_UP_QUERY], 1, None)  # what cannot search takes nobody's place
+        old, self.current = self.current, found
         old.retire()
         self.on_swap()
         _log.info("swapped %s for %s", before, found.generation)

@@ -203,6 +203,16 @@ class BatchSearchBody(SearchOptions):
     return_score: bool = False
 
 
+class PassagesBody(Body):
+    """A change of the passages of an index: `POST /admin/passages`."""
+
+    model_config = ConfigDict(extra="forbid")
+    add: list[dict[str, Any]] | None = Field(None, min_length=1, description="Passages as a corpus has them.")
+    delete: list[str] | None = Field(None, min_length=1, description="Ids; not in the same request.")
+    replace: bool = Field(False, description="Added passages take the place of those with their ids.")
+    backend: str | None = Field(None, description="Which index, by its name in /v1/info.")
+
+
 class AccessBody(Body):
     """`POST /access` of ASearcher: pages of the corpus, by their id or url."""
 

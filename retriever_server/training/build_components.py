@@ -79,7 +79,7 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
 
         check_device(recipe.device)
     if recipe.serves is not None:
-        from retriever_server.indexes.base import read_manifest
+        from retriever_server.indexes.manifest import read_manifest
 
         read_manifest(Path(recipe.serves))
     corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}

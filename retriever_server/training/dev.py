@@ -91,7 +91,7 @@ class DevSet:
         """The metrics of an encoder by an exact index in float32, of a reranker over the hits of BM25."""
         if spec is None:
             return self.score(lambda place: self._reranked(model, place))
-        from retriever_server.indexes.base import index_kind
+        from retriever_server.indexes.manifest import index_kind
 
         encoder, of = SentenceEncoder(model, spec), index_kind(kind.index)
         track = Track("encoding dev passages", self.bar)

@@ -81,7 +81,7 @@ def check_similarity(loss: Any, spec: EncodingSpec) -> None:
 
 def _check_serves(spec: EncodingSpec, index: str) -> None:
     """Raise ConfigError where the index that this model is to replace has another spec."""
-    from retriever_server.indexes.base import read_manifest
+    from retriever_server.indexes.manifest import read_manifest
 
     served = EncodingSpec(**read_manifest(Path(index)).spec)
     if differences := spec.differences(served, but=["fingerprint"]):

@@ -12,7 +12,7 @@ import httpx
 from data.atomic import new_folder
 from data.errors import RetrieverError, RetrieverRefused, RetrieverUnavailable
 from data.secret import read_secret
-from retriever_server.indexes.base import MANIFEST
+from retriever_server.indexes.manifest import MANIFEST
 
 AGREE = 20
 """So many answers in a row must name the generation: workers and replicas swap each by itself."""

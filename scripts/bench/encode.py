@@ -27,7 +27,7 @@ def main(model: str, corpus: str, count: int = 400, rounds: int = 3, device: str
     from data.jsonl import write_jsonl
     from retriever_server.encoders.loading import choose_device, load_encoder
     from retriever_server.encoders.spec import similarities
-    from retriever_server.indexes.base import index_kind
+    from retriever_server.indexes.manifest import index_kind
 
     device = choose_device(device)
     texts = mixed_lengths([passage.text for passage in islice(Corpus(corpus), count)])

@@ -188,7 +188,7 @@ def encode() -> Numbers:
     from data.atlas.build import build_atlas
     from data.corpus import Corpus
     from retriever_server.encoders.loading import load_encoder
-    from retriever_server.indexes.base import index_kind
+    from retriever_server.indexes.manifest import index_kind
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -118,7 +118,7 @@ def made_up_passages(corpus: Corpus, count: int):
 
 def build(kind: str, passages: Corpus, folder: Path, dtype: str) -> None:
     """Build the index of a kind in `folder`/`kind`."""
-    from retriever_server.indexes.base import index_kind
+    from retriever_server.indexes.manifest import index_kind
 
     if kind == "bm25":
         index_kind(kind).build(passages, folder / kind, title_boost=0)

@@ -200,7 +200,7 @@ class Work:
     def encoded(self, model: Path | str, name: str, tag: str, **options: Any) -> Retriever:
         """The index of a collection by a model, of the kind that its vectors need."""
         from retriever_server.encoders.loading import load_encoder
-        from retriever_server.indexes.base import index_kind
+        from retriever_server.indexes.manifest import index_kind
 
         encoder = load_encoder(str(model), **options)
         kind = {"dense": "flat", "sparse": "inverted", "multi": "maxsim"}[encoder.spec.kind]

@@ -15,7 +15,7 @@ from data.atlas.build import build_atlas
 from data.errors import ConfigError, RetrieverRefused, SleuthError
 from data.jsonl import read_json, write_json, write_jsonl
 from data.records import Hit, Passage, Question
-from retriever_server.indexes.base import read_manifest
+from retriever_server.indexes.manifest import read_manifest
 from scripts import __main__ as sleuth
 from scripts import co_train
 from scripts.command_line import build_parser, parse

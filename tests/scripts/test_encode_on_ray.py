@@ -12,8 +12,9 @@ import pytest
 
 from data.errors import ConfigError, RunStopped
 from data.jsonl import write_jsonl
-from retriever_server.indexes.base import open_index, read_manifest
+from retriever_server.indexes.base import open_index
 from retriever_server.indexes.encoded import EncodedIndex
+from retriever_server.indexes.manifest import read_manifest
 from scripts.on_ray import encode
 from tests.retriever_server.running import run_index
 from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder, tiny_model

@@ -9,8 +9,8 @@ import pytest
 
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
-from retriever_server.indexes.base import index_kind
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.manifest import index_kind
 from scripts import __main__ as sleuth
 from scripts import sizes
 from scripts.sizes import dense_rows, other_rows

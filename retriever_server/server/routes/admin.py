@@ -1,9 +1,12 @@
-"""Administration and probes: health, metrics, reload, and the search page."""
+"""Administration and probes: health, metrics, reload, changes of passages, and the search page."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,20 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from data.errors import DataError, SleuthError
+from data.formats.rows import parse_passage
+from retriever_server.retriever import Retriever
+from retriever_server.server.backends import HotSwappable
 from retriever_server.server.errors import error_replies
+from retriever_server.server.middleware import JsonRoute
 from retriever_server.server.replies import JsonReply
-from retriever_server.server.service import ServiceOf
+from retriever_server.server.schema import PassagesBody
+from retriever_server.server.service import CallerOf, SearchService, ServiceOf, check_unicode
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parents[1] / "search_page.html"
 
-router = APIRouter(responses=error_replies(401, 413, 421, 500))
+router = APIRouter(route_class=JsonRoute, responses=error_replies(401, 413, 421, 500))
 
 
 @router.get("/", include_in_schema=False)
@@ -65,6 +74,52 @@ async def reload(service: ServiceOf, backend: str | None = None) -> Response:
     except Exception as error:
         _log.warning("reload failed: %s", error)
         raise HTTPException(409, f"not swapped: {error}") from error
+    return _swapped(service, swapped)
+
+
+@router.post("/admin/passages", responses=error_replies(400, 403, 409, 422))
+async def change(body: PassagesBody, caller: CallerOf) -> Response:
+    """Add passages to an index, or delete some: a new generation, which answers from now on."""
+    service = caller.service
+    backend, make = service.backend(body.backend), _change_in(body)
+    try:
+        swapped = await asyncio.to_thread(backend.change, make)
+    except DataError:
+        raise
+    except (SleuthError, OSError) as error:
+        raise HTTPException(409, f"not changed: {error}") from error
+    threading.Thread(target=_compact, args=[service, backend], daemon=True).start()
+    return _swapped(service, swapped)
+
+
+def _change_in(body: PassagesBody) -> Callable[[Retriever], Retriever]:
+    """Return the change that is asked for. Raises DataError."""
+    if (body.add is None) == (body.delete is None):
+        raise DataError("body: must hold add (passages) or delete (ids), and not both")
+    if body.delete is not None:
+        check_unicode(body.delete)
+        return methodcaller("delete", body.delete)
+    passages = []
+    for number, record in enumerate(body.add or ()):
+        try:
+            passages.append(passage := parse_passage(record))
+        except ValueError as error:
+            raise DataError(f"add.{number}: {error}") from error
+        if passage.files:
+            raise DataError(f"add.{number}: names a file; `sleuth index --add` takes those")
+    return methodcaller("add", passages, body.replace)
+
+
+def _compact(service: SearchService, backend: HotSwappable) -> None:
+    """Merge what many changes have left, in a thread of its own."""
+    try:
+        if backend.change(methodcaller("compact")):
+            service.on_reload()
+    except Exception:
+        _log.exception("%s was not compacted", backend.generation)
+
+
+def _swapped(service: SearchService, swapped: bool) -> Response:
     if swapped:
         service.on_reload()
     generations = {name: each.generation for name, each in service.backends.items()}

@@ -15,8 +15,9 @@ from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.indexes import term_counts as counting
 from retriever_server.indexes.analyzers import ANALYZERS, plain
-from retriever_server.indexes.base import generation_name, open_index
+from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.manifest import generation_name
 from retriever_server.indexes.term_counts import lucene_length
 
 SQUAD = Path(__file__).parents[3].parent / "shared/data/squad"
@@ -150,6 +151,7 @@ def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
     assert sorted(p.name for p in (tmp_path / "index").iterdir() if p.suffix != ".json") == [
         "corpus.metadata",
         "corpus.offsets",
+        "lengths.npy",
         "positions.npy",
         "starts.npy",
         "terms.npy",

@@ -12,11 +12,12 @@ from data.records import Passage
 from retriever_server.encoders.spec import EncodingSpec, Multi
 from retriever_server.indexes import checksums as integrity
 from retriever_server.indexes.ann import AnnIndex, default_search
-from retriever_server.indexes.base import INDEX_KINDS, open_index, verify_index
+from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
+from retriever_server.indexes.manifest import INDEX_KINDS, verify_index
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
 from retriever_server.indexes.shards import quantise
 from retriever_server.retrievers.cache import Cached
@@ -175,7 +176,7 @@ def test_impacts_of_eight_bits_are_within_half_a_step_and_take_a_quarter(tmp_pat
     encoder = FakeEncoder("sparse", dimension=64)
     vectors = encoder.encode(TEXTS, "passage").toarray()
     index = InvertedIndex.build(corpus, tmp_path / "i", encoder, "int8")
-    assert index.postings.weights.dtype == np.uint8
+    assert index._searches[0].postings.weights.dtype == np.uint8
     for position in range(100):
         np.testing.assert_allclose(index.stored(position)[0], vectors[position], atol=vectors.max() / 509)
     assert verify_index(tmp_path / "i").corpus_count == 100

@@ -7,7 +7,8 @@ import pytest
 from data.corpus import Corpus
 from data.errors import SleuthError
 from data.jsonl import write_jsonl
-from retriever_server.indexes.base import index_kind, open_index
+from retriever_server.indexes.base import open_index
+from retriever_server.indexes.manifest import index_kind
 from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
 
 RNG = random.Random(5)

@@ -15,9 +15,10 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, StorageError
 from data.jsonl import write_jsonl
 from retriever_server.indexes import bm25
-from retriever_server.indexes.base import MANIFEST, building, open_index, verify_index
+from retriever_server.indexes.base import building, open_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
+from retriever_server.indexes.manifest import MANIFEST, verify_index
 from tests.retriever_server.tiny_encoders import FakeEncoder
 
 

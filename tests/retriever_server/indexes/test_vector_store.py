@@ -19,7 +19,7 @@ def test_products_of_integers_find_what_floats_find(tmp_path, monkeypatch, sprea
     for shard in range(2):
         for name, array in quantise(vectors[2_000 * shard :][:2_000], "int8").items():
             np.save(tmp_path / f"{shard:05d}.{name}.npy", array)
-    rows = Rows(tmp_path)
+    rows = Rows([tmp_path])
     queries = np.concatenate([RNG.standard_normal((3, 16)), np.zeros((1, 16))]).astype(np.float32)
     mask = RNG.random(4_000) < 0.5 if masked else np.ones(4_000, bool)
     for query, (positions, scores) in zip(queries, rows.search(queries, 10, mask), strict=True):

@@ -15,8 +15,8 @@ from data.corpus import Corpus
 from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.indexes.base import index_kind
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.manifest import index_kind
 from retriever_server.open_retriever import SHORT_NAMES, open_retriever
 from tests.retriever_server.answering import answering
 from tests.retriever_server.tiny_encoders import tiny_model

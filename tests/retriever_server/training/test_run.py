@@ -265,7 +265,7 @@ def test_a_model_serves_only_under_the_spec_it_was_trained_under(rivers, tmp_pat
 
 def test_training_under_another_spec_than_the_index_in_service_is_refused(rivers, tmp_path):
     from data.corpus import Corpus
-    from retriever_server.indexes.base import index_kind
+    from retriever_server.indexes.manifest import index_kind
 
     made = build_model(recipe(rivers, tmp_path))
     save_encoder(made.model, made.spec, tmp_path / "served")

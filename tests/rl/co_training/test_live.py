@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from data.errors import RetrieverError, RetrieverRefused, RetrieverUnavailable
-from retriever_server.indexes.base import read_manifest
+from retriever_server.indexes.manifest import read_manifest
 from rl.co_training import live
 from tests.retriever_server.answering import answering
 from tests.retriever_server.running import build_numbered_index, running_server

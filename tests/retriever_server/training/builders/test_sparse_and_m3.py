@@ -15,7 +15,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.indexes.base import index_kind
+from retriever_server.indexes.manifest import index_kind
 from retriever_server.retrievers.fuse import Fuse
 from retriever_server.training.builders.m3 import m3
 from retriever_server.training.builders.sparse import deepimpact, splade, unicoil
