@@ -14,16 +14,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from data.errors import StorageError
-from data.joined_corpus import JoinedCorpus
 
 if TYPE_CHECKING:
-    from data.corpus import Corpus
+    from data.corpus import Corpus, JoinedCorpus
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +126,8 @@ def _load(corpus: Corpus, loading: Future[Columns | JoinedColumns]) -> None:
 
 
 def _columns_of(corpus: Corpus) -> Columns | JoinedColumns:
-    if isinstance(corpus, JoinedCorpus):
-        return JoinedColumns(corpus)
+    if corpus.parts[0] is not corpus:
+        return JoinedColumns(cast("JoinedCorpus", corpus))
     with _ONE_AT_A_TIME:
         return Columns(_kept(corpus))
 

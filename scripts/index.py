@@ -100,7 +100,7 @@ def main(config: IndexConfig) -> None:
     is started again. --add and --delete change the index at `out`: a new generation, without a rebuild.
     """
     if config.verify is not None:
-        from retriever_server.indexes.manifest import verify_index
+        from retriever_server.indexes.base import verify_index
 
         whole = verify_index(config.verify)
         print(f"whole: {whole.corpus_count:,} passages in {config.verify} (generation {whole.generation})")
@@ -128,6 +128,7 @@ def _change(config: IndexConfig) -> None:
     )
     from data.corpus import Corpus
     from retriever_server.indexes.living import add, delete
+    from retriever_server.indexes.manifest import read_manifest
     from scripts.console import track
 
     place = Path(config.out)
@@ -135,17 +136,22 @@ def _change(config: IndexConfig) -> None:
         _refuse(config, ("replace",), "--add")
         deleted = delete(place, ids := _ids(config.delete))
         return _say_change(f"deleted {len(ids):,};", deleted, config.out)
-    passages, encoder = Corpus(config.add or ""), None
+    passages, manifest = Corpus(config.add or ""), read_manifest(place)
+    encoder = _encoder_of(config, place, manifest) if config.encoder or manifest.spec else None
+    added = add(place, passages, encoder, config.replace, progress=track("encoding passages"))
+    _say_change(f"added {len(passages):,};", added, config.out)
+
+
+def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
+    """Return the encoder that is given, else the one that built the index."""
+    from retriever_server.encoders.loading import load_encoder
+    from retriever_server.indexes.manifest import built_spec
+
     if config.encoder is None:
         _refuse(config, _ENCODER, "--encoder")
-    else:
-        from retriever_server.encoders.loading import load_encoder
-
-        options = {name: getattr(config, name) for name in _ENCODER}
-        encoder = load_encoder(config.encoder, device=config.device, **options)
-    how = {"device": config.device, "progress": track("encoding passages")}
-    added = add(place, passages, encoder, config.replace, **how)
-    _say_change(f"added {len(passages):,};", added, config.out)
+        return load_encoder(built_spec(place, manifest), device=config.device)
+    options = {name: getattr(config, name) for name in _ENCODER}
+    return load_encoder(config.encoder, device=config.device, **options)
 
 
 def _ids(given: str) -> list[str]:
@@ -192,7 +198,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     from data.hub import find_model
     from retriever_server.encoders.loading import load_encoder
     from retriever_server.encoders.spec import ENCODERS
-    from retriever_server.indexes.base import building
+    from retriever_server.indexes.generation import building
     from retriever_server.indexes.manifest import index_kind
     from scripts.console import track
     from scripts.on_ray.encode import encode_on_ray

@@ -168,7 +168,8 @@ def _write_crops(corpus: Any, config: MineConfig) -> str:
 def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
     """The passages: of a file, else of the first retriever that is, or holds, an index on this machine."""
     from data.corpus import Corpus
-    from retriever_server.indexes.manifest import MANIFEST, corpus_of
+    from retriever_server.indexes.manifest import MANIFEST
+    from retriever_server.indexes.open_corpus import corpus_of
 
     if path:
         return Corpus(path)

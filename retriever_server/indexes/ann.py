@@ -17,8 +17,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import ConfigError
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.indexes.base import merge
-from retriever_server.indexes.encoded import Ranking
+from retriever_server.indexes.base import Ranking, merge
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.shards import Shards
 from retriever_server.indexes.vector_store import Rows

@@ -17,22 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from data.corpus import Corpus, hash_text
+from data.corpus import Corpus, JoinedCorpus, hash_text
 from data.errors import ConfigError, DataError, require
-from data.joined_corpus import JoinedCorpus
 from data.records import Passage
 from retriever_server.indexes.analyzers import WORDS, Analyzer, load_analyzer, spaceless_share
-from retriever_server.indexes.base import (
-    Index,
-    Ranking,
-    building,
-    found_at,
-    merge,
-    open_index,
-    write_generation,
-)
+from retriever_server.indexes.base import Index, Ranking, merge, open_index
 from retriever_server.indexes.bm25_statistics import Restated, Statistics, count_from
 from retriever_server.indexes.checksums import save_array
+from retriever_server.indexes.generation import building, found_at, write_generation
 from retriever_server.indexes.manifest import Manifest, generation_name
 from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
 from retriever_server.indexes.term_counts import TermCounts, count_terms
@@ -172,6 +164,18 @@ class BM25Index(Index):
         """As `Index.write_part`."""
         _write(folder, corpus, settings, iter)
 
+    @classmethod
+    def prepare(cls, path: Path, corpus: Corpus, settings: dict[str, Any]) -> list[str]:
+        """As `Index.prepare`: the tokens of each passage, which indexes of earlier versions did not keep."""
+        if settings.get("scoring") == "tfidf":
+            given = "whose weights depend on all passages"
+            raise ConfigError(f"{path}: scored by tfidf, {given}; build the index again")
+        if not (path / LENGTHS).exists():
+            analyze, boost = _analyzer(settings), settings["title_boost"]
+            lengths = [len(analyze(each.title)) * boost + len(analyze(each.text)) for each in corpus]
+            save_array(path / LENGTHS, np.array(lengths, np.int32))
+        return [LENGTHS]
+
     def write_merged(self, folder: Path) -> None:
         """As `Index.write_merged`; to the last bit what is built of the passages."""
         corpus = self.corpus
@@ -229,15 +233,6 @@ class _Part:
         rows = np.searchsorted(self.words, words)
         inside = np.flatnonzero(rows < len(self.words))
         return rows[inside][self.words[rows[inside]] == words[inside]].tolist()
-
-
-def note_lengths(path: Path, corpus: Corpus, settings: dict[str, Any]) -> None:
-    """Count the tokens of each passage, which indexes of earlier versions did not keep."""
-    if (path / LENGTHS).exists():
-        return
-    analyze, boost = _analyzer(settings), settings["title_boost"]
-    lengths = [len(analyze(each.title)) * boost + len(analyze(each.text)) for each in corpus]
-    save_array(path / LENGTHS, np.array(lengths, np.int32))
 
 
 def _analyzer(settings: dict[str, Any]) -> Analyzer:

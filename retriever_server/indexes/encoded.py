@@ -10,22 +10,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from data.corpus import Corpus
+from data.corpus import Corpus, JoinedCorpus
 from data.errors import ConfigError, DataError
-from data.joined_corpus import JoinedCorpus
 from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
-from retriever_server.indexes.base import (
-    Index,
-    PositionSearch,
-    Ranking,
-    building,
-    found_at,
-    open_index,
-    write_generation,
-)
+from retriever_server.indexes.base import Index, PositionSearch, Ranking, open_index
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.manifest import Manifest, generation_name
+from retriever_server.indexes.generation import building, found_at, write_generation
+from retriever_server.indexes.manifest import Manifest, built_spec, check_same, generation_name
 from retriever_server.indexes.shards import Progress, Shards, silent
 from retriever_server.retriever import Filter, Query
 
@@ -252,24 +244,6 @@ class EncodedIndex(VectorSearch, Index):
             return self.stored(self.row(position))
 
         check_encodes(self.encoder, self.corpus, positions, stored, self.path, self.whole)
-
-
-def built_spec(path: Path, manifest: Manifest) -> EncodingSpec:
-    """Return the spec of the encoder that built the index."""
-    try:
-        spec = EncodingSpec(**manifest.spec)
-    except (TypeError, ConfigError) as error:
-        raise DataError(f"{path}: its manifest was changed: {error}") from error
-    if spec.hash != manifest.spec_hash:
-        raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
-    return spec
-
-
-def check_same(path: Path, manifest: Manifest, encoder: Encoder) -> None:
-    """DataError if the encoder is not the one that built the index."""
-    spec = built_spec(path, manifest)
-    if encoder.spec.hash != spec.hash:
-        raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")
 
 
 def check_encodes(

@@ -12,8 +12,9 @@ from data.atomic import stamp_of
 from data.corpus import Corpus
 from data.errors import CorpusChanged, DataError
 from retriever_server.encoders.spec import Encoder, Vectors
+from retriever_server.indexes.base import Ranking
 from retriever_server.indexes.checksums import sample_hash
-from retriever_server.indexes.encoded import Ranking, VectorSearch, check_encodes
+from retriever_server.indexes.encoded import VectorSearch, check_encodes
 from retriever_server.indexes.vector_store import Rows
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from data.corpus import Corpus
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.indexes.encoded import EncodedIndex, Ranking
+from retriever_server.indexes.base import Ranking
+from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.shards import Shards
 from retriever_server.indexes.vector_store import Rows
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from data.corpus import Corpus
+from data.corpus import Corpus, JoinedCorpus
 from data.errors import require
-from data.joined_corpus import JoinedCorpus
 from retriever_server.encoders.spec import EncodingSpec, Vectors
-from retriever_server.indexes.base import merge
+from retriever_server.indexes.base import Ranking, merge
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.encoded import EncodedIndex, Ranking
+from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
 from retriever_server.indexes.shards import Shards
 

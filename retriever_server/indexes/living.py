@@ -22,26 +22,25 @@ from typing import Any
 
 import numpy as np
 
-from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.corpus import Corpus, JoinedCorpus
+from data.errors import DataError
 from data.formats.rows import passage_row
-from data.joined_corpus import JoinedCorpus
 from data.jsonl import write_json, write_jsonl
 from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Role, Vectors
-from retriever_server.indexes.base import building, write_generation
-from retriever_server.indexes.bm25 import LENGTHS, note_lengths
 from retriever_server.indexes.checksums import file_hash, sample_hash, save_array
-from retriever_server.indexes.encoded import built_spec, check_same
+from retriever_server.indexes.generation import building, write_generation
 from retriever_server.indexes.manifest import (
     MANIFEST,
     Manifest,
+    built_spec,
+    check_same,
     generation_name,
     index_kind,
-    open_corpus,
     part_manifests,
     read_manifest,
 )
+from retriever_server.indexes.open_corpus import open_corpus
 from retriever_server.retriever import Input
 
 MOST_PARTS = 8
@@ -54,21 +53,20 @@ def add(
     passages: Iterable[Passage],
     encoder: Encoder | None = None,
     replaces: bool = False,
-    device: str = "auto",
     **how: Any,
 ) -> Manifest:
     """Add passages to the index in the folder `path`; only these are encoded.
 
-    encoder: the one that built the index, loaded if not given. replaces: a passage takes the place of the one
+    encoder: the one that built the index, if one did. replaces: a passage takes the place of the one
     with its id. how: `progress` of the encoding. Raises DataError for an id that is there already, or another
     encoder, and as `open_index`.
     """
     with building(path):
         manifest, corpus = _read(path)
-        if encoder and not manifest.spec:
-            raise DataError(f"{path}: an index of kind {manifest.kind} takes no encoder")
-        if manifest.spec:
-            encoder = encoder or _load(path, manifest, device)
+        if (encoder is None) == bool(manifest.spec):
+            takes = "needs its" if manifest.spec else "takes no"
+            raise DataError(f"{path}: an index of kind {manifest.kind} {takes} encoder")
+        if encoder:
             check_same(path, manifest, encoder)
         name = _next(path, manifest)
         write_jsonl(file := path / f"{name}.jsonl", (passage_row(each, path) for each in passages))
@@ -146,19 +144,19 @@ class _Unloaded(Encoder):
         raise NotImplementedError
 
 
-def _load(path: Path, manifest: Manifest, device: str) -> Encoder:
-    from retriever_server.encoders.loading import load_encoder
-
-    return load_encoder(built_spec(path, manifest), device=device)
-
-
 def _read(path: Path) -> tuple[Manifest, Corpus]:
     manifest = read_manifest(path)
-    if manifest.settings.get("scoring") == "tfidf":
-        raise ConfigError(
-            f"{path}: scored by tfidf, whose weights depend on all passages; build the index again"
-        )
-    return manifest, open_corpus(path, manifest)
+    corpus = open_corpus(path, manifest)
+    _own_files(path, manifest, corpus)
+    return manifest, corpus
+
+
+def _own_files(path: Path, manifest: Manifest, corpus: Corpus) -> list[str]:
+    """Return the files of the index as it was built, with what changes need beside them."""
+    if "." not in _names(manifest):
+        return []
+    more = index_kind(manifest.kind).prepare(path, corpus.parts[0], manifest.settings)
+    return [name for name in dict.fromkeys([*manifest.files, *more]) if name != manifest.deleted]
 
 
 def _names(manifest: Manifest) -> list[str]:
@@ -209,19 +207,13 @@ def _commit(
     gone = np.ones(sum(map(len, parts)), bool)
     gone[kept] = False
     corpus, deleted = JoinedCorpus(parts, np.flatnonzero(gone)), ""
-    own = [
-        name for name in {**manifest.files, LENGTHS: 0} if "." in names and not name.startswith("deleted-")
-    ]
-    if "." in names and manifest.kind == "bm25":
-        note_lengths(path, parts[0], manifest.settings)
+    own = _own_files(path, manifest, corpus) if "." in names else []
     if gone.any():
         taken = (f"deleted-{number:04d}.npy" for number in count(1))
         deleted = next(name for name in taken if name != manifest.deleted)
         save_array(path / deleted, np.flatnonzero(gone))
-    files = [name for name in (*own, deleted) if name and (path / name).is_file()]
-    settled = {
-        name: manifest.checksums[name] for name in files if name in manifest.checksums and name != deleted
-    }
+    files = [name for name in (*own, deleted) if name]
+    known = {name: manifest.checksums[name] for name in own if name in manifest.checksums}
     new = replace(
         manifest,
         parts={name: part.content_hash for name, part in zip(names, parts, strict=True)},
@@ -231,7 +223,7 @@ def _commit(
         generation=generation_name(manifest.kind, manifest.settings, corpus.content_hash),
         files={name: (path / name).stat().st_size for name in files},
         samples={name: sample_hash(path / name) for name in files},
-        checksums={name: settled.get(name) or file_hash(path / name) for name in files},
+        checksums={name: known.get(name) or file_hash(path / name) for name in files},
     )
     new = replace(new, checksum=new.own_hash)
     write_json(path / MANIFEST, new.as_record())

@@ -12,14 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data.corpus import Corpus
 from data.errors import ConfigError, DataError, SleuthError
-from data.joined_corpus import JoinedCorpus
 from data.jsonl import read_json
 from data.records import FORMAT_VERSION
-from retriever_server.indexes.checksums import check_files, file_hash
+from retriever_server.encoders.spec import Encoder, EncodingSpec
 
 MANIFEST = "manifest.json"
 INDEX_KINDS = {
@@ -80,27 +76,6 @@ class Manifest:
         return [path / name for name in self.parts or (".",)]
 
 
-def check_parts(path: Path, manifest: Manifest, every_byte: bool) -> None:
-    """Check the files of an index, and of all that it joins, as `check_files`."""
-    others = [each for each in part_manifests(path, manifest) if each[0] != path]
-    for folder, part in [(path, manifest), *others]:
-        check_files(folder, part.files, part.samples, part.checksums, every_byte)
-
-
-def verify_index(path: str | Path) -> Manifest:
-    """Read every byte of the index and its corpus; raises DataError naming the first file that differs."""
-    path = Path(path)
-    manifest = read_manifest(path)
-    if manifest.files and not manifest.checksums:
-        raise DataError(f"{path}: was built without checksums; build it again")
-    check_parts(path, manifest, every_byte=True)
-    whole = open_corpus(path, manifest)
-    for corpus in whole.parts:
-        if file_hash(corpus.path)[:16] != corpus.content_hash:
-            raise DataError(f"{corpus.path}: not the corpus of {path}, though of its size; index it again")
-    return manifest
-
-
 def part_manifests(path: Path, manifest: Manifest) -> list[tuple[Path, Manifest]]:
     """Return folder and manifest of each index that the one at `path` joins."""
     parts = []
@@ -151,27 +126,19 @@ def generation_name(kind: str, settings: dict[str, Any], corpus_hash: str) -> st
     return f"{kind}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
 
 
-def corpus_of(path: str | Path) -> Corpus:
-    """Return the corpus of the index in the folder `path`, unchanged; its encoder stays unloaded."""
-    return open_corpus(Path(path), read_manifest(Path(path)))
+def built_spec(path: Path, manifest: Manifest) -> EncodingSpec:
+    """Return the spec of the encoder that built the index."""
+    try:
+        spec = EncodingSpec(**manifest.spec)
+    except (TypeError, ConfigError) as error:
+        raise DataError(f"{path}: its manifest was changed: {error}") from error
+    if spec.hash != manifest.spec_hash:
+        raise DataError(f"{path}: its manifest was changed: spec {spec.hash}, not {manifest.spec_hash}")
+    return spec
 
 
-def open_corpus(path: Path, manifest: Manifest) -> Corpus:
-    """Return the corpus of an index, unchanged. Raises DataError."""
-    if manifest.parts:
-        deleted = np.load(path / manifest.deleted) if manifest.deleted else np.zeros(0, np.int64)
-        parts = [open_corpus(*each) for each in part_manifests(path, manifest)]
-        return JoinedCorpus(parts, deleted)
-    candidates = [path / manifest.corpus_relative_path, Path(manifest.corpus_path)]
-    corpus_path = next((p for p in candidates if p.is_file()), None)
-    if corpus_path is None:
-        raise DataError(f"{path}: its corpus {manifest.corpus_path} is missing")
-    size = corpus_path.stat().st_size
-    if size != manifest.corpus_bytes:
-        was = f"{manifest.corpus_bytes} bytes, now {size}"
-        raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
-    corpus = Corpus(corpus_path, index=path)
-    if corpus.content_hash != manifest.corpus_hash:
-        was = f"hash {manifest.corpus_hash[:12]}, now {corpus.content_hash[:12]}"
-        raise DataError(f"{corpus_path}: changed since {path} was built ({was}); index it again")
-    return corpus
+def check_same(path: Path, manifest: Manifest, encoder: Encoder) -> None:
+    """DataError if the encoder is not the one that built the index."""
+    spec = built_spec(path, manifest)
+    if encoder.spec.hash != spec.hash:
+        raise DataError(f"{path}: built with another encoder ({encoder.spec.differences(spec)})")

@@ -14,8 +14,9 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import require
 from retriever_server.encoders.spec import EncodingSpec, Multi
+from retriever_server.indexes.base import Ranking
 from retriever_server.indexes.checksums import save_array
-from retriever_server.indexes.encoded import EncodedIndex, Ranking
+from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.shards import Shards, quantise
 from retriever_server.indexes.vector_store import Rows
 

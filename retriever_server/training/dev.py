@@ -98,9 +98,9 @@ class DevSet:
         return self.score(lambda place: of.build(self.corpus, place, encoder, "float32", progress=track))
 
     def _reranked(self, model: Any, place: Path) -> Retriever:
-        from retriever_server.indexes.bm25 import BM25Index
+        from retriever_server.indexes.manifest import index_kind
 
-        first = BM25Index.build(self.corpus, place, analyzer="stopwords")
+        first = index_kind("bm25").build(self.corpus, place, analyzer="stopwords")
         return Rerank(first, CrossEncoder(model.eval(), name="the model in training"), _RERANKED)
 
 

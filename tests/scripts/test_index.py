@@ -10,7 +10,8 @@ import torch
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.encoders.loading import load_encoder
-from retriever_server.indexes.base import building, open_index
+from retriever_server.indexes.base import open_index
+from retriever_server.indexes.generation import building
 from tests.processes import sleuth
 from tests.retriever_server.running import run_index
 from tests.retriever_server.tiny_encoders import WORDS, tiny_model

@@ -12,12 +12,12 @@ from data.records import Passage
 from retriever_server.encoders.spec import EncodingSpec, Multi
 from retriever_server.indexes import checksums as integrity
 from retriever_server.indexes.ann import AnnIndex, default_search
-from retriever_server.indexes.base import open_index
+from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
-from retriever_server.indexes.manifest import INDEX_KINDS, verify_index
+from retriever_server.indexes.manifest import INDEX_KINDS
 from retriever_server.indexes.maxsim import FixedEncoding, MaxSimIndex
 from retriever_server.indexes.shards import quantise
 from retriever_server.retrievers.cache import Cached

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever_server.indexes.base import open_index
-from retriever_server.indexes.manifest import verify_index
+from retriever_server.indexes.base import open_index, verify_index
 
 WRITTEN = Path(__file__).parent / "first_version"
 

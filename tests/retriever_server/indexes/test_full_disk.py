@@ -14,10 +14,9 @@ from data.corpus import Corpus
 from data.errors import StorageError
 from data.jsonl import write_jsonl
 from retriever_server.indexes.ann import AnnIndex
-from retriever_server.indexes.base import open_index
+from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.inverted import InvertedIndex
-from retriever_server.indexes.manifest import verify_index
 from retriever_server.indexes.maxsim import MaxSimIndex
 from scripts.__main__ import main
 from tests.processes import Forked

@@ -15,10 +15,11 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, StorageError
 from data.jsonl import write_jsonl
 from retriever_server.indexes import bm25
-from retriever_server.indexes.base import building, open_index
+from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
-from retriever_server.indexes.manifest import MANIFEST, verify_index
+from retriever_server.indexes.generation import building
+from retriever_server.indexes.manifest import MANIFEST
 from tests.retriever_server.tiny_encoders import FakeEncoder
 
 
@@ -223,7 +224,7 @@ def test_an_index_that_is_there_is_taken_from_a_folder_without_the_right_to_writ
     made = BM25Index.build(corpus, tmp_path / "shared/index").generation
     before = sorted(tmp_path.rglob("*"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retriever_server.indexes.base.locked", None)
+        patch.setattr("retriever_server.indexes.generation.locked", None)
         assert BM25Index.build(corpus, tmp_path / "shared/index").generation == made
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -14,10 +14,9 @@ import pytest
 
 from data.errors import ConfigError
 from data.jsonl import write_jsonl
-from retriever_server.indexes.base import open_index
+from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.encoded import EncodedIndex
-from retriever_server.indexes.manifest import verify_index
 from scripts.__main__ import main
 from tests.processes import Forked
 from tests.retriever_server.running import (
