@@ -21,8 +21,8 @@ from retriever_server.server.backends import HotSwappable
 from retriever_server.server.errors import error_replies
 from retriever_server.server.middleware import JsonRoute
 from retriever_server.server.replies import JsonReply
-from retriever_server.server.schema import PassagesBody
-from retriever_server.server.service import CallerOf, SearchService, ServiceOf, check_unicode
+from retriever_server.server.schema import PassagesBody, check_unicode
+from retriever_server.server.service import CallerOf, SearchService, ServiceOf
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parents[1] / "search_page.html"
