@@ -61,6 +61,7 @@ COMMANDS = {
     "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
+    "push": Command("scripts.push", "a trained policy or retriever to the hub, with its model card"),
     "report": Command("scripts.report", "write report.html of a run or of evaluations", "run"),
 }
 QUIET_LOGGERS = (

@@ -1,0 +1,146 @@
+"""The model card of a trained folder, out of what its run left on disk: nothing is typed in by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from agent.evaluation.summary import table
+from data.checkpoint import best_checkpoint, latest_checkpoint
+from data.errors import ConfigError
+from data.hub import MODEL_FILES
+from data.jsonl import read_json, read_jsonl
+from data.significance import estimate, format_estimate
+
+_BASES = ("policy", "model", "base")
+_DATA = ("questions", "dev_questions", "retriever", "train", "dev", "corpus", "demonstrations", "invented")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A folder of a model, with what its run says of it."""
+
+    folder: Path
+    run: Path | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What it is: of models of sentence-transformers those with a spec of ours make vectors."""
+        if (self.folder / "encoding_spec.json").is_file():
+            return "retriever"
+        own = ("modules.json", "config_sentence_transformers.json")
+        return "reranker" if any((self.folder / file).is_file() for file in own) else "policy"
+
+
+_USE = {
+    "retriever": "sleuth index --encoder {name} --corpus corpus.jsonl --out index",
+    "policy": 'sleuth ask "..." --policy {name} --retriever index',
+}
+
+
+def find_trained(folder: Path) -> Trained:
+    """Return the model in a folder, or that of a run: `model`, or its best checkpoint. Raises ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"folder = {str(folder)!r}: no such folder")
+    run = next((at for at in (folder, *folder.resolve().parents[:2]) if (at / "run.json").is_file()), None)
+    model = folder
+    if run == folder and not (model := folder / "model").is_dir():
+        best = best_checkpoint(folder / "checkpoints")
+        found = best[0] if best else latest_checkpoint(folder / "checkpoints")
+        model = found.path if found else folder
+    if not any((model / file).is_file() for file in MODEL_FILES):
+        raise ConfigError(f"folder = {str(folder)!r}: holds no model: none of {', '.join(MODEL_FILES)}")
+    if run is None:
+        record = model / "warm_start.json"
+        return Trained(model, None, read_json(record) if record.is_file() else {})
+    info, config = read_json(run / "run.json"), yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    ended = [] if info["status"] == "finished" else [f"The run is {info['status']}: {info.get('reason')}."]
+    return Trained(model, run, config, [*info.get("notes", []), *ended], info.get("inputs", {}))
+
+
+def evaluations_of(trained: Trained) -> list[Path]:
+    """Return the folders of the run's own evaluations of this very checkpoint."""
+    step = trained.folder.name.removeprefix("step-")
+    at = trained.run / "evaluations" / f"dev-{step}" if trained.run else None
+    return [at] if at and (at / "scores.json").is_file() else []
+
+
+def render_card(trained: Trained, name: str, licence: str, results: Sequence[Path]) -> str:
+    """Return the card: base, data, recipe, results with intervals, limits, licence."""
+    base = next((str(trained.config[key]) for key in _BASES if trained.config.get(key)), None)
+    head: dict[str, Any] = {
+        "license": licence,
+        "library_name": "transformers" if trained.kind == "policy" else "sentence-transformers",
+        "tags": ["sleuth", trained.kind],
+    }
+    if base and base.count("/") == 1 and not Path(base).exists():
+        head["base_model"] = base
+    use = f"\n\n```sh\n{_USE[trained.kind].format(name=name)}\n```" if trained.kind in _USE else ""
+    told = [f"- {note}" for note in trained.notes]
+    if not results:
+        told.append("- It was not evaluated: no results came with it.")
+    recipe = yaml.safe_dump(_without_places(trained.config), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}\n\nA {trained.kind}, trained with Sleuth.{use}",
+        f"## Base\n\n{_without_places(base) if base else 'Not recorded.'}",
+        f"## Data\n\n{_data(trained)}",
+        f"## Recipe\n\n```yaml\n{recipe}```" if trained.config else "## Recipe\n\nNot recorded.",
+        "## Results\n\n" + ("\n\n".join(map(_result, results)) or "None."),
+        "## Limits\n\n" + ("\n".join(told) or "- None are recorded beyond what the results show."),
+        f"## Licence\n\n{licence}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(trained: Trained) -> str:
+    rows = [
+        f"- {key}: `{yaml.safe_dump(_without_places(trained.config[key]), default_flow_style=True).strip()}`"
+        f"{f' (hash {trained.inputs[key]})' if key in trained.inputs else ''}"
+        for key in _DATA
+        if trained.config.get(key)
+    ]
+    return "\n".join(rows).replace("\n...", "") or "Not recorded."
+
+
+def _result(folder: Path) -> str:
+    """Return the table of an evaluation, of a policy or a retriever. ConfigError where it is none."""
+    if (folder / "queries.jsonl").is_file():
+        scored = [row["scores"] for row in read_jsonl(folder / "queries.jsonl")]
+        columns = ("metric", "queries", "mean [95 %]")
+        rows = [
+            (metric, str(len(values)), _estimate(values))
+            for metric in scored[0]
+            if (values := [row[metric] for row in scored if metric in row])
+        ]
+    elif (folder / "scores.json").is_file():
+        columns, rows = table(read_json(folder / "scores.json"))
+    else:
+        raise ConfigError(f"results: {folder} holds neither scores.json nor queries.jsonl of an evaluation")
+    lines = [columns, ["---"] * len(columns), *rows]
+    written = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"`{folder.name}`, with intervals of 95 % over clusters of questions:\n\n{written}"
+
+
+def _estimate(values: Sequence[float]) -> str:
+    [found] = estimate(np.array(values)[:, None], list(map(str, range(len(values)))))
+    return format_estimate(found)
+
+
+def _without_places(value: Any) -> Any:
+    """Return the value with the last name of each path of this machine."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    is_path = isinstance(value, str) and (value.startswith(("/", "~", ".")) or os.path.exists(value))
+    return Path(value).name if is_path else value
