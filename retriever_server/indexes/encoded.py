@@ -197,6 +197,10 @@ class EncodedIndex(VectorSearch, Index):
     def __len__(self) -> int:
         """Count the passages indexed."""
 
+    def reopened(self) -> Index:
+        """As `Index.reopened`, with the encoder that is loaded, which needs no check any more."""
+        return open_index(self.path, **{**self.options, "encoder": self.encoder, "recheck": 0})
+
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:

@@ -106,17 +106,14 @@ def compact(path: Path, first: int = 0) -> Manifest:
         merged = _joined(corpus, first)
         if not manifest.parts or (len(merged.parts) == 1 and merged.rows is None):
             return manifest
-        name = _next(path, manifest)
-        write_jsonl(file := path / f"{name}.jsonl", (passage_row(each, path) for each in merged))
-        _, of = part_manifests(path, manifest)[first]
-        parts = {part: manifest.parts[part] for part in names[first:]}
-        given = (path, replace(of, parts=parts), merged)
-        index = index_kind(of.kind)(*given, *([_Unloaded(built_spec(path, manifest))] if of.spec else []))
-        _generation(path / name, of, part := Corpus(file), index.write_merged)
-        before = int(sum(map(len, corpus.parts[:first])))
+        before = sum(map(len, corpus.parts[:first]))
         rows = _rows(corpus, np.arange(len(corpus)))
-        kept = np.concatenate([rows[rows < before], before + np.arange(len(part))])
-        return _commit(path, manifest, [*corpus.parts[:first], part], [*names[:first], name], kept)
+        kept, left = rows[rows < before], (corpus.parts[:first], names[:first])
+        if not len(merged):
+            return _commit(path, manifest, *left, kept)
+        name, part = _write_merged(path, manifest, first, merged)
+        kept = np.concatenate([kept, before + np.arange(len(part))])
+        return _commit(path, manifest, [*left[0], part], [*left[1], name], kept)
 
 
 def due(corpus: Corpus) -> int | None:
@@ -193,6 +190,17 @@ def _write_part(
         index_kind(of.kind).write_part(folder, added, of.settings, encoder=encoder, place=path / name, **how)
 
     _generation(path / name, of, added, write)
+
+
+def _write_merged(path: Path, manifest: Manifest, first: int, merged: JoinedCorpus) -> tuple[str, Corpus]:
+    """Build one index of all parts from the `first` on; return its name and corpus."""
+    name, (_, of) = _next(path, manifest), part_manifests(path, manifest)[first]
+    write_jsonl(file := path / f"{name}.jsonl", (passage_row(each, path) for each in merged))
+    of_parts = replace(of, parts={part: manifest.parts[part] for part in _names(manifest)[first:]})
+    encoder = [_Unloaded(built_spec(path, manifest))] if of.spec else []
+    index = index_kind(of.kind)(path, of_parts, merged, *encoder)
+    _generation(path / name, of, part := Corpus(file), index.write_merged)
+    return name, part
 
 
 def _generation(place: Path, of: Manifest, corpus: Corpus, write: Callable[[Path], None]) -> None:

@@ -26,6 +26,7 @@ from retriever_server.indexes.flat import FlatIndex
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.manifest import read_manifest
 from retriever_server.indexes.maxsim import MaxSimIndex
+from retriever_server.indexes.open_corpus import corpus_of
 from retriever_server.indexes.postings import MaxScore
 from tests.processes import Forked
 from tests.retriever_server.tiny_encoders import FakeEncoder
@@ -178,12 +179,11 @@ def test_one_passage_added_encodes_one(tmp_path):
         "flat", passages_of(random.Random(3), [str(i) for i in range(300)]), tmp_path / "i", encoder
     )
     before = encoder.encoded
-    living.add(index.path, [Passage("new", "north")], encoder)
-    assert encoder.encoded == before + 1
-    living.delete(index.path, ["7"])
+    index = index.add([Passage("new", "north")]).delete(["7"])
     living.compact(index.path)
+    index = index.reopened()
     assert encoder.encoded == before + 1
-    assert index.reopened().search(["north"], 1)[0][0].passage.id == "new"
+    assert index.search(["north"], 1)[0][0].passage.id == "new"
 
 
 def test_wrong_changes_are_refused_and_change_nothing(tmp_path):
@@ -239,6 +239,19 @@ def test_many_small_changes_are_merged_now_and_then_and_large_parts_seldom(tmp_p
     assert_equal(index, build("bm25", kept[60:], tmp_path / "rebuilt"), random.Random(7))
 
 
+def test_parts_of_which_nothing_is_left_go_and_the_folder_can_be_moved(tmp_path):
+    kept = passages_of(random.Random(8), [str(i) for i in range(6)])
+    index = build("bm25", kept[:4], tmp_path / "index").add(kept[4:]).delete(["4", "5"])
+    assert list(living.compact(index.path, 1).parts) == ["."]
+    index = index.reopened().add(kept[4:]).delete(["0"])
+    (tmp_path / "to").mkdir()
+    for name in ("index", "index.jsonl"):
+        (tmp_path / name).rename(tmp_path / "to" / name)
+    verify_index(tmp_path / "to" / "index")
+    rebuilt = build("bm25", kept[1:], tmp_path / "rebuilt")
+    assert_equal(open_index(tmp_path / "to" / "index"), rebuilt, random.Random(8))
+
+
 def grow(folder: Path) -> None:
     for number in range(1, 40):
         living.add(folder, [Passage(str(number), "fox")])
@@ -257,34 +270,39 @@ def test_searches_meanwhile_see_one_generation_each(tmp_path):
     assert process.wait(timeout=20) == 0 and len(seen) > 3
 
 
-def change_on_and_on(folder: Path) -> None:
-    number = len(open_index(folder).corpus)
+def change_on_and_on(folder: Path, encoder: FakeEncoder | None) -> None:
+    number = len(read_ids(folder))
     while True:
-        living.add(folder, [Passage(str(number), f"fox w{number}")])
+        living.add(folder, [Passage(str(number), f"fox w{number}")], encoder)
         number += 1
         if number % 5 == 0:
             living.delete(folder, [str(number - 1)])
-            living.add(folder, [Passage(str(number - 1), f"fox w{number - 1}")])
+            living.add(folder, [Passage(str(number - 1), f"fox w{number - 1}")], encoder)
         if number % 7 == 0:
             living.compact(folder, number % 2)
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_the_old_or_the_new_generation_is_there(tmp_path, kills):
-    build("bm25", [Passage(str(i), f"fox w{i}") for i in range(4)], tmp_path / "index")
+def read_ids(folder: Path) -> list[str]:
+    return [passage.id for passage in corpus_of(folder)]
+
+
+@pytest.mark.parametrize("kind", ["bm25", "flat"])
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_old_or_the_new_generation_is_there(tmp_path, kind, kills):
+    folder, encoder = tmp_path / "index", None if kind == "bm25" else FakeEncoder()
+    build(kind, [Passage(str(i), f"fox w{i}") for i in range(4)], folder, encoder)
     rng = random.Random(kills)
     for _ in range(kills):
-        process = Forked(change_on_and_on, tmp_path / "index")
-        before = read_manifest(tmp_path / "index").generation
+        before, process = read_manifest(folder).generation, Forked(change_on_and_on, folder, encoder)
         end = time.monotonic() + 60
-        while read_manifest(tmp_path / "index").generation == before and time.monotonic() < end:
+        while read_manifest(folder).generation == before and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=20)
-        verify_index(tmp_path / "index")
-        index = open_index(tmp_path / "index")
-        ids = [passage.id for passage in index.corpus]
+        verify_index(folder)
+        index = open_index(folder, **({"encoder": encoder} if encoder else {}))
+        ids = read_ids(folder)
         assert sorted(ids, key=int) in ([str(i) for i in range(n)] for n in (len(ids), len(ids) + 1))
-        hits = index.search([f"w{id_}" for id_ in ids], 1)
+        hits = index.search([f"fox w{id_}" for id_ in ids], 1)
         assert [hit.passage.id for [hit] in hits] == ids
