@@ -17,8 +17,8 @@ from data.errors import ConfigError
 from data.hub import MODEL_FILES
 from data.jsonl import read_json, read_jsonl
 from data.significance import estimate, format_estimate
+from rl.demonstrations import RECORD_FILE, warm_start_notes
 
-_BASES = ("policy", "model", "base")
 _DATA = ("questions", "dev_questions", "retriever", "train", "dev", "corpus", "demonstrations", "invented")
 
 
@@ -60,8 +60,9 @@ def find_trained(folder: Path) -> Trained:
     if not any((model / file).is_file() for file in MODEL_FILES):
         raise ConfigError(f"folder = {str(folder)!r}: holds no model: none of {', '.join(MODEL_FILES)}")
     if run is None:
-        record = model / "warm_start.json"
-        return Trained(model, None, read_json(record) if record.is_file() else {})
+        record = model / RECORD_FILE
+        notes = warm_start_notes(str(model))
+        return Trained(model, None, read_json(record) if record.is_file() else {}, notes)
     info, config = read_json(run / "run.json"), yaml.safe_load((run / "config.yaml").read_text("utf-8"))
     ended = [] if info["status"] == "finished" else [f"The run is {info['status']}: {info.get('reason')}."]
     return Trained(model, run, config, [*info.get("notes", []), *ended], info.get("inputs", {}))
@@ -76,7 +77,7 @@ def evaluations_of(trained: Trained) -> list[Path]:
 
 def render_card(trained: Trained, name: str, licence: str, results: Sequence[Path]) -> str:
     """Return the card: base, data, recipe, results with intervals, limits, licence."""
-    base = next((str(trained.config[key]) for key in _BASES if trained.config.get(key)), None)
+    base = _base_of(trained.config)
     head: dict[str, Any] = {
         "license": licence,
         "library_name": "transformers" if trained.kind == "policy" else "sentence-transformers",
@@ -100,6 +101,14 @@ def render_card(trained: Trained, name: str, licence: str, results: Sequence[Pat
         f"## Licence\n\n{licence}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _base_of(config: Mapping[str, Any]) -> str | None:
+    """Return what was trained: a policy, or what a retriever's model is built on."""
+    found = config.get("policy") or config.get("model")
+    if isinstance(found, Mapping):
+        return found.get("init_args", {}).get("base") or found["class_path"]
+    return found
 
 
 def _data(trained: Trained) -> str:

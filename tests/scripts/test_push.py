@@ -1,6 +1,7 @@
 """What is pushed to the hub, and the card that says what it is, made of the run alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +93,19 @@ def test_a_dry_run_prints_card_and_files_and_sends_nothing(run, hub, capsys):
 
 
 def test_a_retriever_has_the_intervals_of_its_queries(tmp_path, hub):
-    model = Path(tiny_model(tmp_path / "run", "dense")).rename(tmp_path / "model")
+    model = tmp_path / "run" / "model"
+    trained = {"class_path": "dense", "init_args": {"base": "org/bert"}}
+    with RunDir(tmp_path / "run", {"model": trained, "train": [{"examples": "/data/e.jsonl"}]}):
+        shutil.copytree(tiny_model(tmp_path / "tiny", "dense"), model)
     write_json(model / "encoding_spec.json", {})
     values = np.random.default_rng(0).random(50).tolist()
     rows = [{"id": str(i), "scores": {"nDCG@10": value}} for i, value in enumerate(values)]
     write_jsonl(tmp_path / "beir" / "queries.jsonl", rows)
     results = json.dumps([str(tmp_path / "beir")])
-    assert push(model, "me/retriever", "--licence", "mit", "--results", results) == 0
+    assert push(tmp_path / "run", "me/retriever", "--licence", "mit", "--results", results) == 0
     card = hub["me/retriever"]["README.md"]
     assert "sleuth index --encoder me/retriever" in card and "- retriever\n" in card
+    assert "base_model: org/bert" in card and "- train: `[{examples: e.jsonl}]`" in card
     assert f"| nDCG@10 | 50 | {np.mean(values):.3f} [" in card
     assert "modules.json" in hub["me/retriever"]["files"]
 
