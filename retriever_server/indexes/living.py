@@ -13,8 +13,9 @@ one without what was deleted; nothing is encoded again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus, JoinedCorpus
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.formats.rows import passage_row
 from data.jsonl import write_json, write_jsonl
 from data.records import Passage
@@ -45,6 +46,8 @@ from retriever_server.retriever import Input
 
 MOST_PARTS = 8
 """More are merged in the background of a server."""
+PATIENCE_SECONDS = 30.0
+"""So long a change waits for another one that is under way."""
 _MOST_DELETED = 0.2
 
 
@@ -61,7 +64,7 @@ def add(
     with its id. how: `progress` of the encoding. Raises DataError for an id that is there already, or another
     encoder, and as `open_index`.
     """
-    with building(path):
+    with _alone(path):
         manifest, corpus = _read(path)
         if (encoder is None) == bool(manifest.spec):
             takes = "needs its" if manifest.spec else "takes no"
@@ -85,7 +88,7 @@ def add(
 
 def delete(path: Path, ids: Sequence[str]) -> Manifest:
     """Delete passages from the index in the folder `path`. Raises DataError naming an id that is unknown."""
-    with building(path):
+    with _alone(path):
         manifest, corpus = _read(path)
         known = corpus.positions(ids)
         if (known < 0).any():
@@ -100,7 +103,7 @@ def delete(path: Path, ids: Sequence[str]) -> Manifest:
 
 def compact(path: Path, first: int = 0) -> Manifest:
     """Merge the parts of the index in the folder `path`, from the `first` on, into one."""
-    with building(path):
+    with _alone(path):
         manifest, corpus = _read(path)
         names = _names(manifest)
         merged = _joined(corpus, first)
@@ -128,6 +131,23 @@ def due(corpus: Corpus) -> int | None:
     if len(sizes) <= MOST_PARTS:
         return None
     return next(i for i in range(len(sizes)) if sizes[i] <= 4 * sum(sizes[i + 1 :]) or i == len(sizes) - 2)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the index against others that write it; one that does so now is waited for. Raises ConfigError."""
+    read_manifest(path)  # where there is no index nothing is locked
+    with ExitStack() as held:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                held.enter_context(building(path))
+                break
+            except ConfigError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
 
 
 class _Unloaded(Encoder):

@@ -23,6 +23,7 @@ from retriever_server.indexes.ann import AnnIndex
 from retriever_server.indexes.base import open_index, verify_index
 from retriever_server.indexes.bm25 import BM25Index
 from retriever_server.indexes.flat import FlatIndex
+from retriever_server.indexes.generation import building
 from retriever_server.indexes.inverted import InvertedIndex
 from retriever_server.indexes.manifest import read_manifest
 from retriever_server.indexes.maxsim import MaxSimIndex
@@ -250,6 +251,16 @@ def test_parts_of_which_nothing_is_left_go_and_the_folder_can_be_moved(tmp_path)
     verify_index(tmp_path / "to" / "index")
     rebuilt = build("bm25", kept[1:], tmp_path / "rebuilt")
     assert_equal(open_index(tmp_path / "to" / "index"), rebuilt, random.Random(8))
+
+
+def test_a_change_waits_for_another_and_names_it_in_the_end(tmp_path, monkeypatch):
+    index = build("bm25", passages_of(random.Random(9), ["1", "2"]), tmp_path / "index")
+    one, two = (Forked(living.add, index.path, [Passage(id_, "fox")]) for id_ in "ab")
+    assert one.wait(timeout=30) == two.wait(timeout=30) == 0
+    assert sorted(read_ids(index.path)) == ["1", "2", "a", "b"]
+    monkeypatch.setattr(living, "PATIENCE_SECONDS", 0.1)
+    with building(index.path), pytest.raises(ConfigError, match="being built there by process"):
+        living.delete(index.path, ["1"])
 
 
 def grow(folder: Path) -> None:

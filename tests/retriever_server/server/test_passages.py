@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 
 from retriever_server.indexes import living
 from retriever_server.indexes.base import open_index
+from retriever_server.indexes.generation import building
 from retriever_server.retrievers.fuse import Fuse
 from retriever_server.server.app import create_app
 from retriever_server.server.backends import HotSwappable
@@ -84,11 +85,15 @@ def test_only_administrators_change_passages(server):
     assert server.post("/admin/passages", content="{", headers=ADMIN).status_code == 400
 
 
-def test_what_is_no_index_and_an_index_that_is_being_changed_are_409(live):
+def test_what_is_no_index_and_an_index_that_is_being_built_are_409(server, live, monkeypatch):
     index = live.current.retriever
-    app = create_app(Fuse([index, index]), token="t", admin_token="admin")
-    with TestClient(app) as server:
+    monkeypatch.setattr(living, "PATIENCE_SECONDS", 0.1)
+    with building(index.path):
         answer = change(server, delete=["1"])
+    assert answer.status_code == 409 and "being built there by process" in answer.json()["detail"]
+    app = create_app(Fuse([index, index]), token="t", admin_token="admin")
+    with TestClient(app) as other:
+        answer = change(other, delete=["1"])
         assert answer.status_code == 409 and "Fuse: passages are deleted from an index" in answer.text
 
 
