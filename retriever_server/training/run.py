@@ -20,6 +20,7 @@ from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
 from data.progress import Bar, no_bar
+from data.sharding import shard
 from retriever_server.encoders.read_spec import outer_transformers
 from retriever_server.encoders.spec import CROSS, EncodingSpec
 from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled
@@ -34,7 +35,7 @@ from retriever_server.training.build_components import (
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
 from retriever_server.training.recipe import RetrieverRecipe
-from retriever_server.training.trainer import Log, Progress, make_trainer
+from retriever_server.training.trainer import Log, Progress, load_tensors, make_trainer, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,16 @@ def train(
     if not trainer.args.should_save:
         return None
     best = best_checkpoint(out / "checkpoints") if recipe.export == "best" else None
-    if best and best[0].step != trainer.state.global_step:
+    last = best[0] if best else latest_checkpoint(out / "checkpoints")
+    assert last is not None
+    if best and last.step != trainer.state.global_step:
         metric = trainer.args.metric_for_best_model
-        logger.info("exporting step %d, the best (%s %.4f)", best[0].step, metric, best[1])
-        trainer.load_weights(best[0].path)
-    _warn_if_worse(trainer, out, best[0].step if best else trainer.state.global_step)
+        logger.info("exporting step %d, the best (%s %.4f)", last.step, metric, best[1])
+    _warn_if_worse(trainer, out, last.step)
+    if recipe.shard:  # the processes that hold the other parts have left
+        return export(_build_from(last.path, recipe, trainer.args.device), trained.spec, out / "model")
+    if last.step != trainer.state.global_step:
+        trainer.load_weights(last.path)
     # Without the wrapper that computes in bfloat16: what is saved serves in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return export(model, trained.spec, out / "model")
@@ -113,6 +119,10 @@ def build_trainer(
     prepared: Prepared | None = None,
 ) -> tuple[Any, ModelInTraining]:
     """Build the trainer that is ready to train, all checks passed, and what it trains."""
+    if recipe.shard and _processes() == 1:
+        raise ConfigError(
+            "shard = true: one process trains; start several: accelerate launch --num_processes N"
+        )
     _quiet()
     set_seed(recipe.seed)
     examples = (prepared or prepare(recipe)).sets
@@ -127,11 +137,7 @@ def build_trainer(
         args.ddp_static_graph = True  # each tower is in some of the forward passes of a step, always the same
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
-    if recipe.lora.rank:
-        from data.lora import add_adapters
-
-        for transformer in outer_transformers(model):
-            add_adapters(transformer, recipe.lora, recipe.seed)
+    _add_adapters(model, recipe)
     if recipe.gradient_checkpointing:
         for transformer in outer_transformers(model):
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -151,7 +157,33 @@ def build_trainer(
 
         trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
+    if recipe.shard:
+        _divide(trainer, recipe)
     return trainer, trained
+
+
+def _add_adapters(model: Any, recipe: RetrieverRecipe) -> None:
+    if recipe.lora.rank:
+        from data.lora import add_adapters
+
+        for transformer in outer_transformers(model):
+            add_adapters(transformer, recipe.lora, recipe.seed)
+
+
+def _build_from(checkpoint: Path, recipe: RetrieverRecipe, device: Any) -> Any:
+    """Return the model of a checkpoint, whole in this process."""
+    set_seed(recipe.seed)
+    model = build_model(recipe).model
+    _add_adapters(model, recipe)
+    load_tensors(checkpoint, tensors_of(model), "model.")
+    return model.to(device)
+
+
+def _divide(trainer: Any, recipe: RetrieverRecipe) -> None:
+    """Divide the weights over the processes (FSDP2), which then average their gradients by themselves."""
+    half = recipe.precision == "bfloat16" and trainer.args.device.type == "cuda"
+    shard(trainer.model, torch.bfloat16 if half else None)
+    trainer.is_distributed_loading_by_transformers = True  # the trainer wraps no such model
 
 
 def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet], dev: Any) -> Any:

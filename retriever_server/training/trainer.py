@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
 from data.errors import ConfigError, DataError, RunStopped, SleuthError
+from data.sharding import copy_whole, gather
 from retriever_server.encoders.spec import Kind
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -33,6 +35,8 @@ class Training:
     args: Any
     model: Any
     loss: Any
+    optimizer: Any
+    lr_scheduler: Any
     state: Any
     control: Any
     accelerator: Any
@@ -83,12 +87,13 @@ class Training:
         states = Path(self.args.output_dir) / ".random-states"
         states.mkdir(parents=True, exist_ok=True)
         self._save_rng_state(str(states))  # type: ignore[attr-defined]
+        weights, optimizer = gather(self._tensors(), self.args.should_save), self._optimizer_state()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             save_checkpoint(
                 self._folder,
                 self.state.global_step,
-                lambda to: self._write(to, states),
+                lambda to: self._write(to, states, weights, optimizer),
                 self.args.save_total_limit,
             )
             best, state = best_checkpoint(self._folder), self.state
@@ -97,9 +102,34 @@ class Training:
                 mark_best(self._folder, state.global_step, state.best_metric)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, states: Path) -> None:
-        save_file({n: v.detach().contiguous().clone() for n, v in self._tensors().items()}, folder / WEIGHTS)
-        self._save_optimizer_and_scheduler(str(folder))  # type: ignore[attr-defined]
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state, whole where this process saves; all processes must ask."""
+        state = self.optimizer.state_dict()
+        kept = {number: gather(each, self.args.should_save) for number, each in state["state"].items()}
+        return {**state, "state": kept}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take over what a checkpoint holds; of divided weights each process keeps its part alone."""
+        if checkpoint is None:
+            return
+        state = torch.load(
+            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
+        )
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for number, moments in state["state"].items():
+            for name, value in moments.items():
+                if value.shape == weights[number].shape:
+                    moments[name] = torch.empty_like(weights[number], requires_grad=False)
+                    copy_whole(moments[name], value)
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _write(
+        self, folder: Path, states: Path, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]
+    ) -> None:
+        save_file({n: v.detach().contiguous().clone() for n, v in weights.items()}, folder / WEIGHTS)
+        torch.save(optimizer, folder / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))  # type: ignore[attr-defined]
         self.state.save_to_json(str(folder / "trainer_state.json"))
         for state in states.iterdir():
@@ -111,23 +141,29 @@ class Training:
 
     def load_weights(self, checkpoint: Path) -> None:
         """Put the weights of a checkpoint into the model and the loss."""
-        state = load_file(checkpoint / WEIGHTS)
-        ours = self._tensors()
-        if set(ours) != set(state):
-            odd = min(set(ours) ^ set(state))
-            raise DataError(f"{checkpoint}: of another model ({odd} is only in one of them)")
-        with torch.no_grad():
-            for name, value in state.items():
-                ours[name].copy_(value)
+        load_tensors(checkpoint, self._tensors())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Trained tensors and buffers by name, each once, whatever wraps the model."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
-        named |= {f"model.{name}": value for name, value in model.named_buffers()}
         known = {id(value) for value in model.parameters()}
         own = ((name, value) for name, value in self.loss.named_parameters() if id(value) not in known)
-        return named | {f"loss.{name}": value for name, value in own if value.requires_grad}
+        return tensors_of(model) | {f"loss.{name}": value for name, value in own if value.requires_grad}
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained tensors and buffers of a model by name."""
+    named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
+    return named | {f"model.{name}": value for name, value in model.named_buffers()}
+
+
+def load_tensors(checkpoint: Path, into: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+    """Write those of a checkpoint whose names begin so. Raises DataError where others are expected."""
+    state = {n: v for n, v in load_file(checkpoint / WEIGHTS).items() if n.startswith(prefix)}
+    if odd := set(into) ^ set(state):
+        raise DataError(f"{checkpoint}: of another model ({min(odd)} is only in one of them)")
+    for name, value in state.items():
+        copy_whole(into[name], value)
 
 
 class Scores(BaseEvaluator):

@@ -21,18 +21,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from agent.vision import text_trunk
 from data.errors import ConfigError
 from data.records import Question
+from data.sharding import gather, layers_of, shard, whole
 from rl.algorithm.answer_likelihood import probe_key, probes
 from rl.algorithm.credit import TrainingBatch, assign_advantages
 from rl.algorithm.losses import token_weights, value_loss
@@ -52,7 +52,7 @@ from rl.learner.lora import (
 )
 from rl.learner.optimizer import Optimizer
 from rl.learner.packing import check_packing
-from rl.learner.workers import Totals, Workers, add_total, gather, shard, whole
+from rl.learner.workers import Totals, Workers, add_total
 
 if TYPE_CHECKING:
     from agent.policy import Policy
@@ -335,14 +335,10 @@ def _share(groups: Sequence[Group], number: int, parts: int, count: int) -> list
     return [row for row, group in enumerate(numbers) if group * parts // count == number]
 
 
-def _layers(module: nn.Module) -> list[Any]:
-    return [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
-
-
 def _shard(module: nn.Module, dtype: str) -> None:
     """Share out a module's weights; they stay in float32, and are computed with in `dtype`."""
     half = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available()) else None
-    shard(module, _layers(module), half)
+    shard(module, half)
 
 
 @contextmanager
@@ -352,7 +348,7 @@ def _recomputing(module: nn.Module | None) -> Generator[None]:
     They do so in training mode only, which would cost the engine its cache and everyone dropout: so
     the layers alone are in it, and only now.
     """
-    layers = [layer for layer in _layers(module) if layer.gradient_checkpointing] if module else []
+    layers = [layer for layer in layers_of(module) if layer.gradient_checkpointing] if module else []
     for layer in layers:
         layer.training = True
     try:

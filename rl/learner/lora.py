@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from data.errors import DataError
 from data.lora import ADAPTER, add_adapters
-from rl.learner.workers import copy_whole, whole
+from data.sharding import copy_whole, whole
 
 if TYPE_CHECKING:
     from data.settings import LoraConfig

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from data.sharding import copy_whole, whole
 from rl.algorithm.presets import AlgorithmConfig
-from rl.learner.workers import copy_whole, whole
 
 
 class Optimizer:

@@ -145,12 +145,13 @@ def test_killed_by_the_kernel_and_started_again_equals_unbroken(rivers, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_with_twice_the_batch(rivers, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_what_one_does_with_twice_the_batch(shard, rivers, tmp_path):
     still = base(rivers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = component("dense", base=still, max_tokens=24)
     common = {"model": model, "no_duplicates": False, "steps": 3, "save_every": 3}
     one = settings(rivers, tmp_path / "one", **{**common, "batch_size": 16})
-    two = settings(rivers, tmp_path / "two", **{**common, "batch_size": 8})
+    two = settings(rivers, tmp_path / "two", **{**common, "batch_size": 8, "shard": shard})
     subprocess.run([*COMMAND, write(tmp_path / "one.yaml", one)], check=True)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts"]
     command = [sys.executable, *launch, "train-retriever", "--config", write(tmp_path / "two.yaml", two)]

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from agent.policy import Policy
 from agent.protocol import COMPACT
 from data.settings import LoraConfig
+from data.sharding import whole
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import TrainConfig
 from rl.learner.learner import Learner
-from rl.learner.workers import Workers, join_workers, whole
+from rl.learner.workers import Workers, join_workers
 from rl.rollouts import Collected
 from tests.fakes import tiny_model
 from tests.rl.learner.learning import GROUPS, VOCABULARY, configure, make_groups

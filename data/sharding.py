@@ -1,0 +1,56 @@
+"""Weights that are divided over the processes of a training (FSDP2): divide, gather, write into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def layers_of(module: nn.Module) -> list[Any]:
+    """The layers of transformers in a module: what is divided, or computed again, one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
+
+
+def shard(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Divide the parameters of a module over all processes, layer by layer (FSDP2); compute in `dtype`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in [*layers_of(module), module]:
+        fully_shard(layer, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is divided over the processes, which all must ask; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool, on_host: bool = True) -> dict[str, Tensor]:
+    """The full tensors where `keep`, else none; all processes must ask.
+
+    Those that are divided become whole one after the other, and with `on_host` go to host memory: a device
+    need not hold more than one beside the shares. Others are not copied.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            kept[name] = full.cpu() if on_host and full is not tensor else full
+    return kept
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Write a full tensor into one that may be divided over the processes."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
