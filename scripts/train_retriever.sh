@@ -4,8 +4,8 @@
 #   sleuth convert ... ; sleuth mine ...        (docs/training-retrievers.md)
 #   bash scripts/train_retriever.sh METHOD EXAMPLES.jsonl CORPUS.jsonl [--key value ...]
 #
-# METHOD: dpr, bge, splade, colbert, cross_encoder, dse, colpali, gme. Batch sizes are a process's; negatives are
-# gathered across all. Options given here win. Not run at this scale yet.
+# METHOD: dpr, bge, splade, colbert, cross_encoder, dse, colpali, gme, repllama, e5_mistral. Batch sizes are a
+# process's; negatives are gathered across all. Options given here win. Not run at this scale yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,7 +32,12 @@ case $method in
   colpali) negatives=0; paper=(--batch_size 32 --epochs 5 --learning_rate 2e-4) ;;
   # Zhang et al. 2024: 8 hard negatives, temperature .03, LoRA.
   gme) negatives=8; paper=(--batch_size 16 --epochs 1 --learning_rate 1e-4) ;;
-  *) echo "train_retriever.sh: method $method: must be one of dpr bge splade colbert cross_encoder dse colpali gme" >&2
+  # Ma et al. 2023: batch 128, 15 hard negatives, LoRA. 7B: the weights are divided.
+  repllama) negatives=15; paper=(--batch_size 16 --epochs 1 --learning_rate 1e-4 --sharding fsdp) ;;
+  # Wang et al. 2023: batch 2,048, one hard negative, LoRA. 7B: the weights are divided.
+  e5_mistral) negatives=1; paper=(--batch_size 256 --steps 1000 --learning_rate 1e-4 --sharding fsdp) ;;
+  *) echo "train_retriever.sh: method $method: must be one of dpr bge splade colbert cross_encoder dse colpali gme" \
+      "repllama e5_mistral" >&2
     exit 2 ;;
 esac
 train="[{\"examples\": \"$examples\", \"corpus\": \"$corpus\", \"negatives\": $negatives,

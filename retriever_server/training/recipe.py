@@ -130,8 +130,8 @@ class RetrieverRecipe:
     """Precision of the computation; weights stay as the builder loads them."""
     gradient_checkpointing: bool = False
     """Compute activations again instead of keeping them."""
-    shard: bool = False
-    """Divide weights, gradients and the optimiser's state over the processes (FSDP2), for large models."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: divide weights, gradients and the optimiser's state over the processes (FSDP2)."""
     no_duplicates: bool = True
     """No text twice in a batch of all processes, where it would be its own negative."""
     serves: str | None = None

@@ -81,7 +81,7 @@ def train(
         metric = trainer.args.metric_for_best_model
         logger.info("exporting step %d, the best (%s %.4f)", last.step, metric, best[1])
     _warn_if_worse(trainer, out, last.step)
-    if recipe.shard:  # the processes that hold the other parts have left
+    if recipe.sharding == "fsdp":  # the processes that hold the other parts have left
         return export(_build_from(last.path, recipe, trainer.args.device), trained.spec, out / "model")
     if last.step != trainer.state.global_step:
         trainer.load_weights(last.path)
@@ -119,7 +119,7 @@ def build_trainer(
     prepared: Prepared | None = None,
 ) -> tuple[Any, ModelInTraining]:
     """Build the trainer that is ready to train, all checks passed, and what it trains."""
-    if recipe.shard and _processes() == 1:
+    if recipe.sharding == "fsdp" and _processes() == 1:
         raise ConfigError(
             "shard = true: one process trains; start several: accelerate launch --num_processes N"
         )
@@ -135,6 +135,8 @@ def build_trainer(
     loss = build_loss(recipe, trained, _processes())
     if _processes() > 1 and hasattr(model[0], "sub_modules") and not uses_gradient_cache(loss):
         args.ddp_static_graph = True  # each tower is in some of the forward passes of a step, always the same
+    if _processes() > 1 and trained.kind is CROSS:  # DDP finds what was used in a dict, in no BatchEncoding
+        model.register_forward_hook(lambda module, given, found: dict(found))
     if spec is not None and args.should_save:  # only the first of several processes can write a model
         check_before(model, loss, spec, recipe.serves)
     _add_adapters(model, recipe)
@@ -157,7 +159,7 @@ def build_trainer(
 
         trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
-    if recipe.shard:
+    if recipe.sharding == "fsdp":
         _divide(trainer, recipe)
     return trainer, trained
 

@@ -100,6 +100,7 @@ def test_a_model_or_a_loss_on_the_line_takes_the_place_of_the_one_in_the_file(ri
         (["--loss", "{class: Mine}"], "loss: must be a mapping of class_path and init_args"),
         (["--model", "{class_path: dense"], "model: got '{class_path: dense', expected"),
         (["--serves", "nowhere"], "nowhere: no such folder"),
+        (["--sharding", "fsdp"], "sharding = fsdp: one process trains; several do by accelerate launch"),
     ],
 )
 def test_a_wrong_word_is_one_line_and_exit_status_2(words, says, rivers, tmp_path, capsys):
@@ -144,21 +145,41 @@ def test_killed_by_the_kernel_and_started_again_equals_unbroken(rivers, tmp_path
     assert numbers[0] == numbers[1]
 
 
+def twice(rivers, tmp_path, two, **given):
+    """The weights that one process trains, and two with half the batch each and the options `two`."""
+    common = {"no_duplicates": False, "steps": 3, "save_every": 3, **given}
+    write(tmp_path / "one.yaml", settings(rivers, tmp_path / "one", **{**common, "batch_size": 16}))
+    write(tmp_path / "two.yaml", settings(rivers, tmp_path / "two", **{**common, "batch_size": 8, **two}))
+    subprocess.run([*COMMAND, str(tmp_path / "one.yaml")], check=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts"]
+    command = [sys.executable, *launch, "train-retriever", "--config", str(tmp_path / "two.yaml")]
+    subprocess.run(command, check=True)
+    return weights(tmp_path / "one"), weights(tmp_path / "two")
+
+
+def apart(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_train_what_one_does_with_twice_the_batch(shard, rivers, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_train_what_one_does_with_twice_the_batch(sharding, rivers, tmp_path):
     still = base(rivers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = component("dense", base=still, max_tokens=24)
-    common = {"model": model, "no_duplicates": False, "steps": 3, "save_every": 3}
-    one = settings(rivers, tmp_path / "one", **{**common, "batch_size": 16})
-    two = settings(rivers, tmp_path / "two", **{**common, "batch_size": 8, "shard": shard})
-    subprocess.run([*COMMAND, write(tmp_path / "one.yaml", one)], check=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts"]
-    command = [sys.executable, *launch, "train-retriever", "--config", write(tmp_path / "two.yaml", two)]
-    subprocess.run(command, check=True)
+    alone, together = twice(rivers, tmp_path, {"sharding": sharding}, model=model)
     start = load_file(f"{still['folder']}/model.safetensors")
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
-    moved = max(float((alone[n] - start[f"bert.{n}"]).abs().max()) for n in alone if f"bert.{n}" in start)
-    apart = max(float((alone[name] - together[name]).abs().max()) for name in alone)
-    assert moved > 1e-3
-    assert apart < 1e-5
+    assert (
+        apart({n: w for n, w in alone.items() if f"bert.{n}" in start}, {n[5:]: w for n, w in start.items()})
+        > 1e-3
+    )
+    assert apart(alone, together) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_reranker(rivers, tmp_path):
+    still = base(rivers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    files = {"examples": str(rivers / "examples.jsonl"), "corpus": str(rivers / "corpus.jsonl")}
+    given = {"model": component("cross_encoder", base=still, max_tokens=24), "passage_template": "{contents}"}
+    given |= {"loss": component("BinaryCrossEntropyLoss"), "train": [{**files, "form": "pair"}]}
+    alone, together = twice(rivers, tmp_path, {}, **given)
+    assert apart(alone, together) < 1e-5

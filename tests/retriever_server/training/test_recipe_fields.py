@@ -267,7 +267,7 @@ SHOWN = {
     RetrieverRecipe: """steps epochs batch_size accumulate learning_rate warmup schedule weight_decay
         max_grad_norm matryoshka lora precision no_duplicates dev save_every keep export log_every seed
         workers passage_template inputs train out
-        model loss gradient_checkpointing serves device resume wandb""",
+        model loss gradient_checkpointing serves device resume wandb sharding""",
     DataConfig: """corpus examples negatives labels draws weight on_error
         labels_of form shares query_prompt weights""",
     DevConfig: "queries qrels corpus metrics limit passages shared",
