@@ -115,7 +115,7 @@ def test_any_changes_equal_a_rebuild(kind, tmp_path, seed, exhaustive):
         kept = passages_of(rng, [str(i) for i in range(rng.randint(3, 12))])
         options = {} if encoder else some_options(rng)
         build(kind, kept, folder / "index", encoder, **options)
-        generations = []
+        seen = {p.id for p in kept}
         for step in range(5):
             change = rng.choice(["add", "add", "delete", "replace", "compact", "merge"])
             if change == "add":
@@ -134,7 +134,11 @@ def test_any_changes_equal_a_rebuild(kind, tmp_path, seed, exhaustive):
                 first = change == "merge" and len(read_manifest(folder / "index").parts) > 1
                 living.compact(folder / "index", int(first))
             index = open_index(folder / "index", **({"encoder": encoder} if encoder else {}))
-            generations.append(index.generation)
+            left = {p.id for p in kept}
+            seen |= left
+            gone = sorted(seen - left)
+            assert (index.corpus.positions(gone) == -1).all() and not any(map(index.corpus.get, gone))
+            assert index.corpus.positions([p.id for p in kept]).tolist() == list(range(len(kept)))
             rebuilt = build(kind, kept, folder / f"rebuilt-{step}", encoder, **options)
             assert_equal(index, rebuilt, rng)
             verify_index(folder / "index")
