@@ -121,7 +121,7 @@ def build_trainer(
     """Build the trainer that is ready to train, all checks passed, and what it trains."""
     if recipe.sharding == "fsdp" and _processes() == 1:
         raise ConfigError(
-            "shard = true: one process trains; start several: accelerate launch --num_processes N"
+            "sharding = fsdp: one process trains; several do by accelerate launch --num_processes N"
         )
     _quiet()
     set_seed(recipe.seed)
