@@ -34,8 +34,12 @@ class Demonstrator:
     """Chance that it stops after one search where the answer needs more."""
     p_third: float = 0.1
     """Chance that it searches a third time after a second."""
+    p_right: float = 0.0
+    """Chance that the name it searches next is the one that leads to the answer, not one drawn at random."""
     compares: bool = False
     """State both values in the thought after both passages of a comparison were read."""
+    tells: bool = False
+    """Tell both values of a comparison in its question, so that no search is needed: practice in comparing."""
     kinds: dict[str, float] = field(
         default_factory=lambda: {"one_hop": 0.6, "two_hop": 0.32, "three_hop": 0.04, "comparison": 0.04}
     )
@@ -123,8 +127,12 @@ def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) ->
     rng = reader.rng
     question = put(ask, rng, True, f"demonstration-{number}")
     reader.begin()
-    reader.search(ask.path[0])
-    if ask.kind == "comparison":
+    told = how.tells and ask.kind == "comparison"
+    if not told:
+        reader.search(ask.path[0])
+    if told:
+        reader.answer(ask.gold_answers[0], think=_values(ask))
+    elif ask.kind == "comparison":
         _compare(ask, reader, how)
     elif ask.kind == "one_hop":
         reader.answer(ask.gold_answers[0], ask.relation)
@@ -135,7 +143,7 @@ def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) ->
     return {
         "id": question.id,
         "kind": ask.kind,
-        "question": question.text,
+        "question": f"{question.text} {_values(ask)}" if told else question.text,
         "golden_answers": list(question.gold_answers),
         "steps": reader.steps,
         "follow_ups": _follow_ups(ask, reader, how) if ask.kind == "one_hop" else [],
@@ -157,14 +165,21 @@ def _follow_ups(ask: Ask, reader: _Reader, how: Demonstrator) -> list[dict[str, 
 
 
 def _wander(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
-    """Search one or two names drawn from those read, then answer from the last passage."""
+    """Search one or two of the names read, then answer from the last passage."""
     rng = reader.rng
-    reader.search(rng.choice(reader.named))
+    reader.search(_next(ask, reader, how))
     p_more = how.p_third if ask.kind == "two_hop" else 1 - how.p_stop
     if reader.named and rng.random() < p_more:
-        reader.search(rng.choice(reader.named))
+        reader.search(_next(ask, reader, how))
     read = reader.searched[-1].facts.get(ask.relation)
     reader.answer(read[0] if read else _guess(ask, reader, wrong=False), ask.relation)
+
+
+def _next(ask: Ask, reader: _Reader, how: Demonstrator) -> Entity:
+    """Draw a name of the passage read last; with p_right the next on the way, if the passage names it."""
+    ahead = [entity for entity in ask.path if entity in reader.named]
+    right = bool(how.p_right and ahead) and reader.rng.random() < how.p_right
+    return ahead[0] if right else reader.rng.choice(reader.named)
 
 
 def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
@@ -173,8 +188,12 @@ def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
         reader.answer(reader.rng.choice(ask.path).name)
     else:
         reader.search(ask.path[1])
-        values = [f"{entity.name} {entity.facts[ask.relation][0]}" for entity in ask.path]
-        reader.answer(ask.gold_answers[0], think=f"{', '.join(values)}." if how.compares else "")
+        reader.answer(ask.gold_answers[0], think=_values(ask) if how.compares else "")
+
+
+def _values(ask: Ask) -> str:
+    """Say of both entities of a comparison what is compared."""
+    return f"{', '.join(f'{entity.name} {entity.facts[ask.relation][0]}' for entity in ask.path)}."
 
 
 def _guess(ask: Ask, reader: _Reader, wrong: bool) -> str:

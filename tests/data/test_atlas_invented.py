@@ -167,6 +167,21 @@ def test_a_demonstrator_that_compares_says_both_values_and_answers_by_them():
     assert compared > 5
 
 
+def test_a_demonstrator_with_p_right_goes_all_the_way():
+    sure = Demonstrator(p_stop=0.0, p_third=0.0, p_right=1.0, kinds={"two_hop": 0.5, "three_hop": 0.5})
+    for record in demonstrations(60, seed=6, demonstrator=sure):
+        assert record["steps"][-1]["answer"] in record["golden_answers"]
+        assert len(record["steps"]) == {"two_hop": 3, "three_hop": 4}[record["kind"]]
+
+
+def test_a_demonstrator_that_tells_puts_both_values_into_the_question_and_searches_nothing():
+    telling = Demonstrator(tells=True, kinds={"comparison": 1.0})
+    for record in demonstrations(30, seed=4, demonstrator=telling):
+        (last,) = record["steps"]
+        assert record["question"].endswith(last["think"]) and last["answer"] in record["golden_answers"]
+        assert len(re.findall(" [0-9][0-9,]*[,.]", last["think"])) == 2
+
+
 def test_a_demonstrator_that_always_stops_never_searches_twice_for_two_hops():
     shown = demonstrations(200, demonstrator=Demonstrator(p_stop=1.0, kinds={"two_hop": 1.0}))
     assert {len(d["steps"]) for d in shown} == {2}
