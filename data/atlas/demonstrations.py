@@ -39,7 +39,7 @@ class Demonstrator:
     compares: bool = False
     """State both values in the thought after both passages of a comparison were read."""
     tells: bool = False
-    """Tell both values of a comparison in its question, so that no search is needed: practice in comparing."""
+    """Tell both values of a comparison in its question, so that no search is needed: practice."""
     kinds: dict[str, float] = field(
         default_factory=lambda: {"one_hop": 0.6, "two_hop": 0.32, "three_hop": 0.04, "comparison": 0.04}
     )
