@@ -179,10 +179,15 @@ class Episode:
         return self.ledger.segments[-1].text
 
     async def write(self, turn: str | Sequence[int]) -> None:
-        """Add a turn that was sampled elsewhere, its text or its token ids, and what it is answered."""
+        """Add a turn that was sampled elsewhere, its text or its token ids, and what it is answered.
+
+        The mark that ends a message is left off after an action: the observation begins with it.
+        """
         encode = self.agent.tokenizer.encode
         ids = encode(turn, add_special_tokens=False) if isinstance(turn, str) else list(turn)
-        await self.take(Completion(ids, [None] * len(ids), FinishReason.STOP, 0))
+        completion = Completion(ids, [None] * len(ids), FinishReason.STOP, 0)
+        acts = not isinstance(self.agent.read_action(ids), Invalid)
+        await self.take(self.agent.without_end(completion) if acts else completion)
 
     async def take(self, completion: Completion) -> None:
         """Add a turn and the reply to it; `outcome` is set where there is none."""

@@ -108,7 +108,7 @@ class SearchEnv(vf.Env[SearchEnvConfig]):
         async with agents.agent.interaction(task) as interaction:
             segment = await interaction.turn()
             while not segment.terminated:
-                await episode.write(segment.last_reply)
+                await episode.write(_sampled(interaction.trace))
                 if episode.outcome:
                     break
                 segment = await interaction.turn(episodes.message(episode))
@@ -116,3 +116,11 @@ class SearchEnv(vf.Env[SearchEnvConfig]):
         interaction.trace.record_reward("sleuth", reward)
         for name, count in episode.trajectory.counts.items():
             interaction.trace.record_metric(name, count)
+
+
+def _sampled(trace: vf.Trace) -> str | list[int]:
+    """The policy's last turn: the tokens sampled, where the client carries them, else its text."""
+    node = next(node for node in reversed(trace.nodes) if node.sampled)
+    thought = node.message.reasoning_content
+    text = (f"<think>{thought}</think>" if thought else "") + (node.message.content or "")
+    return [token for token, mine in zip(node.token_ids, node.mask, strict=True) if mine] or text

@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dialects")
     build_small_index(folder)
     tags = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-    tokenizer = byte_tokenizer("<|im_start|>", END, *tags)
-    tokenizer.eos_token, tokenizer.chat_template = END, QWEN.read_text()
+    tokenizer = byte_tokenizer("<|endoftext|>", "<unk>", "<|im_start|>", END, *tags)
+    tokenizer.eos_token, tokenizer.unk_token, tokenizer.chat_template = END, "<unk>", QWEN.read_text()
     model = tiny_model("qwen2", len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -91,8 +91,8 @@ def through_openenv(world):
     return Seen(said, state.searches, read[-1].reward, ids[: -len(encode(TURNS[-1]))])
 
 
-def through_verifiers(world, monkeypatch):
-    """An episode of the environment package, the policy behind an endpoint of chat completions."""
+def through_verifiers(world, monkeypatch, carries_ids):
+    """An episode of the environment package, the policy behind an endpoint of messages or of tokens."""
     reason = "needs verifiers: examples/verifiers/README.md"
     vf = pytest.importorskip("verifiers.v1", reason=reason)
     monkeypatch.syspath_prepend(str(Path("examples/verifiers").resolve()))
@@ -101,16 +101,29 @@ def through_verifiers(world, monkeypatch):
     @app.post("/v1/chat/completions")
     def complete(body: dict):
         turn = TURNS[sum(message["role"] == "assistant" for message in body["messages"])]
-        message = {"role": "assistant", "content": turn}
+        thought, content = turn.removeprefix("<think>").split("</think>")  # as a reasoning parser does
+        message = {"role": "assistant", "content": content, "reasoning_content": thought}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+    encode, decode = world[2].agent.tokenizer.encode, world[2].agent.tokenizer.decode
+
+    @app.post("/inference/v1/generate")
+    def generate(body: dict):
+        ids = encode(TURNS[decode(body["token_ids"]).count("<|im_start|>assistant") - 1] + END)
+        logprobs = {"content": [{"token": f"token_id:{token}", "logprob": -1.0} for token in ids]}
+        return {"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}]}
 
     names = ("questions", "retriever", "tokenizer")
     taskset = dict(zip(names, world[1], strict=True)) | {"id": "sleuth-search", "rewards": {"f1": 0.5}}
     env = vf.load_environment(vf.resolve_env_config({"taskset": taskset}))
 
     async def play(url):
-        client = vf.EvalClientConfig(base_url=f"{url}/v1", api_key_var="NO_KEY")
+        to = {"base_url": f"{url}/v1", "api_key_var": "NO_KEY"}
+        client = vf.EvalClientConfig(**to)
+        if carries_ids:
+            renderer = {"renderer": {"name": "qwen3"}, "renderer_model_name": world[1][2]}
+            client = vf.TrainClientConfig(**to, **renderer)
         async with env.serving():
             [task] = env.taskset
             [slot] = env.slots(task)
@@ -122,7 +135,10 @@ def through_verifiers(world, monkeypatch):
     [trace] = episode.traces
     said = [m.content for m in trace.branches[-1].messages if m.role == "user"]
     assert "What is it?" in said[0]
-    return Seen(said[1:], trace.metrics["searches"], trace.rewards["sleuth"].value)
+    [branch], ids = trace.branches, None
+    if carries_ids:
+        ids = branch.token_ids[branch.sampled_mask.index(True) : -len(encode(TURNS[-1] + END))]
+    return Seen(said[1:], trace.metrics["searches"], trace.rewards["sleuth"].value, ids)
 
 
 def through_trl_tools(world, tmp_path):
@@ -168,8 +184,10 @@ def test_openenv_conforms(world, ours):
     assert through_openenv(world) == ours
 
 
-def test_verifiers_conforms(world, ours, monkeypatch):
-    assert through_verifiers(world, monkeypatch) == replace(ours, ids=None)
+@pytest.mark.parametrize("carries_ids", [False, True], ids=["messages", "tokens"])
+def test_verifiers_conforms(world, ours, monkeypatch, carries_ids):
+    expected = ours if carries_ids else replace(ours, ids=None)
+    assert through_verifiers(world, monkeypatch, carries_ids) == expected
 
 
 def test_trl_tools_conform(world, ours, tmp_path):
