@@ -98,14 +98,6 @@ class SearchWorld(Environment[Turn, Reading, Progress]):
             episode_id=self.episode_id, step_count=steps, stop_reason=self.episode.outcome, **told
         )
 
-    def list_splits(self) -> list[str]:
-        """All questions are one split."""
-        return ["questions"]
-
-    def num_tasks(self, split: str) -> int:
-        """Number of questions, for the `index` of reset."""
-        return len(self.episodes.questions)
-
     def _read(self) -> Reading:
         assert self.episode is not None
         last = self.episode.ledger.segments[-1]
