@@ -37,6 +37,8 @@ class Training:
     loss: Any
     optimizer: Any
     lr_scheduler: Any
+    is_distributed_loading_by_transformers: bool
+    """Whether the weights are divided over the processes (transformers' name)."""
     state: Any
     control: Any
     accelerator: Any
@@ -105,13 +107,15 @@ class Training:
     def _optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state, whole where this process saves; all processes must ask."""
         state = self.optimizer.state_dict()
+        if not self.is_distributed_loading_by_transformers:
+            return state
         kept = {number: gather(each, self.args.should_save) for number, each in state["state"].items()}
         return {**state, "state": kept}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> Any:
         """Take over what a checkpoint holds; of divided weights each process keeps its part alone."""
-        if checkpoint is None:
-            return
+        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         state = torch.load(
             Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
         )
