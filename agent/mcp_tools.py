@@ -11,13 +11,14 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from agent.tools import TOOLS, Tool
+from data.class_path import Signature
 from data.errors import ConfigError, ToolUnavailable, reason_of, require, require_range
 from data.records import Hit, Passage
 
@@ -46,6 +47,14 @@ class McpConfig:
         require(bool(self.mcp.strip()), "tools.mcp", self.mcp, "a URL or a command")
         require_range(self, "tools.", "> 0", "timeout_seconds")
         require_range(self, "tools.", ">= 1", "max_calls", "max_bytes")
+
+
+def read_config(asked: Mapping[str, Any]) -> McpConfig:
+    """Return the server that an entry of `tools` describes; raises ConfigError and ValueError."""
+    takes = Signature(McpConfig, "a server of tools", "protocol.tools")
+    takes.check_keys(asked)
+    takes.check_required(asked)
+    return McpConfig(**takes.typed(asked))
 
 
 class McpServer:

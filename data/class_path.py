@@ -317,4 +317,4 @@ def wrong_value(message: str) -> tuple[str, str]:
 
 
 def _plain(expected: str) -> str:
-    return re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
+    return re.sub(r"<class '(.+?)'>|Literal\[(.+?)\]", r"\1\2", expected).replace("typing.", "")

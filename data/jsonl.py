@@ -40,7 +40,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
         if b"\\u" in line:
             value = replace_halves_in(value, line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(f"not valid JSON ({error.msg}: column {error.colno})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8 (byte {error.start + 1} of the line)") from error
     except RecursionError as error:
@@ -105,7 +105,7 @@ def read_json(path: str | Path) -> Any:
         return replace_halves_in(json.loads(content.decode("utf-8-sig")), content)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise DataError(f"{where}: not valid JSON ({error.msg}: column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from agent.engines.config import EngineConfig
 from agent.evaluation.judge_config import JudgeConfig
-from agent.mcp_tools import McpConfig
+from agent.mcp_tools import read_config
 from agent.protocol import get_protocol
 from data.errors import require, require_range
 from data.settings import LoraConfig, WandbConfig
@@ -93,7 +93,7 @@ class ProtocolConfig:
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the policy's chat template besides the messages, such as {enable_thinking: false}."""
-    tools: list[str | McpConfig] | None = None
+    tools: list[str | dict[str, Any]] | None = None
     """Tools that the policy may call: [search, open_page, {mcp: URL or command}] (docs/agent.md). None: as
     its folder says."""
     answer_form: Literal["short", "confidence", "cited"] | None = None
@@ -119,6 +119,9 @@ class ProtocolConfig:
         if self.name is not None or self.tools is not None:
             own = [tool for tool in self.tools or ["search"] if isinstance(tool, str)]
             get_protocol(self.name or "search_r1", tools=own)
+        for tool in self.tools or ():
+            if isinstance(tool, dict):
+                read_config(tool)
 
 
 @dataclass(frozen=True)
@@ -300,7 +303,7 @@ class TrainConfig:
         local = not self.deterministic or self.engine.shares_model
         allowed = f"false with engine {self.engine.label}, which batches as requests come"
         require(local, "deterministic", True, allowed)
-        served = any(isinstance(tool, McpConfig) for tool in self.protocol.tools or [])
+        served = any(isinstance(tool, dict) for tool in self.protocol.tools or [])
         require(not (self.deterministic and served), "deterministic", True, "false with tools of MCP servers")
 
 

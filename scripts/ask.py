@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.config import EngineConfig
-from data.errors import RetrieverError
+from data.errors import ConfigError, RetrieverError
 from data.records import Hit, Passage, Question
 from data.text import replace_halves
 from rl.config import ProtocolConfig
@@ -53,6 +53,8 @@ def main(
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
     """
+    if not question.strip():
+        raise ConfigError(f"question = {question!r}: must hold a word")
     from scripts.wiring import open_agent
 
     opened = open_agent(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,10 @@ def main(config: IndexConfig) -> None:
     With --encoder the passages become vectors, shard by shard: a run that was killed goes on when it
     is started again. --add and --delete change the index at `out`: a new generation, without a rebuild.
     """
+    for alone in ("verify", "compact"):
+        if getattr(config, alone) is not None:
+            others = [each.name for each in fields(config) if each.name != alone]
+            _refuse(config, others, f"no --{alone}")
     if config.verify is not None:
         from retriever_server.indexes.base import verify_index
 

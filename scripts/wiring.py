@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from agent.engines.base import Sampling
 from agent.engines.config import EngineConfig
 from agent.engines.open_engine import check_engine
-from agent.mcp_tools import McpConfig, open_server
+from agent.mcp_tools import open_server, read_config
 from agent.policy_folder import find_policy, own_protocol
 from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
@@ -160,7 +160,7 @@ def make_protocol(config: ProtocolConfig, policy: str) -> Protocol:
     told = {**chosen.chat_template_kwargs, **(config.chat_template_kwargs or {})}
     asked_tools = chosen.tools if config.tools is None else config.tools
     tools = [tool for tool in asked_tools if isinstance(tool, str)]
-    servers = tuple(open_server(tool) for tool in asked_tools if isinstance(tool, McpConfig))
+    servers = tuple(open_server(read_config(tool)) for tool in asked_tools if isinstance(tool, dict))
     asked, chosen = chosen, get_protocol(chosen.name, config.titles or chosen.titles, told, tools)
     apart = ("name", "titles", "chat_template_kwargs", "tools")
     limits = {key: value for key, value in asdict(config).items() if key not in apart and value is not None}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from agent.evaluation.judge_config import JudgeConfig
 from agent.evaluation.records import JUDGEMENTS, full_answer, response_of
 from agent.trajectory import Trajectory
-from data.errors import ConfigError, RunStopped
+from data.errors import ConfigError, RunStopped, reason_of
 from data.jsonl import read_jsonl, write_jsonl
 
 YES_NO = """Decide whether an answer to a question is right. It is right if it means the same as one
@@ -193,7 +193,10 @@ def _rubric(config: JudgeConfig) -> tuple[str, re.Pattern[str], bool]:
     }[config.rubric]
     if config.prompt_file is None:
         return prompt, pattern, whole
-    prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+    try:
+        prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"judge.prompt_file: {config.prompt_file}: {reason_of(error)}") from error
     if not re.search(r"\{case\}|\{response\}", prompt):
         raise ConfigError(f"judge.prompt_file: {config.prompt_file} holds neither {{case}} nor {{response}}")
     return prompt, pattern, whole

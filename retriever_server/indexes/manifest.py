@@ -98,7 +98,8 @@ def index_kind(kind: str) -> type[Any]:
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of the index in the folder `path`; raises as `open_index` does."""
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder; `sleuth index` builds an index")
+        what = "is a file, must be the folder of an index" if path.exists() else "no such folder"
+        raise ConfigError(f"{path}: {what}; `sleuth index` builds an index")
     if not (path / MANIFEST).is_file():
         raise ConfigError(f"{path}: no index: {MANIFEST} is missing (build interrupted?)")
     try:

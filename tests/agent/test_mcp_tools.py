@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -131,6 +132,25 @@ def test_wrong_limits_and_names_that_are_taken_are_refused():
         speaking(COMPACT, taken)
     with pytest.raises(ConfigError, match="each name once"):
         replace(HERMES, servers=(taken, taken), tools=("search", "answer", "answer"))
+
+
+@pytest.mark.parametrize(
+    ("server", "says"),
+    [
+        (
+            {"mcp": "x", "tool": ["a"]},
+            r"protocol\.tools\.tool: unknown key; a server of tools takes mcp",
+        ),
+        ({"mcp": "x", "timeout_seconds": "soon"}, "timeout_seconds: got 'soon', expected float"),
+        ({"mcp": "x", "timeout_seconds": 0}, r"tools\.timeout_seconds = 0.0: must be > 0"),
+        ({"tools": ["a"]}, "missing: mcp"),
+    ],
+)
+def test_a_wrong_key_of_a_server_is_named_in_one_line(server, says, tmp_path, capsys):
+    (config := tmp_path / "ask.yaml").write_text(json.dumps({"protocol": {"tools": ["search", server]}}))
+    assert sleuth.main(["ask", "x", "--config", str(config), "--policy", "atlas", "--retriever", "none"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(says, told) and told.count("\n") == 1
 
 
 def test_our_own_server_is_a_peer_by_recipe(tmp_path, capsys):

@@ -71,3 +71,8 @@ def test_a_turn_is_split_into_its_parts_and_a_tool_call_shows_its_query():
         ("thought", "t"),
         ("search", "who?"),
     ]
+
+
+def test_a_question_without_words_is_refused(capsys):
+    assert sleuth.main(["ask", " ", "--policy", "atlas", "--retriever", "none"]) == 2
+    assert capsys.readouterr().err == "sleuth: question = ' ': must hold a word\n"

@@ -51,6 +51,14 @@ def test_a_missing_corpus_is_refused(tmp_path):
         run_index(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
 
 
+@pytest.mark.parametrize("alone", ["verify", "compact"])
+@pytest.mark.parametrize("other", [{"k1": 2.0}, {"add": "more.jsonl"}, {"out": "elsewhere"}])
+def test_what_would_change_nothing_is_refused(alone, other, tmp_path, corpus):
+    run_index(corpus, out := str(tmp_path / "index"))
+    with pytest.raises(ConfigError, match=f"--{next(iter(other))} .*only with no --{alone}"):
+        run_index(**{alone: out}, **other)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99" if not torch.cuda.is_available() else "tpu"])
 def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
     with pytest.raises(ConfigError, match=f"device = .{device}.: must be "):

@@ -223,6 +223,13 @@ def test_what_is_no_run_or_malformed_is_a_one_line_error(tmp_path, capsys):
     assert sleuth(["report", str(tmp_path / "absent")]) == 2
     assert "is no run folder" in capsys.readouterr().err
     make_run(tmp_path)
+    scores = tmp_path / "evaluations" / "after" / "scores.json"
+    for wrong in ([], {"em": {"mean": 1.0}}):
+        kept = scores.read_text()
+        write_json(scores, wrong)
+        with pytest.raises(DataError, match=r"after/scores\.json: holds no scores"):
+            render_report(tmp_path)
+        scores.write_text(kept)
     (tmp_path / "phases.json").write_text('{"seconds": 3}')
     with pytest.raises(DataError, match=r"phases\.json: must be"):
         render_report(tmp_path)

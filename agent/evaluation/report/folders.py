@@ -167,14 +167,22 @@ def _dev(name: str) -> str | None:
 def _em(folder: Path) -> float:
     """Its EM; -1 while it has no scores."""
     file = folder / "scores.json"
-    return read_json(file)["em"]["mean"] if file.exists() else -1.0
+    return _scores(file)["em"]["mean"] if file.exists() else -1.0
+
+
+def _scores(file: Path) -> dict[str, Any]:
+    """Return what `sleuth evaluate` wrote there; DataError where it is something else."""
+    match scores := read_json(file):
+        case {"n": int(), "em": {"mean": _}, "f1": {"mean": _}, "by_kind": dict()}:
+            return scores
+    raise DataError(f"{file}: holds no scores of `sleuth evaluate` (n, em, f1, by_kind); start that again")
 
 
 def _read(name: str, folder: Path) -> Evaluation | None:
     records = {record["id"]: brief(record) for record in iterate_records(folder)}
     file = folder / "scores.json"
     if file.exists():
-        return Evaluation(name, folder, read_json(file), records, True)
+        return Evaluation(name, folder, _scores(file), records, True)
     return Evaluation(name, folder, score(records.values()), records, False) if records else None
 
 

@@ -222,6 +222,13 @@ def test_the_key_is_the_first_line_of_its_file(server, tmp_path):
         Judge(JudgeConfig(server.url, api_key_file=str(tmp_path / "missing")))
 
 
+def test_a_prompt_file_that_cannot_be_read_is_named(server, tmp_path):
+    (binary := tmp_path / "binary").write_bytes(b"\xff")
+    for file in (binary, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match=rf"judge\.prompt_file: .*{file.name}: "):
+            Judge(JudgeConfig(server.url, prompt_file=str(file)))
+
+
 @pytest.mark.parametrize(
     "url", [None, "", "localhost:8000", "ftp://x/v1", "http://", "http://x:99999/v1", "http://[x/v1"]
 )
