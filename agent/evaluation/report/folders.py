@@ -175,7 +175,10 @@ def _scores(file: Path) -> dict[str, Any]:
     match scores := read_json(file):
         case {"n": int(), "em": {"mean": _}, "f1": {"mean": _}, "by_kind": dict()}:
             return scores
-    raise DataError(f"{file}: holds no scores of `sleuth evaluate` (n, em, f1, by_kind); start that again")
+        case _:
+            raise DataError(
+                f"{file}: holds no scores of `sleuth evaluate` (n, em, f1, by_kind); start that again"
+            )
 
 
 def _read(name: str, folder: Path) -> Evaluation | None:
