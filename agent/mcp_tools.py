@@ -18,7 +18,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agent.tools import TOOLS, Tool
-from data.class_path import Signature
 from data.errors import ConfigError, ToolUnavailable, reason_of, require, require_range
 from data.records import Hit, Passage
 
@@ -51,6 +50,8 @@ class McpConfig:
 
 def read_config(asked: Mapping[str, Any]) -> McpConfig:
     """Return the server that an entry of `tools` describes; raises ConfigError and ValueError."""
+    from data.class_path import Signature
+
     takes = Signature(McpConfig, "a server of tools", "protocol.tools")
     takes.check_keys(asked)
     takes.check_required(asked)
