@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from agent.rollout import Agent
     from agent.trajectory import Segment, Trajectory
 
+NO_ANSWER = 3
+"""Exit status."""
 PREVIEW_CHARS = 160
 STYLES = {
     "thought": "italic",
@@ -38,8 +40,10 @@ def main(
     deadline_seconds: float = 30.0,
     device: str = "auto",
     dtype: str = "auto",
-) -> None:
+) -> int:
     """Ask one question; thoughts, searches, passages and the answer appear as they come.
+
+    Exits with 3 where there is no answer.
 
     Args:
         question: What to answer.
@@ -71,6 +75,7 @@ def main(
         raise RetrieverError(trajectory.searches[-1].error)
     answer = trajectory.answer
     print(f"no answer ({trajectory.stop_reason})" if answer is None else answer)
+    return NO_ANSWER if answer is None else 0
 
 
 async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.engines.config import EngineConfig
-from data.errors import EngineError, RetrieverUnavailable
+from data.errors import EngineError, RetrieverUnavailable, require
 from data.jsonl import read_json
 from data.managed_process import ManagedProcess
 from data.run_dir import RunStatus
@@ -52,6 +52,7 @@ def main(
         resume: Go on with the run in `out` though steps have changed.
         engine: What samples: this process, or vLLM servers.
     """
+    require(limit is None or limit >= 1, "limit", limit, ">= 1")
     run = Path(out)
     try:
         _quickstart(run, replace(read_recipe(run, seed, steps, resume), engine=engine), limit)

@@ -53,7 +53,7 @@ def test_thoughts_searches_passages_and_answer_appear_in_order(ask):
 
 def test_a_search_without_hits_and_an_end_without_answer_are_said(ask):
     status, out, _ = ask(["<search> fox</search>"], "--protocol.max_turns", "1", retriever="none")
-    assert status == 0 and "found  nothing" in out
+    assert status == 3 and "found  nothing" in out
     assert out.splitlines()[-1] == "no answer (turn_limit)"
 
 
