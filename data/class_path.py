@@ -312,9 +312,10 @@ def wrong_value(message: str) -> tuple[str, str]:
     union = r'(?s)Parser key "(.+?)":.+Subtypes: \[(.+?)\]\s+Errors:.+Given value: (.*)'
     if found := re.match(union, message):
         key, expected, given = found.groups()
-        return key, f"got {given!r}, expected one of {_plain(expected).replace('NoneType', 'null')}"
+        expected = re.sub(r"Literal\[(.+?)\]", r"\1", _plain(expected)).replace("NoneType", "null")
+        return key, f"got {given!r}, expected one of {expected}"
     return "", " ".join(message.split())
 
 
 def _plain(expected: str) -> str:
-    return re.sub(r"<class '(.+?)'>|Literal\[(.+?)\]", r"\1\2", expected).replace("typing.", "")
+    return re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")

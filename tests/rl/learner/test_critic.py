@@ -95,7 +95,8 @@ def test_gradients_are_those_of_a_plain_loop_however_the_batch_is_cut(packing):
     for tokens in (1, 60, 10_000):
         found = of(lambda critic, tokens=tokens: values_of(critic, batches(tokens, packing)))
         for name, g in expected.items():
-            torch.testing.assert_close(found[name], g, atol=1e-4, rtol=1e-4, msg=name)
+            rounding = 1e-6 * float(g.abs().max())  # small entries are sums of large ones, up to 3,000
+            torch.testing.assert_close(found[name], g, atol=max(1e-4, rounding), rtol=1e-4, msg=name)
 
 
 def test_hidden_states_that_predict_no_policy_token_reach_no_value_and_no_gradient():
