@@ -168,7 +168,7 @@ def test_a_server_of_another_policy_is_not_evaluated(vllm, toy, tmp_path, capsys
     with torch.no_grad():
         vllm.engine.model.get_output_embeddings().weight.div_(0.9)
     assert sleuth.main(argv) == 0
-    assert sleuth.main(["ask", "Who?", *argv[1:3], *argv[5:7], *argv[9:]]) == 0
+    assert sleuth.main(["ask", "Who?", *argv[1:3], *argv[5:7], *argv[9:]]) == 3  # it has no answer
 
 
 def test_what_cannot_be_done_over_http_is_refused(vllm, toy, tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def test_swaps_to_an_identical_retriever_change_no_greedy_trajectory(toy, tmp_pa
         beside = written("beside")
         over.set()
         thread.join()
-    assert alone == beside and len(swaps) >= 2 and b'"hits"' in alone
+    assert alone == beside and swaps and b'"hits"' in alone
 
 
 def test_evaluations_during_training_name_what_answered(toy, tmp_path):
