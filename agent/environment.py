@@ -146,7 +146,7 @@ class Environment:
         return page and [Hit(page, hit.score if hit else 0.0, known.generation if known else "")]
 
     async def _ask_server(self, name: str, argument: str) -> list[Hit] | None:
-        """What the tool of an MCP server returns; None for a call too many."""
+        """Return what the tool of an MCP server returns; None for a call too many."""
         server = next(server for server in self.protocol.servers if name in server.names)
         if sum(call.tool in server.names for call in self.ledger.searches) >= server.max_calls:
             return None

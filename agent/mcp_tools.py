@@ -32,9 +32,9 @@ class McpConfig:
     """A server of the Model Context Protocol, and the limits of its tools."""
 
     mcp: str
-    """Its URL (streamable HTTP), or a command that speaks MCP on its stdin and stdout."""
+    """URL (streamable HTTP), or a command that speaks MCP on its stdin and stdout."""
     tools: tuple[str, ...] | None = None
-    """Those of its tools that are offered; None: all."""
+    """Names of its tools that are offered; None: all."""
     timeout_seconds: float = 30.0
     """The longest that one call may take, a new connection included."""
     max_calls: int = 8
@@ -75,7 +75,7 @@ class McpServer:
         self.names = tuple(tool.name for tool in self.tools)
 
     async def call(self, tool: Tool, argument: str) -> list[Hit] | None:
-        """What a tool returns, as one hit; None where the arguments are none of it.
+        """Return what a tool returns, as one hit; None where the arguments are none of it.
 
         A connection that breaks is made again until `timeout_seconds` are over; raises ToolUnavailable.
         """
@@ -137,7 +137,7 @@ class _Connection:
         self.task = asyncio.create_task(self._hold(unopened))
 
     async def client(self) -> Any:
-        """The client, once it is connected; raises what kept it from that."""
+        """Return the client, once it is connected; raises what kept it from that."""
         return await asyncio.shield(self._ready)
 
     async def _hold(self, unopened: Any) -> None:
@@ -157,7 +157,7 @@ class _Connection:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, of a group of errors the first."""
+    """Return what went wrong, of a group of errors the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return reason_of(error)
@@ -182,7 +182,7 @@ def _is_answer(error: Exception) -> bool:
 
 
 def _as_tool(offered: Any) -> Tool:
-    """A tool of theirs as one of ours: with its one argument by name, else with all of them as JSON."""
+    """Return a tool of theirs as one of ours: with its one argument by name, else all of them as JSON."""
     schema = dict(offered.input_schema)
     properties, needed = schema.get("properties", {}), schema.get("required", [])
     does = " ".join((offered.description or offered.name).split()).rstrip(".")
@@ -198,5 +198,5 @@ def _as_tool(offered: Any) -> Tool:
 
 @cache
 def open_server(config: McpConfig) -> McpServer:
-    """The server of this configuration, asked for its tools once a process."""
+    """Return the server of this configuration, asked for its tools once a process."""
     return McpServer(config)

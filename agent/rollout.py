@@ -164,7 +164,7 @@ class Episode:
         """ledger: where it is written, after the whole turns found there."""
         self.agent, self.question, self.ledger = agent, question, ledger or Ledger()
         self.outcome: StopReason | None = None
-        """None while another turn may be written."""
+        """Stop reason; None while another turn may be written."""
         self._on_segment, self._started = on_segment, time.monotonic()
         world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
         self.environment = Environment(*world, self.ledger)
@@ -175,7 +175,7 @@ class Episode:
 
     @property
     def text(self) -> str:
-        """The last thing that was read or written, such as the prompt or an observation."""
+        """Text that was read or written last, such as the prompt or an observation."""
         return self.ledger.segments[-1].text
 
     async def write(self, turn: str | Sequence[int]) -> None:
@@ -207,7 +207,7 @@ class Episode:
 
     @property
     def trajectory(self) -> Trajectory:
-        """The trajectory as it is; one that is not over would end for want of tokens."""
+        """Trajectory as it is; one that is not over would end for want of tokens."""
         environment = self.environment
         return Trajectory(
             question=self.question,

@@ -41,7 +41,7 @@ class Tool:
         return {"type": "object", "properties": properties, "required": [self.argument]}
 
     def read(self, given: Any) -> str | None:
-        """The argument of a call whose `arguments` these are; None where they are none."""
+        """Return the argument of a call with these `arguments`; None where they are none."""
         if not self.argument:
             return replace_halves(json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else None
         argument = given[self.argument]
@@ -50,7 +50,7 @@ class Tool:
         return replace_halves(argument).strip() if isinstance(argument, str) else None
 
     def arguments(self, argument: str) -> dict[str, Any] | None:
-        """Its inverse; None where the argument is no object."""
+        """Invert it; None where the argument is no object."""
         if self.argument:
             whole = "integer" in self.types and re.fullmatch(r"-?\d{1,15}", argument, re.ASCII)
             return {self.argument: int(argument) if whole and self.parameters else argument}
@@ -80,7 +80,7 @@ class ToolServer(Interface):
     """Calls of a trajectory."""
 
     async def call(self, tool: Tool, argument: str) -> list[Hit] | None:
-        """What a tool returns; None where the arguments are none of it. Raises ToolUnavailable."""
+        """Return what a tool returns; None where the arguments are none of it. Raises ToolUnavailable."""
         ...
 
 

@@ -90,7 +90,7 @@ class Corpus:
 
     @property
     def parts(self) -> Sequence[Corpus]:
-        """The corpora that it joins (see `JoinedCorpus`), or itself."""
+        """Corpora that it joins (see `JoinedCorpus`), or itself."""
         return (self,)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,7 +127,7 @@ class Corpus:
         return None if position is None else self[position]
 
     def position_of(self, passage_id: str) -> int | None:
-        """The position of this id, or None."""
+        """Return the position of this id, or None."""
         wanted = np.uint64(hash_text(passage_id))
         first = int(np.searchsorted(self._hashes, wanted))
         for slot in range(first, len(self)):  # one turn, but for two ids of the same hash
@@ -171,7 +171,7 @@ class JoinedCorpus(Corpus):
         self._made_from: Any = parts, deleted
         self._starts = np.cumsum([0, *map(len, parts)])
         self.alive = np.ones(self._starts[-1], bool)
-        """Whether each row is not deleted. (R,)"""
+        """Mark the rows that are not deleted. (R,)"""
         self.alive[deleted] = False
         self.rows = np.flatnonzero(self.alive).astype(np.int32) if len(deleted) else None
         self.content_hash = join_hashes([part.content_hash for part in parts], deleted)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def layers_of(module: nn.Module) -> list[Any]:
-    """The layers of transformers in a module: what is divided, or computed again, one by one."""
+    """Return the layers of transformers in a module: what is divided, or computed again, one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
@@ -26,13 +26,13 @@ def shard(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that is divided over the processes, which all must ask; others as they are."""
+    """Return a tensor whole, where it is divided over the processes, which all must ask; others as they are."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool, on_host: bool = True) -> dict[str, Tensor]:
-    """The full tensors where `keep`, else none; all processes must ask.
+    """Return the full tensors where `keep`, else none; all processes must ask.
 
     Those that are divided become whole one after the other, and with `on_host` go to host memory: a device
     need not hold more than one beside the shares. Others are not copied.

@@ -54,20 +54,20 @@ class SearchEpisodes:
         self.agent = Agent(Elsewhere(), tokenizer, client, self.protocol)
 
     def begin(self, question: Question) -> Episode:
-        """An episode of one question; what the policy reads first is its `text`."""
+        """Begin an episode of one question; what the policy reads first is its `text`."""
         return Episode(self.agent, question)
 
     def prompt(self, question: Question) -> str:
-        """The instruction as the user's message of a chat, without the chat template around it."""
+        """Return the instruction as the user's message of a chat, without the chat template around it."""
         return self.agent.spoken.prompt(self.agent.sanitize(question.text))
 
     def message(self, episode: Episode) -> str:
-        """What was read last as the content of a message: without the marks between messages around it."""
+        """Return what was read last as the content of a message, without the marks around it."""
         said = episode.text.removesuffix(self.agent.frame.opening(self.protocol))
         return re.sub(r"<\|im_(start|end)\|>(\n|assistant\n|user\n)?", "", said).strip()
 
     def reward(self, episode: Episode) -> float:
-        """The weighted sum of the rewards of an episode.
+        """Return the weighted sum of the rewards of an episode.
 
         Raises RetrieverError where a search failed, RunStopped where a judge did: neither is a 0.
         """

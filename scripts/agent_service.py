@@ -47,7 +47,7 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        """Its text. DataError for what is none."""
+        """Return its text; DataError for what is none."""
         if isinstance(self.content, list):
             if odd := next((part.type for part in self.content if part.type != "text"), None):
                 raise DataError(f"messages: a part of type {odd[:40]!r}; the policy is asked by text alone")

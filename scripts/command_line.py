@@ -103,12 +103,12 @@ def has_preset(parser: ArgumentParser) -> bool:
 
 
 def open_mappings(parser: ArgumentParser) -> set[str]:
-    """The keys whose values are mappings of anything, such as a class_path and its init_args."""
+    """Return the keys whose values are mappings of anything, such as a class_path and its init_args."""
     return {a.dest for a in parser._actions if getattr(a, "_typehint", None) == dict[str, Any]}
 
 
 def keys_inside(argv: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, Any]]:
-    """argv without its options inside mappings of anything, and these.
+    """Return argv without its options inside mappings of anything, and these.
 
     [--model.init_args.base=tiny, --steps=3] -> [--steps=3], {model.init_args.base: tiny}
     """
@@ -127,7 +127,7 @@ def keys_inside(argv: list[str], parser: ArgumentParser) -> tuple[list[str], dic
 
 
 def changed(node: Any, keys: list[str], value: Any) -> Any:
-    """A mapping with the value at a nested key replaced; the argument is unchanged."""
+    """Return a mapping with the value at a nested key replaced; the argument is unchanged."""
     if not keys:
         return value
     below = node if isinstance(node, dict) else {}

@@ -38,11 +38,11 @@ class ServeAgentConfig(AgentLimits, Listening):
     engine: EngineConfig = field(default_factory=EngineConfig)
     """What samples: this process, or vLLM servers."""
     temperature: float = 0.0
-    """Of sampling where the client gives none; 0 is greedy."""
+    """Temperature where the client gives none; 0 is greedy."""
     max_body_bytes: int = 1 << 20
     """The largest request."""
     deadline_seconds: float = 30.0
-    """How long a search is retried."""
+    """Seconds for which a search is retried."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: str = "auto"

@@ -42,7 +42,7 @@ class Reading(Observation):
 
 
 class Progress(State):
-    """How far an episode is."""
+    """Progress of an episode."""
 
     question: str = ""
     searches: int = 0
@@ -88,7 +88,7 @@ class SearchWorld(Environment[Turn, Reading, Progress]):
 
     @property
     def state(self) -> Progress:
-        """The progress of the episode; no gold answer is in it."""
+        """Return the progress of the episode; no gold answer is in it."""
         if self.episode is None:
             return Progress()
         done = self.episode.trajectory

@@ -50,7 +50,7 @@ class ToolEnvironment:
         return await self._call(Answer(answer))
 
     async def get_reward(self) -> float | None:
-        """The reward; None, which TRL leaves out of the mean of the group, where a search failed."""
+        """Return the reward; None, which TRL leaves out of the mean of the group, where a search failed."""
         if self._episode.outcome is StopReason.SEARCH_FAILED:
             return None
         return await asyncio.to_thread(self._episodes.reward, self._episode)
@@ -68,7 +68,7 @@ class ToolEnvironment:
 
 
 def make_factory(episodes: SearchEpisodes) -> tuple[Callable[[], ToolEnvironment], Dataset]:
-    """The `environment_factory` and the `train_dataset` of a GRPOTrainer."""
+    """Return the `environment_factory` and the `train_dataset` of a GRPOTrainer."""
     from datasets import Dataset
 
     if len({question.id for question in episodes.questions}) < len(episodes.questions):

@@ -21,7 +21,7 @@ __all__ = ["SearchEnv", "SearchTaskset", "TurnHarness"]
 
 
 class SearchConfig(vf.TasksetConfig):
-    """What `SearchEpisodes` takes."""
+    """Arguments of `SearchEpisodes`."""
 
     questions: str = ""
     """A file, a folder or a data set, as `sleuth train` takes them."""
@@ -37,7 +37,7 @@ class SearchData(vf.TaskData):
     """A question."""
 
     question: int
-    """Its place in the file."""
+    """Place in the file."""
 
 
 class SearchTask(vf.Task[SearchData]):
@@ -45,7 +45,7 @@ class SearchTask(vf.Task[SearchData]):
 
 
 class SearchTaskset(vf.Taskset[SearchTask, SearchConfig]):
-    """The questions of a file."""
+    """Return the questions of a file."""
 
     @property
     def episodes(self) -> SearchEpisodes:
@@ -54,7 +54,7 @@ class SearchTaskset(vf.Taskset[SearchTask, SearchConfig]):
         return _open(*(getattr(self.config, name) for name in names), tuple(self.config.rewards.items()))
 
     def load(self) -> Iterator[SearchTask]:
-        """A task a question; its prompt is the instruction of the protocol."""
+        """Return a task a question; its prompt is the instruction of the protocol."""
         for number, question in enumerate(self.episodes.questions):
             data = SearchData(id=question.id, question=number, prompt=self.episodes.prompt(question))
             yield SearchTask(data, self.config.task)
@@ -93,7 +93,7 @@ class TurnHarness(vf.Harness[vf.HarnessConfig]):
 
 
 class SearchEnvConfig(vf.EnvConfig):
-    """The one who searches."""
+    """Role of the one who searches."""
 
     agent: vf.AgentConfig = vf.AgentConfig(runtime=vf.SubprocessConfig())
 
@@ -119,7 +119,7 @@ class SearchEnv(vf.Env[SearchEnvConfig]):
 
 
 def _sampled(trace: vf.Trace) -> str | list[int]:
-    """The policy's last turn: the tokens sampled, where the client carries them, else its text."""
+    """Return the policy's last turn: the tokens sampled, where the client carries them, else its text."""
     node = next(node for node in reversed(trace.nodes) if node.sampled)
     thought = node.message.reasoning_content
     text = (f"<think>{thought}</think>" if thought else "") + (node.message.content or "")

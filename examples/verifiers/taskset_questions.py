@@ -51,7 +51,7 @@ def _row(taskset: str, data: Any, answer: str) -> dict[str, Any]:
 
 
 def taskset_reward(trajectory: Trajectory) -> float:
-    """What the taskset's own rewards give the answer, as a conversation's last message; 0 without one."""
+    """Return what the taskset's own rewards give the answer as the last message; 0 without one."""
     found = trajectory.question.metadata.get(KEY)
     if found is None:
         raise ConfigError(f"question {trajectory.question.id!r}: is of no taskset: metadata has no {KEY!r}")

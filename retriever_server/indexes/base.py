@@ -83,10 +83,10 @@ class Index(PositionSearch):
     manifest: Manifest
     path: Path
     options: dict[str, Any]
-    """Those that it was opened with."""
+    """Arguments that it was opened with."""
     kind: ClassVar[str]
     part_kind: ClassVar[str]
-    """The kind of index that passages are added as."""
+    """Return the kind of index that passages are added as."""
 
     @classmethod
     def part_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:

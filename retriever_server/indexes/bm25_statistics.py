@@ -72,7 +72,7 @@ class Restated(Postings):
     built: Statistics
     whole: Statistics
     frequency: Callable[[int], int]
-    """In how many passages of the whole a term stands."""
+    """Count the passages of the whole in which a term stands."""
     _kept: dict[int, np.ndarray] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

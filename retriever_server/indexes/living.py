@@ -45,9 +45,9 @@ from retriever_server.indexes.open_corpus import open_corpus
 from retriever_server.retriever import Input
 
 MOST_PARTS = 8
-"""More are merged in the background of a server."""
+"""Parts beyond which a server merges them in the background."""
 PATIENCE_SECONDS = 30.0
-"""So long a change waits for another one that is under way."""
+"""Time that a change waits for another one that is under way."""
 _MOST_DELETED = 0.2
 
 
@@ -155,7 +155,7 @@ class _Unloaded(Encoder):
         self.spec = spec
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
-        """Nothing is encoded."""
+        """Encode nothing: it is never asked to."""
         raise NotImplementedError
 
 

@@ -56,7 +56,7 @@ class Manifest:
     checksum: str = ""
     """Hash of all the other fields."""
     parts: dict[str, str] = field(default_factory=dict)
-    """Of an index that was changed: folder -> corpus hash of the indexes that it joins ("." is its own)."""
+    """Parts of an index that was changed: folder -> corpus hash of what it joins ("." is its own)."""
     deleted: str = ""
     """The file of the rows that were deleted, ascending."""
 

@@ -115,6 +115,7 @@ def _checked(rows: list[Any], what: str) -> list[Any]:
 
 
 def present(found: _Found | None, name: str) -> _Found:
+    """Return what the retriever has; 404 where it has none."""
     if found is None:
         raise HTTPException(404, f"the retriever has no {name}")
     return found

@@ -43,7 +43,7 @@ class Access:
     """Who may ask what. A token comes as `Authorization: Bearer ...` or as `X-API-Key`."""
 
     token: str | None = field(default=None, repr=False)
-    """Needed for all but reading what is `OPEN_TO_ALL`."""
+    """Token needed for all but reading what is `OPEN_TO_ALL`."""
     admin_token: str | None = field(default=None, repr=False)
     """Needed to administer, and good for all else; without it `token` administers."""
     hosts: Collection[str] | None = None
