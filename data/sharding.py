@@ -26,7 +26,7 @@ def shard(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, where it is divided over the processes, which all must ask; others as they are."""
+    """Return a tensor whole: all processes must ask for one that is divided; others are as they are."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather else tensor
 

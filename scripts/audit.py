@@ -19,9 +19,11 @@ def main(questions: str, corpus: Path, split: str | None = None, out: Path | Non
     """
     from data.answerability import answerable, audit, show_rows, write_audit
     from data.corpus import Corpus
+    from data.errors import require
     from data.questions import load_questions
     from scripts.console import show_table, track
 
+    require(out is None or not out.is_file(), "out", str(out), "a folder, not a file")
     asked = load_questions(questions, split)
     if corpus.is_dir():
         from retriever_server.indexes.base import open_index

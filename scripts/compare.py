@@ -39,6 +39,8 @@ def main(
     from scripts.console import show_table, waiting
 
     require(flipped >= 0, "flipped", flipped, ">= 0")
+    for name, file in {"csv": csv, "markdown": markdown, "json": json}.items():
+        require(file is None or not file.is_dir(), name, str(file), "a file, not a folder")
     with waiting("reading the runs"):
         read = read_runs(runs)
         compared = compare(read, common)

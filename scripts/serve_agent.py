@@ -34,9 +34,9 @@ class ServeAgentConfig(AgentLimits, Listening):
     name: str | None = None
     """Name of the model to clients; none: that of the policy or of its folder."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """How the policy speaks, and its limits: turns, and tokens of a turn and of the whole."""
+    """Protocol of the policy, and its limits: turns, and tokens of a turn and of the whole."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """What samples: this process, or vLLM servers."""
+    """Engine that samples: this process, or vLLM servers."""
     temperature: float = 0.0
     """Temperature where the client gives none; 0 is greedy."""
     max_body_bytes: int = 1 << 20

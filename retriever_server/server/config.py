@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """Where a server listens, to whom, and how it stops."""
+    """Address at which a server listens, to whom, and how it stops."""
 
     host: str = "127.0.0.1"
     """Address to listen on. The default is seen by this machine only."""

@@ -38,7 +38,7 @@ class Training:
     optimizer: Any
     lr_scheduler: Any
     is_distributed_loading_by_transformers: bool
-    """Whether the weights are divided over the processes (transformers' name)."""
+    """True where the weights are divided over the processes (transformers' name)."""
     state: Any
     control: Any
     accelerator: Any

@@ -78,6 +78,7 @@ def test_wrong_runs_are_one_line(tmp_path, runs, capsys):
         ([runs[0], runs[0]], "is given twice"),
         ([runs[0], str(tmp_path / "x")], "is no evaluation (no trajectories.jsonl); it holds"),
         ([runs[0], str(tmp_path / "none")], "is no evaluation"),
+        ([*runs, "--csv", str(tmp_path)], f"csv = '{tmp_path}': must be a file, not a folder"),
     ):
         assert sleuth(["compare", *given]) == 2
         assert said in capsys.readouterr().err
