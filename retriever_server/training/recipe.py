@@ -160,6 +160,9 @@ class RetrieverRecipe:
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
         require(self.epochs > 0, "epochs", self.epochs, "> 0")
+        # One process alone would score, with its share of the weights.
+        scored = self.sharding == "fsdp" and self.dev.queries is not None
+        require(not scored, "sharding", self.sharding, "none with dev.queries (score OUT/model afterwards)")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")

@@ -100,6 +100,10 @@ def test_a_model_or_a_loss_on_the_line_takes_the_place_of_the_one_in_the_file(ri
         (["--loss", "{class: Mine}"], "loss: must be a mapping of class_path and init_args"),
         (["--model", "{class_path: dense"], "model: got '{class_path: dense', expected"),
         (["--serves", "nowhere"], "nowhere: no such folder"),
+        (
+            ["--sharding", "fsdp", "--dev.queries", "d.jsonl", "--dev.qrels", "q.tsv"],
+            "sharding = 'fsdp': must be none with dev.queries (score OUT/model afterwards)",
+        ),
         (["--sharding", "fsdp"], "sharding = fsdp: one process trains; several do by accelerate launch"),
     ],
 )
