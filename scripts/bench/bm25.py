@@ -92,7 +92,8 @@ def open_ours(folder: Path, passages: Corpus, exhaustive: bool = False) -> Searc
     """Return a search of our index, built next to `folder` if it is not there."""
     index = open_or_build(folder.parent / "ours", passages)
     if exhaustive:
-        index._search.exhaustive = len(passages)
+        for part in index._parts:
+            part.search.exhaustive = len(passages)
     return lambda text: [(int(p), float(s)) for p, s in zip(*index.find([text], K, None)[0], strict=True)]
 
 
