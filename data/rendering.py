@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b, file_digest
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
 from data.atomic import atomic_write
 from data.corpus import Corpus, hash_text
-from data.errors import ConfigError, DataError, RunStopped, SleuthError, StorageError, require, unreadable
+from data.errors import DataError, require, unreadable
 from data.formats.rows import passage_row
 from data.images import PAGE_DPI, png, read_image, split_page
 from data.jsonl import write_jsonl
 from data.layout import LAYOUTS, draw_page
+from data.processes import in_processes
 from data.records import Passage
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def render(
     require(processes >= 1, "processes", processes, "1 or more")
     shares = min(processes, max(1, len(passages)))
     job = _Job(passages, out, style)
-    done = job.share(0, 1) if shares == 1 else _in_processes(job, shares)
+    done = in_processes(job, shares, "drawing")
     broken: set[int] = set()
     complaints: Counter[str] = Counter()
     with closing(done):  # ends the processes, whatever ends the loop
@@ -214,53 +213,3 @@ def _is_whole(path: Path) -> bool:
             return file.read() == _PNG_END
     except OSError:
         return False
-
-
-def _in_processes(job: _Job, count: int) -> _Outcomes:
-    """Yield the outcomes of so many processes as they come; these end when the reader stops or dies."""
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(count)]
-    workers = [
-        context.Process(target=_draw_share, args=(job, number, count, sender), daemon=True)
-        for number, (_, sender) in enumerate(pipes)
-    ]
-    try:
-        for worker, (_, sender) in zip(workers, pipes, strict=True):
-            worker.start()
-            sender.close()  # so that the end of the worker is the end of its pipe
-        open_pipes = [receiver for receiver, _ in pipes]
-        while open_pipes:
-            ready = wait(open_pipes)
-            for receiver in [each for each in open_pipes if each in ready]:
-                message = _receive(receiver)
-                if isinstance(message, SleuthError):
-                    raise message
-                if message is None:
-                    open_pipes.remove(receiver)
-                else:
-                    yield message
-    finally:
-        started = [worker for worker in workers if worker.pid]
-        for worker in started:
-            worker.terminate()
-        for worker in started:
-            worker.join()
-
-
-def _receive(receiver: Any) -> Any:
-    try:
-        return receiver.recv()
-    except (EOFError, OSError) as error:
-        what = "a drawing process was killed (is there too little memory?)"
-        raise RunStopped(f"{what}; what it drew is there: the same command goes on") from error
-
-
-def _draw_share(job: _Job, number: int, count: int, sender: Connection) -> None:
-    """A worker: send what each page became, then None. Its reader gone, sending fails, which ends it."""
-    with suppress(BrokenPipeError, KeyboardInterrupt):
-        try:
-            for message in job.share(number, count):
-                sender.send(message)
-            sender.send(None)
-        except (StorageError, ConfigError) as error:
-            sender.send(error)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from data.errors import ConfigError
 
-_BM25_ALONE = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
+_BM25_SETTINGS = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
+_BM25_ALONE = (*_BM25_SETTINGS, "processes")
 _ENCODER = (
     "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "inputs",
     "token_pooling", "query_style",
@@ -44,6 +45,8 @@ class IndexConfig:
     """bm25: of the stemmer, for the analyzer multilingual."""
     scoring: str = "bm25"
     """bm25: bm25, or tfidf (a cosine; without k1 and b)."""
+    processes: int | None = None
+    """bm25: count the words in so many processes; one a core if not given."""
     dtype: str = "float16"
     """Type of stored vectors: float32, float16 or int8 (inverted: weights of 8 bits, or float32)."""
     factory: str | None = None
@@ -176,13 +179,17 @@ def _build_bm25(config: IndexConfig, out: str) -> None:
         raise ConfigError(f"--kind {config.kind}: needs an --encoder (a sentence-transformers model)")
     _refuse(config, _ENCODED_ALONE, "--encoder")
     from data.corpus import Corpus
+    from data.processes import cores
     from retriever_server.indexes.bm25 import BM25Index
     from scripts.console import track
 
     passages = Corpus(_corpus(config.corpus, out, config.on_error))
     bar = track("reading passages")
-    settings = {name: getattr(config, name) for name in _BM25_ALONE}
-    index = BM25Index.build(passages, out, overwrite=config.overwrite, progress=bar, **settings)
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _BM25_SETTINGS}
+    processes = cores() if config.processes is None else config.processes
+    index = BM25Index.build(
+        passages, out, overwrite=config.overwrite, progress=bar, processes=processes, **settings
+    )
     _say(index, out, bar.used)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -41,6 +40,7 @@ def main(
         on_error: What to do with what cannot be read or drawn: stop, or skip it and say so.
     """
     from data.page_sources import find_pages
+    from data.processes import cores
     from data.rendering import Style, render
     from scripts.console import track
 
@@ -49,9 +49,8 @@ def main(
     if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
         raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
     passages, skipped = find_pages(source, Path(out) / "html", on_error, track("reading files"), out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = time.monotonic()
-    done = render(passages, out, style, processes or cores, on_error, track("drawing pages"))
+    done = render(passages, out, style, processes or cores(), on_error, track("drawing pages"))
     rate = len(passages) / max(1e-9, time.monotonic() - start)
     left_out = f"; skipped {skipped} files and {done.skipped} pages" if skipped or done.skipped else ""
     print(f"{done.count:,} pages in {done.corpus} ({rate:,.0f}/s){left_out}")

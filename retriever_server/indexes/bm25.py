@@ -11,7 +11,8 @@ BM25's weights equal those of bm25s. The building is ours because bm25s holds al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.generation import building, found_at, write_generation
 from retriever_server.indexes.manifest import Manifest, generation_name
 from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
+from retriever_server.indexes.shards import Progress, silent
 from retriever_server.indexes.term_counts import TermCounts, count_terms
 from retriever_server.retriever import Query, texts_of
 
@@ -97,27 +99,35 @@ class BM25Index(Index):
         language: str = "none",
         scoring: str = "bm25",
         overwrite: bool = False,
-        progress: Callable[[Iterable[Passage]], Iterable[Passage]] = iter,
+        progress: Progress = silent,
+        processes: int = 1,
     ) -> BM25Index:
         """Index title (`title_boost` times) and text of all passages into the folder `out`; opened.
 
         k1=.9, b=.4 are Anserini's defaults, and mean nothing to `scoring` tfidf, the other being bm25;
         analyzer and language: see `analyzers`. With `anserini` lengths are rounded as Lucene stores them,
-        in a byte. `progress` wraps the passages as they are read. Memory is bounded but for the
-        vocabulary. Raises ConfigError for a wrong setting,
-        DataError for a corpus without words.
+        in a byte. Memory is bounded but for the terms. A build that was killed goes on with the passages
+        that are not counted; `processes` count them, with the same bytes as one. Raises ConfigError for a
+        wrong setting, DataError for a corpus without words.
         """
         settings = _checked_settings(k1, b, analyzer, title_boost, language, scoring)
+        require(processes >= 1, "processes", processes, "1 or more")
         _warn_of_spaceless(corpus, analyzer)
 
+        out, generation = Path(out), generation_name("bm25", settings, corpus.content_hash)
+        counts = out.absolute().with_name(f".{out.name}.counting-{generation}")
+
         def write(folder: Path) -> None:
-            _write(folder, corpus, settings, progress)
+            _write(folder, corpus, settings, counts, progress, processes)
             if not len(np.load(folder / "terms.npy", mmap_mode="r")):
                 raise DataError(f"{corpus.path}: {len(corpus)} passages without a single word")
 
-        if found_at(Path(out), generation_name("bm25", settings, corpus.content_hash), overwrite) is None:
-            with building(Path(out)):
-                write_generation(Path(out), "bm25", settings, corpus, write, overwrite)
+        found = found_at(out, generation, overwrite)
+        if found is None or counts.exists():
+            with building(out):
+                if found is None:
+                    write_generation(out, "bm25", settings, corpus, write, overwrite)
+                shutil.rmtree(counts, ignore_errors=True)
         return open_index(out)  # type: ignore[return-value]
 
     def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
@@ -162,7 +172,8 @@ class BM25Index(Index):
     @classmethod
     def write_part(cls, folder: Path, corpus: Corpus, settings: dict[str, Any], **_: Any) -> None:
         """As `Index.write_part`."""
-        _write(folder, corpus, settings, iter)
+        _write(folder, corpus, settings, folder / ".counts")
+        shutil.rmtree(folder / ".counts")
 
     @classmethod
     def prepare(cls, path: Path, corpus: Corpus, settings: dict[str, Any]) -> list[str]:
@@ -239,23 +250,19 @@ def _analyzer(settings: dict[str, Any]) -> Analyzer:
     return load_analyzer(settings["analyzer"], settings["language"], settings.get("words", 1))
 
 
-def _write(folder: Path, corpus: Corpus, settings: dict[str, Any], progress: Callable) -> None:
-    """Count the terms of the corpus block by block on disk, then scatter the blocks into the postings."""
-    analyze = _analyzer(settings)
-    with count_terms(folder, progress(corpus), analyze, settings["title_boost"]) as counts:
-        hashes = np.fromiter(map(hash_text, counts.vocabulary), np.uint64, len(counts.vocabulary))
-        by_hash = np.argsort(hashes)
-        row_of = np.argsort(by_hash)  # of each term in the vocabulary's order
-        frequencies = counts.document_frequencies()
-        save_array(folder / "terms.npy", hashes[by_hash])
-        save_array(folder / LENGTHS, counts.lengths.astype(np.int32))
-        weigh = _SCORINGS[settings.get("scoring", "bm25")](counts, frequencies, settings)
-        blocks = ((row_of[t], passages, weigh(t, passages, found)) for t, passages, found in counts.blocks())
-        write_postings(folder, frequencies[by_hash], blocks)
+def _write(folder: Path, corpus: Corpus, settings: dict[str, Any], counted: Path, *how: Any) -> None:
+    """Count the terms of the corpus in the folder `counted`, then scatter the counts into the postings."""
+    counts = count_terms(counted, corpus, _analyzer(settings), settings["title_boost"], *how)
+    frequencies = counts.document_frequencies()
+    save_array(folder / "terms.npy", counts.words)
+    save_array(folder / LENGTHS, counts.lengths.astype(np.int32))
+    weigh = _SCORINGS[settings.get("scoring", "bm25")](counts, frequencies, settings)
+    blocks = ((terms, passages, weigh(terms, passages, n)) for terms, passages, n in counts.blocks())
+    write_postings(folder, frequencies, blocks)
 
 
 Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Terms in the vocabulary's order, passages, and how often one stands in the other -> weights. (N,) each"""
+"""Terms, passages, and how often one stands in the other -> weights. (N,) each"""
 
 
 def _lucene_bm25(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]) -> Weigh:

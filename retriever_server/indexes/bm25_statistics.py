@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from retriever_server.indexes.postings import Postings
-from retriever_server.indexes.term_counts import lucene_length
 
 _KEPT_BYTES, _LONG = 1 << 28, 1 << 12
 """Weights of long lists that are kept: of the first so many bytes, those of the most frequent words soon."""
@@ -94,3 +93,14 @@ class Restated(Postings):
         with self._lock:
             if sum(each.nbytes for each in self._kept.values()) + weights.nbytes <= _KEPT_BYTES:
                 self._kept[term] = weights
+
+
+def lucene_length(lengths: np.ndarray) -> np.ndarray:
+    """Return the lengths that Lucene reads back from the byte it keeps of each: exact below 40.
+
+    Above, 24 + what the four leading bits of length - 24 hold (Lucene's SmallFloat.intToByte4).
+    100 -> 96, 1000 -> 984
+    """
+    above = np.maximum(lengths - 24, 1)
+    dropped_bits = np.maximum(np.floor(np.log2(above)).astype(np.int64) - 3, 0)
+    return np.where(lengths < 40, lengths, 24 + (above >> dropped_bits << dropped_bits))

@@ -17,8 +17,8 @@ from retriever_server.indexes import term_counts as counting
 from retriever_server.indexes.analyzers import ANALYZERS, plain
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
+from retriever_server.indexes.bm25_statistics import lucene_length
 from retriever_server.indexes.manifest import generation_name
-from retriever_server.indexes.term_counts import lucene_length
 
 SQUAD = Path(__file__).parents[3].parent / "shared/data/squad"
 
@@ -140,10 +140,10 @@ def test_hits_carry_passage_and_generation_unchanged(tmp_path):
     assert hit.generation == index.generation == index.manifest.generation
 
 
-@pytest.mark.parametrize("block_tokens", [1, 7, 1 << 22])
-def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
+@pytest.mark.parametrize("block_bytes", [1, 700, 1 << 22])
+def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_bytes):
     bm25s = pytest.importorskip("bm25s")
-    monkeypatch.setattr(counting, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(counting, "BLOCK_BYTES", block_bytes)
     rng = random.Random(3)
     texts = [" ".join(rng.choices("abcdefghij", k=rng.randint(1, 30))) for _ in range(50)]
     texts[7] = texts[49] = "..."  # without a word
@@ -164,6 +164,18 @@ def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_tokens):
         [hits] = index.search([query], 50)
         found = {int(hit.passage.id): hit.score for hit in hits}
         assert found == pytest.approx({i: float(s) for i, s in enumerate(expected) if s > 0}, rel=1e-5)
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path):
+    rng = random.Random(0)
+    corpus = corpus_of(tmp_path, *(" ".join(rng.choices("abcdefghij", k=9)) for _ in range(3000)))
+    one = BM25Index.build(corpus, tmp_path / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "BLOCK_BYTES", 30_000)
+        two = BM25Index.build(corpus, tmp_path / "two", processes=2)
+    assert two.manifest.checksums == one.manifest.checksums
+    with pytest.raises(ConfigError, match="processes = 0: must be 1 or more"):
+        BM25Index.build(corpus, tmp_path / "none", processes=0)
 
 
 def test_lengths_are_those_that_lucene_keeps_in_a_byte():
@@ -222,7 +234,7 @@ def test_a_corpus_without_words_and_a_k_below_one_are_refused(tmp_path):
 
 def test_tfidf_is_the_cosine_of_both_weighted_by_log_tf_times_log_idf(tmp_path, monkeypatch):
     text = pytest.importorskip("sklearn.feature_extraction.text")
-    monkeypatch.setattr(counting, "BLOCK_TOKENS", 40)
+    monkeypatch.setattr(counting, "BLOCK_BYTES", 300)
     rng = random.Random(0)
     words = [f"w{i}" for i in range(30)]
     texts = [" ".join(["every", *rng.choices(words, k=rng.randint(1, 20))]) for _ in range(40)]

@@ -77,18 +77,19 @@ def test_a_folder_that_is_no_index_is_never_replaced(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_build_leaves_nothing(tmp_path, corpus, monkeypatch, error):
-    write = bm25.write_postings
-
-    def write_and_fail(*arguments) -> None:
-        write(*arguments)
+def test_an_interrupted_build_leaves_its_counts_and_goes_on(tmp_path, corpus, monkeypatch, error):
+    def fail(*_) -> None:
         raise error
 
-    monkeypatch.setattr(bm25, "write_postings", write_and_fail)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else StorageError
-    with pytest.raises(expected):
+    with monkeypatch.context() as patch, pytest.raises(expected):
+        patch.setattr(bm25, "write_postings", fail)
         BM25Index.build(corpus, tmp_path / "index")
-    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+    assert [p.name.partition("-")[0] for p in tmp_path.iterdir() if p.is_dir()] == [".index.counting"]
+    counted: list[int] = []
+    BM25Index.build(corpus, tmp_path / "index", progress=lambda _, total: counted.append(total) or [])
+    assert counted == [0]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["index"]
 
 
 def test_index_and_corpus_can_be_moved_together(tmp_path):
@@ -153,7 +154,7 @@ def test_a_damaged_index_is_refused(tmp_path, corpus):
 def build_beside(tmp_path: Path, corpus: Corpus, *builds) -> None:
     """Each of the builds, while a builder of the whole index is at work at the same place."""
 
-    def progress(passages):
+    def progress(passages, _):
         for build in builds:
             with pytest.raises(ConfigError, match=HELD):
                 build()
