@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,20 +45,31 @@ def save_checkpoint(
         raise ConfigError(f"keep = {keep}: at least 1 checkpoint must be kept")
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
-    try:
+    with saving(f"cannot save checkpoint {final}"):
         _tidy(directory)
         with new_folder(final, mark=MARK, aside=final.with_name(f"{final.name}.old")) as partial:
             write(partial)
             mark = {"format_version": FORMAT_VERSION, "step": step}
             (partial / MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
             sync_files(partial)
-    except Exception as error:
-        if _is_storage(error):
-            reason = reason_of(error).splitlines()[0]
-            raise StorageError(f"cannot save checkpoint {final}: {reason}") from error
-        raise
     prune_checkpoints(directory, keep)
     return Checkpoint(step, final)
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Raise StorageError, in one line, where the disk refuses what is written in this block."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch raise errors of their own, torch's without the system's reason
+        reason = reason_of(error).splitlines()[0]
+        by_torch = "inline_container" in reason
+        by_safetensors = type(error).__name__ == "SafetensorError" and "os error" in reason.lower()
+        if not (isinstance(error, OSError) or by_torch or by_safetensors):
+            raise
+        reason = f"torch could not write all of a file ({reason})" if by_torch else reason
+        raise StorageError(f"{what}: {reason}") from error
 
 
 def list_checkpoints(directory: Path | str) -> list[Checkpoint]:
@@ -112,12 +123,6 @@ def _tidy(directory: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, old.with_suffix(""))
-
-
-def _is_storage(error: Exception) -> bool:
-    """Return whether the disk is at fault; safetensors and torch raise errors of their own."""
-    own = type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
-    return isinstance(error, OSError) or own or "PytorchStreamWriter failed" in str(error)
 
 
 def _read_mark(mark: Path) -> Checkpoint:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from agent.evaluation.measures import evaluation_record
 from agent.evaluation.records import Record, brief, check_unique, failed, iterate_records
@@ -54,8 +55,7 @@ async def evaluate(
     todo = [question for question in questions if question.id not in records]
     failures = 0
     if todo:
-        # Half of a surrogate pair, which no UTF-8 holds, becomes its \\u escape: still JSON.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with path.open("ab", buffering=0) as file:  # else what did not fit is written again as it is closed
 
             def on_finished(trajectory: Trajectory) -> None:
                 record = evaluation_record(trajectory, tokens)
@@ -158,9 +158,11 @@ def _too_many(failed: int, asked: int, record: Record, out_dir: Path) -> str:
     )
 
 
-def _append(file: IO[str], record: Record) -> None:
+def _append(file: FileIO, record: Record) -> None:
+    # Half of a surrogate pair, which no UTF-8 holds, becomes its \\u escape: still JSON.
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     try:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
+        while line:  # one write may take a part only
+            line = line[file.write(line) :]
     except OSError as error:
         raise StorageError(f"cannot write {file.name}: {error.strerror}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import new_folder
+from data.checkpoint import saving
 from data.errors import ConfigError, DataError
 from retriever_server.encoders.checks import self_test
 from retriever_server.encoders.loading import load_model, save_spec
@@ -26,7 +27,8 @@ def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) 
         _check_serves(spec, serves)
     training = model.training
     with tempfile.TemporaryDirectory(prefix="sleuth-check-") as folder:
-        model.save(folder, create_model_card=False)
+        with saving(f"cannot save a copy to check in {folder}"):
+            model.save(folder, create_model_card=False)
         check_saved(model, spec, folder)
     model.train(training)
 
@@ -34,11 +36,11 @@ def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) 
 def export(model: Any, spec: EncodingSpec | None, folder: Path) -> Path:
     """Write the model that serves, adapters merged, to `folder`, whole or not at all; it is loaded once.
 
-    Raises DataError where what loads from there gives other vectors.
+    Raises DataError where what loads from there gives other vectors, StorageError where the disk refuses.
     """
     merge_adapters(model)
     model.eval()
-    with new_folder(folder) as partial:
+    with saving(f"cannot save the model {folder}"), new_folder(folder) as partial:
         if spec is None:
             model.save_pretrained(str(partial), create_model_card=False)
             return folder

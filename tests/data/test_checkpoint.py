@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 
+import numpy as np
 import pytest
 
 from data import atomic
@@ -60,19 +61,28 @@ def test_a_full_disk_in_mid_write_leaves_the_earlier_checkpoints(tmp_path):
     assert steps(tmp_path) == [1] and leftovers(tmp_path) == []
 
 
-def test_safetensors_running_into_a_limit_of_the_disk_is_a_storage_error(tmp_path):
-    import numpy as np
+def by_safetensors(folder):
     from safetensors.numpy import save_file
 
+    save_file({"w": np.zeros(100_000)}, folder / "model.safetensors")
+
+
+def by_torch(folder):
+    import torch
+
+    torch.save({"w": torch.zeros(100_000)}, folder / "optimizer.pt")
+
+
+@pytest.mark.parametrize("write", [by_safetensors, by_torch])
+def test_a_library_running_into_a_limit_of_the_disk_is_a_storage_error_in_one_line(write, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # Python ignores SIGXFSZ: writing fails
     try:
-        with pytest.raises(StorageError, match="step-000003"):
-            save_checkpoint(
-                tmp_path, 3, lambda folder: save_file({"w": np.zeros(100_000)}, folder / "model.safetensors")
-            )
+        with pytest.raises(StorageError, match=r"step-000003: .+$") as caught:
+            save_checkpoint(tmp_path, 3, write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(str(caught.value).splitlines()) == 1
     assert steps(tmp_path) == [] and leftovers(tmp_path) == []
 
 
