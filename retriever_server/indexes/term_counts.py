@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import Corpus, hash_text
-from data.errors import StorageError
 from data.processes import in_processes
 from retriever_server.indexes.analyzers import Analyzer
 from retriever_server.indexes.checksums import save_array
@@ -106,11 +105,8 @@ class _Counting:
         keys, occurrences = np.unique(terms << np.uint64(32) | passages, return_counts=True)
         counts = np.stack([keys, occurrences.astype(np.uint64)])
         arrays = {"words": hashes, "lengths": np.array(lengths, np.int32), "counts": counts}
-        try:
-            for name, each in arrays.items():
-                save_array(_file(self.folder, number, name), each)
-        except OSError as error:
-            raise StorageError(f"{self.folder}: the counts could not be written ({error})") from error
+        for name, each in arrays.items():
+            save_array(_file(self.folder, number, name), each)
         yield len(lengths) % _TOLD
 
 

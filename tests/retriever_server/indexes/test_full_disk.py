@@ -81,7 +81,8 @@ def assert_one_line_and_the_old_index(done, out: Path, generation: str) -> None:
     assert [line for line in said if line.startswith("sleuth: ")] == said
     assert any(f"{out}: the index could not be written" in line for line in said)
     assert verify_index(out).generation == open_index(out).generation == generation
-    assert {path.name for path in out.parent.glob(".*")} == set()
+    left = {path.name.partition("-")[0] for path in out.parent.glob(".*")}
+    assert left <= {".index.counting"}  # with them the build goes on
 
 
 def test_sleuth_index_with_files_that_may_not_grow(tmp_path):
