@@ -124,7 +124,7 @@ class Agent:
                 sampling = replace(self.turn_sampling, seed=(seed + episode.environment.turn) % 2**63)
                 shown = (pictures,) if self.vision and (pictures := ledger.pictures) else ()
                 await episode.take(
-                    await self.engine.generate(ledger.token_ids, sampling, trajectory_id, *shown)
+                    await self.engine.generate(episode.context_ids, sampling, trajectory_id, *shown)
                 )
         finally:
             await self.engine.release(trajectory_id)
@@ -165,10 +165,12 @@ class Episode:
         self.agent, self.question, self.ledger = agent, question, ledger or Ledger()
         self.outcome: StopReason | None = None
         """Stop reason; None while another turn may be written."""
+        self.context_ids: list[int] = []
+        """Tokens that the next turn continues."""
         self._on_segment, self._started = on_segment, time.monotonic()
         world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
-        self.environment = Environment(*world, self.ledger)
-        prompt = self.environment.reset(question)
+        self.environment = Environment(*world, self.ledger, question)
+        prompt = self.environment.prompt
         if not self.ledger.segments:
             self._add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
         self._check_room()
@@ -226,7 +228,8 @@ class Episode:
         self._on_segment(segment)
 
     def _check_room(self) -> None:
-        if len(self.ledger.token_ids) > self.agent.spoken.max_context_tokens:
+        self.context_ids = self.ledger.token_ids
+        if len(self.context_ids) > self.agent.spoken.max_context_tokens:
             self.outcome = StopReason.TOKEN_LIMIT
 
 

@@ -342,6 +342,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
     scored = [reward for _, reward in pairs if not reward.error]
     names = scored[0].parts if scored else ()
     right = [t for t in trajectories if score_answer("em", t)]
+    written = [segment for t in right for segment in t.segments if segment.kind is SegmentKind.POLICY]
     return {
         "reward/mean": average([r.total for r in scored]),
         "reward/group_std": average([pstdev([r.total for r in g.rewards]) for g in groups]),
@@ -350,7 +351,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
         "rollout/em": (float(len(right)), float(len(trajectories))),
         **{f"rollout/{name}": average([each[name] for each in counts]) for name in counted},
         **{f"stop/{reason}": (float(stops[reason]), float(len(trajectories))) for reason in StopReason},
-        "policy/correct_logprob": average([p for t in right for p in t.logprobs if p is not None]),
+        "policy/correct_logprob": average([p for s in written for p in s.logprobs or () if p is not None]),
     }
 
 

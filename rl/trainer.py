@@ -126,7 +126,7 @@ class Trainer:
             collected = await self.rollouts.collect(self.step, move)
         rollout_seconds = time.monotonic() - started
 
-        def update() -> Totals:
+        def update() -> list[Totals]:
             learned = self.learner.learn(collected, self.step)
             self.step += 1  # also where the run is interrupted meanwhile
             return learned
@@ -137,7 +137,7 @@ class Trainer:
             self._keep(collected)
         synced = await self.sync.update(self.step)
         seconds = time.monotonic() - started
-        metrics = self.workers.average(collected.totals | learned) | synced
+        metrics = self.workers.average([collected.totals, *learned]) | synced
         rollout = self.config.rollout
         drawn = collected.drawn * rollout.group_size
         metrics |= {
@@ -152,13 +152,13 @@ class Trainer:
             self.run_dir.log(self.step, metrics)
         await self._apply_alarm(metrics)
 
-    async def _beside_rollouts(self, update: Callable[[], Totals]) -> Totals:
+    async def _beside_rollouts(self, update: Callable[[], list[Totals]]) -> list[Totals]:
         """Do the update in a thread, while asynchronous rollouts go on; to its end, if it is interrupted.
 
         An engine that shares the model stands still meanwhile, with the event loop.
         """
 
-        def on_device() -> Totals:
+        def on_device() -> list[Totals]:
             device = self.learner.model.device  # a thread has a current CUDA device of its own
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 return update()

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agent.engines.base import Completion, Engine, FinishReason, Sampling
-from agent.engines.stop_strings import StopFinder
+from agent.engines.sampling import StopFinder
 from agent.trajectory import Picture
 
 

@@ -28,8 +28,7 @@ from transformers.cache_utils import Cache
 
 from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.engines.image_cache import Pictures, shared_with_pictures
-from agent.engines.sampling import draw
-from agent.engines.stop_strings import StopFinder, eos_ids
+from agent.engines.sampling import TokenSampler
 from agent.trajectory import Picture
 from agent.vision import Vision
 from data.errors import ConfigError, EngineError
@@ -158,8 +157,7 @@ class HFEngine(Engine):
         self._rows: dict[str, _Row] = {}
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
         self._writing: dict[int, _Request] = {}  # by row index
-        self._stops = StopFinder(tokenizer)
-        self._eos = eos_ids(model, tokenizer)
+        self._sampler = TokenSampler(model, tokenizer, self.max_length)
         self._task: asyncio.Task[None] | None = None
         self._prefill_due = 0
 
@@ -364,27 +362,11 @@ class HFEngine(Engine):
 
     def _sample(self, requests: list[_Request], logits: Tensor) -> None:
         """Draw a token for each request from logits (R, V) and retire those that are done."""
-        tokens, logprobs = draw(
-            logits.float(),
-            [r.sampling for r in requests],
-            [r.uniform.random() for r in requests],
-        )
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            request.new_ids.append(token)
-            request.logprobs.append(logprob)
-            reason = self._finished(request, token)
+        for request, reason in zip(requests, self._sampler.extend(requests, logits), strict=True):
             if reason is not None:
                 del self._writing[self._rows[request.trajectory_id].index]
                 if not request.future.done():
                     request.future.set_result(self._completion(request, reason))
-
-    def _finished(self, request: _Request, token: int) -> FinishReason | None:
-        if token in self._eos or self._stops.found(request, token):
-            return FinishReason.STOP
-        written = len(request.new_ids)
-        if written >= request.sampling.max_tokens or len(request.prompt_ids) + written >= self.max_length:
-            return FinishReason.LENGTH
-        return None
 
     def _completion(self, request: _Request, reason: FinishReason) -> Completion:
         return Completion(request.new_ids, request.logprobs, reason, request.weights_version)

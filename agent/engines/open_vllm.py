@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agent.engines.stop_strings import eos_ids
+from agent.engines.sampling import eos_ids
 from agent.engines.transport import AdapterTransport, FolderTransport, Transport
 from agent.engines.vllm import VLLMEngine
 from agent.engines.vllm_process import VARIABLES, server_command, start_servers

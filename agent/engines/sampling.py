@@ -1,14 +1,64 @@
-"""Draws tokens from logits, each row by a uniform number of its own, and says how likely they were."""
+"""The next token of each completion: drawn from logits by a uniform number of its row, and the last or not.
+
+Stop strings are found in the stream of sampled tokens without decoding it whole at every step.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from agent.engines.base import FinishReason, Sampling
+
 if TYPE_CHECKING:
-    from agent.engines.base import Sampling
+    import random
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Stream(Protocol):
+    """A completion under way, as much of it as the search for stop strings needs."""
+
+    sampling: Sampling
+    new_ids: list[int]
+    tail: str
+
+
+class Request(Stream, Protocol):
+    """A completion that tokens are drawn for."""
+
+    prompt_ids: list[int]
+    logprobs: list[float | None]
+    uniform: random.Random
+
+
+class TokenSampler:
+    """Draws the next token of completions, and tells which of them end with it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        """max_length: tokens of a prompt and its completion."""
+        self._stops, self._eos = StopFinder(tokenizer), eos_ids(model, tokenizer)
+        self._max_length = max_length
+
+    def extend(self, requests: Sequence[Request], logits: Tensor) -> list[FinishReason | None]:
+        """Add a token to each completion from logits (R, V); return why it ends, None where it goes on."""
+        samplings, uniforms = [r.sampling for r in requests], [r.uniform.random() for r in requests]
+        tokens, logprobs = draw(logits.float(), samplings, uniforms)
+        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
+            request.new_ids.append(token)
+            request.logprobs.append(logprob)
+        return [self._finished(*each) for each in zip(requests, tokens, strict=True)]
+
+    def _finished(self, request: Request, token: int) -> FinishReason | None:
+        if token in self._eos or self._stops.found(request, token):
+            return FinishReason.STOP
+        written = len(request.new_ids)
+        if written >= request.sampling.max_tokens or len(request.prompt_ids) + written >= self._max_length:
+            return FinishReason.LENGTH
+        return None
 
 
 def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tuple[list[int], list[float]]:
@@ -48,3 +98,37 @@ def kept_tokens(probabilities: Tensor, top_k: list[int], top_p: list[float]) -> 
     before = ranked.cumsum(-1) - ranked  # mass of the better ones: the first is always kept
     kept = (torch.arange(size, device=device) < most[:, None]) & (before < mass[:, None])
     return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+class StopFinder:
+    """Matches on the text of single tokens first, and asks the tokenizer only about a candidate."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def found(self, stream: Stream, token: int) -> bool:
+        """Return whether `token`, the last of `stream.new_ids`, completes one of its stop strings."""
+        stops = stream.sampling.stop
+        if not stops:
+            return False
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = str(self._tokenizer.decode([token]))
+        longest = max(map(len, stops))
+        tail = stream.tail + piece
+        # One character less than a stop string: a stop found earlier is not found again.
+        stream.tail = tail[-(longest - 1) :] if longest > 1 else ""
+        # A character that is cut in two decodes to U+FFFD on either side.
+        if "\ufffd" not in tail and not any(stop in tail for stop in stops):
+            return False
+        # Alone, a token may decode without the space it has in context: the whole has the last word.
+        text = str(self._tokenizer.decode(stream.new_ids[-4 * longest :]))
+        return any(stop in text for stop in stops)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: those of the generation configuration, or the tokenizer's too."""
+    configured: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids: list[Any] = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
+    return {token for token in ids if token is not None}

@@ -132,13 +132,14 @@ class BM25Index(Index):
 
     def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
         """As `PositionSearch.find`; nothing for a query without a known word."""
-        return [merge(self._rankings(query, k, mask), k) for query in texts_of(queries, self.generation)]
+        return [self._ranked(query, k, mask) for query in texts_of(queries, self.generation)]
 
-    def _rankings(self, query: str, k: int, mask: np.ndarray | None) -> Iterator[Ranking]:
-        words = self._words_of(query)
+    def _ranked(self, query: str, k: int, mask: np.ndarray | None) -> Ranking:
+        words, rankings = self._words_of(query), []
         for part in self._parts:
             terms, weights = self._weighed(part, words)
-            yield part.search.top(terms, k, mask, weights)
+            rankings.append(part.search.top(terms, k, mask, weights))
+        return merge(rankings, k) if len(rankings) > 1 else rankings[0]
 
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]

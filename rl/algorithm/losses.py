@@ -1,8 +1,13 @@
-"""The losses, token by token: surrogates, KL estimates, the weights that average them, the critic's.
+"""The losses, token by token: surrogates, KL estimates, the policy's loss and its averaging, the critic's.
 
 Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one trajectory after another. A new
 surrogate or estimate is a function here and a line of its table: the configuration takes its names from
 there. Torch is not imported on loading, for the configuration's sake.
+
+Sampler against trainer: the same weights give other log-probs in another engine. Measure, and correct.
+Of a token that was not sampled (a demonstration, an observation that is trained) no sampler's log-prob is
+known: it has weight 1 and is in no measure. A mask says which these are. A log-prob of 0 is as good as any
+other: below temperature 1 it is what many sampled tokens have.
 """
 
 from __future__ import annotations
@@ -10,10 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rl.algorithm.presets import AlgorithmConfig
+    from rl.learner.workers import Totals
 
 Averaging = Literal["token", "trajectory", "constant"]
 
@@ -57,24 +65,18 @@ class PolicyTokens:
         return means[self.row]
 
 
-class Clipping(Protocol):
-    """The fields of `AlgorithmConfig` that a surrogate reads."""
+@dataclass(frozen=True)
+class ScoredTokens(PolicyTokens):
+    """All that the loss of a micro-batch's tokens reads; `logprobs` and `entropy` have a gradient."""
 
-    @property
-    def surrogate(self) -> str: ...
-    @property
-    def clip_low(self) -> float: ...
-    @property
-    def clip_high(self) -> float: ...
-    @property
-    def dual_clip(self) -> float: ...
-    @property
-    def sapo_temperature(self) -> float: ...
-    @property
-    def sapo_temperature_negative(self) -> float: ...
+    entropy: Tensor  # (N,)
+    sampler_logprobs: Tensor  # (N,)
+    sampled: Tensor  # (N,) bool, the tokens that the sampler drew
+    ref_logprobs: Tensor | None  # (N,); None: no KL in the loss
+    turns: Tensor | None = None  # (N,) long, from 0 in each trajectory; for llds alone
 
 
-def ppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimised.
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); the two bounds apart as in DAPO (arXiv 2503.14476,
@@ -83,12 +85,12 @@ def ppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return _clipped(tokens.ratio, tokens.advantages, algorithm)
 
 
-def gspo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def gspo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """The clipped surrogate with one ratio a trajectory, the geometric mean of its tokens' (GSPO)."""
     return _clipped(tokens.sequence_ratio, tokens.advantages, algorithm)
 
 
-def cispo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """-sg(min(r, 1 + clip_high)) A log p: the clip bounds the weight but cuts no token's gradient.
 
     MiniMax 2025, arXiv 2506.13585, eq. 4, with no lower bound, as they ran it; `clip_low` is not read.
@@ -96,7 +98,7 @@ def cispo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return -tokens.ratio.detach().clamp(max=1 + algorithm.clip_high) * tokens.advantages * tokens.logprobs
 
 
-def reinforce(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """-sg(r) A log p: REINFORCE (Williams 1992), each token weighted by its ratio when off-policy.
 
     Its gradient is that of -r A, the surrogate without a clip; its value means nothing.
@@ -104,7 +106,7 @@ def reinforce(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return -tokens.ratio.detach() * tokens.advantages * tokens.logprobs
 
 
-def dppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def dppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """-r A without the tokens whose *probability* has changed by more than the bounds and would go further.
 
     DPPO (arXiv 2602.04879), the mask by total variation: a ratio of 2 is nothing at a rare token and a lot at
@@ -113,14 +115,14 @@ def dppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return -(tokens.ratio * tokens.advantages).masked_fill(dppo_cut(tokens, algorithm), 0)
 
 
-def dppo_cut(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def dppo_cut(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """Tokens that dppo leaves out (N,) bool."""
     change = tokens.logprobs.detach().exp() - tokens.old_logprobs.exp()
     rising = (change > algorithm.clip_high) & (tokens.advantages > 0)
     return rising | ((change < -algorithm.clip_low) & (tokens.advantages < 0))
 
 
-def sapo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def sapo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """A soft gate in place of the clip: -sigmoid(t (r - 1)) 4 / t A, with a t for each sign of A.
 
     SAPO (Gao et al. 2025, arXiv 2511.20347), as in TRL.
@@ -130,7 +132,7 @@ def sapo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     return -(temperature * (tokens.ratio - 1)).sigmoid() * 4 / temperature * tokens.advantages
 
 
-SURROGATES: dict[str, Callable[[PolicyTokens, Clipping], Tensor]] = {
+SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
@@ -141,7 +143,7 @@ SURROGATES: dict[str, Callable[[PolicyTokens, Clipping], Tensor]] = {
 """(tokens, algorithm) -> loss of each token (N,)."""
 
 
-def clip_fraction(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
+def clip_fraction(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     """Share of tokens () whose gradient the clip cuts off (ppo, gspo, dppo) or whose weight falls (cispo).
 
     0 without tokens, and for reinforce and sapo, which have no clip.
@@ -189,7 +191,7 @@ def off_policy_mask(tokens: PolicyTokens, sampler_logprobs: Tensor, threshold: f
     return ((tokens.advantages >= 0) | (means[tokens.row] <= threshold)).to(difference.dtype)
 
 
-def clamped(tokens: PolicyTokens, algorithm: Clipping) -> int:
+def clamped(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> int:
     """Count the tokens whose log-ratio is beyond the bound."""
     if algorithm.surrogate == "gspo":
         return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
@@ -262,7 +264,104 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, algorithm: Clipping) -> Tensor:
+def policy_loss(tokens: ScoredTokens, algorithm: AlgorithmConfig) -> tuple[Tensor, Totals]:
+    """Return the loss of each token (N,), and its metrics."""
+    count, totals = tokens.logprobs.numel(), {}
+    given = tokens.old_logprobs, tokens.sampler_logprobs
+    weights = sampler_weights(
+        algorithm.importance, algorithm.importance_cap, *given, tokens.row, tokens.sampled
+    )
+    loss = SURROGATES[algorithm.surrogate](tokens, algorithm) * weights
+    if algorithm.off_policy_threshold:
+        sampler = tokens.sampler_logprobs.where(tokens.sampled, tokens.logprobs.detach())
+        kept = off_policy_mask(tokens, sampler, algorithm.off_policy_threshold)
+        totals["policy/off_policy_fraction"] = (float((1 - kept).sum()), count)
+        loss = loss * kept
+    if algorithm.llds_coefficient and tokens.turns is not None:
+        turn_of = tokens.row * (1 + int(tokens.turns.max()) if count else 1) + tokens.turns
+        lost = llds(tokens, turn_of if algorithm.llds_gate == "action" else tokens.row)
+        totals["policy/llds_fraction"] = (float((lost > 0).sum()), count)
+        loss = loss + algorithm.llds_coefficient * lost
+    for name, value in mismatch(*given, tokens.sampled).items():
+        totals[f"policy/sampler_{name}"] = (value, int(tokens.sampled.sum()))
+    totals["policy/importance_weight"] = (float(weights.sum()), count)
+    totals["policy/clip_fraction"] = (float(clip_fraction(tokens, algorithm)) * count, count)
+    totals["policy/clamped_fraction"] = (clamped(tokens, algorithm), count)
+    totals["policy/entropy"] = (float(tokens.entropy.detach().sum()), count)
+    if tokens.ref_logprobs is not None:
+        both = tokens.logprobs, tokens.ref_logprobs
+        kl = KL_ESTIMATORS[algorithm.kl_estimator](*both)
+        totals["policy/kl"] = (float(kl.detach().sum()), count)
+        totals["policy/kl_clamped_fraction"] = (kl_clamped(algorithm.kl_estimator, *both), count)
+        if algorithm.kl_unbiased:
+            kl = kl * (tokens.sequence_ratio if algorithm.surrogate == "gspo" else tokens.ratio)
+        loss = loss + algorithm.kl_coefficient * kl
+    if algorithm.entropy_coefficient:
+        loss = loss - algorithm.entropy_coefficient * tokens.entropy
+    return loss, totals
+
+
+def sampler_weights(
+    kind: str,
+    cap: float,
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    row: Tensor,
+    sampled: Tensor | None = None,
+) -> Tensor:
+    """Weights of the tokens' losses that correct for the sampler; log-probs (N,), row (N,) long -> (N,).
+
+    sampled: (N,) bool, the tokens that the sampler drew; None: all.
+
+    token: the ratio trainer / sampler of each token, at most `cap` (truncated importance sampling; Yao
+    et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    sequence: 0 for trajectories whose ratio, the product over their policy tokens (as TRL's
+    `sequence_mask`, no geometric mean: long trajectories go first), is above `cap` or below 1 / cap; 1 for
+    the others. That is the rejection of masked importance sampling (Liu et al. 2025, "When Speed Kills
+    Stability") without its ratio as weight.
+    token_mask: the ratio of each token, 0 where it is above `cap` or below 1 / cap (IcePop; also TRL's).
+    sequence_truncate: the ratio of the trajectory, at most `cap`, on all its tokens (TRL's name).
+    """
+    log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
+    if kind == "token":
+        return log_ratio.exp().clamp(max=cap)
+    if kind == "token_mask":
+        return log_ratio.exp().masked_fill(log_ratio.abs() > math.log(cap), 0)
+    if kind in ("sequence", "sequence_truncate"):
+        size = row.bincount().numel()
+        summed = log_ratio.new_zeros(size).index_add(0, row, log_ratio)
+        if kind == "sequence_truncate":
+            return summed.clamp(max=math.log(cap)).exp()[row]
+        return (summed.abs() <= math.log(cap)).to(log_ratio.dtype)[row]
+    return log_ratio.new_ones(log_ratio.shape)
+
+
+def mismatch(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, sampled: Tensor | None = None
+) -> dict[str, float]:
+    """Sums over the sampled tokens of (N,), to be divided by their number; trainer / sampler is the ratio r.
+
+    difference: of |log r|; k3: of r - 1 - log r, which estimates KL(sampler || trainer); ratio_above_2,
+    ratio_below_half: tokens of such a ratio.
+    """
+    log_ratio = _log_ratio(old_logprobs, sampler_logprobs, sampled)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    sums = {
+        "difference": log_ratio.abs().sum(),
+        "k3": (ratio - 1 - log_ratio).sum(),
+        "ratio_above_2": (ratio > 2).sum(),
+        "ratio_below_half": (ratio < 0.5).sum(),
+    }
+    return {name: float(value) for name, value in sums.items()}
+
+
+def _log_ratio(old_logprobs: Tensor, sampler_logprobs: Tensor, sampled: Tensor | None) -> Tensor:
+    """log(trainer / sampler), 0 where the token was not sampled; nothing here has a gradient."""
+    difference = (old_logprobs - sampler_logprobs).detach()
+    return difference if sampled is None else difference.masked_fill(~sampled, 0)
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> Tensor:
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     if algorithm.dual_clip:
         ratio = ratio.clamp(max=algorithm.dual_clip)  # beyond 1 + clip_high: matters where A < 0 alone

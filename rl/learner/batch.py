@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from agent.trajectory import SegmentKind, Trajectory
+
 if TYPE_CHECKING:
-    from agent.trajectory import Picture, Trajectory
+    from agent.trajectory import Picture
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,9 @@ class MicroBatch:
     sampler_logprobs: Tensor  # (N,), of no meaning where `sampled` is False
     sampled: Tensor  # (N,) bool, False where the sampler did not draw the token (observations, if trained)
     counts: Tensor  # (B,) long, trained tokens of each trajectory
+    row: Tensor  # (N,) long, which of its trajectories, 0..B-1, each trained token belongs to
     pictures: list[Picture] = field(default_factory=list)
     """Images that the policy was shown; `start` counts in the flattened rows."""
-
-    @property
-    def row(self) -> Tensor:
-        """Which of its trajectories, 0..B-1, each trained token belongs to (N,)."""
-        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
 
 
 def micro_batches(
@@ -57,11 +55,13 @@ def micro_batches(
     A trajectory longer than `max_tokens` has a micro-batch of its own. `train_observations` puts
     observation tokens into the loss mask as well (a control experiment).
     """
-    lengths = {row: len(trajectories[row].token_ids) for row in rows}
+    token_ids = {row: trajectories[row].token_ids for row in rows}
+    lengths = {row: len(ids) for row, ids in token_ids.items()}
     longest_first = sorted(rows, key=lambda row: -lengths[row])
     cut = _bins if packing else _slices
     for chosen in cut(longest_first, lengths, max_tokens):
-        yield _micro_batch(trajectories, chosen, packing, train_observations)
+        ids = [token_ids[row] for row in chosen]
+        yield _micro_batch([trajectories[row] for row in chosen], chosen, ids, packing, train_observations)
 
 
 def _bins(rows: list[int], lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
@@ -88,11 +88,15 @@ def _slices(rows: list[int], lengths: dict[int, int], max_tokens: int) -> Iterat
 
 
 def _micro_batch(
-    trajectories: Sequence[Trajectory], rows: list[int], packing: bool, train_observations: bool
+    chosen: Sequence[Trajectory],
+    rows: list[int],
+    token_ids: list[list[int]],
+    packing: bool,
+    train_observations: bool,
 ) -> MicroBatch:
-    chosen = [trajectories[row] for row in rows]
-    lengths = [len(t.token_ids) for t in chosen]
+    lengths = list(map(len, token_ids))
     masks = [_loss_mask(t, train_observations) for t in chosen]
+    counts = torch.tensor([sum(mask) for mask in masks])
 
     def lay(columns: Sequence[Sequence[int]], dtype: torch.dtype = torch.long) -> Tensor:
         if packing:
@@ -114,22 +118,21 @@ def _micro_batch(
     ]
     return MicroBatch(
         rows,
-        token_ids=lay([t.token_ids for t in chosen]),
+        token_ids=lay(token_ids),
         position_ids=lay([range(length) for length in lengths]),
         attention_mask=None if packing else lay([[1] * length for length in lengths]),
         lengths=lengths,
         loss_mask=lay(masks, torch.bool),
         sampler_logprobs=torch.tensor([value or 0.0 for value in logprobs], dtype=torch.float32),
         sampled=torch.tensor([value is not None for value in logprobs], dtype=torch.bool),
-        counts=torch.tensor([sum(mask) for mask in masks]),
+        counts=counts,
+        row=torch.arange(len(counts)).repeat_interleave(counts),
         pictures=pictures,
     )
 
 
 def _loss_mask(trajectory: Trajectory, train_observations: bool) -> list[int]:
     """1 where the token is trained; never at the first, which nothing predicts."""
-    mask = trajectory.loss_mask
-    if train_observations:
-        prompt = len(trajectory.segments[0].token_ids)
-        mask = [0] * prompt + [1] * (len(mask) - prompt)
+    trained = (SegmentKind.POLICY, SegmentKind.OBSERVATION) if train_observations else (SegmentKind.POLICY,)
+    mask = [int(segment.kind in trained) for segment in trajectory.segments for _ in segment.token_ids]
     return [0, *mask[1:]]

@@ -35,11 +35,10 @@ from data.records import Question
 from data.sharding import gather, layers_of, shard, whole
 from rl.algorithm.answer_likelihood import probe_key, probes
 from rl.algorithm.credit import TrainingBatch, assign_advantages
-from rl.algorithm.losses import token_weights, value_loss
-from rl.algorithm.policy_loss import ScoredTokens, policy_loss
+from rl.algorithm.losses import ScoredTokens, policy_loss, token_weights, value_loss
 from rl.learner.batch import MicroBatch, micro_batches
 from rl.learner.critic import Critic
-from rl.learner.logprobs import Scorer
+from rl.learner.logprobs import Scorer, check_packing
 from rl.learner.lora import (
     adapter_state,
     add_lora,
@@ -51,8 +50,7 @@ from rl.learner.lora import (
     without_adapters,
 )
 from rl.learner.optimizer import Optimizer
-from rl.learner.packing import check_packing
-from rl.learner.workers import Totals, Workers, add_total
+from rl.learner.workers import Totals, Workers
 
 if TYPE_CHECKING:
     from agent.policy import Policy
@@ -107,6 +105,8 @@ class Learner:
                 if module is not None:
                     _shard(module, config.dtype)
         self.reference = near if algorithm.needs_reference else None
+        layers = [layer for each in (self.model, self.critic) if each for layer in layers_of(each)]
+        self._recomputed = [layer for layer in layers if layer.gradient_checkpointing]
         self.optimizer = Optimizer(self.model, algorithm, algorithm.learning_rate, algorithm.warmup_steps)
         self.critic_optimizer = self.critic and Optimizer(
             self.critic, algorithm, algorithm.critic_learning_rate, algorithm.critic_warmup_steps
@@ -118,10 +118,13 @@ class Learner:
         dtype, cuda = self.config.dtype, self.model.device.type == "cuda"
         return dtype == "bfloat16" or (dtype == "auto" and cuda)
 
-    def learn(self, collected: Collected, step: int) -> Totals:
-        """Update on what was collected for the step after `step`; nothing changes where that is nothing."""
+    def learn(self, collected: Collected, step: int) -> list[Totals]:
+        """Update on what was collected for the step after `step`; nothing changes where that is nothing.
+
+        Returns what each part of it measured.
+        """
         if not collected.count:
-            return {}
+            return []
         algorithm, groups = self.config.algorithm, collected.groups
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         rewards = [reward for group in groups for reward in group.rewards]
@@ -129,22 +132,23 @@ class Learner:
         self.optimizer.decay = min(1.0, (self.config.steps - step) / (algorithm.decay_steps + 1))
         torch.manual_seed((self.config.seed * 1_000_003 + step) % 2**63)  # of LoRA's dropout
         dropout = training_dropout(self.model) if self.config.lora.rank else nullcontext()
-        with dropout, _recomputing(self.model), _recomputing(self.critic):
+        with dropout, _recomputing(self._recomputed):
             self._score(batch)
             started = time.monotonic()
-            totals = assign_advantages(batch, self.config, self.workers, self.token_limit, self._decode)
-            totals["time/advantages_seconds"] = (time.monotonic() - started, 1.0)
+            measured = [assign_advantages(batch, self.config, self.workers, self.token_limit, self._decode)]
+            measured.append({"time/advantages_seconds": (time.monotonic() - started, 1.0)})
             for part in range(algorithm.updates_per_rollout):
                 rows = _share(groups, part, algorithm.updates_per_rollout, collected.count)
                 if self.critic is None or step >= algorithm.critic_only_steps:
-                    self._update_policy(batch, rows, totals)
+                    measured += self._update_policy(batch, rows)
                 if self.critic is not None:
-                    self._update_critic(self.critic, batch, rows, totals)
+                    measured += self._update_critic(self.critic, batch, rows)
         for name in ("policy/clamped_fraction", "policy/kl_clamped_fraction"):
-            beyond, tokens = totals.get(name, (0.0, 0.0))
-            if beyond:
+            counts = [part[name] for part in measured if name in part]
+            if any(beyond for beyond, _ in counts):
+                beyond, tokens = map(sum, zip(*counts, strict=True))
                 logger.warning("%d of %d tokens have a log-ratio beyond its bound (%s)", beyond, tokens, name)
-        return totals
+        return measured
 
     @torch.no_grad()
     def _score(self, batch: TrainingBatch) -> None:
@@ -180,16 +184,17 @@ class Learner:
         nothing = torch.empty(0, device=batch.device)
         return [torch.stack([means[probe_key(p)] for p in each]) if each else nothing for each in asked]
 
-    def _update_policy(self, batch: TrainingBatch, rows: Sequence[int], totals: Totals) -> None:
-        """Update the policy once on its share of the batch."""
+    def _update_policy(self, batch: TrainingBatch, rows: Sequence[int]) -> list[Totals]:
+        """Update the policy once on its share of the batch; return what was measured."""
         algorithm, advantages = self.config.algorithm, batch.columns["advantages"]
         tokens, trajectories = self._everywhere(sum(len(advantages[row]) for row in rows), len(rows))
         kl_in_loss = "reference" in batch.columns and algorithm.kl_in == "loss"
         always = kl_in_loss or algorithm.entropy_coefficient > 0 or algorithm.llds_coefficient > 0
         fed = [row for row in rows if always or advantages[row].any()]
         if not self._everywhere(len(fed))[0]:
-            return
+            return []
         constant = algorithm.averaging_tokens or self.token_limit
+        measured: list[Totals] = []
 
         def loss_of(each: MicroBatch) -> Tensor:
             taken = self.scorer(each, entropy_gradient=algorithm.entropy_coefficient > 0)
@@ -204,30 +209,29 @@ class Learner:
                 batch.joined("reference", each.rows) if kl_in_loss else None,
                 batch.joined("turns", each.rows).long() if "turns" in batch.columns else None,
             )
-            loss = policy_loss(scored, algorithm, totals)
+            loss, totals = policy_loss(scored, algorithm)
+            measured.append(totals)
             weights = token_weights(algorithm.averaging, each.counts, tokens, trajectories, constant)
             return (weights.to(loss.device) * loss).sum()
 
         loss = self._accumulate(batch, fed, loss_of, self._logprobs)
-        add_total(totals, "policy/loss", loss, 1 / self.workers.count)
-        add_total(totals, "policy/grad_norm", self._apply(self.scorer, self.optimizer), 1)
+        norm = self._apply(self.scorer, self.optimizer)
+        return [*measured, {"policy/loss": (loss, 1 / self.workers.count), "policy/grad_norm": (norm, 1)}]
 
-    def _update_critic(
-        self, critic: Critic, batch: TrainingBatch, rows: Sequence[int], totals: Totals
-    ) -> None:
+    def _update_critic(self, critic: Critic, batch: TrainingBatch, rows: Sequence[int]) -> list[Totals]:
         """Update the critic once: its values of policy tokens towards their returns."""
         assert self.critic_optimizer is not None
         (tokens,) = self._everywhere(sum(len(batch.columns["returns"][row]) for row in rows))
         if not tokens:
-            return
+            return []
 
         def loss_of(each: MicroBatch) -> Tensor:
             old, returns = (batch.joined(name, each.rows) for name in ("values", "returns"))
             return value_loss(critic(each), old, returns, self.config.algorithm.value_clip).sum() / tokens
 
         loss = self._accumulate(batch, rows, loss_of, critic)
-        add_total(totals, "critic/loss", loss, 1 / self.workers.count)
-        add_total(totals, "critic/grad_norm", self._apply(critic, self.critic_optimizer), 1)
+        norm = self._apply(critic, self.critic_optimizer)
+        return [{"critic/loss": (loss, 1 / self.workers.count), "critic/grad_norm": (norm, 1)}]
 
     def _accumulate(
         self, batch: TrainingBatch, rows: Sequence[int], loss_of: Measure, idle: Measure
@@ -342,13 +346,12 @@ def _shard(module: nn.Module, dtype: str) -> None:
 
 
 @contextmanager
-def _recomputing(module: nn.Module | None) -> Generator[None]:
-    """Let layers recompute their activations, where gradient checkpointing is on.
+def _recomputing(layers: Sequence[nn.Module]) -> Generator[None]:
+    """Let these layers recompute their activations.
 
     They do so in training mode only, which would cost the engine its cache and everyone dropout: so
     the layers alone are in it, and only now.
     """
-    layers = [layer for layer in layers_of(module) if layer.gradient_checkpointing] if module else []
     for layer in layers:
         layer.training = True
     try:

@@ -46,9 +46,9 @@ class Workers:
         dist.all_gather_object(values, value)
         return values
 
-    def average(self, totals: Totals) -> dict[str, float]:
-        """Average metrics over the processes; what nobody measured is left out."""
-        return averages(self.gather(totals))
+    def average(self, parts: Sequence[Totals]) -> dict[str, float]:
+        """Average what all processes measured in parts of a step; what nobody measured is left out."""
+        return averages([part for of_one in self.gather(parts) for part in of_one])
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the processes; the argument is unchanged."""
@@ -88,18 +88,13 @@ class Workers:
             os._exit(0)
 
 
-def add_total(totals: Totals, name: str, value: float, weight: float) -> None:
-    """Add to the sum of a metric and to the sum of its weights."""
-    before = totals.get(name, (0.0, 0.0))
-    totals[name] = (before[0] + value, before[1] + weight)
-
-
 def averages(parts: Sequence[Totals]) -> dict[str, float]:
-    """Average metrics over all processes; what nobody measured is left out."""
+    """Average metrics over parts of a step or processes; what nobody measured is left out."""
     sums: Totals = {}
     for part in parts:
         for name, (value, weight) in part.items():
-            add_total(sums, name, value, weight)
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + value, before[1] + weight)
     return {name: value / weight for name, (value, weight) in sums.items() if weight}
 
 

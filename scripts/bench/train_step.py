@@ -50,7 +50,7 @@ from data.records import Question
 from rl.algorithm.rewards import Reward
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.learner.learner import Learner
-from rl.learner.workers import Workers
+from rl.learner.workers import Workers, averages
 from rl.rollouts import Collected, Group
 from scripts.bench.rollout import hardware
 
@@ -204,9 +204,9 @@ def ours(count: int, rows: int, profile: bool = False) -> Meter:
         print_profile(lambda: learner.learn(collected, 1))
         return meter
     meter.start()
-    totals = learner.learn(collected, 1)
+    measured = learner.learn(collected, 1)
     meter.stop()
-    meter.gradient_norm = totals["policy/grad_norm"][0]
+    meter.gradient_norm = averages(measured)["policy/grad_norm"]
     return meter
 
 

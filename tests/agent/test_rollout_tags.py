@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from agent.engines.base import Sampling
-from agent.engines.stop_strings import StopFinder
+from agent.engines.sampling import StopFinder
 from agent.protocol import HERMES, SEARCH_R1
 from agent.rollout import Agent
 from agent.trajectory import StopReason

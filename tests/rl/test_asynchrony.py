@@ -19,7 +19,7 @@ from data.jsonl import read_jsonl
 from data.questions import load_questions
 from data.run_dir import read_metrics, read_run
 from retriever_server.client.search_client import SearchClient
-from rl.algorithm.policy_loss import sampler_weights
+from rl.algorithm.losses import sampler_weights
 from rl.algorithm.presets import AlgorithmConfig
 from rl.algorithm.rewards import combine
 from rl.config import RolloutConfig
@@ -128,7 +128,7 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
         weighed.append((old, sampler, sampler_weights(kind, cap, old, sampler, row, sampled)))
         return weighed[-1][-1]
 
-    monkeypatch.setattr("rl.algorithm.policy_loss.sampler_weights", spy)
+    monkeypatch.setattr("rl.algorithm.losses.sampler_weights", spy)
     train(asynchronous(toy, tmp_path, bound, deterministic=False), Slow(toy, 0.02))
     lags = [
         step - min(s.weights_version for s in t.segments if s.kind is SegmentKind.POLICY)
@@ -149,7 +149,7 @@ def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
 
 def test_the_correction_decides_what_stale_tokens_teach(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "rl.algorithm.policy_loss.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old)
+        "rl.algorithm.losses.sampler_weights", lambda kind, cap, old, *_: torch.zeros_like(old)
     )
     train(asynchronous(toy, tmp_path, 2, steps=4))
     began = AutoModelForCausalLM.from_pretrained(toy / "policy").state_dict()

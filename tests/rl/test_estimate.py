@@ -19,9 +19,9 @@ from data.settings import LoraConfig
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.estimate import ResourceEstimate, estimate_text, peak, recent_steps
 from rl.learner.critic import Critic
+from rl.learner.logprobs import packed_arguments
 from rl.learner.lora import add_lora
 from rl.learner.optimizer import Optimizer
-from rl.learner.packing import packed_arguments
 from scripts.command_line import call
 from scripts.wiring import make_protocol
 from tests.fakes import tiny_model

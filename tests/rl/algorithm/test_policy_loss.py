@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.algorithm.policy_loss import mismatch, sampler_weights
+from rl.algorithm.losses import mismatch, sampler_weights
 
 ROW = torch.tensor([0, 0, 1, 1, 2])
 SAMPLER = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])

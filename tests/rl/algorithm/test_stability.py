@@ -6,8 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl.algorithm.losses import PolicyTokens, clip_fraction, dppo, llds
-from rl.algorithm.policy_loss import ScoredTokens, policy_loss, sampler_weights
+from rl.algorithm.losses import (
+    PolicyTokens,
+    ScoredTokens,
+    clip_fraction,
+    dppo,
+    llds,
+    policy_loss,
+    sampler_weights,
+)
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 
 ROW = torch.tensor([0, 0, 0, 0, 1, 1, 2])
@@ -93,9 +100,8 @@ def test_the_policy_loss_adds_what_is_asked_for():
     parts = vars(given) | {"entropy": torch.zeros(7), "sampler_logprobs": sampler, "turns": TURN}
     scored = ScoredTokens(**parts, sampled=torch.ones(7, dtype=torch.bool), ref_logprobs=None)
     plain = AlgorithmConfig(**{**preset_fields("stable"), "llds_coefficient": 0, "off_policy_threshold": 0})
-    bare = policy_loss(scored, plain, {})
-    totals = {}
-    full = policy_loss(scored, replace(plain, llds_coefficient=0.1, off_policy_threshold=0.5), totals)
+    bare, _ = policy_loss(scored, plain)
+    full, totals = policy_loss(scored, replace(plain, llds_coefficient=0.1, off_policy_threshold=0.5))
     kept = torch.tensor([1, 1, 1, 1, 0, 0, 1])  # the second trajectory has become too unlikely, and was bad
     torch.testing.assert_close(full, bare * kept + 0.1 * llds(given, ROW * 2 + TURN))
     assert totals["policy/off_policy_fraction"] == (2, 7)

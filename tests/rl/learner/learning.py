@@ -156,8 +156,8 @@ def make_learner(
 def learn(learner: Learner, groups: Sequence[Group], step: int = 0) -> Learned:
     """One step of this process alone."""
     with given_to_adamw(learner.model, learner.critic) as (policy, critic):
-        totals = learner.learn(Collected(list(groups), len(groups), len(groups), {}), step)
-    metrics = {name: value for name, value in averages([totals]).items() if not name.startswith("time/")}
+        measured = learner.learn(Collected(list(groups), len(groups), len(groups), {}), step)
+    metrics = {name: value for name, value in averages(measured).items() if not name.startswith("time/")}
     return Learned(policy, critic, metrics)
 
 
