@@ -337,7 +337,7 @@ def totals_of(groups: Sequence[Group]) -> Totals:
         return float(sum(values)), float(len(values))
 
     counts = [t.counts for t in trajectories]
-    counted = {name for each in counts for name in each if name != "pictures" or each[name]}
+    counted = dict.fromkeys(name for each in counts for name in each if name != "pictures" or each[name])
     stops = Counter(t.stop_reason for t in trajectories)
     scored = [reward for _, reward in pairs if not reward.error]
     names = scored[0].parts if scored else ()

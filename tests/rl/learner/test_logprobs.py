@@ -22,7 +22,7 @@ from agent.engines.hf import HFEngine
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError
 from rl.config import RolloutConfig
-from rl.learner import packing
+from rl.learner import logprobs as scoring
 from rl.learner.batch import MicroBatch, micro_batches
 from rl.learner.logprobs import Scorer
 from tests.fakes import SIZES, byte_tokenizer, question, tiny_model
@@ -250,10 +250,10 @@ def test_a_model_that_was_packed_does_all_else_as_before(kind, tmp_path):
     model = tiny_model(kind, VOCABULARY)
     before = decode(model)
     Scorer(model, ROLLOUT)(lay_out("packed"))
-    assert model.config._attn_implementation == packing.NAME
+    assert model.config._attn_implementation == scoring.PACKED
     assert decode(model) == before
     model.save_pretrained(tmp_path)
-    assert packing.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert scoring.PACKED not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
 def test_the_kernel_of_variable_lengths_is_asked_for_the_same_attention(monkeypatch):
@@ -276,8 +276,8 @@ def test_the_kernel_of_variable_lengths_is_asked_for_the_same_attention(monkeypa
         model, batch = tiny_model(kind, VOCABULARY), lay_out("packed")
         expected = Scorer(model, ROLLOUT)(batch).logprobs
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "varlen_attn", varlen_attn)
-            patch.setattr(packing, "_has_kernel", lambda query: True)
+            patch.setattr(scoring, "varlen_attn", varlen_attn)
+            patch.setattr(scoring, "_has_kernel", lambda query: True)
             torch.testing.assert_close(Scorer(model, ROLLOUT)(batch).logprobs, expected, atol=1e-5, rtol=0)
 
 
