@@ -1,13 +1,14 @@
-"""Fixtures of several files: the toy world that trains in seconds, and torch as the last test found it."""
+"""Fixtures of several files: the toy world that trains in seconds, and torch as the last test found it.
+
+Nothing heavy is imported on loading: the process that only hands out tests loads this file, too.
+"""
 
 import gc
+import sys
 from datetime import datetime
 
 import pytest
-import torch
 from hypothesis import settings
-
-from tests.toy import build_toy
 
 
 def pytest_configure(config):
@@ -32,13 +33,16 @@ def modules_loaded_meanwhile_are_left_out_too():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A folder with the toy's policy, questions and index."""
+    from tests.toy import build_toy
+
     return build_toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(autouse=True)
 def determinism_ends_with_the_test():
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch := sys.modules.get("torch"):
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -20,18 +20,32 @@ from data.run_dir import read_metrics
 from retriever_server.open_retriever import open_retriever
 from retriever_server.server.app import create_app
 from scripts import __main__ as sleuth
+from tests import mcp_server
 from tests.fakes import DictSearcher, byte_tokenizer, question
 from tests.retriever_server.running import build_small_index, serving
 from tests.scripted import ScriptedEngine
 
 PEER = f"{sys.executable} -m tests.mcp_server"
-USED = ("add", "slow", "huge", "fail", "die")
+USED = ("add", "slow", "huge", "fail")
 
 
 @pytest.fixture(scope="module")
-def peer():
+def address():
+    """The peer in a thread of this process, by HTTP: a process of its own takes a second to start."""
+    with serving(mcp_server.server.streamable_http_app(json_response=True, stateless_http=True)) as url:
+        yield f"{url}/mcp"
+
+
+@pytest.fixture(scope="module")
+def peer(address):
     """Its tools with limits of a test; connections are opened again in each event loop."""
-    return McpServer(McpConfig(PEER, USED, timeout_seconds=20, max_calls=2, max_bytes=1000))
+    return McpServer(McpConfig(address, USED, timeout_seconds=20, max_calls=2, max_bytes=1000))
+
+
+@pytest.fixture(scope="module")
+def mortal():
+    """The peer over stdio, which can die."""
+    return McpServer(McpConfig(PEER, ("add", "slow", "die"), timeout_seconds=20, max_calls=2))
 
 
 def speaking(protocol, server, **limits):
@@ -86,14 +100,14 @@ def test_a_result_is_cut_and_the_budget_holds(peer):
     assert len(read) <= 100
 
 
-def test_a_server_that_died_is_started_again(peer, tmp_path):
-    spoken = speaking(COMPACT, peer)
+def test_a_server_that_died_is_started_again(mortal, tmp_path):
+    spoken = speaking(COMPACT, mortal)
     trajectory, [read] = roll_out(spoken, [Call("die", str(tmp_path / "once")), Answer("x")])
     assert "alive" in read and trajectory.answer == "x"
 
 
-def test_trajectories_share_a_server_that_dies_under_them(peer, tmp_path):
-    spoken = speaking(COMPACT, peer)
+def test_trajectories_share_a_server_that_dies_under_them(mortal, tmp_path):
+    spoken = speaking(COMPACT, mortal)
     tokenizer = byte_tokenizer()
     turns = [spoken.render_turn("t", Call("die", str(tmp_path / "once"))), "<answer>x</answer>"]
     agent = Agent(ScriptedEngine(tokenizer, turns), tokenizer, DictSearcher({}), spoken)
@@ -102,8 +116,8 @@ def test_trajectories_share_a_server_that_dies_under_them(peer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(peer):
-    hasty = McpServer(replace(peer.config, timeout_seconds=6))
+def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(mortal):
+    hasty = McpServer(replace(mortal.config, timeout_seconds=6))
     for call in (Call("die", "never"), Call("slow", "60")):
         trajectory, read = roll_out(speaking(COMPACT, hasty), [call, Answer("x")])
         assert trajectory.stop_reason is StopReason.SEARCH_FAILED and not read
@@ -113,21 +127,21 @@ def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(
 @pytest.mark.parametrize(
     ("config", "error", "says"),
     [
-        (McpConfig(PEER, ("fly",)), ConfigError, "tools: 'fly': must be of add, answer, die, fail"),
+        (McpConfig("{address}", ("fly",)), ConfigError, "tools: 'fly': must be of add, answer, die, fail"),
         (McpConfig("http://127.0.0.1:9/mcp", timeout_seconds=5), ToolUnavailable, "http://127.0.0.1:9/mcp: "),
         (McpConfig("no-such-command"), ToolUnavailable, "tools.mcp no-such-command: "),
     ],
 )
-def test_a_server_that_cannot_serve_is_refused_in_one_line(config, error, says):
+def test_a_server_that_cannot_serve_is_refused_in_one_line(config, error, says, address):
     with pytest.raises(error, match=says) as caught:
-        McpServer(config)
+        McpServer(replace(config, mcp=config.mcp.format(address=address)))
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_limits_and_names_that_are_taken_are_refused():
+def test_wrong_limits_and_names_that_are_taken_are_refused(address):
     with pytest.raises(ConfigError, match=r"tools.max_calls = 0: must be >= 1"):
         McpConfig(PEER, max_calls=0)
-    taken = McpServer(McpConfig(PEER, ("answer",)))
+    taken = McpServer(McpConfig(address, ("answer",)))
     with pytest.raises(ConfigError, match="each name once, and none of"):
         speaking(COMPACT, taken)
     with pytest.raises(ConfigError, match="each name once"):
