@@ -16,7 +16,7 @@ from torch import Tensor
 from agent.trajectory import SegmentKind, StopReason, Trajectory
 from rl.algorithm.advantages import ADVANTAGES, RewardBatch
 from rl.algorithm.answer_likelihood import answer_credit
-from rl.algorithm.losses import KL_ESTIMATORS, explained_variance, kl_clamped
+from rl.algorithm.losses import KL_ESTIMATORS, kl_clamped
 
 if TYPE_CHECKING:
     from rl.algorithm.rewards import Reward
@@ -145,6 +145,15 @@ def whiten(advantages: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: 
     mean = first / count.clamp(min=1)
     variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
     return ((exact - mean) * (variance + 1e-8).rsqrt()).to(advantages.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
+
+    0 where the returns do not vary.
+    """
+    spread = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
 
 
 def overlong_penalty(written: Tensor, limit: int, buffer: float) -> Tensor:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rl.algorithm.presets import AlgorithmConfig
     from rl.learner.workers import Totals
 
 Averaging = Literal["token", "trajectory", "constant"]
@@ -76,7 +75,47 @@ class ScoredTokens(PolicyTokens):
     turns: Tensor | None = None  # (N,) long, from 0 in each trajectory; for llds alone
 
 
-def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+class Clipping(Protocol):
+    """The fields of `AlgorithmConfig` that a surrogate reads."""
+
+    @property
+    def surrogate(self) -> str: ...
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+    @property
+    def dual_clip(self) -> float: ...
+    @property
+    def sapo_temperature(self) -> float: ...
+    @property
+    def sapo_temperature_negative(self) -> float: ...
+
+
+class PolicyLoss(Clipping, Protocol):
+    """Those that the policy's loss reads, too."""
+
+    @property
+    def importance(self) -> str: ...
+    @property
+    def importance_cap(self) -> float: ...
+    @property
+    def off_policy_threshold(self) -> float: ...
+    @property
+    def llds_coefficient(self) -> float: ...
+    @property
+    def llds_gate(self) -> str: ...
+    @property
+    def kl_estimator(self) -> str: ...
+    @property
+    def kl_unbiased(self) -> bool: ...
+    @property
+    def kl_coefficient(self) -> float: ...
+    @property
+    def entropy_coefficient(self) -> float: ...
+
+
+def ppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimised.
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); the two bounds apart as in DAPO (arXiv 2503.14476,
@@ -85,12 +124,12 @@ def ppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return _clipped(tokens.ratio, tokens.advantages, algorithm)
 
 
-def gspo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def gspo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """The clipped surrogate with one ratio a trajectory, the geometric mean of its tokens' (GSPO)."""
     return _clipped(tokens.sequence_ratio, tokens.advantages, algorithm)
 
 
-def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def cispo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """-sg(min(r, 1 + clip_high)) A log p: the clip bounds the weight but cuts no token's gradient.
 
     MiniMax 2025, arXiv 2506.13585, eq. 4, with no lower bound, as they ran it; `clip_low` is not read.
@@ -98,7 +137,7 @@ def cispo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -tokens.ratio.detach().clamp(max=1 + algorithm.clip_high) * tokens.advantages * tokens.logprobs
 
 
-def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def reinforce(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """-sg(r) A log p: REINFORCE (Williams 1992), each token weighted by its ratio when off-policy.
 
     Its gradient is that of -r A, the surrogate without a clip; its value means nothing.
@@ -106,7 +145,7 @@ def reinforce(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -tokens.ratio.detach() * tokens.advantages * tokens.logprobs
 
 
-def dppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def dppo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """-r A without the tokens whose *probability* has changed by more than the bounds and would go further.
 
     DPPO (arXiv 2602.04879), the mask by total variation: a ratio of 2 is nothing at a rare token and a lot at
@@ -115,14 +154,14 @@ def dppo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -(tokens.ratio * tokens.advantages).masked_fill(dppo_cut(tokens, algorithm), 0)
 
 
-def dppo_cut(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def dppo_cut(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """Tokens that dppo leaves out (N,) bool."""
     change = tokens.logprobs.detach().exp() - tokens.old_logprobs.exp()
     rising = (change > algorithm.clip_high) & (tokens.advantages > 0)
     return rising | ((change < -algorithm.clip_low) & (tokens.advantages < 0))
 
 
-def sapo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def sapo(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """A soft gate in place of the clip: -sigmoid(t (r - 1)) 4 / t A, with a t for each sign of A.
 
     SAPO (Gao et al. 2025, arXiv 2511.20347), as in TRL.
@@ -132,7 +171,7 @@ def sapo(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
     return -(temperature * (tokens.ratio - 1)).sigmoid() * 4 / temperature * tokens.advantages
 
 
-SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
+SURROGATES: dict[str, Callable[[PolicyTokens, Clipping], Tensor]] = {
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
@@ -143,7 +182,7 @@ SURROGATES: dict[str, Callable[[PolicyTokens, AlgorithmConfig], Tensor]] = {
 """(tokens, algorithm) -> loss of each token (N,)."""
 
 
-def clip_fraction(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> Tensor:
+def clip_fraction(tokens: PolicyTokens, algorithm: Clipping) -> Tensor:
     """Share of tokens () whose gradient the clip cuts off (ppo, gspo, dppo) or whose weight falls (cispo).
 
     0 without tokens, and for reinforce and sapo, which have no clip.
@@ -191,7 +230,7 @@ def off_policy_mask(tokens: PolicyTokens, sampler_logprobs: Tensor, threshold: f
     return ((tokens.advantages >= 0) | (means[tokens.row] <= threshold)).to(difference.dtype)
 
 
-def clamped(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> int:
+def clamped(tokens: PolicyTokens, algorithm: Clipping) -> int:
     """Count the tokens whose log-ratio is beyond the bound."""
     if algorithm.surrogate == "gspo":
         return int((tokens.sequence_log_ratio > MAX_SEQUENCE_LOG_RATIO).sum())
@@ -255,16 +294,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return 0.5 * error
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; both (N,).
-
-    0 where the returns do not vary.
-    """
-    spread = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
-
-
-def policy_loss(tokens: ScoredTokens, algorithm: AlgorithmConfig) -> tuple[Tensor, Totals]:
+def policy_loss(tokens: ScoredTokens, algorithm: PolicyLoss) -> tuple[Tensor, Totals]:
     """Return the loss of each token (N,), and its metrics."""
     count, totals = tokens.logprobs.numel(), {}
     given = tokens.old_logprobs, tokens.sampler_logprobs
@@ -361,7 +391,7 @@ def _log_ratio(old_logprobs: Tensor, sampler_logprobs: Tensor, sampled: Tensor |
     return difference if sampled is None else difference.masked_fill(~sampled, 0)
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+def _clipped(ratio: Tensor, advantages: Tensor, algorithm: Clipping) -> Tensor:
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     if algorithm.dual_clip:
         ratio = ratio.clamp(max=algorithm.dual_clip)  # beyond 1 + clip_high: matters where A < 0 alone

@@ -12,7 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import DataError
 from data.settings import LoraConfig
-from rl.algorithm.losses import explained_variance, value_loss
+from rl.algorithm.credit import explained_variance
+from rl.algorithm.losses import value_loss
 from rl.learner.batch import micro_batches
 from rl.learner.critic import Critic
 from rl.learner.lora import add_lora
