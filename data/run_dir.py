@@ -15,6 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -218,6 +219,22 @@ def check_free(folder: Path, own: Collection[str]) -> None:
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise ConfigError(f"{folder}: holds other files ({shown}); give an empty or a new folder")
+
+
+def defaults_of(config: Any) -> dict[str, Any]:
+    """Return the defaults of the fields of a configuration, and of those of its parts, for `RunDir`."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            found[each.name] = defaults_of(value)
+        elif isinstance(value, list | tuple) and value and all(map(is_dataclass, value)):
+            found[each.name] = {str(number): defaults_of(item) for number, item in enumerate(value)}
+        elif each.default is not MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not MISSING:
+            found[each.name] = each.default_factory()
+    return found
 
 
 def describe_difference(

@@ -260,7 +260,7 @@ def open_run(
     How the run is spread over machines is no part of its configuration. inputs, beside: see `RunDir`.
     """
     from data.packaged import WIRED_IN
-    from data.run_dir import RunDir
+    from data.run_dir import RunDir, defaults_of
     from data.trackers import check_tracker, open_tracker
     from rl.demonstrations import warm_start_notes
     from scripts.console import StepLines
@@ -272,7 +272,7 @@ def open_run(
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
     _check_text(config)
     # Of each field but `rewards`, whose keys are the user's: what a run of before the field was there has.
-    defaults = asdict(TrainConfig(policy="", questions="", retriever="", out="")) | {"rewards": {}}
+    defaults = defaults_of(config) | {"rewards": {}}
     defaults["protocol"]["titles"] = config.protocol.titles  # they have been checked
     lines = StepLines(_SHOWN, config.steps)
     run = RunDir(

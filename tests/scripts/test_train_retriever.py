@@ -42,6 +42,10 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
     assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(rows[1])
     assert [row["step"] for row in rows if "dev/nDCG@10" in row] == [0, 2, 4]
     assert read_run(tmp_path / "run")["status"] == "finished"
+    for part, name in ((resolved, "sharding"), (resolved["train"][0], "weights"), (resolved["dev"], "limit")):
+        del part[name]  # as in a run that was begun before these fields were there
+    write(tmp_path / "run/config.yaml", resolved)
+    assert sleuth.main(command) == 0
     assert sleuth.main([*command, "--steps", "6"]) == 2
     assert "another configuration (steps: 4 -> 6)" in capsys.readouterr().err
     assert sleuth.main([*command, "--steps", "6", "--resume", "true"]) == 0
