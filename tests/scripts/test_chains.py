@@ -67,7 +67,13 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in ("two_towers", "m3") else pytest.mark.slow)
+        for name in METHODS  # m3 is dense, sparse and multi-vector in one
+    ],
+)
 def test_merged_retrievers_are_indexed_and_searched(
     method: str, rivers: Path, tmp_path: Path, capsys: Any
 ) -> None:

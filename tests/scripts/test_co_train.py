@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def evaluated(out, gain):
     write_json(out / "scores.json", scores)
 
 
+@cache
+def parser_of(command):
+    module = __import__(sleuth.COMMANDS[command].module, fromlist=["main"])
+    return build_parser(module.main, command)
+
+
 class Commands:
     """In the place of `subprocess.run`: checks the options, and leaves what each command would leave."""
 
@@ -70,8 +77,7 @@ class Commands:
             return subprocess.CompletedProcess(argv, 2)
         given = dict(option.removeprefix("--").split("=", 1) for option in options)
         self.ran.append((command, given))
-        module = __import__(sleuth.COMMANDS[command].module, fromlist=["main"])
-        parse(build_parser(module.main, command), options)
+        parse(parser_of(command), options)
         out = Path(given["out"])
         if command == "evaluate":
             evaluated(out, self.gain)

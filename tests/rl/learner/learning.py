@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -50,7 +51,8 @@ def configure(
     )
 
 
-def make_groups(seed: int) -> list[Group]:
+@cache
+def make_groups(seed: int) -> Sequence[Group]:
     """Four groups of three: one to three turns with observations between them, rewards on any of them.
 
     One trajectory wrote nothing, and one group is flat.
@@ -80,7 +82,7 @@ def make_groups(seed: int) -> list[Group]:
         prompt = tokens(draw.randint(2, 6))
         trajectories, rewards = zip(*(member(number, at, prompt) for at in range(SIZE)), strict=True)
         groups.append(Group(number, list(trajectories), list(rewards)))
-    return groups
+    return tuple(groups)
 
 
 def _sampled(segment: Segment, segments: list[Segment], draw: random.Random) -> Segment:

@@ -17,7 +17,7 @@ from tests.rl.learner.learning import (
     plain_learner,
 )
 
-LAYOUTS = [(True, 24), (False, 40)]
+LAYOUTS = [(True, 48), (False, 80)]
 """Packing, and the tokens of a micro-batch."""
 
 
