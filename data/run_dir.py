@@ -57,7 +57,7 @@ class RunDir:
         on_log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
         inputs: Mapping[str, tuple[str, str]] | None = None,
         beside: Collection[str] = (),
-        defaults: Mapping[str, Any] | None = None,
+        defaults: Any = None,
     ) -> None:
         """Create the run, or open it again where it exists with the same configuration and inputs.
 
@@ -65,14 +65,15 @@ class RunDir:
         reader of the results must know (what is wired in). `on_log` is called by each `log`.
         `inputs`: setting -> the file it names, a hash of what that holds.
         `beside`: files that may lie in a folder without a run. `defaults`: of settings that a run which was
-        begun before they existed does not name. Raises ConfigError where configuration
-        or inputs differ, there is nothing to resume, the folder holds something else, or another
-        process is writing the run.
+        begun before they existed does not name; a dataclass stands for those of its fields. Raises
+        ConfigError where configuration or inputs differ, there is nothing to resume, the folder holds
+        something else, or another process is writing the run.
         """
         self.path = Path(path)
         self.tracker = Tracker()
         self._on_log = on_log
-        self._defaults = json.loads(json.dumps(defaults or {}, default=str))
+        known = defaults_of(defaults) if is_dataclass(defaults) else defaults or {}
+        self._defaults = json.loads(json.dumps(known, default=str))
         plain = json.loads(json.dumps(config, default=str))  # as it will be read back
         if resume and not (self.path / "run.json").exists():
             raise ConfigError(f"nothing to resume in {self.path}: it holds no run.json")
@@ -222,7 +223,7 @@ def check_free(folder: Path, own: Collection[str]) -> None:
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
-    """Return the defaults of the fields of a configuration, and of those of its parts, for `RunDir`."""
+    """Return the defaults of the fields of a configuration, and of those of its parts."""
     found: dict[str, Any] = {}
     for each in fields(config):
         value = getattr(config, each.name)

@@ -63,16 +63,15 @@ def main(config: RetrieverRecipe) -> None:
 def _open_run(
     config: RetrieverRecipe, inputs: Mapping[str, tuple[str, str]], stack: ExitStack
 ) -> tuple[Any, Callable[[int, int], None]]:
-    from data.run_dir import RunDir, defaults_of
+    from data.run_dir import RunDir
     from data.trackers import check_tracker, open_tracker
     from scripts.console import StepLines
 
     check_tracker(config.wandb)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     lines = StepLines(_SHOWN)
-    defaults = defaults_of(config)  # what a run has that was begun before a field was there
     run = stack.enter_context(
-        RunDir(config.out, settings, config.resume, (), lines, inputs=inputs, defaults=defaults)
+        RunDir(config.out, settings, config.resume, (), lines, inputs=inputs, defaults=config)
     )
     progress = stack.enter_context(lines.bar("training"))
     run.tracker = open_tracker(run.path, settings, config.wandb)
