@@ -28,20 +28,22 @@ def world(tmp_path_factory):
     return folder
 
 
-def recorded(world):
+def recorded(world, count=5):
+    """The first trajectories that searched."""
     trajectories = map(from_record, read_jsonl(world / "tokens" / "trajectories.jsonl"))
-    return [t for t in trajectories if t.searches]
+    return [t for t in trajectories if t.searches][:count]
 
 
-def again(world, retriever, how=replay, turn=-1, temperature=0.0, **options):
-    """Each recorded trajectory from its last search on, or the first."""
+def again(world, retriever, how=replay, turn=-1, temperature=0.0, count=5, **options):
+    """Each of these from its last search on, or the first."""
 
     opened = open_agent("atlas", retriever, temperature=temperature, device="cpu")
 
     async def run():
         async with opened:
             return [
-                await how(opened.agent, each, each.searches[turn].turn, **options) for each in recorded(world)
+                await how(opened.agent, each, each.searches[turn].turn, **options)
+                for each in recorded(world, count)
             ]
 
     return asyncio.run(run())
@@ -73,9 +75,8 @@ def test_another_retriever_changes_what_follows_the_query_and_nothing_before(wor
 
 
 def test_samples_differ_after_the_passages_and_share_all_before(world):
-    for before, found in zip(
-        recorded(world)[:3], again(world, "none", resample, temperature=1.0, samples=3)[:3], strict=True
-    ):
+    sampled = again(world, "none", resample, temperature=1.0, count=3, samples=3)
+    for before, found in zip(recorded(world, 3), sampled, strict=True):
         places = [at for at, s in enumerate(before.segments) if s.kind == "policy"]
         kept = places[before.searches[-1].turn] + 2
         assert all(each.segments[:kept] == before.segments[:kept] for each in found)
