@@ -165,13 +165,14 @@ def _reason(error: BaseException) -> str:
 
 def _make_client(config: McpConfig) -> Any:
     try:
-        from mcp import Client, StdioServerParameters
+        from mcp import Client, StdioServerParameters, stdio_client
     except ImportError as error:
         raise ConfigError("tools.mcp needs the package mcp: pip install 'sleuth-rl[mcp]'") from error
     if "://" in config.mcp:
         return Client(config.mcp, cache=None)
     command, *arguments = shlex.split(config.mcp)
-    return Client(StdioServerParameters(command=command, args=arguments), cache=None)
+    process = stdio_client(StdioServerParameters(command=command, args=arguments))  # mcp 2.0 takes no less
+    return Client(process, cache=None)
 
 
 def _is_answer(error: Exception) -> bool:
