@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from typing import Any, Self
 import yaml
 
 from data.atomic import atomic_write
-from data.errors import ConfigError, DataError, RunStopped, StorageError
+from data.errors import ConfigError, DataError, RunStopped, StorageError, reason_of
 from data.jsonl import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from data.lock import lock
 from data.records import FORMAT_VERSION
@@ -212,9 +213,14 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def check_free(folder: Path, own: Collection[str]) -> None:
-    """Raise ConfigError where the folder holds files other than `own` and hidden ones, or is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file, must be a folder")
+    """Raise ConfigError where the folder holds files other than `own` and hidden ones, or cannot be one."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there}: is a file, must be a folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        raise ConfigError(f"{folder}: nothing can be written in {there} ({reason_of(error)})") from error
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if name not in own and not name.startswith(".")]
     if foreign:

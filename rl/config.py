@@ -93,7 +93,7 @@ class ProtocolConfig:
     first version of Sleuth wrote it (docs/protocol.md). None: the protocol's own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the policy's chat template besides the messages, such as {enable_thinking: false}."""
-    tools: list[str | dict[str, Any]] | None = None
+    tools: list[Any] | None = None
     """Tools that the policy may call: [search, open_page, {mcp: URL or command}] (docs/agent.md). None: as
     its folder says."""
     answer_form: Literal["short", "confidence", "cited"] | None = None
@@ -120,6 +120,8 @@ class ProtocolConfig:
             own = [tool for tool in self.tools or ["search"] if isinstance(tool, str)]
             get_protocol(self.name or "search_r1", tools=own)
         for tool in self.tools or ():
+            allowed = "a name, or {mcp: URL or command}"
+            require(isinstance(tool, str | dict), "protocol.tools", tool, allowed)
             if isinstance(tool, dict):
                 read_config(tool)
 

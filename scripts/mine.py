@@ -106,10 +106,10 @@ def _mine_trajectories(config: MineConfig) -> int:
     given = {"labels": config.labels, "style": config.style, "negatives": negatives}
     labels = replace(base, **{key: value for key, value in given.items() if value is not None})
     questions = load_questions(config.held_out) if config.held_out else []
-    content_hash = Corpus(config.corpus).content_hash if config.corpus else ""
+    corpus = Corpus(config.corpus) if config.corpus else None
     bar, path = track("labelling searches"), config.trajectories or ""
     try:
-        tally = mine_trajectories(path, config.out, labels, questions, content_hash, bar, config.scores)
+        tally = mine_trajectories(path, config.out, labels, questions, corpus, bar, config.scores)
     except NoExamples as none:
         print(none)
         return NOTHING

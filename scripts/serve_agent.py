@@ -85,7 +85,7 @@ def main(config: ServeAgentConfig) -> None:
 
 def build_app(config: ServeAgentConfig, opened: OpenedAgent, failures: list[SleuthError]) -> Any:
     """Return the application; it opens the agent in its own loop, and stops if that fails."""
-    from retriever_server.server.middleware import Access, RequestMiddleware
+    from retriever_server.server.middleware import Access, RequestLog, RequestMiddleware
     from scripts.agent_server import AgentService, create_app
 
     @asynccontextmanager
@@ -109,6 +109,6 @@ def build_app(config: ServeAgentConfig, opened: OpenedAgent, failures: list[Sleu
         metrics=service.metrics,
         access=Access(read_token(config.token_file, "token_file"), None, hosts_of(config)),
         max_body_bytes=config.max_body_bytes,
-        request_log=Path(config.request_log) if config.request_log else None,
+        request_log=RequestLog(Path(config.request_log)) if config.request_log else None,
     )
     return app

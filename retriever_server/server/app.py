@@ -21,7 +21,7 @@ from retriever_server.server.backends import HotSwappable
 from retriever_server.server.batching import Batching
 from retriever_server.server.config import Limits
 from retriever_server.server.errors import add_error_replies
-from retriever_server.server.middleware import Access, RequestMiddleware
+from retriever_server.server.middleware import Access, RequestLog, RequestMiddleware
 from retriever_server.server.routes import admin, dialects, embeddings, search
 from retriever_server.server.routes.mcp import add_mcp, make_mcp
 from retriever_server.server.service import SearchService
@@ -66,12 +66,15 @@ def create_app(
         lifespan=lambda _: _lifespan(service, watch_seconds, mcp),
     )
     app.state.service = service
+    log = (
+        RequestLog(request_log) if request_log else None
+    )  # opened now: the middleware is made when it serves
     app.add_middleware(
         RequestMiddleware,
         metrics=service.metrics,
         access=Access(token, admin_token, hosts),
         max_body_bytes=limits.max_body_bytes,
-        request_log=request_log,
+        request_log=log,
     )
     add_error_replies(app)
     for router in (dialects.router, search.router, embeddings.router, admin.router):

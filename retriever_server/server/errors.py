@@ -132,7 +132,22 @@ def status_and_reason(error: Exception) -> tuple[int, str]:
 
 def first_of(errors: Sequence[Any]) -> str:
     """Return the first of a validator's errors: "field: what is wrong"."""
-    first, place = errors[0], ".".join(map(str, errors[0]["loc"]))
+    first = errors[0]
+    if any(
+        map(_is_branch, first["loc"][-1:])
+    ):  # no branch of a union fits: the one that got furthest says most
+        above = first["loc"][:-1]
+        tried = [error for error in errors if error["loc"][: len(above)] == above]
+        first = max(tried, key=lambda error: len(error["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
     # Whose message names a class of ours.
     said = "must be a JSON object" if first["type"] in ("model_type", "dict_type") else first["msg"]
     return f"{place or 'body'}: {said}"
+
+
+def _is_branch(part: Any) -> bool:
+    """Return whether a part of a place is pydantic's name of a branch of a union: str, Text, list[...]."""
+    return isinstance(part, str) and (part in _PLAIN or "[" in part or part[:1].isupper())
+
+
+_PLAIN = ("str", "int", "float", "bool")

@@ -112,12 +112,12 @@ class RequestMiddleware:
         metrics: Metrics,
         access: Access,
         max_body_bytes: int = 8 << 20,
-        request_log: Path | None = None,
+        request_log: RequestLog | None = None,
     ) -> None:
         self._app, self._metrics, self._access, self._max_bytes = app, metrics, access, max_body_bytes
         self._held = 0
         """Bytes of the bodies of all requests that are worked on."""
-        self._log = RequestLog(request_log) if request_log else None
+        self._log = request_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -261,8 +261,8 @@ class DocumentsBody(Body):
     """`/v1/rerank` and `/v2/rerank` of Cohere, Jina and vLLM."""
 
     query: str
-    documents: list[str | TextDocument]
-    top_n: int | None = Field(None, ge=1)
+    documents: str | list[str | TextDocument]
+    top_n: int | None = Field(None, ge=0, description="0: all of them, as vLLM has it.")
     model: str | None = None
     return_documents: bool = True
 

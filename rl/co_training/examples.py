@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
+from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.records import Example, Question
@@ -109,20 +110,23 @@ def mine_trajectories(
     out: str | Path,
     config: LabelConfig,
     held_out: Iterable[Question] = (),
-    corpus_hash: str = "",
+    corpus: Corpus | None = None,
     progress: Callable[[Iterable[Searches]], Iterable[Searches]] = iter,
     scores: str | Path | None = None,
 ) -> Tally:
     """Write the examples that the searches of a trajectory file give; the same file gives the same bytes.
 
     scores: of `sleuth score-searches`, for the labellers in SCORED. held_out: questions that must not
-    contribute, by id or text. A query asked twice of one question is one example. Raises DataError where
-    the file is wrong, NoExamples where it gives none.
+    contribute, by id or text. corpus: the passages that were searched. A query asked twice of one question is
+    one example. Raises DataError where the file is wrong or of another corpus, NoExamples for none.
     """
     if config.labels in SCORED and scores is None:
         raise ConfigError(f"labels = {config.labels}: needs scores, a file of `sleuth score-searches`")
     tally = Tally()
-    asked = _collect(progress(read_searches(path, scores)), config, _Known(held_out), tally)
+    read = progress(read_searches(path, scores))
+    read = _of_corpus(read, corpus) if corpus else read
+    asked = _collect(read, config, _Known(held_out), tally)
+    corpus_hash = corpus.content_hash if corpus else ""
     examples = list(_examples(asked.values(), config, corpus_hash, Path(path).name, tally))
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
@@ -132,6 +136,21 @@ def mine_trajectories(
         )
     write_jsonl(out, (example.as_record() for example in examples))
     return tally
+
+
+def _of_corpus(read: Iterable[Searches], corpus: Corpus) -> Iterator[Searches]:
+    """Yield the searches; DataError for a passage that the corpus lacks, or has with another text."""
+    for searches in read:
+        for shown in (
+            passage for call in searches.calls if call.tool == SEARCH.name for passage in call.passages
+        ):
+            there = corpus.get(shown.id)
+            if there is None or (there.title, there.text) != (shown.title, shown.text):
+                said = "is not in" if there is None else "has another text in"
+                raise DataError(
+                    f"{searches.place}: passage {shown.id!r} {said} {corpus.path}: another corpus"
+                )
+        yield searches
 
 
 class _Known:

@@ -161,7 +161,8 @@ def _picture(work: PageWork, id_: str) -> str:
 # ---- figures -----------------------------------------------------------------------------------------
 
 
-def _draw_figure(path: Path, colour: str, shape: str, seed: str) -> None:
+def draw_figure(path: Path, colour: str, shape: str, seed: str) -> None:
+    """Draw a shape of that colour somewhere on 64 by 64 pixels."""
     from PIL import Image, ImageDraw
 
     chance = random.Random(seed)
@@ -195,7 +196,7 @@ def _write_figures(path: Path, titles: Sequence[str], kept: Sequence[str] = ("te
     for (i, title), colour, shape in product(enumerate(titles), COLOURS, SHAPES):
         id_ = f"{i}-{colour}-{shape}"
         picture = path.parent / "figures" / f"{id_}.png"
-        _draw_figure(picture, colour, shape, id_)
+        draw_figure(picture, colour, shape, id_)
         image = {"image": f"figures/{picture.name}"}
         of = {"text": {"text": title}, "image": image, "text+image": {"text": title, **image}}
         rows += [{"id": id_ if len(kept) == 1 else f"{id_}-{form}", **of[form]} for form in kept]

@@ -112,6 +112,8 @@ def test_shares_of_right_answers_are_printed_of_several_samples(world, capsys):
         (["--id", "first", "--policy", "/nowhere"], "/nowhere"),
         (["--id", "first", "--retriever", "/nowhere"], "/nowhere"),
         (["--id", "first", "--protocol", "hermes"], "protocol: hermes reads Invalid"),
+        (["--id", "first", "--out", __file__], f"{__file__}: is a file, must be a folder"),
+        (["--id", "first", "--protocol.tools", "[search, 5]"], "protocol.tools = 5: must be a name"),
     ],
 )
 def test_wrong_input_is_one_line(world, options, said, capsys):

@@ -129,6 +129,11 @@ def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
         ({"messages": [{"role": "user", "content": " "}]}, "a question of 0 characters"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "a question of 9000 characters"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: Input should be a valid string",
+        ),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages.0.content.0.type: Field required"),
         ({"n": 2}, "n: Input should be less than or equal to 1"),
         ({"tools": [{}]}, "tools: List should have at most 0 items"),
         ({"stop": ["x"]}, "stop"),

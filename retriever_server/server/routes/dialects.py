@@ -45,8 +45,8 @@ DIALECTS = ("rllm", "zerosearch", "search-r1", "skyrl", "asearcher")
 _TOP_K_NAMES = ("topk", "topk_rerank", "top_k", "k", "top_n")
 
 
-_MAPS = tuple(bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF))
-"""The first byte of a map in MessagePack; no JSON begins with one."""
+_PACKED = tuple(bytes([first]) for first in range(0x80, 0xE0))
+"""The first byte of all but small numbers in MessagePack; no JSON begins with one."""
 
 
 class _PackedRoute(JsonRoute):
@@ -55,13 +55,15 @@ class _PackedRoute(JsonRoute):
     async def read(self, request: Request) -> Any:
         """Return the body."""
         content = await request.body()
-        if self._model is not RetrieveBody or not content.startswith(_MAPS):
+        if self._model is not RetrieveBody or not content.startswith(_PACKED):
             return await super().read(request)
         msgpack = _msgpack()
         try:
             unpacked = msgpack.unpackb(content)
         except ValueError as error:
-            raise HTTPException(400, f"body: not MessagePack ({error})") from error
+            raise HTTPException(400, f"body: neither JSON nor MessagePack ({error})") from error
+        if not isinstance(unpacked, dict):
+            raise HTTPException(422, f"body: MessagePack of {type(unpacked).__name__}, must be a map")
         return parse_body(PackedBody, unpacked)
 
 

@@ -11,6 +11,7 @@ import base64
 import importlib.metadata
 import json
 import math
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -149,13 +150,16 @@ async def rerank(body: RerankBody, caller: CallerOf) -> Response:
 @router.post("/v2/rerank", response_model=dict[str, Any])
 async def rerank_as_cohere(body: DocumentsBody, caller: CallerOf) -> Response:
     """Score documents for a query and return the best first, as Cohere, Jina and vLLM."""
-    texts = [each if isinstance(each, str) else each.text for each in body.documents]
+    documents = [body.documents] if isinstance(body.documents, str) else body.documents
+    texts = [each if isinstance(each, str) else each.text for each in documents]
     scores = map(_sigmoid, await score(caller, [(body.query, text) for text in texts]))
     found = [{"index": i, "relevance_score": value} for i, value in enumerate(scores)]
-    best = sorted(found, key=lambda each: -each["relevance_score"])[: body.top_n]
+    best = sorted(found, key=lambda each: -each["relevance_score"])[: body.top_n or None]
     if body.return_documents:
         best = [{**each, "document": {"text": texts[int(each["index"])]}} for each in best]
-    return JsonReply({"model": body.model or "sleuth", "results": best, "usage": {"total_tokens": 0}})
+    usage = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
+    named = {"id": f"rerank-{uuid.uuid4().hex}", "model": body.model or "sleuth"}
+    return JsonReply({**named, "results": best, "usage": usage})
 
 
 async def _rerank_documents(body: RerankBody, queries: list[str], caller: Caller) -> dict[str, Any]:

@@ -284,6 +284,12 @@ def test_the_request_log_has_a_line_a_request_and_no_queries(tmp_path):
     assert second["request_id"] and "hush" not in json.dumps(first)
 
 
+def test_a_request_log_that_cannot_be_one_is_refused_before_anything_is_served(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"request_log .*file/log.jsonl: Not a directory"):
+        create_app(Stub(), request_log=tmp_path / "file" / "log.jsonl")
+
+
 def test_metrics_count_what_happened(server):
     server.post("/retrieve", json={"queries": ["a", "b", "b"]})
     server.post("/retrieve", json={"queries": ["fail"]})

@@ -125,6 +125,10 @@ def test_gem_asks_and_reads_in_messagepack():
         assert server.post("/retrieve", content=payload[:9]).status_code == 400
         assert server.post("/retrieve", content=payload + b"x").status_code == 400
         assert server.post("/retrieve", content=msgpack.packb({"query": 1})).status_code == 422
+        for other, kind in ((["a", 1], "list"), ("a", "str"), (b"a", "bytes"), (None, "NoneType")):
+            refused = server.post("/retrieve", content=msgpack.packb(other))
+            assert refused.status_code == 422
+            assert refused.json()["detail"] == f"body: MessagePack of {kind}, must be a map"
 
 
 def test_messagepack_without_its_package_is_said(monkeypatch):

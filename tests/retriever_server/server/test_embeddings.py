@@ -173,6 +173,27 @@ def test_cohere_jina_and_vllm_rerank():
 
 
 @pytest.mark.parametrize(
+    ("more", "order"),
+    [
+        ({"top_n": 2, "model": "jina-reranker-v1-base-en"}, [1, 2]),  # JinaRerank of llama-index 0.6
+        ({"top_n": None, "model": "jina-reranker-v1-base-en"}, [1, 2, 0]),  # that of langchain-community 0.4
+        ({"top_n": 0, "truncate_prompt_tokens": -1}, [1, 2, 0]),  # RerankRequest of vLLM 0.33, 0 for all
+        ({"documents": "one alone"}, [0]),  # vLLM's, too
+    ],
+)
+def test_rerank_reads_and_answers_as_clients_and_vllm_do(more, order):
+    body = {"query": "q", "documents": ["a", "ccc", "bb"], **more}
+    for path in ("/v1/rerank", "/v2/rerank"):
+        answer = ask(path, body, scorer=LengthScorer())
+        assert [item["index"] for item in answer["results"]] == order
+        assert all(isinstance(item["document"]["text"], str) for item in answer["results"])
+        assert isinstance(answer["id"], str) and isinstance(answer["model"], str)  # vLLM's RerankResponse
+        assert answer["usage"].keys() == {"prompt_tokens", "total_tokens"}
+    refused = ask("/v1/rerank", {**body, "top_n": -1}, scorer=LengthScorer())
+    assert refused[0] == 422 and "top_n" in refused[1]
+
+
+@pytest.mark.parametrize(
     ("path", "body", "parts", "trouble"),
     [
         ("/embed", {"inputs": "a"}, {}, (404, "the retriever has no encoder")),

@@ -132,7 +132,24 @@ def test_searches_become_examples_that_a_retriever_trains_on(tmp_path):
     assert rows[1]["provenance"]["tiers"] == {"eiffel": "redundant", "cow": "hard"}
     assert tally.examples == 2 and tally.labels["positive"] == 2
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": id_, "contents": text} for id_, text in CORPUS.items()])
-    assert len(Examples(tmp_path / "out.jsonl", Corpus(tmp_path / "corpus.jsonl"))) == 2
+    corpus = Corpus(tmp_path / "corpus.jsonl")
+    assert len(Examples(tmp_path / "out.jsonl", corpus)) == 2
+    _, again = mined([TWO_HOPS], tmp_path, corpus=corpus)
+    assert again[0]["provenance"]["corpus"] == corpus.content_hash
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"cow": None}, r"t.jsonl:1: passage 'cow' is not in .*corpus.jsonl"),
+        ({"cow": "Another."}, r"t.jsonl:1: passage 'cow' has another text in"),
+    ],
+)
+def test_searches_of_another_corpus_are_refused(tmp_path, changed, says):
+    rows = [{"id": id_, "contents": text} for id_, text in (CORPUS | changed).items() if text]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    with pytest.raises(DataError, match=says):
+        mined([TWO_HOPS], tmp_path, corpus=Corpus(tmp_path / "corpus.jsonl"))
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path):
