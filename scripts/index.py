@@ -17,7 +17,7 @@ _ENCODER = (
     "query_prompt", "passage_prompt", "passage_template", "max_tokens", "dimension", "inputs",
     "token_pooling", "query_style",
 )  # fmt: skip
-_ENCODED_ALONE = (*_ENCODER, "dtype", "factory", "terms_per_passage", "shard", "ray", "device")
+_ENCODED_ALONE = (*_ENCODER, "dtype", "factory", "terms_per_passage", "shard", "ray", "device", "encode_with")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class IndexConfig:
     ray: str | None = None
     """Encode the shards on a Ray cluster whose machines share the folders: HOST:PORT of its head, auto, or
     local for one on this machine."""
+    encode_with: str | None = None
+    """URL of a server that encodes the passages by the same dense model, which its vectors are compared
+    with: one of OpenAI's embeddings (`vllm serve`, TEI), such as http://127.0.0.1:8001/v1."""
     device: str = "auto"
     """cpu, cuda or auto."""
     overwrite: bool = False
@@ -198,6 +201,10 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     part = _parse_shard(config.shard)
     if config.ray and part != (1, 1):
         raise ConfigError(f"--shard {config.shard}: has no meaning with --ray, which gives out all shards")
+    if config.ray and config.encode_with:
+        raise ConfigError(
+            f"--encode_with {config.encode_with}: has no meaning with --ray, which encodes itself"
+        )
     if config.kind == "bm25":
         raise ConfigError("--kind bm25: takes no --encoder")
     asked = {"factory": config.factory, "terms_per_passage": config.terms_per_passage}
@@ -208,6 +215,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     from data.device import check_device
     from data.hub import find_model
     from retriever_server.encoders.loading import load_encoder
+    from retriever_server.encoders.served import ServedEncoder
     from retriever_server.encoders.spec import ENCODERS
     from retriever_server.indexes.generation import building
     from retriever_server.indexes.manifest import index_kind
@@ -220,7 +228,8 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     check_device(device)
     find_model(encoder_name, "encoder")
     passages = Corpus(_corpus(config.corpus, out, config.on_error))
-    encoder = load_encoder(encoder_name, device=device, **options)
+    own = load_encoder(encoder_name, device=device, **options)
+    encoder = ServedEncoder(own, config.encode_with) if config.encode_with else own
     of = of or index_kind(ENCODERS[encoder.spec.kind].index)
     if "terms_per_passage" in settings and of.kind != "inverted":
         raise ConfigError(f"--terms_per_passage: has a meaning only with --kind inverted, not {of.kind}")
@@ -238,8 +247,8 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
         settings["encode"] = partial(encode_on_ray, address=config.ray, device=config.device)
     index = of.build(passages, out, encoder, config.dtype, config.overwrite, bar, **settings)
     _say(index, out, bar.used)
-    if bar.used and not config.ray:
-        _say_work(encoder)
+    if bar.used and not config.ray and not config.encode_with:
+        _say_work(own)
 
 
 def _corpus(given: str | None, out: str, on_error: Literal["stop", "skip"]) -> Path:
