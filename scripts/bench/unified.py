@@ -104,7 +104,7 @@ _AXES = {"domain": DOMAINS, "language": LANGUAGES, "modality": MODALITIES}
 def _entities() -> dict[str, tuple[list[Entity], list[Entity]]]:
     """Return the entities of each domain: those held out, and those to train on."""
     try:
-        from babel import Locale
+        from babel import Locale  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("scripts.bench.unified needs: pip install babel") from error
     locales = {language: Locale(language) for language in LANGUAGES}
