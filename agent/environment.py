@@ -1,6 +1,6 @@
 """The world that a policy acts in: a question, the tools it may call, and the answer to each action.
 
-environment.prompt               of its question
+environment.reset(question)      the prompt
 await environment.step(action)   an observation, or why the trajectory ends
 environment.score()              exact match and the like of the answer that was given
 """
@@ -64,23 +64,24 @@ class Environment:
         sanitize: TagSanitizer,
         vision: Vision | None,
         ledger: Ledger,
-        question: Question,
     ) -> None:
-        """Begin with a question, or go on after the last whole turn in the ledger of its trajectory.
-
-        protocol: as `frame` has fitted it. What is called is noted in the ledger.
-        """
-        self.tokenizer, self.protocol, self.ledger = tokenizer, protocol, ledger
+        """protocol: as `frame` has fitted it. ledger: of the trajectory; what is called is noted there."""
+        self.tokenizer, self.protocol, self.frame, self.ledger = tokenizer, protocol, frame, ledger
         self.searcher, self.sanitize, self.vision = searcher, sanitize, vision
-        self.question = question
+        self.question = Question("", "", ())
         self.answer: str | None = None
         self.confidence: float | None = None
-        self.turn = ledger.rewind()
-        self.invalid_actions = self.turn - len(ledger.searches)
-        asked = protocol.prompt(sanitize(question.text))
-        self.prompt = Observation(*encode_prompt(asked, protocol, tokenizer, frame))
+        self.turn = self.invalid_actions = 0
         self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._tools = {SEARCH.name: self._search, OPEN_PAGE.name: self._open_page}
+
+    def reset(self, question: Question) -> Observation:
+        """Begin with a question, or go on after the last whole turn in the ledger; return the prompt."""
+        self.question, self.answer, self.confidence = question, None, None
+        self.turn = self.ledger.rewind()
+        self.invalid_actions = self.turn - len(self.ledger.searches)
+        asked = self.protocol.prompt(self.sanitize(question.text))
+        return Observation(*encode_prompt(asked, self.protocol, self.tokenizer, self.frame))
 
     async def step(self, action: Action) -> Observation | StopReason:
         """Carry out the action of the last turn in the ledger."""

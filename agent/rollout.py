@@ -169,8 +169,8 @@ class Episode:
         """Tokens that the next turn continues."""
         self._on_segment, self._started = on_segment, time.monotonic()
         world = (agent.tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, agent.vision)
-        self.environment = Environment(*world, self.ledger, question)
-        prompt = self.environment.prompt
+        self.environment = Environment(*world, self.ledger)
+        prompt = self.environment.reset(question)
         if not self.ledger.segments:
             self._add(Segment(SegmentKind.PROMPT, prompt.token_ids, prompt.text))
         self._check_room()

@@ -218,13 +218,14 @@ def test_an_environment_by_itself():
     tokenizer, ledger = byte_tokenizer(), Ledger()
     agent = Agent(ScriptedEngine(tokenizer, []), tokenizer, Shelf({"Lyon": "fox"}), COMPACT)
     world = (tokenizer, agent.searcher, agent.spoken, agent.frame, agent.sanitize, None)
-    environment = Environment(*world, ledger, question())
+    environment = Environment(*world, ledger)
+    prompt = environment.reset(question())
 
     def step(turn):
         ledger.segments.append(Segment(SegmentKind.POLICY, tokenizer.encode(turn), turn))
         return asyncio.run(environment.step(COMPACT.parse(turn)))
 
-    assert environment.prompt.text == "Question: What is the capital of France?\n"
+    assert prompt.text == "Question: What is the capital of France?\n"
     assert "Lyon: fox" in step("<search>Lyon</search>").text
     assert environment.score() == {"em": 0, "f1": 0, "cover_em": 0}
     assert step("<answer>Paris</answer>") is StopReason.ANSWERED
