@@ -13,7 +13,8 @@ def main(out: str | None = None, hard: bool = False, invented: int | None = None
         out: Folder to write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl into. Default: runs/atlas, or
             runs/atlas_hard or runs/atlas_invented.
         hard: A passage a fact, told in words that no question uses, so that a retriever has something to
-            learn. Tells how many of the passages needed BM25 finds.
+            learn, and demonstrations.jsonl to warm a policy up with. Tells how many of the passages needed
+            BM25 finds.
         invented: Seed of an invented world in place of the real one, to test on: 400 questions of each kind,
             none to train on.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atlas.hard import hard_passages, hard_questions
+from data.atlas.hard_demonstrations import hard_demonstrations
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passages
 from data.atlas.questions import KINDS, UNSEEN_SHARE, majority_baseline, make_questions
@@ -20,12 +21,14 @@ INVENTED = {"countries": (200, 200), "places": (3, 6), "elements": (60, 60)}
 """Size of an invented world to test on."""
 INVENTED_QUESTIONS = 400
 """Its questions of each kind."""
+HARD_DEMONSTRATIONS = 2400
 
 
 def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dict[str, Any]:
     """Write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; return what is in them.
 
-    hard: the world of `data.atlas.hard`, where the words of a question do not find its passages.
+    hard: the world of `data.atlas.hard`, where the words of a question do not find its passages, and
+    demonstrations.jsonl for a policy that is to read them.
     -> {"passages", "words_per_passage", "questions": {split: {kind: count}}, "majority_baseline"}.
     Each file appears whole or not at all. Raises StorageError if one cannot be written.
     """
@@ -37,6 +40,8 @@ def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dic
         else make_questions(world, split, unseen_share=UNSEEN_SHARE if split == "test" else 0.0, seed=seed)
         for split in SPLITS
     }
+    if hard:
+        write_jsonl(Path(directory) / "demonstrations.jsonl", hard_demonstrations(HARD_DEMONSTRATIONS, seed))
     baseline = majority_baseline(questions["train"], questions["test"])
     return {**_write(Path(directory), passages, questions), "majority_baseline": baseline}
 

@@ -36,7 +36,7 @@ from data.significance import estimate, format_estimate
 from scripts import co_train
 from scripts.__main__ import main as sleuth
 from scripts.__main__ import run_script
-from scripts.bench.co_training_world import demonstrations, mean_pooled, plain_pairs
+from scripts.bench.co_training_world import mean_pooled, plain_pairs
 from scripts.gate import REFUSED
 
 K, ROUNDS, STEPS, ROLLED_OUT = 2, 2, 6, 1500
@@ -85,8 +85,7 @@ class Bench:
         self.run("world", "atlas", hard="true")
         for name, few in (("test", self.test), ("dev", self.dev)):
             write_jsonl(few, list(read_jsonl(self.world / f"{name}.jsonl"))[::SMALLER])
-        write_jsonl(self.out / "demos.jsonl", demonstrations(16 * WARM_STEPS))
-        self.run("warm", "warm-start", policy="atlas", demonstrations=self.out / "demos.jsonl",
+        self.run("warm", "warm-start", policy="atlas", demonstrations=self.world / "demonstrations.jsonl",
                  protocol__top_k=K, training__steps=WARM_STEPS, training__learning_rate=1e-3)  # fmt: skip
         self.run("plain", "atlas")
         write_jsonl(self.out / "lesson.jsonl", plain_pairs(self.out / "plain/train.jsonl", 32 * PLAIN_STEPS))

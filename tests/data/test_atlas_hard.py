@@ -5,6 +5,7 @@ import re
 import pytest
 
 from data.atlas.hard import COUNTS, hard_passages, hard_questions, steps
+from data.atlas.hard_demonstrations import hard_demonstrations
 from data.atlas.phrasings import ASKED, INDIRECT
 from data.atlas.world import load_world
 
@@ -56,3 +57,19 @@ def test_no_word_of_a_relation_is_in_a_passage_that_tells_it():
 
 def test_the_same_seed_gives_the_same_world(world):
     assert hard_passages(world, 1) == hard_passages(world, 1) != hard_passages(world, 2)
+
+
+def test_demonstrations_read_the_answer_in_invented_worlds(world):
+    names = {entity.name for entity in world.entities}
+    made = list(hard_demonstrations(200))
+    assert made == list(hard_demonstrations(200))
+    whole = 0
+    for demonstration in made:
+        *searches, last = demonstration["steps"]
+        shown = [passage["text"] for step in searches for passage in step["passages"]]
+        assert all(len(step["passages"]) == 2 for step in searches)
+        assert not {step["search"] for step in searches} & names
+        whole += last["answer"] in " ".join(shown)
+        for more in demonstration["follow_ups"]:
+            assert more["answer"] in " ".join(shown)
+    assert whole > 150  # comparisons answer with a name
