@@ -13,7 +13,7 @@ from data.errors import RunStopped, SleuthError
 
 
 class Job(Protocol):
-    """What can be shared out; goes to the processes by pickle."""
+    """Work that can be shared out; goes to the processes by pickle."""
 
     def share(self, first: int, step: int) -> Iterator[Any]:
         """Do every `step`-th piece from `first` on; yields what the reader is told of each."""

@@ -133,9 +133,8 @@ def _change(config: IndexConfig) -> None:
     """Add passages to an index, or delete some."""
     if (config.add is None) == (config.delete is None) or config.corpus or not config.out:
         raise ConfigError("--add FILE or --delete IDS: one of them, with --out, the index, and no --corpus")
-    _refuse(
-        config, (*_BM25_ALONE, "kind", "dtype", "factory", "terms_per_passage", "shard", "ray"), "--corpus"
-    )
+    built = ("kind", "dtype", "factory", "terms_per_passage", "shard", "ray", "encode_with")
+    _refuse(config, (*_BM25_ALONE, *built), "--corpus")
     from data.corpus import Corpus
     from retriever_server.indexes.living import add, delete
     from retriever_server.indexes.manifest import read_manifest

@@ -19,7 +19,7 @@ from retriever_server.client.retries import TryAgain, delay_seconds, may_pass
 from retriever_server.encoders.spec import Encoder, Role, no_vectors
 
 ALLOWED_DIFFERENCE = 1e-3
-"""Of any number of a vector of length 1, between the server and the model here."""
+"""Largest difference of any number of a vector of length 1 between the server and the model here."""
 _SAMPLE = (
     "a river",
     "Who built the tower of Paris, and when?",

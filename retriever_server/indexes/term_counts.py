@@ -19,7 +19,7 @@ from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.shards import Progress, silent
 
 BLOCK_BYTES = 1 << 24
-"""Of the corpus, counted in memory at once: about 200 MB."""
+"""Bytes of the corpus counted in memory at once: about 200 MB."""
 _TOLD = 500
 """Passages after which the progress is told."""
 
