@@ -56,7 +56,8 @@ class SearchTaskset(vf.Taskset[SearchTask, SearchConfig]):
     def load(self) -> Iterator[SearchTask]:
         """Return a task a question; its prompt is the instruction of the protocol."""
         for number, question in enumerate(self.episodes.questions):
-            data = SearchData(id=question.id, question=number, prompt=self.episodes.prompt(question))
+            asked = self.episodes.prompt(question)
+            data = SearchData(id=question.id, question=number, prompt=asked)  # pyright: ignore[reportCallIssue]
             yield SearchTask(data, self.config.task)
 
 
@@ -103,7 +104,8 @@ class SearchEnv(vf.Env[SearchEnvConfig]):
 
     async def run(self, task: SearchTask, agents: Any) -> None:
         """Answer turn after turn, until the episode is over."""
-        episodes = self.taskset.episodes
+        taskset: Any = self.taskset
+        episodes: SearchEpisodes = taskset.episodes
         episode = episodes.begin(episodes.questions[task.data.question])
         async with agents.agent.interaction(task) as interaction:
             segment = await interaction.turn()
@@ -121,6 +123,7 @@ class SearchEnv(vf.Env[SearchEnvConfig]):
 def _sampled(trace: vf.Trace) -> str | list[int]:
     """Return the policy's last turn: the tokens sampled, where the client carries them, else its text."""
     node = next(node for node in reversed(trace.nodes) if node.sampled)
-    thought = node.message.reasoning_content
-    text = (f"<think>{thought}</think>" if thought else "") + (node.message.content or "")
+    message: Any = node.message
+    thought = message.reasoning_content
+    text = (f"<think>{thought}</think>" if thought else "") + (message.content or "")
     return [token for token, mine in zip(node.token_ids, node.mask, strict=True) if mine] or text
