@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import gc
 import logging
@@ -78,6 +79,7 @@ class Terminal:
         return [line.rstrip() for line in screen.display[: screen.cursor.y + 1]]
 
     def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a piece may end within a character
         with suppress(OSError):  # EIO once nobody has the other end open
             while piece := os.read(self._master, 1 << 16):
-                self.raw += piece.decode("utf-8", "replace")  # pieces end with a write, which is whole
+                self.raw += decoder.decode(piece)
