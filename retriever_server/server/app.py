@@ -66,9 +66,8 @@ def create_app(
         lifespan=lambda _: _lifespan(service, watch_seconds, mcp),
     )
     app.state.service = service
-    log = (
-        RequestLog(request_log) if request_log else None
-    )  # opened now: the middleware is made when it serves
+    # Opened now: the middleware is made when it serves.
+    log = RequestLog(request_log) if request_log else None
     app.add_middleware(
         RequestMiddleware,
         metrics=service.metrics,

@@ -133,9 +133,7 @@ def status_and_reason(error: Exception) -> tuple[int, str]:
 def first_of(errors: Sequence[Any]) -> str:
     """Return the first of a validator's errors: "field: what is wrong"."""
     first = errors[0]
-    if any(
-        map(_is_branch, first["loc"][-1:])
-    ):  # no branch of a union fits: the one that got furthest says most
+    if first["loc"] and _is_branch(first["loc"][-1]):  # no branch fits: the one that got furthest says most
         above = first["loc"][:-1]
         tried = [error for error in errors if error["loc"][: len(above)] == above]
         first = max(tried, key=lambda error: len(error["loc"]))

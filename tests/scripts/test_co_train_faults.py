@@ -105,7 +105,7 @@ def made(out):
 
 
 def kept(out):
-    """What lies in a loop's folder, byte for byte."""
+    """Files of a loop's folder, byte for byte."""
     return {file: file.read_bytes() for file in out.glob("round-0/[!.]*") if file.is_file()}
 
 
