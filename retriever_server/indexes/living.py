@@ -104,8 +104,10 @@ def compact(path: Path, first: int = 0) -> Manifest:
     with _alone(path):
         manifest, corpus = _read(path)
         names = _names(manifest)
+        if not manifest.parts or first >= len(names):  # another one merged them meanwhile
+            return manifest
         merged = _joined(corpus, first)
-        if not manifest.parts or (len(merged.parts) == 1 and merged.rows is None):
+        if len(merged.parts) == 1 and merged.rows is None:
             return manifest
         before = sum(map(len, corpus.parts[:first]))
         rows = _rows(corpus, np.arange(len(corpus)))
@@ -263,8 +265,10 @@ def _remove_others(path: Path, old: Manifest, new: Manifest) -> None:
     left = {
         *(path / name for name in old.files),
         *path.glob("part-*"),
-        *path.glob(".part-*"),
         *path.glob("deleted-*"),
+        *path.glob(".part-*"),
+        *path.glob(".deleted-*"),
+        *path.glob(f".{MANIFEST}.*"),
     }
     for each in left:
         if each.name not in named:
