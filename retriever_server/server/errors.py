@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -140,7 +141,14 @@ def first_of(errors: Sequence[Any]) -> str:
     place = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
     # Whose message names a class of ours.
     said = "must be a JSON object" if first["type"] in ("model_type", "dict_type") else first["msg"]
-    return f"{place or 'body'}: {said}"
+    return f"{place or 'body'}: {said}{_given(first)}"
+
+
+def _given(error: Mapping[str, Any]) -> str:
+    """Return what stood there instead, where that is short to say.   ', not "3"'"""
+    given = error.get("input")
+    told = error["type"] in ("missing", "extra_forbidden") or isinstance(given, Mapping | list)
+    return "" if told else f", not {json.dumps(given, default=str)[:40]}"
 
 
 def _is_branch(part: Any) -> bool:

@@ -154,7 +154,7 @@ class RequestMiddleware:
                 answer = JsonReply(body, refusal[0], _SAID_WITH.get(refusal[0]))
                 await answer(scope, receive, note_and_send)
             else:
-                await self._app(scope, count_and_receive, note_and_send)
+                await self._app(_as_get(scope), count_and_receive, note_and_send)
         except Exception:
             status = 500
             raise
@@ -171,6 +171,11 @@ class RequestMiddleware:
         if length.isdigit() and int(length) > self._max_bytes:
             return 413, f"body: more than {self._max_bytes} bytes"
         return self._access.refusal(method, path, headers)
+
+
+def _as_get(scope: Scope) -> Scope:
+    """Return a HEAD request as GET: what writes the answer leaves its body out."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 _READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id"}

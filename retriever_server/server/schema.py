@@ -37,33 +37,33 @@ class ImageInput(Body):
 
 
 def _kind(value: Any) -> str:
-    return "item" if isinstance(value, dict | ImageInput) else "text"
+    return "Item" if isinstance(value, dict | ImageInput) else "Text"
 
 
 def _kind_or_ids(value: Any) -> str:
-    return "ids" if isinstance(value, list) else _kind(value)
+    return "Ids" if isinstance(value, list) else _kind(value)
 
 
 def _kind_or_list(value: Any) -> str:
     is_list = isinstance(value, list) and not (value and isinstance(value[0], int))
-    return "list" if is_list else _kind_or_ids(value)
+    return "List" if is_list else _kind_or_ids(value)
 
 
 TextOrImage = Annotated[
-    Annotated[str, Tag("text")] | Annotated[ImageInput, Tag("item")],
+    Annotated[str, Tag("Text")] | Annotated[ImageInput, Tag("Item")],
     Discriminator(_kind),
 ]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 """A text as the tokens of the encoder's own tokenizer."""
 _OneInput = Annotated[
-    Annotated[str, Tag("text")] | Annotated[ImageInput, Tag("item")] | Annotated[TokenIds, Tag("ids")],
+    Annotated[str, Tag("Text")] | Annotated[ImageInput, Tag("Item")] | Annotated[TokenIds, Tag("Ids")],
     Discriminator(_kind_or_ids),
 ]
 OneOrMore = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[ImageInput, Tag("item")]
-    | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[_OneInput], Tag("list")],
+    Annotated[str, Tag("Text")]
+    | Annotated[ImageInput, Tag("Item")]
+    | Annotated[TokenIds, Tag("Ids")]
+    | Annotated[list[_OneInput], Tag("List")],
     Discriminator(_kind_or_list),
 ]
 
@@ -242,7 +242,7 @@ class RerankBody(Truncated):
     """TEI's `/rerank` (`query`, `texts`) and Search-R1's (`queries`, `documents`, `rerank_topk`)."""
 
     query: str | None = None
-    texts: list[str] = []
+    texts: list[str] | None = None
     raw_scores: bool = False
     return_text: bool = False
     queries: list[str] | None = None

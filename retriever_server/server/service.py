@@ -145,7 +145,7 @@ class SearchService:
                 await prepare(corpus, where)
         asked = [query for query in read if is_unicode(query)]
         # Texts do not wait for the images of others.
-        key = (pipeline.key, where and json.dumps(where, sort_keys=True), pictured)
+        key = (pipeline.key, json.dumps(where, sort_keys=True), pictured)
         found = await self.batcher.run(key, functools.partial(pipeline.search, where=where), asked)
         for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
             _log.error("search failed: %s", error)

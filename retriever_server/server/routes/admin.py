@@ -69,8 +69,9 @@ async def metrics(service: ServiceOf) -> Response:
 @router.post("/admin/reload", responses=error_replies(403, 409, 422))
 async def reload(service: ServiceOf, backend: str | None = None) -> Response:
     """Open what lies at the backend's place now, and let it answer if it is another generation."""
+    of = service.backend(backend)
     try:
-        swapped = await asyncio.to_thread(service.backend(backend).reload)
+        swapped = await asyncio.to_thread(of.reload)
     except Exception as error:
         _log.warning("reload failed: %s", error)
         raise HTTPException(409, f"not swapped: {error}") from error

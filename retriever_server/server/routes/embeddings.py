@@ -135,8 +135,10 @@ async def rerank(body: RerankBody, caller: CallerOf) -> Response:
     """Score texts for a query, best first: as TEI, or for `queries` as Search-R1's reranker."""
     if body.queries is not None:
         return JsonReply(await _rerank_documents(body, body.queries, caller))
-    if body.query is None:
-        raise DataError("query: must be a string")
+    if body.query is None or body.texts is None:
+        raise DataError(
+            "query: must be a string" if body.query is None else "texts: must be a list of strings"
+        )
     scores = await score(caller, [(body.query, text) for text in body.texts], body.truncate is False)
     if not body.raw_scores:
         scores = list(map(_sigmoid, scores))

@@ -53,7 +53,7 @@ def server():
         ({"queries": ["a"], "topk": 0}, 422, "topk = 0: must be from 1 to 5"),
         ({"queries": ["a"], "topk": 6}, 422, "topk = 6: must be from 1 to 5"),
         ({"queries": ["a"], "topk": -1}, 422, "topk = -1"),
-        ({"queries": "a"}, 422, "queries: Input should be a valid list"),
+        ({"queries": "a"}, 422, 'queries: Input should be a valid list, not "a"'),
         ({}, 422, "queries"),
         ([], 422, "body: must be a JSON object"),
         ({"queries": ["a"], "x": "y" * 1000}, 413, "body: more than 1000 bytes"),
@@ -88,6 +88,10 @@ def test_a_query_that_is_no_unicode_is_refused(server):
     assert answer.status_code == 422 and "half a surrogate pair" in answer.json()["detail"]
 
 
+def test_a_filter_without_conditions_allows_all(server):
+    assert len(server.post("/retrieve", json={"queries": ["a"], "where": {}}).json()["result"][0]) == 2
+
+
 def test_topk_null_is_the_servers_default(server):
     for body in ({"queries": ["a"]}, {"queries": ["a"], "topk": None}):
         assert len(server.post("/retrieve", json=body).json()["result"][0]) == 2
@@ -102,6 +106,7 @@ def test_health_and_info(server):
     info = server.get("/v1/info").json()
     assert info["kind"] == "stub" and info["limits"]["max_top_k"] == 5
     assert "detail" in server.get("/nothing").json()
+    assert server.head("/healthz").status_code == 200 and server.head("/retrieve").status_code == 405
 
 
 def test_a_long_search_does_not_block_the_server():

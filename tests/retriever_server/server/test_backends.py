@@ -92,6 +92,8 @@ def test_what_does_not_open_or_search_takes_nobodys_place():
     live = HotSwappable(Numbered(0), reopen)
     app = create_app({"default": live}, token="t")
     with TestClient(app, headers={"Authorization": "Bearer t"}) as server:
+        unknown = server.post("/admin/reload?backend=other")
+        assert unknown.status_code == 422 and "must be one of default" in unknown.json()["detail"]
         answer = server.post("/admin/reload")
         assert answer.status_code == 409 and "truncated" in answer.json()["detail"]
         assert server.post("/admin/reload").status_code == 409

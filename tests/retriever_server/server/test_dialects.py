@@ -179,7 +179,7 @@ def test_wrong_requests_name_the_field(body, message):
         answer = server.post("/retrieve", json=body)
         null = server.post("/retrieve", content=b"null")
     assert answer.status_code == 422 and answer.json()["detail"].startswith(message)
-    assert null.status_code == 422 and null.json() == {"detail": "body: must be a JSON object"}
+    assert null.status_code == 422 and null.json() == {"detail": "body: must be a JSON object, not null"}
 
 
 class Named(Retriever):

@@ -174,9 +174,9 @@ def test_a_bomb_of_30_000_pixels_a_side_is_refused_undecoded(pages):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"queries": [{"image": "x", "url": "y"}]}, "queries.0.item.url: Extra inputs are not permitted"),
-        ({"queries": [{"image": 1}]}, "queries.0.item.image: Input should be a valid string"),
-        ({"queries": [1]}, "queries.0.text: Input should be a valid string"),
+        ({"queries": [{"image": "x", "url": "y"}]}, "queries.0.url: Extra inputs are not permitted"),
+        ({"queries": [{"image": 1}]}, "queries.0.image: Input should be a valid string, not 1"),
+        ({"queries": [1]}, "queries.0: Input should be a valid string"),
         ({"queries": [{"image": "aa"}] * 4}, "queries: 4 images, at most 3 are allowed"),
         ({"queries": [{"text": "a" * 9000}]}, "one of 9000 characters, at most 8192"),
     ],
