@@ -101,8 +101,9 @@ def main(config: EvaluateConfig) -> None:
     show_scores(scores, f"{config.policy} with {config.retriever}")
     if config.controls:
         show_controls(Path(config.out), scores, leaks(questions, training))
-    if errors := scores.get("judge", {}).get("errors"):
-        print(f"{errors} answers could not be judged: the same command asks again")
+    judged = scores.get("judge", {})
+    if errors := judged.get("errors"):
+        print(f"{errors} answers could not be judged ({judged['first_error']}): the same command asks again")
     if config.run_files:
         from agent.evaluation.browsecomp import write_run_files
 
@@ -119,6 +120,7 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     from agent.evaluation.judge import Judge
     from data.jsonl import check_is_file
     from data.listening import why_silent
+    from data.lock import locked
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_agent
 
@@ -132,24 +134,28 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     if judge and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
-    opened = open_agent(
-        policy,
-        retriever,
-        config.protocol,
-        config.temperature,
-        config.max_rows,
-        config.device,
-        config.dtype,
-        config.deadline_seconds,
-        engine=config.engine,
-        folder=Path(out),
-    )
-    try:
-        scores = asyncio.run(_evaluate(opened, questions, config))
-        if judge:
-            scores = judge_all(Path(out), judge)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; go on with the same command: {out} keeps the rest") from None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with locked(Path(out) / ".lock", f"{out} is being written"):
+        opened = open_agent(
+            policy,
+            retriever,
+            config.protocol,
+            config.temperature,
+            config.max_rows,
+            config.device,
+            config.dtype,
+            config.deadline_seconds,
+            engine=config.engine,
+            folder=Path(out),
+        )
+        try:
+            scores = asyncio.run(_evaluate(opened, questions, config))
+            if judge:
+                scores = judge_all(Path(out), judge)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; go on with the same command: {out} keeps the rest"
+            ) from None
     return scores, questions, opened.agent.protocol.name
 
 

@@ -134,8 +134,13 @@ def _flips(ids: Sequence[str], before: np.ndarray, after: np.ndarray) -> dict[st
 
 
 def _has(measure: str, runs: Iterable[Sequence[Record]]) -> bool:
-    key = {"judge": "judge", "evidence recall": "evidence_recall"}.get(measure)
-    return key is None or all(record.get(key) is not None for records in runs for record in records)
+    read = {
+        "judge": lambda r: r.get("judge", {}).get("verdict"),
+        "evidence recall": lambda r: r.get("evidence_recall"),
+    }
+    return measure not in read or all(
+        read[measure](record) is not None for records in runs for record in records
+    )
 
 
 def _by_question(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -173,7 +173,7 @@ def judge_folder(folder: Path, judge: Judge, move: Callable[[int], object] = lam
             done.append({"id": id_, "answer": case.answer, **judge.identity, **vars(ruling)})
         move(len(done))
     failures = [each["error"] for each in done if each["error"]]
-    if len(failures) == len(done) > 0:
+    if len(failures) == sum(bool(each["answer"]) for each in done) > 0:
         raise RunStopped(f"no answer could be judged: {failures[0]}")
     write_jsonl(folder / JUDGEMENTS, done)
 

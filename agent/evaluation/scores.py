@@ -142,12 +142,14 @@ def _judged(records: Sequence[Record]) -> dict[str, Any]:
     if not judged:
         return {}
     spoken = [record for record in judged if record["judge"]["verdict"] is not None]
+    failures = [str(record["judge"]["error"]) for record in judged if record["judge"]["verdict"] is None]
     verdicts = Counter(record["judge"]["verdict"] for record in spoken)
     values = [float(record["judge"]["verdict"] == "correct") for record in spoken]
     agree = [judge_answer(record)[0] == value for record, value in zip(spoken, values, strict=True)]
     right, tried = verdicts["correct"], verdicts["correct"] + verdicts["incorrect"]
+    failed = {"errors": len(failures)} | ({"first_error": failures[0]} if failures else {})
     return {
-        "judge": _mean_by_question(spoken, values) | {"errors": len(judged) - len(spoken)},
+        "judge": _mean_by_question(spoken, values) | failed,
         "verdicts": dict(sorted(verdicts.items())),
         # SimpleQA's figures; its F-score is the harmonic mean of both shares of right answers.
         "judge_given_attempted": right / tried if tried else None,

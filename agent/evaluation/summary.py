@@ -23,7 +23,8 @@ def _lines(scores: Scores) -> Iterator[tuple[str, str]]:
         ("EM, mean over sets", "macro_em"),
     ):
         if (found := scores.get(key)) and found["mean"] is not None:
-            yield name, format_estimate(found)
+            missing = f", {found['errors']:,} not judged" if found.get("errors") else ""
+            yield name, format_estimate(found) + missing
     if official := scores.get("official"):
         yield f"official metric: {official['metric']}", format_estimate(official)
     for k, found in scores.get("pass", {}).items():

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from agent.evaluation.compare import compare
+from agent.evaluation.records import read_records
 from agent.policy import Policy, load_policy
 from agent.policy_folder import own_protocol
 from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
 from data.errors import DataError, EngineError
 from data.jsonl import write_jsonl
+from data.lock import locked
 from data.records import Question
 from retriever_server.client.search_client import SearchClient
 from rl.config import ProtocolConfig
@@ -312,6 +315,29 @@ def test_the_judge_is_asked_of_each_answer_and_scores_say_who_it_was(folder, scr
     verdict = json.loads((tmp_path / "out" / "judgements.jsonl").read_text().splitlines()[0])
     assert (verdict["model"], verdict["rubric"], verdict["reply"]) == ("m", "yes_no", "NO")
     assert len(verdict["prompt"]) == 16 and "judge" in capsys.readouterr().out
+
+
+def test_answers_that_a_judge_did_not_judge_are_counted_with_the_reason(folder, scripted, tmp_path, capsys):
+    from tests.agent.evaluation.test_judge import Server
+
+    server = Server()
+    server.reply = lambda request: "YES" if "fox 0?" in request["messages"][0]["content"] else "Perhaps"
+    try:
+        assert evaluate(folder, tmp_path / "out", "--judge.url", server.url) == 0
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    out = capsys.readouterr().out
+    assert "5 not judged" in out and "5 answers could not be judged (judge" in out and "'Perhaps'" in out
+    runs = dict.fromkeys("ab", read_records(tmp_path / "out"))
+    assert "judge" not in compare(runs)["measures"]  # only where all have a verdict
+
+
+def test_a_folder_that_another_process_evaluates_into_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / ".lock", "another"):
+        assert evaluate(folder, tmp_path / "out") == 2
+    assert "out is being written by process" in capsys.readouterr().err
 
 
 def test_controls_are_evaluations_of_their_own_and_compared_with_the_run(folder, scripted, tmp_path, capsys):

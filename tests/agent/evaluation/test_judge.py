@@ -8,9 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from agent.evaluation.judge import Case, Judge
+from agent.evaluation.judge import Case, Judge, judge_folder
+from agent.evaluation.measures import evaluation_record
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
-from data.errors import ConfigError
+from data.errors import ConfigError, RunStopped
+from data.jsonl import write_jsonl
 from retriever_server.client import chat as module
 from retriever_server.client import retries
 from rl.algorithm.rewards import combine
@@ -235,3 +237,12 @@ def test_a_prompt_file_that_cannot_be_read_is_named(server, tmp_path):
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match=r"judge\.url = .*needs one like http://"):
         Judge(JudgeConfig(url))
+
+
+def test_a_judge_that_fails_for_all_it_is_asked_about_is_no_share_of_right_answers(server, tmp_path):
+    records = [evaluation_record(each) for each in (*answered("Paris"), *answered(None))]
+    write_jsonl(tmp_path / "trajectories.jsonl", [{**r, "id": f"q{i}"} for i, r in enumerate(records)])
+    server.reply = 401
+    with pytest.raises(RunStopped, match=r"no answer could be judged: judge .* answered 401"):
+        judge_folder(tmp_path, Judge(JudgeConfig(server.url)))
+    assert not (tmp_path / "judgements.jsonl").exists()
