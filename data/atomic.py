@@ -34,11 +34,16 @@ def open_atomic(path: str | Path, mode: str = "w", sync: bool = True) -> Iterato
 
     Until then it is a temporary file in the same folder, which is made if missing; if the block fails, that
     one is removed and the old file stays. sync: force it to the disk, so that a power cut leaves no empty
-    file. Raises StorageError where the disk refuses.
+    file. A device or pipe (/dev/stdout) is written into. Raises StorageError where the disk refuses.
     """
+    there = Path(path)
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
+        if there.exists() and not (there.is_file() or there.is_dir()):  # a file in its place would remove it
+            with open(there, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

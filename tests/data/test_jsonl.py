@@ -181,6 +181,15 @@ def test_atomic_file_goes_through_a_link_and_uses_the_usual_permissions(tmp_path
     assert len(modes) == 1
 
 
+def test_a_pipe_is_written_into_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(pipe, "text")
+    assert os.read(reader, 10) == b"text" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+
+
 def test_text_and_bytes_replace_a_file(tmp_path):
     for content in ("naïve\r\n", b"\xff"):
         atomic_write(tmp_path / "a", content)
