@@ -36,6 +36,7 @@ def lock(path: Path, what: str, holder: str, shared: bool = False) -> IO[str]:
     """
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error

@@ -134,7 +134,6 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     if judge and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
-    Path(out).mkdir(parents=True, exist_ok=True)
     with locked(Path(out) / ".lock", f"{out} is being written"):
         opened = open_agent(
             policy,

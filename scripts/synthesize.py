@@ -26,14 +26,15 @@ def main(config: SynthesisConfig) -> None:
     scripts/configs/synthesis/ holds the recipes; docs/synthesis.md explains them. Killed, the same command
     goes on. OUT/examples.jsonl is what `sleuth train-retriever` reads; OUT/summary.json counts rejections.
     """
+    from data.lock import locked
+
+    out = Path(config.out)
     try:
         run = open_run(config)
         if config.dry_run:
-            _dry_run(run)
-        elif config.measure_judges:
-            _measure(run)
-        else:
-            _synthesize(run)
+            return _dry_run(run)
+        with locked(out / ".lock", f"{out} is being written"):
+            _measure(run) if config.measure_judges else _synthesize(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; the same command goes on: {config.out} keeps what is done"

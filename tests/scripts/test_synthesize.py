@@ -9,6 +9,7 @@ from data.atlas.questions import make_questions
 from data.corpus import Corpus
 from data.examples import Examples
 from data.jsonl import read_json, read_jsonl, write_jsonl
+from data.lock import locked
 from retriever_server.training.synthesis.drafts import draw_seed
 from scripts.__main__ import main
 from scripts.bench.synthesis_templates import AtlasOracle, AtlasTemplates, corpus_rows, open_world
@@ -102,6 +103,12 @@ def test_wrong_input_is_one_line(atlas, tmp_path, capsys, more, message):
     assert synthesize(atlas, tmp_path, *more) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said and said.startswith("sleuth: ")
+
+
+def test_a_folder_that_another_process_writes_is_refused(atlas, tmp_path, capsys):
+    with locked(tmp_path / ".lock", "another"):
+        assert synthesize(atlas, tmp_path, "--limit", "5") == 2
+    assert f"{tmp_path} is being written by process" in capsys.readouterr().err
 
 
 def test_interrupted_it_is_one_line_and_the_same_command_goes_on(atlas, tmp_path, capsys, monkeypatch):
