@@ -7,6 +7,7 @@ Exit status: 0 done, 1 our bug (with its traceback), 2 a one-line error, 130 int
 """
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -75,6 +76,7 @@ QUIET_LOGGERS = (
     "datasets",
     "bm25s",
     "numba",
+    "torch",
 )
 STDOUT = 1
 USER_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -114,6 +116,11 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
         if error.filename is None:
             raise
         return complain(f"{error.strerror}: {error.filename}", 2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # it is flushed at exit
+        return complain("the disk is full", 2)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -220,6 +220,7 @@ def test_only_one_value_is_named_and_the_rest_is_refused(run):
         (DataError("corpus.jsonl, line 3: no id"), 2, "corpus.jsonl, line 3: no id"),
         (FileNotFoundError(2, "No such file or directory", "c.jsonl"), 2, "c.jsonl"),
         (BrokenPipeError(), 2, "stopped reading"),
+        (OSError(28, "No space left on device"), 2, "the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("go on with: sleuth train"), 130, "go on with: sleuth train"),
     ],
