@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ INVENTED = {"countries": (200, 200), "places": (3, 6), "elements": (60, 60)}
 INVENTED_QUESTIONS = 400
 """Its questions of each kind."""
 HARD_DEMONSTRATIONS = 2400
+PAIRS = 3200
 
 
 def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dict[str, Any]:
     """Write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; return what is in them.
 
     hard: the world of `data.atlas.hard`, where the words of a question do not find its passages, and
-    demonstrations.jsonl for a policy that is to read them.
+    demonstrations.jsonl for a policy that is to read them. The other one has pairs.jsonl, to train retrievers.
     -> {"passages", "words_per_passage", "questions": {split: {kind: count}}, "majority_baseline"}.
     Each file appears whole or not at all. Raises StorageError if one cannot be written.
     """
@@ -42,6 +43,8 @@ def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dic
     }
     if hard:
         write_jsonl(Path(directory) / "demonstrations.jsonl", hard_demonstrations(HARD_DEMONSTRATIONS, seed))
+    else:
+        write_jsonl(Path(directory) / "pairs.jsonl", training_pairs(questions["train"]))
     baseline = majority_baseline(questions["train"], questions["test"])
     return {**_write(Path(directory), passages, questions), "majority_baseline": baseline}
 
@@ -70,6 +73,21 @@ def _write(
             split: dict(Counter(q.metadata["kind"] for q in asked)) for split, asked in questions.items()
         },
     }
+
+
+def training_pairs(questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+    """Yield examples to train a retriever on: one step of a question, and the passage that it needs.
+
+    Every second query is the question alone with its first passage, the others name what to look up, too.
+    """
+    rng = random.Random(0)
+    several = [q for q in questions if q.metadata["kind"] != "comparison"]
+    for number, question in enumerate(rng.sample(several, PAIRS)):
+        path = list(zip(question.metadata["hops"], question.metadata["entities"], strict=True))
+        name, passage = rng.choice(path) if number % 2 else ("", path[0][1])
+        query = f"{question.text} [SEP] {name}" if name else question.text
+        yield {"query_id": question.id, "query": query, "positives": [passage],
+               "provenance": {"style": "question"}}  # fmt: skip
 
 
 def passage_row(passage: Passage) -> dict[str, str]:

@@ -36,7 +36,7 @@ from data.significance import estimate, format_estimate
 from scripts import co_train
 from scripts.__main__ import main as sleuth
 from scripts.__main__ import run_script
-from scripts.bench.co_training_world import mean_pooled, plain_pairs
+from scripts.bench.co_training_world import mean_pooled
 from scripts.gate import REFUSED
 
 K, ROUNDS, STEPS, ROLLED_OUT = 2, 2, 6, 1500
@@ -63,8 +63,8 @@ class Bench:
     def __init__(self, out: Path, encoder: str) -> None:
         self.out, self.base = out.resolve(), mean_pooled(encoder, out / "base")
         self.world, self.warm, self.index = self.out / "world", self.out / "warm", self.out / "index"
-        lesson, plain = self.out / "lesson.jsonl", self.out / "plain/corpus.jsonl"
-        self.lesson = {"examples": str(lesson), "corpus": str(plain)}
+        plain = self.out / "plain"
+        self.lesson = {"examples": str(plain / "pairs.jsonl"), "corpus": str(plain / "corpus.jsonl")}
         self.test, self.dev = self.world / "test_few.jsonl", self.world / "dev_few.jsonl"
 
     def run(self, cell: str, command: str, **given: Any) -> Path:
@@ -88,7 +88,6 @@ class Bench:
         self.run("warm", "warm-start", policy="atlas", demonstrations=self.world / "demonstrations.jsonl",
                  protocol__top_k=K, training__steps=WARM_STEPS, training__learning_rate=1e-3)  # fmt: skip
         self.run("plain", "atlas")
-        write_jsonl(self.out / "lesson.jsonl", plain_pairs(self.out / "plain/train.jsonl", 32 * PLAIN_STEPS))
         write_recipes(self)
         self.run("encoder", "train-retriever", config=self.out / "encoder.yaml")
         self.run("index", "index", encoder=self.out / "encoder/model", corpus=self.world / "corpus.jsonl")

@@ -17,7 +17,9 @@ from data.atlas.passages import render_passages
 from data.atlas.phrasings import ASKED, COMPARED, LOCATORS
 from data.atlas.questions import UNSEEN_SHARE, majority_baseline, make_questions
 from data.atlas.world import SPLITS, TABLE, load_world, save_world
+from data.corpus import Corpus
 from data.errors import DataError
+from data.examples import Examples
 from data.jsonl import read_jsonl
 from data.records import Question
 
@@ -224,11 +226,14 @@ def test_build_writes_the_same_whole_files_twice(tmp_path):
     made = build_atlas(tmp_path / "a")
     build_atlas(tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["corpus.jsonl", "dev.jsonl", "test.jsonl", "train.jsonl"]
+    assert names == ["corpus.jsonl", "dev.jsonl", "pairs.jsonl", "test.jsonl", "train.jsonl"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     corpus = list(read_jsonl(tmp_path / "a" / "corpus.jsonl"))
     assert len(corpus) == made["passages"]
+    pairs = Examples(tmp_path / "a" / "pairs.jsonl", Corpus(tmp_path / "a" / "corpus.jsonl"))  # no id dangles
+    asked = [q.text for q in QUESTIONS["train"]]
+    assert len(pairs) == 3200 and {pair.query.split(" [SEP] ")[0] for pair in pairs} <= set(asked)
     assert set(corpus[0]) == {"id", "title", "text", "contents"}
     rows = list(read_jsonl(tmp_path / "a" / "test.jsonl"))
     assert [row["question"] for row in rows] == [q.text for q in QUESTIONS["test"]]
