@@ -93,18 +93,22 @@ class OutOfTokens(Exception):
 
 
 class _Metered:
-    """The engine as one question sees it, with so many tokens left."""
+    """The engine as one question sees it, with so many tokens left; what it writes is told as it grows."""
 
-    def __init__(self, engine: Any, tokens: int) -> None:
-        self._engine, self._left = engine, tokens
+    def __init__(self, engine: Any, tokens: int, tell: Callable[[list[int]], None] | None) -> None:
+        self._engine, self._left, self._tell = engine, tokens, tell
         self.release = engine.release
 
-    async def generate(self, prompt_ids: list[int], sampling: Sampling, *more: Any) -> Completion:
+    async def generate(
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, *more: Any
+    ) -> Completion:
         """Complete a turn as far as the tokens go."""
         if self._left < 1:
             raise OutOfTokens
+        if self._tell:
+            self._engine.watch(trajectory_id, self._tell)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._left))
-        completion = await self._engine.generate(prompt_ids, sampling, *more)
+        completion = await self._engine.generate(prompt_ids, sampling, trajectory_id, *more)
         self._left -= len(completion.token_ids)
         return completion
 
@@ -134,7 +138,7 @@ class AgentService:
         with self._counted():
             await self._places.acquire()
         try:
-            agent, seed = self._agent_for(body), uuid.uuid4().int if body.seed is None else body.seed
+            agent, seed = self._agent_for(body, parts), uuid.uuid4().int if body.seed is None else body.seed
             asked = agent.rollout([question], seed, on_segment=parts.add, ledgers=[parts.ledger])
             [trajectory] = await asked
         except OutOfTokens:
@@ -151,11 +155,16 @@ class AgentService:
         finally:
             self.waiting -= 1
 
-    def _agent_for(self, body: ChatBody) -> Agent:
+    def _agent_for(self, body: ChatBody, parts: _Parts) -> Agent:
         asked = {"temperature": body.temperature, "top_p": body.top_p}
         given = {name: value for name, value in asked.items() if value is not None}
         tokens = min(body.max_completion_tokens or body.max_tokens or 1 << 31, self.limits.max_tokens)
-        engine = cast(Any, _Metered(self.agent.engine, tokens))
+
+        def tell(written: list[int]) -> None:
+            if written[-1] not in self.agent.special_ids:
+                parts.write(self.agent.decode(written))
+
+        engine = cast(Any, _Metered(self.agent.engine, tokens, tell if body.stream else None))
         return replace(self.agent, engine=engine, sampling=replace(self.agent.sampling, **given))
 
 
@@ -166,16 +175,26 @@ class _Parts:
         self.ledger = Ledger()
         self._protocol, self._tell, self._told = protocol, tell, 0
         self._thoughts: list[str] = []
+        self._begun = ""
+
+    def write(self, turn: str) -> None:
+        """Tell what a turn thinks that is still being written."""
+        self._think(re.sub(r"(<[^>]*|\ufffd+)\Z", "", turn))  # less half a tag, or half a character
+
+    def _think(self, turn: str, end: str = "") -> list[str]:
+        thoughts = [each for label, each in split_turn(turn, self._protocol) if label in ("thought", "text")]
+        said = "\n".join(thoughts) + end if thoughts else ""
+        if new := said.removeprefix(self._begun):
+            self._tell({"reasoning_content": new})
+        self._begun = said
+        return thoughts
 
     def add(self, segment: Segment) -> None:
         """Tell what a turn thought; what its search found is known when the observation comes."""
         self._tell_searches()
         if segment.kind == "policy":
-            parts = split_turn(segment.text, self._protocol)
-            thoughts = [text for label, text in parts if label in ("thought", "text")]
-            self._thoughts += thoughts
-            if thoughts:
-                self._tell({"reasoning_content": "\n".join(thoughts) + "\n"})
+            self._thoughts += self._think(segment.text, end="\n")
+            self._begun = ""
 
     def finish(self, trajectory: Trajectory | None) -> dict[str, Any]:
         """Tell the answer and return all; raises RetrieverError where a search failed."""

@@ -7,7 +7,7 @@ inside a token, that token stays as it was sampled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -85,6 +85,12 @@ class Engine(ABC):
         """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache.
 
         pictures: those among the tokens, for a policy that reads images.
+        """
+
+    def watch(self, trajectory_id: str, tell: Callable[[list[int]], None]) -> None:  # noqa: B027
+        """Tell the tokens of each of its completions as they grow, until its release.
+
+        An engine that knows them only once they are whole tells nothing.
         """
 
     async def release(self, trajectory_id: str) -> None:  # noqa: B027 (an engine may keep nothing)

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +155,7 @@ class HFEngine(Engine):
         self._cache = RowCache(model, max_rows)
         self._pictures = Pictures(model, vision) if vision else None
         self._rows: dict[str, _Row] = {}
+        self._watchers: dict[str, Callable[[list[int]], None]] = {}
         self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
         self._writing: dict[int, _Request] = {}  # by row index
         self._sampler = TokenSampler(model, tokenizer, self.max_length)
@@ -184,8 +185,13 @@ class HFEngine(Engine):
             self._task = asyncio.get_running_loop().create_task(self._run())
         return await future
 
+    def watch(self, trajectory_id: str, tell: Callable[[list[int]], None]) -> None:
+        """Tell the tokens of each of its completions as they grow, until its release."""
+        self._watchers[trajectory_id] = tell
+
     async def release(self, trajectory_id: str) -> None:
         """Give the trajectory's row to the next one; the last row moves into the hole."""
+        self._watchers.pop(trajectory_id, None)
         self._waiting = deque(r for r in self._waiting if r.trajectory_id != trajectory_id)
         row = self._rows.pop(trajectory_id, None)
         if row is None:
@@ -363,6 +369,8 @@ class HFEngine(Engine):
     def _sample(self, requests: list[_Request], logits: Tensor) -> None:
         """Draw a token for each request from logits (R, V) and retire those that are done."""
         for request, reason in zip(requests, self._sampler.extend(requests, logits), strict=True):
+            if tell := self._watchers.get(request.trajectory_id):
+                tell(request.new_ids)
             if reason is not None:
                 del self._writing[self._rows[request.trajectory_id].index]
                 if not request.future.done():

@@ -29,7 +29,7 @@ def build_atlas(directory: str | Path, seed: int = 0, hard: bool = False) -> dic
     """Write corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; return what is in them.
 
     hard: the world of `data.atlas.hard`, where the words of a question do not find its passages, and
-    demonstrations.jsonl for a policy that is to read them. The other one has pairs.jsonl, to train retrievers.
+    demonstrations.jsonl for a policy that is to read them. The other has pairs.jsonl, to train retrievers.
     -> {"passages", "words_per_passage", "questions": {split: {kind: count}}, "majority_baseline"}.
     Each file appears whole or not at all. Raises StorageError if one cannot be written.
     """

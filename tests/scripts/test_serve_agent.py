@@ -102,6 +102,43 @@ def test_a_stream_tells_each_part_as_it_comes(agent_app):
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["total_tokens"] > 0
 
 
+class Telling(ScriptedEngine):
+    """Tells each token as it is written."""
+
+    tell = staticmethod(lambda ids: None)
+
+    def watch(self, trajectory_id, tell):
+        self.tell = tell
+
+    async def generate(self, *arguments):
+        completion = await super().generate(*arguments)
+        for count in range(1, len(completion.token_ids) + 1):
+            self.tell(completion.token_ids[:count])
+        return completion
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        TURNS,
+        [
+            "look é</think><search> 狐 fox</search>",
+            "a < b > c",
+            "no <think> now <b>x</b></think> <answer> r",
+        ],
+    ],
+)
+def test_thoughts_are_streamed_as_they_are_written(agent_app, turns):
+    app, _ = agent_app(turns, Telling)
+    message = ask(app).json()["choices"][0]["message"]
+    app, _ = agent_app(turns, Telling)
+    frames = ask(app, stream=True).text.split("\n\n")[1:-2]
+    deltas = [json.loads(frame.removeprefix("data: "))["choices"][0]["delta"] for frame in frames]
+    thoughts = [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta]
+    assert "".join(thoughts).rstrip("\n") == message["reasoning_content"] and len(thoughts) > 6
+    assert "<think" not in "".join(thoughts) and "\ufffd" not in "".join(thoughts)
+
+
 def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
     openai = pytest.importorskip("openai")
     app, _ = agent_app()

@@ -161,6 +161,21 @@ def _forcing(forward, next_token):
     return forced
 
 
+def test_a_watched_completion_is_told_as_it_grows():
+    engine, told = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER), []
+    engine.watch("a", lambda ids: told.append(list(ids)))
+
+    async def run():
+        done = await engine.generate([5, 6], Sampling(max_tokens=4, seed=1), "a")
+        await engine.generate([5, 6], Sampling(max_tokens=4, seed=1), "b")
+        await engine.release("a")
+        await engine.generate([5, 6], Sampling(max_tokens=4, seed=1), "a")
+        return done
+
+    done = asyncio.run(run())
+    assert told == [done.token_ids[: n + 1] for n in range(len(done.token_ids))]
+
+
 def test_end_of_sequence_ends_a_completion():
     model = tiny_model("qwen2", len(TOKENIZER))
     model.forward = _forcing(model.forward, lambda: TOKENIZER.eos_token_id)
