@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
-def main(questions: str, corpus: Path, split: str | None = None, out: Path | None = None) -> None:
+def main(
+    questions: str,
+    corpus: Path,
+    split: str | None = None,
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None,
+    out: Path | None = None,
+) -> None:
     """Show the share of questions whose answer stands in a passage of the corpus, by set and by kind.
 
     What no passage says cannot be searched for: trained on, such questions teach guessing. Answers that are
@@ -15,6 +22,8 @@ def main(questions: str, corpus: Path, split: str | None = None, out: Path | Non
         questions: JSONL, parquet, folder or name; several separated by commas.
         corpus: JSON lines of passages, or the folder of an index.
         split: Split of the questions, where there are several.
+        normalizer: Normal form of answers: squad, or unicode for scripts without spaces; none: as each
+            question's metadata say, else squad.
         out: Folder for answerable.jsonl, unanswerable.jsonl and audit.json.
     """
     from data.answerability import answerable, audit, show_rows, write_audit
@@ -23,8 +32,8 @@ def main(questions: str, corpus: Path, split: str | None = None, out: Path | Non
     from data.questions import load_questions
     from scripts.console import show_table, track
 
-    require(out is None or not out.is_file(), "out", str(out), "a folder, not a file")
-    asked = load_questions(questions, split)
+    require(out is None or out.is_dir() or not out.exists(), "out", str(out), "a folder, not a file")
+    asked = load_questions(questions, split, normalizer=normalizer)
     if corpus.is_dir():
         from retriever_server.indexes.base import open_index
 

@@ -69,6 +69,15 @@ def test_the_command_writes_what_can_be_answered_and_what_cannot(tmp_path, capsy
     assert "must be a folder, not a file" in capsys.readouterr().err
 
 
+def test_answers_in_a_script_without_spaces_are_found_with_their_normal_form(tmp_path, capsys):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": "p", "contents": "中国的首都是北京。"}])
+    write_jsonl(tmp_path / "q.jsonl", [{"question": "中国的首都是哪里？", "answer": "北京"}])
+    given = ["--questions", str(tmp_path / "q.jsonl"), "--corpus", str(tmp_path / "corpus.jsonl")]
+    for normalizer, share in {"squad": "0.000", "unicode": "1.000"}.items():
+        assert sleuth(["audit", *given, "--normalizer", normalizer]) == 0
+        assert share in capsys.readouterr().out
+
+
 POOL = Path(__file__).parents[3] / "shared" / "data" / "wiki18_pool"
 
 
