@@ -18,7 +18,7 @@ from data.answers import NORMALIZERS
 from data.errors import ConfigError, DataError, first_line
 from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
-from data.formats.search_r1 import extra_of, gold_answers, question_text
+from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_text
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
 from data.records import Question
 
@@ -184,7 +184,8 @@ def _own_id(row: _Row) -> str | None:
 def _parse_row(row: _Row, question_id: str, normalizer: str | None) -> Question:
     with at(row.where):
         if not (golds := gold_answers(row.record)):
-            raise ValueError("no gold answer")
+            there = ", ".join(key for key, value in row.record.items() if value not in (None, ""))
+            raise ValueError(f"no gold answer: none of {', '.join(GOLD_KEYS)} holds one; there are {there}")
         metadata = _metadata(row) | ({"normalizer": normalizer} if normalizer else {})
         question = Question(question_id, question_text(row.record), golds, metadata)
         if question.normalizer not in NORMALIZERS:

@@ -38,7 +38,7 @@ SETS = {
     "frames": AnswerSet("google/frames-benchmark", "test", "judge"),
     "simpleqa": AnswerSet("basicv8vc/SimpleQA", "test", "judge"),
 }
-_COLUMNS = {"Prompt": "question", "problem": "question", "query": "question", "Answer": "answer"}
+_COLUMNS = {**dict.fromkeys(("Question", "Prompt", "problem", "query"), "question"), "Answer": "answer"}
 _ALIASES = {"2wikimultihopqa": "2wiki"}
 
 

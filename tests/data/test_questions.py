@@ -166,9 +166,14 @@ def test_split_chooses_among_the_rows_that_name_one(tmp_path):
         ({"id": "1", "golden_answers": ["a"]}, 'no question: "question" is missing or empty'),
         ({"id": "1", "question": " ", "golden_answers": ["a"]}, "no question"),
         ({"id": "1", "question": 5, "golden_answers": ["a"]}, '"question" must be a string, found 5'),
+        ({"Question": "", "Answer": "a"}, "no question"),
         ({**search_r1_row(0), "prompt": "no marker"}, "no prompt holds"),
         ({**search_r1_row(0), "prompt": [{"role": "system", "content": "Question: x"}]}, "no question"),
-        ({"id": "1", "question": "x"}, "no gold answer"),
+        (
+            {"id": "1", "question": "x", "reply": "y"},
+            "no gold answer: none of golden_answers, gold_answers, answers, answer holds one; "
+            "there are id, question, reply",
+        ),
         ({"id": "1", "question": "x", "golden_answers": ["", " "]}, "no gold answer"),
         ({"id": "1", "question": "x", "golden_answers": [["a"]]}, "a gold answer must be a string"),
         ({"id": "1", "question": "x", "answers": [True]}, "a gold answer must be a string, found true"),
@@ -353,3 +358,9 @@ def test_golds_out_of_a_parquet_file_of_floats_are_whole_numbers(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = load_questions(str(tmp_path / "a.parquet"))
     assert [(question.id, question.gold_answers) for question in found] == [("0", ("1912",)), ("1", ("2.5",))]
+
+
+def test_a_table_with_capital_column_names_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("Question,Answer\nWho?,Ada\n")
+    [found] = load_questions(str(tmp_path / "a.csv"))
+    assert (found.text, found.gold_answers) == ("Who?", ("Ada",))
