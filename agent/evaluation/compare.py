@@ -87,7 +87,8 @@ def compare(runs: Runs, common: bool = False) -> dict[str, Any]:
     measures: name -> a list, one of each run, of {mean, low, high, difference (paired, to the first; None
     for it)}. flipped: run -> {fixed, broken}: ids of questions wrong in the first and right here,
     and the other way round; of several samples the majority counts. common: leave out questions that
-    a run does not have; else DataError names them.
+    a run does not have; else DataError names them. Right is what the judge says where it has judged
+    all records of all runs, else EM.
     """
     by_question = {name: _by_question(records) for name, records in runs.items()}
     names = list(by_question)
@@ -104,7 +105,8 @@ def compare(runs: Runs, common: bool = False) -> dict[str, Any]:
         if _has(measure, runs.values()):
             columns = [_means(of, ids, value) for of in by_question.values()]
             measured[measure] = _against_first(columns, clusters)
-    right = {name: _means(of, ids, verdict_of) >= 0.5 for name, of in by_question.items()}
+    judge = MEASURES["judge" if "judge" in measured else "EM"]  # of all runs the same
+    right = {name: _means(of, ids, judge) >= 0.5 for name, of in by_question.items()}
     flipped = {name: _flips(ids, right[names[0]], right[name]) for name in names[1:]}
     return {
         "format_version": 1,

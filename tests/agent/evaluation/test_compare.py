@@ -59,6 +59,14 @@ def test_differences_are_those_of_the_same_questions_and_flips_are_named(runs):
     assert "judge" not in compared["measures"]  # nobody was asked
 
 
+def test_a_judge_of_one_run_alone_flips_nothing(tmp_path, runs):
+    judged = [{"id": f"q{i}", "answer": "gold", "verdict": "incorrect"} for i in range(8)]
+    alone = run(tmp_path / "judged", set(range(8)))
+    write_jsonl(Path(alone) / "judgements.jsonl", judged)
+    compared = compare(read_runs([runs[0], alone]))
+    assert compared["flipped"]["judged"] == {"fixed": [], "broken": []}
+
+
 def test_three_seeds_are_one_run_whose_questions_are_means(tmp_path, runs):
     compared = compare(read_runs([runs[0], f"{runs[1]},{runs[2]}"]))
     assert compared["n"] == 20
