@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from agent.rollout import Agent
 
 
+_NOT_TAKEN = ("tools", "functions", "stop", "logprobs")
+
+
 class TextPart(Body):
     """A part of a message that is a text."""
 
@@ -74,11 +77,18 @@ class ChatBody(Body):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=1, description="One answer a question.")
-    tools: list[Any] | None = Field(None, max_length=0, description="None: the policy has its own.")
-    stop: str | list[str] | None = Field(None, max_length=0, description="None: the protocol has its own.")
+    tools: Any = Field(None, description="None: the policy has its own; likewise all below.")
+    functions: Any = None
+    stop: Any = None
+    logprobs: Any = None
+    response_format: Any = None
 
     def question(self, most_chars: int) -> str:
         """Return what is asked: the last message. What came before it, the policy does not read."""
+        text_alone = self.response_format in (None, {"type": "text"})
+        asked = {name: getattr(self, name) for name in _NOT_TAKEN} | {"response_format": not text_alone}
+        if odd := next((name for name, value in asked.items() if value), None):
+            raise DataError(f"{odd}: is not taken: the policy has its own tools, stops and form of answers")
         last = self.messages[-1]
         if last.role != "user":
             raise DataError(f"messages: the last is of role {last.role[:40]!r}, must be user: the question")
