@@ -165,11 +165,13 @@ def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
 
 def _ids(given: str) -> list[str]:
     """Return the ids in a file, or those between commas."""
+    from data.formats.tables import read_lines
+
     file = Path(given)
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else given.split(",")
-    if not (ids := [id_.strip() for id_ in lines if id_.strip()]):
+    listed = (line for _, line in read_lines(file)) if file.is_file() else given.split(",")
+    if not (ids := dict.fromkeys(id_.strip() for id_ in listed if id_.strip())):
         raise ConfigError(f"--delete {given}: holds no id")
-    return ids
+    return list(ids)
 
 
 def _say_change(done: str, index: Any, out: str) -> None:

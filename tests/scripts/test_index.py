@@ -51,6 +51,19 @@ def test_a_missing_corpus_is_refused(tmp_path):
         run_index(str(tmp_path / "none.jsonl"), str(tmp_path / "index"))
 
 
+def test_ids_to_delete_stand_between_commas_or_in_a_file_of_text(tmp_path, capsys):
+    write_jsonl(passages := tmp_path / "many.jsonl", [{"id": str(i), "text": "fox"} for i in range(9)])
+    run_index(str(passages), out := str(tmp_path / "index"))
+    run_index(out=out, delete="0, 1,0")
+    assert "deleted 2; 7 passages" in capsys.readouterr().out
+    (ids := tmp_path / "ids").write_bytes("\ufeff2\r\n\r\n3".encode())
+    run_index(out=out, delete=str(ids))
+    assert "deleted 2; 5 passages" in capsys.readouterr().out
+    ids.write_bytes(b"\xe9\x00")
+    with pytest.raises(DataError, match="ids: cannot be read"):
+        run_index(out=out, delete=str(ids))
+
+
 @pytest.mark.parametrize("alone", ["verify", "compact"])
 @pytest.mark.parametrize("other", [{"k1": 2.0}, {"add": "more.jsonl"}, {"out": "elsewhere"}])
 def test_what_would_change_nothing_is_refused(alone, other, tmp_path, corpus):
