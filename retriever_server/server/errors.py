@@ -147,7 +147,8 @@ def first_of(errors: Sequence[Any]) -> str:
 def _given(error: Mapping[str, Any]) -> str:
     """Return what stood there instead, where that is short to say.   ', not "3"'"""
     given = error.get("input")
-    told = error["type"] in ("missing", "extra_forbidden", "too_short", "too_long") or isinstance(given, Mapping | list)
+    told = error["type"] in ("missing", "extra_forbidden", "too_short", "too_long")
+    told = told or isinstance(given, Mapping | list)
     return "" if told else f", not {json.dumps(given, default=str)[:40]}"
 
 
