@@ -127,6 +127,15 @@ def check_is_file(path: Path) -> None:
         raise DataError(f"{path}: no such file")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that somebody wrote, without a byte order mark. Raises DataError."""
+    check_is_file(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {reason_of(error)}") from error
+
+
 _JSON_NAMES = {
     list: "an array",
     str: "a string",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from data.errors import ConfigError
+from data.jsonl import read_text
 
 TRAINERS = ("search_r1", "verl")
 _ARR = "actor_rollout_ref"
@@ -81,7 +82,7 @@ def print_recipe(trainer: str, file: str) -> None:
 
 def read_options(file: Path) -> Flat:
     """The options of a shell script or YAML file by dotted name. Raises ConfigError where it has none."""
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if file.suffix in (".yaml", ".yml"):
         try:
             options = dict(_flatten(yaml.safe_load(text)))

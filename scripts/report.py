@@ -45,11 +45,12 @@ def main(
     """
     from agent.evaluation.report.choice import Choice
     from agent.evaluation.report.page import write_report
+    from data.jsonl import read_text
 
     ids: list[str] = []
     if questions:
         file = Path(questions)
-        ids = file.read_text(encoding="utf-8").splitlines() if file.is_file() else questions.split(",")
+        ids = read_text(file).splitlines() if file.is_file() else questions.split(",")
     wanted = tuple(id_.strip() for id_ in ids if id_.strip())
     choice = Choice(evaluations, verdict, kind, wanted, megabytes)
     if (run / "state.json").is_file() and choice == Choice() and not more and not out:

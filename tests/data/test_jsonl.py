@@ -16,6 +16,7 @@ from data.jsonl import (
     append_jsonl,
     read_json,
     read_jsonl,
+    read_text,
     write_json,
     write_jsonl,
 )
@@ -188,6 +189,14 @@ def test_a_pipe_is_written_into_and_stays_one(tmp_path):
     atomic_write(pipe, "text")
     assert os.read(reader, 10) == b"text" and stat.S_ISFIFO(pipe.stat().st_mode)
     os.close(reader)
+
+
+def test_a_text_of_somebody_loses_its_mark_and_another_encoding_is_named(tmp_path):
+    (tmp_path / "ids").write_bytes("a\nb".encode("utf-8-sig"))
+    assert read_text(tmp_path / "ids").splitlines() == ["a", "b"]
+    (tmp_path / "ids").write_bytes("a".encode("utf-16"))
+    with pytest.raises(DataError, match=r"ids: cannot be read: .utf-8. codec"):
+        read_text(tmp_path / "ids")
 
 
 def test_text_and_bytes_replace_a_file(tmp_path):

@@ -132,7 +132,7 @@ def test_a_yaml_of_verl_with_its_own_meaning_of_turns_and_lengths(tmp_path, caps
     [
         (["--from", "trl", "x.sh"], "--from 'trl': must be one of search_r1, verl"),
         (["--from", "verl"], "--from needs a trainer and its file"),
-        (["--from", "verl", "none.sh"], "No such file or directory: none.sh"),
+        (["--from", "verl", "none.sh"], "none.sh: no such file"),
         (["--from", "verl", "empty.sh"], "empty.sh: holds no option of Search-R1 or verl"),
         (["--from", "verl", "list.yaml"], "list.yaml: is no YAML mapping"),
         (["--from", "verl", "open.sh"], "open.sh: is no shell script"),
