@@ -44,7 +44,8 @@ def main(
     """
     if (source_format == "sleuth") == (target_format == "sleuth"):
         raise ConfigError(
-            f"--source_format {source_format} --target_format {target_format}: one of them must be sleuth"
+            f"--source_format {source_format} --target_format {target_format}: "
+            "one of them must be sleuth, and not both"
         )
     if target_format != "sleuth":
         _to(target_format, source, out, corpus, on_error)

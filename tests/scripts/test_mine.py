@@ -104,7 +104,7 @@ def test_a_broken_line_is_named(made):
 
 
 def test_convert_is_from_ours_or_to_ours(made):
-    with pytest.raises(ConfigError, match="one of them must be sleuth"):
+    with pytest.raises(ConfigError, match="one of them must be sleuth, and not both"):
         convert.main(str(made / "examples.jsonl"), str(made / "out"))
     write_jsonl(made / "elsewhere" / "examples.jsonl", [{"query": "q", "positives": ["0"]}])
     with pytest.raises(ConfigError, match="--corpus: must be given, as there is no"):
