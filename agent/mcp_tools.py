@@ -70,7 +70,9 @@ class McpServer:
         for name in names:
             if name not in offered or name in TOOLS or not _NAME.fullmatch(name):
                 allowed = ", ".join(sorted(set(filter(_NAME.fullmatch, offered)) - TOOLS.keys()))
-                raise ConfigError(f"tools.mcp {config.mcp}: tools: {name!r}: must be of {allowed or 'none'}")
+                raise ConfigError(
+                    f"tools.mcp {config.mcp}: tools: {name!r}: must be one of {allowed or 'none'}"
+                )
         self.tools = tuple(_as_tool(offered[name]) for name in names)
         self.names = tuple(tool.name for tool in self.tools)
 

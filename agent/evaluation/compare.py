@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from data.errors import ConfigError, DataError
 from data.jsonl import read_json
 from data.significance import estimate, format_estimate
 
+logger = logging.getLogger(__name__)
+
 MEASURES: dict[str, Callable[[Record], float]] = {
     "EM": lambda record: judge_answer(record)[0],
     "F1": lambda record: judge_answer(record)[1],
@@ -35,7 +38,7 @@ MEASURES: dict[str, Callable[[Record], float]] = {
     "searches": lambda record: len(record["searches"]),
     "tokens written": policy_tokens,
 }
-"""Metrics that runs are compared by; the judge and the evidence only where all records have them."""
+"""Metrics that runs are compared by; evidence and judge (the same one) only where all records have them."""
 
 Runs = Mapping[str, Sequence[Record]]
 """Name -> its records, those of several samples too."""
@@ -136,13 +139,21 @@ def _flips(ids: Sequence[str], before: np.ndarray, after: np.ndarray) -> dict[st
 
 
 def _has(measure: str, runs: Iterable[Sequence[Record]]) -> bool:
-    read = {
-        "judge": lambda r: r.get("judge", {}).get("verdict"),
-        "evidence recall": lambda r: r.get("evidence_recall"),
-    }
-    return measure not in read or all(
-        read[measure](record) is not None for records in runs for record in records
-    )
+    records = [record for of in runs for record in of]
+    if measure == "judge":
+        return _one_judge(records)
+    return measure != "evidence recall" or all(r.get("evidence_recall") is not None for r in records)
+
+
+def _one_judge(records: Sequence[Record]) -> bool:
+    """Return whether one judge has ruled on all of them; a warning names several."""
+    rulings = [record.get("judge", {}) for record in records]
+    if not all(ruling.get("verdict") for ruling in rulings):
+        return False
+    judges = {" ".join(str(each.get(key)) for key in ("model", "rubric", "prompt")) for each in rulings}
+    if len(judges) > 1:
+        logger.warning("verdicts of different judges are not compared: %s", "; ".join(sorted(judges)))
+    return len(judges) == 1
 
 
 def _by_question(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -42,7 +42,7 @@ def control_names(given: str) -> list[str]:
     for name in names:
         if name not in (*STANDARD, *PAIRS) and not name.removeprefix("max_searches_").isdecimal():
             allowed = ", ".join([*groups, *STANDARD, *PAIRS, "max_searches_N"])
-            raise ConfigError(f"controls: {name!r}: must be of {allowed}")
+            raise ConfigError(f"controls: {name!r}: must be one of {allowed}")
     return list(dict.fromkeys(names))
 
 

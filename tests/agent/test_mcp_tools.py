@@ -127,7 +127,11 @@ def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(
 @pytest.mark.parametrize(
     ("config", "error", "says"),
     [
-        (McpConfig("{address}", ("fly",)), ConfigError, "tools: 'fly': must be of add, answer, die, fail"),
+        (
+            McpConfig("{address}", ("fly",)),
+            ConfigError,
+            "tools: 'fly': must be one of add, answer, die, fail",
+        ),
         (McpConfig("http://127.0.0.1:9/mcp", timeout_seconds=5), ToolUnavailable, "http://127.0.0.1:9/mcp: "),
         (McpConfig("no-such-command"), ToolUnavailable, "tools.mcp no-such-command: "),
     ],
@@ -195,7 +199,7 @@ def test_our_own_server_is_a_peer_by_recipe(tmp_path, capsys):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "out": str(tmp_path / "other")}))
         assert sleuth.main(["evaluate", "--config", str(tmp_path / "recipe.yaml")]) == 2
     said = capsys.readouterr().err
-    assert "'search': must be of fetch" in said and "swap of the retriever" not in said
+    assert "'search': must be one of fetch" in said and "swap of the retriever" not in said
     [row] = read_metrics(tmp_path / "run")
     assert row["rollout/searches"] == 2  # a search and a call
     [folder] = (tmp_path / "run" / "checkpoints").glob("step-*")

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,9 @@ def make_filters(given: Mapping[str, Mapping[str, Any] | None], corpus: Any) -> 
         try:
             made[name] = FILTERS[name](corpus, **(options or {}))
         except TypeError as error:
-            raise ConfigError(f"filters.{name}: {str(error).partition('() ')[2] or error}") from None
+            allowed = ", ".join(list(signature(FILTERS[name]).parameters)[1:])
+            said = str(error).partition("() ")[2] or error
+            raise ConfigError(f"filters.{name}: {said}; allowed: {allowed}") from None
     return made
 
 

@@ -67,6 +67,15 @@ def test_a_judge_of_one_run_alone_flips_nothing(tmp_path, runs):
     assert compared["flipped"]["judged"] == {"fixed": [], "broken": []}
 
 
+def test_verdicts_of_different_judges_are_not_compared(tmp_path, caplog):
+    judged = [{"id": f"q{i}", "answer": "gold", "verdict": "correct", "rubric": "simpleqa"} for i in range(8)]
+    folders = [run(tmp_path / name, set(range(8)), count=8) for name in ("a", "b")]
+    for folder, model in zip(folders, ("large", "small"), strict=True):
+        write_jsonl(Path(folder) / "judgements.jsonl", [{**each, "model": model} for each in judged])
+    assert "judge" not in compare(read_runs(folders))["measures"]
+    assert "large simpleqa None; small simpleqa None" in caplog.text
+
+
 def test_three_seeds_are_one_run_whose_questions_are_means(tmp_path, runs):
     compared = compare(read_runs([runs[0], f"{runs[1]},{runs[2]}"]))
     assert compared["n"] == 20

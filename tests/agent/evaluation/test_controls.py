@@ -90,7 +90,7 @@ def test_names_of_controls_stand_for_several_and_wrong_ones_are_refused():
     assert control_names("true") == ["closed_book", "random", "oracle", "single_search"]
     assert control_names("pairs, oracle,max_searches_3")[-2:] == ["oracle", "max_searches_3"]
     assert len(control_names("all")) == 7
-    with pytest.raises(ConfigError, match="controls: 'orakel': must be of true, standard"):
+    with pytest.raises(ConfigError, match="controls: 'orakel': must be one of true, standard"):
         control_names("orakel")
 
 

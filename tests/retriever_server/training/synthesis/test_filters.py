@@ -110,7 +110,8 @@ def test_case_order_and_stop_words_do_not_make_a_query_another():
 
 @pytest.mark.parametrize(
     "given, message",
-    [({"lenght": {}}, "must be one of length,"), ({"length": {"words": 3}}, "filters.length: .*words"),
+    [({"lenght": {}}, "must be one of length,"),
+     ({"length": {"words": 3}}, "filters.length: .*'words'; allowed: least_words, most_words"),
      ({"score": {}}, "filters.score: .*least"), ({"round_trip": {"of": "x"}}, "must be positive or seed")],
 )  # fmt: skip
 def test_unknown_filters_and_options_are_refused(given, message):
