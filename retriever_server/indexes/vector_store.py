@@ -3,7 +3,8 @@
 fp32, fp16 or int8 with a scale a row (see `shards.quantise`); scores are products in float32. A search goes
 through the rows block by block, so that it needs memory for a block alone; on a GPU the shards stay in
 its memory if they fit, else blocks are copied there. On a CPU rows of int8 are first ranked by products of
-integers, several times faster, and those that may be among the best are scored in float32.
+integers, several times faster, and the best are scored again, one by one in float32: a score is the same to
+the last bit however the rows are cut into shards and whatever else is asked.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 _BLOCK_BYTES = {"cpu": 4 << 20, "int8": 64 << 20, "cuda": 1 << 30}
 """Bytes of a block as float32: on a CPU what its caches hold, unless integers are multiplied."""
+_SPARE = 16
+"""So many more rows are scored again, of which rounding may have put some below the k-th place."""
 
 
 class Rows:
@@ -52,6 +55,10 @@ class Rows:
     def _largest(self) -> float:
         """The largest number in rows of int8."""
         return 127 * max((float(scales.max(initial=0)) for scales in self._scales), default=0.0)
+
+    def _scored(self, positions: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return these rows and their products with a query, best first."""
+        return _by_score(positions, (self[positions] * query).sum(1))  # `@` rounds by the rows around a row
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at `positions` as float32.   (N,) -> (N, D)"""
@@ -96,8 +103,12 @@ class Rows:
             if self._integers:
                 return self._search_int8(asked, k, mask)
             asked = asked.to(self._device)
-            best, where = self._top(len(asked), k, mask, lambda rows: asked @ rows.float().T)
-            return [_by_score(w, s) for s, w in zip(best, where, strict=True)]
+            spare = _SPARE if self._device == "cpu" else 0
+            best, where = self._top(len(asked), k + spare, mask, lambda rows: asked @ rows.float().T)
+            if not spare:
+                return [_by_score(w, s) for s, w in zip(best, where, strict=True)]
+            found = [self._scored(each, query) for each, query in zip(where, asked.numpy(), strict=True)]
+            return [(positions[:k], scores[:k]) for positions, scores in found]
 
     def _search_int8(
         self, queries: Any, k: int, mask: np.ndarray | None
@@ -116,10 +127,7 @@ class Rows:
         asked, count = whole.to(torch.int8), 8 * k + 128
         while True:
             rough, where = self._top(len(queries), count, mask, lambda rows: multiply(asked, rows.T))
-            found = [
-                _by_score(each, self[each] @ query)
-                for each, query in zip(where, queries.numpy(), strict=True)
-            ]
+            found = [self._scored(each, query) for each, query in zip(where, queries.numpy(), strict=True)]
             out_of_reach = (
                 len(worst) < count or worst[-1] + most < exact[k - 1]
                 for worst, most, (_, exact) in zip(rough * scale.numpy(), off.tolist(), found, strict=True)

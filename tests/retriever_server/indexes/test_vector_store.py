@@ -1,5 +1,7 @@
 """Rows of int8 are ranked by products of integers, and found as by products of floats."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -26,3 +28,20 @@ def test_products_of_integers_find_what_floats_find(tmp_path, monkeypatch, sprea
         exact = np.where(mask, rows[np.arange(4_000)] @ query, -np.inf)
         np.testing.assert_allclose(scores, np.sort(exact)[::-1][:10], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(scores, exact[positions], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_scores_are_the_same_to_the_last_bit_however_rows_are_cut_and_asked(tmp_path, dtype):
+    vectors = (RNG.standard_normal(48) + 1e-3 * RNG.standard_normal((999, 48))).astype(np.float32)
+    for name, cuts in {"whole": [0, 999], "parts": [0, 7, 8, 500, 999]}.items():
+        (tmp_path / name).mkdir()
+        for start, end in pairwise(cuts):
+            for kind, array in quantise(vectors[start:end], dtype).items():
+                np.save(tmp_path / name / f"{start:05d}.{kind}.npy", array)
+    whole, parts = Rows([tmp_path / "whole"]), Rows([tmp_path / "parts"])
+    queries = RNG.standard_normal((5, 48)).astype(np.float32)
+    together = whole.search(queries, 20)
+    for number, expected in enumerate(together):
+        for found in (parts.search(queries, 20)[number], whole.search(queries[number : number + 1], 20)[0]):
+            for got, want in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(got, want)
