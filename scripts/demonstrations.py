@@ -46,6 +46,7 @@ def main(
     out: str,
     rest: str | None = None,
     split: str | None = None,
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None,
     take: int | None = None,
     top_k: int = 1,
     queries: Literal["as given", "random_words", "without_names"] = "as given",
@@ -65,6 +66,8 @@ def main(
         out: JSONL file of the demonstrations (docs/data-formats.md).
         rest: JSONL file for the questions beyond `take`, to train or test on.
         split: Split of the questions, where there are several.
+        normalizer: Normal form of answers: squad, or unicode for scripts without spaces; none: as each
+            question's metadata say, else squad.
         take: Only so many of the questions, drawn at random; none: all of them.
         top_k: Passages shown a search.
         queries: as given: those that found the passages; random_words or without_names: poor ones in their
@@ -80,7 +83,7 @@ def main(
 
     _check(out, rest, take, top_k, teacher)
     check_retriever(retriever, deadline_seconds)
-    every = load_questions(questions, split)
+    every = load_questions(questions, split, normalizer=normalizer)
     random.Random(seed).shuffle(every)
     asked, left = every[:take], every[len(every) if take is None else take :]
     if rest is not None and not left:

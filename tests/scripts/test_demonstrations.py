@@ -66,6 +66,16 @@ def test_good_queries_are_nothing_to_be_told_of(files):
     assert warm_start_notes(str(files)) == [] == warm_start_notes("org/elsewhere")
 
 
+def test_answers_in_scripts_without_spaces_are_found_by_their_normalizer(files):
+    asked = {"id": "q", "question": "What is the capital of Italy?", "golden_answers": ["罗马"]}
+    write_jsonl(files / "questions.jsonl", [asked])
+    text = "The capital of Italy, 意大利的首都罗马, lies on the Tiber."
+    write_jsonl(files / "corpus.jsonl", [{"id": "c", "title": "Italy", "text": text}])
+    index = sleuth.main(["index", f"--corpus={files / 'corpus.jsonl'}", f"--out={files / 'chinese'}"])
+    assert index == 0 and run(files, "--retriever", files / "chinese") != 0
+    assert run(files, "--retriever", files / "chinese", "--normalizer", "unicode") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
