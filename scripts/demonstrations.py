@@ -83,11 +83,7 @@ def main(
 
     _check(out, rest, take, top_k, teacher)
     check_retriever(retriever, deadline_seconds)
-    every = load_questions(questions, split, normalizer=normalizer)
-    random.Random(seed).shuffle(every)
-    asked, left = every[:take], every[len(every) if take is None else take :]
-    if rest is not None and not left:
-        raise ConfigError(f"take = {take}: leaves none of the {len(every):,} questions for rest = {rest}")
+    asked, left = _draw(load_questions(questions, split, normalizer=normalizer), take, rest, seed)
     try:
         found = asyncio.run(_demonstrate(asked, retriever, Path(out), top_k, teacher, deadline_seconds, seed))
     except KeyboardInterrupt:
@@ -101,6 +97,17 @@ def main(
         write_jsonl(rest, map(_row, left))
     over = f"; {len(left):,} questions left over in {rest}" if rest is not None else ""
     print(f"{out}: {len(kept):,} demonstrations of {len(asked):,} questions, queries {queries}{over}")
+
+
+def _draw(
+    every: list[Question], take: int | None, rest: str | None, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """Return `take` questions and those left over; ConfigError where `rest` would get none."""
+    random.Random(seed).shuffle(every)
+    asked, left = every[:take], every[len(every) if take is None else take :]
+    if rest is not None and not left:
+        raise ConfigError(f"take = {take}: leaves none of the {len(every):,} questions for rest = {rest}")
+    return asked, left
 
 
 def _check(out: str, rest: str | None, take: int | None, top_k: int, teacher: TeacherConfig) -> None:

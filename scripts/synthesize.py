@@ -34,7 +34,10 @@ def main(config: SynthesisConfig) -> None:
         if config.dry_run:
             return _dry_run(run)
         with locked(out / ".lock", f"{out} is being written"):
-            _measure(run) if config.measure_judges else _synthesize(run)
+            if config.measure_judges:
+                _measure(run)
+            else:
+                _synthesize(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; the same command goes on: {config.out} keeps what is done"

@@ -56,10 +56,6 @@ class Rows:
         """The largest number in rows of int8."""
         return 127 * max((float(scales.max(initial=0)) for scales in self._scales), default=0.0)
 
-    def _scored(self, positions: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return these rows and their products with a query, best first."""
-        return _by_score(positions, (self[positions] * query).sum(1))  # `@` rounds by the rows around a row
-
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at `positions` as float32.   (N,) -> (N, D)"""
         shards = np.searchsorted(self._starts, positions, side="right") - 1
@@ -109,6 +105,10 @@ class Rows:
                 return [_by_score(w, s) for s, w in zip(best, where, strict=True)]
             found = [self._scored(each, query) for each, query in zip(where, asked.numpy(), strict=True)]
             return [(positions[:k], scores[:k]) for positions, scores in found]
+
+    def _scored(self, positions: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return these rows and their products with a query, best first."""
+        return _by_score(positions, (self[positions] * query).sum(1))  # `@` rounds by the rows around a row
 
     def _search_int8(
         self, queries: Any, k: int, mask: np.ndarray | None
