@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from agent.policy_folder import PROTOCOL_FILE, find_policy
 from agent.protocol import Protocol
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
+from data.device import warn_if_slow
 from data.errors import ConfigError
 from data.jsonl import write_json
 
@@ -57,6 +59,8 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     device = resolve_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    warn_if_slow(dtype, device)
+    disable_progress_bar()
     source = find_policy(name)
     try:
         config = AutoConfig.from_pretrained(source)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from data.errors import require
+
+logger = logging.getLogger(__name__)
 
 
 def check_device(device: str) -> None:
@@ -19,6 +22,14 @@ def check_device(device: str) -> None:
     require(kind in ("auto", "cpu", "cuda", "mps"), "device", device, "auto, cpu or cuda")
     there = kind != "cuda" or not _lacks_cuda()
     require(there, "device", device, "cpu or auto, as there is no CUDA device here")
+
+
+def warn_if_slow(dtype: str, device: str) -> None:
+    """Warn of bfloat16 where the CPU only emulates it: with AVX2 alone, a product takes 50 times as long."""
+    import torch
+
+    if dtype == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning("bfloat16: this CPU only emulates it, many times slower than float32")
 
 
 def _lacks_cuda() -> bool:

@@ -26,6 +26,7 @@ from agent.protocol import Protocol
 from agent.search_tool import fit_observation
 from agent.trajectory import SegmentKind
 from data.checkpoint import latest_checkpoint
+from data.device import warn_if_slow
 from data.errors import DataError
 from data.jsonl import write_json
 from rl.config import WarmStartConfig
@@ -227,6 +228,7 @@ def _loss_of(
 def _arguments(out: Path, policy: Policy, config: WarmStartConfig) -> SFTConfig:
     from trl.trainer.sft_config import SFTConfig
 
+    warn_if_slow(config.precision, policy.model.device.type)
     return SFTConfig(
         output_dir=str(out),
         max_steps=config.steps,

@@ -35,7 +35,6 @@ TAUGHT = 3500
 WARM_STEPS = 80
 WARM = {
     "optimizer": "adamw",
-    "precision": "bfloat16",
     "learning_rate": 3e-4,
     "batch_size": 8,
     "group_by_length": True,
@@ -192,7 +191,7 @@ class Flagship:
                 "retriever": retrievers.get(name, index),
                 "out": out,
             }
-            rest = {"questions": self.out / "test.jsonl", "max_rows": 64, "dtype": self.recipe["dtype"]}
+            rest = {"questions": self.out / "test.jsonl", "max_rows": 64}
             phase = f"evaluate {name}"
             self._stage("evaluate", out / "scores.json", phase=phase, **places, **rest, **self.limits)
 

@@ -32,11 +32,8 @@ class Local(Generator):
         config = EngineConfig(**(engine or {}))
         find_policy(policy)
         check_engine(config)
-        from transformers.utils.logging import disable_progress_bar
-
         from agent.policy import load_policy
 
-        disable_progress_bar()
         loaded = load_policy(policy, device, dtype)
         self.name = f"local {policy} {loaded.model.dtype} chat={chat}"
         self._tokenizer: Any = loaded.tokenizer

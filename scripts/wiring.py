@@ -115,12 +115,9 @@ def open_agent(
     client = client or open_client(retriever, deadline_seconds)
     spoken = replace(spoken, query_style=_query_style(protocol, client, retriever))
     with waiting(f"loading {policy}"):
-        from transformers.utils.logging import disable_progress_bar
-
         from agent.engines.open_engine import open_engine
         from agent.policy import load_policy, load_tokenizer, resolve_device
 
-        disable_progress_bar()
         if spoken.chat_template_kwargs:  # wrong ones are refused before the weights are read
             make_frame(spoken, load_tokenizer(policy))
         if device == "auto" and not engine.shares_model:

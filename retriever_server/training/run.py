@@ -16,6 +16,7 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import TrainerState, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
+from data.device import warn_if_slow
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
@@ -192,6 +193,7 @@ def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[Tra
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    warn_if_slow(recipe.precision, "cpu" if cpu else "cuda")
     cross = trained.kind is CROSS
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
     unique = partial(NoDuplicates, processes=_processes())

@@ -3,9 +3,10 @@
 import ctypes
 
 import pytest
+import torch
 
 from data import device
-from data.device import check_device
+from data.device import check_device, warn_if_slow
 from data.errors import ConfigError
 
 
@@ -43,3 +44,13 @@ def test_a_device_that_is_surely_not_there_is_refused(monkeypatch, lacking):
 def test_a_device_of_no_known_kind_is_refused():
     with pytest.raises(ConfigError, match="device = 'tpu': must be auto, cpu or cuda"):
         check_device("tpu")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_is_warned_of_where_the_cpu_emulates_it(monkeypatch, caplog, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native, raising=False)
+    warn_if_slow("float32", "cpu")
+    warn_if_slow("bfloat16", "cuda:0")
+    assert not caplog.messages
+    warn_if_slow("bfloat16", "cpu")
+    assert caplog.messages == [] if native else "only emulates" in caplog.messages[0]
