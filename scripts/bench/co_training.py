@@ -1,6 +1,7 @@
 """Proof of the closed loop in the world that is hard to search: every cell by the product's commands.
 
     nice -n 19 python -m scripts.bench.co_training --encoder TINY --out runs/co_training [--seeds 3]
+    nice -n 19 python -m scripts.bench.co_training --encoder MINILM --recipe true --out runs/co_minilm
 
 All arms begin with one warm-started policy and one dense index, and make the same number of policy steps:
 
@@ -9,6 +10,9 @@ All arms begin with one warm-started policy and one dense index, and make the sa
     pairs     the index trained on as many (question, gold passages) pairs, with mined negatives, no gate
     shuffled  the index trained on the loop's last examples, positives exchanged among them, no gate
     gold      as loop, labels by `gold`: the ceiling, one seed
+
+With `--recipe` retriever, policy and sizes are those of `scripts/configs/co_train_atlas.yaml`, the encoder is
+taken as it is, and of the arms only loop and alone are made.
 
 Killed, the same command goes on: each cell is a folder, noted in OUT/done with its processor seconds. A
 command runs in a fork of this process, so that nothing is imported twice.
@@ -39,7 +43,7 @@ from scripts.__main__ import run_script
 from scripts.bench.co_training_world import mean_pooled
 from scripts.gate import REFUSED
 
-K, ROUNDS, STEPS, ROLLED_OUT = 2, 2, 6, 1500
+K, ROUNDS = 2, 2
 WARM_STEPS, PLAIN_STEPS, POLICY_RATE, RETRIEVER_STEPS, RETRIEVER_RATE = 150, 100, 3e-4, 60, 3e-4
 SMALLER = 2
 """One in so many questions of dev and test is asked."""
@@ -60,8 +64,11 @@ def forked(argv: Sequence[str]) -> tuple[int, float]:
 class Bench:
     """The cells of the proof in a folder."""
 
+    steps, rolled_out = 6, 1500
+    arms = ("alone", "pairs", "shuffled")
+
     def __init__(self, out: Path, encoder: str) -> None:
-        self.out, self.base = out.resolve(), mean_pooled(encoder, out / "base")
+        self.out, self.encoder = out.resolve(), encoder
         self.world, self.warm, self.index = self.out / "world", self.out / "warm", self.out / "index"
         plain = self.out / "plain"
         self.lesson = {"examples": str(plain / "pairs.jsonl"), "corpus": str(plain / "corpus.jsonl")}
@@ -88,12 +95,16 @@ class Bench:
         self.run("warm", "warm-start", policy="atlas", demonstrations=self.world / "demonstrations.jsonl",
                  protocol__top_k=K, training__steps=WARM_STEPS, training__learning_rate=1e-3)  # fmt: skip
         self.run("plain", "atlas")
-        write_recipes(self)
-        self.run("encoder", "train-retriever", config=self.out / "encoder.yaml")
-        self.run("index", "index", encoder=self.out / "encoder/model", corpus=self.world / "corpus.jsonl")
+        self.first_index()
         start = self.agent(self.warm, self.index)
         self.run("start", "evaluate", **start, questions=self.test, controls="oracle")
         self.run("start_dev", "evaluate", **start, questions=self.dev)
+
+    def first_index(self) -> None:
+        """Write the recipes and index by a tiny encoder that has learnt the plain world's questions."""
+        write_recipes(self, mean_pooled(self.encoder, self.out / "base"))
+        self.run("encoder", "train-retriever", config=self.out / "encoder.yaml")
+        self.run("index", "index", encoder=self.out / "encoder/model", corpus=self.world / "corpus.jsonl")
 
     def agent(self, policy: Any, index: Any) -> Cell:
         """Options that say who searches where."""
@@ -106,7 +117,7 @@ class Bench:
             corpus=self.world / "corpus.jsonl", questions=self.world / "train.jsonl", dev_questions=self.dev,
             held_out=self.world / "test.jsonl", train_recipe=self.out / "policy.yaml",
             retriever_recipe=self.out / "retriever.yaml", labels=labels, style="question", k=K, rounds=rounds,
-            steps=STEPS, rollout_questions=ROLLED_OUT, samples=1, temperature=0.5, seed=seed,
+            steps=self.steps, rollout_questions=self.rolled_out, samples=1, temperature=0.5, seed=seed,
             replay=self.lesson["examples"], replay_corpus=self.lesson["corpus"], replay_share=0.5,
             stop_without_gain="false",
         )  # fmt: skip
@@ -118,7 +129,7 @@ class Bench:
         folder = self.run(
             f"{seed}/{arm}-{at}/policy", "train", config=self.out / "policy.yaml",
             **self.agent(policy, index), questions=self.world / "train.jsonl", dev_questions=self.dev,
-            steps=STEPS, save_every=STEPS, seed=seed + at,
+            steps=self.steps, save_every=self.steps, seed=seed + at,
         )  # fmt: skip
         last = latest_checkpoint(folder / "checkpoints")
         assert last is not None
@@ -180,7 +191,7 @@ class Bench:
         arms = {"loop": self.loop(seed)}
         before, after = (self.warm, self.index), (arms["loop"]["policy"], arms["loop"]["index"])
         self.answers(f"{seed}/loop", *after)
-        for name in ("alone", "pairs", "shuffled"):
+        for name in self.arms:
             arms[name] = getattr(self, name)(seed)
             if name != "shuffled":
                 self.answers(f"{seed}/{name}", arms[name]["policy"], arms[name]["index"])
@@ -208,14 +219,34 @@ def pretrained(base: str | Path) -> Cell:
     return {"class_path": "pretrained", "init_args": {"base": str(base), "max_tokens": 64}}
 
 
-def write_recipes(bench: Bench) -> None:
+class RecipeBench(Bench):
+    """The loop of `scripts/configs/co_train_atlas.yaml`, and its policy alone."""
+
+    steps, rolled_out = 8, 600
+    arms = ("alone",)
+
+    def __init__(self, out: Path, encoder: str) -> None:
+        super().__init__(out, encoder)
+        self.dev = self.world / "dev.jsonl"
+
+    def first_index(self) -> None:
+        """Write the recipes with this encoder, and index by it as it is."""
+        recipe = yaml.safe_load(Path("scripts/configs/retriever/minilm_searches.yaml").read_text())
+        recipe["model"]["init_args"]["base"] = self.encoder
+        (self.out / "retriever.yaml").write_text(yaml.safe_dump(recipe))
+        shutil.copy("scripts/configs/atlas.yaml", self.out / "policy.yaml")
+        corpus = self.world / "corpus.jsonl"
+        self.run("index", "index", encoder=self.encoder, corpus=corpus, query_style="question")
+
+
+def write_recipes(bench: Bench, base: Path) -> None:
     """Write what `sleuth train` and `sleuth train-retriever` are given by every arm."""
     policy = {"policy": str(bench.warm), "questions": "", "retriever": "", "out": "", "eval_every": 0,
               "rollout": {"questions_per_step": 8, "group_size": 8},
               "algorithm": {"learning_rate": POLICY_RATE, "warmup_steps": 2, "clip_high": 0.28}}  # fmt: skip
     common = {"loss": {"class_path": "MultipleNegativesRankingLoss", "init_args": {"scale": 20.0}},
               "batch_size": 32, "save_every": 1000, "out": ""}  # fmt: skip
-    encoder = common | {"model": pretrained(bench.base), "train": [bench.lesson], "steps": PLAIN_STEPS,
+    encoder = common | {"model": pretrained(base), "train": [bench.lesson], "steps": PLAIN_STEPS,
                         "learning_rate": 3e-4, "out": str(bench.out / "encoder")}  # fmt: skip
     retriever = common | {"model": pretrained(bench.out / "encoder/model"), "train": [],
                           "steps": RETRIEVER_STEPS, "learning_rate": RETRIEVER_RATE}  # fmt: skip
@@ -252,12 +283,13 @@ def report(bench: Bench, seeds: Sequence[int]) -> None:
         print(f"| {name} | {format_estimate(estimate(values[:, None], groups)[0], signed)} |")
 
     loop, policy, index = mean("loop"), mean("new_policy"), mean("new_index")
-    cells = {"start": start, "loop": loop, "alone": mean("alone"), "pairs": mean("pairs"),
+    arms = {arm: mean(arm) for arm in bench.arms if arm != "shuffled"}
+    cells = {"start": start, "loop": loop, **arms,
              "policy after, retriever before": policy, "policy before, retriever after": index}  # fmt: skip
     for name, values in cells.items():
         say(f"EM, {name}", values, clusters)
-    differences = {"loop - start": loop - start, "loop - alone": loop - cells["alone"],
-                   "loop - pairs": loop - cells["pairs"], "policy": (loop - index + policy - start) / 2,
+    differences = {"loop - start": loop - start, **{f"loop - {arm}": loop - arms[arm] for arm in arms},
+                   "policy": (loop - index + policy - start) / 2,
                    "retriever": (loop - policy + index - start) / 2,
                    "interaction": loop - policy - index + start}  # fmt: skip
     for name, values in differences.items():
@@ -266,7 +298,9 @@ def report(bench: Bench, seeds: Sequence[int]) -> None:
     replayed = found(bench, bench.retriever("replayed"))[0]
     say(f"recall@{K}, before", before, asked)
     say(f"recall@{K}, replay alone - before", replayed - before, asked, signed=True)
-    for name in ("loop", "pairs", "shuffled"):
+    for name in ("loop", *bench.arms):
+        if name == "alone":
+            continue
         each = [found(bench, read_json(bench.out / f"{seed}/arms.json")[name]["index"])[0] for seed in seeds]
         say(f"recall@{K}, {name} - before", np.mean(each, axis=0) - before, asked, signed=True)
         say(f"recall@{K}, {name} - replay alone", np.mean(each, axis=0) - replayed, asked, signed=True)
@@ -274,25 +308,29 @@ def report(bench: Bench, seeds: Sequence[int]) -> None:
     print(f"{spent / 60:.0f} processor minutes so far", flush=True)
 
 
-def main(encoder: str, out: Path = Path("runs/co_training_proof"), seeds: int = 3) -> None:
+def main(
+    encoder: str, out: Path = Path("runs/co_training_proof"), seeds: int = 3, recipe: bool = False
+) -> None:
     """Make every cell that is not there yet; print the figures after each seed.
 
     Args:
-        encoder: Folder or name of the BERT that the retriever begins with.
+        encoder: Folder or name of the BERT, or sentence-transformers model, that the retriever begins with.
         out: Folder of the cells.
         seeds: Seeds of the arms.
+        recipe: Loop and policy alone as in `scripts/configs/co_train_atlas.yaml`; the encoder is MiniLM.
     """
     import datasets  # noqa: F401  imported before the forks
     import sentence_transformers  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
 
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(out, encoder)
+    bench = (RecipeBench if recipe else Bench)(out, encoder)
     bench.begin()
     for seed in range(seeds):
         bench.seed(seed)
         report(bench, range(seed + 1))
-    bench.extra()
+    if not recipe:
+        bench.extra()
 
 
 if __name__ == "__main__":
