@@ -1,8 +1,8 @@
 """Demonstrations out of questions with answers and any retriever: by rules, or by a teacher.
 
-Both keep only what can be learnt from: a shown passage holds a gold answer (rules), the teacher's answer is
-one by exact match (rejection sampling). A query may be made poor afterwards; what is shown stays what the
-good one found. So a warm start teaches format and reading, and leaves what to search to be found by RL.
+A shown passage must hold a gold answer (rules), or the teacher's answer be one by exact match (rejection
+sampling). A query may be made poor afterwards; what is shown stays what the good one found, so that a warm
+start leaves what to search to be found by RL.
 """
 
 from __future__ import annotations
@@ -184,7 +184,6 @@ class _Try:
         self.error: ChatError | None = None
 
     def request(self, model: str, temperature: float) -> Record:
-        """The JSON body of the next request."""
         limits = {"max_tokens": self.protocol.max_response_tokens, "stop": list(self.protocol.stop)}
         asked = {"model": model, "messages": self.messages, "temperature": temperature, "seed": self.seed}
         return {**asked, **limits}

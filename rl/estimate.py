@@ -5,8 +5,7 @@ FLOPs over rates measured on this machine. Trajectories are as long as in the ru
 else as long as the protocol allows.
 
 The parts' seconds are a floor: real steps on a CPU took 1.5 (100 million parameters) to 3.3 times as long
-(one million). Not in them: searches, evaluations, further rounds of dynamic sampling, traffic between
-processes, and what calls cost beside their matrix products. Experts count as if all worked.
+(one million). Searches, evaluations, more rounds of dynamic sampling and traffic are not in them.
 """
 
 from __future__ import annotations
@@ -248,12 +247,9 @@ def estimate_text(
     program_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     limit, rates = needs.longest(protocol), needs.measure_rates()
     found = recent_steps(config.out)
-    if (
-        measure
-        and not found
-        and (questions := needs.trial_questions(sum(needs.seconds(limit, rates).values())))
-    ):
-        found = measure(questions)
+    if measure and not found:
+        questions = needs.trial_questions(sum(needs.seconds(limit, rates).values()))
+        found = measure(questions) if questions else None
     bound = (limit, 0.0, f"at most, by the limits of protocol {protocol.name}")
     lengths, measured, source = found or bound
     memory, disk, seconds = needs.memory(int(limit[1])), needs.disk(), needs.seconds(lengths, rates)

@@ -1,14 +1,12 @@
 """The questions of a step, rolled out and rewarded: whole groups of trajectories, ready to learn from.
 
-What is drawn and sampled depends on the seed and on `position` alone, how many questions the run has
-drawn so far: not on the number of processes, nor on where a run was interrupted.
+What is drawn and sampled depends on the seed and on `position`, how many questions the run has drawn so far:
+not on the number of processes, nor on where a run was interrupted.
 
-Groups that were begun and are not yet trained on are a bounded queue between rollouts and updates. With
-`max_staleness` 0 it is empty after every step: rollouts and updates take turns. Above, what is under way at
-an update goes on with the new weights, and a group that straggles lets later ones go first for as long as no
-group, itself included, will be older than `max_staleness` updates when its turn comes; what is sampled then
-also depends on when trajectories finish. Each process has a queue of its own share; all draw and take in the
-same order.
+Groups that are not yet trained on are a bounded queue, of each process its share. With `max_staleness` 0 it
+is empty after every step. Above, what is under way at an update goes on with the new weights, and later
+groups go before one that straggles for as long as none will be older than `max_staleness` updates when its
+turn comes; what is sampled then also depends on when trajectories finish.
 """
 
 from __future__ import annotations
@@ -225,12 +223,9 @@ class Rollouts:
         if self.config.rollout.mixed_generations or not mixed or group.again == MOST_AGAIN:
             return
         logger.warning("group %d met a swap of the retriever: it is rolled out anew", group.number)
-        size = len(group.finished)
-        group.ledgers, group.finished, group.again = (
-            [Ledger() for _ in range(size)],
-            [None] * size,
-            group.again + 1,
-        )
+        group.ledgers = [Ledger() for _ in group.finished]
+        group.finished = [None] * len(group.finished)
+        group.again += 1
         self._roll_out([group])
 
     def _ended(self, task: asyncio.Task[list[Trajectory]]) -> None:

@@ -1,7 +1,6 @@
 """Watch a run's metrics for collapse, against the run's own first steps.
 
-What it knows follows from the rows of metrics.jsonl alone, in their order: built from the rows up to
-step s, it judges step s + 1 as if it had watched them all, so a resumed run ends as the other would.
+What it knows follows from the rows of metrics.jsonl alone, so a resumed run ends as the other would.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The loop of search-RL (Search-R1, arXiv 2503.09516), whatever the algorithm.
 
-A step: draw questions, let the agent answer them with live searches, reward the answers, update the
-policy on the tokens it wrote. On-policy unless `updates_per_rollout` says otherwise. A group in which a
-search or a reward failed is left out of the update.
+A step: draw questions, let the agent answer them with live searches, reward the answers, update the policy
+on the tokens it wrote. A group in which a search or a reward failed is left out of the update.
 """
 
 from __future__ import annotations
@@ -269,9 +268,8 @@ class Trainer:
         parts = self.learner.snapshot()
         kept = [record for part in self.workers.gather(self.rollouts.kept()) for record in part]
         state = {"position": self.rollouts.settled, "roll_backs": self.roll_backs}
-        if (
-            preserved := self.learner.config.algorithm.llds_coefficient
-        ) != self.config.algorithm.llds_coefficient:
+        preserved = self.learner.config.algorithm.llds_coefficient
+        if preserved != self.config.algorithm.llds_coefficient:
             state["llds_coefficient"] = preserved
 
         def write(folder: Path) -> None:

@@ -1,9 +1,8 @@
 """Teaches a policy the protocol from demonstrations, with TRL's SFTTrainer.
 
-A demonstration (`demonstrations.py`) is encoded segment by segment, as the agent encodes a rollout, so
-the policy sees in training the very tokens that it will see when it searches. The loss is on the tokens
-that the policy would have written, or (`learn_everything`) on all of them, which also teaches a small
-model to read. The model's head is applied at the tokens of the loss alone.
+A demonstration (`demonstrations.py`) is encoded segment by segment, as the agent encodes a rollout. The loss
+is on the tokens that the policy would have written, or (`learn_everything`) on all of them, which also
+teaches a small model to read. The model's head is applied at the tokens of the loss alone.
 """
 
 from __future__ import annotations
@@ -127,23 +126,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of all parameters."""
         for part in self._parts:
             part.step()
 
 
 def make_optimizer(model: PreTrainedModel, config: WarmStartConfig) -> torch.optim.Optimizer:
-    """The optimiser that `config` names."""
     if config.optimizer == "muon":
         return MuonAndAdamW(model, config)
     lr, decay = config.learning_rate, config.weight_decay

@@ -1,8 +1,7 @@
 """Hand new weights to the engine after every step, and check that they arrived.
 
-An engine in a process of its own is given the weights, and then asked: it completes a few prompts, and its
-log-probs of what it wrote must be the trainer's. One layer left behind (the packed LM head of tied
-embeddings, say) would otherwise train on quietly, off-policy.
+An engine in a process of its own then completes a few prompts, and its log-probs of what it wrote must be
+the trainer's: one layer left behind would otherwise train on quietly, off-policy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Advantages of tokens, from rewards: pure functions of ragged tensors, and the table of their names.
 
 Everything per token is flat (N,): the policy tokens of all trajectories, one trajectory after another.
-Observation tokens are in none of it, so no value, discount or mean can pass through them. A new advantage is
-a function here and a line of the table: the configuration takes its names from there. Torch is not imported
-on loading, for the configuration's sake.
+Observation tokens are in none of it. A new advantage is a function here and a line of the table: the
+configuration takes its names from there, so torch is not imported on loading.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def turn(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
     present[row, turns] = True
     for at in reversed(range(shape[1] - 1)):
         rewards[:, at] += gamma * rewards[:, at + 1]  # from now on the return (B, turns)
-    return _against_group(rewards, present, batch.group_size, _scale)[row, turns]
+    return against_group(rewards, present, batch.group_size)[row, turns]
 
 
 def with_credit(batch: RewardBatch, gamma: float, gae_lambda: float) -> Tensor:
@@ -123,14 +122,6 @@ WITHOUT_GROUPS = {"gae", "reinforce_pp"}
 """Those that do not compare a trajectory with others of its question."""
 
 
-def against_group(found: Tensor, present: Tensor, group_size: int) -> Tensor:
-    """Differences from the mean of those of the group that are present, over their spread, column by column.
-
-    (B, K), (B, K) bool -> (B, K); 0 where all agree, one alone included.
-    """
-    return _against_group(found, present, group_size, _scale)
-
-
 def permute(found: Tensor, present: Tensor, group_size: int, draw: random.Random) -> None:
     """Hand what is present of a column around at random within each group.   (B, K), (B, K) bool"""
     for first in range(0, len(found), group_size):
@@ -152,15 +143,22 @@ def _by_trajectory(batch: RewardBatch, scale: Callable[[Tensor, Tensor], Tensor]
     returns = batch.rewards.new_zeros(batch.counts.numel())
     returns = returns.index_add(0, batch.row, batch.rewards)[:, None]
     present = batch.counts[:, None] > 0
-    return _against_group(returns, present, batch.group_size, scale)[batch.row, 0]
+    return against_group(returns, present, batch.group_size, scale)[batch.row, 0]
 
 
-def _against_group(
-    returns: Tensor, present: Tensor, group_size: int, scale: Callable[[Tensor, Tensor], Tensor]
+def _scale(differences: Tensor, count: Tensor) -> Tensor:
+    """Over their sample standard deviation.   (questions, G, K), (questions, 1, K)"""
+    variance = differences.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return differences / (variance.sqrt() + 1e-4)
+
+
+def against_group(
+    returns: Tensor, present: Tensor, group_size: int, scale: Callable[[Tensor, Tensor], Tensor] = _scale
 ) -> Tensor:
     """Differences from the mean over those of the group that are present, then `scale`d.
 
-    (B, K), (B, K) bool -> (B, K), each column by itself. Raises ValueError if B is not a multiple.
+    (B, K), (B, K) bool -> (B, K), each column by itself; 0 where all agree, one alone included. Raises
+    ValueError if B is not a multiple.
     """
     if returns.shape[0] % group_size:
         raise ValueError(f"{returns.shape[0]} trajectories do not divide into groups of {group_size}")
@@ -173,9 +171,3 @@ def _against_group(
     lowest = groups.masked_fill(absent, math.inf).amin(1, keepdim=True)
     differences = (groups - mean).masked_fill(absent | (highest == lowest), 0)
     return scale(differences, count).view_as(returns)
-
-
-def _scale(differences: Tensor, count: Tensor) -> Tensor:
-    """Over their sample standard deviation.   (questions, G, K), (questions, 1, K)"""
-    variance = differences.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    return differences / (variance.sqrt() + 1e-4)

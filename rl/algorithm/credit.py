@@ -1,7 +1,6 @@
 """Credit assignment: rewards put on turns, less KL, turned into advantages of tokens.
 
-Everything per token is ragged: the trained tokens of one trajectory after those of another. What the
-prompt and the observations hold is in none of these tensors.
+Everything per token is ragged: the trained tokens of one trajectory after those of another.
 """
 
 from __future__ import annotations
@@ -67,10 +66,8 @@ def assign_advantages(
         both = batch.joined("old"), batch.joined("reference")
         kl = KL_ESTIMATORS[algorithm.kl_estimator](*both)
         totals["policy/kl"] = (float(kl.sum()), float(kl.numel()))
-        totals["policy/kl_clamped_fraction"] = (
-            float(kl_clamped(algorithm.kl_estimator, *both)),
-            float(kl.numel()),
-        )
+        beyond = kl_clamped(algorithm.kl_estimator, *both)
+        totals["policy/kl_clamped_fraction"] = (float(beyond), float(kl.numel()))
         rewards = rewards - algorithm.kl_coefficient * kl
     values = batch.joined("values") if "values" in batch.columns else None
     turns = [turn for tokens in turn_tokens for turn, count in enumerate(tokens) for _ in range(count)]

@@ -4,10 +4,8 @@ Pure functions of flat tensors (N,), the policy tokens of a micro-batch, one tra
 surrogate or estimate is a function here and a line of its table: the configuration takes its names from
 there. Torch is not imported on loading, for the configuration's sake.
 
-Sampler against trainer: the same weights give other log-probs in another engine. Measure, and correct.
-Of a token that was not sampled (a demonstration, an observation that is trained) no sampler's log-prob is
-known: it has weight 1 and is in no measure. A mask says which these are. A log-prob of 0 is as good as any
-other: below temperature 1 it is what many sampled tokens have.
+The same weights give other log-probs in another engine: that is measured, and corrected. A token that was
+not sampled (an observation that is trained) has weight 1 there and is in no measure; a mask says which.
 """
 
 from __future__ import annotations

@@ -18,6 +18,17 @@ Surrogate: TypeAlias = Literal[*SURROGATES]  # pyright: ignore
 Estimator: TypeAlias = Literal[*KL_ESTIMATORS]  # pyright: ignore
 Potential: TypeAlias = Literal["coverage", "coverage_ordered", "answer_match"]
 AnswerValue: TypeAlias = Literal["log_ratio", "probability", "logprob"]
+_RANGES = {
+    "> 0": "learning_rate critic_learning_rate max_grad_norm clip_high sapo_temperature "
+    "sapo_temperature_negative",
+    ">= 0": "warmup_steps decay_steps critic_warmup_steps critic_only_steps weight_decay averaging_tokens "
+    "kl_coefficient entropy_coefficient value_clip dynamic_sampling_rounds llds_coefficient credit_weight "
+    "off_policy_threshold",
+    ">= 1": "importance_cap updates_per_rollout",
+    "in [0, 1]": "gamma gae_lambda overlong_buffer",
+    "in (0, 1)": "clip_low",
+}
+"""What fields must be, whatever the others are."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +122,8 @@ class AlgorithmConfig:
     """False: a trajectory that the turn limit ended only counts in the mean of its group."""
 
     def __post_init__(self) -> None:
-        require_range(
-            self, "algorithm.", "> 0", "learning_rate", "critic_learning_rate", "max_grad_norm", "clip_high"
-        )
-        at_least_0 = (
-            "warmup_steps",
-            "decay_steps",
-            "critic_warmup_steps",
-            "critic_only_steps",
-            "weight_decay",
-        )
-        at_least_0 += ("averaging_tokens", "kl_coefficient", "entropy_coefficient", "value_clip")
-        require_range(self, "algorithm.", ">= 0", *at_least_0, "dynamic_sampling_rounds")
-        require_range(self, "algorithm.", "in [0, 1]", "gamma", "gae_lambda", "overlong_buffer")
-        require_range(self, "algorithm.", "in (0, 1)", "clip_low")
-        require_range(self, "algorithm.", ">= 0", "llds_coefficient", "off_policy_threshold", "credit_weight")
-        require_range(self, "algorithm.", "> 0", "sapo_temperature", "sapo_temperature_negative")
-        require_range(self, "algorithm.", ">= 1", "importance_cap", "updates_per_rollout")
+        for allowed, names in _RANGES.items():
+            require_range(self, "algorithm.", allowed, *names.split())
         dual = self.dual_clip
         require(dual == 0 or dual > 1 + self.clip_high, "algorithm.dual_clip", dual, "0 or > 1 + clip_high")
 

@@ -50,7 +50,6 @@ class LabelConfig:
     """Weights: of an example by the reasoning that followed (LRAT), of a negative by its tier (ITER)."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a name that no table has, or a negative number."""
         for name, table in (("labels", LABELLERS), ("style", QUERY_STYLES)):
             if (given := getattr(self, name)) not in table:
                 raise ConfigError(f"{name} = {given!r}: must be one of {', '.join(table)}")

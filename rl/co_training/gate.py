@@ -76,7 +76,6 @@ class Decision:
     """The same where the questions themselves are asked; None without questions."""
 
     def as_record(self) -> dict[str, Any]:
-        """As plain JSON values."""
         return asdict(self)
 
 

@@ -45,36 +45,30 @@ class LanguageModelJudge:
 
     async def judge(self, batch: Sequence[Candidates]) -> list[Scored]:
         """Grade the candidates of each search."""
-        return await asyncio.to_thread(self._grade, batch)
-
-    async def read(self, batch: Sequence[Candidates]) -> list[Scored]:
-        """Say of each page that was opened after a search whether it helped."""
-        return await asyncio.to_thread(self._reading, batch)
-
-    def _grade(self, batch: Sequence[Candidates]) -> list[Scored]:
         cases = [_told(each) for each in batch]
         first = [self._request(SUB_ANSWER, case) for case in cases]
-        answers = self._ask(first, str.strip)
+        answers = await self._ask(first, str.strip)
         found = []
         for each, case, answer, request in zip(batch, cases, answers, first, strict=True):
             parts = [each.hits[at : at + A_PROMPT] for at in range(0, len(each.hits), A_PROMPT)]
             told = [{**case, "answer": answer, "passages": [h.passage.contents for h in of]} for of in parts]
             requests = [self._request(GRADES, case) for case in told]
             scores: dict[str, float] = {}
-            for part, grades in zip(parts, self._ask(requests, _numbers), strict=True):
+            for part, grades in zip(parts, await self._ask(requests, _numbers), strict=True):
                 if len(grades) == len(part):  # else the model is wrong, and these have no score
                     scores |= dict(zip((hit.passage.id for hit in part), grades, strict=True))
             found.append(Scored(scores, self._tokens([request, *requests])))
         return found
 
-    def _reading(self, batch: Sequence[Candidates]) -> list[Scored]:
+    async def read(self, batch: Sequence[Candidates]) -> list[Scored]:
+        """Say of each page that was opened after a search whether it helped."""
         found = []
         for each in batch:
             pages = opened_pages(each.searches.calls, each.at)
             told = [{**_told(each), "page": call.passages[0].contents, "words": call.next_text}
                     for call in pages.values()]  # fmt: skip
             requests = [self._request(READING, case) for case in told]
-            verdicts = self._ask(requests, lambda reply: 0.0 if "USELESS" in reply.upper() else 100.0)
+            verdicts = await self._ask(requests, lambda reply: 0.0 if "USELESS" in reply.upper() else 100.0)
             found.append(Scored(dict(zip(pages, verdicts, strict=True)), self._tokens(requests)))
         return found
 
@@ -86,9 +80,13 @@ class LanguageModelJudge:
         messages = [{"role": "user", "content": content}]
         return {"model": self.name, "messages": messages, "temperature": 0, "max_tokens": 512}
 
-    def _ask(self, requests: Sequence[Mapping[str, Any]], parse: Callable[[str], Any]) -> list[Any]:
+    async def _ask(self, requests: Sequence[Mapping[str, Any]], parse: Callable[[str], Any]) -> list[Any]:
         """The replies; raises the first error of the server, so that no search is left half judged."""
-        replies = self.chat.ask(requests, lambda reply: parse(reply.rpartition("</think>")[2]))
+
+        def read(reply: str) -> Any:
+            return parse(reply.rpartition("</think>")[2])
+
+        replies = await asyncio.to_thread(self.chat.ask, requests, read)
         for reply in replies:
             if isinstance(reply, SleuthError):
                 raise reply

@@ -42,8 +42,6 @@ Labeller = Callable[[Searches], list[Judgement]]
 Redundancy = Literal["none", "shown", "trajectory"]
 QUOTE_WORDS = 4
 """Shortest span of words that counts as a quote."""
-
-
 USEFUL_SCORE = 60
 """Least score of a judge for a passage that is useful (Agentic-R), of 100."""
 MOST_TIES = 3

@@ -2,9 +2,7 @@
 
     {"line": 3, "call": 0, "id": "q7", "query": "...", "scores": {"12": {"fork": 0.25}}, "cost": {...}}
 
-A search is named by the line of its trajectory and its number there; cost: [tokens, seconds] of each
-scorer.
-Labels are read off both files (`rl.co_training.labels`), so that the models speak once.
+A search is named by the line of its trajectory and its number there; cost: [tokens, seconds] of each scorer.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ class Candidates:
 
     @property
     def call(self) -> Searched:
-        """Return the search."""
         return self.searches.calls[self.at]
 
 

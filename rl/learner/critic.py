@@ -31,7 +31,6 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return values (N,)."""
         return nn.functional.linear(input.float(), self.weight.float(), self.bias.float())[:, 0]
 
 

@@ -1,9 +1,8 @@
 """A policy in training: the policy, its adapters, the critic, their optimisers; one step; all of it on disk.
 
-Rewarded groups in, one or more optimiser updates out, for the policy and, with PPO, its critic. A loss is
-averaged over the *global* batch, however it is cut into micro-batches and processes. Trajectories whose
-advantages are zero have no gradient without a KL or entropy term: they are not fed through the model, but
-they stay in the denominator.
+A loss is averaged over the *global* batch, however it is cut into micro-batches and processes. Trajectories
+whose advantages are zero have no gradient without a KL or entropy term: they are not fed through the model,
+but stay in the denominator.
 
 checkpoint/
   model.safetensors, config.json, ...   the policy as anybody loads it, adapters merged

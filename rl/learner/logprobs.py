@@ -5,12 +5,10 @@ The head is applied only at the positions that predict a trained token (a trajec
 read), a chunk of tokens at a time, and again in the backward pass: logits of a whole micro-batch never
 exist, nor do their gradients.
 
-In a packed row trajectories stand one after another, and none sees another. A mask that keeps them apart
-would have T x T entries. Instead the row is cut into its trajectories and each attends causally within
-itself: by PyTorch's kernel for variable lengths on a GPU, else by one call of its flash kernel each. The
-attention that transformers models look up by name is replaced by ours, which is theirs whenever a row is not
-packed: gradient checkpointing runs it again in the backward pass, and an engine that shares the model goes on
-with its masks.
+In a packed row none of the trajectories sees another. A mask would have T x T entries; instead each attends
+causally within itself, by PyTorch's kernel for variable lengths on a GPU, else by one call of its flash
+kernel each. The attention that transformers models look up by name is replaced by ours, which is theirs
+whenever a row is not packed: an engine that shares the model goes on with its masks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The processes of one run, and what they must agree on. Alone, every answer is one's own.
 
-`accelerate launch --num_processes N -m scripts train ...` (or torchrun) starts them. Data-parallel
-gradients are summed once an update, after all micro-batches: processes may have different numbers of
-them, or none, and none waits for another in between.
+`accelerate launch --num_processes N -m scripts train ...` (or torchrun) starts them. Gradients are summed
+once an update: processes may have different numbers of micro-batches, or none.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 TIMEOUT = timedelta(hours=2)
 """The longest that one process may wait for the others, who may be evaluating."""
-
 
 Totals = dict[str, tuple[float, float]]
 """Metrics that can still be averaged over processes: the sum of the values, and of their weights."""
