@@ -13,8 +13,6 @@ from rl.algorithm.rewards import combine
 from tests.fakes import DictSearcher, byte_tokenizer
 from tests.scripted import ScriptedEngine
 
-pytest.importorskip("verifiers.v1", reason="needs verifiers: examples/verifiers/README.md")
-
 TASKSET = """
 import verifiers.v1 as vf
 __all__ = ["Capitals"]
@@ -35,6 +33,7 @@ class Capitals(vf.Taskset[Capital, vf.TasksetConfig]):
 
 
 def test_a_taskset_gives_questions_and_rewards(tmp_path, monkeypatch):
+    pytest.importorskip("verifiers.v1", reason="needs verifiers: examples/verifiers/README.md")
     from examples.verifiers.taskset_questions import main
 
     (tmp_path / "capital_cities.py").write_text(TASKSET)
