@@ -12,11 +12,13 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from agent.policy import Policy
@@ -101,6 +103,14 @@ def _encode_all(
     ]
 
 
+class StayInFloat32(TorchFunctionMode):
+    """Make `bfloat16()` a copy. Muon orthogonalises in it; a CPU that emulates it takes 14 times longer."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func` as it is but for `Tensor.bfloat16`."""
+        return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for everything else.
 
@@ -119,6 +129,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             ),
             torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=decay),
         )
+        self._precision = StayInFloat32 if model.device.type == "cpu" else nullcontext
         super().__init__(named.values(), defaults={})
         self._share_groups()
 
@@ -134,8 +145,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for part in self._parts:
-            part.step()
+        with self._precision():
+            for part in self._parts:
+                part.step()
 
 
 def make_optimizer(model: PreTrainedModel, config: WarmStartConfig) -> torch.optim.Optimizer:

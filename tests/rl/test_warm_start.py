@@ -19,7 +19,7 @@ from data.settings import LoraConfig
 from examples.seed_policy.seed_policy import SeedConfig, make_seed_policy
 from rl.config import WarmStartConfig
 from rl.demonstrations import demonstration_spans, load_demonstrations
-from rl.warm_start import encode_demonstration, warm_start
+from rl.warm_start import MuonAndAdamW, encode_demonstration, warm_start
 from tests.fakes import byte_tokenizer, question, tiny_model
 from tests.scripted import ScriptedEngine
 
@@ -169,6 +169,22 @@ def test_one_that_was_stopped_goes_on_to_the_same_weights(tmp_path, optimizer):
                 assert {p.name for p in (tmp_path / name / "checkpoints").iterdir()} == {"step-000002"}
         learnt[name] = policy.model.state_dict()
     assert all(torch.equal(learnt["whole"][key], value) for key, value in learnt["stopped"].items())
+
+
+def test_muon_orthogonalises_in_float32_on_a_cpu():
+    model = tiny_model("qwen2", 64).requires_grad_(True)
+    optimizer = MuonAndAdamW(model, WarmStartConfig(learning_rate=1.0, weight_decay=0.0))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = weight.grad.double() / weight.grad.norm()
+    for _ in range(5):  # Newton-Schulz by Jordan's coefficients; a first step's momentum changes no direction
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
+    optimizer.step()
+    taken = (before - weight.detach()) / (0.2 * max(weight.shape) ** 0.5)
+    assert torch.allclose(taken.double(), expected, atol=1e-4)
 
 
 def test_an_observation_is_cut_to_the_budget_of_a_rollout():
