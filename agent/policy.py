@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from agent.policy_folder import PROTOCOL_FILE, find_policy
 from agent.protocol import Protocol
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
-from data.device import warn_if_slow
+from data.device import resolve_device, warn_if_slow
 from data.errors import ConfigError
 from data.jsonl import write_json
 
@@ -84,12 +84,3 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def model_class(config: PretrainedConfig) -> Any:
     """The auto class that loads a policy of this configuration: one that reads pictures, or text alone."""
     return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
-
-
-def resolve_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu; cuda without one is a ConfigError."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r}: torch sees no CUDA device here; allowed: cpu, auto")
-    return device

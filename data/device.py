@@ -1,4 +1,4 @@
-"""A device that a user names, judged without torch, which takes seconds to import."""
+"""A device that a user names: judged without torch, which takes seconds to import, then by torch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def warn_if_slow(dtype: str, device: str) -> None:
 
     if dtype == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning("bfloat16: this CPU only emulates it, many times slower than float32")
+
+
+def resolve_device(device: str) -> str:
+    """auto -> cuda where there is one, else cpu. Raises ConfigError for a device that torch does not see."""
+    import torch
+
+    check_device(device)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = not device.startswith("cuda") or torch.cuda.is_available()
+    require(there, "device", device, "cpu or auto, as torch sees no CUDA device here")
+    return device
 
 
 def _lacks_cuda() -> bool:

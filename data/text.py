@@ -16,13 +16,18 @@ _CHARACTERS_A_TOKEN = 16  # four times as many as of English
 _LEAST_MORE = 128  # a word of up to 100 characters has pieces, a longer one is unknown as a whole (WordPiece)
 
 
-def replace_halves(text: str) -> str:
-    """Return the text with U+FFFD for each half, as a decoder has it for a broken byte."""
+def is_unicode(text: str) -> bool:
+    """Return whether it can be written as UTF-8: half a surrogate pair cannot."""
     try:
         text.encode()
-        return text
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return False
+    return True
+
+
+def replace_halves(text: str) -> str:
+    """Return the text with U+FFFD for each half, as a decoder has it for a broken byte."""
+    return text if is_unicode(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def name_of(path: str) -> str:

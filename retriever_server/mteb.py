@@ -3,9 +3,8 @@
     mteb.evaluate(MTEBRetriever(lambda corpus: BM25Index.build(corpus, folder), "bm25"), tasks)
     mteb.evaluate(MTEBEncoder("OUT/model"), tasks)
 
-Needs `pip install 'sleuth-rl[mteb]'` (MTEB 2). Retrieval and reranking tasks of text; whatever searches
-goes through the first, lexical, sparse, multi-vector, fused or remote; the second is for dense vectors
-and runs the tasks without a search, too.
+Needs `pip install 'sleuth-rl[mteb]'` (MTEB 2). Retrieval and reranking tasks of text go through the first,
+whatever searches; the second is for dense vectors and runs the tasks without a search, too.
 """
 
 from __future__ import annotations
@@ -66,7 +65,6 @@ class MTEBRetriever:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """Its entry in MTEB's tables."""
         return _meta(self._name, None)
 
     def close(self) -> None:
@@ -121,21 +119,14 @@ class MTEBEncoder:
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return all scores of one set with the other, as the spec says.   (N, D), (M, D) -> torch (N, M)"""
-        import torch
-
-        a, b = (torch.from_numpy(self._finished(each)) for each in (embeddings1, embeddings2))
-        return a @ b.T
+        return self._finished(embeddings1) @ self._finished(embeddings2).T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return the scores of the pairs.   (N, D), (N, D) -> torch (N,)"""
-        import torch
-
-        a, b = (torch.from_numpy(self._finished(each)) for each in (embeddings1, embeddings2))
-        return (a * b).sum(-1)
+        return (self._finished(embeddings1) * self._finished(embeddings2)).sum(-1)
 
     @property
     def mteb_model_meta(self) -> Any:
-        """Its entry in MTEB's tables."""
         return _meta(Path(self.encoder.spec.model).name, self.encoder)
 
     def _rendered(self, batch: Mapping[str, Any]) -> list[str]:
@@ -147,11 +138,13 @@ class MTEBEncoder:
             for title, body in zip(titles, bodies, strict=True)
         ]
 
-    def _finished(self, vectors: Any) -> np.ndarray:
+    def _finished(self, vectors: Any) -> Any:
+        import torch
+
         vectors = np.atleast_2d(np.asarray(vectors, np.float32))
         if self.encoder.spec.similarity == "cosine":
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        return torch.from_numpy(vectors)
 
 
 def _row(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,6 @@ class Wrapper(Retriever):
         self.scorer = next((part.scorer for part in parts if part.scorer), None)
 
     def takes_images(self) -> bool:
-        """Return whether all of them do."""
         return all(part.takes_images() for part in self.parts)
 
 

@@ -269,37 +269,20 @@ class TrainConfig:
         require(device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         require(dtype in ("auto", "float32", "bfloat16"), "dtype", dtype, "auto, float32 or bfloat16")
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward with its weight")
-        staleness = self.rollout.max_staleness
-        require(
-            staleness == 0 or self.algorithm.importance != "none",
-            "rollout.max_staleness",
-            staleness,
-            "0 with algorithm.importance none: what older weights wrote needs the correction",
-        )
-        group_size = self.rollout.group_size
-        require(
-            group_size >= 2 or not self.algorithm.needs_groups,
-            "rollout.group_size",
-            group_size,
-            f">= 2 for advantage {self.algorithm.advantage}",
-        )
-        require(
-            self.sentinel.action != "roll_back" or self.eval_every > 0,
-            "sentinel.action",
-            "roll_back",
-            "another without eval_every: there would be no best checkpoint",
-        )
-        acts = self.algorithm.updates_per_rollout > 1
-        allowed = (
-            "another with algorithm.updates_per_rollout 1: likelihood is then lost between rollouts alone"
-        )
-        require(self.sentinel.action != "preserve" or acts, "sentinel.action", "preserve", allowed)
-        require(
-            not self.eval_every or self.dev_questions is not None,
-            "eval_every",
-            self.eval_every,
-            "0 without dev_questions",
-        )
+        rollout, algorithm, action = self.rollout, self.algorithm, self.sentinel.action
+        corrected = rollout.max_staleness == 0 or algorithm.importance != "none"
+        allowed = "0 with algorithm.importance none: what older weights wrote needs the correction"
+        require(corrected, "rollout.max_staleness", rollout.max_staleness, allowed)
+        compared = rollout.group_size >= 2 or not algorithm.needs_groups
+        allowed = f">= 2 for advantage {algorithm.advantage}"
+        require(compared, "rollout.group_size", rollout.group_size, allowed)
+        allowed = "another without eval_every: there would be no best checkpoint"
+        require(action != "roll_back" or self.eval_every > 0, "sentinel.action", action, allowed)
+        acts = algorithm.updates_per_rollout > 1
+        allowed = "another with algorithm.updates_per_rollout 1: likelihood is lost between rollouts alone"
+        require(action != "preserve" or acts, "sentinel.action", action, allowed)
+        judged = not self.eval_every or self.dev_questions is not None
+        require(judged, "eval_every", self.eval_every, "0 without dev_questions")
         adapted = self.engine.lora == "merged" or self.lora.rank > 0
         require(adapted, "engine.lora", self.engine.lora, "merged where lora.rank is 0")
         local = not self.deterministic or self.engine.shares_model

@@ -24,10 +24,11 @@ from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, AutoConfig
 
 from agent.engines.hf import CACHE_BLOCK_TOKENS
-from agent.policy import model_class, resolve_device
+from agent.policy import model_class
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from agent.vision import text_trunk
+from data.device import resolve_device
 from data.errors import ConfigError
 from data.run_dir import read_metrics
 from rl.config import TrainConfig

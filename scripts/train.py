@@ -308,8 +308,9 @@ async def _train(
 ) -> None:
     import torch
 
-    from agent.policy import load_policy, resolve_device
+    from agent.policy import load_policy
     from agent.prompt import frozen_frame
+    from data.device import resolve_device
     from rl.learner.learner import Learner
     from rl.trainer import Trainer
     from scripts.console import bar

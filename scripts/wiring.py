@@ -116,7 +116,8 @@ def open_agent(
     spoken = replace(spoken, query_style=_query_style(protocol, client, retriever))
     with waiting(f"loading {policy}"):
         from agent.engines.open_engine import open_engine
-        from agent.policy import load_policy, load_tokenizer, resolve_device
+        from agent.policy import load_policy, load_tokenizer
+        from data.device import resolve_device
 
         if spoken.chat_template_kwargs:  # wrong ones are refused before the weights are read
             make_frame(spoken, load_tokenizer(policy))

@@ -54,11 +54,8 @@ class ChatClient:
 
         Raises ConfigError where the URL is wrong or the key cannot be read.
         """
-        self.url, self.name, self.timeout_seconds = (
-            f"{_checked(url, name)}/chat/completions",
-            name,
-            timeout_seconds,
-        )
+        self.url = f"{_checked(url, name)}/chat/completions"
+        self.name, self.timeout_seconds = name, timeout_seconds
         self.max_concurrent, self.max_calls, self.max_tokens = max_concurrent, max_calls, max_tokens
         self._headers = {"Content-Type": "application/json"}
         if key_file is not None:
@@ -140,14 +137,11 @@ class ChatClient:
         with self._lock:
             if self._stopped:
                 raise ChatError(f"{self.name}: stopped")
+            name, tokens = self.name, self.max_tokens
             if self._calls >= self.max_calls:
-                raise ChatError(
-                    f"{self.name}: all {self.max_calls} requests of {self.name}.max_calls are spent"
-                )
-            if self.max_tokens is not None and self._tokens >= self.max_tokens:
-                raise ChatError(
-                    f"{self.name}: all {self.max_tokens} tokens of {self.name}.max_tokens are spent"
-                )
+                raise ChatError(f"{name}: all {self.max_calls} requests of {name}.max_calls are spent")
+            if tokens is not None and self._tokens >= tokens:
+                raise ChatError(f"{name}: all {tokens} tokens of {name}.max_tokens are spent")
             self._calls += 1
 
     def _ask_once(self, client: httpx.Client, body: bytes) -> tuple[str, tuple[int, int]]:
@@ -162,13 +156,11 @@ class ChatClient:
             raise TryAgain(f"{type(error).__name__}: {error}") from error
         if may_pass(response.status_code):
             raise TryAgain(f"answered {response.status_code}", retry_after(response.headers))
+        said = f"answered {response.status_code}: {content[:200].decode(errors='replace')}"
         if response.status_code in (400, 413, 422):
-            raise ChatRefused(
-                f"{self.name} {self.url}: answered {response.status_code}: "
-                f"{content[:200].decode(errors='replace')}"
-            )
+            raise ChatRefused(f"{self.name} {self.url}: {said}")
         if response.status_code != 200:
-            raise ValueError(f"answered {response.status_code}: {content[:200].decode(errors='replace')}")
+            raise ValueError(said)
         return _parse(content)
 
 

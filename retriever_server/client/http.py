@@ -22,14 +22,7 @@ from data.errors import (
 from data.listening import PROBE_SECONDS
 from data.records import Passage
 from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
-from retriever_server.client.wire import (
-    RetrieveRequest,
-    parse_hits,
-    parse_results,
-    render_request,
-    render_search,
-    thumbnail_link,
-)
+from retriever_server.client.wire import parse_hits, parse_results, render_search, thumbnail_link
 from retriever_server.retriever import Filter, Outcome, Query
 
 _log = logging.getLogger(__name__)
@@ -150,7 +143,6 @@ class Http:
         return [*left, *right]
 
     async def close(self) -> None:
-        """Close the connections of this event loop."""
         session = self._sessions.pop(asyncio.get_running_loop(), None)
         if session is not None:
             await session.aclose()
@@ -203,7 +195,7 @@ class Http:
             body = render_search(queries, k, self.where)
             rankings = await self._post("/v1/search", body, lambda answer: parse_results(answer, self.url))
         else:
-            body = render_request(RetrieveRequest(texts, k, return_scores=True))
+            body = {"queries": texts, "topk": k, "return_scores": True}
             rankings = await self._post("/retrieve", body, lambda answer: parse_hits(answer, self.url))
         if len(rankings) != len(queries):
             raise TryAgain(f"{len(rankings)} rows for {len(queries)} queries")

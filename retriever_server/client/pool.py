@@ -1,9 +1,8 @@
 """Servers that fall out and come back: engines, replicas of a retriever, what Ray places.
 
-The least loaded server that is up is asked. One that fails is marked down. A pool that watches lets it back
-once its health check answers and it has caught up with the others; another, after a time that doubles with
-every failure in a row. A server that we started is started again when it has ended or hangs, so many times
-in a row.
+The least loaded server that is up is asked. A pool that watches lets one that failed back once its health
+check answers and it has caught up with the others; another, after a time that doubles with every failure in a
+row. A server that we started is started again when it has ended or hangs, so many times in a row.
 """
 
 from __future__ import annotations
@@ -54,12 +53,10 @@ class Server:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
         return self.process.name if self.process else self.url
 
     @property
     def live(self) -> bool:
-        """True while it may be asked."""
         return time.monotonic() >= self.down_until
 
     def open(self) -> None:
@@ -109,7 +106,6 @@ class Server:
         return response.json() if is_json and response.content else None
 
     async def close(self) -> None:
-        """Close the connections."""
         if self._http is not None:
             await self._http.aclose()
         self._http = self._lost = None
@@ -152,7 +148,6 @@ class ServerPool:
 
     @property
     def live(self) -> list[Server]:
-        """The servers that may be asked now."""
         return [server for server in self.servers if server.live]
 
     def least_loaded(self) -> Server:
@@ -233,7 +228,6 @@ class ServerPool:
         server.lose()
 
     def mark_up(self, server: Server) -> None:
-        """Let it be asked."""
         if server.failures or server.lives > 1:
             _log.warning("%s: %s answers again", self.name, server.name)
         if not server.live:

@@ -46,7 +46,6 @@ class Replicas:
 
     @property
     def url(self) -> str:
-        """Their URLs, separated by commas."""
         return ",".join(part.url for part in self.parts.values())
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
@@ -63,15 +62,12 @@ class Replicas:
             raise failures[0]
 
     async def picture(self, passage: Passage, side: int) -> bytes:
-        """As a replica shows it."""
         return await self._with_any(lambda part: part.picture(passage, side))
 
     async def document(self, passage_id: str) -> Passage | None:
-        """As a replica reads it."""
         return await self._with_any(lambda part: part.document(passage_id))
 
     async def get(self, path: str, seconds: float) -> Any:
-        """Return the answer to a GET of the replica that is asked next."""
         return await self.parts[self.pool.least_loaded()].get(path, seconds)
 
     def filtered(self, where: Filter) -> Replicas:
@@ -81,7 +77,6 @@ class Replicas:
         return found
 
     async def close(self) -> None:
-        """Close the connections of this event loop."""
         for part in self.parts.values():
             await part.close()
 

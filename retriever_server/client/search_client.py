@@ -1,8 +1,7 @@
 """The agent's search client: one query at a time, over HTTP or in process, with the same manners.
 
-Queries that trajectories ask at about the same time travel in one request, each different one once.
-The world may fail: connections and 5xx are retried until the deadline has passed, then a typed
-error is raised. An empty list means that nothing was found, never that something broke.
+Queries that trajectories ask at about the same time travel in one request, each different one once. An empty
+list means that nothing was found, never that something broke.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from data.errors import (
     SleuthError,
 )
 from data.records import Hit, Item, Passage
+from data.text import is_unicode
 from retriever_server.client.wire import with_image_bytes
-from retriever_server.retriever import Outcome, Query, Retriever
+from retriever_server.retriever import Outcome, Query, Retriever, text_in
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ class SearchClient:
         return self._retriever.corpus
 
     def query_style(self) -> str | None:
-        """As `Retriever.query_style`."""
         return self._retriever.query_style()
 
     async def search(self, query: Query, k: int) -> list[Hit]:
@@ -63,7 +62,8 @@ class SearchClient:
         """
         if k < 1:
             raise ConfigError(f"k = {k}: must be >= 1")
-        _check_unicode(query if isinstance(query, str) else query.text)
+        if not is_unicode(text := text_in(query)):
+            raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}")
         if isinstance(query, Item) and self.waits:
             query = await asyncio.to_thread(with_image_bytes, query)
         loop = asyncio.get_running_loop()
@@ -89,7 +89,6 @@ class SearchClient:
         return await self._retriever.picture(passage, side)
 
     async def document(self, passage_id: str) -> Passage | None:
-        """As `Retriever.document`."""
         return await self._retriever.document(passage_id)
 
     async def probe(self) -> None:
@@ -151,13 +150,6 @@ class _LoopState:
     open: dict[int, _Batch] = field(default_factory=dict)
     """k -> the batch that queries may still join."""
     tasks: set[asyncio.Task] = field(default_factory=set)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}") from error
 
 
 def _settle(waiter: asyncio.Future, outcome: Outcome) -> None:

@@ -4,11 +4,10 @@
     return_scores true  -> {"result": [[{"document": {...}, "score": 0.83}, ...], ...]}
     return_scores false -> {"result": [[{...}, ...], ...]}
 
-One row a query, in their order, whatever their number. A document has id, title, text and
-contents: the quoted title and the text in one field, which is all that some servers send. Ours
-names the `generation` beside the result, and where a passage is a picture the link to its `thumbnail`;
-clients that do not know them pass over them. A picture travels as bytes, in base64: no file and no URL of
-one end is ever opened by the other because the wire says so.
+One row a query, in their order. A document has id, title, text and contents: the quoted title and the text in
+one field, which is all that some servers send. Ours names the `generation` beside the result, and where a
+passage is a picture the link to its `thumbnail`. A picture travels as bytes, in base64: no file and no URL of
+one end is ever opened by the other.
 """
 
 from __future__ import annotations
@@ -18,34 +17,17 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from data.errors import DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage, split_contents
+from data.text import is_unicode
 
 THUMBNAIL = "/v1/thumbnail/"
 """Path at which a server shows the picture of a passage: followed by its id."""
-
-
-@dataclass(frozen=True)
-class RetrieveRequest:
-    """The request of a client; `top_k` None leaves the number of hits to the server."""
-
-    queries: list[str]
-    top_k: int | None = None
-    return_scores: bool = False
-
-
-def render_request(request: RetrieveRequest) -> dict[str, Any]:
-    """Return the JSON body that asks for it."""
-    return {
-        "queries": request.queries,
-        "topk": request.top_k,
-        "return_scores": request.return_scores,
-    }
 
 
 def render_hits(
@@ -130,10 +112,7 @@ def _render_query(query: Input) -> str | dict[str, str]:
 def _found_hit(hit: Mapping[str, Any], url: str) -> Hit:
     title, text = _checked_text("title", hit["title"]), _checked_text("text", hit["text"])
     passage = Passage(_checked_id(hit), text, title, _checked("metadata", hit["metadata"], dict))
-    passage = _keep_verbatim(passage, hit)
-    if hit.get("thumbnail"):
-        passage = replace(passage, image=url + thumbnail_link(passage))
-    return Hit(passage, _checked_score(hit["score"]), _checked_text("generation", hit["generation"]))
+    return _hit(passage, hit, hit["score"], _checked_text("generation", hit["generation"]), url)
 
 
 def render_document(hit: Hit, backend: str | None = None) -> dict[str, Any]:
@@ -168,7 +147,13 @@ def _parse_hit(item: Any, generation: str, url: str) -> Hit:
         metadata = {"url": document["url"], **metadata}
     if item == {"document": {"contents": document.get("contents")}}:
         document = {**document, "id": hashlib.sha256(document["contents"].encode()).hexdigest()[:16]}
-    passage = _keep_verbatim(Passage(_checked_id(document), text, title, metadata), document)
+    return _hit(Passage(_checked_id(document), text, title, metadata), document, score, generation, url)
+
+
+def _hit(passage: Passage, document: Mapping[str, Any], score: Any, generation: str, url: str) -> Hit:
+    """The hit of a passage whose text may stand otherwise in the document, which may have a picture."""
+    if (contents := document.get("contents")) is not None:
+        passage = passage.keep_verbatim(_checked_text("contents", contents))
     if document.get("thumbnail"):
         passage = replace(passage, image=url + thumbnail_link(passage))
     return Hit(passage, _checked_score(score), generation)
@@ -181,10 +166,8 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 
 def _checked_text(name: str, value: Any) -> str:
-    try:
-        _checked(name, value, str).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the answer's {name} is not Unicode: half a surrogate pair") from error
+    if not is_unicode(_checked(name, value, str)):
+        raise DataError(f"the answer's {name} is not Unicode: half a surrogate pair")
     return value
 
 
@@ -216,8 +199,3 @@ def _title_and_text(document: Mapping[str, Any]) -> tuple[str, str]:
         if text is None or (title, text) == (first.strip('"'), rest):
             return split_contents(contents)
     return _checked_text("title", title or ""), _checked_text("text", text).strip()
-
-
-def _keep_verbatim(passage: Passage, document: Mapping[str, Any]) -> Passage:
-    contents = document.get("contents")
-    return passage if contents is None else passage.keep_verbatim(_checked_text("contents", contents))

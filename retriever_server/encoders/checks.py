@@ -1,7 +1,6 @@
 """Decoders that end in EOS and attend both ways, and the checks that a model does what its spec says.
 
-EOS is appended by the tokenizer itself, after it has cut a text to its length: written behind the text before
-that, it would be lost exactly where texts are long, and nothing would complain. Two-way attention is
+EOS is appended by the tokenizer itself, after it has cut a text to its length. Two-way attention is
 `config.is_causal = False` (transformers 5.2 and later); both are saved with the model.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from data.device import check_device, warn_if_slow
+from data.device import check_device, resolve_device, warn_if_slow
 from data.errors import ConfigError, DataError, require
 from data.hub import find_model
 from data.jsonl import read_json, write_json
@@ -71,7 +71,7 @@ def load_encoder(
     """
     check_device(device)
     source = find_model(model.model if isinstance(model, EncodingSpec) else model, "encoder")
-    device = choose_device(device)
+    device = resolve_device(device)
     if isinstance(model, EncodingSpec):
         shared = _LOADED.get((model.hash, device, dtype))
         return shared or _load_by_spec(model, device, dtype)
@@ -152,18 +152,6 @@ def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | N
     cut = ("dimension", "normalise") if dimension is not None else ()
     if differences := spec.differences(trained, but=("token_pooling", "inputs", "max_tokens", *cut)):
         raise ConfigError(f"encoder {spec.model!r}: trained under another spec ({differences})")
-
-
-def choose_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu. Raises ConfigError for a device that there is not."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    name = device.partition(":")[0]
-    if name not in ("cpu", "cuda", "mps") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device = {device}: must be auto, cpu, or cuda where torch has it")
-    return device
 
 
 def _saved_kind(model: str) -> str:

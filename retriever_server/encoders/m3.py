@@ -30,7 +30,6 @@ class M3Heads(WeightedModule):
         self.weigh.on_model_ready(model)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds the three representations to the features."""
         tokens, mask = features["token_embeddings"], features["attention_mask"].bool()
         features["token_weights"] = self.weigh(dict(features))["sentence_embedding"]
         features["sentence_embedding"] = F.normalize(tokens[:, 0], dim=-1)
@@ -39,7 +38,6 @@ class M3Heads(WeightedModule):
         return features
 
     def get_embedding_dimension(self) -> int:
-        """Size of the dense vector."""
         return self.hidden_size
 
     def parts(self, model: Any) -> dict[str, Any]:

@@ -30,5 +30,4 @@ class PatchMask(Module):
         return {**features, "attention_mask": mask}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write the config into a folder."""
         self.save_config(output_path)

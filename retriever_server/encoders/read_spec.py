@@ -126,12 +126,9 @@ def is_two_way(model: Any) -> bool:
 
 def appends_eos(model: Any) -> bool:
     """Return whether a model of sentence-transformers pools a token that its tokenizer appends."""
-    return _pools_last(model) and last_token(model.tokenizer) is not None
-
-
-def _pools_last(model: Any) -> bool:
     modes = [getattr(module, "pooling_mode", None) for module in model]
-    return any("lasttoken" in ((mode,) if isinstance(mode, str) else mode or ()) for mode in modes)
+    pools_last = any("lasttoken" in ((mode,) if isinstance(mode, str) else mode or ()) for mode in modes)
+    return pools_last and last_token(model.tokenizer) is not None
 
 
 def last_token(tokenizer: Any) -> int | None:

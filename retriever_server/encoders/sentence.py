@@ -1,12 +1,9 @@
 """Encoders of sentence-transformers (dense, sparse, multi-vector), with their saved prompts.
 
-Texts are tokenised together, sorted by their number of tokens and cut into batches of about as many
-tokens each, padding included: so that a batch of short texts is large and one of long texts is small.
-Images are read by threads ahead of the model, and cut into batches of about as many pixels each.
-
-Padding a batch of questions to its longest costs a third of the work. For trunks of BERT's kind, which take
-a mask of pairs and positions that start anew, rows are filled with several texts, each attending to itself
-alone; the vectors of the tokens are the same.
+Texts are tokenised together, sorted by their number of tokens and cut into batches of about as many tokens
+each, padding included. Images are read by threads ahead of the model, and cut into batches of about as many
+pixels each. For trunks of BERT's kind, which take a mask of pairs and positions that start anew, rows are
+filled with several texts, each attending to itself alone: padding costs a third of the work otherwise.
 """
 
 from __future__ import annotations
@@ -30,15 +27,7 @@ from retriever_server.encoders.image_inputs import (
     uncut,
 )
 from retriever_server.encoders.read_spec import patch_token, placeholders, what_it_takes
-from retriever_server.encoders.spec import (
-    Encoder,
-    EncodingSpec,
-    Multi,
-    Role,
-    Vectors,
-    in_order,
-    no_vectors,
-)
+from retriever_server.encoders.spec import Encoder, EncodingSpec, Multi, Role, Vectors, in_order, no_vectors
 
 Batch = tuple[np.ndarray, dict[str, Any]]
 """Positions of inputs, and the features of these."""
@@ -80,7 +69,6 @@ class SentenceEncoder(Encoder):
         self.model_seconds = self.waited_seconds = 0.0
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
-        """Encode as `Encoder.encode` says."""
         of = np.array([kind_of(each) for each in inputs])
         for kind in sorted({*of.tolist()} - self.takes):
             raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
@@ -136,7 +124,6 @@ class SentenceEncoder(Encoder):
             yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
 
     def tokens_of(self, text: str, role: Role) -> tuple[int, int] | None:
-        """Count as `Encoder.tokens_of` says."""
         given = [self._given(text)]
         with self._lock:
             if tokens_of := getattr(self._model[0], "tokens_of", None):
@@ -155,7 +142,6 @@ class SentenceEncoder(Encoder):
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _given(self, text: str) -> Any:
-        """A text as the model takes it."""
         text = self._cut(text)
         return text if self.takes == {"text"} else as_model_input(text, placeholders=self._placeholders)
 
@@ -229,13 +215,11 @@ def token_budget_batches(lengths: np.ndarray, budget: int, packed: bool = False)
     start = 0
     while start < len(order):
         first = int(lengths[order[start]])
-        fits = (
-            np.searchsorted(ends, ends[start] - first + budget, "right") - start
-            if packed
-            else budget // max(1, first)
-        )
-        yield order[start : start + max(1, int(fits))]
-        start += max(1, int(fits))
+        fits = budget // max(1, first)
+        if packed:
+            fits = int(np.searchsorted(ends, ends[start] - first + budget, "right")) - start
+        yield order[start : start + max(1, fits)]
+        start += max(1, fits)
 
 
 def keep_largest(weights: np.ndarray, limit: int | None) -> np.ndarray:
@@ -291,10 +275,8 @@ def packed_forward(model: Any, features: dict[str, Any]) -> tuple[dict[str, Any]
     rows, columns, count = fill_rows(lengths)
     width = int(lengths[0])
     text, at = mask.nonzero(as_tuple=True)  # of each token: its text, its place in it
-    row, column = (
-        torch.from_numpy(rows).to(at.device)[text],
-        torch.from_numpy(columns).to(at.device)[text] + at,
-    )
+    row = torch.from_numpy(rows).to(at.device)[text]
+    column = torch.from_numpy(columns).to(at.device)[text] + at
 
     def packed(values: Any) -> Any:
         out = torch.zeros((count, width), dtype=torch.long, device=at.device)

@@ -35,11 +35,8 @@ class ServedEncoder(Encoder):
     def __init__(self, own: Encoder, url: str) -> None:
         """own: the same model, loaded here. url: such as http://127.0.0.1:8001/v1."""
         self.spec, self._url = own.spec, url.rstrip("/").removesuffix("/embeddings")
-        if (
-            own.spec.kind != "dense"
-            or own.spec.inputs != "text"
-            or not url.startswith(("http://", "https://"))
-        ):
+        of_texts = own.spec.kind == "dense" and own.spec.inputs == "text"
+        if not of_texts or not url.startswith(("http://", "https://")):
             wanted = "the URL of an embeddings server, with a dense encoder of texts"
             raise ConfigError(f"encode_with {url!r}: must be {wanted}, {own.spec.model} is {own.spec.kind}")
         # No proxy from the environment: nothing but the arguments decides where a request goes.

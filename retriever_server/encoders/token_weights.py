@@ -18,13 +18,11 @@ class WeightedModule(Module):
     """A module with weights: what it is made from stands in `config_keys`."""
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write config and weights into a folder."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Self:
-        """The module that `save` wrote."""
         hub = ("token", "cache_folder", "revision", "local_files_only")
         of = {"subfolder": subfolder, **{key: kwargs[key] for key in hub if key in kwargs}}
         module = cls(**cls.load_config(model_name_or_path, **of))
@@ -80,7 +78,6 @@ class TokenWeights(WeightedModule):
         return features
 
     def get_embedding_dimension(self) -> int:
-        """The size of the vocabulary."""
         return self.vocabulary_size
 
 

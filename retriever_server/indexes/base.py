@@ -9,7 +9,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,17 +19,8 @@ from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit, Passage
 from retriever_server.filters import allowed
 from retriever_server.indexes.checksums import check_files, file_hash
-from retriever_server.indexes.manifest import (
-    MANIFEST,
-    Manifest,
-    index_kind,
-    part_manifests,
-    read_manifest,
-)
+from retriever_server.indexes.manifest import MANIFEST, Manifest, index_kind, part_manifests, read_manifest
 from retriever_server.retriever import Filter, Query, Retriever
-
-if TYPE_CHECKING:
-    pass
 
 Ranking = tuple[np.ndarray, np.ndarray]
 """Rows of the index and scores, best first. (<= k,), (<= k,)"""
@@ -113,21 +104,18 @@ class Index(PositionSearch):
         """Put the files of an unchanged index of the same passages into `folder`."""
 
     def add(self, passages: Sequence[Passage], replaces: bool = False) -> Index:
-        """As `Retriever.add`."""
-        from retriever_server.indexes import living  # it stands on this module
+        from retriever_server.indexes import living
 
         living.add(self.path, passages, self.encoder, replaces)
         return self.reopened()
 
     def delete(self, ids: Sequence[str]) -> Index:
-        """As `Retriever.delete`."""
         from retriever_server.indexes import living
 
         living.delete(self.path, ids)
         return self.reopened()
 
     def compact(self) -> Index:
-        """As `Retriever.compact`."""
         from retriever_server.indexes import living
 
         if (first := living.due(self.corpus)) is None:
@@ -140,7 +128,6 @@ class Index(PositionSearch):
         return open_index(self.path, **self.options)
 
     def row(self, position: int) -> int:
-        """Return the row of a passage."""
         return position if self.corpus.rows is None else int(self.corpus.rows[position])
 
     def places(self, passages: Sequence[Passage]) -> dict[str, int]:
@@ -153,7 +140,6 @@ class Index(PositionSearch):
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """Describe its settings and corpus."""
         manifest = self.manifest
         return {
             **super().describe(),

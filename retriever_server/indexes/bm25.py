@@ -167,12 +167,10 @@ class BM25Index(Index):
         return rows.tolist(), (weights / (length or 1)).tolist()
 
     def _words_of(self, query: str) -> np.ndarray:
-        """Return the hashes of the words of a query."""
         return np.array([hash_text(word) for word in self._analyze(query)], np.uint64)
 
     @classmethod
     def write_part(cls, folder: Path, corpus: Corpus, settings: dict[str, Any], **_: Any) -> None:
-        """As `Index.write_part`."""
         _write(folder, corpus, settings, folder / ".counts")
         shutil.rmtree(folder / ".counts")
 
@@ -192,10 +190,7 @@ class BM25Index(Index):
         """As `Index.write_merged`; to the last bit what is built of the passages."""
         corpus = self.corpus
         assert isinstance(corpus, JoinedCorpus)
-        words, position_of = (
-            np.unique(np.concatenate([part.words for part in self._parts])),
-            corpus.places(),
-        )
+        words, position_of = np.unique(np.concatenate([part.words for part in self._parts])), corpus.places()
         frequencies = np.zeros(len(words), np.int64)
         for part, span in zip(self._parts, corpus.spans(), strict=True):
             row_of = np.searchsorted(words, part.words)
@@ -241,7 +236,6 @@ class _Part:
         self.postings, self.built, self.search = stated, built, MaxScore(stated, start=self.start)
 
     def rows_of(self, words: np.ndarray) -> list[int]:
-        """Return the rows of those words that it has."""
         rows = np.searchsorted(self.words, words)
         inside = np.flatnonzero(rows < len(self.words))
         return rows[inside][self.words[rows[inside]] == words[inside]].tolist()

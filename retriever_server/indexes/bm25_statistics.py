@@ -1,8 +1,7 @@
 """The statistics of BM25, and postings that were weighed by some as others would weigh them.
 
-The indexes that are joined into one were each weighed by the statistics of their own passages. How often a
-word stands in a passage follows from its weight, as a whole number, so that the weight by the statistics of
-all passages is to the last bit the one that an index built of all of them has.
+How often a word stands in a passage follows from its weight, as a whole number, so that the weight by the
+statistics of all passages is to the last bit the one that an index built of all of them has.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ class Restated(Postings):
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def weigh(self, term: int, at: Any = slice(None)) -> np.ndarray:
-        """As `Postings.weigh`."""
         if (kept := self._kept.get(term)) is not None:
             return kept[at]
         span = slice(self.starts[term], self.starts[term + 1])

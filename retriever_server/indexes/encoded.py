@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from data.corpus import Corpus, JoinedCorpus
+from data.device import resolve_device
 from data.errors import ConfigError, DataError
 from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
@@ -32,7 +33,6 @@ class VectorSearch(PositionSearch):
         """Rank the best `k` positions that `mask` (P,) allows for each encoded query."""
 
     def find(self, queries: Sequence[Query], k: int, mask: np.ndarray | None) -> list[Ranking]:
-        """As `PositionSearch.find`."""
         return self.rank(self.encoder.encode(queries, "query"), k, mask)
 
 
@@ -171,11 +171,11 @@ class EncodedIndex(VectorSearch, Index):
         encoded again and compared with what is stored. options: of the kind.
         Raises DataError if the encoder is not the one that built the index.
         """
-        from retriever_server.encoders.loading import choose_device, load_encoder
+        from retriever_server.encoders.loading import load_encoder
 
         encoder = encoder or load_encoder(built_spec(path, manifest), device=device)
         check_same(path, manifest, encoder)
-        index = cls(path, manifest, corpus, encoder, choose_device(device), **options)
+        index = cls(path, manifest, corpus, encoder, resolve_device(device), **options)
         index.check_encoder(recheck)
         return index
 
@@ -230,7 +230,6 @@ class EncodedIndex(VectorSearch, Index):
         return mask
 
     def describe(self) -> dict[str, Any]:
-        """As `Retriever.describe`."""
         of = {"generation": self.generation, "passages": len(self.corpus), "dtype": self.manifest.dtype}
         of |= {"skipped": len(self.skipped)} if len(self.skipped) else {}
         return {"kind": self.kind, **of, "settings": self.manifest.settings, "spec": self.manifest.spec}

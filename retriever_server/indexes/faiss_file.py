@@ -10,6 +10,7 @@ import numpy as np
 
 from data.atomic import stamp_of
 from data.corpus import Corpus
+from data.device import resolve_device
 from data.errors import CorpusChanged, DataError
 from retriever_server.encoders.spec import Encoder, Vectors
 from retriever_server.indexes.base import Ranking
@@ -39,7 +40,7 @@ class FaissFile(VectorSearch):
 
         Raises DataError if index, corpus and encoder do not belong together.
         """
-        from retriever_server.encoders.loading import choose_device, load_encoder
+        from retriever_server.encoders.loading import load_encoder
 
         if isinstance(encoder, str):
             template = "{contents}"  # what Search-R1 encodes: the quoted title, a newline, the text
@@ -52,7 +53,7 @@ class FaissFile(VectorSearch):
         if vectors.shape[1] != encoder.spec.dimension:
             made = f"{encoder.spec.model} makes {encoder.spec.dimension}"
             raise DataError(f"{path}: vectors of {vectors.shape[1]} dimensions, {made}")
-        self.rows = Rows.of(vectors, choose_device(device))
+        self.rows = Rows.of(vectors, resolve_device(device))
         count = min(recheck, len(vectors))
         positions = [len(vectors) * i // count for i in range(count)]
         check_encodes(encoder, self.corpus, positions, lambda i: self.rows[np.array([i])], path)

@@ -30,7 +30,6 @@ class FlatIndex(EncodedIndex):
 
     @classmethod
     def checked_settings(cls, corpus: Corpus, spec: EncodingSpec) -> dict[str, Any]:
-        """Return none: it has no settings."""
         return {}
 
     @classmethod
@@ -39,11 +38,9 @@ class FlatIndex(EncodedIndex):
         shards.link_into(folder)
 
     def rank(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
-        """As `EncodedIndex.rank`.   queries (Q, D)"""
         return self.rows.search(queries, k, mask)
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """As `EncodedIndex.arrays`."""
         return self.rows.arrays(rows)
 
     def stored(self, position: int) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""Writing an index: a generation is a folder that appears whole, its manifest written last.
-
-A folder without a manifest is no index: an interrupted build leaves nothing that opens.
-"""
+"""Writing an index: a generation is a folder that appears whole, its manifest written last."""
 
 from __future__ import annotations
 
@@ -69,7 +66,25 @@ def write_generation(
             write(folder)
             corpus.save_offsets(folder)
             save_columns(corpus, folder / METADATA)
-            manifest = _describe(folder, out, kind, settings, corpus, generation, spec, dtype)
+            corpus_path, files = Path(corpus.path).absolute(), sorted(folder.iterdir())
+            manifest = Manifest(
+                kind=kind,
+                settings=settings,
+                corpus_path=str(corpus_path),
+                corpus_relative_path=os.path.relpath(corpus_path, out),
+                corpus_hash=corpus.content_hash,
+                corpus_bytes=corpus_path.stat().st_size,
+                corpus_count=len(corpus),
+                generation=generation,
+                files={p.name: p.stat().st_size for p in files},
+                samples={p.name: sample_hash(p) for p in files},
+                checksums={p.name: file_hash(p) for p in files},
+                spec=asdict(spec) if spec else {},
+                spec_hash=spec.hash if spec else "",
+                dtype=dtype,
+                dimension=spec.dimension if spec else 0,
+            )
+            manifest = replace(manifest, checksum=manifest.own_hash)
             write_json(folder / MANIFEST, manifest.as_record())
     except OSError as error:
         raise StorageError(f"{out}: the index could not be written ({error})") from error
@@ -96,29 +111,3 @@ def found_at(out: Path, generation: str, overwrite: bool) -> Manifest | None:
             "give another --out, or --overwrite true"
         )
     return None
-
-
-def _describe(
-    folder: Path, out: Path, kind: str, settings: dict, corpus: Corpus, generation: str,
-    spec: EncodingSpec | None, dtype: str,
-) -> Manifest:  # fmt: skip
-    corpus_path = Path(corpus.path).absolute()
-    files = sorted(folder.iterdir())
-    manifest = Manifest(
-        kind=kind,
-        settings=settings,
-        corpus_path=str(corpus_path),
-        corpus_relative_path=os.path.relpath(corpus_path, out),
-        corpus_hash=corpus.content_hash,
-        corpus_bytes=corpus_path.stat().st_size,
-        corpus_count=len(corpus),
-        generation=generation,
-        files={p.name: p.stat().st_size for p in files},
-        samples={p.name: sample_hash(p) for p in files},
-        checksums={p.name: file_hash(p) for p in files},
-        spec=asdict(spec) if spec else {},
-        spec_hash=spec.hash if spec else "",
-        dtype=dtype,
-        dimension=spec.dimension if spec else 0,
-    )
-    return replace(manifest, checksum=manifest.own_hash)

@@ -104,11 +104,9 @@ class InvertedIndex(EncodedIndex):
             of_parts = zip(self._searches, self._scales, corpus.spans(), strict=True)
             for search, of, span in of_parts:
                 for terms, passages, weights in blocks_of(search.postings, position_of[span]):
-                    yield (
-                        terms,
-                        passages,
-                        _in_bits(weights * np.float32(of), scale) if eight_bits else weights,
-                    )
+                    if eight_bits:
+                        weights = _in_bits(weights * np.float32(of), scale)
+                    yield terms, passages, weights
 
         counts = np.zeros(self.manifest.dimension, np.int64)
         for terms, _, _ in blocks():

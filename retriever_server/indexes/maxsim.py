@@ -111,7 +111,6 @@ class MaxSimIndex(EncodedIndex):
                 save_array(folder / f"{shard:05d}.{name}.npy", array)
 
     def rank(self, queries: Multi, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
-        """As `EncodedIndex.rank`."""
         allowed = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
         candidates = [allowed] * len(queries)
         if self.candidates and len(allowed) > (count := max(self.candidates, k)):
@@ -141,7 +140,6 @@ class MaxSimIndex(EncodedIndex):
         return np.repeat(starts - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
 
     def arrays(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """As `EncodedIndex.arrays`."""
         lengths = np.diff(self.offsets)[rows].astype(np.int32)
         return {**self.tokens.arrays(self._tokens_of(rows)), "lengths": lengths}
 

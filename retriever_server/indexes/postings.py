@@ -1,10 +1,9 @@
 """Postings: for every term the passages that hold it and with which weight (a matrix by columns).
 
-What BM25 and learned sparse vectors share: a search is a sum over the postings of the query's terms, and
-the best of it are found without all of the sum (MaxScore; Turtle & Flood 1995). The rare terms say which
-passages can be among the best; in the long lists of the frequent ones only these are looked up. A term's
-bound is its largest weight: once the terms that are left can add less than the k-th best has already, no
-passage without a term so far can be among the best.
+A search is a sum over the postings of the query's terms, and the best of it are found without all of the sum
+(MaxScore; Turtle & Flood 1995): once the terms that are left, each bounded by its largest weight, can add
+less than the k-th best has already, no passage without a term so far can be among the best, and in the long
+lists of the frequent terms the others alone are looked up.
 """
 
 from __future__ import annotations
@@ -113,25 +112,15 @@ class MaxScore:
         """
         if mask is not None:
             mask = mask[self.start : self.start + self.postings.count]
-        found, scores = self._top(terms, k, mask, weights)
-        return found + self.start, scores
-
-    def _top(
-        self,
-        terms: Sequence[int],
-        k: int,
-        mask: np.ndarray | None,
-        weights: Sequence[float] | np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
         factors = np.ones(len(terms)) if weights is None else np.asarray(weights, np.float64)
         if self.postings.count <= self.exhaustive or (factors < 0).any():
             scores = self.postings.scores(terms, weights)
             found = best(scores, k, mask)
-            return found, scores[found]
+            return found + self.start, scores[found]
         candidates = self._candidates(np.asarray(terms, np.int64), factors, k, mask)
         scores = self.postings.scores_at(candidates, terms, weights)
         found = best(scores, k)
-        return candidates[found], scores[found]
+        return candidates[found] + self.start, scores[found]
 
     def _candidates(
         self, terms: np.ndarray, factors: np.ndarray, k: int, mask: np.ndarray | None

@@ -1,8 +1,7 @@
 """From a corpus to vectors on disk, a shard of passages at a time, so that a killed run goes on.
 
-A shard is some .npy files and a marker, `00003.done`, written last. A folder of shards is named for
-everything that decides them: encoder, corpus, dtype and size of a shard. Several machines may each
-write some of the shards of one folder.
+A shard is some .npy files and a marker, `00003.done`, written last. A folder of shards is named for all that
+decides them. Several machines may each write some of the shards of one folder.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 def silent(positions: Iterable[int], total: int) -> Iterable[int]:
-    """No progress bar."""
     return positions
 
 
@@ -76,7 +74,6 @@ class Shards:
         return -(-len(self.corpus) // self.passages_per_shard)
 
     def positions(self, shard: int) -> range:
-        """Return the passages of a shard."""
         start = shard * self.passages_per_shard
         return range(start, min(start + self.passages_per_shard, len(self.corpus)))
 

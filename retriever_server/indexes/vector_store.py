@@ -1,10 +1,9 @@
 """Rows of vectors in memory-mapped shards, and the exact best of them for a batch of queries.
 
-fp32, fp16 or int8 with a scale a row (see `shards.quantise`); scores are products in float32. A search goes
-through the rows block by block, so that it needs memory for a block alone; on a GPU the shards stay in
-its memory if they fit, else blocks are copied there. On a CPU rows of int8 are first ranked by products of
-integers, several times faster, and the best are scored again, one by one in float32: a score is the same to
-the last bit however the rows are cut into shards and whatever else is asked.
+fp32, fp16 or int8 with a scale a row (see `shards.quantise`); scores are products in float32. A search needs
+memory for a block of rows alone; on a GPU the shards stay in its memory if they fit. On a CPU rows of int8
+are first ranked by products of integers, and the best are scored again, one by one in float32: a score is the
+same to the last bit however the rows are cut into shards and whatever else is asked.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ class NoPassages(Retriever):
     generation = "none"
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """Return an empty ranking for each query."""
         return [[] for _ in queries]
 
 

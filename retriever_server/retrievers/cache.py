@@ -61,7 +61,6 @@ class Cached(Wrapper):
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:
-        """As the retriever behind."""
         return self.retriever.score(queries, passages)
 
     def _recall(self, key: tuple) -> list[Hit] | None:
@@ -70,7 +69,6 @@ class Cached(Wrapper):
         return self._kept.get(key)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the retriever behind, and how often it did not have to be asked."""
         counts = {"hits": self.hits, "misses": self.misses, "entries": len(self._kept)}
         return {**super().describe(), **counts, "retriever": self.retriever.describe()}
 

@@ -59,7 +59,6 @@ class Fuse(SideBySide):
         return [self._join(rankings, k, generation) for rankings in zip(*rows, strict=True)]
 
     def takes_images(self) -> bool:
-        """Return whether one of the parts does."""
         return any(part.takes_images() for part in self.parts)
 
     @staticmethod

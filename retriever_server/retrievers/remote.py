@@ -104,7 +104,6 @@ class Remote(Retriever):
         ]
 
     def probe(self) -> None:
-        """As `Http.probe`."""
         bridge = Bridge()
         try:
             bridge.run(self._http.probe())
@@ -112,14 +111,12 @@ class Remote(Retriever):
             bridge.close(self._http.close())
 
     def thumbnail(self, passage_id: str, side: int) -> bytes | None:
-        """As `Retriever.thumbnail`: asked of the server."""
         try:
             return self._bridge.run(self._http.picture(Passage(passage_id, ""), side))
         except RetrieverRefused:
             return None
 
     def close(self) -> None:
-        """Close the connections."""
         self._bridge.close(self._http.close())
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
@@ -127,13 +124,10 @@ class Remote(Retriever):
         return await self._http.ask(queries, k)
 
     async def picture(self, passage: Passage, side: int) -> bytes:
-        """As `Retriever.picture`: the server shows it."""
         return await self._http.picture(passage, side)
 
     async def document(self, passage_id: str) -> Passage | None:
-        """As `Retriever.document`: the server reads it."""
         return await self._http.document(passage_id)
 
     async def leave(self) -> None:
-        """Close the connections of this event loop."""
         await self._http.close()

@@ -64,12 +64,10 @@ class Rerank(Wrapper):
     def score(
         self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
     ) -> list[dict[str, float]]:
-        """As `Retriever.score`, by the scorer."""
         scores = self._scores(queries, passages)
         return [{passage.id: next(scores) for passage in each} for each in passages]
 
     def describe(self) -> dict[str, Any]:
-        """Describe the retriever behind, and the scorer."""
         behind = {"scorer": self.scorer.name, "retriever": self.retriever.describe()}
         return {**super().describe(), **behind}
 
@@ -107,7 +105,6 @@ class CrossEncoder(Scorer):
         return self._model.predict(texts, batch_size=self.batch_size, show_progress_bar=False).tolist()
 
     def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
-        """As `Scorer.tokens_of`."""
         text = cut_for(self._model.tokenizer, passage.contents, self._model.max_seq_length)
         whole = len(self._model.tokenizer(replace_halves(query), text, verbose=False).input_ids)
         return whole, min(whole, self._model.max_seq_length or whole)
@@ -167,7 +164,6 @@ class YesNo(Scorer):
         return self._lm.differences([self._prompt(*pair) for pair in pairs], self._yes, self._no)
 
     def tokens_of(self, query: str, passage: Passage) -> tuple[int, int]:
-        """As `Scorer.tokens_of`."""
         whole = len(self._whole(query, passage))
         return whole, min(whole, self.max_length)
 

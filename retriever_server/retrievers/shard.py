@@ -94,7 +94,6 @@ class Sharded(SideBySide):
             _log.warning("answering without it: %s", failure)
 
     def describe(self) -> dict[str, Any]:
-        """Describe it, and how often it answered without a part."""
         return {**super().describe(), "partial_searches": self.partial_searches}
 
 

@@ -39,12 +39,10 @@ class SideBySide(Wrapper):
         return f"{self._label}({'+'.join(generations)})"
 
     def _ask(self, asked: Sequence[Sequence[Query]], k: int, where: Filter | None) -> list[Future[Rankings]]:
-        """Start the search of each part for what it is asked."""
         each = zip(self.parts, self._gates, asked, strict=True)
         return [_start(part, gate, queries, k, where) for part, gate, queries in each]
 
     def describe(self) -> dict[str, Any]:
-        """Describe it with its parts."""
         return {**super().describe(), "parts": [part.describe() for part in self.parts]}
 
 

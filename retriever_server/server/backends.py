@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.atomic import stamp_of
 from data.errors import ConfigError, DataError, SleuthError
 from data.records import Hit
 from retriever_server.retriever import Filter, Query, Retriever, corpora_in, inside
@@ -85,7 +86,6 @@ class HotSwappable:
 
     @property
     def generation(self) -> str:
-        """The generation of the retriever that answers new requests."""
         return self.current.generation
 
     def reload(self) -> bool:
@@ -149,10 +149,9 @@ def stamp(spec: str) -> tuple:
             text = path.read_text(encoding="utf-8")
             named = re.findall(r"[^\s,\[\]{}\"']+", text)
             return (text, *(stamp(name) for name in named if "/" in name or name.endswith("ml")))
-        status = (path / "manifest.json").stat()
+        return stamp_of(path / "manifest.json")
     except (OSError, ValueError):
         return ()
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class SearchPipeline:
@@ -207,7 +206,6 @@ class SearchPipeline:
 
     def __exit__(self, *of: object) -> None:
         self.generations = [self._leases[0].generation]
-        """Number of hits of each stage."""
         for reranker, depth in zip(self._rerankers, self.k, strict=False):
             self.generations.append(reranker.name_of(self.generations[-1], depth))
         for lease in self._leases:

@@ -1,7 +1,7 @@
 """Items of different requests, worked on together: a short window or a full batch, in worker threads.
 
-Who waits is bounded (`Overloaded`); who stopped waiting is left out; who fails, fails alone. Of a request of
-many items a few stand in the queue at a time, so that others are served between them.
+Who waits is bounded (`Overloaded`); who fails, fails alone. Of a request of many items a few stand in the
+queue at a time, so that others are served between them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Batching:
     """Searches at the same time; more help where a search waits for another machine."""
     max_waiting: int = 4096
     """Queries that may stand in the queue; beyond it requests get 429 or 503."""
-
     hang_seconds: float = 30.0
     """Time that a search may take before `/readyz` says 503."""
 

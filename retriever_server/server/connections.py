@@ -187,7 +187,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Look no more."""
         if self._looking is not None:
             self._looking.cancel()
         super().connection_lost(exc)
@@ -238,7 +237,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answer(b"408 Request Timeout", b"the request did not come in time")
 
     def _answer(self, status: bytes, reason: bytes) -> None:
-        """Say why it is closed, and close it."""
         if self.transport.is_closing():
             return
         body = b'{"detail": "' + reason + b'"}'

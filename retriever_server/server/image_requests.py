@@ -1,8 +1,7 @@
 """Images in requests, checked before any search, and thumbnails of the images of a corpus.
 
-A request brings an image as bytes and names no file or URL: strings are base64 or they are refused. A
-thumbnail is looked up by the id of a passage. Both are decoded in two threads, so that neither a flood of
-them nor a large one holds up the searches or fills the memory.
+A request brings an image as bytes and names no file or URL. A thumbnail is looked up by the id of a passage.
+Both are decoded in two threads, so that they neither hold up the searches nor fill the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from retriever_server.retriever import corpora_in
 from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.batching import Batcher, Batching
 from retriever_server.server.config import Limits
-from retriever_server.server.schema import ImageInput
+from retriever_server.server.schema import ImageInput, texts_of
 
 _log = logging.getLogger(__name__)
 
@@ -60,19 +59,12 @@ class ImageReader:
         if len(places) > self._most:
             raise DataError(f"{place}: {len(places)} images, at most {self._most} are allowed")
         measured = await self._each(_measured, [image for image in coded if image is not None], places)
-        if (pixels := sum(size for _, size in measured)) > (
-            most := _IMAGES_OF_MOST_PIXELS * self._limits.max_pixels
-        ):
+        most = _IMAGES_OF_MOST_PIXELS * self._limits.max_pixels
+        if (pixels := sum(size for _, size in measured)) > most:
             raise DataError(f"{place}: images of {pixels:,} pixels together, over {most:,}")
         contents = iter(await self._each(check_image, [content for content, _ in measured], places))
-        return [
-            each
-            if isinstance(each, str)
-            else each.text
-            if each.image is None
-            else Item(next(contents), each.text)
-            for each in inputs
-        ]
+        pairs = zip(coded, texts_of(inputs), strict=True)
+        return [text if image is None else Item(next(contents), text) for image, text in pairs]
 
     async def _each(
         self, act: Callable[[Any, ImageLimits], Any], images: Sequence[Any], places: Sequence[str]

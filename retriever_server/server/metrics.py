@@ -55,7 +55,6 @@ class Metrics:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="livesum")
 
     def note_request(self, route: str, status: int, seconds: float) -> None:
-        """Count an answered request."""
         self.requests.labels(route, str(status)).inc()
         self.request_seconds.labels(route).observe(seconds)
 
@@ -77,7 +76,6 @@ class Metrics:
         self.partial.labels(name).set(_total(description, "partial_searches"))
 
     def render(self) -> bytes:
-        """Return the text format of Prometheus."""
         registry = self._registry
         if _FOLDER in os.environ:
             registry = CollectorRegistry()

@@ -33,8 +33,6 @@ OPEN_TO_ALL = {"/", "/healthz", "/readyz", "/health"}
 """Paths that need no token: the page holds no passages, and a probe has no secrets."""
 _BODIES_HELD, _SMALL_BODY_BYTES = 32, 1 << 16
 """So many of the largest bodies are held in memory; small ones are always taken."""
-
-
 _NEEDED = "a bearer token is needed: Authorization: Bearer ..., or X-API-Key: ..."
 
 
@@ -120,7 +118,6 @@ class RequestMiddleware:
         self._log = request_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         start, status = time.perf_counter(), 499  # where nothing was sent: the client had gone
@@ -211,7 +208,6 @@ class JsonRoute(APIRoute):
         await answer(scope, receive, send)
 
     async def read(self, request: Request) -> Body:
-        """Return the body as the model of the endpoint."""
         assert self._model is not None
         try:
             content = json.loads(await request.body())

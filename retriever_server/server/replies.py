@@ -22,7 +22,6 @@ class JsonReply(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Write the JSON."""
         try:
             return _render(content).encode()
         except (ValueError, TypeError) as error:

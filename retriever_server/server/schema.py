@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from data.errors import DataError
-from data.records import Input
+from data.text import is_unicode
 
 
 class Body(BaseModel):
@@ -304,15 +304,6 @@ def texts_of(inputs: Sequence[str | ImageInput]) -> list[str]:
 
 
 NO_UNICODE = "not Unicode: half a surrogate pair"
-
-
-def is_unicode(query: Input) -> bool:
-    """Return whether it can be written as UTF-8: half a surrogate pair cannot."""
-    try:
-        (query if isinstance(query, str) else query.text).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_unicode(texts: Sequence[str]) -> None:

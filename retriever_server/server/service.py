@@ -17,21 +17,16 @@ from fastapi import Depends, Request
 from data.columns import wait_for_columns
 from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
+from data.text import is_unicode
 from retriever_server.filters import find_documents, is_url, parse_filter, prepare
+from retriever_server.retriever import text_in
 from retriever_server.server.backends import HotSwappable, SearchPipeline, backend_of
 from retriever_server.server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.server.config import Limits
 from retriever_server.server.errors import ClientGone, QueryFailed, WrongQuery, without_paths
 from retriever_server.server.image_requests import ImageReader
 from retriever_server.server.metrics import Metrics
-from retriever_server.server.schema import (
-    NO_UNICODE,
-    ImageInput,
-    SearchOptions,
-    Stage,
-    is_unicode,
-    texts_of,
-)
+from retriever_server.server.schema import NO_UNICODE, ImageInput, SearchOptions, Stage, texts_of
 
 _log = logging.getLogger(__name__)
 
@@ -143,14 +138,15 @@ class SearchService:
         if where is not None:  # not in a thread that searches: others wait for it
             for corpus in pipeline.corpora():
                 await prepare(corpus, where)
-        asked = [query for query in read if is_unicode(query)]
+        asked = [query for query in read if is_unicode(text_in(query))]
         # Texts do not wait for the images of others.
         key = (pipeline.key, json.dumps(where, sort_keys=True), pictured)
         found = await self.batcher.run(key, functools.partial(pipeline.search, where=where), asked)
         for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
             _log.error("search failed: %s", error)
         outcomes = (_judge(*each, pipeline.k[-1], where) for each in zip(asked, found, strict=True))
-        return [next(outcomes) if is_unicode(query) else WrongQuery(NO_UNICODE) for query in read]
+        whole = (is_unicode(text_in(query)) for query in read)
+        return [next(outcomes) if fits else WrongQuery(NO_UNICODE) for fits in whole]
 
     def _check(self, queries: Sequence[str | ImageInput], k: int, where: Mapping[str, Any] | None) -> None:
         limits, longest = self.limits, max(map(len, texts_of(queries)), default=0)
@@ -203,7 +199,6 @@ class SearchService:
         return described
 
     async def close(self) -> None:
-        """Stop working; whoever still waits is told so."""
         await self.batcher.close()
         await self.images.batcher.close()
 
@@ -263,9 +258,9 @@ class Caller:
         except TimeoutError:
             if not patience.expired():
                 raise
-            raise (
-                ClientGone if leaving and leaving.done() else TimeoutError(f"no answer within {seconds:g} s")
-            ) from None
+            if leaving and leaving.done():
+                raise ClientGone from None
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
         finally:
             if leaving:
                 leaving.remove_done_callback(give_up)
@@ -299,12 +294,10 @@ def _seconds_in(header: str | None) -> float:
 
 
 async def get_service(request: Request) -> SearchService:
-    """Return the service of the application."""
     return request.app.state.service
 
 
 async def get_caller(request: Request) -> Caller:
-    """Return the client of this request."""
     await request.body()
     return Caller(request.app.state.service, request, _seconds_in(request.headers.get(_DEADLINE_HEADER)))
 

@@ -40,7 +40,6 @@ class Pulse:
         self._heard, self._said = context.Pipe(duplex=False)
 
     def beat(self) -> None:
-        """Report that this worker is well."""
         self._beat.value = time.monotonic()
 
     def complain(self, reason: str) -> None:
@@ -94,7 +93,6 @@ class _Worker:
         return time.monotonic() - (self.pulse.last or self.begun)
 
     def how_it_ended(self) -> str:
-        """Say how its process ended."""
         code = self.process.exitcode
         return self.pulse.complaint() or (
             f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

@@ -1,9 +1,8 @@
 """Batches of examples: without repeated texts, or shuffled; from one of several sets, by weight.
 
 All are given to a trainer of sentence-transformers (`batch_sampler`, `multi_dataset_batch_sampler`). What
-they yield depends on the seed, the epoch and the number of the batch alone, so that the number of steps done
-is all that a checkpoint must keep. (The trainer's own for one set with duplicates draws from a generator that
-runs on from epoch to epoch: resumed in the second epoch, it would yield other batches.)
+they yield depends on the seed, the epoch and the number of the batch alone (the trainer's own goes on with a
+generator from epoch to epoch), so that the number of steps done is all that a checkpoint must keep.
 """
 
 from __future__ import annotations

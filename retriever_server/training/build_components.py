@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,11 +10,14 @@ from typing import Any
 
 from data.class_path import Build, Reader, parts_of
 from data.corpus import Corpus
+from data.device import check_device
 from data.errors import ConfigError
 from data.examples import Examples
 from data.plugins import names_in_source, parameters_in_source
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.encoders.spec import CROSS, KINDS, EncodingSpec, Kind
+from retriever_server.indexes.checksums import file_hash
+from retriever_server.indexes.manifest import read_manifest
 from retriever_server.training.builders.dense import check_base
 from retriever_server.training.recipe import RetrieverRecipe
 
@@ -75,12 +77,8 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
     for base in (value for key, value in arguments.items() if key == "base" or key.endswith("_base")):
         check_base(base)
     if recipe.device not in ("auto", "cpu"):
-        from data.device import check_device
-
         check_device(recipe.device)
     if recipe.serves is not None:
-        from retriever_server.indexes.manifest import read_manifest
-
         read_manifest(Path(recipe.serves))
     corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}
     sets = [
@@ -95,7 +93,8 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
         read_dev(recipe.dev)
         corpora |= {each: Corpus(each) for each in filter(None, [recipe.dev.corpus])}
     hashes = {path: corpus.content_hash for path, corpus in corpora.items()}
-    return Prepared(sets, {name: (path, hashes.get(path) or _hash(path)) for name, path in _files(recipe)})
+    read = {name: (path, hashes.get(path) or file_hash(Path(path))[:16]) for name, path in _files(recipe)}
+    return Prepared(sets, read)
 
 
 def _check_names(part: str, node: Any, known: dict[str, str]) -> None:
@@ -120,11 +119,6 @@ def _files(recipe: RetrieverRecipe) -> Iterator[tuple[str, str]]:
     for name in ("queries", "qrels", "corpus"):
         if path := getattr(recipe.dev, name):
             yield f"dev.{name}", path
-
-
-def _hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,8 @@ def _tidy(example: Example, rename: Mapping[str, str], left_out: Counter[str]) -
     negatives = tuple(dict.fromkeys(named[id_] for id_ in example.negatives))
     good = tuple(id_ for id_ in negatives if id_ not in positives)
     left_out["negatives that are positives"] += len(negatives) - len(good)
-    left_out["repetitions"] += (
-        len(example.positives) - len(positives) + len(example.negatives) - len(negatives)
-    )
+    given = len(example.positives) + len(example.negatives)
+    left_out["repetitions"] += given - len(positives) - len(negatives)
     scores = {named[id_]: score for id_, score in (example.scores or {}).items() if id_ in named}
     return replace(example, positives=positives, negatives=good, scores=scores or None)
 

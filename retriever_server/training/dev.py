@@ -20,6 +20,7 @@ from data.records import Qrels, Question
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec, Kind
 from retriever_server.evaluation import judge, means, parse_metrics, rank_all
+from retriever_server.indexes.manifest import index_kind
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import CrossEncoder, Rerank
 from retriever_server.training.examples import KeysOf, number_of, shown
@@ -66,10 +67,9 @@ class DevSet:
             asked = shown(example.asked) in questions
             positions = examples.corpus.positions(example.positives).tolist() if gold else ()
             if asked or any(key_of(position) in gold for position in positions):
-                what = (
-                    "is a dev question" if asked else "is answered by a passage that answers a dev question"
-                )
-                allow = "all" if asked else "passages"
+                what, allow = "is answered by a passage that answers a dev question", "passages"
+                if asked:
+                    what, allow = "is a dev question", "all"
                 raise DataError(
                     f"{examples.place(index)}: query {example.query[:60]!r} {what}, so that dev would "
                     f"score what was learned by heart: hold it out, or allow it by dev.shared: {allow}"
@@ -91,15 +91,11 @@ class DevSet:
         """The metrics of an encoder by an exact index in float32, of a reranker over the hits of BM25."""
         if spec is None:
             return self.score(lambda place: self._reranked(model, place))
-        from retriever_server.indexes.manifest import index_kind
-
         encoder, of = SentenceEncoder(model, spec), index_kind(kind.index)
         track = Track("encoding dev passages", self.bar)
         return self.score(lambda place: of.build(self.corpus, place, encoder, "float32", progress=track))
 
     def _reranked(self, model: Any, place: Path) -> Retriever:
-        from retriever_server.indexes.manifest import index_kind
-
         first = index_kind("bm25").build(self.corpus, place, analyzer="stopwords")
         return Rerank(first, CrossEncoder(model.eval(), name="the model in training"), _RERANKED)
 

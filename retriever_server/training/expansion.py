@@ -1,8 +1,7 @@
 """Document expansion: an injected generator writes more words for every passage, once, into a new corpus.
 
 A generator takes passages and gives a text for each, such as the queries that it might answer (docT5query,
-Nogueira and Lin 2019). The text of a passage, and so what a reader sees, stays as it was: the expansion is
-`metadata.expansion`, and a passage_template with {expansion} puts it before the encoder.
+Nogueira and Lin 2019). It becomes `metadata.expansion`; a passage_template with {expansion} encodes it.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from data.records import Passage
 class Generator(Protocol):
     """Passages in, a text for each out."""
 
-    def __call__(self, passages: Sequence[Passage]) -> Sequence[str]:
-        """The text that each passage is expanded with."""
-        ...
+    def __call__(self, passages: Sequence[Passage]) -> Sequence[str]: ...
 
 
 Progress = Callable[[range], Iterable[int]]
@@ -47,7 +44,7 @@ class Seq2SeqQueries:
         max_tokens: int = 64,
         seed: int = 0,
         device: str = "cpu",
-    ) -> None:  # fmt: skip
+    ) -> None:
         found = find_model(model, "model")
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 

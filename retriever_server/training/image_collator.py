@@ -1,7 +1,4 @@
-"""Images in training: read and decoded where batches are put together.
-
-What a data set hands out are items that name their images; the samplers, which compare them, never open one.
-"""
+"""Images in training: read and decoded where batches are put together."""
 
 from __future__ import annotations
 

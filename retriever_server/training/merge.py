@@ -118,12 +118,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     names = ("modules.json", "tokenizer.json", "config_sentence_transformers.json", "*_*/**/config.json")
     files = (path for name in names for path in folder.glob(name))
     found = {str(path.relative_to(folder)): json.loads(path.read_text("utf-8")) for path in files}
-    for name, passing in (
-        ("config_sentence_transformers", "__version__"),
-        ("tokenizer", "padding"),
-        ("tokenizer", "truncation"),
-    ):  # as they were used last
-        found.get(f"{name}.json", {}).pop(passing, None)
+    found.get("config_sentence_transformers.json", {}).pop("__version__", None)
+    for passing in ("padding", "truncation"):  # as they were used last
+        found.get("tokenizer.json", {}).pop(passing, None)
     return found
 
 

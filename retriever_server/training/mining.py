@@ -200,7 +200,6 @@ def _scores(
 def _scored(
     scorer: Scorer, queries: Sequence[str], passages: Sequence[Sequence[Passage]]
 ) -> list[dict[str, float]]:
-    """A scorer's number for each of these passages, by id."""
     pairs = [(query, passage) for query, each in zip(queries, passages, strict=True) for passage in each]
     given = scorer.score(pairs)
     if len(given) != len(pairs):

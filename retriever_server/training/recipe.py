@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.errors import require
+from data.errors import require, require_range
 from data.settings import LoraConfig, WandbConfig
 from retriever_server.encoders.spec import EncodingSpec
 
@@ -156,18 +156,14 @@ class RetrieverRecipe:
 
     def __post_init__(self) -> None:
         require(len(self.train) >= 1, "train", self.train, "a list of at least one set of examples")
-        for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        require_range(self, "", ">= 1", "batch_size", "accumulate", "save_every", "keep", "log_every")
+        require_range(self, "", "> 0", "epochs", "learning_rate")
+        require_range(self, "", ">= 0", "weight_decay", "max_grad_norm", "workers")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, ">= 1")
-        require(self.epochs > 0, "epochs", self.epochs, "> 0")
         # One process alone would score, with its share of the weights.
         scored = self.sharding == "fsdp" and self.dev.queries is not None
         require(not scored, "sharding", self.sharding, "none with dev.queries (score OUT/model afterwards)")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
-        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, ">= 0")
         require(all(size >= 1 for size in self.matryoshka), "matryoshka", self.matryoshka, "sizes >= 1")
-        require(self.workers >= 0, "workers", self.workers, ">= 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         EncodingSpec("template", "dense", "", 1, passage_template=self.passage_template)  # it can be rendered

@@ -16,10 +16,11 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import TrainerState, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
-from data.device import warn_if_slow
+from data.device import resolve_device, warn_if_slow
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
+from data.lora import add_adapters
 from data.progress import Bar, no_bar
 from data.sharding import shard
 from retriever_server.encoders.read_spec import outer_transformers
@@ -33,8 +34,10 @@ from retriever_server.training.build_components import (
     prepare,
     with_style,
 )
+from retriever_server.training.dev import DevSet
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
+from retriever_server.training.image_collator import ImageCollator, without_absent_images
 from retriever_server.training.recipe import RetrieverRecipe
 from retriever_server.training.trainer import Log, Progress, load_tensors, make_trainer, tensors_of
 
@@ -156,8 +159,6 @@ def build_trainer(
         train_dataset=data,
     )
     if trained.reads_files:
-        from retriever_server.training.image_collator import ImageCollator, without_absent_images
-
         trainer.data_collator.preprocess_fn = ImageCollator(model)
         without_absent_images(model)
     if recipe.sharding == "fsdp":
@@ -167,8 +168,6 @@ def build_trainer(
 
 def _add_adapters(model: Any, recipe: RetrieverRecipe) -> None:
     if recipe.lora.rank:
-        from data.lora import add_adapters
-
         for transformer in outer_transformers(model):
             add_adapters(transformer, recipe.lora, recipe.seed)
 
@@ -190,9 +189,7 @@ def _divide(trainer: Any, recipe: RetrieverRecipe) -> None:
 
 
 def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet], dev: Any) -> Any:
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed: cpu, auto")
-    cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    cpu = resolve_device(recipe.device) == "cpu"
     warn_if_slow(recipe.precision, "cpu" if cpu else "cuda")
     cross = trained.kind is CROSS
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
@@ -296,8 +293,6 @@ def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> Any:
     """The dev set of the recipe, checked to be held out from the training examples. Raises DataError."""
     if recipe.dev.queries is None:
         return None
-    from retriever_server.training.dev import DevSet
-
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
     for each in examples:
         if isinstance(each, Examples):

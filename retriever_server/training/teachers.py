@@ -110,11 +110,8 @@ def _joined(examples: Sequence[Example], corpus: str) -> Example:
     deeper = _in_turns([example.negatives for example in examples])
     negatives = [id_ for id_ in deeper if id_ not in positives]
     teachers = [example.provenance["generation"] for example in examples]
-    first = examples[0]
-    provenance = {"corpus": corpus, "teachers": teachers}
-    return Example(
-        first.query, tuple(positives), tuple(negatives), None, first.query_id, provenance=provenance
-    )
+    first, of = examples[0], {"corpus": corpus, "teachers": teachers}
+    return Example(first.query, tuple(positives), tuple(negatives), None, first.query_id, provenance=of)
 
 
 def _in_turns(lists: Sequence[Sequence[str]]) -> list[str]:

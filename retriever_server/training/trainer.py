@@ -144,7 +144,6 @@ class Training:
         self.load_weights(Path(checkpoint_path))
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Put the weights of a checkpoint into the model and the loss."""
         load_tensors(checkpoint, self._tensors())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -193,7 +192,6 @@ class Reporter(TrainerCallback):
         self._log, self._progress = log, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show the progress before the first step."""
         self._progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
@@ -207,7 +205,6 @@ class Reporter(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line of metrics."""
         found = {
             _name(key): value
             for key, value in (logs or {}).items()

@@ -140,15 +140,12 @@ def mine_trajectories(
 def _of_corpus(read: Iterable[Searches], corpus: Corpus) -> Iterator[Searches]:
     """Yield the searches; DataError for a passage that the corpus lacks, or has with another text."""
     for searches in read:
-        for shown in (
-            passage for call in searches.calls if call.tool == SEARCH.name for passage in call.passages
-        ):
+        calls = [call for call in searches.calls if call.tool == SEARCH.name]
+        for shown in (passage for call in calls for passage in call.passages):
             there = corpus.get(shown.id)
             if there is None or there.contents != shown.contents:  # a server may send no title apart
-                said = "is not in" if there is None else "has another text in"
-                raise DataError(
-                    f"{searches.place}: passage {shown.id!r} {said} {corpus.path}: another corpus"
-                )
+                said = f"{'is not' if there is None else 'has another text'} in {corpus.path}: another corpus"
+                raise DataError(f"{searches.place}: passage {shown.id!r} {said}")
         yield searches
 
 

@@ -24,12 +24,13 @@ def main(model: str, corpus: str, count: int = 400, rounds: int = 3, device: str
     from sentence_transformers import SentenceTransformer
 
     from data.corpus import Corpus
+    from data.device import resolve_device
     from data.jsonl import write_jsonl
-    from retriever_server.encoders.loading import choose_device, load_encoder
+    from retriever_server.encoders.loading import load_encoder
     from retriever_server.encoders.spec import similarities
     from retriever_server.indexes.manifest import index_kind
 
-    device = choose_device(device)
+    device = resolve_device(device)
     texts = mixed_lengths([passage.text for passage in islice(Corpus(corpus), count)])
     ours, theirs = load_encoder(model, device=device), SentenceTransformer(model, device=device)
     clock = time.process_time if device == "cpu" else time.perf_counter

@@ -43,8 +43,6 @@ from retriever_server.server.service import Caller, CallerOf, Found
 
 DIALECTS = ("rllm", "zerosearch", "search-r1", "skyrl", "asearcher")
 _TOP_K_NAMES = ("topk", "topk_rerank", "top_k", "k", "top_n")
-
-
 _PACKED = tuple(bytes([first]) for first in range(0x80, 0xE0))
 """The first byte of all but small numbers in MessagePack; no JSON begins with one."""
 
@@ -53,7 +51,6 @@ class _PackedRoute(JsonRoute):
     """Reads MessagePack, too, whatever type the request says."""
 
     async def read(self, request: Request) -> Any:
-        """Return the body."""
         content = await request.body()
         if self._model is not RetrieveBody or not content.startswith(_PACKED):
             return await super().read(request)
@@ -73,7 +70,6 @@ class PackedReply(JsonReply):
     media_type = "application/msgpack"
 
     def render(self, content: Any) -> bytes:
-        """Write it."""
         return _msgpack().packb(content)
 
 

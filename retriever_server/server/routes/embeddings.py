@@ -30,6 +30,7 @@ from retriever_server.server.schema import AnyInputs, DocumentsBody, EmbedBody, 
 from retriever_server.server.service import Caller, CallerOf, ServiceOf
 
 router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH, 404))
+_USAGE = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
 
 
 @router.post("/embed", response_model=list[list[float]])
@@ -43,7 +44,12 @@ async def embed(body: EmbedBody, caller: CallerOf) -> Response:
 async def embed_sparse(body: EmbedBody, caller: CallerOf) -> Response:
     """Return the weights above zero of each text, as TEI."""
     rows = await _embed(body, caller, "sparse")
-    return _reply(rows, lambda row: [{"index": i, "value": v} for i, v in _nonzero(row)])
+
+    def write(row: Any) -> list[dict[str, Any]]:
+        pairs = zip(row.indices.tolist(), row.data.tolist(), strict=True)
+        return [{"index": index, "value": value} for index, value in pairs]
+
+    return _reply(rows, write)
 
 
 @router.post("/embed_all", response_model=list[list[list[float]]])
@@ -122,11 +128,12 @@ async def embeddings(body: EmbeddingsBody, caller: CallerOf) -> Response:
 
     def write(row: tuple[int, np.ndarray]) -> dict[str, Any]:
         vector = _shorten(row[1], body.dimensions, body.dimensions is not None)
-        coded = _base64(vector) if body.encoding_format == "base64" else vector.tolist()
+        coded: Any = vector.tolist()
+        if body.encoding_format == "base64":
+            coded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return {"object": "embedding", "index": row[0], "embedding": coded}
 
-    usage = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
-    about = json.dumps({"object": "list", "model": body.model or "sleuth", "usage": usage})
+    about = json.dumps({"object": "list", "model": body.model or "sleuth", "usage": _USAGE})
     return _reply(list(enumerate(rows)), write, f'{about[:-1]}, "data": ', "}")
 
 
@@ -136,9 +143,8 @@ async def rerank(body: RerankBody, caller: CallerOf) -> Response:
     if body.queries is not None:
         return JsonReply(await _rerank_documents(body, body.queries, caller))
     if body.query is None or body.texts is None:
-        raise DataError(
-            "query: must be a string" if body.query is None else "texts: must be a list of strings"
-        )
+        wrong = "query: must be a string" if body.query is None else "texts: must be a list of strings"
+        raise DataError(wrong)
     scores = await score(caller, [(body.query, text) for text in body.texts], body.truncate is False)
     if not body.raw_scores:
         scores = list(map(_sigmoid, scores))
@@ -159,9 +165,8 @@ async def rerank_as_cohere(body: DocumentsBody, caller: CallerOf) -> Response:
     best = sorted(found, key=lambda each: -each["relevance_score"])[: body.top_n or None]
     if body.return_documents:
         best = [{**each, "document": {"text": texts[int(each["index"])]}} for each in best]
-    usage = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
     named = {"id": f"rerank-{uuid.uuid4().hex}", "model": body.model or "sleuth"}
-    return JsonReply({**named, "results": best, "usage": usage})
+    return JsonReply({**named, "results": best, "usage": _USAGE})
 
 
 async def _rerank_documents(body: RerankBody, queries: list[str], caller: Caller) -> dict[str, Any]:
@@ -195,14 +200,6 @@ def _shorten(row: np.ndarray, dimensions: int | None, normalise: bool) -> np.nda
     row = np.asarray(row, np.float32)[:dimensions]
     length = float(np.linalg.norm(row)) if normalise else 0.0
     return row / length if length else row
-
-
-def _nonzero(row: Any) -> list[tuple[int, float]]:
-    return [(int(i), float(v)) for i, v in zip(row.indices, row.data, strict=True)]
-
-
-def _base64(row: np.ndarray) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
 def _sigmoid(x: float) -> float:

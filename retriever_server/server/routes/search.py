@@ -26,7 +26,6 @@ class _SearchRoute(JsonRoute):
     """Reads a form, too."""
 
     async def read(self, request: Request) -> Any:
-        """Return the body by its type."""
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
         return await (_read_form(request) if is_form else super().read(request))
 

@@ -1,7 +1,6 @@
 """Tiny random models that read images, for tests and benchmarks: a vision tower, a vision-language model.
 
-What `tiny.py` is for texts. The tower is a ViT of any image and patch shape; the language model is shaped as
-Idefics3 and SmolVLM are (a ViT, pixel shuffle, a Llama over image and text tokens, positions in one line).
+The tower is a ViT of any image and patch shape; the language model is shaped as Idefics3 and SmolVLM are.
 Both come with the image processor of transformers that does with Pillow alone, without torchvision.
 """
 

@@ -49,9 +49,25 @@ def own_group(scores: Tensor, first: int = 0) -> Tensor:
 
 
 class GradCached(CachedLossMixin, nn.Module):
-    """A loss that gives `compute_loss_from_embeddings`, for sentence-transformers' GradCache."""
+    """A loss that gives `compute_loss_from_embeddings`, by GradCache where it has a mini_batch_size.
+
+    gather_across_devices: the texts of all processes are negatives.
+    """
 
     compute_loss_from_embeddings: Any
+
+    def __init__(self, model: Any, mini_batch_size: int | None, gather_across_devices: bool) -> None:
+        super().__init__()
+        self.model, self.gather_across_devices = model, gather_across_devices
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
+        self.uses_gradient_cache = mini_batch_size is not None
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch, a scalar."""
+        features = [dict(each) for each in sentence_features]
+        if self.uses_gradient_cache:
+            return self.forward_cached(features, labels)
+        return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -86,7 +102,7 @@ class ContrastiveDistillation(GradCached):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(model, mini_batch_size, gather_across_devices)
         allowed = (*_SIMILARITIES, "maxsim")
         if similarity not in allowed:
             raise ValueError(f"similarity {similarity!r}: must be one of {', '.join(allowed)}")
@@ -94,23 +110,17 @@ class ContrastiveDistillation(GradCached):
             raise ValueError("similarity maxsim: takes no mini_batch_size")
         if temperature <= 0 or teacher_temperature <= 0:
             raise ValueError(f"temperatures {temperature}, {teacher_temperature}: must be > 0")
-        self.model, self.similarity = model, similarity
+        self.similarity = similarity
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.contrastive_weight, self.distill_weight = contrastive_weight, distill_weight
-        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
-        self.uses_gradient_cache = mini_batch_size is not None
-        self.gather_across_devices = gather_across_devices
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar."""
+        if self.similarity != "maxsim":
+            return super().forward(sentence_features, labels)
         features = [dict(each) for each in sentence_features]
-        if self.similarity == "maxsim":
-            scores = maxsim_scores(self.model, features, self.gather_across_devices)
-            first = get_rank() * len(scores) if self.gather_across_devices else 0
-            return self._of_scores(scores, labels, first)
-        if self.uses_gradient_cache:
-            return self.forward_cached(features, labels)
-        return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
+        scores = maxsim_scores(self.model, features, self.gather_across_devices)
+        first = get_rank() * len(scores) if self.gather_across_devices else 0
+        return self._of_scores(scores, labels, first)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of vectors, one tensor (B, D) a column."""
@@ -150,8 +160,8 @@ class WeightedInfoNCE(ContrastiveDistillation):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        more: Any = {"mini_batch_size": mini_batch_size, "gather_across_devices": gather_across_devices}
-        super().__init__(model, similarity, temperature, **more)
+        rest: Any = {"mini_batch_size": mini_batch_size, "gather_across_devices": gather_across_devices}
+        super().__init__(model, similarity, temperature, **rest)
 
     def _of_scores(self, scores: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
         if labels is None:

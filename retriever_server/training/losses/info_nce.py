@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -43,24 +42,18 @@ class Qwen3InfoNCE(GradCached):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(model, mini_batch_size, gather_across_devices)
         if temperature <= 0 or (margin is not None and margin < 0):
             raise ValueError(f"temperature = {temperature}, margin = {margin}: must be > 0 and >= 0")
         if "query_to_doc" not in directions or not set(directions) <= set(DIRECTIONS):
             raise ValueError(f"directions {directions}: query_to_doc, and any of {', '.join(DIRECTIONS[1:])}")
-        self.model, self.temperature, self.margin = model, temperature, margin
-        self.directions, self.gather_across_devices = tuple(directions), gather_across_devices
-        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
-        self.uses_gradient_cache = mini_batch_size is not None
+        self.temperature, self.margin, self.directions = temperature, margin, tuple(directions)
         self._texts: list[Tensor] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar."""
-        features = [dict(each) for each in sentence_features]
+        features = list(sentence_features)
         self._texts = [item_keys(each) for each in features]
-        if self.uses_gradient_cache:
-            return self.forward_cached(features, labels)
-        return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
+        return super().forward(features, labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of vectors, one tensor (B, D) a column."""
@@ -92,12 +85,14 @@ def qwen3_info_nce(
     own = torch.eye(size, dtype=torch.bool, device=queries.device)[rows]  # (R, B)
     own_passages = own.repeat(1, per_query)
     positives = (queries[rows] * columns[1][rows]).sum(1)  # (R,)
-    same_query = _same(texts[0], texts[0], rows)
+    # The own hard negatives follow the own positive, and are negatives.
+    own_positive = torch.cat([own, own.new_zeros(len(own), size * (per_query - 1))], 1)  # (R, B * N)
+    same_query = texts[0][rows][:, None] == texts[0][None]
     # A repeated query has several positives: texts that are one of them, and queries that one belongs to.
     same_passage = _any_of(same_query, texts[1], torch.cat(texts[1:]))
     shared = _any_of(same_query, texts[1], texts[1])
     of = {  # similarities, what is no negative, what may be a positive
-        "query_to_doc": (queries[rows] @ passages.T, _only(own, per_query), same_passage),
+        "query_to_doc": (queries[rows] @ passages.T, own_positive, same_passage),
         "query_to_query": (queries[rows] @ queries.T, own, same_query | shared),
         "doc_to_doc": (columns[1][rows] @ passages.T, own_passages, same_passage),
     }
@@ -111,18 +106,9 @@ def qwen3_info_nce(
     return (torch.logsumexp(torch.cat([positive[:, None], *negatives], 1), 1) - positive).mean()
 
 
-def _only(own: Tensor, per_query: int) -> Tensor:
-    """The own positive, but not the own hard negatives, which follow it.   (R, B) -> (R, B * N)"""
-    return torch.cat([own, own.new_zeros(len(own), own.shape[1] * (per_query - 1))], 1)
-
-
 def _any_of(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Mark the texts of `b` that are among those of `a` that a row chooses.   (R, A), (A,), (C,) -> (R, C)"""
     return chosen.float() @ (a[:, None] == b[None]).float() > 0
-
-
-def _same(a: Tensor, b: Tensor, rows: slice) -> Tensor:
-    return a[rows][:, None] == b[None]
 
 
 def text_keys(ids: Tensor, mask: Tensor) -> Tensor:

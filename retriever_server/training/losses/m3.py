@@ -38,7 +38,6 @@ class M3Loss(nn.Module):
         self.self_distillation = self_distillation
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar."""
         queries, *passages = [self.model(dict(features)) for features in sentence_features]
         return self.of_scores(*self.scores(queries, passages))
 

@@ -1,7 +1,6 @@
 """Masked next-token prediction: a decoder learns to use two-way attention (BehnamGhader et al. 2024).
 
-LLM2Vec's order: two-way attention in the model (`decoder(two_way=True)`), then this loss, then SimCSE, then
-supervised pairs. The first two losses learn from texts alone.
+LLM2Vec's order: two-way attention (`decoder(two_way=True)`), this loss, SimCSE, then supervised pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class MaskedNextToken(nn.Module):
         self.head = _untied_head(model.transformers_model)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The mean cross-entropy of the masked tokens, a scalar."""
         features = dict(next(iter(sentence_features)))
         ids, mask = features["input_ids"], features["attention_mask"]
         chosen = self._choose(ids, mask)

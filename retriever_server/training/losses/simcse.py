@@ -28,7 +28,6 @@ class SimCSE(nn.Module):
         )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, a scalar."""
         features = next(iter(sentence_features))
         twice = [self.model(dict(features))["sentence_embedding"] for _ in range(2)]
         return self.of_pairs.compute_loss_from_embeddings(twice, labels)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.errors import ConfigError, require
+from data.errors import ConfigError, require, require_range
 from retriever_server.training.recipe import Component
 
 Shared = Literal["nothing", "passages", "all"]
@@ -39,8 +39,7 @@ class LabelRules:
     """Rank from which `ranks` takes them."""
 
     def __post_init__(self) -> None:
-        require(self.negatives >= 1, "labels.negatives", self.negatives, ">= 1")
-        require(self.first_rank >= 1, "labels.first_rank", self.first_rank, ">= 1")
+        require_range(self, "labels.", ">= 1", "negatives", "first_rank")
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,10 @@ class SynthesisConfig:
     """Passages beside gold in measure_judges."""
 
     def __post_init__(self) -> None:
-        for name in ("per_passage", "batch", "tasks", "distractors"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        require_range(self, "", ">= 1", "per_passage", "batch", "tasks", "distractors")
+        require_range(self, "", ">= 0", "candidates")
+        require_range(self, "", "in [0, 1]", "least_auc")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, ">= 1")
-        require(self.candidates >= 0, "candidates", self.candidates, ">= 0")
-        require(0 <= self.least_auc <= 1, "least_auc", self.least_auc, "in [0, 1]")
         require(0 <= self.least_usable < 1, "least_usable", self.least_usable, "in [0, 1)")
         together = (self.measure_judges is None) == (self.queries is None)
         require(together, "queries", self.queries, "given together with measure_judges")

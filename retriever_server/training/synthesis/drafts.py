@@ -61,7 +61,6 @@ class Draft:
 
     @property
     def query(self) -> str:
-        """The query itself."""
         return str(self.fields["query"])
 
 

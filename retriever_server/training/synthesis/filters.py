@@ -1,7 +1,6 @@
 """Filters of drafts: a table of functions. Each makes, from its options, a check of one draft after another.
 
 A check returns the reason why a draft is rejected, or the draft that is kept (with fewer negatives, maybe).
-Reasons are the same words for the same fault, for the table of rejections.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class Seen:
         return None
 
     def add(self, query: str, name: str) -> None:
-        """Remember a query."""
         words = content_words(query) or frozenset(query.lower().split())
         for word in self._prefix(words):
             self._by_word[word].append((words, name))
@@ -75,61 +74,60 @@ class Seen:
         return ordered[: len(words) - math.ceil(self.similarity * len(words)) + 1]
 
 
-def length(corpus: Corpus, least_words: int = 3, most_words: int = 64) -> Check:
+def each_draft(judge: Callable[..., Draft | str]) -> Callable[..., Check]:
+    """Make a filter of a function that judges a draft by itself, given the corpus and the options."""
+
+    @wraps(judge)
+    def make(corpus: Corpus, **options: Any) -> Check:
+        signature(judge).bind(None, corpus, **options)
+        return lambda draft: judge(draft, corpus, **options)
+
+    return make
+
+
+@each_draft
+def length(draft: Draft, corpus: Corpus, least_words: int = 3, most_words: int = 64) -> Draft | str:
     """A query has so many words."""
-
-    def check(draft: Draft) -> Draft | str:
-        words = len(normalize_unicode(draft.query).split())
-        return "too short" if words < least_words else "too long" if words > most_words else draft
-
-    return check
+    words = len(normalize_unicode(draft.query).split())
+    return "too short" if words < least_words else "too long" if words > most_words else draft
 
 
-def language(corpus: Corpus, of: str = "") -> Check:
+@each_draft
+def language(draft: Draft, corpus: Corpus, of: str = "") -> Draft | str:
     """A query is in the language that was drawn, or in `of`: by its script, and by its function words."""
-
-    def check(draft: Draft) -> Draft | str:
-        due = of or str(draft.draws.get("language", ""))
-        scripts = _WORDS["scripts"].get(due) or (["LATIN"] if due in _FUNCTION_WORDS else None)
-        letters = [unicodedata.name(c, "").split(" ")[0].split("-")[0] for c in draft.query if c.isalpha()]
-        if scripts and letters and sum(each in scripts for each in letters) < 0.5 * len(letters):
-            return "another language"
-        words = Counter(draft.query.lower().split())
-        hits = {name: sum(words[w] for w in known) for name, known in _FUNCTION_WORDS.items()}
-        other = due in hits and max(hits.values()) >= 2 + 2 * hits[due]
-        return "another language" if other else draft
-
-    return check
+    due = of or str(draft.draws.get("language", ""))
+    scripts = _WORDS["scripts"].get(due) or (["LATIN"] if due in _FUNCTION_WORDS else None)
+    letters = [unicodedata.name(c, "").split(" ")[0].split("-")[0] for c in draft.query if c.isalpha()]
+    if scripts and letters and sum(each in scripts for each in letters) < 0.5 * len(letters):
+        return "another language"
+    words = Counter(draft.query.lower().split())
+    hits = {name: sum(words[w] for w in known) for name, known in _FUNCTION_WORDS.items()}
+    other = due in hits and max(hits.values()) >= 2 + 2 * hits[due]
+    return "another language" if other else draft
 
 
-def vague(corpus: Corpus, least_content_words: int = 2) -> Check:
+@each_draft
+def vague(draft: Draft, corpus: Corpus, least_content_words: int = 2) -> Draft | str:
     """A query can be understood without its passage: it points at none, and names something."""
-
-    def check(draft: Draft) -> Draft | str:
-        if _POINTS_AT.search(draft.query):
-            return "points at the passage"
-        return "vague" if len(content_words(draft.query) - _EMPTY) < least_content_words else draft
-
-    return check
+    if _POINTS_AT.search(draft.query):
+        return "points at the passage"
+    return "vague" if len(content_words(draft.query) - _EMPTY) < least_content_words else draft
 
 
-def quotes(corpus: Corpus, most_words: int = 8, most_share: float = 0.75) -> Check:
+@each_draft
+def quotes(draft: Draft, corpus: Corpus, most_words: int = 8, most_share: float = 0.75) -> Draft | str:
     """A query is no quote: no run of more than `most_words`, nor of `most_share` of it, is the passage's.
 
     The share counts for queries of at least five words that do not begin like a question.
     """
-
-    def check(draft: Draft) -> Draft | str:
-        passage = _passage(corpus, draft.seed)
-        query = normalize_unicode(draft.query).split()
-        if passage is None or not query:
-            return draft
-        text = normalize_unicode(passage.text).split()
-        run = SequenceMatcher(None, query, text, autojunk=False).find_longest_match().size
-        most = len(query) >= 5 and query[0] not in _ASKS and run > most_share * len(query)
-        return "quotes the passage" if run > most_words or most else draft
-
-    return check
+    passage = _passage(corpus, draft.seed)
+    query = normalize_unicode(draft.query).split()
+    if passage is None or not query:
+        return draft
+    text = normalize_unicode(passage.text).split()
+    run = SequenceMatcher(None, query, text, autojunk=False).find_longest_match().size
+    most = len(query) >= 5 and query[0] not in _ASKS and run > most_share * len(query)
+    return "quotes the passage" if run > most_words or most else draft
 
 
 def duplicates(corpus: Corpus, similarity: float = SIMILARITY) -> Check:
@@ -157,65 +155,57 @@ def round_trip(corpus: Corpus, k: int = 1, of: str = "positive") -> Check:
     return check
 
 
-def answerable(corpus: Corpus, required: bool = False, least_gain: float | None = None) -> Check:
+@each_draft
+def answerable(
+    draft: Draft, corpus: Corpus, required: bool = False, least_gain: float | None = None
+) -> Draft | str:
     """The answer that was given stands in the positive, and there makes itself likelier (`answer_gain`).
 
     required: a draft without an answer is rejected. least_gain: in nats a token, by the AnswerGain judge.
     """
-
-    def check(draft: Draft) -> Draft | str:
-        answer = str(draft.fields.get("answer", ""))
-        if not answer:
-            return "no answer given" if required else draft
-        passage = _passage(corpus, draft.positive)
-        if passage is not None and not cover_em(f"{passage.title} {passage.text}", answer):
-            # cover_em(prediction, gold): the words of the answer side by side in the passage
-            return "answer not in the passage"
-        gain = draft.scores.get("answer_gain", {}).get(draft.positive)
-        helps = least_gain is None or gain is None or gain > least_gain
-        return draft if helps else "the passage does not help to answer"
-
-    return check
+    answer = str(draft.fields.get("answer", ""))
+    if not answer:
+        return "no answer given" if required else draft
+    passage = _passage(corpus, draft.positive)
+    if passage is not None and not cover_em(f"{passage.title} {passage.text}", answer):
+        # cover_em(prediction, gold): the words of the answer side by side in the passage
+        return "answer not in the passage"
+    gain = draft.scores.get("answer_gain", {}).get(draft.positive)
+    helps = least_gain is None or gain is None or gain > least_gain
+    return draft if helps else "the passage does not help to answer"
 
 
-def score(corpus: Corpus, least: float, of: str = "retriever") -> Check:
+@each_draft
+def score(draft: Draft, corpus: Corpus, least: float, of: str = "retriever") -> Draft | str:
     """The positive has at least this score: of the retriever (Qwen3: cosine .7), or of the judge named."""
-
-    def check(draft: Draft) -> Draft | str:
-        known = dict(draft.hits) if of == "retriever" else draft.scores.get(of, {})
-        return draft if known.get(draft.positive, -math.inf) >= least else f"low score of {of}"
-
-    return check
+    known = dict(draft.hits) if of == "retriever" else draft.scores.get(of, {})
+    return draft if known.get(draft.positive, -math.inf) >= least else f"low score of {of}"
 
 
-def logprob(corpus: Corpus, least: float) -> Check:
+@each_draft
+def logprob(draft: Draft, corpus: Corpus, least: float) -> Draft | str:
     """The generator was sure of its words (InPars): mean log-probability a token."""
-
-    def check(draft: Draft) -> Draft | str:
-        if draft.logprob is None:
-            return "no log-probability known"
-        return draft if draft.logprob >= least else "unlikely words"
-
-    return check
+    if draft.logprob is None:
+        return "no log-probability known"
+    return draft if draft.logprob >= least else "unlikely words"
 
 
-def false_negatives(corpus: Corpus, margin: float = 0.0, share: float | None = None) -> Check:
+@each_draft
+def false_negatives(
+    draft: Draft, corpus: Corpus, margin: float = 0.0, share: float | None = None
+) -> Draft | str:
     """Drop negatives that score less than `margin` (or than the share of it) below the positive.
 
     By the labels (the judges' scores); without these by the retriever's. One without
     a score stays; a draft with none left is rejected.
     """
-
-    def check(draft: Draft) -> Draft | str:
-        known = draft.labels or dict(draft.hits)
-        if not draft.negatives or draft.positive not in known:
-            return draft
-        top = known[draft.positive]
-        limit = top - (abs(top) * share if share is not None else margin)
-        kept = tuple(n for n in draft.negatives if known.get(n, -math.inf) <= limit)
-        return replace(draft, negatives=kept) if kept else "all negatives may be positives"
-
-    return check
+    known = draft.labels or dict(draft.hits)
+    if not draft.negatives or draft.positive not in known:
+        return draft
+    top = known[draft.positive]
+    limit = top - (abs(top) * share if share is not None else margin)
+    kept = tuple(n for n in draft.negatives if known.get(n, -math.inf) <= limit)
+    return replace(draft, negatives=kept) if kept else "all negatives may be positives"
 
 
 FILTERS: Mapping[str, Callable[..., Check]] = {
@@ -235,7 +225,8 @@ def make_filters(given: Mapping[str, Mapping[str, Any] | None], corpus: Any) -> 
         try:
             made[name] = FILTERS[name](corpus, **(options or {}))
         except TypeError as error:
-            allowed = ", ".join(list(signature(FILTERS[name]).parameters)[1:])
+            parameters = signature(FILTERS[name]).parameters
+            allowed = ", ".join(key for key in parameters if key not in ("draft", "corpus"))
             said = str(error).partition("() ")[2] or error
             raise ConfigError(f"filters.{name}: {said}; allowed: {allowed}") from None
     return made

@@ -119,7 +119,5 @@ class Scripted(Generator):
         return [Written(text, len(call.prompt.split()), len(text.split())) for call, text in pairs]
 
 
-GENERATORS: Mapping[str, str] = {
-    **dict.fromkeys(("Chat", "Seq2Seq", "Scripted"), "retriever_server.training.synthesis.generators"),
-}
+GENERATORS: Mapping[str, str] = dict.fromkeys(("Chat", "Seq2Seq", "Scripted"), __name__)
 """Short names of generators."""

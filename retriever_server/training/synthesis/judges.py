@@ -178,23 +178,16 @@ class Oracle(Scorer):
     def __init__(self, path: str | None = None, truth: dict[str, list[str]] | None = None) -> None:
         rows = [] if path is None else read_jsonl(path)
         table = truth or {str(row["query"]): list(row["positives"]) for row in rows}
-        self._truth = {_asked(query): frozenset(ids) for query, ids in table.items()}
+        self._truth = {normalize_unicode(query): frozenset(ids) for query, ids in table.items()}
         self.name = "oracle"
 
     def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
         """1.0 or 0.0; 0.0 for all passages of a query that is not known."""
-        return [float(passage.id in self._truth.get(_asked(query), ())) for query, passage in pairs]
-
-
-def _asked(query: str) -> str:
-    return normalize_unicode(query)
+        return [float(passage.id in self._truth.get(normalize_unicode(q), ())) for q, passage in pairs]
 
 
 JUDGES = {
-    **dict.fromkeys(
-        ("QueryLikelihood", "Relevance", "AnswerGain", "ChatJudge", "Oracle"),
-        "retriever_server.training.synthesis.judges",
-    ),
+    **dict.fromkeys(("QueryLikelihood", "Relevance", "AnswerGain", "ChatJudge", "Oracle"), __name__),
     **dict.fromkeys(("CrossEncoder", "YesNo"), "retriever_server.retrievers.rerank"),
 }
 """Short names of judges."""

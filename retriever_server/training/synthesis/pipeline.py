@@ -1,7 +1,7 @@
 """The pipeline: seeds, texts, candidates, judgements, each a file of one line a query; then the examples.
 
-Every stage goes on after its last whole batch, so that a killed run ends in the same bytes. A stage that was
-made by other settings, or from another corpus, is refused; without its file it is made anew.
+Every stage goes on after its last whole batch. One that was made by other settings, or from another corpus,
+is refused; without its file it is made anew.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ class Synthesis:
         return count
 
     def path(self, stage: str) -> Path:
-        """The file of a stage."""
         return self.folder / f"{stage}.jsonl"
 
     def rows(self, stage: str) -> Iterator[dict[str, Any]]:
@@ -191,10 +190,8 @@ class Synthesis:
         examples = [Example(row["fields"]["query"], ()) for row in asked]
         generation = self.retriever.generation
         found = search_checked(self.retriever, examples, self.config.candidates, self.corpus, generation)
-        hits = {
-            row["id"]: [[h.passage.id, round(float(h.score), 6)] for h in of]
-            for row, of in zip(asked, found, strict=True)
-        }
+        pairs = zip(asked, found, strict=True)
+        hits = {row["id"]: [[h.passage.id, round(float(h.score), 6)] for h in of] for row, of in pairs}
         return ({"id": row["id"], "hits": hits.get(row["id"], [])} for row in rows)
 
     def _judge(self, batch: range) -> Iterator[dict[str, Any]]:
@@ -225,9 +222,8 @@ class Synthesis:
         assert self.corpus is not None and self.answer_gain is not None
         told = [i for i, row in enumerate(rows) if row.get("fields", {}).get("answer") and row["seed"]]
         asked = [(rows[i]["fields"], corpus_passage(self.corpus, rows[i]["seed"])) for i in told]
-        gains = (
-            self.answer_gain.gains([(each["query"], p, each["answer"]) for each, p in asked]) if told else []
-        )
+        given = [(each["query"], passage, each["answer"]) for each, passage in asked]
+        gains = self.answer_gain.gains(given) if given else []
         for i, gain in zip(told, gains, strict=True):
             found[i]["answer_gain"] = {rows[i]["seed"]: round(gain, 6)}
 
@@ -286,13 +282,7 @@ class Synthesis:
         settings: dict[str, Any] = {
             "tasks": [recipe.brainstorm, of.tasks, name] if recipe.brainstorm else [],
             "seeds": [drawn, sets, recipe.name, recipe.draws],
-            "generated": [
-                [asdict(step) for step in recipe.steps],
-                name,
-                of.most_characters,
-                of.batch,
-                self.shots,
-            ],
+            "generated": [list(map(asdict, recipe.steps)), name, of.most_characters, of.batch, self.shots],
             "candidates": [self.retriever.generation if self.retriever else "", of.candidates],
             "judged": [judge.name for judge in judges],
         }

@@ -39,7 +39,6 @@ class Step:
         return parse_fields(text, self.fields, self.optional)
 
     def call(self, values: Mapping[str, str], passage: Passage | None, seed: int) -> Call:
-        """The call with its prompt filled."""
         return Call(fill(self.prompt, values), seed, passage, **self.sampling)
 
 
@@ -64,9 +63,8 @@ class Recipe:
         drawn: dict[str, str] = {}
         for name, values in {**self.draws, **choices}.items():
             if isinstance(values, Mapping) and "sample" in values:
-                drawn[name] = "; ".join(
-                    rng.sample(list(values["of"]), min(values["sample"], len(values["of"])))
-                )
+                some = rng.sample(list(values["of"]), min(values["sample"], len(values["of"])))
+                drawn[name] = "; ".join(some)
             elif isinstance(values, Mapping):
                 drawn[name] = rng.choice(sorted(values))
                 drawn |= values[drawn[name]]

@@ -170,10 +170,8 @@ def _write_expanded(run: Synthesis, drafts: list[Draft]) -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         for passage in run.corpus or ():
-            row = passage_row(passage, run.folder)
-            yield {
-                **row,
-                "metadata": {**passage.metadata, "expansion": " ".join(queries.get(passage.id, ()))},
-            }
+            expansion = " ".join(queries.get(passage.id, ()))
+            metadata = {**passage.metadata, "expansion": expansion}
+            yield {**passage_row(passage, run.folder), "metadata": metadata}
 
     write_jsonl(run.path("expanded"), rows())

@@ -8,11 +8,9 @@ import pytest
 from data.errors import DataError
 from data.records import Hit, Passage
 from retriever_server.client.wire import (
-    RetrieveRequest,
     parse_hits,
     parse_results,
     render_hits,
-    render_request,
 )
 from retriever_server.server.routes.dialects import parse_retrieve
 from retriever_server.server.schema import RetrieveBody
@@ -111,9 +109,9 @@ def test_nor_is_it_of_our_own_route(change):
             parse_results({"results": [{"hits": hits, "error": None}]})
 
 
-def test_the_server_understands_what_the_client_asks():
-    request = RetrieveRequest(["a", "b"], 5, True)
-    asked = parse_retrieve(RetrieveBody.model_validate(render_request(request)), "rllm")
+def test_the_server_understands_a_request_of_search_r1():
+    request = {"queries": ["a", "b"], "topk": 5, "return_scores": True}
+    asked = parse_retrieve(RetrieveBody.model_validate(request), "rllm")
     assert (asked.queries, asked.top_k, asked.return_scores, asked.shape) == (["a", "b"], 5, True, "rows")
     default = parse_retrieve(RetrieveBody.model_validate({"queries": ["a"], "topk": None}), "rllm")
     assert (default.top_k, default.return_scores) == (None, False)

@@ -215,10 +215,11 @@ class Slow(FakeEncoder):
 
 def index(argv: list[str]) -> None:
     from retriever_server.encoders import loading
+    from retriever_server.indexes import encoded
 
     EncodedIndex.passages_per_shard, term_counts.BLOCK_BYTES = 100, 100_000
     if "--encoder=atlas" in argv:  # a name that is known, for the command looks first
-        loading.load_encoder, loading.choose_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
+        loading.load_encoder, encoded.resolve_device = (lambda *_, **__: Slow()), (lambda _: "cpu")
     sys.exit(main(["index", *argv]))
 
 
