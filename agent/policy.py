@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from agent.policy_folder import PROTOCOL_FILE, find_policy
 from agent.protocol import Protocol
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
-from data.device import resolve_device, warn_if_slow
+from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError
 from data.jsonl import write_json
 
@@ -57,9 +57,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
     cuda, else float32), float32 or bfloat16. Raises ConfigError where nothing loads.
     """
     device = resolve_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    warn_if_slow(dtype, device)
+    dtype = choose_dtype(dtype, device)
     disable_progress_bar()
     source = find_policy(name)
     try:

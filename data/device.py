@@ -24,12 +24,17 @@ def check_device(device: str) -> None:
     require(there, "device", device, "cpu or auto, as there is no CUDA device here")
 
 
-def warn_if_slow(dtype: str, device: str) -> None:
-    """Warn of bfloat16 where the CPU only emulates it: with AVX2 alone, a product takes 50 times as long."""
+def choose_dtype(dtype: str, device: str) -> str:
+    """Return the type to compute in: auto is bfloat16 on cuda, else float32.
+
+    Warns of bfloat16 where the CPU only emulates it: with AVX2 alone, a product takes 50 times as long.
+    """
     import torch
 
-    if dtype == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    chosen = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    if chosen == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning("bfloat16: this CPU only emulates it, many times slower than float32")
+    return chosen
 
 
 def resolve_device(device: str) -> str:

@@ -28,7 +28,7 @@ from agent.policy import model_class
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from agent.vision import text_trunk
-from data.device import resolve_device
+from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError
 from data.run_dir import read_metrics
 from rl.config import TrainConfig
@@ -52,8 +52,7 @@ class ResourceEstimate:
     def __init__(self, config: TrainConfig, world_size: int = 1) -> None:
         """Loads no weights. Raises ConfigError where the policy's shape is not to be found."""
         self.config, self.device = config, resolve_device(config.device)
-        auto = "bfloat16" if self.device.startswith("cuda") else "float32"
-        self.dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+        self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype, self.device))
         try:
             found = AutoConfig.from_pretrained(find_policy(config.policy))
         except (OSError, ValueError) as error:

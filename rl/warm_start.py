@@ -27,7 +27,7 @@ from agent.protocol import Protocol
 from agent.search_tool import fit_observation
 from agent.trajectory import SegmentKind
 from data.checkpoint import latest_checkpoint
-from data.device import warn_if_slow
+from data.device import choose_dtype
 from data.errors import DataError
 from data.jsonl import write_json
 from rl.config import WarmStartConfig
@@ -235,7 +235,6 @@ def _loss_of(
 def _arguments(out: Path, policy: Policy, config: WarmStartConfig) -> SFTConfig:
     from trl.trainer.sft_config import SFTConfig
 
-    warn_if_slow(config.precision, policy.model.device.type)
     return SFTConfig(
         output_dir=str(out),
         max_steps=config.steps,
@@ -246,7 +245,7 @@ def _arguments(out: Path, policy: Policy, config: WarmStartConfig) -> SFTConfig:
         warmup_steps=max(1, config.steps // 20),
         max_length=None,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        bf16=config.precision == "bfloat16",
+        bf16=choose_dtype(config.precision, policy.model.device.type) == "bfloat16",
         use_cpu=policy.model.device.type == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

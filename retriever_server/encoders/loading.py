@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from data.device import check_device, resolve_device, warn_if_slow
+from data.device import check_device, choose_dtype, resolve_device
 from data.errors import ConfigError, DataError, require
 from data.hub import find_model
 from data.jsonl import read_json, write_json
@@ -196,7 +196,7 @@ def load_model(model: str, kind: str | None = None, device: str = "cpu", dtype: 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    warn_if_slow(dtype, device)
+    dtype = choose_dtype(dtype, device)
     kind = kind or _saved_kind(model)
     if kind not in ENCODERS:
         raise ConfigError(f"encoder kind {kind!r}: must be one of {', '.join(ENCODERS)}")

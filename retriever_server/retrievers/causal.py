@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from data.device import choose_dtype
 from data.errors import ConfigError, first_line
 from data.hub import find_model
 from data.text import cut, replace_halves
@@ -36,8 +37,9 @@ class CausalJudge:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        chosen = choose_dtype(dtype, device)
         self.tokenizer: Any = load_or_refuse(model, lambda: AutoTokenizer.from_pretrained(found))
-        loaded: Any = load_or_refuse(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=dtype))
+        loaded: Any = load_or_refuse(model, lambda: AutoModelForCausalLM.from_pretrained(found, dtype=chosen))
         self.model, self.batch_size = loaded.to(device).eval(), batch_size
         self._prefix, self._cache = self.tokens(prefix), None
         if self._prefix:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from data.corpus import Corpus
+from data.device import choose_dtype
 from data.errors import ConfigError, DataError
 from data.formats.rows import passage_row
 from data.hub import find_model
@@ -49,7 +50,8 @@ class Seq2SeqQueries:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(found)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(found).to(device).eval()
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(found, dtype=choose_dtype("auto", device))
+        self.model.to(device).eval()
         self.count, self.top, self.max_tokens, self.seed = count, top, max_tokens, seed
 
     def __call__(self, passages: Sequence[Passage]) -> list[str]:

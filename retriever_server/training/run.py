@@ -16,7 +16,7 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import TrainerState, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
-from data.device import resolve_device, warn_if_slow
+from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
@@ -190,7 +190,6 @@ def _divide(trainer: Any, recipe: RetrieverRecipe) -> None:
 
 def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[TrainSet], dev: Any) -> Any:
     cpu = resolve_device(recipe.device) == "cpu"
-    warn_if_slow(recipe.precision, "cpu" if cpu else "cuda")
     cross = trained.kind is CROSS
     roles = {column: "query" if column == "anchor" else "document" for column in _columns(recipe)}
     unique = partial(NoDuplicates, processes=_processes())
@@ -206,7 +205,7 @@ def _arguments(recipe: RetrieverRecipe, trained: ModelInTraining, sets: list[Tra
         lr_scheduler_type=recipe.schedule,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.precision == "bfloat16",
+        bf16=choose_dtype(recipe.precision, "cpu" if cpu else "cuda") == "bfloat16",
         use_cpu=cpu,
         seed=recipe.seed,
         batch_sampler=unique if recipe.no_duplicates and not cross else Shuffled,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import device
-from data.device import check_device, warn_if_slow
+from data.device import check_device, choose_dtype
 from data.errors import ConfigError
 
 
@@ -49,8 +49,8 @@ def test_a_device_of_no_known_kind_is_refused():
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_is_warned_of_where_the_cpu_emulates_it(monkeypatch, caplog, native):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native, raising=False)
-    warn_if_slow("float32", "cpu")
-    warn_if_slow("bfloat16", "cuda:0")
+    asked = [("auto", "cpu"), ("float32", "cpu"), ("auto", "cuda:0"), ("bfloat16", "cuda")]
+    assert [choose_dtype(*each) for each in asked] == ["float32", "float32", "bfloat16", "bfloat16"]
     assert not caplog.messages
-    warn_if_slow("bfloat16", "cpu")
-    assert caplog.messages == [] if native else "only emulates" in caplog.messages[0]
+    assert choose_dtype("bfloat16", "cpu") == "bfloat16"
+    assert ["only emulates" in message for message in caplog.messages] == [True] * (not native)
