@@ -18,6 +18,7 @@ from data.errors import (
     RetrieverRefused,
     RetrieverTimeout,
     RetrieverUnavailable,
+    require,
 )
 from data.listening import PROBE_SECONDS
 from data.records import Passage
@@ -43,21 +44,16 @@ class Http:
     Images, and a filter `where`, travel by our own `/v1/search`.
     """
 
+    window_seconds = 0.002
     patience_seconds = float("inf")
     """Time for which what fails is asked again, within the deadline."""
+    where: Filter | None = None
 
     def __init__(
-        self,
-        url: str,
-        deadline_seconds: float = 30.0,
-        window_seconds: float = 0.002,
-        headers: Mapping[str, str] | None = None,
-        where: Filter | None = None,
+        self, url: str, deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> None:
-        if deadline_seconds <= 0:
-            raise ConfigError(f"deadline_seconds = {deadline_seconds}: must be > 0")
-        self.url, self.headers, self.where = _checked_url(url), headers, where
-        self.deadline_seconds, self.window_seconds = deadline_seconds, window_seconds
+        require(deadline_seconds > 0, "deadline_seconds", deadline_seconds, "> 0")
+        self.url, self.headers, self.deadline_seconds = _checked_url(url), headers, deadline_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
         self._failing = False
 

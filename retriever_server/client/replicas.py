@@ -42,7 +42,7 @@ class Replicas:
         self.parts = {server: Http(server.url, share, headers=headers) for server in servers}
         for part in self.parts.values():
             part.patience_seconds = 0.0  # it is asked once
-        self.deadline_seconds, self.window_seconds = deadline_seconds, self.parts[servers[0]].window_seconds
+        self.deadline_seconds, self.window_seconds = deadline_seconds, Http.window_seconds
 
     @property
     def url(self) -> str:

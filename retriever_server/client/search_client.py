@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 
 from data.corpus import Corpus
 from data.errors import (
-    ConfigError,
     DataError,
     RetrieverError,
     RetrieverRefused,
     RetrieverUnavailable,
     SleuthError,
+    require,
 )
 from data.records import Hit, Item, Passage
 from data.text import is_unicode
@@ -36,8 +36,7 @@ class SearchClient:
     """
 
     def __init__(self, retriever: Retriever, max_batch: int = 128) -> None:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch = {max_batch}: must be >= 1")
+        require(max_batch >= 1, "max_batch", max_batch, ">= 1")
         self._retriever, self._max_batch = retriever, max_batch
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = WeakKeyDictionary()
 
@@ -60,8 +59,7 @@ class SearchClient:
         DataError naming the file for an image that is none, where it has to travel. A query that is not
         Unicode is refused alone, not with all that would travel with it.
         """
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
+        require(k >= 1, "k", k, ">= 1")
         if not is_unicode(text := text_in(query)):
             raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}")
         if isinstance(query, Item) and self.waits:

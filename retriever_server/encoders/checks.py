@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from data.modalities import modalities, samples
 from data.records import Input, Item
 from retriever_server.encoders.read_spec import appends_eos, is_two_way, last_token, outer_transformers
@@ -141,8 +141,8 @@ def limit_tokens(model: Any, max_tokens: int | None) -> None:
         if positions := getattr(module, "num_embeddings", 0):
             offset = getattr(module, "padding_idx", None)  # RoBERTa counts from behind it
             positions -= 0 if offset is None else offset + 1
-            if max_tokens > positions:
-                raise ConfigError(f"max_tokens = {max_tokens}: must be <= {positions}, the model's positions")
+            allowed = f"<= {positions}, the model's positions"
+            require(max_tokens <= positions, "max_tokens", max_tokens, allowed)
     model.max_seq_length = max_tokens
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.atomic import stamp_of
 from data.corpus import Corpus, JoinedCorpus
-from data.errors import ConfigError, DataError, SleuthError
+from data.errors import ConfigError, DataError, SleuthError, require
 from data.records import Hit, Passage
 from retriever_server.filters import allowed
 from retriever_server.indexes.checksums import check_files, file_hash
@@ -40,8 +40,7 @@ class PositionSearch(Retriever):
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Return the best `k` passages of each query among those that `where` allows, best first."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
+        require(k >= 1, "k", k, ">= 1")
         rankings = self.find(queries, k, self._mask(where)) if queries else []
         return [
             [Hit(self.corpus[i], s, self.generation) for i, s in zip(*self._positions(ranked), strict=True)]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data.errors import ConfigError, RetrieverError, RetrieverRefused, RetrieverUnavailable
+from data.errors import RetrieverError, RetrieverRefused, RetrieverUnavailable, require
 from data.records import Hit, Passage
 from data.secret import read_secret
 from retriever_server.client.bridge import Bridge
@@ -89,8 +89,7 @@ class Remote(Retriever):
 
     def search(self, queries: Sequence[Query], k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Ask the server; raises a RetrieverError where it does not answer, at the latest at the deadline."""
-        if k < 1:
-            raise ConfigError(f"k = {k}: must be >= 1")
+        require(k >= 1, "k", k, ">= 1")
         http = self._http if where is None else self._http.filtered(where)
         asked = [with_image_bytes(query) for query in queries]
         outcomes = self._bridge.run(http.ask(asked, k)) if queries else []

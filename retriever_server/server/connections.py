@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from retriever_server.server.config import Listening
 
 _log = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ _TOLD_EVERY_SECONDS = 5.0
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that already queues connections, so that who reads the port may call at once."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port = {port}: must be from 0 to 65535")
+    require(0 <= port <= 65535, "port", port, "from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)

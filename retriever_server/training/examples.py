@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from data.examples import Examples
 from data.records import Example, Input, Item, Passage
 from retriever_server.encoders.image_inputs import kind_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Form = Literal["tuple", "pair", "list"]
+_MOST_CHARACTERS = 100_000
 
 
 def shown(given: Input, *files: str) -> int:
@@ -68,7 +69,7 @@ def as_dataset(
     weights: bool = False,
     draws: int = 1,
     seed: int = 0,
-    max_characters: int = 100_000,
+    max_characters: int = _MOST_CHARACTERS,
     reads_files: bool = True,
 ) -> Dataset:
     """The examples as a data set for the trainers of sentence-transformers; texts are read batch by batch.
@@ -92,8 +93,7 @@ def as_dataset(
 
     if negatives < 0 or draws < 1:
         raise ConfigError(f"negatives = {negatives}, draws = {draws}: must be >= 0 and >= 1")
-    if form not in _QUERY:
-        raise ConfigError(f"form = {form!r}: must be one of {', '.join(_QUERY)}")
+    require(form in _QUERY, "form", form, f"one of {', '.join(_QUERY)}")
     rng = np.random.default_rng(seed)
     columns: dict[str, list] = {}
     asked: dict[int, int] = {}
@@ -229,13 +229,11 @@ class _Resolve:
         return replace(item, text=item.text[: self.max_characters])
 
 
-def passages_as_dataset(
-    corpus: Corpus, render: Callable[[Passage], Input], max_characters: int = 100_000
-) -> Dataset:
+def passages_as_dataset(corpus: Corpus, render: Callable[[Passage], Input]) -> Dataset:
     """The passages of a corpus as a data set of one column, read batch by batch."""
     from datasets import Dataset
 
-    transform = _Resolve(None, render, max_characters, KeysOf(corpus))
+    transform = _Resolve(None, render, _MOST_CHARACTERS, KeysOf(corpus))
     return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(transform)
 
 

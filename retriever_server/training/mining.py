@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
@@ -56,10 +56,8 @@ class Rules:
         if not 1 <= self.first_rank <= self.last_rank:
             ranks = f"first_rank = {self.first_rank}, last_rank = {self.last_rank}"
             raise ConfigError(f"{ranks}: must be 1 <= first <= last")
-        if self.per_query < 1:
-            raise ConfigError(f"per_query = {self.per_query}: must be >= 1")
-        if self.pick not in ("top", "random"):
-            raise ConfigError(f"pick = {self.pick!r}: must be top or random")
+        require(self.per_query >= 1, "per_query", self.per_query, ">= 1")
+        require(self.pick in ("top", "random"), "pick", self.pick, "top or random")
 
 
 @dataclass(frozen=True)

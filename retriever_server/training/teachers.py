@@ -44,7 +44,6 @@ def label(
     out: str | Path,
     ranks: Ranks | None = None,
     progress: Progress = iter,
-    queries_at_once: int = 64,
 ) -> list[Path]:
     """Write `out`/teacher_1.jsonl ..., the labels of each, and `out`/stage_1.jsonl ...; the stages' paths.
 
@@ -58,7 +57,7 @@ def label(
     labelled = []
     for number, teacher in enumerate(teachers, start=1):
         labelled.append(out / f"teacher_{number}.jsonl")
-        _ask(asked, teacher, corpus, labelled[-1], ranks, progress, queries_at_once)
+        _ask(asked, teacher, corpus, labelled[-1], ranks, progress)
     opened = [Examples(path, corpus) for path in labelled]
     stages = [out / f"stage_{number}.jsonl" for number in range(1, len(teachers) + 1)]
     for number, path in enumerate(stages, start=1):
@@ -81,9 +80,13 @@ def crops(
 
 
 def _ask(
-    queries: Sequence[Example], teacher: Retriever, corpus: Corpus, out: Path, ranks: Ranks,
-    progress: Progress, size: int,
-) -> None:  # fmt: skip
+    queries: Sequence[Example],
+    teacher: Retriever,
+    corpus: Corpus,
+    out: Path,
+    ranks: Ranks,
+    progress: Progress,
+) -> None:
     generation, depth = teacher.generation, ranks.negatives[1]
     provenance = {"corpus": corpus.content_hash, "generation": generation}
     settings = provenance | {"positives": ranks.positives, "negatives": ranks.negatives}
@@ -101,7 +104,7 @@ def _ask(
             found = Example(query.query, ids[0], ids[1], scores, query.query_id, provenance=of)
             yield found.as_record()
 
-    write_in_batches(queries, rows, out, settings, progress, size)
+    write_in_batches(queries, rows, out, settings, progress)
 
 
 def _joined(examples: Sequence[Example], corpus: str) -> Example:

@@ -14,7 +14,7 @@ from typing import Any
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
 from data.corpus import Corpus
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from data.jsonl import write_jsonl
 from data.records import Example, Question
 from rl.co_training.labels import LABELLERS, SCORED, Label, Redundancy, label
@@ -53,8 +53,7 @@ class LabelConfig:
         for name, table in (("labels", LABELLERS), ("style", QUERY_STYLES)):
             if (given := getattr(self, name)) not in table:
                 raise ConfigError(f"{name} = {given!r}: must be one of {', '.join(table)}")
-        if self.negatives < 0:
-            raise ConfigError(f"negatives = {self.negatives}: must be >= 0")
+        require(self.negatives >= 0, "negatives", self.negatives, ">= 0")
 
 
 RECIPES = {

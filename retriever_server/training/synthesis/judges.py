@@ -263,11 +263,11 @@ def warnings_of(measured: Mapping[str, Any], judges: Sequence[Scorer], least_auc
     return lines
 
 
-def fuse(rankings: Sequence[Mapping[str, float]], constant: int = 60) -> dict[str, float]:
+def fuse(rankings: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Reciprocal-rank fusion of scores by passage; ties share the better rank. {} of nothing."""
     fused: dict[str, float] = defaultdict(float)
     for scores in rankings:
         for id_, score in scores.items():
             rank = 1 + sum(other > score for other in scores.values())
-            fused[id_] += 1 / (constant + rank)
+            fused[id_] += 1 / (60 + rank)
     return dict(fused)
