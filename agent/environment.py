@@ -38,9 +38,7 @@ class Searcher(Interface):
     images).
     """
 
-    async def search(self, query: str, k: int) -> list[Hit]:
-        """Return the best `k` passages of one query."""
-        ...
+    async def search(self, query: str, k: int) -> list[Hit]: ...
 
 
 @runtime_checkable
@@ -84,7 +82,6 @@ class Environment:
         return Observation(*encode_prompt(asked, self.protocol, self.tokenizer, self.frame))
 
     async def step(self, action: Action) -> Observation | StopReason:
-        """Carry out the action of the last turn in the ledger."""
         self.turn += 1
         if isinstance(action, Answer):
             self.answer, self.confidence = action.text, action.confidence

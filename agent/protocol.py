@@ -230,7 +230,6 @@ class Protocol:
         ).strip()
 
     def render_observation(self, passages: str) -> str:
-        """The observation around already rendered passages."""
         return _fill(self.observation, passages=passages)
 
 

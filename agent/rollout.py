@@ -59,7 +59,6 @@ class Agent:
 
     @cached_property
     def frame(self) -> PromptFrame:
-        """The text around the instruction."""
         return self.prompt_frame or make_frame(self.protocol, self.tokenizer)
 
     @cached_property
@@ -131,7 +130,6 @@ class Agent:
         return episode.trajectory
 
     def read_action(self, token_ids: list[int]) -> Action:
-        """The action in a turn."""
         return self.spoken.parse(self.decode(token_ids))
 
     def without_end(self, completion: Completion) -> Completion:
@@ -239,7 +237,6 @@ class Elsewhere(Engine):
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: object = ()
     ) -> Completion:
-        """Raise EngineError."""
         raise EngineError("this agent's turns are sampled elsewhere: see Episode.write")
 
     async def update_weights(self, state: object, version: int) -> None:

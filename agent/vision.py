@@ -61,7 +61,6 @@ class Vision:
         self._kept[source] = path
 
     def has(self, source: str) -> bool:
-        """Return whether `keep` was given this picture."""
         return source in self._kept
 
     @classmethod

@@ -16,6 +16,8 @@ from data.records import FORMAT_VERSION, Passage, Question
 from data.significance import estimate, format_estimate
 
 _CLOSED = {("yes",), ("no",)}
+Lookup = dict[str, dict[tuple[str, ...], set[str]]]
+"""Answers by their first word, with the ids of the questions that have them."""
 
 
 def answerable(questions: Sequence[Question], passages: Iterable[Passage]) -> set[str]:
@@ -23,32 +25,24 @@ def answerable(questions: Sequence[Question], passages: Iterable[Passage]) -> se
 
     One pass over the passages, whatever the number of questions.
     """
-    lookups = {name: _Lookup() for name in {question.normalizer for question in questions}}
+    lookups: dict[str, Lookup] = defaultdict(dict)
     for question in questions:
         for gold in question.gold_answers:
-            lookups[question.normalizer].add(words_of(gold, NORMALIZERS[question.normalizer]), question.id)
+            if words := words_of(gold, NORMALIZERS[question.normalizer]):
+                answers = lookups[question.normalizer].setdefault(words[0], {})
+                answers.setdefault(tuple(words), set()).add(question.id)
     found: set[str] = set()
     for passage in passages:
         for name, lookup in lookups.items():
-            found.update(lookup.found_in(words_of(f"{passage.title} {passage.text}", NORMALIZERS[name])))
+            found.update(_found_in(words_of(f"{passage.title} {passage.text}", NORMALIZERS[name]), lookup))
     return found
 
 
-class _Lookup:
-    """Answers by their first word, with the questions that have them."""
-
-    def __init__(self) -> None:
-        self._by_first: dict[str, dict[tuple[str, ...], set[str]]] = defaultdict(dict)
-
-    def add(self, words: Sequence[str], id_: str) -> None:
-        if words:
-            self._by_first[words[0]].setdefault(tuple(words), set()).add(id_)
-
-    def found_in(self, words: Sequence[str]) -> Iterator[str]:
-        for place, word in enumerate(words):
-            for answer, ids in self._by_first[word].items() if word in self._by_first else ():
-                if tuple(words[place : place + len(answer)]) == answer:
-                    yield from ids
+def _found_in(words: Sequence[str], lookup: Lookup) -> Iterator[str]:
+    for place, word in enumerate(words):
+        for answer, ids in lookup.get(word, {}).items():
+            if tuple(words[place : place + len(answer)]) == answer:
+                yield from ids
 
 
 def is_closed(question: Question) -> bool:
@@ -86,7 +80,6 @@ def _share(questions: Sequence[Question], found: set[str]) -> dict[str, Any]:
 
 
 def show_rows(audited: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of its table."""
     parts = [("all", audited)]
     for group in ("by_set", "by_kind"):
         parts += audited[group].items() if len(audited[group]) > 1 else ()
@@ -104,12 +97,6 @@ def write_audit(
     """Write the questions that are answerable (yes and no with them), those that are not, and audit.json."""
     kept = {question.id for question in questions if question.id in found or is_closed(question)}
     for name, wanted in (("answerable", True), ("unanswerable", False)):
-        rows = (_row(question) for question in questions if (question.id in kept) is wanted)
+        rows = (question.as_record() for question in questions if (question.id in kept) is wanted)
         write_jsonl(out / f"{name}.jsonl", rows)
     write_json(out / "audit.json", audited)
-
-
-def _row(question: Question) -> dict[str, Any]:
-    answers = list(question.gold_answers)
-    metadata = dict(question.metadata)
-    return {"id": question.id, "question": question.text, "golden_answers": answers, "metadata": metadata}

@@ -12,6 +12,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from data.errors import ConfigError
 from data.text import one_i
@@ -125,14 +126,10 @@ def _normalize_triviaqa(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_SPACED_PUNCTUATION)).split())
 
 
-def _normalize_folded(text: str) -> str:
-    return normalize_unicode(text, fold_accents=True)
-
-
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "squad": normalize_answer,
     "unicode": normalize_unicode,
-    "unicode_folded": _normalize_folded,
+    "unicode_folded": partial(normalize_unicode, fold_accents=True),
     "triviaqa": _normalize_triviaqa,
 }
 

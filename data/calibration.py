@@ -63,6 +63,7 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
     """Coverage and risk (share wrong among those answered) as answers are given by falling confidence.
 
     Among equal confidences it is the mean over all orders. Returns two arrays (N,): coverage i/N, risk.
+    The mean risk is the AURC (Geifman & El-Yaniv 2017); lower is better.
     """
     level_of = np.unique(-confidence, return_inverse=True)[1]
     size = np.bincount(level_of)
@@ -70,8 +71,3 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
     wrong = np.cumsum(np.repeat(expected, size))
     answered = np.arange(1, len(confidence) + 1)
     return answered / len(confidence), wrong / answered
-
-
-def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float:
-    """AURC: mean risk over all coverages (Geifman & El-Yaniv 2017); lower is better."""
-    return float(risk_coverage(confidence, right)[1].mean())

@@ -78,13 +78,13 @@ def list_checkpoints(directory: Path | str) -> list[Checkpoint]:
     Raises DataError where one was written by a newer format.
     """
     marks = sorted(Path(directory).glob(f"step-*/{MARK}"), reverse=True)
-    found = {each.step: each for each in map(_read_mark, marks)}  # step-000060 after step-000060.old
-    return [found[step] for step in sorted(found)]
+    found = {int(_read_json(mark)["step"]): mark.parent for mark in marks}  # step-000060 after .old
+    return [Checkpoint(*each) for each in sorted(found.items())]
 
 
 def latest_checkpoint(directory: Path | str) -> Checkpoint | None:
     """The complete checkpoint of the highest step, or None."""
-    return max(list_checkpoints(directory), key=lambda found: found.step, default=None)
+    return next(reversed(list_checkpoints(directory)), None)
 
 
 def mark_best(directory: Path | str, step: int, score: float) -> None:
@@ -123,10 +123,6 @@ def _tidy(directory: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, old.with_suffix(""))
-
-
-def _read_mark(mark: Path) -> Checkpoint:
-    return Checkpoint(int(_read_json(mark)["step"]), mark.parent)
 
 
 def _read_json(path: Path) -> dict:

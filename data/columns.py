@@ -63,13 +63,10 @@ class Columns:
 
 
 class JoinedColumns:
-    """The columns of a `JoinedCorpus`, from those of its parts."""
-
     def __init__(self, corpus: JoinedCorpus) -> None:
         self._corpus, self._columns = corpus, [load_columns(part).result() for part in corpus.parts]
 
     def positions(self, field: str, agrees: Callable[[str, Any], Any]) -> np.ndarray:
-        """As `Columns.positions`."""
         spans = zip(self._corpus.spans(), self._columns, strict=True)
         rows = np.concatenate([span.start + columns.positions(field, agrees) for span, columns in spans])
         return self._corpus.positions_of_rows(rows[self._corpus.alive[rows]])

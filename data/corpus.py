@@ -62,7 +62,10 @@ class Corpus:
         self._made_from = path, sidecar_folder, index
         self._file = _open(self.path)
         weakref.finalize(self, os.close, self._file)
-        self.offsets = self._load_offsets(sidecar_folder, index) or self._make_offsets(sidecar_folder)
+        found = self._load_offsets(sidecar_folder, index)
+        self.offsets = found or _read_all(self.path, self._file)
+        if found is None:
+            keep(self.path, self.offsets, sidecar_folder)
         self.content_hash = self.offsets.content_hash
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
         self.index_folder = Path(index) if index is not None else None
@@ -78,11 +81,6 @@ class Corpus:
         place = table_place(self.path, sidecar_folder)
         found = Offsets.load(place) if place else None
         return found if found is not None and found.stamp == stamp else None
-
-    def _make_offsets(self, sidecar_folder: str | Path | None) -> Offsets:
-        offsets = _read_all(self.path, self._file)
-        keep(self.path, offsets, sidecar_folder)
-        return offsets
 
     def save_offsets(self, index: Path) -> None:
         """Put the table into the folder of an index. Raises StorageError."""
@@ -122,12 +120,10 @@ class Corpus:
         return (self[position] for position in range(len(self)))
 
     def get(self, passage_id: str) -> Passage | None:
-        """The passage with this id, or None."""
         position = self.position_of(passage_id)
         return None if position is None else self[position]
 
     def position_of(self, passage_id: str) -> int | None:
-        """Return the position of this id, or None."""
         wanted = np.uint64(hash_text(passage_id))
         first = int(np.searchsorted(self._hashes, wanted))
         for slot in range(first, len(self)):  # one turn, but for two ids of the same hash
@@ -178,7 +174,6 @@ class JoinedCorpus(Corpus):
 
     @property
     def parts(self) -> Sequence[Corpus]:
-        """As `Corpus.parts`."""
         return self._parts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -188,7 +183,6 @@ class JoinedCorpus(Corpus):
         return len(self.alive) if self.rows is None else len(self.rows)
 
     def __getitem__(self, position: SupportsIndex) -> Passage:
-        """As `Corpus.__getitem__`."""
         position = operator.index(position)
         if not 0 <= position < len(self):
             raise IndexError(f"passage {position} of {len(self)} in {self.path} and what was added")
@@ -197,14 +191,12 @@ class JoinedCorpus(Corpus):
         return self.parts[part][row - int(self._starts[part])]
 
     def position_of(self, passage_id: str) -> int | None:
-        """As `Corpus.position_of`."""
         for part, start in zip(self.parts, self._starts.tolist(), strict=False):
             if (at := part.position_of(passage_id)) is not None and self.alive[start + at]:
                 return int(self.positions_of_rows(np.array([start + at]))[0])
         return None
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
-        """As `Corpus.positions`."""
         found = np.full(len(ids), -1, np.int64)
         for part, start in zip(self.parts, self._starts.tolist(), strict=False):
             at = part.positions(ids)
@@ -214,7 +206,6 @@ class JoinedCorpus(Corpus):
         return found
 
     def positions_of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Return the positions of rows that are not deleted."""
         return rows if self.rows is None else np.searchsorted(self.rows, rows)
 
     def places(self) -> np.ndarray:
@@ -222,19 +213,16 @@ class JoinedCorpus(Corpus):
         return np.where(self.alive, np.cumsum(self.alive) - 1, -1)
 
     def spans(self) -> list[slice]:
-        """Return the rows of each part."""
         return [slice(*each) for each in pairwise(self._starts.tolist())]
 
 
 def join_hashes(hashes: Sequence[str], deleted: np.ndarray) -> str:
-    """Return the content hash of joined corpora."""
     digest = hashlib.sha256(" ".join(hashes).encode())
     digest.update(np.asarray(deleted, np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
 def hash_of(content: bytes) -> int:
-    """64 bits of BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 

@@ -1,20 +1,4 @@
-"""Errors that a caller may want to catch, and their meaning.
-
-SleuthError
-├── ConfigError            our caller is wrong: a value, an argument, a combination
-├── DataError              a file is not what it should be: path, line, what is wrong
-├── StorageError           the disk is full or refuses to be written
-├── CorpusChanged          a passage or vector is no longer what was indexed: a file was rewritten or damaged
-├── RetrieverError         the retriever, seen from the client
-│   ├── RetrieverUnavailable   nobody answers, or answers 5xx, until the deadline
-│   ├── RetrieverTimeout       it took longer than the deadline
-│   ├── RetrieverRefused       it answered 4xx: the request is wrong and a retry is useless
-│   └── ToolUnavailable        a tool of an MCP server did not answer in time
-├── EngineError            the engine died or was asked for what it cannot do
-└── RunStopped             training stopped on purpose with its state saved
-
-`scripts/__main__.py` prints any of them as one line, exit status 2, no traceback.
-"""
+"""Errors that a caller may want to catch; `scripts/__main__.py` prints any as one line, exit status 2."""
 
 from collections.abc import Callable
 
@@ -36,7 +20,7 @@ class StorageError(SleuthError, OSError):
 
 
 class CorpusChanged(SleuthError):
-    """A passage or vector is no longer what was indexed. Servers answer 5xx: no caller is at fault."""
+    """A passage or vector is no longer what was indexed: a file was rewritten or damaged (servers: 5xx)."""
 
 
 class RetrieverError(SleuthError):
@@ -98,7 +82,6 @@ def reason_of(error: BaseException) -> str:
 
 
 def unreadable(error: OSError | ValueError) -> str:
-    """Return why a file cannot be read."""
     return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
 
 

@@ -83,7 +83,8 @@ def _why_not_on_hub(name: str, kind: str) -> str:
         return "no name of the hub"
     from huggingface_hub import constants
 
-    reason = _offline_because(constants) or _ask_hub(name, kind)
+    switched_off = "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+    reason = next(iter(_offline), switched_off) or _ask_hub(name, kind)
     cached = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}", "snapshots")
     if reason and cached.is_dir() and any(cached.iterdir()):
         logger.warning("%s is taken from the hub's cache: %s", name, reason)
@@ -124,12 +125,6 @@ def _ask_hub(name: str, kind: str) -> str:
 
 _offline: list[str] = []
 """The reason why the hub is asked no more, once it is."""
-
-
-def _offline_because(constants: Any) -> str:
-    if _offline:
-        return _offline[0]
-    return "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
 
 
 def _go_offline(reason: str) -> None:

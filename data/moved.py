@@ -55,39 +55,33 @@ MOVED = {
 """Old module -> new one."""
 
 
-_FROM_COMPOSE = {"Fuse": "fuse", "Sharded": "shard", "Cached": "cache"}
+_TRAINING = "retriever_server.training"
 _IN_TRAINING = {
-    "models.dense": "builders.dense.dense",
-    "models.two_towers": "builders.dense.two_towers",
-    "models.splade": "builders.sparse.splade",
-    "models.colbert": "builders.colbert.colbert",
-    "models.cross_encoder": "builders.cross_encoder.cross_encoder",
-    "models.pretrained": "builders.pretrained.pretrained",
     "decoders.promptreps": "builders.promptreps.promptreps",
     "decoders.yes_no_reranker": "builders.cross_encoder.yes_no_reranker",
-    "sparse.splade_loss": "losses.splade.splade_loss",
-    "m3.M3Loss": "losses.m3.M3Loss",
     "llm2vec.SimCSE": "losses.simcse.SimCSE",
+    "m3.M3Loss": "losses.m3.M3Loss",
+    "models.colbert": "builders.colbert.colbert",
+    "models.cross_encoder": "builders.cross_encoder.cross_encoder",
+    "models.dense": "builders.dense.dense",
+    "models.pretrained": "builders.pretrained.pretrained",
+    "models.splade": "builders.sparse.splade",
+    "models.two_towers": "builders.dense.two_towers",
+    "sparse.splade_loss": "losses.splade.splade_loss",
 }
 MOVED_CLASSES = {
-    f"retriever_server.compose.{name}": f"retriever_server.retrievers.{file}.{name}"
-    for name, file in _FROM_COMPOSE.items()
-} | {"retriever_server.remote.Web": "examples.web_search.web.Web"}
-MOVED_CLASSES |= {
-    f"retriever_server.training.{old}": f"retriever_server.training.{new}"
-    for old, new in _IN_TRAINING.items()
+    "agent.evaluate.brief": "agent.evaluation.records.brief",
+    "agent.evaluate.evaluation_record": "agent.evaluation.measures.evaluation_record",
+    "agent.evaluate.format_estimate": "data.significance.format_estimate",
+    "agent.evaluate.paired_difference": "agent.evaluation.compare.paired_difference",
+    "agent.evaluate.read_records": "agent.evaluation.records.read_records",
+    "agent.evaluate.score": "agent.evaluation.scores.score",
+    "retriever_server.compose.Cached": "retriever_server.retrievers.cache.Cached",
+    "retriever_server.compose.Fuse": "retriever_server.retrievers.fuse.Fuse",
+    "retriever_server.compose.Sharded": "retriever_server.retrievers.shard.Sharded",
+    "retriever_server.remote.Web": "examples.web_search.web.Web",
+    **{f"{_TRAINING}.{old}": f"{_TRAINING}.{new}" for old, new in _IN_TRAINING.items()},
 }
-MOVED_CLASSES |= {
-    f"agent.evaluate.{name}": f"agent.evaluation.{file}.{name}"
-    for file, names in {
-        "records": ("brief", "read_records"),
-        "measures": ("evaluation_record",),
-        "scores": ("score",),
-        "compare": ("paired_difference",),
-    }.items()
-    for name in names
-}
-MOVED_CLASSES["agent.evaluate.format_estimate"] = "data.significance.format_estimate"
 """Old name of a class that left the others of its module -> new one."""
 
 
@@ -99,8 +93,6 @@ def current_name(name: str) -> str:
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Imports a module by its old name."""
-
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

@@ -110,7 +110,6 @@ class Question:
 
     @property
     def normalizer(self) -> str:
-        """The normal form in which its answers are compared."""
         return str(self.metadata.get("normalizer", "squad"))
 
     @property
@@ -118,6 +117,11 @@ class Question:
         """The query that is searched: its text, its image, or both."""
         image = self.metadata.get("query_image")
         return Item(str(image), self.text) if image else self.text
+
+    def as_record(self) -> dict[str, Any]:
+        """The object of its line."""
+        golds, metadata = list(self.gold_answers), dict(self.metadata)
+        return {"id": self.id, "question": self.text, "golden_answers": golds, "metadata": metadata}
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,6 @@ class Example:
 
     @property
     def asked(self) -> Input:
-        """The query: its text, its image, or both."""
         return Item(self.query_image, self.query) if self.query_image else self.query
 
     def as_record(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ a model reads the first few hundred tokens, so it is cut before it is tokenised.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ufeff\ud800-\udfff]")
@@ -40,8 +40,14 @@ def one_i(lowered: str) -> str:
     return lowered.replace("i\u0307", "i").replace("ı", "i")
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], rule: str = "---:") -> str:
+    """A table in Markdown; `rule` places what stands in all columns but the first."""
+    lines = (columns, ["---", *[rule] * (len(columns) - 1)], *rows)
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
 def replace_halves_in(value: Any, source: bytes) -> Any:
-    """Return a JSON value, parsed from `source`, with the same done to all its strings and keys."""
     return _replaced(value) if _ESCAPED_HALF.search(source) else value
 
 

@@ -13,6 +13,7 @@ from urllib.request import getproxies
 from data.errors import ConfigError, first_line
 from data.listening import why_silent
 from data.settings import WandbConfig
+from data.text import markdown_table
 
 _OFFLINE = "--wandb.mode offline keeps the run on this disk"
 _INIT_SECONDS = 30
@@ -35,17 +36,13 @@ def check_tracker(config: WandbConfig) -> None:
     """Raise ConfigError, within seconds, where the tracker that is asked for cannot be logged to."""
     if config.project is None:
         return
-    if config.tracker in (None, "wandb"):
-        check_wandb(config.mode)
-    else:
-        package = {"trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}[config.tracker]
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            name = config.tracker
-            raise ConfigError(
-                f"wandb.tracker = {name}: needs the package {name} (pip install {name})"
-            ) from error
+    name = config.tracker or "wandb"
+    if name == "wandb":
+        return check_wandb(config.mode)
+    try:
+        importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise ConfigError(f"wandb.tracker = {name}: needs the package {name} (pip install {name})") from error
 
 
 def open_tracker(folder: Path, settings: Mapping[str, Any], config: WandbConfig) -> Tracker:
@@ -107,17 +104,14 @@ class WandbTracker(Tracker):
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics with their step."""
         self._run.log({"step": step, **metrics})
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table beside the metrics of its step."""
         import wandb
 
         self._run.log({"step": step, name: wandb.Table(columns=list(columns), data=[*map(list, rows)])})
 
     def close(self) -> None:
-        """Finish the wandb run."""
         self._run.finish()
 
 
@@ -131,18 +125,15 @@ class TrackioTracker(Tracker):
         trackio.init(project=project, name=folder.name, config=dict(config), resume="allow")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
         self._trackio.log(dict(metrics), step=step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table of one step."""
         import pandas
 
         frame = pandas.DataFrame([*map(list, rows)], columns=list(columns))
         self._trackio.log({name: self._trackio.Table(dataframe=frame)}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
         self._trackio.finish()
 
 
@@ -156,16 +147,11 @@ class TensorBoardTracker(Tracker):
         self._writer.add_text("config", f"```json\n{json.dumps(dict(config), indent=1, default=str)}\n```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table of one step, as Markdown."""
-        lines = [columns, ["---"] * len(columns), *rows]
-        cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+        self._writer.add_text(name, markdown_table(columns, rows, "---"), step)
 
     def close(self) -> None:
-        """Write what is pending."""
         self._writer.close()

@@ -18,7 +18,6 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
 
 
 def read_checked(path: str | Path, option: str = "") -> str:
-    """The text of a YAML file that loads and gives no key twice. Raises as `read_yaml`."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,29 +41,25 @@ def check_keys(text: str, place: str) -> None:
 
     `place` begins the message and may name {line}. What `<<` merges may be given again.
     """
-    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen.add(id(node))  # an alias may lead in a circle
-        if isinstance(node, yaml.MappingNode):
-            _check_mapping(node, place)
-            waiting += [value for _, value in node.value]
-        else:
-            waiting += node.value
+    loader = _Composer(text)
+    loader.place = place
+    loader.get_single_node()
 
 
-def _check_mapping(node: yaml.MappingNode, place: str) -> None:
-    first: dict[object, int] = {}
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-            continue
-        line, name = _line(key.start_mark), yaml.constructor.SafeConstructor().construct_object(key)
-        if name in first:
-            before = f", first on line {first[name]}" if "{line}" in place else ""
-            raise ConfigError(f"{place.format(line=line)}: {key.value} is given twice{before}")
-        first[name] = line
+class _Composer(yaml.SafeLoader):
+    place = ""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[object, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                line, name = _line(key.start_mark), self.construct_object(key)
+                if name in first:
+                    before = f", first on line {first[name]}" if "{line}" in self.place else ""
+                    raise ConfigError(f"{self.place.format(line=line)}: {key.value} is given twice{before}")
+                first[name] = line
+        return node
 
 
 def _line(mark: yaml.Mark | None) -> int:

@@ -24,27 +24,23 @@ from data.text import replace_halves
 from retriever_server.server.batching import Overloaded
 from retriever_server.server.metrics import Metrics
 from retriever_server.server.schema import Body
-from scripts.agent_limits import AgentLimits
 from scripts.ask import split_turn
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
     from agent.rollout import Agent
+    from scripts.serve_agent import AgentLimits
 
 
 _NOT_TAKEN = ("tools", "functions", "stop", "logprobs")
 
 
 class TextPart(Body):
-    """A part of a message that is a text."""
-
     type: str
     text: str = ""
 
 
 class Message(Body):
-    """A message of the conversation."""
-
     role: str
     content: str | list[TextPart] | None = None
 
@@ -59,8 +55,6 @@ class Message(Body):
 
 
 class StreamOptions(Body):
-    """Options of a stream."""
-
     include_usage: bool = False
 
 
@@ -112,7 +106,6 @@ class _Metered:
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, *more: Any
     ) -> Completion:
-        """Complete a turn as far as the tokens go."""
         if self._left < 1:
             raise OutOfTokens
         if self._tell:
@@ -124,8 +117,6 @@ class _Metered:
 
 
 class AgentService:
-    """The agent, and the places in which questions are worked on."""
-
     def __init__(self, agent: Agent, name: str, limits: AgentLimits) -> None:
         self.agent, self.name, self.limits = agent, name, limits
         self.metrics, self.waiting, self.stopping = Metrics(), 0, False
@@ -179,8 +170,6 @@ class AgentService:
 
 
 class _Parts:
-    """A message, told part by part."""
-
     def __init__(self, protocol: Protocol, tell: Callable[[dict[str, Any]], None]) -> None:
         self.ledger = Ledger()
         self._protocol, self._tell, self._told = protocol, tell, 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from agent.engines.config import EngineConfig
 from data.errors import ConfigError, RetrieverError
 from data.records import Hit, Passage, Question
 from data.text import replace_halves
-from rl.config import ProtocolConfig
+from scripts.agent_options import AgentOptions
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -29,46 +29,32 @@ STYLES = {
 }
 
 
-def main(
-    question: str,
-    policy: str,
-    retriever: str,
-    protocol: ProtocolConfig = ProtocolConfig(),  # noqa: B008 (frozen)
-    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
-    temperature: float = 0.0,
-    seed: int = 0,
-    deadline_seconds: float = 30.0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class AskConfig(AgentOptions):
+    """A question to a policy."""
+
+    question: str
+    """What to answer."""
+    seed: int = 0
+    """Seed of sampling."""
+    deadline_seconds: float = 30.0
+    """Seconds for which a search is retried."""
+
+
+def main(config: AskConfig) -> int:
     """Ask one question; thoughts, searches, passages and the answer appear as they come.
 
     Exits with 3 where there is no answer.
-
-    Args:
-        question: What to answer.
-        policy: Folder, hub name, or one that comes with Sleuth (atlas, smollm2).
-        retriever: URL of a server, folder of an index or a .yaml file; none finds nothing.
-        protocol: How the policy speaks, and its limits.
-        engine: What samples: this process, or vLLM servers.
-        temperature: Of sampling; 0 is greedy.
-        seed: Of sampling.
-        deadline_seconds: How long a search is retried.
-        device: cpu, cuda, or auto.
-        dtype: float32, bfloat16, or auto: bfloat16 on cuda, else float32.
     """
-    if not question.strip():
-        raise ConfigError(f"question = {question!r}: must hold a word")
-    from scripts.wiring import open_agent
-
-    opened = open_agent(
-        policy, retriever, protocol, temperature, 1, device, dtype, deadline_seconds, engine=engine
-    )
+    if not config.question.strip():
+        raise ConfigError(f"question = {config.question!r}: must hold a word")
+    opened = config.open(max_rows=1)
+    asked = Question("ask", replace_halves(config.question), ())
 
     async def run() -> Trajectory:
         async with opened:
             await opened.check()
-            return await _watch(opened.agent, Question("ask", replace_halves(question), ()), seed)
+            return await _watch(opened.agent, asked, config.seed)
 
     trajectory = asyncio.run(run())
     if trajectory.searches and trajectory.searches[-1].error:
@@ -79,8 +65,6 @@ def main(
 
 
 async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:
-    from dataclasses import replace
-
     from rich.console import Console
 
     view = _View(Console(highlight=False), agent.spoken)

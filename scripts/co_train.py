@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from data.errors import ConfigError, SleuthError, require, require_range
 from rl.co_training.rounds import State, load_state, run_rounds
+from scripts.console import going_on
 
 LEAST_HEADROOM = 0.15
 """Below this a loop has nothing to show."""
@@ -79,7 +80,6 @@ class CoTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a number that is out of range."""
         require_range(self, "", ">= 1", "rounds", "steps", "rollout_questions", "samples", "k")
         require(0 < self.replay_share < 1, "replay_share", self.replay_share, "in (0, 1)")
 
@@ -112,14 +112,10 @@ def main(config: CoTrainConfig) -> None:
     before = load_state(out / "state.json", start)
     if before.history:
         say_headroom(before.history[0])
-    try:
+    with going_on(out):
         state = run_rounds(start, config.rounds, stages, out / "state.json")
         if len(state.history) == state.round:  # what the last round was good for
             state = loop.score(state)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; what is done is kept in {out}: start the same command again to go on"
-        ) from None
     from rl.co_training.report import write_report
 
     _show(state)
@@ -133,7 +129,6 @@ class _Loop:
         self.config, self.out, self.questions = config, out, questions
 
     def rollout(self, state: State) -> State:
-        from data.atlas.build import question_row
         from data.jsonl import write_jsonl
 
         config, folder = self.config, self._folder(state)
@@ -146,7 +141,7 @@ class _Loop:
                 return replace(after, ended=f"no gain: EM {now:.3f} on dev after {was:.3f}")
         first = state.round * config.rollout_questions
         part = self.questions[first : first + config.rollout_questions]
-        write_jsonl(folder / "questions.jsonl", map(question_row, part))
+        write_jsonl(folder / "questions.jsonl", (question.as_record() for question in part))
         sampled = {"samples": config.samples, "temperature": config.temperature, "seed": config.seed}
         sampled |= {"questions": folder / "questions.jsonl", "out": folder / "rollout"}
         self._run(state, "evaluate", self._agent(state) | sampled)

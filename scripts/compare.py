@@ -32,10 +32,11 @@ def main(
         markdown: File for the table, in Markdown.
         json: File for all of it, with the ids of every flipped question.
     """
-    from agent.evaluation.compare import as_markdown, compare, read_runs, table, write_csv
+    from agent.evaluation.compare import compare, read_runs, table, write_csv
     from data.atomic import atomic_write
     from data.errors import require
     from data.jsonl import write_json
+    from data.text import markdown_table
     from scripts.console import show_table, waiting
 
     require(flipped >= 0, "flipped", flipped, ">= 0")
@@ -51,13 +52,12 @@ def main(
     if csv:
         write_csv(csv, read)
     if markdown:
-        atomic_write(markdown, as_markdown(columns, rows))
+        atomic_write(markdown, markdown_table(columns, rows))
     if json:
         write_json(json, compared)
 
 
 def _show_flipped(runs: dict, compared: dict, limit: int) -> None:
-    """Print some of the questions that flipped, with both answers."""
     from scripts.console import show_table
 
     first, *others = compared["runs"]

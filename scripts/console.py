@@ -49,7 +49,6 @@ class Bar:
 
     @property
     def begun(self) -> bool:
-        """Return whether it is known what was done before."""
         return self._before is not None
 
     def move(self, done: float, total: float | None = None) -> None:
@@ -151,6 +150,17 @@ def waiting(title: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def going_on(out: object, kept: str = "what is done is kept") -> Iterator[None]:
+    """Say at Ctrl-C what is kept in `out`, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {kept} in {out}: start the same command again to go on"
+        ) from None
+
+
 def end_bars() -> None:
     """Take down what an error has left drawn, so that what is printed next is the last of it."""
     for live in _live:
@@ -160,7 +170,6 @@ def end_bars() -> None:
 
 
 def track(title: str) -> Track:
-    """Return what passes items on under a bar."""
     return Track(title, bar)
 
 
@@ -221,7 +230,6 @@ def can_draw() -> bool:
 
 @contextmanager
 def _display(stays: bool) -> Iterator[None]:
-    """Draw the bars of the moment while the block runs."""
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -255,13 +263,11 @@ class _Enduring:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
         with suppress(OSError):
             self._stream.flush()
 

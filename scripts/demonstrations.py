@@ -94,7 +94,7 @@ def main(
         raise DataError(f"none of {len(asked):,} questions gave a demonstration: {_why(teacher, retriever)}")
     write_jsonl(out, kept)
     if rest is not None:
-        write_jsonl(rest, map(_row, left))
+        write_jsonl(rest, (question.as_record() for question in left))
     over = f"; {len(left):,} questions left over in {rest}" if rest is not None else ""
     print(f"{out}: {len(kept):,} demonstrations of {len(asked):,} questions, queries {queries}{over}")
 
@@ -111,7 +111,6 @@ def _draw(
 
 
 def _check(out: str, rest: str | None, take: int | None, top_k: int, teacher: TeacherConfig) -> None:
-    """Raise ConfigError for options that are wrong or do not go together."""
     if take is not None and take < 1:
         raise ConfigError(f"take = {take}: must be >= 1, or none for all")
     if top_k < 1:
@@ -128,11 +127,6 @@ def _why(teacher: TeacherConfig, retriever: str) -> str:
     if teacher.url:
         return f"{teacher.model} searched and answered none of them rightly in the form that it was told"
     return f"no passage that {retriever} finds by a question's keywords says its answer"
-
-
-def _row(question: Question) -> dict[str, Any]:
-    golds, metadata = list(question.gold_answers), dict(question.metadata)
-    return {"id": question.id, "question": question.text, "golden_answers": golds, "metadata": metadata}
 
 
 async def _demonstrate(

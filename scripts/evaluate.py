@@ -10,11 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from agent.engines.config import EngineConfig
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import EngineError, require, require_range
 from data.records import Question
-from rl.config import ProtocolConfig
+from scripts.agent_options import AgentOptions
+from scripts.console import going_on
 
 if TYPE_CHECKING:
     from agent.evaluation.judge import Judge
@@ -22,21 +22,14 @@ if TYPE_CHECKING:
     from scripts.wiring import OpenedAgent
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AgentOptions):
     """Score a policy on a question set; writes scores.json and trajectories.jsonl."""
 
-    policy: str
-    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
     questions: str
     """JSONL, parquet, folder or hub name; several separated by commas."""
-    retriever: str
-    """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
-    random:INDEX (passages drawn at random)."""
     out: str
     """Folder for the evaluation."""
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     split: str | None = None
     """Split of the questions, where there are several."""
     limit: int | None = None
@@ -59,22 +52,14 @@ class EvaluateConfig:
     """Folder for BrowseComp-Plus' run files and its summary, which its own script reads."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Language model that judges answers, where judge.url is given."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 is greedy."""
     seed: int = 0
     """Seed of sampling."""
     max_rows: int = 128
     """Trajectories decoded at once."""
-    deadline_seconds: float = 60.0
-    """Seconds for which a search is retried before it counts as failed."""
     max_failed_share: float = 0.1
     """Share of the questions whose searches may fail before the evaluation stops."""
     keep_tokens: bool = False
     """Keep token ids and log-probs in trajectories.jsonl, which `sleuth replay` needs."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
 
     def __post_init__(self) -> None:
         require(0 <= self.max_failed_share <= 1, "max_failed_share", self.max_failed_share, "in [0, 1]")
@@ -122,12 +107,12 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     from data.listening import why_silent
     from data.lock import locked
     from retriever_server.open_retriever import check_retriever
-    from scripts.wiring import check_agent, open_agent
+    from scripts.wiring import check_agent
 
-    policy, retriever, out = config.policy, config.retriever, config.out
+    out = config.out
     check_folder(out)
-    check_agent(policy, config.protocol, config.device, config.engine)
-    check_retriever(retriever, config.deadline_seconds)
+    check_agent(config.policy, config.protocol, config.device, config.engine)
+    check_retriever(config.retriever, config.deadline_seconds)
     if config.corpus:
         check_is_file(config.corpus)
     judge = Judge(config.judge, Path(out) / "judge-cache.jsonl") if config.judge.url else None
@@ -135,26 +120,11 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
     with locked(Path(out) / ".lock", f"{out} is being written"):
-        opened = open_agent(
-            policy,
-            retriever,
-            config.protocol,
-            config.temperature,
-            config.max_rows,
-            config.device,
-            config.dtype,
-            config.deadline_seconds,
-            engine=config.engine,
-            folder=Path(out),
-        )
-        try:
+        opened = config.open(config.max_rows, Path(out))
+        with going_on(out):
             scores = asyncio.run(_evaluate(opened, questions, config))
             if judge:
                 scores = judge_all(Path(out), judge)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted; go on with the same command: {out} keeps the rest"
-            ) from None
     return scores, questions, opened.agent.protocol.name
 
 
@@ -172,7 +142,6 @@ def choose_questions(config: EvaluateConfig) -> list[Question]:
 
 
 def judge_all(out: Path, judge: Judge) -> dict[str, Any]:
-    """Let the judge read every answer, and score anew."""
     from agent.evaluation.evaluate import rescore
     from agent.evaluation.judge import judge_folder
     from scripts.console import bar

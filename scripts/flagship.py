@@ -26,6 +26,7 @@ from data.answers import cover_em
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
+from scripts.console import going_on
 from scripts.phases import Phases
 
 RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
@@ -94,20 +95,16 @@ def main(
 
     find_policy(policy)
     run = Flagship(Path(out), Path(data), policy, seed)
-    try:
+    with going_on(out):
         run.make_data(test_questions)
         run.warm_start(policy, "warm", warm_steps)
         run.train(steps)
         run.warm_start(str(run.out / "warm"), "control", run.control_steps(warm_steps))
         run.evaluate()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; the same command goes on: {out} keeps what is done") from None
     run.conclude()
 
 
 class Flagship:
-    """The stages, over one folder."""
-
     def __init__(self, out: Path, data: Path, policy: str, seed: int) -> None:
         self.out, self.data, self.policy, self.seed = out, data, policy, seed
         out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +163,6 @@ class Flagship:
 
     @property
     def trained(self) -> Path:
-        """The policy after GRPO."""
         from data.checkpoint import best_checkpoint
 
         best = best_checkpoint(self.out / "grpo" / "checkpoints")
@@ -176,7 +172,6 @@ class Flagship:
 
     @property
     def limits(self) -> dict[str, Any]:
-        """The protocol's options, as the recipe has them."""
         return {f"protocol.{key}": value for key, value in self.recipe["protocol"].items()}
 
     def evaluate(self) -> None:
@@ -239,7 +234,6 @@ def _cpu_seconds() -> float:
 
 
 def finds_answer(record: Mapping[str, Any]) -> bool:
-    """Return whether a passage shown says a gold answer."""
     golds, normalizer = record["gold_answers"], record["metadata"].get("normalizer", "squad")
     return any(
         cover_em(hit["text"], golds, normalizer) for search in record["searches"] for hit in search["hits"]
@@ -277,23 +271,23 @@ def compare(folder: Path) -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The comparison as two tables."""
     from data.significance import format_estimate
+    from data.text import markdown_table
 
-    names = ("found", "em", "f1", "valid format", "searches")
-    lines = [f"{results['questions']} questions, greedy; 95 % intervals by bootstrap over questions", ""]
-    lines += [
-        "| | found | EM | F1 | valid format | searches | EM where found |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, row in results["scores"].items():
-        cells = [
-            format_estimate(row[m]) if m in ("found", "em", "f1") else f"{row[m]['mean']:.2f}" for m in names
-        ]
+        estimates = [format_estimate(row[metric]) for metric in ("found", "em", "f1")]
+        means = [f"{row[metric]['mean']:.2f}" for metric in ("valid format", "searches")]
         reading = results["em where found"].get(name)
         told = "-" if reading is None else f"{reading:.3f}"
-        lines.append(f"| {name}: {EVALUATIONS[name]} | {' | '.join(cells)} | {told} |")
-    lines += ["", "| paired difference | found | EM | F1 |", "|---|---|---|---|"]
-    for name, row in results["differences"].items():
-        lines.append(f"| {name} | {' | '.join(format_estimate(row[m]) for m in names[:3])} |")
-    return "\n".join([*lines, ""])
+        rows.append((f"{name}: {EVALUATIONS[name]}", *estimates, *means, told))
+    less = [
+        (name, *(format_estimate(row[metric]) for metric in ("found", "em", "f1")))
+        for name, row in results["differences"].items()
+    ]
+    parts = (
+        f"{results['questions']} questions, greedy; 95 % intervals by bootstrap over questions\n",
+        markdown_table(("", "found", "EM", "F1", "valid format", "searches", "EM where found"), rows),
+        markdown_table(("paired difference", "found", "EM", "F1"), less),
+    )
+    return "\n".join(parts)

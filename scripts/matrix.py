@@ -16,7 +16,7 @@ from scripts.evaluate import EvaluateConfig
 if TYPE_CHECKING:
     from agent.evaluation.matrix import Cell
 
-_SHARED = {each.name for each in fields(EvaluateConfig)} - {"out", "questions"}
+_SHARED = {each.name for each in fields(EvaluateConfig)} - {"out"}
 """Fields that a cell takes over from the matrix."""
 
 
@@ -79,20 +79,18 @@ class MatrixConfig:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, row by row."""
         from agent.evaluation.matrix import Cell
 
         limits = (self.top_k or [None], self.searches or [None])
         return [Cell(*each) for each in product(self.policies, self.retrievers, *limits)]
 
     def of_cell(self, cell: Cell, folder: Path) -> EvaluateConfig:
-        """The evaluation of one cell."""
         limits = {"top_k": cell.top_k, "max_turns": cell.searches}
         given = {key: value for key, value in limits.items() if value is not None}
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _SHARED}
         shared["protocol"] = replace(self.protocol, **given)
-        sources = self.policies[cell.policy], self.questions, self.retrievers[cell.retriever]
-        return EvaluateConfig(*sources, str(folder), **shared)
+        pair = {"policy": self.policies[cell.policy], "retriever": self.retrievers[cell.retriever]}
+        return EvaluateConfig(**pair, out=str(folder), **shared)
 
 
 def main(config: MatrixConfig) -> None:

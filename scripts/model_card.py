@@ -17,6 +17,7 @@ from data.errors import ConfigError
 from data.hub import MODEL_FILES
 from data.jsonl import read_json, read_jsonl
 from data.significance import estimate, format_estimate
+from data.text import markdown_table
 from rl.demonstrations import RECORD_FILE, warm_start_notes
 
 _DATA = ("questions", "dev_questions", "retriever", "train", "dev", "corpus", "demonstrations", "invented")
@@ -24,8 +25,6 @@ _DATA = ("questions", "dev_questions", "retriever", "train", "dev", "corpus", "d
 
 @dataclass(frozen=True)
 class Trained:
-    """A folder of a model, with what its run says of it."""
-
     folder: Path
     run: Path | None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -135,9 +134,8 @@ def _result(folder: Path) -> str:
         columns, rows = table(read_json(folder / "scores.json"))
     else:
         raise ConfigError(f"results: {folder} holds neither scores.json nor queries.jsonl of an evaluation")
-    lines = [columns, ["---"] * len(columns), *rows]
-    written = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    return f"`{folder.name}`, with intervals of 95 % over clusters of questions:\n\n{written}"
+    said = f"`{folder.name}`, with intervals of 95 % over clusters of questions"
+    return f"{said}:\n\n{markdown_table(columns, rows).rstrip()}"
 
 
 def _estimate(values: Sequence[float]) -> str:

@@ -21,6 +21,7 @@ from data.jsonl import read_json
 from data.managed_process import ManagedProcess
 from data.run_dir import RunStatus
 from rl.config import TrainConfig
+from scripts.console import going_on
 from scripts.phases import Phases
 from scripts.train import open_run
 
@@ -54,12 +55,8 @@ def main(
     """
     require(limit is None or limit >= 1, "limit", limit, ">= 1")
     run = Path(out)
-    try:
+    with going_on(out):
         _quickstart(run, replace(read_recipe(run, seed, steps, resume), engine=engine), limit)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; what is done is kept in {out}: start the same command again to go on"
-        ) from None
 
 
 def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
@@ -86,7 +83,6 @@ def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
 
 
 def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainConfig:
-    """The recipe with this run's folders in it."""
     from scripts.command_line import call
 
     def recipe(config: TrainConfig) -> TrainConfig:
@@ -106,7 +102,6 @@ def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainC
 
 
 def build_world(folder: Path) -> None:
-    """Write corpus, questions and index, unless they are there."""
     from data.atlas.build import build_atlas
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index

@@ -58,7 +58,6 @@ class ReplayConfig:
 
     @property
     def heat(self) -> float:
-        """The temperature of sampling."""
         return float(self.samples > 1) if self.temperature is None else self.temperature
 
 
@@ -120,7 +119,6 @@ def _policy_of(settings: dict[str, Any], trajectory: Path) -> str:
 
 
 def _protocol_of(settings: dict[str, Any], asked: ProtocolConfig) -> ProtocolConfig:
-    """The protocol of the evaluation, but for what is asked."""
     known = settings.get("protocol", {})
     changed = {key: value for key, value in asdict(asked).items() if value is not None}
     own = {each.name: known[each.name] for each in fields(asked) if each.name in known}
@@ -130,7 +128,6 @@ def _protocol_of(settings: dict[str, Any], asked: ProtocolConfig) -> ProtocolCon
 def _show(
     before: list[Trajectory], after: list[Trajectory], config: ReplayConfig, protocol: Protocol
 ) -> None:
-    """Print the common beginning, then what differs side by side."""
     import sys
 
     from rich.box import SIMPLE_HEAD
@@ -194,7 +191,6 @@ def _write(
     config: ReplayConfig,
     settings: dict[str, Any],
 ) -> Path:
-    """Write both sides as evaluations, and their report."""
     from agent.evaluation.evaluate import evaluate
     from agent.evaluation.report.page import write_report
 

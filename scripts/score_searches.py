@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from agent.engines.config import EngineConfig
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import ConfigError, EngineError, require, require_range
-from rl.config import ProtocolConfig
+from scripts.agent_options import AgentOptions
+from scripts.console import going_on
 
 if TYPE_CHECKING:
     from rl.co_training.scores import Scorer
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
 Name = Literal["fork", "alone", "likelihood", "judge", "read"]
 
 
-@dataclass(frozen=True)
-class ScoreConfig:
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(AgentOptions):
     """Trajectories to score, and the judge."""
 
     trajectories: Path
     """Trajectories of `sleuth evaluate` or of a training."""
-    policy: str
-    """The policy that goes on from a search: a folder, a hub name, atlas or smollm2."""
-    retriever: str
-    """Index, URL or YAML file that the policy searches, and that ranks candidates beyond those shown."""
     out: str
     """File for the scores."""
     by: list[Name] = field(default_factory=lambda: ["fork"])
@@ -45,17 +41,11 @@ class ScoreConfig:
     all_groups: bool = False
     """Also searches of questions that all samples answer, or none; left out with fork, where they differ
     least."""
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Language model of judge and read: url, model, api_key_file and limits."""
     max_rows: int = 128
     """Trajectories decoded at once."""
-    deadline_seconds: float = 60.0
-    """Seconds for which a search is retried."""
     seed: int = 0
-    device: str = "auto"
-    """cpu, cuda, or auto."""
 
     def __post_init__(self) -> None:
         require(bool(self.by), "by", self.by, "fork, alone, likelihood, judge or read")
@@ -72,7 +62,6 @@ def main(config: ScoreConfig) -> None:
     from data.jsonl import check_is_file
     from data.listening import why_silent
     from rl.co_training.judges import open_judge
-    from scripts.wiring import open_agent
 
     check_is_file(config.trajectories)
     asks = {"judge", "read"} & set(config.by)
@@ -82,16 +71,9 @@ def main(config: ScoreConfig) -> None:
     needs_model = "likelihood" in config.by and not config.engine.shares_model
     if needs_model and config.device == "cpu":
         raise ConfigError("by: likelihood reads the policy's weights here; leave out --device cpu")
-    opened = open_agent(
-        config.policy, config.retriever, config.protocol, config.temperature, config.max_rows, config.device,
-        deadline_seconds=config.deadline_seconds, engine=config.engine, folder=Path(config.out).parent,
-    )  # fmt: skip
-    try:
+    opened = config.open(config.max_rows, Path(config.out).parent)
+    with going_on(config.out):
         costs = asyncio.run(_score(opened, judge, config))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; go on with the same command: {config.out} keeps the rest"
-        ) from None
     count = costs["searches"]
     print(f"{count:,} searches scored in {config.out}")
     for name in config.by if count else ():

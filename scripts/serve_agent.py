@@ -6,15 +6,13 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.engines.config import EngineConfig
 from data.errors import SleuthError, require_range
 from retriever_server.server.config import Listening
-from rl.config import ProtocolConfig
-from scripts.agent_limits import AgentLimits
+from scripts.agent_options import AgentOptions
 from scripts.listening import announce, hosts_of, read_token
 
 if TYPE_CHECKING:
@@ -22,31 +20,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeAgentConfig(AgentLimits, Listening):
+class AgentLimits:
+    """The most that one request, and all of them together, may ask for."""
+
+    concurrency: int = 16
+    """Questions worked on at once; they share the engine."""
+    max_waiting: int = 64
+    """Questions that may wait for a place; beyond it 429."""
+    max_tokens: int = 4096
+    """The most tokens that the policy writes for one question; a client may ask for fewer."""
+    max_question_chars: int = 8192
+    """The longest question."""
+    max_deadline_seconds: int = 300
+    """The longest that a question may take; then it gets 504."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("concurrency", "max_tokens", "max_question_chars", "max_deadline_seconds")
+        require_range(self, "", ">= 1", *at_least_one)
+        require_range(self, "", ">= 0", "max_waiting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeAgentConfig(AgentOptions, AgentLimits, Listening):
     """Serve a policy with its retriever until SIGTERM or Ctrl-C; questions in flight are finished first."""
 
-    policy: str
-    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
-    retriever: str
-    """URL of a server, folder of an index or a .yaml file; none finds nothing."""
     port: int = 8080
     """0 takes a free one."""
     name: str | None = None
     """Name of the model to clients; none: that of the policy or of its folder."""
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """Protocol of the policy, and its limits: turns, and tokens of a turn and of the whole."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """Engine that samples: this process, or vLLM servers."""
     temperature: float = 0.0
     """Temperature where the client gives none; 0 is greedy."""
     max_body_bytes: int = 1 << 20
     """The largest request."""
     deadline_seconds: float = 30.0
     """Seconds for which a search is retried."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
 
     def __post_init__(self) -> None:
         AgentLimits.__post_init__(self)
@@ -57,21 +64,10 @@ class ServeAgentConfig(AgentLimits, Listening):
 def main(config: ServeAgentConfig) -> None:
     """Serve a policy with its retriever until SIGTERM or Ctrl-C; questions in flight are finished first."""
     from retriever_server.server.connections import listen, run_until_stopped
-    from scripts.wiring import open_agent
 
     listen(config.host, config.port).close()  # whether it is free, before anything is opened
     read_token(config.token_file, "token_file")
-    opened = open_agent(
-        config.policy,
-        config.retriever,
-        config.protocol,
-        config.temperature,
-        config.concurrency,
-        config.device,
-        config.dtype,
-        config.deadline_seconds,
-        engine=config.engine,
-    )
+    opened = config.open(config.concurrency)
     failures: list[SleuthError] = []
     app = build_app(config, opened, failures)
     with listen(config.host, config.port) as listener:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError
 from retriever_server.training.synthesis.config import SynthesisConfig
+from scripts.console import bar, going_on, show_table, waiting
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -29,7 +30,7 @@ def main(config: SynthesisConfig) -> None:
     from data.lock import locked
 
     out = Path(config.out)
-    try:
+    with going_on(out):
         run = open_run(config)
         if config.dry_run:
             return _dry_run(run)
@@ -38,10 +39,6 @@ def main(config: SynthesisConfig) -> None:
                 _measure(run)
             else:
                 _synthesize(run)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; the same command goes on: {config.out} keeps what is done"
-        ) from None
 
 
 def _synthesize(run: Synthesis) -> None:
@@ -63,7 +60,6 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     from retriever_server.training.synthesis.judges import AnswerGain
     from retriever_server.training.synthesis.pipeline import Synthesis, check_corpus, load_shots
     from retriever_server.training.synthesis.recipes import load_recipe
-    from scripts.console import bar, waiting
 
     reader = _reader(Path(config.out))
     make_filters(config.filters, None)
@@ -97,7 +93,6 @@ def _reader(out: Path) -> Any:
 
 
 def _Unasked(name: str) -> Any:
-    """A generator that is named and never asked."""
     from retriever_server.training.synthesis.generators import Scripted
 
     made = Scripted(["-"])
@@ -119,7 +114,6 @@ def _retriever(config: SynthesisConfig, corpus: Corpus | None) -> Any:
     folder = Path(config.out) / "bm25"
     if not folder.exists():
         from retriever_server.indexes.bm25 import BM25Index
-        from scripts.console import waiting
 
         with waiting("indexing the corpus by BM25"):
             BM25Index.build(corpus, folder)
@@ -162,7 +156,6 @@ def _measure(run: Synthesis) -> None:
     from data.jsonl import write_json
     from retriever_server.training.synthesis.judges import measure
     from retriever_server.training.synthesis.results import MEASURED
-    from scripts.console import show_table
 
     config = run.config
     if not run.judges or run.corpus is None or run.retriever is None:
@@ -186,8 +179,6 @@ def _measure(run: Synthesis) -> None:
 
 
 def _show(summary: dict[str, Any], config: SynthesisConfig) -> None:
-    from scripts.console import show_table
-
     rows = [(each["stage"], each["reason"], f"{each['count']:,}") for each in summary["rejected"]]
     rows += [("", "kept", f"{summary['examples']:,}")]
     show_table(f"{summary['texts']:,} texts", ("stage", "rejected because", "texts"), rows)

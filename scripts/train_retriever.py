@@ -40,9 +40,9 @@ def main(config: RetrieverRecipe) -> None:
         opened = _open_run(config, prepared.inputs, stack) if leads else (None, lambda step, steps: None)
         run, progress = opened
         from retriever_server.training.run import train
-        from scripts.console import bar
+        from scripts.console import bar, going_on
 
-        try:
+        with going_on(config.out, "the last checkpoint is kept"):
             folder = train(
                 config,
                 run.log if run else (lambda step, metrics: None),
@@ -51,11 +51,6 @@ def main(config: RetrieverRecipe) -> None:
                 bar if leads else no_bar,
                 prepared,
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted; the last checkpoint is kept in {config.out}: "
-                "start the same command again to go on"
-            ) from None
     if leads:
         print(f"trained: {folder} (`sleuth index --encoder {folder} ...` builds an index with it)")
 

@@ -52,7 +52,6 @@ class OpenedAgent:
             await self.client.__aexit__(*error)
 
     async def _check_documents(self) -> None:
-        """Raise ConfigError where the retriever has no documents to open."""
         for hit in await self.client.search("a", 1):
             try:
                 await self.client.document(hit.passage.id)

@@ -13,12 +13,12 @@ import base64
 import pickle
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from agent.engines.transport import Staged
+from agent.engines.transport import Staged, Transport
 from data.errors import ConfigError, EngineError
 from retriever_server.client.pool import Server
 
@@ -37,18 +37,14 @@ def device_arguments(backend: str) -> tuple[list[str], dict[str, str]]:
     return ["--weight-transfer-config", f'{{"backend":"{backend}"}}'], unpickles
 
 
-class DeviceTransport:
+class DeviceTransport(Transport):
     """Base of both: the weights lie as a copy on this process's GPU until all have taken them."""
 
-    model: str | None = None
-
     def __init__(self, tensors: Tensors, device: str = "cuda") -> None:
-        self.staged: Staged | None = None
         self._tensors, self._device = tensors, device
         self._joined: dict[Server, int] = {}
 
     async def stage(self, state: dict[str, Tensor] | None, version: int) -> None:
-        """Copy them."""
         self.staged = None  # not two copies at once
         self.staged = Staged(version, tensors=await asyncio.to_thread(self._copy, state))
 
@@ -76,24 +72,12 @@ class DeviceTransport:
     async def _send(self, server: Server, tensors: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Keep the newest, for servers that come back."""
-
     def close(self) -> None:
-        """Free the copy."""
         self.staged = None
 
 
-class Group(Protocol):
-    """This process and the workers of one server."""
-
-    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
-        """Send all; returns when they are sent."""
-        ...
-
-
 class NCCLGroup:
-    """A group over torch's own NCCL, this process's rank being 0."""
+    """This process, of rank 0, and the workers of one server, over torch's own NCCL."""
 
     def __init__(self, unique_id: bytes, size: int) -> None:
         """Waits for the others. Then the one addition that vLLM's side begins with."""
@@ -125,12 +109,12 @@ class NCCLTransport(DeviceTransport):
         self,
         tensors: Tensors,
         device: str = "cuda",
-        connect: Callable[[bytes, int], Group] = NCCLGroup,
+        connect: Callable[[bytes, int], NCCLGroup] = NCCLGroup,
         new_id: Callable[[], bytes] = _new_id,
     ) -> None:
         super().__init__(tensors, device)
         self._connect, self._new_id = connect, new_id
-        self._groups: dict[Server, Group] = {}
+        self._groups: dict[Server, NCCLGroup] = {}
 
     async def _join(self, server: Server) -> None:
         size = 1 + int((await server.get("/get_world_size"))["world_size"])

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from agent.engines.base import Completion, Engine, FinishReason, Sampling
 from agent.engines.image_cache import Pictures, shared_with_pictures
-from agent.engines.sampling import TokenSampler
+from agent.engines.sampling import Request, TokenSampler
 from agent.trajectory import Picture
 from agent.vision import Vision
 from data.errors import ConfigError, EngineError
@@ -41,32 +41,9 @@ CACHE_BLOCK_TOKENS = 256
 
 @dataclass(eq=False)
 class _Row:
-    """One trajectory's place in the cache."""
-
     index: int
     cached_ids: list[int] = field(default_factory=list)
     pictures: tuple[Picture, ...] = ()
-
-
-@dataclass(eq=False)
-class _Request:
-    """One completion under way."""
-
-    trajectory_id: str
-    prompt_ids: list[int]
-    sampling: Sampling
-    future: asyncio.Future[Completion]
-    uniform: random.Random
-    pictures: tuple[Picture, ...] = ()
-    tail: str = ""
-    new_ids: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    weights_version: int = 0
-
-    @property
-    def token_ids(self) -> list[int]:
-        """All that is known of the trajectory."""
-        return self.prompt_ids + self.new_ids
 
 
 class RowCache(Cache):
@@ -119,11 +96,9 @@ class RowCache(Cache):
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int | None = None) -> None:
-        """Copy a row, or its first positions, over another."""
         self.storage[:, :, target, :length] = self.storage[:, :, source, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions read by the forward under way."""
         return self.length
 
 
@@ -156,8 +131,8 @@ class HFEngine(Engine):
         self._pictures = Pictures(model, vision) if vision else None
         self._rows: dict[str, _Row] = {}
         self._watchers: dict[str, Callable[[list[int]], None]] = {}
-        self._waiting: deque[_Request] = deque()  # for a row, or for their prefill
-        self._writing: dict[int, _Request] = {}  # by row index
+        self._waiting: deque[Request] = deque()  # for a row, or for their prefill
+        self._writing: dict[int, Request] = {}  # by row index
         self._sampler = TokenSampler(model, tokenizer, self.max_length)
         self._task: asyncio.Task[None] | None = None
         self._prefill_due = 0
@@ -176,7 +151,7 @@ class HFEngine(Engine):
             raise EngineError("engine hf: pictures for a policy without eyes")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         uniform, shown = random.Random(sampling.seed), tuple(pictures)
-        request = _Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)
+        request = Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)
         request.weights_version = self.weights_version
         if len(prompt_ids) >= self.max_length:
             return self._completion(request, FinishReason.LENGTH)
@@ -186,7 +161,6 @@ class HFEngine(Engine):
         return await future
 
     def watch(self, trajectory_id: str, tell: Callable[[list[int]], None]) -> None:
-        """Tell the tokens of each of its completions as they grow, until its release."""
         self._watchers[trajectory_id] = tell
 
     async def release(self, trajectory_id: str) -> None:
@@ -247,7 +221,7 @@ class HFEngine(Engine):
         elif self._writing:
             self._decode()
 
-    def _admit(self) -> list[_Request]:
+    def _admit(self) -> list[Request]:
         """The waiting requests that have a row, giving free rows to the first that lack one."""
         ready = []
         for request in self._waiting:
@@ -259,7 +233,7 @@ class HFEngine(Engine):
                 ready.append(request)
         return ready
 
-    def _prefill(self, ready: list[_Request]) -> None:
+    def _prefill(self, ready: list[Request]) -> None:
         """Feed what is new of these requests, shortest first, up to the token budget."""
         fresh = {}
         for request in ready:
@@ -366,8 +340,7 @@ class HFEngine(Engine):
         near = torch.where(keys > query - self._window, full, closed)
         return {"full_attention": full, "sliding_attention": near}
 
-    def _sample(self, requests: list[_Request], logits: Tensor) -> None:
-        """Draw a token for each request from logits (R, V) and retire those that are done."""
+    def _sample(self, requests: list[Request], logits: Tensor) -> None:
         for request, reason in zip(requests, self._sampler.extend(requests, logits), strict=True):
             if tell := self._watchers.get(request.trajectory_id):
                 tell(request.new_ids)
@@ -376,7 +349,7 @@ class HFEngine(Engine):
                 if not request.future.done():
                     request.future.set_result(self._completion(request, reason))
 
-    def _completion(self, request: _Request, reason: FinishReason) -> Completion:
+    def _completion(self, request: Request, reason: FinishReason) -> Completion:
         return Completion(request.new_ids, request.logprobs, reason, request.weights_version)
 
 

@@ -6,33 +6,42 @@ Stop strings are found in the stream of sampled tokens without decoding it whole
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from agent.engines.base import FinishReason, Sampling
+from agent.engines.base import Completion, FinishReason, Sampling
 
 if TYPE_CHECKING:
+    import asyncio
     import random
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class Stream(Protocol):
-    """A completion under way, as much of it as the search for stop strings needs."""
-
-    sampling: Sampling
-    new_ids: list[int]
-    tail: str
+    from agent.trajectory import Picture
 
 
-class Request(Stream, Protocol):
-    """A completion that tokens are drawn for."""
+@dataclass(eq=False)
+class Request:
+    """One completion under way."""
 
+    trajectory_id: str
     prompt_ids: list[int]
-    logprobs: list[float | None]
+    sampling: Sampling
+    future: asyncio.Future[Completion]
     uniform: random.Random
+    pictures: tuple[Picture, ...] = ()
+    tail: str = ""
+    """Text at the end that may begin a stop string."""
+    new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    weights_version: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_ids + self.new_ids
 
 
 class TokenSampler:
@@ -107,23 +116,23 @@ class StopFinder:
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
 
-    def found(self, stream: Stream, token: int) -> bool:
-        """Return whether `token`, the last of `stream.new_ids`, completes one of its stop strings."""
-        stops = stream.sampling.stop
+    def found(self, request: Request, token: int) -> bool:
+        """Return whether `token`, the last of `request.new_ids`, completes one of its stop strings."""
+        stops = request.sampling.stop
         if not stops:
             return False
         piece = self._pieces.get(token)
         if piece is None:
             piece = self._pieces[token] = str(self._tokenizer.decode([token]))
         longest = max(map(len, stops))
-        tail = stream.tail + piece
+        tail = request.tail + piece
         # One character less than a stop string: a stop found earlier is not found again.
-        stream.tail = tail[-(longest - 1) :] if longest > 1 else ""
+        request.tail = tail[-(longest - 1) :] if longest > 1 else ""
         # A character that is cut in two decodes to U+FFFD on either side.
         if "\ufffd" not in tail and not any(stop in tail for stop in stops):
             return False
         # Alone, a token may decode without the space it has in context: the whole has the last word.
-        text = str(self._tokenizer.decode(stream.new_ids[-4 * longest :]))
+        text = str(self._tokenizer.decode(request.new_ids[-4 * longest :]))
         return any(stop in text for stop in stops)
 
 

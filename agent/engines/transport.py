@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
@@ -35,44 +35,39 @@ class Staged:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Brings the weights of a VLLMEngine to its servers."""
 
-    staged: Staged | None
+    staged: Staged | None = None
     """The newest."""
-    model: str | None
+    model: str | None = None
     """Model that requests name once weights are loaded; None: the server's own."""
 
+    @abstractmethod
     async def stage(self, state: dict[str, Tensor] | None, version: int) -> None:
         """Make weights ready; None: the model's own."""
-        ...
 
+    @abstractmethod
     async def load(self, server: Server, staged: Staged) -> None:
         """Have a paused server take them. Raises EngineError where it does not."""
-        ...
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 (the newest stays, for servers that come back)
         """Drop what is neither the newest nor being loaded."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Drop all."""
-        ...
 
 
-class FolderTransport:
+class FolderTransport(Transport):
     """Safetensors in a folder that the servers see."""
 
-    model: str | None = None
-
     def __init__(self, write: Write, folder: Path) -> None:
-        self.staged: Staged | None = None
         self._write, self._folder = write, folder
         self._kept: list[Path] = []
         self._loading: list[Path] = []
 
     async def stage(self, state: dict[str, Tensor] | None, version: int) -> None:
-        """Write them."""
         folder = self._folder / f"weights-{version:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         await asyncio.to_thread(self._write, folder, state)
@@ -80,7 +75,6 @@ class FolderTransport:
         self.staged = Staged(version, folder)
 
     async def load(self, server: Server, staged: Staged) -> None:
-        """Have the server read the folder."""
         self._loading.append(staged.folder)
         try:
             await self._read(server, str(staged.folder))
@@ -94,14 +88,12 @@ class FolderTransport:
             await call_worker(server, RELOAD[1], weights_path=folder)
 
     def settle(self) -> None:
-        """Remove the folders of older weights."""
         newest = self.staged and self.staged.folder
         for folder in {*self._kept} - {newest, *self._loading}:
             shutil.rmtree(folder, ignore_errors=True)
         self._kept = [folder for folder in self._kept if folder.exists()]
 
     def close(self) -> None:
-        """Remove all folders."""
         for folder in self._kept:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,7 +104,7 @@ class AdapterTransport(FolderTransport):
     vLLM's own `load_inplace` would read the folder again for every batch: our worker replaces it once.
     """
 
-    model: str | None = ADAPTER
+    model = ADAPTER
 
     async def _read(self, server: Server, folder: str) -> None:
         known = await server.get("/v1/models")
@@ -123,5 +115,4 @@ class AdapterTransport(FolderTransport):
 
 
 async def call_worker(server: Server, method: str, **arguments: str) -> None:
-    """Call a method of the server's workers."""
     await server.ask("/collective_rpc", {"method": method, "kwargs": arguments})

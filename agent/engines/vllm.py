@@ -139,7 +139,6 @@ class VLLMEngine(Engine):
         return {server.url: found for server, found in (await self.pool.on_all(on)).items()}
 
     async def close(self) -> None:
-        """Close the connections; servers that were started for this engine end."""
         try:
             if self._starting is not None:
                 self._starting.cancel()

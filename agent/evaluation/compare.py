@@ -188,16 +188,6 @@ def table(compared: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
     return columns, rows
 
 
-def as_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
-
-    rule = ("---", *["---:"] * (len(columns) - 1))
-    return "\n".join(map(line, (columns, rule, *rows))) + "\n"
-
-
 def write_csv(path: Path, runs: Runs) -> None:
     """A row for each record of all runs: run, id, question, kind, gold answers, answer, scores, costs."""
     with open_atomic(path) as file:

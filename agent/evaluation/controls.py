@@ -55,7 +55,6 @@ class World:
     """By question: of each title or id that names gold its passages, first those that hold an answer."""
 
     def allows(self, name: str, question: Question) -> bool:
-        """Return whether the control can be made of the question."""
         if name == "random":
             return self.corpus is not None
         return bool(self.gold.get(question.id)) or name not in ("oracle", *PAIRS)
@@ -110,7 +109,6 @@ class _Shows:
         self._hits, self._at = hits, 0
 
     async def search(self, query: Any, k: int) -> list[Hit]:
-        """The next `k`."""
         shown = self._hits[self._at : self._at + k]
         self._at = self._at + k if self._at + k < len(self._hits) else 0
         return shown
@@ -123,7 +121,6 @@ class _Draws:
         self._corpus, self._seed = corpus, seed
 
     async def search(self, query: Any, k: int) -> list[Hit]:
-        """`k` different passages."""
         drawn = random.Random(f"{self._seed}/{query}").sample(
             range(len(self._corpus)), min(k, len(self._corpus))
         )
@@ -137,7 +134,6 @@ class _Asks:
         self._searcher, self._question = searcher, question
 
     async def search(self, query: Any, k: int) -> list[Hit]:
-        """Return the hits of the question."""
         return await self._searcher.search(self._question.text, k)
 
 
@@ -155,7 +151,6 @@ class _Without:
         self._list: _Shows | None = None
 
     async def search(self, query: Any, k: int) -> list[Hit]:
-        """The next `k` of the list."""
         self._list = self._list or _Shows(await self._make(k))
         return await self._list.search(query, k)
 

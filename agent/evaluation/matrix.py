@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agent.evaluation.compare import as_markdown
 from agent.evaluation.records import (
     MATRIX_FILE,
     brief,
@@ -28,6 +27,7 @@ from agent.evaluation.records import (
 from data.atomic import atomic_write, open_atomic
 from data.jsonl import write_json
 from data.significance import estimate, format_estimate
+from data.text import markdown_table
 
 
 class Cell(NamedTuple):
@@ -40,7 +40,6 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
         limits = {"k": self.top_k, "s": self.searches}
         told = [f"{key}{value}" for key, value in limits.items() if value is not None]
         return ".".join((self.policy, self.retriever, *told))
@@ -124,7 +123,6 @@ def _contrasts(cells: Sequence[Cell], diagonal: bool) -> dict[str, Weights]:
 
 
 def table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of the cells for people."""
     columns = ("policy", "retriever", "passages", "searches", "EM [95 %]", "less the baseline")
     rows = []
     for name, cell in matrix["cells"].items():
@@ -136,17 +134,15 @@ def table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def contrast_table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
-    """Columns and rows of the contrasts for people."""
     rows = [(name, format_estimate(found, signed=True)) for name, found in matrix["contrasts"].items()]
     return ("contrast", "EM [95 %]"), rows
 
 
 def write_matrix(out: Path, matrix: Mapping[str, Any]) -> None:
-    """Write matrix.json, matrix.md and matrix.csv."""
     write_json(out / MATRIX_FILE, matrix)
-    text = as_markdown(*table(matrix))
+    text = markdown_table(*table(matrix))
     if matrix["contrasts"]:
-        text += "\n" + as_markdown(*contrast_table(matrix))
+        text += "\n" + markdown_table(*contrast_table(matrix))
     atomic_write(out / "matrix.md", text)
     with open_atomic(out / "matrix.csv") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -30,7 +30,6 @@ from agent.evaluation.samples import pass_at
 from agent.trajectory import StopReason, Trajectory
 from data.answers import METRICS, OFFICIAL
 from data.calibration import (
-    area_under_risk_coverage,
     auc,
     brier_score,
     expected_calibration_error,
@@ -182,7 +181,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
         "ece": expected_calibration_error(confidence, right),
         "brier": brier_score(confidence, right),
         "auc": auc(confidence, right),
-        "aurc": area_under_risk_coverage(confidence, right),
+        "aurc": float(risk.mean()),
         "risk_at_coverage": {str(c): value for c, value in at.items()},
     }
 
@@ -236,7 +235,6 @@ def _mean_by_question(records: Sequence[Record], values: Sequence[float]) -> dic
 
 
 def _samples_of(records: Iterable[Record]) -> list[list[Record]]:
-    """The records of each question."""
     return list(_groups(records, question_of, ordered=False).values())
 
 
@@ -252,5 +250,4 @@ def _groups(
 
 
 def mean_of(values: Iterable[float]) -> float:
-    """Their mean."""
     return float(np.mean([float(value) for value in values]))

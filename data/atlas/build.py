@@ -64,7 +64,7 @@ def _write(
 ) -> dict[str, Any]:
     write_jsonl(folder / "corpus.jsonl", (passage_row(passage) for passage in passages))
     for split, asked in questions.items():
-        write_jsonl(folder / f"{split}.jsonl", (question_row(question) for question in asked))
+        write_jsonl(folder / f"{split}.jsonl", (question.as_record() for question in asked))
     words = sum(len(passage.text.split()) for passage in passages)
     return {
         "passages": len(passages),
@@ -92,19 +92,5 @@ def training_pairs(questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
 
 def passage_row(passage: Passage) -> dict[str, str]:
     """A passage as a line of a corpus: id, title, text, and Search-R1's contents."""
-    return {
-        "id": passage.id,
-        "title": passage.title,
-        "text": passage.text,
-        "contents": passage.contents,
-    }
-
-
-def question_row(question: Question) -> dict[str, Any]:
-    """A question as a line of a question set."""
-    return {
-        "id": question.id,
-        "question": question.text,
-        "golden_answers": list(question.gold_answers),
-        "metadata": dict(question.metadata),
-    }
+    title, text = passage.title, passage.text
+    return {"id": passage.id, "title": title, "text": text, "contents": passage.contents}

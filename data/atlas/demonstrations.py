@@ -100,11 +100,9 @@ class _Reader:
         self.told: dict[str, str] = {}
 
     def begin(self) -> None:
-        """Forget the question before."""
         self.steps, self.searched, self.named = [], [], []
 
     def search(self, entity: Entity) -> None:
-        """Search an entity by its name and read its passage."""
         rendered = render_passage(self.world, entity, self.seed)
         think = self.rng.choice(NEXT if self.steps else FIRST).replace("{n}", entity.name)
         passage, self.told = rendered.passage, rendered.told

@@ -63,7 +63,6 @@ def invent_world(
 def _country(
     at: str, nearby: tuple[str, ...], places: int, fresh: Callable[[], str], rng: random.Random
 ) -> list[Entity]:
-    """A country, its places and its mountain."""
     name = fresh()
     members = [
         Entity(f"place/{at}/{n}", fresh(), "place", {"kind": (rng.choice(KINDS),)}, at) for n in range(places)
@@ -109,7 +108,6 @@ def _elements(count: int, fresh: Callable[[], str], rng: random.Random) -> list[
 
 
 def _word(fresh: Callable[[], str]) -> str:
-    """The longest word of a new name."""
     return max(fresh().split(), key=len).strip(".")
 
 

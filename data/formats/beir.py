@@ -22,17 +22,17 @@ from data.records import Benchmark, Passage, Question
 _IDS, _TEXTS = ("id", "_id", "query_id", "qid"), ("question", "query", "text")
 
 
-def is_beir(folder: Path) -> bool:
-    """Return whether a folder has this layout."""
+def has_layout(folder: Path) -> bool:
     return (folder / "queries.jsonl").is_file() and (folder / "qrels").is_dir()
 
 
-def load(folder: Path, split: str = "test") -> Benchmark:
-    """The queries that a split judges, and its qrels.
+def load(folder: Path, split: str | None) -> Benchmark:
+    """The queries that a split (test if none is given) judges, and its qrels.
 
     A passage with the id of the query itself is excluded, as BEIR's own evaluation does it, unless it is
     judged relevant.
     """
+    split = split or "test"
     qrels = load_qrels(_qrels_file(folder, split))
     queries = [query for query in load_queries(folder / "queries.jsonl") if query.id in qrels]
     if not queries:
@@ -41,7 +41,7 @@ def load(folder: Path, split: str = "test") -> Benchmark:
     return Benchmark(queries, qrels, itself)
 
 
-def passages(folder: Path) -> Iterator[tuple[str, Passage]]:
+def passages(folder: Path, split: str | None, images: Path) -> Iterator[tuple[str, Passage]]:
     """The corpus, each passage with its place; a title alone is the text."""
     for place, row in read_rows(folder / "corpus.jsonl"):
         with at(place):
@@ -71,7 +71,7 @@ def load_queries(path: str | Path) -> list[Question]:
 
 def read(path: Path, split: str, images: Path) -> Items:
     """The passages, and an example of each query that the split judges."""
-    yield from passages(path)
+    yield from passages(path, split, images)
     benchmark = load(path, split)
     yield from judged_items(str(path / "queries.jsonl"), benchmark.queries, benchmark.qrels)
 

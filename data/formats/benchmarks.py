@@ -13,7 +13,7 @@ from typing import Any
 
 from data.formats import beir, bright, vidore
 from data.formats.rows import passage_row
-from data.records import Benchmark, Hit, Passage
+from data.records import Benchmark, Hit
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +21,13 @@ logger = logging.getLogger(__name__)
 def load_benchmark(name: str) -> Benchmark:
     """The queries, qrels and exclusions of FOLDER[:PART]; ConfigError where there is no such collection."""
     folder, part = _place(name)
-    if bright.is_bright(folder):
-        return bright.load(folder, part)
-    return (vidore if vidore.is_vidore(folder) else beir).load(folder, part or "test")
+    return _form_of(folder).load(folder, part)
 
 
 def is_benchmark(name: str | Path) -> bool:
     """Return whether FOLDER[:PART] holds a collection of BEIR's, BRIGHT's or ViDoRe's form."""
     folder, _ = _place(str(name))
-    return bright.is_bright(folder) or vidore.is_vidore(folder) or beir.is_beir(folder)
+    return _form_of(folder).has_layout(folder)
 
 
 def benchmark_passages(name: str, beside: str | Path = "") -> Iterator[dict[str, Any]]:
@@ -41,7 +39,7 @@ def benchmark_passages(name: str, beside: str | Path = "") -> Iterator[dict[str,
     """
     folder, part = _place(name)
     beside, empty = Path(beside), 0
-    for _, passage in _passages(folder, part, beside):
+    for _, passage in _form_of(folder).passages(folder, part, beside / "images"):
         if passage.text or passage.files:
             yield passage_row(passage, beside)
         else:
@@ -61,12 +59,9 @@ def without_excluded(
     }
 
 
-def _passages(folder: Path, part: str | None, beside: Path) -> Iterator[tuple[str, Passage]]:
-    if bright.is_bright(folder):
-        return bright.passages(folder, part)
-    if vidore.is_vidore(folder):
-        return vidore.passages(folder, beside / "images", part or "test")
-    return beir.passages(folder)
+def _form_of(folder: Path) -> Any:
+    """The module that reads the layout of a folder; BEIR's where it is of none."""
+    return next((form for form in (bright, vidore) if form.has_layout(folder)), beir)
 
 
 def _place(name: str) -> tuple[Path, str | None]:

@@ -26,8 +26,7 @@ _TASKS = {
 _POST = ("{} post", "passages", "post")
 
 
-def is_bright(folder: Path) -> bool:
-    """Return whether a folder has this layout."""
+def has_layout(folder: Path) -> bool:
     return (folder / "examples").is_dir() and (folder / "documents").is_dir()
 
 
@@ -55,8 +54,7 @@ def load(folder: Path, part: str | None) -> Benchmark:
     return Benchmark(queries, qrels, excluded, instruction)
 
 
-def passages(folder: Path, part: str | None) -> Iterator[tuple[str, Passage]]:
-    """The passages of a domain."""
+def passages(folder: Path, part: str | None, images: Path) -> Iterator[tuple[str, Passage]]:
     domain, long = _domain(folder, part)
     for place, row in _rows(folder / ("long_documents" if long else "documents"), domain):
         with at(place):

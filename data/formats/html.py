@@ -134,7 +134,6 @@ class _Sections(_Nesting):
         self._add(data.replace("\n", " "))
 
     def flush(self) -> None:
-        """End the section."""
         text = "\n".join(" ".join(line.split()) for line in "".join(self.words).split("\n"))
         if text.strip():
             self.found.append((f"{self.page}: {self.heading}" if self.heading else self.page, text))

@@ -26,15 +26,14 @@ _PAGES_AT_ONCE = 16  # rows with pictures in memory
 _TEXTS = ("text", "markdown")
 
 
-def is_vidore(folder: Path) -> bool:
-    """Return whether a folder has one of these layouts."""
+def has_layout(folder: Path) -> bool:
     first = next((folder / "data").glob("*.parquet"), None)
     return _is_three(folder) or (first is not None and {"query", "image"} <= set(parquet_columns(first)))
 
 
-def load(folder: Path, split: str = "test") -> Benchmark:
+def load(folder: Path, split: str | None) -> Benchmark:
     """The queries that are judged and their qrels. Raises ConfigError for a split that is not there."""
-    _check_split(folder, split)
+    split = _checked(folder, split)
     queries: dict[str, Question] = {}
     qrels = Qrels()
     if not _is_three(folder):
@@ -55,9 +54,9 @@ def load(folder: Path, split: str = "test") -> Benchmark:
     return Benchmark([query for query in queries.values() if query.id in qrels], qrels)
 
 
-def passages(folder: Path, images: Path, split: str = "test") -> Iterator[tuple[str, Passage]]:
+def passages(folder: Path, split: str | None, images: Path) -> Iterator[tuple[str, Passage]]:
     """The pages; their pictures are written to files in `images`, and each id comes once."""
-    _check_split(folder, split)
+    split = _checked(folder, split)
     three, seen = _is_three(folder), set()
     for number, (place, row) in enumerate(_rows(folder / ("corpus" if three else "data"), split)):
         with at(place):
@@ -73,7 +72,7 @@ def passages(folder: Path, images: Path, split: str = "test") -> Iterator[tuple[
 def read(path: Path, split: str, images: Path) -> Items:
     """The pages, and an example of each query that the split judges."""
     benchmark = load(path, split)
-    yield from passages(path, images, split)
+    yield from passages(path, split, images)
     yield from judged_items(str(path), benchmark.queries, benchmark.qrels)
 
 
@@ -81,11 +80,14 @@ def _is_three(folder: Path) -> bool:
     return all(any((folder / name).glob("*.parquet")) for name in ("corpus", "queries", "qrels"))
 
 
-def _check_split(folder: Path, split: str) -> None:
+def _checked(folder: Path, split: str | None) -> str:
+    """Return the split, test if none is given."""
+    split = split or "test"
     files = (folder / ("queries" if _is_three(folder) else "data")).glob("*.parquet")
     there = sorted({path.stem.partition("-")[0] for path in files})
     if split not in there:
         raise ConfigError(f"benchmark {folder}:{split}: must name a split, one of {', '.join(there)}")
+    return split
 
 
 def _rows(folder: Path, split: str) -> Rows:

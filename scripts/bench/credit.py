@@ -14,12 +14,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.evaluation.compare import as_markdown, compare
+from agent.evaluation.compare import compare
 from agent.evaluation.records import read_records
 from data.checkpoint import latest_checkpoint
 from data.jsonl import read_jsonl, write_jsonl
 from data.run_dir import read_metrics
 from data.significance import format_estimate
+from data.text import markdown_table
 from rl.config import SentinelConfig
 from rl.sentinel import Sentinel
 from scripts.bench.algorithms import sleuth
@@ -97,7 +98,7 @@ def table(folders: dict[str, list[Path]]) -> str:
     for name, em, searches in zip(folders, measures["EM"], measures["searches"], strict=True):
         less = format_estimate(em["difference"], signed=True) if em["difference"] else ""
         rows.append((name, format_estimate(em), less, f"{searches['mean']:.2f}", *of_runs(folders[name])))
-    return as_markdown((*columns, "alarmed steps", "credit's share of a step"), rows)
+    return markdown_table((*columns, "alarmed steps", "credit's share of a step"), rows)
 
 
 def of_runs(folders: list[Path]) -> tuple[str, ...]:

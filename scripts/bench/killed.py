@@ -18,10 +18,10 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from agent.evaluation.compare import as_markdown
 from data.errors import EngineError
 from data.jsonl import read_jsonl, write_jsonl
 from data.managed_process import ManagedProcess
+from data.text import markdown_table
 from scripts.quickstart import build_world, serve
 
 COLUMNS = ("start", "ended by", "records", "seconds", "MB at the first record", "halfway", "at most")
@@ -36,7 +36,7 @@ def main(out: Path, questions: int = 20_000, kills: int = 2, policy: str = "atla
         kills: How often the second evaluation is killed, at places of equal distance.
         policy: Policy that answers.
     """
-    print(as_markdown(COLUMNS, measure(out, questions, kills, policy)))
+    print(markdown_table(COLUMNS, measure(out, questions, kills, policy)))
     differ = differing(out / "whole", out / "parts")
     print(f"{questions} questions, {len(differ)} records differ: {', '.join(differ[:10]) or 'none'}")
 

@@ -32,6 +32,7 @@ from retriever_server.client.bridge import Bridge
 from retriever_server.client.pool import ServerPool, pause_seconds
 from retriever_server.client.server_process import PYTHON
 from rl.config import RayConfig, TrainConfig
+from scripts.console import going_on
 from scripts.on_ray.cluster import connect_ray
 from scripts.on_ray.layout import OURS, lay_out
 from scripts.on_ray.ray_process import Lost
@@ -54,17 +55,13 @@ def launch(config: TrainConfig) -> None:
     services = config.ray.retrievers + config.engine.servers_to_start
     ray = connect_ray(str(config.ray.address), cpus=config.ray.cpus * (config.ray.trainers + services))
     try:
-        _Launch(ray, config).run()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; the last checkpoint is kept in {config.out}: start the same command again to go on"
-        ) from None
+        with going_on(config.out, "the last checkpoint is kept"):
+            _Launch(ray, config).run()
     finally:
         ray.shutdown()
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ConfigError where settings do not go together."""
     served = not (config.ray.retrievers and config.retriever.startswith(("http://", "https://")))
     require(served, "ray.retrievers", config.ray.retrievers, "0 where retriever is served already")
     require(config.engine.devices is None, "engine.devices", config.engine.devices, "none with --ray")
@@ -73,8 +70,6 @@ def _check(config: TrainConfig) -> None:
 
 
 class _Launch:
-    """One run on a cluster."""
-
     def __init__(self, ray: Any, config: TrainConfig) -> None:
         self.config, self.settings, self.out = config, config.ray, Path(config.out).absolute()
         self.folder, self.logs = self.out / "ray", self.out / "logs"

@@ -49,7 +49,6 @@ class RayProcess(Place):
     def start(
         self, command: Sequence[str], environment: Mapping[str, str | None], folder: str, log: str
     ) -> None:
-        """As a place's."""
         self._ask("start", PLACE_SECONDS, list(command), dict(environment), folder, log)
 
     def state(self) -> tuple[int, str] | None:

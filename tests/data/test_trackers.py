@@ -55,7 +55,7 @@ def test_tensorboard_gets_scalars_and_tables_as_markdown(told, tmp_path):
     log_all(open_tracker(tmp_path, {"seed": 1}, WandbConfig(project="p", tracker="tensorboard")))
     assert told[0] == ("writer", str(tmp_path / "tensorboard" / "p"))
     assert ("add_scalar", "dev/em", 0.5, 3) in told
-    assert ("add_text", "dev/trajectories", "| id | answer |\n| --- | --- |\n| q1 | a\\|b c |", 3) in told
+    assert ("add_text", "dev/trajectories", "| id | answer |\n| --- | --- |\n| q1 | a\\|b c |\n", 3) in told
     assert told[-1] == ("close",)
 
 

@@ -34,11 +34,8 @@ class Choice:
     verdict: Verdict = "all"
     """In the evaluation `after`, else in the last one shown; fixed and broken compare it with the first."""
     kind: str | None = None
-    """Only questions of this kind."""
     questions: tuple[str, ...] = ()
-    """Only these ids."""
     megabytes: float = 5.5
-    """About how large the page may get."""
 
     def __post_init__(self) -> None:
         require(self.megabytes > 0, "megabytes", self.megabytes, "> 0")
@@ -69,12 +66,10 @@ def choose(run: Run, choice: Choice) -> list[str]:
 
 
 def every_question(run: Run) -> list[str]:
-    """The ids of all evaluations, in the order in which they stand there."""
     return list(dict.fromkeys(id_ for evaluation in run.evaluations for id_ in evaluation.records))
 
 
 def kind_of(run: Run, id_: str) -> str:
-    """The kind of a question, `all` where it has none."""
     record = next(e.records[id_] for e in run.evaluations if id_ in e.records)
     return str(record["metadata"].get("kind", "all"))
 

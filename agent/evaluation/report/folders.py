@@ -45,7 +45,6 @@ class Run:
     passed_over: Sequence[str] = ()
     """Names of evaluations on dev that are left out because there are so many."""
     matrix: Mapping[str, Any] | None = None
-    """As `sleuth matrix` wrote it."""
 
 
 def read_folder(path: Path | str, names: str | None = None) -> Run:
@@ -119,7 +118,6 @@ def compare(run: Run) -> Compared | str:
 
 
 def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, Any]]:
-    """The whole records of some questions."""
     return {record["id"]: record for record in iterate_records(evaluation.folder) if record["id"] in ids}
 
 
@@ -165,7 +163,6 @@ def _dev(name: str) -> str | None:
 
 
 def _em(folder: Path) -> float:
-    """Its EM; -1 while it has no scores."""
     file = folder / "scores.json"
     return _scores(file)["em"]["mean"] if file.exists() else -1.0
 

@@ -42,19 +42,14 @@ def results(run: Run) -> str:
     kinds = list(dict.fromkeys(kind for e in run.evaluations for kind in e.scores["by_kind"]))
     groups = [
         ("Exact match, 95 % interval", _em_rows(run, kinds, difference)),
-        ("Searches a question", _plain_rows(run, kinds, "searches_per_question", "{:.2f}")),
+        ("Searches a question", _search_rows(run, kinds)),
         ("All questions", _overall_rows(run, bool(difference))),
     ]
     if differences:
         groups.insert(1, (f"Flipped against {first}", _flip_rows(run, differences, bool(difference))))
     if differences and not difference:
-        groups.insert(
-            1,
-            (
-                f"Exact match less that of {first}, paired",
-                _less_rows(run, kinds, differences),
-            ),
-        )
+        less = _less_rows(run, kinds, differences)
+        groups.insert(1, (f"Exact match less that of {first}, paired", less))
     columns = "".join(f'<th scope="col">{_column(e)}</th>' for e in run.evaluations)
     if difference:
         columns += '<th scope="col">Difference <small>paired</small></th>'
@@ -158,11 +153,12 @@ def _flip_rows(run: Run, differences: Mapping[str, Any], wide: bool) -> list[str
     ]
 
 
-def _plain_rows(run: Run, kinds: Iterable[str], key: str, form: str) -> list[str]:
-    return [
-        _row(kind, run, [form.format(p[key]) if (p := _part(e, kind)) else "–" for e in run.evaluations])
-        for kind in (None, *kinds)
-    ]
+def _search_rows(run: Run, kinds: Iterable[str]) -> list[str]:
+    rows = []
+    for kind in (None, *kinds):
+        parts = [_part(e, kind) for e in run.evaluations]
+        rows.append(_row(kind, run, [f"{p['searches_per_question']:.2f}" if p else "–" for p in parts]))
+    return rows
 
 
 def _overall_rows(run: Run, wide: bool) -> list[str]:
