@@ -15,7 +15,7 @@ from typing import Any, Literal
 from agent.answer_form import ASKED, MAY_ABSTAIN, AnswerForm, read_answer, write_answer
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH, TOOLS, Call, Tool, ToolServer, read_call, write_call
-from data.errors import ConfigError
+from data.errors import ConfigError, require, require_range
 from data.records import Passage
 from data.text import replace_halves
 
@@ -90,24 +90,19 @@ class Protocol:
     """Limit of the whole trajectory before a turn; the question is never dropped to make room."""
 
     def __post_init__(self) -> None:
-        if self.query_style not in QUERY_STYLES:
-            allowed = ", ".join(QUERY_STYLES)
-            raise ConfigError(f"protocol.query_style = {self.query_style!r}: must be one of {allowed}")
-        for limit in ("top_k", "max_response_tokens", "max_observation_tokens"):
-            if getattr(self, limit) < 1:
-                raise ConfigError(f"protocol.{limit} = {getattr(self, limit)}: must be >= 1")
-        if self.max_turns < 0:
-            raise ConfigError(f"protocol.max_turns = {self.max_turns}: must be >= 0")
-        if SEARCH.name not in self.tools or not set(self.tools) <= self.known_tools.keys():
-            others = ", ".join(self.known_tools.keys() - {SEARCH.name})
-            allowed = f"{SEARCH.name}, with or without {others} and {{mcp: URL or command}}"
-            raise ConfigError(f"protocol.tools = {list(self.tools)}: must be {allowed}")
+        style = self.query_style
+        require(style in QUERY_STYLES, "protocol.query_style", style, f"one of {', '.join(QUERY_STYLES)}")
+        require_range(self, "protocol.", ">= 1", "top_k", "max_response_tokens", "max_observation_tokens")
+        require_range(self, "protocol.", ">= 0", "max_turns")
+        others = ", ".join(self.known_tools.keys() - {SEARCH.name})
+        allowed = f"{SEARCH.name}, with or without {others} and {{mcp: URL or command}}"
+        known = SEARCH.name in self.tools and set(self.tools) <= self.known_tools.keys()
+        require(known, "protocol.tools", list(self.tools), allowed)
         taken = self.think_tag, self.search_tag, self.answer_tag, self.observation_tag
         others = [name for name in self.tools if name != SEARCH.name]
         if len(set(others)) < len(others) or (not self.json_calls and set(others) & set(taken)):
             raise ConfigError(f"protocol.tools = {list(self.tools)}: each name once, and none of {taken}")
-        if self.answer_form not in ASKED:
-            raise ConfigError(f"protocol.answer_form = {self.answer_form!r}: must be {', '.join(ASKED)}")
+        require(self.answer_form in ASKED, "protocol.answer_form", self.answer_form, ", ".join(ASKED))
 
     @property
     def known_tools(self) -> dict[str, Tool]:
@@ -168,12 +163,10 @@ class Protocol:
         if match[1] == self.answer_tag:
             return Answer(*read_answer(match[2])) if self.answer_form != "short" else Answer(match[2].strip())
         call = self.read_call(match[1], match[2])
-        if call and call.tool in self.tools and (call.argument or self._allows_nothing(call)):
+        empty_is_fine = self.allows_empty_query and call is not None and call.tool == SEARCH.name
+        if call and call.tool in self.tools and (call.argument or empty_is_fine):
             return call
         return Invalid("empty query")
-
-    def _allows_nothing(self, call: Call) -> bool:
-        return self.allows_empty_query and call.tool == SEARCH.name
 
     def read_call(self, tag: str, inside: str) -> Call | None:
         """The call whose tag has this content; None where it is none."""
@@ -319,10 +312,8 @@ def get_protocol(
     tools: Sequence[str] = (SEARCH.name,),
 ) -> Protocol:
     """Return the protocol of that name, with its own titles unless others are given. Raises ConfigError."""
-    if name not in PROTOCOLS:
-        raise ConfigError(f"protocol = {name!r}: must be one of {', '.join(PROTOCOLS)}")
-    if titles not in (None, "quoted", "unquoted"):
-        raise ConfigError(f"protocol.titles = {titles!r}: must be quoted or unquoted")
+    require(name in PROTOCOLS, "protocol", name, f"one of {', '.join(PROTOCOLS)}")
+    require(titles in (None, "quoted", "unquoted"), "protocol.titles", titles, "quoted or unquoted")
     changes = {None: {}, "quoted": {"titles": "quoted"}, "unquoted": UNQUOTED}[titles]
     more: dict[str, Any] = {"chat_template_kwargs": dict(chat_template_kwargs or {}), "tools": tuple(tools)}
     return replace(PROTOCOLS[name], **changes, **more)

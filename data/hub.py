@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import ConfigError, first_line
+from data.packaged import SHORT_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ def find_model(name: str, what: str, files: Sequence[str] = MODEL_FILES) -> str:
     what: begins the message, such as "policy". files: one of them makes a folder a model.
     Raises ConfigError in one line: what was given, what is allowed, and what was probably meant.
     """
-    from data.packaged import SHORT_NAMES
-
     _bound_retries()
     if name in SHORT_NAMES:
         return str(SHORT_NAMES[name]())

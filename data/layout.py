@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,8 @@ class _Page:
             left = self.margin + (number // room) * (column + gap)
             self._line(left, top + (number % room) * step, row, column, self.size, self.layout.ink)
         if self.layout.middle and self.lines:
-            self._to_the_middle(min(len(rows), room) * step + top)
+            down = max(0.0, (self.height - self.margin - min(len(rows), room) * step - top) / 2)
+            self.lines = [replace(line, y=line.y + down) for line in self.lines]
         return fits
 
     def _title(self, title: str) -> tuple[bool, float]:
@@ -155,10 +156,6 @@ class _Page:
                 last = last[:-1]
             rows[-1] = f"{last}…"
         return False
-
-    def _to_the_middle(self, bottom: float) -> None:
-        down = max(0.0, (self.height - self.margin - bottom) / 2)
-        self.lines = [_Line(e.x, e.y + down, e.text, e.font_size, e.colour) for e in self.lines]
 
 
 def wrap(text: str, across: float, font: str, size: int) -> list[str]:

@@ -22,12 +22,6 @@ from data.errors import ConfigError, StorageError
 logger = logging.getLogger(__name__)
 
 
-def this_process() -> str:
-    """Its number, machine and command, shortly."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
-    return f"{os.getpid()} on {socket.gethostname()} ({command})"
-
-
 def lock(path: Path, what: str, holder: str, shared: bool = False) -> IO[str]:
     """The file, locked until it is closed, with `holder` in it; `shared` with others that say so, too.
 
@@ -58,7 +52,8 @@ def lock(path: Path, what: str, holder: str, shared: bool = False) -> IO[str]:
 @contextmanager
 def locked(path: Path, what: str, shared: bool = False) -> Iterator[None]:
     """Lock for the block, as this process; the last holder removes the file."""
-    file = lock(path, what, this_process(), shared)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    file = lock(path, what, f"{os.getpid()} on {socket.gethostname()} ({command})", shared)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from data.errors import ConfigError, RetrieverError
 from data.records import Hit, Passage, Question
 from data.text import replace_halves
 from scripts.agent_options import AgentOptions
+from scripts.console import visible
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -120,8 +121,6 @@ class _View:
 
     def _line(self, label: str, content: str, style: str) -> None:
         from rich.text import Text  # as Text, square brackets are no markup
-
-        from scripts.console import visible
 
         line = Text(f"{label:>8}  ", style="dim").append(visible(content), style=f"not dim {style}")
         self.console.print(line, soft_wrap=not self.console.is_terminal)

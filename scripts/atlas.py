@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data.atlas.build import build_atlas, build_invented
 from data.errors import ConfigError
+from data.questions import load_questions
 
 
 def main(out: str | None = None, hard: bool = False, invented: int | None = None) -> None:
@@ -41,7 +42,6 @@ def _print_headroom(out: str) -> None:
     from data.atlas.hard import steps
     from data.atlas.world import load_world
     from data.corpus import Corpus
-    from data.questions import load_questions
     from retriever_server.indexes.bm25 import BM25Index
 
     world = load_world()

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from data.errors import require
+from data.questions import load_questions
+from scripts.console import show_table, track
+
 
 def main(
     questions: str,
@@ -28,9 +32,6 @@ def main(
     """
     from data.answerability import answerable, audit, show_rows, write_audit
     from data.corpus import Corpus
-    from data.errors import require
-    from data.questions import load_questions
-    from scripts.console import show_table, track
 
     require(out is None or out.is_dir() or not out.exists(), "out", str(out), "a folder, not a file")
     asked = load_questions(questions, split, normalizer=normalizer)

@@ -12,9 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from data.checkpoint import latest_checkpoint
 from data.errors import ConfigError, SleuthError, require, require_range
+from data.jsonl import read_json, write_jsonl
+from data.questions import load_questions
+from data.run_dir import read_run
+from data.yaml_file import read_yaml
 from rl.co_training.rounds import State, load_state, run_rounds
-from scripts.console import going_on
+from scripts.console import going_on, show_table
 
 LEAST_HEADROOM = 0.15
 """Below this a loop has nothing to show."""
@@ -90,8 +95,6 @@ def main(config: CoTrainConfig) -> None:
     A new retriever serves only where it finds more of what the policy looks for on dev questions. Killed, the
     same command goes on. OUT/state.json says how far it is, OUT/round-N holds what a round made.
     """
-    from data.questions import load_questions
-
     out = Path(config.out)
     replayed = (config.replay, config.replay_corpus)
     for path in (config.train_recipe, config.retriever_recipe, config.corpus, *replayed):
@@ -129,8 +132,6 @@ class _Loop:
         self.config, self.out, self.questions = config, out, questions
 
     def rollout(self, state: State) -> State:
-        from data.jsonl import write_jsonl
-
         config, folder = self.config, self._folder(state)
         after = self.score(state)
         if state.round == 0:
@@ -149,8 +150,6 @@ class _Loop:
 
     def score(self, state: State) -> State:
         """Evaluate the policy on dev, in the first round also with the passages that each question needs."""
-        from data.jsonl import read_json
-
         config, folder = self.config, self._folder(state)
         dev = {"questions": config.dev_questions, "out": folder / "dev"}
         dev |= {} if config.dev_limit is None else {"limit": config.dev_limit}
@@ -182,15 +181,14 @@ class _Loop:
         return state
 
     def train(self, state: State) -> State:
-        from data.run_dir import read_run
-
         folder = self._folder(state)
         given = {
             "config": self.config.retriever_recipe,
             "train": json.dumps(self._train_sets(folder)),
             "out": folder / "retriever",
         }
-        if not self.config.from_scratch and (last := self._last_model(state)):
+        last = Path(state.retriever).parent / "retriever" / "model"
+        if not self.config.from_scratch and last.is_dir():
             given |= {"model.init_args.base": last}
         if self._run(state, "train-retriever", given, allowed=(0, 2)):
             found = (folder / "retriever" / "run.json").is_file() and read_run(folder / "retriever")["reason"]
@@ -201,8 +199,6 @@ class _Loop:
 
     def _train_sets(self, folder: Path) -> list[dict[str, Any]]:
         """The examples of this round, read as the recipe reads its first set, and those that are replayed."""
-        from data.yaml_file import read_yaml
-
         config = self.config
         sets = read_yaml(Path(config.retriever_recipe)).get("train") or [{}]
         of = {**sets[0], "corpus": config.corpus, "negatives": config.negatives}
@@ -236,7 +232,6 @@ class _Loop:
         return state
 
     def swap(self, state: State) -> State:
-        from data.jsonl import read_json
         from retriever_server.indexes.manifest import read_manifest
         from rl.co_training.live import put_in_place, reload
 
@@ -250,8 +245,6 @@ class _Loop:
         return replace(state, refusals=0, retriever=str(index))
 
     def policy(self, state: State) -> State:
-        from data.checkpoint import latest_checkpoint
-
         config, folder = self.config, self._folder(state)
         self._run(state, "train", {
             "config": config.train_recipe,
@@ -271,10 +264,6 @@ class _Loop:
         folder = self.out / f"round-{state.round}"
         folder.mkdir(exist_ok=True)
         return folder
-
-    def _last_model(self, state: State) -> str | None:
-        model = Path(state.retriever).parent / "retriever" / "model"
-        return str(model) if model.is_dir() else None
 
     def _agent(self, state: State) -> dict[str, Any]:
         """The options of an agent of this state. RetrieverError where its server serves another index."""
@@ -315,7 +304,6 @@ def say_headroom(first: Mapping[str, Any]) -> None:
 
 def _show(state: State) -> None:
     from rl.co_training.report import COLUMNS, round_rows
-    from scripts.console import show_table
 
     show_table("", COLUMNS, round_rows(state.history))
     if state.ended:

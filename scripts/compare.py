@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.atomic import atomic_write
+from data.errors import require
+from data.jsonl import write_json
+from data.text import markdown_table
 from scripts.command_line import bare_words, quoted
+from scripts.console import show_table, waiting
 
 
 def expand(argv: list[str]) -> list[str]:
@@ -33,11 +38,6 @@ def main(
         json: File for all of it, with the ids of every flipped question.
     """
     from agent.evaluation.compare import compare, read_runs, table, write_csv
-    from data.atomic import atomic_write
-    from data.errors import require
-    from data.jsonl import write_json
-    from data.text import markdown_table
-    from scripts.console import show_table, waiting
 
     require(flipped >= 0, "flipped", flipped, ">= 0")
     for name, file in {"csv": csv, "markdown": markdown, "json": json}.items():
@@ -58,8 +58,6 @@ def main(
 
 
 def _show_flipped(runs: dict, compared: dict, limit: int) -> None:
-    from scripts.console import show_table
-
     first, *others = compared["runs"]
     answers = {name: {record["id"]: record for record in records} for name, records in runs.items()}
     rows = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError
+from scripts.console import track
 
 Format = Literal[
     "sleuth",
@@ -51,7 +52,6 @@ def main(
         _to(target_format, source, out, corpus, on_error)
         return
     from retriever_server.training.convert import convert_from
-    from scripts.console import track
 
     done = convert_from(source_format, source, out, corpus, split, on_error, track("reading examples"))
     left_out = [f"{count:,} {what}" for what, count in done.left_out.items() if count]

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from scripts.console import bar
 
 logger = logging.getLogger(__name__)
 
 
 def main(
-    source: str,
-    out: str,
-    words: int = 100,
-    overlap: int = 0,
-    on_error: Literal["stop", "skip"] = "stop",
+    source: str, out: str, words: int = 100, overlap: int = 0, on_error: Literal["stop", "skip"] = "stop"
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
@@ -37,7 +35,6 @@ def main(
     """
     from data.formats.benchmarks import benchmark_passages, is_benchmark
     from data.formats.documents import DUMPS, READERS, find_files, reason_without_text
-    from data.jsonl import write_jsonl
 
     if is_benchmark(source):
         write_jsonl(out, benchmark_passages(source, Path(out).parent))
@@ -89,8 +86,6 @@ def _passages(path: Path, root: Path, words: int, overlap: int, open_file: Any) 
 
 def _with_bar(files: list[Path]) -> Iterator[tuple[Path, Callable[[Path], IO[bytes]]]]:
     """Each file and what opens it, while a bar shows how many bytes of all have been read."""
-    from scripts.console import bar
-
     sizes = [path.stat().st_size for path in files]
     with bar("reading files", sum(sizes), unit="bytes") as move:
         for path, begin in zip(files, accumulate(sizes, initial=0), strict=False):

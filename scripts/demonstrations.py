@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data.errors import ConfigError, DataError, require_range
+from data.errors import ConfigError, DataError, require, require_range
+from data.jsonl import write_jsonl
+from data.questions import load_questions
 from data.settings import ChatConfig
+from scripts.console import bar
 
 if TYPE_CHECKING:
     from data.records import Question
@@ -76,8 +79,6 @@ def main(
         deadline_seconds: How long a search is retried.
         seed: Of the draw, of the poor queries and of the teacher.
     """
-    from data.jsonl import write_jsonl
-    from data.questions import load_questions
     from retriever_server.open_retriever import check_retriever
     from rl.demonstrators import with_queries
 
@@ -111,16 +112,13 @@ def _draw(
 
 
 def _check(out: str, rest: str | None, take: int | None, top_k: int, teacher: TeacherConfig) -> None:
-    if take is not None and take < 1:
-        raise ConfigError(f"take = {take}: must be >= 1, or none for all")
-    if top_k < 1:
-        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+    require(take is None or take >= 1, "take", take, ">= 1, or none for all")
+    require(top_k >= 1, "top_k", top_k, ">= 1")
     if rest is not None and take is None:
         raise ConfigError(f"rest = {rest}: needs take, which leaves questions over")
     if teacher.url is None and teacher != TeacherConfig():
         raise ConfigError("teacher: has options but no url; without --teacher.url rules demonstrate")
-    if Path(out).is_dir():
-        raise ConfigError(f"out = {out}: is a folder, must be a file")
+    require(not Path(out).is_dir(), "out", out, "a file, not a folder")
 
 
 def _why(teacher: TeacherConfig, retriever: str) -> str:
@@ -141,7 +139,6 @@ async def _demonstrate(
     """A demonstration or None for each question, while a bar shows how far it is."""
     from retriever_server.client.search_client import connect
     from rl.demonstrators import by_rules
-    from scripts.console import bar
 
     teacher = _teacher(config, out, top_k, seed) if config.url else None
     found: list[dict[str, Any] | None] = []

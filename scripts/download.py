@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 from urllib.request import getproxies
 
-from data.errors import ConfigError, DataError, SleuthError, StorageError
+from data.errors import ConfigError, DataError, SleuthError, StorageError, require
 from data.jsonl import read_json, write_json
 from data.listening import why_silent
 from retriever_server.client.retries import delay_seconds, may_pass
+from scripts.console import bar
 
 _log = logging.getLogger(__name__)
 
@@ -30,15 +32,13 @@ def main(url: str, out: str, sha256: str | None = None, attempts: int = 10) -> N
         attempts: How often to ask again, one after the other, without a byte in between.
     """
     urls = [part.strip() for part in url.split(",") if part.strip()]
-    if not urls or not all(part.startswith(("http://", "https://")) for part in urls):
-        raise ConfigError(f"url = {url!r}: must be http(s) addresses with commas between")
-    if sha256 is not None and (len(sha256) != 64 or set(sha256.lower()) - set("0123456789abcdef")):
-        raise ConfigError(f"sha256 = {sha256!r}: must be 64 hexadecimal digits")
-    if attempts < 1:
-        raise ConfigError(f"attempts = {attempts}: must be >= 1")
+    web = bool(urls) and all(part.startswith(("http://", "https://")) for part in urls)
+    require(web, "url", url, "http(s) addresses with commas between")
+    hexadecimal = sha256 is None or re.fullmatch("[0-9a-fA-F]{64}", sha256) is not None
+    require(hexadecimal, "sha256", sha256, "64 hexadecimal digits")
+    require(attempts >= 1, "attempts", attempts, ">= 1")
     path = Path(out)
-    if path.is_dir():
-        raise ConfigError(f"out = {out}: is a folder, must be the file to write")
+    require(not path.is_dir(), "out", out, "the file to write, not a folder")
     if path.exists():
         _check_digest(path, sha256)
         print(f"already there: {path} ({path.stat().st_size:,} bytes)")
@@ -79,7 +79,8 @@ def _fetch(url: str, part: Path, state: dict[str, Any], attempts: int) -> None:
     import httpx
 
     failures, reason = 0, ""
-    with httpx.Client(follow_redirects=True, timeout=60.0) as session, _bar(url) as move:
+    shown = bar(url.rpartition("/")[2][:40] or url, done=None, unit="bytes")
+    with httpx.Client(follow_redirects=True, timeout=60.0) as session, shown as move:
         while failures < attempts:
             have = part.stat().st_size
             try:
@@ -142,9 +143,3 @@ def _check_digest(path: Path, expected: str | None) -> None:
 
 def _state_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
-
-
-def _bar(url: str) -> Any:
-    from scripts.console import bar
-
-    return bar(url.rpartition("/")[2][:40] or url, done=None, unit="bytes")

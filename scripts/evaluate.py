@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import EngineError, require, require_range
+from data.jsonl import check_is_file, write_json
+from data.listening import why_silent
+from data.lock import locked
+from data.questions import load_questions
 from data.records import Question
 from scripts.agent_options import AgentOptions
-from scripts.console import going_on
+from scripts.console import bar, going_on, show_table
 
 if TYPE_CHECKING:
     from agent.evaluation.judge import Judge
@@ -79,7 +83,6 @@ def main(config: EvaluateConfig) -> None:
     The same command again goes on where it stopped, and asks failed searches again.
     """
     from agent.evaluation.controls import leaks
-    from data.questions import load_questions
 
     training = load_questions(config.train_questions) if config.train_questions else []
     scores, questions, protocol = run(config)
@@ -103,9 +106,6 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     """Evaluate, or go on with it: the scores, the questions, the name of the protocol."""
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
-    from data.jsonl import check_is_file
-    from data.listening import why_silent
-    from data.lock import locked
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent
 
@@ -132,7 +132,6 @@ def choose_questions(config: EvaluateConfig) -> list[Question]:
     """The questions that are asked, each as often as it is sampled."""
     from agent.evaluation.samples import sampled
     from data.formats.answer_sets import slice_of_each
-    from data.questions import load_questions
 
     limit = None if config.per_set else config.limit
     questions = load_questions(config.questions, config.split, limit, config.normalizer)
@@ -144,7 +143,6 @@ def choose_questions(config: EvaluateConfig) -> list[Question]:
 def judge_all(out: Path, judge: Judge) -> dict[str, Any]:
     from agent.evaluation.evaluate import rescore
     from agent.evaluation.judge import judge_folder
-    from scripts.console import bar
 
     folders = [out, *sorted(path.parent for path in out.glob("controls/*/trajectories.jsonl"))]
     for folder in folders:
@@ -222,7 +220,6 @@ def rollout_with_bar(
     """
     from agent.evaluation.evaluate import roll_out_each
     from agent.prompt import frozen_frame
-    from scripts.console import bar
 
     async def rollout(todo, on_finished):
         frame = frozen_frame(folder, opened.agent.protocol, opened.agent.tokenizer)
@@ -242,7 +239,6 @@ def rollout_with_bar(
 def show_scores(scores: dict[str, Any], title: str) -> None:
     """Print scores as a table: over all questions, by set and by kind; then what else was measured."""
     from agent.evaluation.summary import describe, table
-    from scripts.console import show_table
 
     columns, rows = table(scores)
     show_table(title, columns, rows)
@@ -252,9 +248,7 @@ def show_scores(scores: dict[str, Any], title: str) -> None:
 def show_controls(out: Path, scores: dict[str, Any], found: dict[str, float]) -> None:
     """Print the controls beside the run, write them to controls.json, and say what leaks."""
     from agent.evaluation.compare import compare_controls
-    from data.jsonl import write_json
     from data.significance import format_estimate
-    from scripts.console import show_table
 
     rows = compare_controls(out)
     write_json(out / "controls.json", {"format_version": 1, "controls": rows, "leaks": found})

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError
-from data.records import FORMAT_VERSION, Question
+from data.errors import ConfigError, require
+from data.jsonl import write_json, write_jsonl
+from data.records import FORMAT_VERSION, Benchmark, Question
+from scripts.console import show_table, track
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +82,7 @@ def _check_given(
         raise ConfigError(f"--qrels {qrels}: has no meaning with --benchmark, which has its own")
     if benchmark is None and qrels is None and not answers:
         raise ConfigError("nothing to judge by: give --qrels FILE, --answers true, or both")
-    if top_k < 1:
-        raise ConfigError(f"top_k = {top_k}: must be >= 1")
+    require(top_k >= 1, "top_k", top_k, ">= 1")
 
 
 def _check_retrievers(specs: Sequence[str | None], where: dict[str, Any]) -> None:
@@ -117,7 +118,6 @@ def _collection(benchmark: str | None, queries: str | None, qrels: str | None) -
     from data.formats.beir import load_queries
     from data.formats.benchmarks import load_benchmark
     from data.formats.trec import load_qrels
-    from data.records import Benchmark
 
     if benchmark is not None:
         return load_benchmark(benchmark)
@@ -130,10 +130,8 @@ def _rank(
     """Rank by a retriever, or read the file of a run, without what is excluded; its parts, too."""
     from data.formats.benchmarks import without_excluded
     from data.formats.trec import load_run
-    from data.records import Question
     from retriever_server.evaluation import rank_all
     from retriever_server.open_retriever import open_retriever
-    from scripts.console import track
 
     if spec.endswith((".run", ".trec")):
         run = load_run(spec)
@@ -203,7 +201,6 @@ def _write(
 ) -> None:
     """Write the first run alone, and all into the folder, where they are asked for."""
     from data.formats.trec import write_run
-    from data.jsonl import write_json, write_jsonl
 
     if run_out:
         write_run(run_out, runs[0][0], _generation(runs[0][0]))
@@ -226,8 +223,6 @@ def _write(
 
 
 def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
-    from scripts.console import show_table
-
     compared = any("p" in row for row in scores.values())
     rows = []
     for metric, row in scores.items():
@@ -244,8 +239,6 @@ def _show(scores: dict[str, dict[str, Any]], title: str) -> None:
 
 def _show_parts(scores: dict[str, dict[str, Any]], parts: list[str]) -> None:
     """Show a fused retriever beside its parts; warn where it is worse than one of these."""
-    from scripts.console import show_table
-
     rows = [[metric, row["mean"], *row["parts"].values()] for metric, row in scores.items()]
     cells = [[metric, *(f"{value:.4f}" for value in values)] for metric, *values in rows]
     show_table("fused, and its parts alone", ("metric", "fused", *parts), cells)

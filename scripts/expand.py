@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scripts.console import track
+
 
 def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int = 32) -> None:
     """Expand the passages of a corpus once, for sparse retrievers. Killed, it goes on when started again.
@@ -21,7 +23,6 @@ def main(corpus: str, out: str, generator: dict[str, Any], passages_at_once: int
     from data.corpus import Corpus
     from retriever_server.open_retriever import READER
     from retriever_server.training.expansion import Generator, expand
-    from scripts.console import track
 
     generate = READER.plan(generator, (Generator,), "generator: ")
     settings = {"generator": generator}

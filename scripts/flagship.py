@@ -23,9 +23,11 @@ from typing import Any
 import yaml
 
 from data.answers import cover_em
+from data.checkpoint import best_checkpoint
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
+from data.text import markdown_table
 from scripts.console import going_on
 from scripts.phases import Phases
 
@@ -163,8 +165,6 @@ class Flagship:
 
     @property
     def trained(self) -> Path:
-        from data.checkpoint import best_checkpoint
-
         best = best_checkpoint(self.out / "grpo" / "checkpoints")
         if best is None:
             raise SleuthError(f"{self.out / 'grpo'}: its training has ended without a checkpoint")
@@ -272,7 +272,6 @@ def compare(folder: Path) -> dict[str, Any]:
 
 def as_markdown(results: Mapping[str, Any]) -> str:
     from data.significance import format_estimate
-    from data.text import markdown_table
 
     rows = []
     for name, row in results["scores"].items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from data.errors import ConfigError
+from data.errors import require
+from data.jsonl import write_json
+from data.questions import load_questions
 
 REFUSED = 3
 """Exit status of a refusal."""
@@ -30,14 +32,11 @@ def main(
         max_plain_loss: Most that plain questions may lose.
         out: File for the decision, as JSON.
     """
-    from data.jsonl import write_json
-    from data.questions import load_questions
     from data.significance import format_estimate
     from retriever_server.open_retriever import check_retriever, open_retriever
     from rl.co_training.gate import judge_retrievers, read_asked
 
-    if k < 1:
-        raise ConfigError(f"k = {k}: must be >= 1")
+    require(k >= 1, "k", k, ">= 1")
     for spec in (old, new):
         check_retriever(spec)
     searches = list(read_asked(trajectories))

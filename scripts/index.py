@@ -9,7 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from data.device import check_device
 from data.errors import ConfigError
+from data.formats.tables import read_lines
+from data.processes import cores
+from scripts.console import track
 
 _BM25_SETTINGS = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
 _BM25_ALONE = (*_BM25_SETTINGS, "processes")
@@ -138,7 +142,6 @@ def _change(config: IndexConfig) -> None:
     from data.corpus import Corpus
     from retriever_server.indexes.living import add, delete
     from retriever_server.indexes.manifest import read_manifest
-    from scripts.console import track
 
     place = Path(config.out)
     if config.delete is not None:
@@ -165,8 +168,6 @@ def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
 
 def _ids(given: str) -> list[str]:
     """Return the ids in a file, or those between commas."""
-    from data.formats.tables import read_lines
-
     file = Path(given)
     listed = (line for _, line in read_lines(file)) if file.is_file() else given.split(",")
     if not (ids := dict.fromkeys(id_.strip() for id_ in listed if id_.strip())):
@@ -183,9 +184,7 @@ def _build_bm25(config: IndexConfig, out: str) -> None:
         raise ConfigError(f"--kind {config.kind}: needs an --encoder (a sentence-transformers model)")
     _refuse(config, _ENCODED_ALONE, "--encoder")
     from data.corpus import Corpus
-    from data.processes import cores
     from retriever_server.indexes.bm25 import BM25Index
-    from scripts.console import track
 
     passages = Corpus(_corpus(config.corpus, out, config.on_error))
     bar = track("reading passages")
@@ -213,14 +212,12 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     if settings.get("factory") and config.kind != "ann":
         raise ConfigError(f"--factory {config.factory}: has a meaning only with --kind ann")
     from data.corpus import Corpus
-    from data.device import check_device
     from data.hub import find_model
     from retriever_server.encoders.loading import load_encoder
     from retriever_server.encoders.served import ServedEncoder
     from retriever_server.encoders.spec import ENCODERS
     from retriever_server.indexes.generation import building
     from retriever_server.indexes.manifest import index_kind
-    from scripts.console import track
     from scripts.on_ray.encode import encode_on_ray
 
     of = index_kind(config.kind) if config.kind else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from data.atomic import atomic_write
 from data.secret import read_secret
 from retriever_server.server.config import Listening
 
@@ -13,8 +14,6 @@ def announce(config: Listening, address: tuple[Any, ...], served: str) -> None:
     """Write the port into its file, and print where what is served."""
     host, port = address[:2]
     if config.port_file is not None:
-        from data.atomic import atomic_write
-
         atomic_write(config.port_file, f"{port}\n")
     print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 

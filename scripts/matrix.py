@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from agent.engines.config import EngineConfig
 from data.errors import require, require_range
 from rl.config import ProtocolConfig
+from scripts.console import bar, show_table
 from scripts.evaluate import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ def main(config: MatrixConfig) -> None:
     """
     from agent.evaluation.matrix import contrast_table, read_matrix, table, write_matrix
     from retriever_server.open_retriever import check_retriever
-    from scripts.console import bar, show_table
     from scripts.evaluate import run
     from scripts.wiring import check_agent
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError, DataError
+from data.jsonl import write_jsonl
+from data.questions import load_questions
 from retriever_server.training.mining import Rules
+from scripts.console import track
 
 NOTHING = 3
 """Exit status where trajectories give no example."""
@@ -97,9 +100,7 @@ def main(config: MineConfig) -> int:
 
 def _mine_trajectories(config: MineConfig) -> int:
     from data.corpus import Corpus
-    from data.questions import load_questions
     from rl.co_training.examples import RECIPES, LabelConfig, NoExamples, mine_trajectories
-    from scripts.console import track
 
     base = RECIPES[config.recipe] if config.recipe else LabelConfig()
     negatives = config.per_query if config.per_query != 15 or not config.recipe else None
@@ -127,7 +128,6 @@ def _mine(
     """Read the examples, then build retriever and teacher and mine."""
     from data.examples import Examples
     from retriever_server.training.mining import mine
-    from scripts.console import track
 
     examples, bar = Examples(queries, corpus, on_error), track("mining queries")
     mined = mine(examples, retriever(), corpus, out, rules, teacher() if teacher else None, bar)
@@ -138,7 +138,6 @@ def _mine(
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:
     from data.formats.beir import load_queries
     from retriever_server.training.teachers import label
-    from scripts.console import track
 
     asked = load_queries(queries)
     stages = label(asked, [each() for each in teachers], corpus, out, ranks, track("labelling queries"))
@@ -149,7 +148,6 @@ def _write_crops(corpus: Any, config: MineConfig) -> str:
     """Write the crops: to `out`, or beside what is made from them."""
     from itertools import chain
 
-    from data.jsonl import write_jsonl
     from retriever_server.training.teachers import crops
 
     path = Path(config.out)

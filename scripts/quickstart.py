@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from agent.engines.config import EngineConfig
+from data.checkpoint import best_checkpoint
 from data.errors import EngineError, RetrieverUnavailable, require
 from data.jsonl import read_json
 from data.managed_process import ManagedProcess
+from data.questions import load_questions
 from data.run_dir import RunStatus
 from rl.config import TrainConfig
-from scripts.console import going_on
+from scripts.console import going_on, show_table
 from scripts.phases import Phases
 from scripts.train import open_run
 
@@ -140,7 +142,6 @@ def serve(index: Path, run: Path) -> Iterator[str]:
 def evaluate_policy(config: TrainConfig, url: str, name: str, policy: str, limit: int | None) -> None:
     """Greedy evaluation on the test questions, into evaluations/NAME; goes on where it stopped."""
     from agent.evaluation.evaluate import evaluate
-    from data.questions import load_questions
     from scripts.evaluate import rollout_with_bar
     from scripts.wiring import open_agent, retriever_generation
 
@@ -174,8 +175,6 @@ def train_policy(config: TrainConfig, url: str) -> None:
 
 def trained_policy(run: Path) -> str:
     """The folder of the best checkpoint on dev, by a link that is easy to type: RUN/policy."""
-    from data.checkpoint import best_checkpoint
-
     best = best_checkpoint(run / "checkpoints")
     if best is None:
         raise EngineError(f"{run / 'checkpoints'}: holds no best checkpoint though training has ended")
@@ -190,7 +189,6 @@ def show_results(run: Path, seconds: dict[str, float]) -> None:
     from agent.evaluation.compare import paired_difference
     from agent.evaluation.records import read_records
     from data.significance import format_estimate
-    from scripts.console import show_table
 
     folders = [run / "evaluations" / name for name in ("before", "after")]
     before, after = (read_json(folder / "scores.json") for folder in folders)

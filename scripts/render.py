@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import ConfigError
+from data.processes import cores
+from scripts.console import track
 
 
 def main(
@@ -40,9 +42,7 @@ def main(
         on_error: What to do with what cannot be read or drawn: stop, or skip it and say so.
     """
     from data.page_sources import find_pages
-    from data.processes import cores
     from data.rendering import Style, render
-    from scripts.console import track
 
     chosen = tuple(filter(None, (fonts or "").split(",")))
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)

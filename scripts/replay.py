@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.config import EngineConfig
+from data.answers import exact_match
 from data.errors import ConfigError, require, require_range
+from data.jsonl import check_is_file, read_json, read_jsonl
 from rl.config import ProtocolConfig
+from scripts.console import visible
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -97,7 +100,6 @@ def main(config: ReplayConfig) -> None:
 def read_trajectory(path: Path, id_: str | None) -> tuple[Trajectory, dict[str, Any]]:
     """The trajectory of that id, and the settings of its evaluation where they lie beside it."""
     from agent.transcripts import from_record
-    from data.jsonl import check_is_file, read_json, read_jsonl
 
     file = path / "trajectories.jsonl" if path.is_dir() else path
     check_is_file(file)
@@ -135,8 +137,6 @@ def _show(
     from rich.table import Table
     from rich.text import Text
 
-    from scripts.console import visible
-
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
     question, turn, other = before[0].question, config.turn, f"with {config.retriever}"
     console.print(Text(visible(f"{question.text}  (gold: {' | '.join(question.gold_answers)})")))
@@ -164,8 +164,6 @@ def _rest(trajectory: Trajectory, turn: int, protocol: Protocol) -> list[str]:
 
 
 def _right(trajectory: Trajectory) -> bool:
-    from data.answers import exact_match
-
     asked = trajectory.question
     return exact_match(trajectory.answer, asked.gold_answers, asked.normalizer) > 0
 

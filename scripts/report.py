@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from data.jsonl import read_text
 from scripts.command_line import bare_words, quoted
 
 
@@ -45,7 +46,6 @@ def main(
     """
     from agent.evaluation.report.choice import Choice
     from agent.evaluation.report.page import write_report
-    from data.jsonl import read_text
 
     ids: list[str] = []
     if questions:

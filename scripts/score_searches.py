@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import ConfigError, EngineError, require, require_range
+from data.jsonl import check_is_file
+from data.listening import why_silent
 from scripts.agent_options import AgentOptions
-from scripts.console import going_on
+from scripts.console import going_on, track
 
 if TYPE_CHECKING:
     from rl.co_training.scores import Scorer
@@ -59,8 +61,6 @@ def main(config: ScoreConfig) -> None:
 
     Killed, the same command goes on. Prints what each scorer cost for a thousand searches.
     """
-    from data.jsonl import check_is_file
-    from data.listening import why_silent
     from rl.co_training.judges import open_judge
 
     check_is_file(config.trajectories)
@@ -84,7 +84,6 @@ def main(config: ScoreConfig) -> None:
 async def _score(opened: OpenedAgent, judge: Any, config: ScoreConfig) -> Any:
     from rl.co_training.forks import Forks
     from rl.co_training.scores import score_file
-    from scripts.console import track
 
     async with opened:
         await opened.check()

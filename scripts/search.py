@@ -7,6 +7,7 @@ import asyncio
 from data.errors import ConfigError
 from data.records import Hit, Input, Item
 from data.text import replace_halves
+from scripts.console import visible
 
 
 def main(
@@ -39,8 +40,6 @@ async def _search(query: Input, retriever: str, top_k: int, deadline_seconds: fl
 def _show(query: str, hits: list[Hit]) -> None:
     from rich.console import Console
     from rich.text import Text
-
-    from scripts.console import visible
 
     console = Console()
     if not hits:

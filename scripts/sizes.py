@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.errors import ConfigError, DataError
+from data.errors import DataError, require
+from data.jsonl import write_jsonl
+from scripts.console import show_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,11 +56,9 @@ def main(
         words: Of a passage.
         sample: How many vectors to measure on; 0 only calculates.
     """
-    for name, value, least in (("passages", passages, 1), ("dimension", dimension, 1), ("words", words, 1)):
-        if value < least:
-            raise ConfigError(f"{name} = {value}: must be >= {least}")
-    if 0 < sample < 1000 or sample < 0:
-        raise ConfigError(f"sample = {sample}: must be 0, or at least 1000")
+    for name, value in (("passages", passages), ("dimension", dimension), ("words", words)):
+        require(value >= 1, name, value, ">= 1")
+    require(sample == 0 or sample >= 1000, "sample", sample, "0, or at least 1000")
     given = _load(vectors, sample) if vectors else None
     if encoder is not None:
         from retriever_server.encoders.loading import load_encoder
@@ -123,7 +123,6 @@ class _Measure:
         import numpy as np
 
         from data.corpus import Corpus
-        from data.jsonl import write_jsonl
 
         write_jsonl(folder / "corpus.jsonl", ({"id": str(i), "text": str(i)} for i in range(len(base))))
         self._folder, self._corpus = folder, Corpus(folder / "corpus.jsonl")
@@ -207,8 +206,6 @@ def _load(path: str, sample: int) -> np.ndarray:
 
 def _show(rows: list[Row], title: str, sample: int, vectors: str | None) -> None:
     from rich.filesize import decimal
-
-    from scripts.console import show_table
 
     cells = []
     for row in rows:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError
+from data.jsonl import write_json
+from data.lock import locked
 from retriever_server.training.synthesis.config import SynthesisConfig
 from scripts.console import bar, going_on, show_table, waiting
 
@@ -27,8 +29,6 @@ def main(config: SynthesisConfig) -> None:
     scripts/configs/synthesis/ holds the recipes; docs/synthesis.md explains them. Killed, the same command
     goes on. OUT/examples.jsonl is what `sleuth train-retriever` reads; OUT/summary.json counts rejections.
     """
-    from data.lock import locked
-
     out = Path(config.out)
     with going_on(out):
         run = open_run(config)
@@ -153,7 +153,6 @@ def _dry_run(run: Synthesis) -> None:
 def _measure(run: Synthesis) -> None:
     from data.formats.beir import load_queries
     from data.formats.trec import load_qrels
-    from data.jsonl import write_json
     from retriever_server.training.synthesis.judges import measure
     from retriever_server.training.synthesis.results import MEASURED
 

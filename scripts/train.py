@@ -15,8 +15,13 @@ from typing import TYPE_CHECKING
 
 from data.errors import ConfigError, EngineError, SleuthError
 from data.listening import why_silent
+from data.packaged import WIRED_IN
+from data.questions import load_questions
+from data.records import hash_questions
+from data.run_dir import RunDir, RunStatus, defaults_of, has_results, read_config, read_metrics
 from data.settings import WandbConfig
 from rl.config import SentinelConfig, TrainConfig
+from scripts.console import StepLines, bar, say
 
 if TYPE_CHECKING:
     from agent.policy import Policy
@@ -66,7 +71,6 @@ def conclude(config: TrainConfig, workers: Workers) -> None:
 
 def print_conclusion(config: TrainConfig) -> None:
     """Say what the training changed, or why it could change nothing."""
-    from data.run_dir import read_metrics
     from rl.diagnosis import conclude
     from scripts.wiring import make_protocol
 
@@ -130,7 +134,6 @@ def measure_step(config: TrainConfig, questions: int) -> Steps | None:
 def _launch(config: TrainConfig) -> None:
     """Let Ray start the trainers, once it is seen here that they will find nothing wrong."""
     from agent.policy_folder import find_policy
-    from data.run_dir import RunStatus
     from scripts.on_ray.launch import launch
     from scripts.wiring import make_protocol
 
@@ -179,7 +182,6 @@ def train(
     Raises KeyboardInterrupt, its state saved, with the words that say how to go on.
     """
     from retriever_server.open_retriever import plan_retriever
-    from scripts.console import say
     from scripts.wiring import check_agent, open_client
 
     here = here or config
@@ -213,7 +215,6 @@ def train(
 
 def _questions(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     """The questions to train on, and those of dev."""
-    from data.questions import load_questions
     from rl.question_mix import check_kinds
 
     questions = load_questions(config.questions, config.split, normalizer=config.normalizer)
@@ -228,8 +229,6 @@ def hash_inputs(
     config: TrainConfig, questions: Sequence[Question], dev: Sequence[Question]
 ) -> dict[str, tuple[str, str]]:
     """The data that a resumed run must find again, for `RunDir`."""
-    from data.records import hash_questions
-
     sets = {"questions": (config.questions, questions), "dev_questions": (config.dev_questions or "", dev)}
     return {name: (source, hash_questions(of)) for name, (source, of) in sets.items() if of}
 
@@ -259,11 +258,8 @@ def open_run(
 
     How the run is spread over machines is no part of its configuration. inputs, beside: see `RunDir`.
     """
-    from data.packaged import WIRED_IN
-    from data.run_dir import RunDir, defaults_of
     from data.trackers import check_tracker, open_tracker
     from rl.demonstrations import warm_start_notes
-    from scripts.console import StepLines
 
     if tracked:
         check_tracker(config.wandb)
@@ -285,7 +281,6 @@ def open_run(
 
 def _check_text(config: TrainConfig) -> None:
     """Raise ConfigError where a run that was begun on other titles would go on with those of `config`."""
-    from data.run_dir import has_results, read_config
     from scripts.wiring import make_protocol
 
     began = read_config(config.out).get("protocol", {})
@@ -313,7 +308,6 @@ async def _train(
     from data.device import resolve_device
     from rl.learner.learner import Learner
     from rl.trainer import Trainer
-    from scripts.console import bar
     from scripts.wiring import open_agent
 
     rollout = config.rollout

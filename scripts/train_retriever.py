@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from data.progress import no_bar
+from data.run_dir import RunDir
 from retriever_server.training.recipe import RetrieverRecipe
+from scripts.console import StepLines, bar, going_on
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,6 @@ def main(config: RetrieverRecipe) -> None:
         opened = _open_run(config, prepared.inputs, stack) if leads else (None, lambda step, steps: None)
         run, progress = opened
         from retriever_server.training.run import train
-        from scripts.console import bar, going_on
 
         with going_on(config.out, "the last checkpoint is kept"):
             folder = train(
@@ -58,9 +59,7 @@ def main(config: RetrieverRecipe) -> None:
 def _open_run(
     config: RetrieverRecipe, inputs: Mapping[str, tuple[str, str]], stack: ExitStack
 ) -> tuple[Any, Callable[[int, int], None]]:
-    from data.run_dir import RunDir
     from data.trackers import check_tracker, open_tracker
-    from scripts.console import StepLines
 
     check_tracker(config.wandb)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}

@@ -11,7 +11,10 @@ from typing import Any
 from agent.protocol import Protocol
 from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError, require
+from data.packaged import WIRED_IN
+from data.plugins import find_plugin
 from rl.config import ProtocolConfig, WarmStartConfig
+from scripts.console import StepLines, say
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +56,7 @@ def main(
     require(invented >= 0, "invented", invented, ">= 0")
     from agent.policy_folder import find_policy
     from data.atlas.demonstrations import demonstrations as invent
-    from rl.demonstrations import (
-        check_out,
-        demonstration_spans,
-        describe_demonstrations,
-        load_demonstrations,
-    )
-    from scripts.console import StepLines, say
+    from rl.demonstrations import check_out, demonstration_spans, describe_demonstrations, load_demonstrations
     from scripts.wiring import make_protocol
 
     if policy != "new":
@@ -97,9 +94,6 @@ def _starting_policy(
 
         frozen_half = training.lora.rank > 0 and training.precision == "bfloat16"
         return load_policy(name, dtype="bfloat16" if frozen_half else "float32")
-    from data.packaged import WIRED_IN
-    from data.plugins import find_plugin
-
     make_seed_policy = find_plugin("examples.seed_policy.seed_policy.make_seed_policy", "policy = new")
     logger.info(WIRED_IN)
     texts = (text for demonstration in spans[:4000] for _, text in demonstration)

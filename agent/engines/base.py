@@ -75,11 +75,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def generate(
-        self,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        trajectory_id: str,
-        pictures: Sequence[Picture] = (),
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: Sequence[Picture] = ()
     ) -> Completion:
         """Continue `prompt_ids`, all tokens of the trajectory so far; the id lets it keep its KV cache.
 

@@ -138,11 +138,7 @@ class HFEngine(Engine):
         self._prefill_due = 0
 
     async def generate(
-        self,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        trajectory_id: str,
-        pictures: Sequence[Picture] = (),
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: Sequence[Picture] = ()
     ) -> Completion:
         """Continue the trajectory; only tokens that its row has not seen are fed."""
         if not prompt_ids:

@@ -67,11 +67,7 @@ class VLLMEngine(Engine):
         self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())
 
     async def generate(
-        self,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        trajectory_id: str,
-        pictures: Sequence[Picture] = (),
+        self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: Sequence[Picture] = ()
     ) -> Completion:
         """Continue the trajectory where it is cached; elsewhere if that server is lost."""
         if pictures:

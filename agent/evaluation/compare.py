@@ -75,13 +75,11 @@ def _read_run(spec: str) -> list[Record]:
             hint = f"; it holds {', '.join(inside)}" if inside else ""
             raise ConfigError(f"{folder}: is no evaluation (no trajectories.jsonl){hint}")
         for record in map(brief, iterate_records(folder)):
-            again = {"id": f"{record['id']}~{number}", "metadata": _sample_of(record)} if number > 1 else {}
-            found.append({**record, **again})
+            if number > 1:
+                sample = {**record["metadata"], "sample_of": question_of(record)}
+                record = {**record, "id": f"{record['id']}~{number}", "metadata": sample}
+            found.append({**record})
     return found
-
-
-def _sample_of(record: Record) -> dict[str, Any]:
-    return {**record["metadata"], "sample_of": question_of(record)}
 
 
 def compare(runs: Runs, common: bool = False) -> dict[str, Any]:

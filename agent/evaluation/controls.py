@@ -192,9 +192,7 @@ def leaks(questions: Sequence[Question], training: Sequence[Question] = ()) -> d
         cluster = question.metadata.get("cluster")
         return gold_passages(question)[0] | ({f"cluster:{cluster}"} if cluster is not None else set())
 
-    found = {
-        "answer_in_question": share(lambda q: cover_em(q.text, q.gold_answers, q.normalizer) > 0),
-    }
+    found = {"answer_in_question": share(lambda q: cover_em(q.text, q.gold_answers, q.normalizer) > 0)}
     if not training:
         return found
     texts = {normalize_answer(question.text) for question in training}

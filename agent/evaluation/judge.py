@@ -115,12 +115,7 @@ class Judge:
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """Judge as a reward: 1.0, 0.0, or why there is no verdict."""
         cases = [
-            Case(
-                t.question.text,
-                t.question.gold_answers,
-                t.answer,
-                full_answer(t.segments[-1].text),
-            )
+            Case(t.question.text, t.question.gold_answers, t.answer, full_answer(t.segments[-1].text))
             for t in trajectories
         ]
         rulings = self.rule(cases)

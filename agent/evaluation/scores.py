@@ -29,12 +29,7 @@ from agent.evaluation.records import (
 from agent.evaluation.samples import pass_at
 from agent.trajectory import StopReason, Trajectory
 from data.answers import METRICS, OFFICIAL
-from data.calibration import (
-    auc,
-    brier_score,
-    expected_calibration_error,
-    risk_coverage,
-)
+from data.calibration import auc, brier_score, expected_calibration_error, risk_coverage
 from data.errors import DataError
 from data.formats.answer_sets import official_metric
 from data.records import FORMAT_VERSION, Question
@@ -84,7 +79,7 @@ def macro_mean(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:
     """All scores of some records; the same shape overall and for one kind."""
-    asked = _samples_of(records)
+    asked = list(_groups(records, question_of, ordered=False).values())
     first = [samples[0] for samples in asked]
     answers = [np.array([judge_answer(each) for each in samples]) for samples in asked]
     estimates = estimate(np.array([each.mean(axis=0) for each in answers]), clusters_of(first))
@@ -232,10 +227,6 @@ def _mean_by_question(records: Sequence[Record], values: Sequence[float]) -> dic
         first.setdefault(question_of(record), record)
     means = np.array([[np.mean(each)] for each in of.values()])
     return estimate(means, clusters_of(list(first.values())))[0]
-
-
-def _samples_of(records: Iterable[Record]) -> list[list[Record]]:
-    return list(_groups(records, question_of, ordered=False).values())
 
 
 def _groups(

@@ -56,9 +56,7 @@ class Demonstrator:
 
 
 def demonstrations(
-    n: int,
-    seed: int = 0,
-    demonstrator: Demonstrator = Demonstrator(),
+    n: int, seed: int = 0, demonstrator: Demonstrator = Demonstrator()
 ) -> Iterator[dict[str, Any]]:
     """n demonstrations, deterministic in the seed; each one JSON line in no protocol's words.
 

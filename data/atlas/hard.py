@@ -8,12 +8,11 @@ Which words tell which relation can be learned on some entities and holds for al
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from data.atlas.phrasings import INDIRECT
-from data.atlas.questions import make_questions, wording
+from data.atlas.questions import make_questions, phrased_as, wording
 from data.atlas.world import Entity, World
 from data.records import Passage, Question
 
@@ -55,7 +54,8 @@ def steps(world: World, question: Question) -> dict[str, str]:
     if metadata["kind"] == "comparison":
         asked = [(entity, metadata["relation"]) for entity in path]
     else:
-        asked = [(here, _link(here, there)) for here, there in pairwise(path)]
+        link = {"mountain": "highest_point"}
+        asked = [(here, link.get(there.type, "country")) for here, there in pairwise(path)]
         asked.append((path[-1], metadata["relation"]))
     return {card_id(entity, relation): wording(entity, relation) for entity, relation in asked}
 
@@ -63,10 +63,6 @@ def steps(world: World, question: Question) -> dict[str, str]:
 def card_id(entity: Entity, relation: str) -> str:
     """Return the id of the passage that tells this fact."""
     return f"{entity.id}#{relation}"
-
-
-def _link(here: Entity, there: Entity) -> str:
-    return "highest_point" if there.type == "mountain" else "country"
 
 
 def _facts(world: World, entity: Entity) -> list[tuple[str, str]]:
@@ -78,7 +74,7 @@ def _card(world: World, entity: Entity, relation: str, value: str, seed: int) ->
     rng = random.Random(f"{seed}:{entity.id}:{relation}")
     aliases = [alias for alias in entity.aliases if alias != value]
     name = rng.choice(aliases) if aliases and rng.random() < ALIAS_SHARE else entity.name
-    text = rng.choice(_phrases(entity, relation)).replace("{e}", name).replace("{v}", value)
+    text = rng.choice(INDIRECT[phrased_as(entity, relation)]).replace("{e}", name).replace("{v}", value)
     near = [world.by_id[id_].name for id_ in entity.nearby] or _siblings(world, entity)
     if near and rng.random() < NEIGHBOUR_SHARE:
         text += f". Not far from it is {rng.choice(near)}"
@@ -87,7 +83,3 @@ def _card(world: World, entity: Entity, relation: str, value: str, seed: int) ->
 
 def _siblings(world: World, entity: Entity) -> list[str]:
     return [place.name for place in world.places.get(entity.country, ()) if place is not entity][:5]
-
-
-def _phrases(entity: Entity, relation: str) -> Sequence[str]:
-    return INDIRECT["element_symbol" if entity.type == "element" and relation == "symbol" else relation]

@@ -143,7 +143,7 @@ def put(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
             x = phrasing(LOCATORS[first.type], rng.randrange(64), not new_locator).replace("{p}", x)
         if ask.relation == "elevation" and first.type != "mountain":
             x = SUMMIT_OF.replace("{x}", x)
-        text = phrasing(_asked_of(first, ask.relation), number, seen or new_locator).replace("{x}", x)
+        text = phrasing(ASKED[phrased_as(first, ask.relation)], number, seen or new_locator).replace("{x}", x)
     return Question(id, text, tuple(dict.fromkeys(ask.gold_answers)), {
         "kind": ask.kind,
         "cluster": first.cluster,
@@ -156,11 +156,12 @@ def put(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
 
 def wording(entity: Entity, relation: str) -> str:
     """Return the plainest question about one fact of an entity."""
-    return _asked_of(entity, relation)[0].replace("{x}", entity.name)
+    return ASKED[phrased_as(entity, relation)][0].replace("{x}", entity.name)
 
 
-def _asked_of(entity: Entity, relation: str) -> Sequence[str]:
-    return ASKED["element_symbol" if entity.type == "element" and relation == "symbol" else relation]
+def phrased_as(entity: Entity, relation: str) -> str:
+    """Return the key of the phrasings: a country's symbol is another relation than an element's."""
+    return "element_symbol" if entity.type == "element" and relation == "symbol" else relation
 
 
 def majority_baseline(train: Sequence[Question], test: Sequence[Question]) -> dict[str, float]:

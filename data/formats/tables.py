@@ -50,7 +50,9 @@ def read_rows(path: Path, at_once: int = 1000) -> Rows:
         return ((f"{path}: row {number}", row) for number, row in rows)
     if kind_of(path) in (".csv", ".tsv"):
         return _read_table(path)
-    return _read_array(path) if _is_array(path) else _read_lines(path)
+    if _is_array(path):
+        return _read_array(path)
+    return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
 
 
 def read_part(folder: Path, name: str, at_once: int = 1000) -> Rows:
@@ -172,14 +174,11 @@ def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_lines(path: Path) -> Rows:
-    return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
-
-
 def _read_table(path: Path) -> Rows:
     """The rows of CSV or TSV under the names of its first line."""
     names: list[str] = []
-    for place, values in _read_csv(path) if kind_of(path) == ".csv" else _read_tsv(path):
+    lines = ((place, line.split("\t")) for place, line in read_lines(path))
+    for place, values in _read_csv(path) if kind_of(path) == ".csv" else lines:
         if not names:
             names = [name.strip() for name in values]
             if len(set(names)) < len(names):
@@ -188,10 +187,6 @@ def _read_table(path: Path) -> Rows:
             raise DataError(f"{place}: expected {len(names)} fields, found {len(values)}")
         else:
             yield place, dict(zip(names, values, strict=True))
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:
-    return ((place, line.split("\t")) for place, line in read_lines(path))
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -89,7 +89,7 @@ def test_answers_in_scripts_without_spaces_are_found_by_their_normalizer(files):
         (["--teacher.url", "no url"], "teacher"),
         (["--teacher.timeout_seconds", 0], "teacher.timeout_seconds = 0.0: must be > 0"),
         (["--teacher.samples", 4], "teacher: has options but no url; without --teacher.url rules"),
-        (["--out", "."], "out = .: is a folder, must be a file"),
+        (["--out", "."], "out = '.': must be a file, not a folder"),
         (["--retriever", "none"], "none of 6 questions gave a demonstration: no passage that none finds"),
     ],
 )

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from data.atlas.build import question_row
 from data.atlas.questions import make_questions
 from data.corpus import Corpus
 from data.examples import Examples
@@ -25,7 +24,7 @@ def atlas(tmp_path_factory):
     folder, world = tmp_path_factory.mktemp("world"), open_world(12)
     write_jsonl(folder / "corpus.jsonl", corpus_rows(world))
     asked = make_questions(world, None, {"one_hop": 24, "two_hop": 24})
-    write_jsonl(folder / "dev.jsonl", map(question_row, asked))
+    write_jsonl(folder / "dev.jsonl", (question.as_record() for question in asked))
     return folder
 
 

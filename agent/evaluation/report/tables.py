@@ -17,7 +17,7 @@ def heading(run: Run) -> str:
     info = run.info
     status = str(info.get("status", "unknown"))
     dates = {"started": info.get("created"), "updated": info.get("updated")}
-    facts = [f"{name} {_date(date)}" for name, date in dates.items() if date]
+    facts = [f"{name} {str(date).replace('T', ' ')[:16]}" for name, date in dates.items() if date]
     notes = info.get("notes") or []
     notes = [notes] if isinstance(notes, str) else notes
     reason = f'<p class="reason">{escape(str(info["reason"]))}</p>' if info.get("reason") else ""
@@ -246,10 +246,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _date(value: Any) -> str:
-    return str(value).replace("T", " ")[:16]
 
 
 def _few(estimate: Mapping[str, Any]) -> str:
