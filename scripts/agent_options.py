@@ -1,10 +1,10 @@
-"""Options of every command that opens a policy with its retriever."""
+"""Options of commands that let a policy search: how it runs, which questions it is asked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from agent.engines.config import EngineConfig
 from rl.config import ProtocolConfig
@@ -14,14 +14,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions:
-    """A policy that searches, and where it runs."""
+class RunOptions:
+    """What a policy speaks, and where it runs."""
 
-    policy: str
-    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
-    retriever: str
-    """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
-    random:INDEX (passages drawn at random)."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Protocol of the policy, and its limits."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -34,6 +29,38 @@ class AgentOptions:
     """cpu, cuda, or auto."""
     dtype: str = "auto"
     """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(RunOptions):
+    """Questions, and how their answers are sampled."""
+
+    questions: str
+    """JSONL, parquet, folder or hub name; several separated by commas."""
+    split: str | None = None
+    """Split of the questions, where there are several."""
+    limit: int | None = None
+    """Only the first so many questions."""
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
+    """Normal form of answers: squad, or unicode for scripts without spaces; none: as each question's
+    metadata say, else squad."""
+    samples: int = 1
+    """Answers of each question; more need a temperature. Scores are then means over them, with pass@k."""
+    seed: int = 0
+    """Seed of sampling."""
+    max_rows: int = 128
+    """Trajectories decoded at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(RunOptions):
+    """A policy and its retriever."""
+
+    policy: str
+    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
+    retriever: str
+    """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
+    random:INDEX (passages drawn at random)."""
 
     def open(self, max_rows: int, folder: Path | None = None) -> OpenedAgent:
         """Open the agent: `scripts.wiring.open_agent`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import EngineError, require, require_range
@@ -17,7 +17,7 @@ from data.listening import why_silent
 from data.lock import locked
 from data.questions import load_questions
 from data.records import Question
-from scripts.agent_options import AgentOptions
+from scripts.agent_options import AgentOptions, QuestionOptions
 from scripts.console import bar, going_on, show_table
 
 if TYPE_CHECKING:
@@ -27,24 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(AgentOptions):
+class EvaluateConfig(AgentOptions, QuestionOptions):
     """Score a policy on a question set; writes scores.json and trajectories.jsonl."""
 
-    questions: str
-    """JSONL, parquet, folder or hub name; several separated by commas."""
     out: str
     """Folder for the evaluation."""
-    split: str | None = None
-    """Split of the questions, where there are several."""
-    limit: int | None = None
-    """Only the first so many questions."""
-    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
-    """Normal form of answers: squad, or unicode for scripts without spaces; none: as each question's
-    metadata say, else squad."""
     per_set: int | None = None
     """Only so many questions of each set, always the same ones; 512 is usual."""
-    samples: int = 1
-    """Answers of each question; more need a temperature. Scores are then means over them, with pass@k."""
     controls: str | None = None
     """true: also closed_book, random, oracle and single_search, the leak of answers and the overlap with
     train_questions; pairs: with evidence present, replaced, removed; all; or names (docs/evaluation.md)."""
@@ -56,10 +45,6 @@ class EvaluateConfig(AgentOptions):
     """Folder for BrowseComp-Plus' run files and its summary, which its own script reads."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Language model that judges answers, where judge.url is given."""
-    seed: int = 0
-    """Seed of sampling."""
-    max_rows: int = 128
-    """Trajectories decoded at once."""
     max_failed_share: float = 0.1
     """Share of the questions whose searches may fail before the evaluation stops."""
     keep_tokens: bool = False

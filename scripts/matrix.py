@@ -6,31 +6,25 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from agent.engines.config import EngineConfig
 from data.errors import require, require_range
-from rl.config import ProtocolConfig
+from scripts.agent_options import QuestionOptions
 from scripts.console import bar, show_table
 from scripts.evaluate import EvaluateConfig
 
 if TYPE_CHECKING:
     from agent.evaluation.matrix import Cell
 
-_SHARED = {each.name for each in fields(EvaluateConfig)} - {"out"}
-"""Fields that a cell takes over from the matrix."""
 
-
-@dataclass(frozen=True)
-class MatrixConfig:
+@dataclass(frozen=True, kw_only=True)
+class MatrixConfig(QuestionOptions):
     """Evaluate every policy with every retriever; a cell is a folder as `sleuth evaluate` makes it."""
 
     policies: dict[str, str]
     """Name -> folder, hub name, or one that comes with Sleuth."""
     retrievers: dict[str, str]
     """Name -> URL, folder of an index, .yaml file, none or random:INDEX."""
-    questions: str
-    """JSONL, parquet, folder or hub name; several separated by commas."""
     out: Path
     """Folder of the matrix."""
     top_k: list[int] = field(default_factory=list)
@@ -41,26 +35,6 @@ class MatrixConfig:
     """Cell that the others are compared with, POLICY.RETRIEVER[.kK][.sS]; none: the first."""
     diagonal: bool = False
     """Also compare the policies with the retriever of their own place in the list with all other pairs."""
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    split: str | None = None
-    """Split of the questions, where there are several."""
-    limit: int | None = None
-    """Only the first so many questions."""
-    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
-    """Normal form of answers; none: as each question's metadata say, else squad."""
-    samples: int = 1
-    """Answers of each question; more need a temperature."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 is greedy."""
-    seed: int = 0
-    """Seed of sampling."""
-    max_rows: int = 128
-    """Trajectories decoded at once."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
 
     def __post_init__(self) -> None:
         for key in ("policies", "retrievers"):
@@ -88,7 +62,7 @@ class MatrixConfig:
     def of_cell(self, cell: Cell, folder: Path) -> EvaluateConfig:
         limits = {"top_k": cell.top_k, "max_turns": cell.searches}
         given = {key: value for key, value in limits.items() if value is not None}
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _SHARED}
+        shared = {each.name: getattr(self, each.name) for each in fields(QuestionOptions)}
         shared["protocol"] = replace(self.protocol, **given)
         pair = {"policy": self.policies[cell.policy], "retriever": self.retrievers[cell.retriever]}
         return EvaluateConfig(**pair, out=str(folder), **shared)
