@@ -148,7 +148,7 @@ def test_an_evaluation_that_is_interrupted_keeps_its_records(folder, scripted, t
     terminal = Terminal(80)
     assert terminal.run(*command) == 130
     assert "".join(terminal.lines).endswith(
-        f"go on with the same command: {tmp_path / 'scores'} keeps the rest"
+        f"is kept in {tmp_path / 'scores'}: start the same command again to go on"
     )
     monkeypatch.undo()
     assert len(list(read_jsonl(tmp_path / "scores" / "trajectories.jsonl"))) == 3

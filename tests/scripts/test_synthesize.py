@@ -123,7 +123,8 @@ def test_interrupted_it_is_one_line_and_the_same_command_goes_on(atlas, tmp_path
     more = ("--limit", "60", "--batch", "16")
     assert synthesize(atlas, tmp_path / "a", *more) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == f"sleuth: interrupted; the same command goes on: {tmp_path / 'a'} keeps what is done"
+    go_on = "start the same command again to go on"
+    assert said == f"sleuth: interrupted; what is done is kept in {tmp_path / 'a'}: {go_on}"
     assert synthesize(atlas, tmp_path / "a", *more) == synthesize(atlas, tmp_path / "b", *more) == 0
     assert len(asked) == 2 + 3 + 4
     examples = [(tmp_path / of / "examples.jsonl").read_bytes() for of in "ab"]
