@@ -14,25 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What a policy speaks, and where it runs."""
-
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """Protocol of the policy, and its limits."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    """Engine that samples: this process, or vLLM servers."""
-    temperature: float = 0.0
-    """Temperature of sampling; 0 is greedy."""
-    deadline_seconds: float = 60.0
-    """Seconds for which a search is retried before it counts as failed."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionOptions(RunOptions):
+class QuestionOptions:
     """Questions, and how their answers are sampled."""
 
     questions: str
@@ -53,14 +35,26 @@ class QuestionOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(RunOptions):
-    """A policy and its retriever."""
+class AgentOptions:
+    """A policy that searches, and where it runs."""
 
     policy: str
     """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
     retriever: str
     """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
     random:INDEX (passages drawn at random)."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """Protocol of the policy, and its limits."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Engine that samples: this process, or vLLM servers."""
+    temperature: float = 0.0
+    """Temperature of sampling; 0 is greedy."""
+    deadline_seconds: float = 60.0
+    """Seconds for which a search is retried before it counts as failed."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
 
     def open(self, max_rows: int, folder: Path | None = None) -> OpenedAgent:
         """Open the agent: `scripts.wiring.open_agent`."""

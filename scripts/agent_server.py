@@ -30,10 +30,15 @@ CHAT = "/v1/chat/completions"
 router = APIRouter(route_class=JsonRoute)
 
 
+async def _request(request: Request) -> Request:
+    return request
+
+
 async def _service(request: Request) -> AgentService:
     return request.app.state.service
 
 
+_RequestOf = Annotated[Request, Depends(_request)]
 _ServiceOf = Annotated[AgentService, Depends(_service)]
 
 
@@ -47,12 +52,13 @@ def create_app(service: AgentService, **options: Any) -> FastAPI:
 
 
 @router.post(CHAT)
-async def chat(body: ChatBody, request: Request, service: _ServiceOf) -> Response:
+async def chat(body: ChatBody, caller: _RequestOf) -> Response:
     """Answer the last message."""
+    service: AgentService = caller.app.state.service
     if body.model not in (None, service.name):
         raise HTTPException(404, f"model {str(body.model)[:80]!r}: there is {service.name} alone")
     service.check(body)  # before a stream begins
-    waiting = Caller(cast(Any, service), request)
+    waiting = Caller(cast(Any, service), caller)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     if body.stream:
         return StreamingResponse(_stream(service, body, waiting, frame), media_type="text/event-stream")

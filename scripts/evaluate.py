@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(AgentOptions, QuestionOptions):
+class EvaluateConfig(QuestionOptions, AgentOptions):
     """Score a policy on a question set; writes scores.json and trajectories.jsonl."""
 
     out: str

@@ -8,7 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.engines.config import EngineConfig
 from data.errors import require, require_range
+from rl.config import ProtocolConfig
 from scripts.agent_options import QuestionOptions
 from scripts.console import bar, show_table
 from scripts.evaluate import EvaluateConfig
@@ -35,6 +37,14 @@ class MatrixConfig(QuestionOptions):
     """Cell that the others are compared with, POLICY.RETRIEVER[.kK][.sS]; none: the first."""
     diagonal: bool = False
     """Also compare the policies with the retriever of their own place in the list with all other pairs."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    temperature: float = 0.0
+    """Temperature of sampling; 0 is greedy."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on cuda, else float32."""
 
     def __post_init__(self) -> None:
         for key in ("policies", "retrievers"):
@@ -63,6 +73,7 @@ class MatrixConfig(QuestionOptions):
         limits = {"top_k": cell.top_k, "max_turns": cell.searches}
         given = {key: value for key, value in limits.items() if value is not None}
         shared = {each.name: getattr(self, each.name) for each in fields(QuestionOptions)}
+        shared |= {name: getattr(self, name) for name in ("engine", "temperature", "device", "dtype")}
         shared["protocol"] = replace(self.protocol, **given)
         pair = {"policy": self.policies[cell.policy], "retriever": self.retrievers[cell.retriever]}
         return EvaluateConfig(**pair, out=str(folder), **shared)

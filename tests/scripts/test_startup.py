@@ -82,7 +82,7 @@ SEQ2SEQ = "{{class_path: retriever_server.training.expansion.Seq2SeqQueries, ini
 LEARN = ["--config", "recipe.yaml"]
 WRONG = {
     "evaluate": [
-        (["--out", "x"], "missing: --policy, --questions, --retriever"),
+        (["--out", "x"], "missing: --policy, --retriever, --questions"),
         ([*POLICY, "--policy", "atlass"], "policy = 'atlass': no folder, no short name (atlas, smollm2)"),
         ([*POLICY, "--policy", "atlass"], "did you mean atlas?"),
         ([*POLICY, "--policy", "thesis"], "policy = 'thesis': holds no config.json"),
