@@ -19,9 +19,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from data.atomic import read_sealed, write_sealed
 from data.errors import StorageError
-from data.offsets import cached_file
 
 if TYPE_CHECKING:
     from data.corpus import Corpus, JoinedCorpus
@@ -111,6 +109,8 @@ async def wait_for_columns(corpus: Corpus) -> None:
 
 def save_columns(corpus: Corpus, path: Path) -> None:
     """Write the file; raises StorageError."""
+    from data.atomic import write_sealed
+
     with write_sealed(path) as file:
         _write(corpus, file)
 
@@ -132,6 +132,9 @@ def _columns_of(corpus: Corpus) -> Columns | JoinedColumns:
 def _kept(corpus: Corpus) -> Any:
     """The Arrow file of its index or of the cache; made if there is none, in memory for a small corpus."""
     import pyarrow as pa
+
+    from data.atomic import read_sealed
+    from data.offsets import cached_file
 
     if corpus.index_folder and (found := read_sealed(corpus.index_folder / METADATA)) is not None:
         return found

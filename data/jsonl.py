@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from data.atomic import atomic_write, open_atomic
 from data.errors import DataError, SleuthError, StorageError, reason_of
 from data.text import replace_halves_in
 
@@ -53,6 +52,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one object a line; the old file stays until all are on disk. Raises StorageError."""
+    from data.atomic import open_atomic
+
     with open_atomic(path, "wb") as file:
         if Path(path).suffix == ".gz":
             # No name and no time inside: the same records give the same bytes.
@@ -113,6 +114,8 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing the file as a whole; StorageError if that fails."""
+    from data.atomic import atomic_write
+
     atomic_write(path, _encode(value, indent=2) + b"\n")
 
 

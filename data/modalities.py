@@ -14,8 +14,6 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from data.errors import require
-
 if TYPE_CHECKING:
     from data.records import Item
 
@@ -54,6 +52,8 @@ def register(
     files of different length, with which an encoder is tested before it is used; without it is not.
     Raises ConfigError for a name that records of a corpus use already.
     """
+    from data.errors import require
+
     allowed = f"a name, none of {', '.join(_TAKEN)}"
     require(name.isidentifier() and name not in _TAKEN, "modality", name, allowed)
     _KNOWN[name] = _Modality(read, samples)
@@ -72,6 +72,8 @@ def kinds() -> tuple[str, ...]:
 
 def read(item: Item) -> Any:
     """Read the file of an item as models take it: the picture of an image. Raises DataError."""
+    from data.errors import require
+
     require(item.modality in modalities(), "modality", item.modality, f"one of {', '.join(modalities())}")
     return _KNOWN[item.modality].read(item.image)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.atomic import read_sealed, write_sealed
 from data.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +52,8 @@ class Offsets:
     @staticmethod
     def load(path: Path) -> Offsets | None:
         """The table in a file; None where there is none, or it is damaged or of another layout."""
+        from data.atomic import read_sealed
+
         content = read_sealed(path)
         if content is None or len(content) % 8 or len(content) < 8 * _HEADER:
             return None
@@ -62,6 +63,8 @@ class Offsets:
 
     def save(self, path: Path) -> None:
         """Write the file; raises StorageError."""
+        from data.atomic import write_sealed
+
         with write_sealed(path) as file:
             file.write(self.table.data)
 

@@ -29,7 +29,7 @@ from scripts.ask import split_turn
 if TYPE_CHECKING:
     from agent.protocol import Protocol
     from agent.rollout import Agent
-    from scripts.serve_agent import AgentLimits
+    from scripts.agent_options import AgentLimits
 
 
 _NOT_TAKEN = ("tools", "functions", "stop", "logprobs")

@@ -49,7 +49,9 @@ def main(config: AskConfig) -> int:
     """
     if not config.question.strip():
         raise ConfigError(f"question = {config.question!r}: must hold a word")
-    opened = config.open(max_rows=1)
+    from scripts.wiring import open_asked
+
+    opened = open_asked(config, max_rows=1)
     asked = Question("ask", replace_halves(config.question), ())
 
     async def run() -> Trajectory:

@@ -92,7 +92,7 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
     from retriever_server.open_retriever import check_retriever
-    from scripts.wiring import check_agent
+    from scripts.wiring import check_agent, open_asked
 
     out = config.out
     check_folder(out)
@@ -105,7 +105,7 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
     with locked(Path(out) / ".lock", f"{out} is being written"):
-        opened = config.open(config.max_rows, Path(out))
+        opened = open_asked(config, config.max_rows, Path(out))
         with going_on(out):
             scores = asyncio.run(_evaluate(opened, questions, config))
             if judge:

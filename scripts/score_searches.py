@@ -62,6 +62,7 @@ def main(config: ScoreConfig) -> None:
     Killed, the same command goes on. Prints what each scorer cost for a thousand searches.
     """
     from rl.co_training.judges import open_judge
+    from scripts.wiring import open_asked
 
     check_is_file(config.trajectories)
     asks = {"judge", "read"} & set(config.by)
@@ -71,7 +72,7 @@ def main(config: ScoreConfig) -> None:
     needs_model = "likelihood" in config.by and not config.engine.shares_model
     if needs_model and config.device == "cpu":
         raise ConfigError("by: likelihood reads the policy's weights here; leave out --device cpu")
-    opened = config.open(config.max_rows, Path(config.out).parent)
+    opened = open_asked(config, config.max_rows, Path(config.out).parent)
     with going_on(config.out):
         costs = asyncio.run(_score(opened, judge, config))
     count = costs["searches"]

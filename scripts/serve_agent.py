@@ -12,32 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import SleuthError, require_range
 from retriever_server.server.config import Listening
-from scripts.agent_options import AgentOptions
+from scripts.agent_options import AgentLimits, AgentOptions
 from scripts.listening import announce, hosts_of, read_token
 
 if TYPE_CHECKING:
     from scripts.wiring import OpenedAgent
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentLimits:
-    """The most that one request, and all of them together, may ask for."""
-
-    concurrency: int = 16
-    """Questions worked on at once; they share the engine."""
-    max_waiting: int = 64
-    """Questions that may wait for a place; beyond it 429."""
-    max_tokens: int = 4096
-    """The most tokens that the policy writes for one question; a client may ask for fewer."""
-    max_question_chars: int = 8192
-    """The longest question."""
-    max_deadline_seconds: int = 300
-    """The longest that a question may take; then it gets 504."""
-
-    def __post_init__(self) -> None:
-        at_least_one = ("concurrency", "max_tokens", "max_question_chars", "max_deadline_seconds")
-        require_range(self, "", ">= 1", *at_least_one)
-        require_range(self, "", ">= 0", "max_waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +43,11 @@ class ServeAgentConfig(AgentOptions, AgentLimits, Listening):
 def main(config: ServeAgentConfig) -> None:
     """Serve a policy with its retriever until SIGTERM or Ctrl-C; questions in flight are finished first."""
     from retriever_server.server.connections import listen, run_until_stopped
+    from scripts.wiring import open_asked
 
     listen(config.host, config.port).close()  # whether it is free, before anything is opened
     read_token(config.token_file, "token_file")
-    opened = config.open(config.concurrency)
+    opened = open_asked(config, config.concurrency)
     failures: list[SleuthError] = []
     app = build_app(config, opened, failures)
     with listen(config.host, config.port) as listener:

@@ -28,6 +28,7 @@ from scripts.console import waiting
 
 if TYPE_CHECKING:
     from agent.policy import Policy
+    from scripts.agent_options import AgentOptions
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,13 @@ def open_agent(
         prompt_frame=make_frame(spoken, loaded.tokenizer),
     )
     return OpenedAgent(agent, loaded, client, engine)
+
+
+def open_asked(options: AgentOptions, max_rows: int, folder: Path | None = None) -> OpenedAgent:
+    """Open the agent that a command is asked for."""
+    place = (options.device, options.dtype, options.deadline_seconds)
+    asked = (options.policy, options.retriever, options.protocol, options.temperature, max_rows)
+    return open_agent(*asked, *place, engine=options.engine, folder=folder)
 
 
 def check_agent(policy: str, protocol: ProtocolConfig | None, device: str, engine: EngineConfig) -> Protocol:
