@@ -175,6 +175,25 @@ class Protocol:
         call = Call(self.call_tags[tag], replace_halves(inside.strip()))
         return call if self.known_tools[call.tool].arguments(call.argument) is not None else None
 
+    def split_turn(self, turn: str) -> list[tuple[str, str]]:
+        """The parts of a turn as (thought | name of a tool | answer | text, content); empty ones left out.
+
+        "<think> a </think><search> b </search>" -> [("thought", "a"), ("search", "b")]
+        """
+        opens, closes = f"<{self.think_tag}>", f"</{self.think_tag}>"
+        if closes in turn and opens not in turn.split(closes)[0]:
+            turn = opens + turn  # the prompt began the thought
+        labels = {self.think_tag: "thought", **self.call_tags, self.answer_tag: "answer"}
+        parts, end = [], 0
+        for match in re.finditer(rf"<({'|'.join(labels)})>(.*?)(?:</\1>|\Z)", turn, re.DOTALL):
+            label, inside = labels[match[1]], match[2].strip()
+            if match[1] in self.call_tags and (call := self.read_call(match[1], inside)):
+                label, inside = call.tool, call.argument or inside
+            parts += [("text", turn[end : match.start()].strip()), (label, inside)]
+            end = match.end()
+        parts.append(("text", turn[end:].strip()))
+        return [(label, " ".join(content.split())) for label, content in parts if content]
+
     def opens_thought(self, before: str) -> bool:
         """Return whether the text before a turn has begun its thought, as some chat templates do."""
         return before.rstrip().endswith(f"<{self.think_tag}>")

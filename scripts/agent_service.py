@@ -24,7 +24,6 @@ from data.text import replace_halves
 from retriever_server.server.batching import Overloaded
 from retriever_server.server.metrics import Metrics
 from retriever_server.server.schema import Body
-from scripts.ask import split_turn
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -181,7 +180,7 @@ class _Parts:
         self._think(re.sub(r"(<[^>]*|\ufffd+)\Z", "", turn))  # less half a tag, or half a character
 
     def _think(self, turn: str, end: str = "") -> list[str]:
-        thoughts = [each for label, each in split_turn(turn, self._protocol) if label in ("thought", "text")]
+        thoughts = [each for label, each in self._protocol.split_turn(turn) if label in ("thought", "text")]
         said = "\n".join(thoughts) + end if thoughts else ""
         if new := said.removeprefix(self._begun):
             self._tell({"reasoning_content": new})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +108,7 @@ class _View:
     def show_segment(self, segment: Segment) -> None:
         """Print a turn part by part; of observations only that an action was invalid."""
         if segment.kind == "policy":
-            for label, content in split_turn(segment.text, self.protocol):
+            for label, content in self.protocol.split_turn(segment.text):
                 self._line(label, content, STYLES.get(label, STYLES["search"]))
         elif self.protocol.invalid.endswith(segment.text):
             self._line("invalid", "no action that the protocol knows; it is told so", "red")
@@ -133,23 +132,3 @@ def preview(hit: Hit) -> str:
     words = " ".join(hit.passage.text.split())
     cut = words if len(words) <= PREVIEW_CHARS else words[:PREVIEW_CHARS].rsplit(" ", 1)[0] + " ..."
     return f"{hit.passage.title or hit.passage.id}: {cut}"
-
-
-def split_turn(turn: str, protocol: Protocol) -> list[tuple[str, str]]:
-    """The parts of a turn as (thought | name of a tool | answer | text, content); empty ones left out.
-
-    "<think> a </think><search> b </search>" -> [("thought", "a"), ("search", "b")]
-    """
-    closes = f"</{protocol.think_tag}>"
-    if closes in turn and f"<{protocol.think_tag}>" not in turn.split(closes)[0]:
-        turn = f"<{protocol.think_tag}>{turn}"  # the prompt began the thought
-    labels = {protocol.think_tag: "thought", **protocol.call_tags, protocol.answer_tag: "answer"}
-    parts, end = [], 0
-    for match in re.finditer(rf"<({'|'.join(labels)})>(.*?)(?:</\1>|\Z)", turn, re.DOTALL):
-        label, inside = labels[match[1]], match[2].strip()
-        if match[1] in protocol.call_tags and (call := protocol.read_call(match[1], inside)):
-            label, inside = call.tool, call.argument or inside
-        parts += [("text", turn[end : match.start()].strip()), (label, inside)]
-        end = match.end()
-    parts.append(("text", turn[end:].strip()))
-    return [(label, " ".join(content.split())) for label, content in parts if content]

@@ -172,10 +172,10 @@ def _told(
     trajectory: Trajectory, turn: int, protocol: Protocol, words: bool = True, passages: bool = True
 ) -> list[str]:
     """A turn in lines: the parts of what the policy wrote, and the passages that it found."""
-    from scripts.ask import preview, split_turn
+    from scripts.ask import preview
 
     written = [segment.text for segment in trajectory.segments if segment.kind == "policy"][turn]
-    lines = [f"{label:>8}  {text}" for label, text in split_turn(written, protocol)] if words else []
+    lines = [f"{label:>8}  {text}" for label, text in protocol.split_turn(written)] if words else []
     for search in trajectory.searches if passages else ():
         if search.turn == turn:
             lines += [f"{'found':>8}  {preview(hit)}" for hit in search.hits] or [f"{'found':>8}  nothing"]

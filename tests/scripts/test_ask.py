@@ -6,7 +6,6 @@ from agent.policy import Policy
 from agent.protocol import COMPACT, HERMES
 from agent.tools import Search
 from scripts import __main__ as sleuth
-from scripts.ask import split_turn
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.running import build_small_index
 from tests.scripted import ScriptedEngine
@@ -66,8 +65,8 @@ def test_a_retriever_that_is_down_is_one_line(ask, monkeypatch):
 def test_a_turn_is_split_into_its_parts_and_a_tool_call_shows_its_query():
     turn = "so <think> a\n b</think> <search> c</search> <answer> cut off"
     parts = [("text", "so"), ("thought", "a b"), ("search", "c"), ("answer", "cut off")]
-    assert split_turn(turn, COMPACT) == parts
-    assert split_turn(HERMES.render_turn("t", Search("who?")), HERMES) == [
+    assert COMPACT.split_turn(turn) == parts
+    assert HERMES.split_turn(HERMES.render_turn("t", Search("who?"))) == [
         ("thought", "t"),
         ("search", "who?"),
     ]
