@@ -152,7 +152,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(honours_ranges, server, t
         ("ftp://x", [], "url = 'ftp://x': must be http(s) addresses"),
         ("http://:bad/", [], "http://:bad/: nobody answers there (invalid port)"),
         ("{}/f", ["--attempts", "0"], "attempts = 0: must be >= 1"),
-        ("{}/f", ["--out", "."], "out = .: is a folder"),
+        ("{}/f", ["--out", "."], "out = '.': must be the file to write"),
     ],
 )
 def test_what_went_wrong_is_said_in_one_line(url, options, said, server, tmp_path, capsys):
