@@ -166,7 +166,6 @@ class ServerPool:
         return server
 
     def release(self, key: object) -> None:
-        """Forget which server the key was given."""
         if (server := self._by_key.pop(key, None)) is not None:
             server.load -= 1
 
@@ -309,7 +308,6 @@ class ServerPool:
 
 
 def log_restart(process: ServerProcess, why: str, restarts: int, again: bool) -> None:
-    """Say why a server is started again, or no more."""
     then = "started again" if again else f"given up after {restarts} restarts"
     _log.warning("%s: %s; %s (see %s)", process.name, why, then, process.log)
 

@@ -87,9 +87,8 @@ class ServedEncoder(Encoder):
                 raise TryAgain(f"answered {answer.status_code}")
             except (httpx.HTTPError, TryAgain) as error:
                 if failures == _TRIES:
-                    raise RetrieverError(
-                        f"encode_with {self._url}: {type(error).__name__}: {error}"
-                    ) from error
+                    said = f"{type(error).__name__}: {error}"
+                    raise RetrieverError(f"encode_with {self._url}: {said}") from error
             time.sleep(delay_seconds(failures))
         if answer.status_code != 200:
             raise RetrieverError(f"encode_with {self._url}: {answer.status_code}: {answer.text[:200]}")

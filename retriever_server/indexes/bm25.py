@@ -261,7 +261,6 @@ Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _lucene_bm25(counts: TermCounts, frequencies: np.ndarray, settings: dict[str, Any]) -> Weigh:
-    """Weigh as `Statistics` says."""
     known = Statistics.of(counts.lengths, settings)
     idf, norms = known.idf(frequencies), known.norms(counts.lengths)
     return lambda terms, passages, occurrences: idf[terms] * occurrences / (occurrences + norms[passages])

@@ -193,7 +193,6 @@ def _rows(corpus: Corpus, positions: np.ndarray) -> np.ndarray:
 
 
 def _joined(corpus: Corpus, first: int) -> JoinedCorpus:
-    """Return the parts of a corpus from the `first` on."""
     parts, start = corpus.parts[first:], sum(map(len, corpus.parts[:first]))
     alive = corpus.alive[start:] if isinstance(corpus, JoinedCorpus) else np.ones(len(corpus), bool)
     return JoinedCorpus(parts, np.flatnonzero(~alive))
@@ -202,7 +201,6 @@ def _joined(corpus: Corpus, first: int) -> JoinedCorpus:
 def _write_part(
     path: Path, name: str, manifest: Manifest, added: Corpus, encoder: Encoder | None, **how: Any
 ) -> None:
-    """Build an index of added passages."""
     kind = index_kind(manifest.kind)
     of = replace(manifest, kind=kind.part_kind, settings=kind.part_settings(manifest.settings))
 

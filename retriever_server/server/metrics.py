@@ -66,7 +66,6 @@ class Metrics:
         self.failed_queries.inc(failed)
 
     def note_backend(self, name: str, generation: str, description: Mapping[str, Any]) -> None:
-        """Note what a backend says of itself."""
         before = self._serving.get(name, generation)
         self.generation.labels(name, before).set(0)
         self.generation.labels(name, generation).set(1)

@@ -110,7 +110,6 @@ def _warn_if_worse(trainer: Any, out: Path, step: int) -> None:
 
 
 def _steps(trainer: Any, recipe: RetrieverRecipe) -> int:
-    """Return how many updates the recipe asks for."""
     an_epoch = max(1, -(-len(trainer.get_train_dataloader()) // recipe.accumulate))
     return recipe.steps or math.ceil(recipe.epochs * an_epoch)
 

@@ -155,7 +155,6 @@ class Training:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained tensors and buffers of a model by name."""
     named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
     return named | {f"model.{name}": value for name, value in model.named_buffers()}
 

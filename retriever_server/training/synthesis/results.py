@@ -126,7 +126,6 @@ def _record(
     corpus: Corpus,
     measured: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The line of an example, with where it comes from."""
     ids = (draft.positive, *draft.negatives)
     judges = {name: {i: of[i] for i in ids if i in of} for name, of in draft.scores.items()}
     task = str(draft.fields.get("task") or draft.draws.get("task", ""))
