@@ -109,7 +109,7 @@ def commands(monkeypatch):
         found = Commands(**given)
         monkeypatch.setattr(co_train.subprocess, "run", found)
         monkeypatch.setattr(
-            "data.checkpoint.latest_checkpoint", lambda folder: type("C", (), {"path": folder / "last"})
+            "scripts.co_train.latest_checkpoint", lambda folder: type("C", (), {"path": folder / "last"})
         )
         return found
 
