@@ -169,6 +169,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(**given)
         self._bounds = bounds
         self._refused, self._received, self._head = False, 0, 0
+        self._cycles: list[Any] = []
+        """Requests that are not answered yet."""
         self._seen: tuple[str, Any] = ("", None)
         """Progress of the client at the last look, and in which request."""
         self._since, self._moved = 0.0, 0
@@ -188,6 +190,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._looking is not None:
             self._looking.cancel()
+        for cycle in self._cycles:  # uvicorn tells the last one alone that its client has gone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -196,6 +201,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._bounds.note(self.loop, f"with {_MOST_PIPELINED} requests unanswered")
             raise ValueError("too many requests at once")  # uvicorn answers 400 and closes it
         super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Begin a request, or let it wait for those before it."""
+        super().on_headers_complete()
+        self._cycles = [each for each in (*self._cycles, self.cycle) if not each.response_complete]
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless it is refused or its head never ends."""

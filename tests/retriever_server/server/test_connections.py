@@ -240,3 +240,16 @@ def test_wrong_bounds_are_refused(change):
         ConfigError, match=r"max_connections = -1: must be >= 0|stall_seconds = 0: must be > 0"
     ):
         ServeConfig("x", **change)
+
+
+def test_a_client_that_leaves_behind_several_requests_is_no_error(capsys):
+    slow = b'{"queries": ["slow"]}'
+    with bounded(stall_seconds=10) as (port, count):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(HEAD % len(slow) + slow + HEAD % len(QUERY) + QUERY)
+            wait_until(lambda: count())
+            time.sleep(0.3)  # both are there
+        wait_until(lambda: count() == 0)
+        time.sleep(2.5)  # until the search is done
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    assert "Traceback" not in capsys.readouterr().err
