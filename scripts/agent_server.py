@@ -22,7 +22,7 @@ from starlette.responses import StreamingResponse
 import retriever_server.server
 from retriever_server.server.errors import ClientGone, add_error_replies, error_body, status_and_reason
 from retriever_server.server.middleware import JsonRoute
-from retriever_server.server.replies import JsonReply
+from retriever_server.server.replies import JsonReply, find_model, list_models
 from retriever_server.server.service import Caller
 from scripts.agent_service import AgentService, ChatBody
 
@@ -55,8 +55,8 @@ def create_app(service: AgentService, **options: Any) -> FastAPI:
 async def chat(body: ChatBody, caller: _RequestOf) -> Response:
     """Answer the last message."""
     service: AgentService = caller.app.state.service
-    if body.model not in (None, service.name):
-        raise HTTPException(404, f"model {str(body.model)[:80]!r}: there is {service.name} alone")
+    if body.model is not None:
+        find_model([service.name], body.model)
     service.check(body)  # before a stream begins
     waiting = Caller(cast(Any, service), caller)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
@@ -71,8 +71,13 @@ async def chat(body: ChatBody, caller: _RequestOf) -> Response:
 @router.get("/v1/models")
 async def models(service: _ServiceOf) -> dict[str, Any]:
     """Name the policy."""
-    about = {"id": service.name, "object": "model", "created": 0, "owned_by": "sleuth"}
-    return {"object": "list", "data": [about]}
+    return list_models([service.name])
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, service: _ServiceOf) -> dict[str, Any]:
+    """Describe the policy."""
+    return find_model([service.name], name)
 
 
 @router.get("/healthz")

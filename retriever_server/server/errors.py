@@ -32,8 +32,8 @@ _DESCRIPTIONS = {
     503: "The search failed; outside of /v1 also: too many queries wait, Retry-After says when to come back",
     504: "The deadline has passed",
 }
-_OPENAI = {"/v1/embeddings": 422, "/v1/models": 422, "/v1/chat/completions": 400}
-"""Routes that OpenAI has, and the status there of a wrong value."""
+_OPENAI = ("/v1/embeddings", "/v1/models", "/v1/chat/completions")
+"""Routes that OpenAI has; those below them, too."""
 ANY_SEARCH = (400, 401, 413, 421, 422, 500, 501, 503, 504)
 """Statuses of whatever searches, encodes or scores."""
 
@@ -92,7 +92,8 @@ def add_error_replies(app: FastAPI) -> None:
 async def answer_error(request: Request, error: Exception) -> JsonReply:
     """Answer with the status and the reason of what a route raised."""
     status, reason = status_and_reason(error)
-    status = _OPENAI.get(request.url.path, status) if status == 422 else status
+    if status == 422 and request.url.path == "/v1/chat/completions":
+        status = 400  # as OpenAI has it
     headers = getattr(error, "headers", None)
     if isinstance(error, Overloaded):
         # Clients of other projects come back after 503 alone: some take 429 for an answer without hits.
@@ -103,7 +104,7 @@ async def answer_error(request: Request, error: Exception) -> JsonReply:
 
 def error_body(path: str, status: int, reason: str) -> dict[str, Any]:
     """Return the JSON of an error: the reason, where OpenAI has such a route also as its clients read it."""
-    if path not in _OPENAI:
+    if not path.startswith(_OPENAI):
         return {"detail": reason}
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"detail": reason, "error": {"message": reason, "type": kind, "param": None, "code": None}}

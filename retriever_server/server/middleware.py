@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
@@ -27,7 +27,6 @@ from retriever_server.server.batching import Overloaded
 from retriever_server.server.errors import error_body
 from retriever_server.server.metrics import Metrics
 from retriever_server.server.replies import JsonReply
-from retriever_server.server.schema import Body
 
 OPEN_TO_ALL = {"/", "/healthz", "/readyz", "/health"}
 """Paths that need no token: the page holds no passages, and a probe has no secrets."""
@@ -195,7 +194,7 @@ class JsonRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
         hints = get_type_hints(endpoint, include_extras=True)
-        self._model: type[Body] | None = hints.get("body")
+        self._model: type[BaseModel] | None = hints.get("body")
         self._caller_of = hints["caller"].__metadata__[0].dependency if self._model else None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +206,7 @@ class JsonRoute(APIRoute):
         answer = await self.endpoint(body, await self._caller_of(request))  # pyright: ignore[reportOptionalCall]
         await answer(scope, receive, send)
 
-    async def read(self, request: Request) -> Body:
+    async def read(self, request: Request) -> BaseModel:
         assert self._model is not None
         try:
             content = json.loads(await request.body())
@@ -216,7 +215,7 @@ class JsonRoute(APIRoute):
         return parse_body(self._model, content)
 
 
-def parse_body(model: type[Body], content: Any) -> Any:
+def parse_body(model: type[BaseModel], content: Any) -> Any:
     """Return the content as the model, or raise what says which field is wrong."""
     try:
         return model.model_validate(content)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from data.errors import RetrieverError
@@ -26,6 +28,19 @@ class JsonReply(Response):
             return _render(content).encode()
         except (ValueError, TypeError) as error:
             raise RetrieverError(f"what was found cannot be sent as JSON: {error}") from error
+
+
+def list_models(names: Sequence[str]) -> dict[str, Any]:
+    """Return the list of models, as OpenAI has it."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "sleuth"} for name in names]
+    return {"object": "list", "data": data}
+
+
+def find_model(names: Sequence[str], name: str) -> dict[str, Any]:
+    """Return the one of that name out of the list. Raises HTTPException with 404."""
+    if name not in names:
+        raise HTTPException(404, f"model {name[:80]!r}: there is {', '.join(names) or 'none'}")
+    return list_models([name])["data"][0]
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 
 from data.errors import DataError
 from data.text import is_unicode
@@ -258,13 +258,27 @@ class TextDocument(Body):
 
 
 class DocumentsBody(Body):
-    """`/v1/rerank` and `/v2/rerank` of Cohere, Jina and vLLM."""
+    """`/v1/rerank`, `/v2/rerank` and, by its keys, `/rerank` of Cohere, Jina and vLLM."""
 
     query: str
     documents: str | list[str | TextDocument]
     top_n: int | None = Field(None, ge=0, description="0: all of them, as vLLM has it.")
     model: str | None = None
     return_documents: bool = True
+
+
+def _asker(value: Any) -> str:
+    keys = value.keys() if isinstance(value, dict) else ()
+    return "Documents" if "documents" in keys and "queries" not in keys else "Texts"
+
+
+class AnyRerankBody(RootModel):
+    """`/rerank`: of TEI and Search-R1, or of Cohere, Jina and vLLM (`query` and `documents`)."""
+
+    root: Annotated[
+        Annotated[RerankBody, Tag("Texts")] | Annotated[DocumentsBody, Tag("Documents")],
+        Discriminator(_asker),
+    ]
 
 
 class AnyInputs(Body):

@@ -145,6 +145,9 @@ def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
     with serving(app) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         assert [model.id for model in client.models.list()] == ["atlas"]
+        assert client.models.retrieve("atlas").id == "atlas"
+        with pytest.raises(openai.NotFoundError, match="model 'gpt': there is atlas"):
+            client.models.retrieve("gpt")
         messages = ASKED["messages"]
         answer = client.chat.completions.create(model="atlas", messages=messages)
         assert answer.choices[0].message.content == "red"
@@ -155,7 +158,7 @@ def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
         assert any(getattr(delta, "searches", None) for delta in chunks)
         with pytest.raises(openai.BadRequestError, match="is of role 'assistant'"):
             client.chat.completions.create(model="atlas", messages=[{"role": "assistant", "content": "x"}])
-        with pytest.raises(openai.NotFoundError, match="there is atlas alone"):
+        with pytest.raises(openai.NotFoundError, match="there is atlas"):
             client.chat.completions.create(model="gpt", messages=messages)
 
 

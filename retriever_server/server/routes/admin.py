@@ -100,12 +100,14 @@ def _change_in(body: PassagesBody) -> Callable[[Retriever], Retriever]:
     if body.delete is not None:
         check_unicode(body.delete)
         return methodcaller("delete", body.delete)
-    passages = []
+    passages, places = [], dict[str, int]()
     for number, record in enumerate(body.add or ()):
         try:
             passages.append(passage := parse_passage(record))
         except ValueError as error:
             raise DataError(f"add.{number}: {error}") from error
+        if (first := places.setdefault(passage.id, number)) != number:
+            raise DataError(f"add.{number}: has the id {passage.id!r} of add.{first}")
         if passage.files:
             raise DataError(f"add.{number}: names a file; `sleuth index --add` takes those")
     return methodcaller("add", passages, body.replace)

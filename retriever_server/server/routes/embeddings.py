@@ -25,8 +25,15 @@ from retriever_server.server import schema
 from retriever_server.server.encoding import encode, present, score
 from retriever_server.server.errors import ANY_SEARCH, error_replies
 from retriever_server.server.middleware import JsonRoute, parse_body
-from retriever_server.server.replies import LONG_ANSWER, JsonReply
-from retriever_server.server.schema import AnyInputs, DocumentsBody, EmbedBody, EmbeddingsBody, RerankBody
+from retriever_server.server.replies import LONG_ANSWER, JsonReply, find_model, list_models
+from retriever_server.server.schema import (
+    AnyInputs,
+    AnyRerankBody,
+    DocumentsBody,
+    EmbedBody,
+    EmbeddingsBody,
+    RerankBody,
+)
 from retriever_server.server.service import Caller, CallerOf, ServiceOf
 
 router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH, 404))
@@ -63,7 +70,7 @@ async def root(body: AnyInputs, caller: CallerOf) -> Response:
     """Do what the model is for, as TEI: embed the `inputs`, or rank the `texts` for a `query`."""
     given = body.model_extra or {}
     if "inputs" not in given:
-        return await rerank(parse_body(RerankBody, given), caller)
+        return await rerank(parse_body(AnyRerankBody, given), caller)
     with caller.service.backend().current as lease:
         kind = present(lease.retriever.encoder, "encoder").spec.kind
     route = {"sparse": embed_sparse, "multi": embed_all}.get(kind, embed)
@@ -94,9 +101,14 @@ async def info(service: ServiceOf) -> dict[str, Any]:
 async def models(service: ServiceOf) -> dict[str, Any]:
     """List the encoder and the reranker, as OpenAI."""
     with service.backend().current as lease:
-        names = _models_of(lease.retriever)
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "sleuth"} for name in names]
-    return {"object": "list", "data": data}
+        return list_models(_models_of(lease.retriever))
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, service: ServiceOf) -> dict[str, Any]:
+    """Describe one of them, as OpenAI."""
+    with service.backend().current as lease:
+        return find_model(_models_of(lease.retriever), name)
 
 
 def _models_of(retriever: Retriever) -> list[str]:
@@ -138,8 +150,15 @@ async def embeddings(body: EmbeddingsBody, caller: CallerOf) -> Response:
 
 
 @router.post("/rerank", response_model=list[schema.Scored] | dict[str, Any])
-async def rerank(body: RerankBody, caller: CallerOf) -> Response:
-    """Score texts for a query, best first: as TEI, or for `queries` as Search-R1's reranker."""
+async def rerank(body: AnyRerankBody, caller: CallerOf) -> Response:
+    """Score texts for a query, best first: as TEI, Search-R1, Cohere, Jina or vLLM, by its keys."""
+    asked = body.root
+    if isinstance(asked, DocumentsBody):
+        return await rerank_as_cohere(asked, caller)
+    return await _rerank_texts(asked, caller)
+
+
+async def _rerank_texts(body: RerankBody, caller: Caller) -> Response:
     if body.queries is not None:
         return JsonReply(await _rerank_documents(body, body.queries, caller))
     if body.query is None or body.texts is None:

@@ -151,12 +151,17 @@ def test_tei_root_does_what_the_model_is_for():
 def test_models_and_info_name_what_is_inside():
     with TestClient(create_app(Whole(encoder=Fixed("dense")))) as server:
         assert [model["id"] for model in server.get("/v1/models").json()["data"]] == ["fixed"]
+        assert server.get("/v1/models/fixed").json() == server.get("/v1/models").json()["data"][0]
+        answer = server.get("/v1/models/org/other")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == "model 'org/other': there is fixed"
         described = server.get("/info").json()
         assert described["model_id"] == "fixed" and described["model_type"] == {"embedding": {"pooling": ""}}
     with TestClient(create_app(Whole(scorer=LengthScorer()))) as server:
         assert "reranker" in server.get("/info").json()["model_type"]
     with TestClient(create_app(Whole())) as server:
         assert server.get("/v1/models").json()["data"] == []
+        assert server.get("/v1/models/fixed").json()["error"]["message"] == "model 'fixed': there is none"
         assert server.get("/info").status_code == 404
 
 
@@ -183,14 +188,14 @@ def test_cohere_jina_and_vllm_rerank():
 )
 def test_rerank_reads_and_answers_as_clients_and_vllm_do(more, order):
     body = {"query": "q", "documents": ["a", "ccc", "bb"], **more}
-    for path in ("/v1/rerank", "/v2/rerank"):
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         answer = ask(path, body, scorer=LengthScorer())
         assert [item["index"] for item in answer["results"]] == order
         assert all(isinstance(item["document"]["text"], str) for item in answer["results"])
         assert isinstance(answer["id"], str) and isinstance(answer["model"], str)  # vLLM's RerankResponse
         assert answer["usage"].keys() == {"prompt_tokens", "total_tokens"}
-    refused = ask("/v1/rerank", {**body, "top_n": -1}, scorer=LengthScorer())
-    assert refused[0] == 422 and "top_n" in refused[1]
+        refused = ask(path, {**body, "top_n": -1}, scorer=LengthScorer())
+        assert refused[0] == 422 and refused[1].startswith("top_n: ")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_what_is_added_is_found_at_once_and_what_is_deleted_is_not(server):
         ({"add": [{"text": "a"}]}, "add.0: "),
         ({"add": [{"id": "1", "text": "a"}]}, "has a passage '1' already"),
         ({"add": [{"id": "9", "text": "a", "image": "/etc/passwd"}]}, "names a file"),
+        ({"add": [{"id": "9", "text": "a"}, {"id": 9, "text": "b"}]}, "add.1: has the id '9' of add.0"),
         ({"delete": ["nobody"]}, "has no passage 'nobody'"),
         ({"delete": ["1", "\udc00"]}, "half a surrogate pair"),
         ({"delete": ["0", "1", "2", "3"]}, "all of its 4 passages"),

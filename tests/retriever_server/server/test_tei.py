@@ -38,7 +38,7 @@ def test_a_prompt_goes_by_its_name_or_is_none(name):
         ("/rerank", {"query": "q", "texts": ["a"], "truncate": False}, "the model does not say what it cuts"),
         ("/embed", {"inputs": "a", "truncation_direction": "Left"}, "truncation_direction: Input should be"),
         ("/embed", {"inputs": None}, "inputs: Input should be a valid string, not null"),
-        ("/rerank", {"query": "q", "documents": []}, "texts: must be a list of strings"),
+        ("/rerank", {"query": "q"}, "texts: must be a list of strings"),
         ("/embed", {"inputs": "a", "dimensions": 4}, "dimensions = 4: the vectors have 3"),
         ("/v1/embeddings", {"input": "a", "dimensions": 4}, "dimensions = 4: the vectors have 3"),
     ],
