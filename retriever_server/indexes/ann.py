@@ -110,7 +110,7 @@ class AnnIndex(FlatIndex):
         _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
         kept = (found >= 0) & self._findable[found]
         ranked = [
-            self._rescored(query, row[of], k) for query, row, of in zip(queries, found, kept, strict=True)
+            self.rows.score(row[of], query, k) for query, row, of in zip(queries, found, kept, strict=True)
         ]
         if self._added.any():
             added = super().rank(queries, k, self._added)
@@ -125,11 +125,6 @@ class AnnIndex(FlatIndex):
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:
         return super()._mask(where) if where else None  # skipped passages leave the candidates
-
-    def _rescored(self, query: np.ndarray, candidates: np.ndarray, k: int) -> Ranking:
-        scores = self.rows[candidates] @ query
-        order = np.lexsort((candidates, -scores))[:k]
-        return candidates[order], scores[order]
 
 
 def _new(dimension: int, factory: str) -> Any:

@@ -102,12 +102,15 @@ class Rows:
             best, where = self._top(len(asked), k + spare, mask, lambda rows: asked @ rows.float().T)
             if not spare:
                 return [_by_score(w, s) for s, w in zip(best, where, strict=True)]
-            found = [self._scored(each, query) for each, query in zip(where, asked.numpy(), strict=True)]
-            return [(positions[:k], scores[:k]) for positions, scores in found]
+            return [self.score(each, query, k) for each, query in zip(where, asked.numpy(), strict=True)]
 
-    def _scored(self, positions: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return these rows and their products with a query, best first."""
-        return _by_score(positions, (self[positions] * query).sum(1))  # `@` rounds by the rows around a row
+    def score(
+        self, positions: np.ndarray, query: np.ndarray, k: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return these rows and their products with a query, the `k` best first."""
+        scores = (self[positions] * query).sum(1)  # `@` rounds by the rows around a row
+        positions, scores = _by_score(positions, scores)
+        return positions[:k], scores[:k]
 
     def _search_int8(
         self, queries: Any, k: int, mask: np.ndarray | None
@@ -126,7 +129,7 @@ class Rows:
         asked, count = whole.to(torch.int8), 8 * k + 128
         while True:
             rough, where = self._top(len(queries), count, mask, lambda rows: multiply(asked, rows.T))
-            found = [self._scored(each, query) for each, query in zip(where, queries.numpy(), strict=True)]
+            found = [self.score(each, query) for each, query in zip(where, queries.numpy(), strict=True)]
             out_of_reach = (
                 len(worst) < count or worst[-1] + most < exact[k - 1]
                 for worst, most, (_, exact) in zip(rough * scale.numpy(), off.tolist(), found, strict=True)

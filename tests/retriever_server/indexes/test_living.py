@@ -325,3 +325,13 @@ def test_killed_at_any_moment_the_old_or_the_new_generation_is_there(tmp_path, k
     (folder / ".manifest.json.7-ab.tmp").touch()  # as one that is killed while it writes leaves it
     living.add(folder, [Passage("last", "fox")], encoder)
     assert not list(folder.glob(".*"))
+
+
+def test_scores_of_ann_are_those_of_a_rebuild_to_the_last_bit(tmp_path):
+    rng, encoder = random.Random(0), FakeEncoder("dense", 48)
+    passages = passages_of(rng, [str(i) for i in range(90)])
+    build("ann", passages[:50], tmp_path / "index", encoder)
+    living.add(tmp_path / "index", passages[50:], encoder)
+    rebuilt = build("ann", passages, tmp_path / "rebuilt", encoder)
+    queries = [" ".join(rng.choices(FEW, k=3)) for _ in range(20)]
+    assert found(open_index(tmp_path / "index", encoder=encoder), queries, 10) == found(rebuilt, queries, 10)
