@@ -7,6 +7,7 @@ reward_model.ground_truth.target, extra_info}, whose index starts again in every
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,11 @@ from data.errors import ConfigError, DataError, first_line
 from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_text
+from data.formats.squad import is_impossible
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
 from data.records import Question
+
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -46,8 +50,9 @@ def load_questions(
 
     A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, or .parquet), a folder of such files, a
     name of `data.formats.answer_sets` (nq, ..., search_r1), or a hub name such as "org/name" or
-    "org/name:config". `split` chooses one: needed where a hub name or folder has
-    several; of a file's rows those that name another are left out.
+    "org/name:config". A .json file may be SQuAD's own; SQuAD 2.0's questions without an answer are left out.
+    `split` chooses one: needed where a hub name or folder has several; of a file's rows those that name
+    another are left out.
 
     A row's own id is kept where no other row has it. Otherwise, and where there is none, the id is
     "<data_source>/<split>/<id or extra_info.index or row>". It does not depend on `limit`.
@@ -91,7 +96,10 @@ def _read_source(name: str, split: str | None) -> list[_Row]:
     if not kept:
         found = ", ".join(sorted({row.split for row in rows}))
         raise DataError(f"{name}: no row of split {split!r}, only of {found}" if rows else f"{name}: no rows")
-    return kept
+    asked = [row for row in kept if not is_impossible(row.record)]
+    if left := len(kept) - len(asked):
+        logger.warning("%s: %d of %d questions have no answer (SQuAD 2.0): left out", name, left, len(kept))
+    return asked
 
 
 def _is_hub_name(name: str) -> bool:

@@ -22,8 +22,8 @@ def main(
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
-    A test collection of BEIR's, BRIGHT's or ViDoRe's form gives its passages as they are; ViDoRe's pictures
-    go into the folder `images` beside --out.
+    A test collection of BEIR's, BRIGHT's or ViDoRe's form gives its passages as they are, one of SQuAD's own
+    files its paragraphs; ViDoRe's pictures go into the folder `images` beside --out.
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over); a
@@ -35,9 +35,11 @@ def main(
     """
     from data.formats.benchmarks import benchmark_passages, is_benchmark
     from data.formats.documents import DUMPS, READERS, find_files, reason_without_text
+    from data.formats.tables import is_squad_file, read_squad
 
-    if is_benchmark(source):
-        write_jsonl(out, benchmark_passages(source, Path(out).parent))
+    paragraphs = read_squad(Path(source)).passages if is_squad_file(Path(source)) else None
+    if paragraphs or is_benchmark(source):
+        write_jsonl(out, paragraphs or benchmark_passages(source, Path(out).parent))
         print(f"the passages of {source} are in {out}")
         return
     if not 0 <= overlap < words:

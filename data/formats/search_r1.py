@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.formats.rows import answers_of, id_of, ids_of, list_of, object_of, shown
+from data.formats.squad import is_impossible
 from data.formats.tables import at, read_rows
 from data.formats.training import Items
 from data.records import Example
@@ -49,6 +50,8 @@ def gold_answers(record: Mapping[str, Any]) -> tuple[str, ...]:
 def read(path: Path, split: str, images: Path) -> Items:
     """An example of each question, whose positives are its `metadata.supporting_ids`."""
     for place, row in read_rows(path):
+        if is_impossible(row):
+            continue
         with at(place):
             metadata = object_of(row.get("metadata"), "metadata")
             ids = ids_of(metadata.get("supporting_ids"), "supporting_ids")

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from data.atomic import atomic_write
 from data.errors import ConfigError, DataError
+from data.formats.squad import Squad, is_squad, parse_squad
 from data.jsonl import check_is_file, numbered_jsonl
 from data.text import replace_halves_in
 
@@ -46,13 +47,27 @@ def read_rows(path: Path, at_once: int = 1000) -> Rows:
     at_once: rows of parquet that are in memory together.
     """
     if kind_of(path) == ".parquet":
-        rows = enumerate(read_parquet(path, at_once), start=1)
-        return ((f"{path}: row {number}", row) for number, row in rows)
+        return _numbered(path, read_parquet(path, at_once))
     if kind_of(path) in (".csv", ".tsv"):
         return _read_table(path)
-    if _is_array(path):
+    start = _start_of(path)
+    if is_squad(start):
+        return _numbered(path, read_squad(path).questions)
+    if start.lstrip().startswith("["):
         return _read_array(path)
     return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
+
+
+def read_squad(path: Path) -> Squad:
+    """The content of one of SQuAD's own files. Raises DataError."""
+    with _opened(path) as file, at(f"{path}: not in SQuAD's form"):
+        content = file.read()
+        return parse_squad(replace_halves_in(json.loads(content), content.encode()))
+
+
+def is_squad_file(path: Path) -> bool:
+    """Return whether it is one of SQuAD's own files."""
+    return path.is_file() and kind_of(path) == ".json" and is_squad(_start_of(path))
 
 
 def read_part(folder: Path, name: str, at_once: int = 1000) -> Rows:
@@ -200,9 +215,13 @@ def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
 
 
-def _is_array(path: Path) -> bool:
+def _start_of(path: Path) -> str:
     with _opened(path) as file:
-        return file.read(1024).lstrip().startswith("[")
+        return file.read(1024)
+
+
+def _numbered(path: Path, rows: Iterable[dict[str, Any]]) -> Rows:
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _read_array(path: Path) -> Rows:
