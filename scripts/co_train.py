@@ -52,6 +52,9 @@ class CoTrainConfig:
     """Steps of the policy a round; weights go on, the optimizer begins anew."""
     rollout_questions: int = 256
     """Training questions searched a round; each round takes the next ones."""
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None
+    """Normal form of answers: squad, or unicode for scripts without spaces; none: as each question's
+    metadata say, else squad."""
     dev_limit: int | None = None
     """Only the first so many dev questions."""
     samples: int = 4
@@ -100,7 +103,7 @@ def main(config: CoTrainConfig) -> None:
     for path in (config.train_recipe, config.retriever_recipe, config.corpus, *replayed):
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
-    asked = load_questions(config.questions)
+    asked = load_questions(config.questions, normalizer=config.normalizer)
     if (needed := config.rounds * config.rollout_questions) > len(asked):
         raise ConfigError(
             f"rollout_questions = {config.rollout_questions}: {config.rounds} rounds need {needed:,}, "
@@ -151,7 +154,7 @@ class _Loop:
     def score(self, state: State) -> State:
         """Evaluate the policy on dev, in the first round also with the passages that each question needs."""
         config, folder = self.config, self._folder(state)
-        dev = {"questions": config.dev_questions, "out": folder / "dev"}
+        dev = {"questions": config.dev_questions, "out": folder / "dev", **self._judging()}
         dev |= {} if config.dev_limit is None else {"limit": config.dev_limit}
         dev |= {} if state.round else {"controls": "oracle", "corpus": config.corpus}
         self._run(state, "evaluate", self._agent(state) | dev)
@@ -225,6 +228,7 @@ class _Loop:
             "old": state.retriever,
             "new": folder / "index",
             "questions": config.dev_questions,
+            **self._judging(),
             "k": config.k,
             "max_plain_loss": config.max_plain_loss,
             "out": folder / "gate.json",
@@ -251,6 +255,7 @@ class _Loop:
             **self._agent(state),
             "questions": config.questions,
             "dev_questions": config.dev_questions,
+            **self._judging(),
             "steps": config.steps,
             "save_every": config.steps,
             "seed": config.seed + state.round,
@@ -264,6 +269,10 @@ class _Loop:
         folder = self.out / f"round-{state.round}"
         folder.mkdir(exist_ok=True)
         return folder
+
+    def _judging(self) -> dict[str, Any]:
+        """The option of a command that reads the questions and compares answers with theirs."""
+        return {"normalizer": self.config.normalizer} if self.config.normalizer else {}
 
     def _agent(self, state: State) -> dict[str, Any]:
         """The options of an agent of this state. RetrieverError where its server serves another index."""

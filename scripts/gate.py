@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from data.errors import require
 from data.jsonl import write_json
 from data.questions import load_questions
@@ -15,6 +17,7 @@ def main(
     old: str,
     new: str,
     questions: str | None = None,
+    normalizer: Literal["squad", "unicode", "unicode_folded"] | None = None,
     k: int = 3,
     max_plain_loss: float = 0.01,
     out: str | None = None,
@@ -28,6 +31,8 @@ def main(
         old: Retriever that serves now: folder of an index, URL or YAML file.
         new: Retriever that would take its place.
         questions: Questions that, asked as they stand, may lose little.
+        normalizer: Normal form of their answers: squad, or unicode for scripts without spaces; none: as each
+            question's metadata say, else squad.
         k: Passages that a search shows.
         max_plain_loss: Most that plain questions may lose.
         out: File for the decision, as JSON.
@@ -40,7 +45,7 @@ def main(
     for spec in (old, new):
         check_retriever(spec)
     searches = list(read_asked(trajectories))
-    asked = load_questions(questions) if questions else []
+    asked = load_questions(questions, normalizer=normalizer) if questions else []
     decision = judge_retrievers(searches, asked, open_retriever(old), open_retriever(new), k, max_plain_loss)
     if out:
         write_json(out, decision.as_record())

@@ -14,7 +14,7 @@ from agent.evaluation.scores import score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.atlas.build import build_atlas
 from data.errors import ConfigError, RetrieverRefused, SleuthError
-from data.jsonl import read_json, write_json, write_jsonl
+from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import Hit, Passage, Question
 from retriever_server.indexes.manifest import read_manifest
 from scripts import __main__ as sleuth
@@ -114,6 +114,15 @@ def commands(monkeypatch):
         return found
 
     return use
+
+
+def test_the_normal_form_of_answers_reaches_all_that_judges_by_them(atlas, tmp_path, commands):
+    found = commands()
+    co_train.main(config(atlas, tmp_path, normalizer="unicode", rounds=1))
+    judged = [given for command, given in found.ran if "questions" in given and "rollout" not in given["out"]]
+    assert len(judged) == 4 and {given.get("normalizer") for given in judged} == {"unicode"}
+    asked = list(read_jsonl(tmp_path / "round-0" / "questions.jsonl"))
+    assert {row["metadata"]["normalizer"] for row in asked} == {"unicode"}
 
 
 def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_path, commands, capsys):
