@@ -39,9 +39,7 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
 
     Raises DataError for the compact form, a newer format, or a field that is missing or wrong.
     """
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
-        raise DataError(f"trajectory {record.get('id')!r}: format_version {version!r}, not {FORMAT_VERSION}")
+    check_format(record, f"trajectory {record.get('id')!r}")
     try:
         return Trajectory(
             question=Question(
@@ -64,6 +62,17 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
         raise DataError(f"trajectory {record.get('id')!r}: no field {error}{hint}") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"trajectory {record.get('id')!r}: {error}") from error
+
+
+def check_format(record: Mapping[str, Any], place: str) -> None:
+    """Raise DataError, which names the place, for what is no trajectory, or one in another format."""
+    version = record.get("format_version")
+    if version is None:
+        writers = "`sleuth evaluate` into trajectories.jsonl, or `sleuth train --keep_rollouts_every 1`"
+        found = ", ".join(record)[:80] or "nothing"
+        raise DataError(f"{place}: no trajectory, as written by {writers}; it has the fields {found}")
+    if version != FORMAT_VERSION:
+        raise DataError(f"{place}: format_version {version!r}, not {FORMAT_VERSION}")
 
 
 def _segment_record(segment: Segment, tokens: bool) -> dict[str, Any]:

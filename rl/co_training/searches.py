@@ -9,10 +9,11 @@ from typing import Any
 
 from agent.tools import SEARCH
 from agent.trajectory import SegmentKind
+from agent.transcripts import check_format
 from data.answers import exact_match
 from data.errors import DataError
 from data.jsonl import numbered_jsonl, read_jsonl
-from data.records import FORMAT_VERSION, Passage, Question
+from data.records import Passage, Question
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def read_searches(path: str | Path, scores: str | Path | None = None) -> Iterato
     known = read_scores(scores) if scores else {}
     for number, record in numbered_jsonl(path, tolerate_cut_tail=True):
         place = f"{path}:{number}"
-        if record.get("format_version") != FORMAT_VERSION:
-            version = record.get("format_version")
-            raise DataError(f"{place}: format_version is {version!r}, allowed is {FORMAT_VERSION}")
+        check_format(record, place)
         try:
             yield _searches(record, place, number, known)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -79,6 +79,7 @@ def test_the_compact_form_counts_tokens_but_holds_none():
     ("change", "match"),
     [
         ({"format_version": 2}, "'q1': format_version 2, not 1"),
+        ({"format_version": None}, "'q1': no trajectory, as written by `sleuth evaluate`"),
         ({"stop_reason": "bored"}, "'q1': 'bored' is not a valid StopReason"),
         ({"segments": None}, "'q1'"),
     ],

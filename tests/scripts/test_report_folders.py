@@ -165,7 +165,10 @@ def test_fixed_and_broken_compare_with_the_first_evaluation(tmp_path):
         "right": ["test-2", "test-3"],
     }.items():
         assert [q["id"] for q in payload(tmp_path, verdict=verdict)["questions"]] == expected
-    assert payload(tmp_path, verdict="fixed", kind="two_hop")["questions"] == []
+    with pytest.raises(
+        ConfigError, match="fixed, kind = two_hop: no such question; there are 0 right, 3 wrong"
+    ):
+        payload(tmp_path, verdict="fixed", kind="two_hop")
 
 
 def test_whatever_number_is_taken_kinds_and_verdicts_have_their_shares(large):

@@ -48,11 +48,20 @@ def choose(run: Run, choice: Choice) -> list[str]:
     there is room for all. Which ones depends on the ids alone.
     """
     kinds = {kind_of(run, id_) for id_ in every_question(run)}
-    require(choice.kind in (None, *kinds), "kind", choice.kind, f"one of {', '.join(sorted(kinds))}")
+    allowed = f"one of {', '.join(sorted(kinds))}" if kinds else "left out: there are no questions"
+    require(choice.kind in (None, *kinds), "kind", choice.kind, allowed)
     asked = [id_ for id_ in every_question(run) if _is_wanted(run, id_, choice)]
     missing = set(choice.questions) - set(asked)
     if missing:
         raise ConfigError(f"questions: {min(missing)!r} is not among those that are asked for")
+    if not asked and choice.verdict != "all":
+        of_kind = [id_ for id_ in every_question(run) if choice.kind in (None, kind_of(run, id_))]
+        others = [verdict for verdict in _VERDICTS if verdict != "all"]
+        counts = (f"{sum(_has(run, id_, each) for id_ in of_kind):,} {each}" for each in others)
+        kind = f", kind = {choice.kind}" if choice.kind else ""
+        raise ConfigError(
+            f"verdict = {choice.verdict}{kind}: no such question; there are {', '.join(counts)}"
+        )
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for id_ in asked:
         records = [evaluation.records.get(id_) for evaluation in run.evaluations]
@@ -94,11 +103,15 @@ def describe(run: Run, choice: Choice, kept: int, asked: int) -> str:
     return "; ".join(parts)
 
 
-def _is_wanted(run: Run, id_: str, choice: Choice) -> bool:
+def _has(run: Run, id_: str, verdict: str) -> bool:
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
     last = named.get("after", run.evaluations[-1]).records.get(id_)
+    return _VERDICTS[verdict](run.evaluations[0].records.get(id_), last)
+
+
+def _is_wanted(run: Run, id_: str, choice: Choice) -> bool:
     return (
-        _VERDICTS[choice.verdict](run.evaluations[0].records.get(id_), last)
+        _has(run, id_, choice.verdict)
         and choice.kind in (None, kind_of(run, id_))
         and (not choice.questions or id_ in choice.questions)
     )

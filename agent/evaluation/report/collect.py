@@ -33,7 +33,7 @@ def browser_payload(run: Run, choice: Choice) -> dict[str, Any]:
     passages, then fewer questions; `left_out` says how many are missing, and `chosen` which are there.
     """
     limit_bytes = choice.megabytes * 1_000_000
-    asked = choose(run, choice) if run.evaluations else []
+    asked = choose(run, choice)
     candidates = asked[: _most(run, asked, limit_bytes)]
     full = {e.name: read_full(e, set(candidates)) for e in run.evaluations}
     order = {id_: place for place, id_ in enumerate(every_question(run))}

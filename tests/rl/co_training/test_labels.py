@@ -215,3 +215,6 @@ def test_a_line_that_is_no_trajectory_is_named(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"format_version": 1, "id": "a"}\n')
     with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory: KeyError 'question'"):
         list(read_searches(tmp_path / "t.jsonl"))
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "question": "x"}\n')
+    with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory, as written by .*fields id, question$"):
+        list(read_searches(tmp_path / "t.jsonl"))
