@@ -75,8 +75,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     what the four bits of the file have already lost, and the folder is half as large as in float32.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    # Else it has a bar of its own, which knows no switch.
+    modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # pyright: ignore[reportPrivateImportUsage]
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config

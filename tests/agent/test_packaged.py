@@ -101,3 +101,16 @@ def test_the_seed_policy_is_small_and_speaks_the_compact_protocol():
     policy = load_policy("atlas")
     assert 1e6 < sum(p.numel() for p in policy.model.parameters()) < 1e7
     assert len(policy.tokenizer.encode("<search>", add_special_tokens=False)) == 1
+
+
+def test_a_conversion_prints_no_bars(tmp_path, monkeypatch, capfd):
+    def loaded(**_):
+        from transformers import modeling_gguf_pytorch_utils
+
+        assert list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting")) == [1, 2]
+        raise InterruptedError
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
+    with pytest.raises(InterruptedError):
+        packaged.convert_gguf(tmp_path / "model.gguf", tmp_path)
+    assert capfd.readouterr() == ("", "")
