@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -248,7 +249,8 @@ class Caller:
         leaving = asyncio.ensure_future(self._request.receive()) if self._request else None
 
         def give_up(_: Any) -> None:
-            patience.reschedule(0)
+            with suppress(RuntimeError):  # done in the same moment
+                patience.reschedule(0)
 
         try:
             async with patience:

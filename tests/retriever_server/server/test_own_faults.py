@@ -1,5 +1,6 @@
 """The server's own faults: 5xx without a path, never NaN; and one bad query fails alone."""
 
+import asyncio
 import json
 import logging
 
@@ -11,7 +12,9 @@ from data.errors import ConfigError, CorpusChanged, DataError, RetrieverUnavaila
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.server.app import create_app
+from retriever_server.server.config import Limits
 from retriever_server.server.errors import without_paths
+from retriever_server.server.service import Caller
 from tests.retriever_server.running import post
 from tests.retriever_server.server.test_embeddings import Fixed
 
@@ -173,3 +176,22 @@ def test_what_nobody_expected_is_json_without_a_word_of_it():
     assert answer.status_code == 500 and answer.json() == {
         "detail": "an error of the server; its log says more"
     }
+
+
+def test_a_client_that_leaves_as_its_answer_is_ready_is_no_error():
+    async def work(moment):
+        await asyncio.sleep(0)  # so that the client is the first to be told
+        return await moment.wait()
+
+    async def run():
+        complaints, moment = [], asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        request = type("Request", (), {"receive": lambda self: moment.wait()})()
+        service = type("Service", (), {"limits": Limits()})()
+        loop.call_later(0.01, moment.set)
+        assert await Caller(service, request).wait(work(moment))
+        await asyncio.sleep(0.01)
+        return complaints
+
+    assert asyncio.run(run()) == []
