@@ -85,10 +85,11 @@ async def change(body: PassagesBody, caller: CallerOf) -> Response:
     backend, make = service.backend(body.backend), _change_in(body)
     try:
         swapped = await asyncio.to_thread(backend.change, make)
-    except DataError:
-        raise
     except (SleuthError, OSError) as error:
-        raise HTTPException(409, f"not changed: {error}") from error
+        said = str(error).replace(str(getattr(backend.current.retriever, "path", None)), "the index")
+        if isinstance(error, DataError):
+            raise DataError(said) from error
+        raise HTTPException(409, f"not changed: {said}") from error
     threading.Thread(target=_compact, args=[service, backend], daemon=True).start()
     return _swapped(service, swapped)
 
@@ -106,6 +107,7 @@ def _change_in(body: PassagesBody) -> Callable[[Retriever], Retriever]:
             passages.append(passage := parse_passage(record))
         except ValueError as error:
             raise DataError(f"add.{number}: {error}") from error
+        check_unicode([passage.id])
         if (first := places.setdefault(passage.id, number)) != number:
             raise DataError(f"add.{number}: has the id {passage.id!r} of add.{first}")
         if passage.files:
