@@ -26,7 +26,7 @@ def parse_squad(content: Any) -> Squad:
     made = Squad([], [])
     try:
         for article in content["data"]:
-            title = article.get("title", "").replace("_", " ")
+            title = (article.get("title") or "").replace("_", " ")
             for paragraph in article["paragraphs"]:
                 id_ = f"{title}#{len(made.passages)}"  # titles may repeat
                 made.passages.append({"id": id_, "title": title, "text": paragraph["context"]})

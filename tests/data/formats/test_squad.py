@@ -93,3 +93,11 @@ def test_what_is_not_in_the_form_is_said(tmp_path, text, said):
     (tmp_path / "dev.json").write_text(text)
     with pytest.raises(DataError, match=said):
         load_questions(str(tmp_path / "dev.json"))
+
+
+def test_articles_may_have_no_title(tmp_path):
+    paragraphs = [{"context": "It rained.", "qas": [asked("c", "rain")]}]
+    content = {"data": [{"title": None, "paragraphs": paragraphs}, {"paragraphs": paragraphs}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    found = load_questions(str(tmp_path / "a.json"))
+    assert [question.metadata["supporting_ids"] for question in found] == [["#0"], ["#1"]]
