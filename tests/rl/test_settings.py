@@ -10,6 +10,7 @@ from agent.engines.hf import HFEngine
 from agent.protocol import PROTOCOLS
 from data.checkpoint import list_checkpoints
 from data.jsonl import read_jsonl
+from data.questions import load_questions
 from data.run_dir import read_metrics
 from data.settings import LoraConfig
 from rl import trainer
@@ -149,15 +150,13 @@ def test_the_deadline_of_a_search_and_the_kind_of_run_reach_the_client(toy, tmp_
 
 
 def test_splits_limit_and_normalizer_reach_the_reader_of_questions(toy, tmp_path, monkeypatch):
-    from data import questions
-
-    asked, load = [], questions.load_questions
+    asked, load = [], load_questions
 
     def spy(source, split=None, limit=None, normalizer=None):
         asked.append((source, split, limit, normalizer))
         return load(source, None, limit, normalizer)
 
-    monkeypatch.setattr(questions, "load_questions", spy)
+    monkeypatch.setattr("scripts.train.load_questions", spy)
     given = {"split": "a", "dev_split": "b", "eval_limit": 3, "normalizer": "unicode"}
     train(toy_config(toy, tmp_path, steps=1, rollout=small(), **given))
     train_file, dev_file = str(toy / "train.jsonl"), str(toy / "dev.jsonl")
