@@ -82,6 +82,7 @@ class Environment:
         return Observation(*encode_prompt(asked, self.protocol, self.tokenizer, self.frame))
 
     async def step(self, action: Action) -> Observation | StopReason:
+        """Carry out the action of the last turn in the ledger."""
         self.turn += 1
         if isinstance(action, Answer):
             self.answer, self.confidence = action.text, action.confidence

@@ -75,6 +75,7 @@ def load_policy(name: str, device: str = "auto", dtype: str = "auto") -> Policy:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy alone."""
     return AutoTokenizer.from_pretrained(find_policy(name))
 
 

@@ -35,6 +35,7 @@ class PromptFrame:
     """The template takes blanks off the ends of the instruction."""
 
     def wrap(self, text: str) -> str:
+        """The prompt around an instruction."""
         return self.before + (text.strip() if self.strips else text) + self.after
 
     def opening(self, protocol: Protocol) -> str:

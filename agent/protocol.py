@@ -242,6 +242,7 @@ class Protocol:
         ).strip()
 
     def render_observation(self, passages: str) -> str:
+        """The observation around already rendered passages."""
         return _fill(self.observation, passages=passages)
 
 

@@ -59,6 +59,7 @@ class Agent:
 
     @cached_property
     def frame(self) -> PromptFrame:
+        """The text around the instruction."""
         return self.prompt_frame or make_frame(self.protocol, self.tokenizer)
 
     @cached_property
@@ -130,6 +131,7 @@ class Agent:
         return episode.trajectory
 
     def read_action(self, token_ids: list[int]) -> Action:
+        """The action in a turn."""
         return self.spoken.parse(self.decode(token_ids))
 
     def without_end(self, completion: Completion) -> Completion:

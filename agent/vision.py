@@ -61,6 +61,7 @@ class Vision:
         self._kept[source] = path
 
     def has(self, source: str) -> bool:
+        """Return whether `keep` was given this picture."""
         return source in self._kept
 
     @classmethod

@@ -80,6 +80,7 @@ def _share(questions: Sequence[Question], found: set[str]) -> dict[str, Any]:
 
 
 def show_rows(audited: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of its table."""
     parts = [("all", audited)]
     for group in ("by_set", "by_kind"):
         parts += audited[group].items() if len(audited[group]) > 1 else ()

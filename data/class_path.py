@@ -95,6 +95,7 @@ class Reader:
         return Plan(make, name, {**given, **values, **takes.typed(plain)}, interface, takes.place)
 
     def build(self, node: Any, interface: tuple[type, ...], place: str) -> Any:
+        """Return what a mapping describes, checked and built."""
         return self.plan(node, interface, place)()
 
     def find(self, name: str, place: str) -> Any:

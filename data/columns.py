@@ -63,6 +63,8 @@ class Columns:
 
 
 class JoinedColumns:
+    """The columns of a `JoinedCorpus`, from those of its parts."""
+
     def __init__(self, corpus: JoinedCorpus) -> None:
         self._corpus, self._columns = corpus, [load_columns(part).result() for part in corpus.parts]
 

@@ -120,10 +120,12 @@ class Corpus:
         return (self[position] for position in range(len(self)))
 
     def get(self, passage_id: str) -> Passage | None:
+        """The passage with this id, or None."""
         position = self.position_of(passage_id)
         return None if position is None else self[position]
 
     def position_of(self, passage_id: str) -> int | None:
+        """Return the position of this id, or None."""
         wanted = np.uint64(hash_text(passage_id))
         first = int(np.searchsorted(self._hashes, wanted))
         for slot in range(first, len(self)):  # one turn, but for two ids of the same hash
@@ -217,12 +219,14 @@ class JoinedCorpus(Corpus):
 
 
 def join_hashes(hashes: Sequence[str], deleted: np.ndarray) -> str:
+    """Return the content hash of joined corpora."""
     digest = hashlib.sha256(" ".join(hashes).encode())
     digest.update(np.asarray(deleted, np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
 def hash_of(content: bytes) -> int:
+    """64 bits of BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 

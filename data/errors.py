@@ -82,6 +82,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def unreadable(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read."""
     return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
 
 

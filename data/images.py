@@ -119,6 +119,7 @@ def png(image: Image) -> bytes:
 
 
 def sample_images() -> list[bytes]:
+    """Files of two small images of different shape."""
     with needs_images("the self-test of an encoder of images"):
         from PIL import Image
     files = []

@@ -80,10 +80,12 @@ class Offsets:
 
     @property
     def count(self) -> int:
+        """Number of passages, P."""
         return int(self.table[4])
 
     @property
     def with_metadata(self) -> int:
+        """Passages that have metadata."""
         return int(self.table[5])
 
     @property

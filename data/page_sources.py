@@ -114,6 +114,7 @@ def _beside(path: Path, content: bytes) -> Iterator[str]:
 
 
 def find_chromium() -> str | None:
+    """The first Chromium on the path, or None."""
     return next(filter(None, map(shutil.which, _CHROMIUMS)), None)
 
 

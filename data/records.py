@@ -110,6 +110,7 @@ class Question:
 
     @property
     def normalizer(self) -> str:
+        """The normal form in which its answers are compared."""
         return str(self.metadata.get("normalizer", "squad"))
 
     @property
@@ -149,6 +150,7 @@ class Example:
 
     @property
     def asked(self) -> Input:
+        """The query: its text, its image, or both."""
         return Item(self.query_image, self.query) if self.query_image else self.query
 
     def as_record(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], rule: 
 
 
 def replace_halves_in(value: Any, source: bytes) -> Any:
+    """Return a JSON value, parsed from `source`, with the same done to all its strings and keys."""
     return _replaced(value) if _ESCAPED_HALF.search(source) else value
 
 

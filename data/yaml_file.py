@@ -18,6 +18,7 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
 
 
 def read_checked(path: str | Path, option: str = "") -> str:
+    """The text of a YAML file that loads and gives no key twice. Raises as `read_yaml`."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -133,6 +133,7 @@ def has_answer(text: str, gold_answers: Iterable[str]) -> bool:
 
 
 def means(values: Values) -> dict[str, float]:
+    """Return the mean of each metric over its queries."""
     return {metric: float(np.mean(list(of.values()))) for metric, of in values.items()}
 
 

@@ -65,6 +65,7 @@ class MTEBRetriever:
 
     @property
     def mteb_model_meta(self) -> Any:
+        """Its entry in MTEB's tables."""
         return _meta(self._name, None)
 
     def close(self) -> None:
@@ -127,6 +128,7 @@ class MTEBEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
+        """Its entry in MTEB's tables."""
         return _meta(Path(self.encoder.spec.model).name, self.encoder)
 
     def _rendered(self, batch: Mapping[str, Any]) -> list[str]:

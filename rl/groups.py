@@ -24,6 +24,7 @@ class OpenGroup:
     """Times that it was begun anew because the retriever was swapped meanwhile."""
 
     def to_record(self) -> dict[str, Any]:
+        """Return the group as plain JSON values."""
         pairs = zip(self.ledgers, self.finished, strict=True)
         return {
             "number": self.number,

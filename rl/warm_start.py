@@ -151,6 +151,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: PreTrainedModel, config: WarmStartConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config` names."""
     if config.optimizer == "muon":
         return MuonAndAdamW(model, config)
     lr, decay = config.learning_rate, config.weight_decay

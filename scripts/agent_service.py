@@ -35,11 +35,15 @@ _NOT_TAKEN = ("tools", "functions", "stop", "logprobs")
 
 
 class TextPart(Body):
+    """A part of a message that is a text."""
+
     type: str
     text: str = ""
 
 
 class Message(Body):
+    """A message of the conversation."""
+
     role: str
     content: str | list[TextPart] | None = None
 
@@ -54,6 +58,8 @@ class Message(Body):
 
 
 class StreamOptions(Body):
+    """Options of a stream."""
+
     include_usage: bool = False
 
 
@@ -116,6 +122,8 @@ class _Metered:
 
 
 class AgentService:
+    """The agent, and the places in which questions are worked on."""
+
     def __init__(self, agent: Agent, name: str, limits: AgentLimits) -> None:
         self.agent, self.name, self.limits = agent, name, limits
         self.metrics, self.waiting, self.stopping = Metrics(), 0, False

@@ -34,7 +34,7 @@ class AskConfig(AgentOptions):
     """A question to a policy."""
 
     question: str
-    """What to answer."""
+    """The question to answer."""
     seed: int = 0
     """Seed of sampling."""
     deadline_seconds: float = 30.0

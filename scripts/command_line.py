@@ -93,10 +93,12 @@ class ConfigFile(ActionConfigFile):
 
 
 def is_component(value: Any) -> bool:
+    """Return whether this is a mapping that names a class."""
     return isinstance(value, dict) and "class_path" in value
 
 
 def has_preset(parser: ArgumentParser) -> bool:
+    """Return whether the command knows presets."""
     return any(action.dest == "preset" for action in parser._actions)
 
 
@@ -183,10 +185,12 @@ def bare_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def quoted(text: str) -> str:
+    """The text as a string of YAML."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def config_paths(argv: list[str]) -> list[Path]:
+    """The files that argv names with --config."""
     return [Path(word[9:]) for word in argv if word.startswith("--config=")]
 
 
@@ -308,6 +312,7 @@ def unknown_key(key: str, parser: ArgumentParser, argv: list[str]) -> str:
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
+    """The dotted keys that the parser accepts."""
     return [key for key, _ in parser.get_defaults().items() if key != "config"]
 
 

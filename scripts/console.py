@@ -49,6 +49,7 @@ class Bar:
 
     @property
     def begun(self) -> bool:
+        """Return whether it is known what was done before."""
         return self._before is not None
 
     def move(self, done: float, total: float | None = None) -> None:
@@ -170,6 +171,7 @@ def end_bars() -> None:
 
 
 def track(title: str) -> Track:
+    """Return what passes items on under a bar."""
     return Track(title, bar)
 
 

@@ -126,6 +126,7 @@ def choose_questions(config: EvaluateConfig) -> list[Question]:
 
 
 def judge_all(out: Path, judge: Judge) -> dict[str, Any]:
+    """Let the judge read every answer, and score anew."""
     from agent.evaluation.evaluate import rescore
     from agent.evaluation.judge import judge_folder
 

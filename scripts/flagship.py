@@ -107,6 +107,8 @@ def main(
 
 
 class Flagship:
+    """The stages, over one folder."""
+
     def __init__(self, out: Path, data: Path, policy: str, seed: int) -> None:
         self.out, self.data, self.policy, self.seed = out, data, policy, seed
         out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,7 @@ class Flagship:
 
     @property
     def trained(self) -> Path:
+        """The policy after GRPO."""
         best = best_checkpoint(self.out / "grpo" / "checkpoints")
         if best is None:
             raise SleuthError(f"{self.out / 'grpo'}: its training has ended without a checkpoint")
@@ -172,6 +175,7 @@ class Flagship:
 
     @property
     def limits(self) -> dict[str, Any]:
+        """The protocol's options, as the recipe has them."""
         return {f"protocol.{key}": value for key, value in self.recipe["protocol"].items()}
 
     def evaluate(self) -> None:
@@ -234,6 +238,7 @@ def _cpu_seconds() -> float:
 
 
 def finds_answer(record: Mapping[str, Any]) -> bool:
+    """Return whether a passage shown says a gold answer."""
     golds, normalizer = record["gold_answers"], record["metadata"].get("normalizer", "squad")
     return any(
         cover_em(hit["text"], golds, normalizer) for search in record["searches"] for hit in search["hits"]
@@ -271,6 +276,7 @@ def compare(folder: Path) -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
+    """The comparison as two tables."""
     from data.significance import format_estimate
 
     rows = []

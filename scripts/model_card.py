@@ -25,6 +25,8 @@ _DATA = ("questions", "dev_questions", "retriever", "train", "dev", "corpus", "d
 
 @dataclass(frozen=True)
 class Trained:
+    """A folder of a model, with what its run says of it."""
+
     folder: Path
     run: Path | None
     config: Mapping[str, Any] = field(default_factory=dict)

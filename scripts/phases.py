@@ -19,6 +19,7 @@ class Phases:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        """Time one phase and say so."""
         print(f"-- {name}", flush=True)
         started = time.monotonic()
         try:
@@ -27,5 +28,6 @@ class Phases:
             self.add(name, time.monotonic() - started)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add to the seconds of a phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         write_json(self._path, {"seconds": self.seconds})

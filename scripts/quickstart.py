@@ -85,6 +85,7 @@ def _quickstart(run: Path, config: TrainConfig, limit: int | None) -> None:
 
 
 def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainConfig:
+    """The recipe with this run's folders in it."""
     from scripts.command_line import call
 
     def recipe(config: TrainConfig) -> TrainConfig:
@@ -104,6 +105,7 @@ def read_recipe(run: Path, seed: int, steps: int | None, resume: bool) -> TrainC
 
 
 def build_world(folder: Path) -> None:
+    """Write corpus, questions and index, unless they are there."""
     from data.atlas.build import build_atlas
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index

@@ -61,6 +61,7 @@ class ReplayConfig:
 
     @property
     def heat(self) -> float:
+        """The temperature of sampling."""
         return float(self.samples > 1) if self.temperature is None else self.temperature
 
 

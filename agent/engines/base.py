@@ -36,6 +36,7 @@ class Sampling:
     """Seed of this completion alone; None draws from the engine's generator."""
 
     def check(self) -> None:
+        """Raise ConfigError for a value that means nothing."""
         require_range(self, "sampling.", ">= 0", "temperature", "top_k")
         require_range(self, "sampling.", ">= 1", "max_tokens")
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")

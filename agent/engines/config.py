@@ -71,4 +71,5 @@ class EngineConfig:
 
     @property
     def servers_to_start(self) -> int:
+        """The number of servers that are started for it."""
         return self.servers if self.name == "vllm" and self.urls is None else 0

@@ -32,6 +32,7 @@ class Pictures:
         self._vectors: dict[str, Tensor] = {}
 
     def forget(self) -> None:
+        """Drop what the old weights saw."""
         self._vectors.clear()
 
     def inputs(self, input_ids: Tensor, shown: Sequence[Shown]) -> dict[str, Tensor]:

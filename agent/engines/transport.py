@@ -115,4 +115,5 @@ class AdapterTransport(FolderTransport):
 
 
 async def call_worker(server: Server, method: str, **arguments: str) -> None:
+    """Call a method of the server's workers."""
     await server.ask("/collective_rpc", {"method": method, "kwargs": arguments})

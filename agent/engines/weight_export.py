@@ -54,6 +54,7 @@ class WeightExport:
         twin.save_pretrained(folder, state_dict=self.weights(state or model.state_dict()))
 
     def save_policy(self, folder: Path) -> str:
+        """The folder, with all that a server loads at its start."""
         self.save(folder)
         self.policy.tokenizer.save_pretrained(folder)
         return str(folder)

@@ -55,6 +55,7 @@ class World:
     """By question: of each title or id that names gold its passages, first those that hold an answer."""
 
     def allows(self, name: str, question: Question) -> bool:
+        """Return whether the control can be made of the question."""
         if name == "random":
             return self.corpus is not None
         return bool(self.gold.get(question.id)) or name not in ("oracle", *PAIRS)

@@ -123,6 +123,7 @@ def _contrasts(cells: Sequence[Cell], diagonal: bool) -> dict[str, Weights]:
 
 
 def table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the cells for people."""
     columns = ("policy", "retriever", "passages", "searches", "EM [95 %]", "less the baseline")
     rows = []
     for name, cell in matrix["cells"].items():
@@ -134,11 +135,13 @@ def table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def contrast_table(matrix: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+    """Columns and rows of the contrasts for people."""
     rows = [(name, format_estimate(found, signed=True)) for name, found in matrix["contrasts"].items()]
     return ("contrast", "EM [95 %]"), rows
 
 
 def write_matrix(out: Path, matrix: Mapping[str, Any]) -> None:
+    """Write matrix.json, matrix.md and matrix.csv."""
     write_json(out / MATRIX_FILE, matrix)
     text = markdown_table(*table(matrix))
     if matrix["contrasts"]:

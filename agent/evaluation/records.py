@@ -90,6 +90,7 @@ def cluster_of(record: Record) -> str:
 
 
 def clusters_of(records: Iterable[Record]) -> list[str]:
+    """The cluster of each."""
     return [cluster_of(record) for record in records]
 
 
@@ -131,6 +132,7 @@ def trajectory_table(records: Iterable[Record], limit: int = 50) -> tuple[tuple[
 
 
 def policy_tokens(record: Record) -> int:
+    """Tokens that the policy wrote."""
     policy = [segment for segment in record["segments"] if segment["kind"] == "policy"]
     return sum(map(_size, policy))
 

@@ -241,4 +241,5 @@ def _groups(
 
 
 def mean_of(values: Iterable[float]) -> float:
+    """Their mean."""
     return float(np.mean([float(value) for value in values]))

@@ -51,6 +51,7 @@ LENGTHS = range(3, 25)
 
 @cache
 def real_names() -> frozenset[str]:
+    """Return the names of the embedded world, lower case."""
     return frozenset(name.lower() for entity in load_world().entities for name in entity.names)
 
 

@@ -66,14 +66,17 @@ class World:
 
     @cached_property
     def by_id(self) -> dict[str, Entity]:
+        """Entity of each id."""
         return {entity.id: entity for entity in self.entities}
 
     @cached_property
     def by_name(self) -> dict[str, Entity]:
+        """Entity of each title."""
         return {entity.name: entity for entity in self.entities}
 
     @cached_property
     def places(self) -> dict[str, list[Entity]]:
+        """Places of each country id."""
         found: dict[str, list[Entity]] = {}
         for entity in self.entities:
             if entity.type == "place":

@@ -55,6 +55,7 @@ def load(folder: Path, part: str | None) -> Benchmark:
 
 
 def passages(folder: Path, part: str | None, images: Path) -> Iterator[tuple[str, Passage]]:
+    """The passages of a domain."""
     domain, long = _domain(folder, part)
     for place, row in _rows(folder / ("long_documents" if long else "documents"), domain):
         with at(place):

@@ -15,6 +15,7 @@ _NAMES = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
 
 
 def read(path: Path, split: str, images: Path) -> Items:
+    """The passages and the examples."""
     for place, row in read_rows(path):
         with at(place):
             good, hard, easy = (passages_in(row.get(name), name, "passage_id", "psg_id") for name in _NAMES)

@@ -23,6 +23,7 @@ _MARKER = re.compile(r"(?:^|\s)Question: ")
 
 
 def extra_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's `extra_info`."""
     return object_of(record.get("extra_info"), "extra_info")
 
 

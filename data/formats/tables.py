@@ -130,6 +130,7 @@ def parquet_columns(path: Path) -> list[str]:
 
 
 def read_parquet(path: Path, at_once: int = 1000) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -102,6 +102,7 @@ def unnamed(number: int) -> str:
 
 
 def passages_by_id(corpus: Corpus, ids: Iterable[str]) -> list[Passage]:
+    """The passages of these ids."""
     return [passage for id_ in ids if (passage := corpus.get(id_))]
 
 

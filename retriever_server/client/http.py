@@ -139,6 +139,7 @@ class Http:
         return [*left, *right]
 
     async def close(self) -> None:
+        """Close the connections of this event loop."""
         session = self._sessions.pop(asyncio.get_running_loop(), None)
         if session is not None:
             await session.aclose()

@@ -53,10 +53,12 @@ class Server:
 
     @property
     def name(self) -> str:
+        """Its name in messages."""
         return self.process.name if self.process else self.url
 
     @property
     def live(self) -> bool:
+        """True while it may be asked."""
         return time.monotonic() >= self.down_until
 
     def open(self) -> None:
@@ -106,6 +108,7 @@ class Server:
         return response.json() if is_json and response.content else None
 
     async def close(self) -> None:
+        """Close the connections."""
         if self._http is not None:
             await self._http.aclose()
         self._http = self._lost = None
@@ -148,6 +151,7 @@ class ServerPool:
 
     @property
     def live(self) -> list[Server]:
+        """The servers that may be asked now."""
         return [server for server in self.servers if server.live]
 
     def least_loaded(self) -> Server:
@@ -166,6 +170,7 @@ class ServerPool:
         return server
 
     def release(self, key: object) -> None:
+        """Forget which server the key was given."""
         if (server := self._by_key.pop(key, None)) is not None:
             server.load -= 1
 
@@ -227,6 +232,7 @@ class ServerPool:
         server.lose()
 
     def mark_up(self, server: Server) -> None:
+        """Let it be asked."""
         if server.failures or server.lives > 1:
             _log.warning("%s: %s answers again", self.name, server.name)
         if not server.live:
@@ -308,6 +314,7 @@ class ServerPool:
 
 
 def log_restart(process: ServerProcess, why: str, restarts: int, again: bool) -> None:
+    """Say why a server is started again, or no more."""
     then = "started again" if again else f"given up after {restarts} restarts"
     _log.warning("%s: %s; %s (see %s)", process.name, why, then, process.log)
 

@@ -46,6 +46,7 @@ class Replicas:
 
     @property
     def url(self) -> str:
+        """Their URLs, separated by commas."""
         return ",".join(part.url for part in self.parts.values())
 
     async def ask(self, queries: list[Query], k: int) -> Sequence[Outcome]:
@@ -68,6 +69,7 @@ class Replicas:
         return await self._with_any(lambda part: part.document(passage_id))
 
     async def get(self, path: str, seconds: float) -> Any:
+        """Return the answer to a GET of the replica that is asked next."""
         return await self.parts[self.pool.least_loaded()].get(path, seconds)
 
     def filtered(self, where: Filter) -> Replicas:
@@ -77,6 +79,7 @@ class Replicas:
         return found
 
     async def close(self) -> None:
+        """Close the connections of this event loop."""
         for part in self.parts.values():
             await part.close()
 

@@ -116,6 +116,7 @@ class ServerProcess:
         return failure and failure.removeprefix(f"{self.name}: ")
 
     def stop(self, seconds: float) -> None:
+        """End it: asked to for so long, then killed."""
         self.place.stop(seconds)
 
 

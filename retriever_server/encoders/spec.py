@@ -40,6 +40,7 @@ class Kind:
 
     @cached_property
     def model_class(self) -> Any:
+        """Its class in sentence-transformers."""
         return getattr(import_module("sentence_transformers"), self.class_name)
 
     @cached_property
@@ -59,6 +60,7 @@ ENCODERS = {name: kind for name, kind in KINDS.items() if kind.index}
 
 
 def kind_of_model(model: Any) -> Kind:
+    """The kind of a model of sentence-transformers."""
     names = [each.__name__ for each in type(model).__mro__]
     return next(kind for kind in KINDS.values() if kind.class_name in names)
 
@@ -129,6 +131,7 @@ class EncodingSpec:
         return Item(file, text, modality) if file else text
 
     def render_text(self, passage: Passage) -> str:
+        """The text of a passage that is encoded."""
         fields = {"title": passage.title, "text": passage.text}
         if "{contents" in self.passage_template:
             fields["contents"] = passage.contents

@@ -37,6 +37,7 @@ def sample_hash(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of the file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -62,6 +62,7 @@ class Manifest:
 
     @property
     def own_hash(self) -> str:
+        """The right `checksum`."""
         fields = json.dumps(self.as_record() | {"checksum": ""}, sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 

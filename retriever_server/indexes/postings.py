@@ -227,6 +227,7 @@ def write_postings(
 
 
 def open_postings(folder: Path, count: int) -> Postings:
+    """Map the postings of an index over `count` passages."""
     # Plain array views of the memory maps: slicing np.memmap costs more than the sum itself.
     starts, positions, weights = (
         np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)

@@ -36,6 +36,7 @@ Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 def silent(positions: Iterable[int], total: int) -> Iterable[int]:
+    """No progress bar."""
     return positions
 
 
@@ -74,6 +75,7 @@ class Shards:
         return -(-len(self.corpus) // self.passages_per_shard)
 
     def positions(self, shard: int) -> range:
+        """Return the passages of a shard."""
         start = shard * self.passages_per_shard
         return range(start, min(start + self.passages_per_shard, len(self.corpus)))
 

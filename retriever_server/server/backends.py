@@ -86,6 +86,7 @@ class HotSwappable:
 
     @property
     def generation(self) -> str:
+        """The generation of the retriever that answers new requests."""
         return self.current.generation
 
     def reload(self) -> bool:

@@ -55,6 +55,7 @@ class Metrics:
         return Gauge(name, text, labels, registry=self._registry, multiprocess_mode="livesum")
 
     def note_request(self, route: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
         self.requests.labels(route, str(status)).inc()
         self.request_seconds.labels(route).observe(seconds)
 
@@ -66,6 +67,7 @@ class Metrics:
         self.failed_queries.inc(failed)
 
     def note_backend(self, name: str, generation: str, description: Mapping[str, Any]) -> None:
+        """Note what a backend says of itself."""
         before = self._serving.get(name, generation)
         self.generation.labels(name, before).set(0)
         self.generation.labels(name, generation).set(1)
@@ -75,6 +77,7 @@ class Metrics:
         self.partial.labels(name).set(_total(description, "partial_searches"))
 
     def render(self) -> bytes:
+        """Return the text format of Prometheus."""
         registry = self._registry
         if _FOLDER in os.environ:
             registry = CollectorRegistry()

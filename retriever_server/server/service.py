@@ -200,6 +200,7 @@ class SearchService:
         return described
 
     async def close(self) -> None:
+        """Stop working; whoever still waits is told so."""
         await self.batcher.close()
         await self.images.batcher.close()
 
@@ -296,10 +297,12 @@ def _seconds_in(header: str | None) -> float:
 
 
 async def get_service(request: Request) -> SearchService:
+    """Return the service of the application."""
     return request.app.state.service
 
 
 async def get_caller(request: Request) -> Caller:
+    """Return the client of this request."""
     await request.body()
     return Caller(request.app.state.service, request, _seconds_in(request.headers.get(_DEADLINE_HEADER)))
 

@@ -40,6 +40,7 @@ class Pulse:
         self._heard, self._said = context.Pipe(duplex=False)
 
     def beat(self) -> None:
+        """Report that this worker is well."""
         self._beat.value = time.monotonic()
 
     def complain(self, reason: str) -> None:

@@ -101,6 +101,7 @@ class DevSet:
 
 
 def relevant_in(qrels: Qrels) -> set[str]:
+    """The ids of all passages that are relevant to a query."""
     return {id_ for of in qrels.values() for id_, grade in of.items() if grade > 0}
 
 

@@ -144,6 +144,7 @@ class Training:
         self.load_weights(Path(checkpoint_path))
 
     def load_weights(self, checkpoint: Path) -> None:
+        """Put the weights of a checkpoint into the model and the loss."""
         load_tensors(checkpoint, self._tensors())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -155,6 +156,7 @@ class Training:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained tensors and buffers of a model by name."""
     named = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
     return named | {f"model.{name}": value for name, value in model.named_buffers()}
 

@@ -28,7 +28,7 @@ _RANGES = {
     "in [0, 1]": "gamma gae_lambda overlong_buffer",
     "in (0, 1)": "clip_low",
 }
-"""What fields must be, whatever the others are."""
+"""Range of each field by itself."""
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ def check_questions(
 
 
 def count_turns(trajectory: Trajectory) -> int:
+    """Count the turns that the policy wrote."""
     return sum(segment.kind is SegmentKind.POLICY for segment in trajectory.segments)
 
 

@@ -44,6 +44,7 @@ class State:
     """A record of each round: its gate, and the scores of its policy on dev questions."""
 
     def next(self) -> State:
+        """The state after the present stage."""
         at = STAGES.index(self.stage) + 1
         if at < len(STAGES):
             return replace(self, stage=STAGES[at])

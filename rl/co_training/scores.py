@@ -34,6 +34,7 @@ class Candidates:
 
     @property
     def call(self) -> Searched:
+        """Return the search."""
         return self.searches.calls[self.at]
 
 

@@ -52,6 +52,7 @@ class Searches:
 
     @property
     def is_correct(self) -> bool:
+        """Return whether the answer is an exact match of a gold answer."""
         return exact_match(self.answer, self.question.gold_answers, self.question.normalizer) == 1.0
 
 

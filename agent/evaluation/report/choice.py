@@ -75,10 +75,12 @@ def choose(run: Run, choice: Choice) -> list[str]:
 
 
 def every_question(run: Run) -> list[str]:
+    """The ids of all evaluations, in the order in which they stand there."""
     return list(dict.fromkeys(id_ for evaluation in run.evaluations for id_ in evaluation.records))
 
 
 def kind_of(run: Run, id_: str) -> str:
+    """The kind of a question, `all` where it has none."""
     record = next(e.records[id_] for e in run.evaluations if id_ in e.records)
     return str(record["metadata"].get("kind", "all"))
 

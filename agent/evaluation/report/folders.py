@@ -118,6 +118,7 @@ def compare(run: Run) -> Compared | str:
 
 
 def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, Any]]:
+    """The whole records of some questions."""
     return {record["id"]: record for record in iterate_records(evaluation.folder) if record["id"] in ids}
 
 

@@ -61,6 +61,7 @@ class Draft:
 
     @property
     def query(self) -> str:
+        """The query itself."""
         return str(self.fields["query"])
 
 

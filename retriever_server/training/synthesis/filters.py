@@ -65,6 +65,7 @@ class Seen:
         return None
 
     def add(self, query: str, name: str) -> None:
+        """Remember a query."""
         words = content_words(query) or frozenset(query.lower().split())
         for word in self._prefix(words):
             self._by_word[word].append((words, name))

@@ -82,6 +82,7 @@ class Synthesis:
         return count
 
     def path(self, stage: str) -> Path:
+        """The file of a stage."""
         return self.folder / f"{stage}.jsonl"
 
     def rows(self, stage: str) -> Iterator[dict[str, Any]]:

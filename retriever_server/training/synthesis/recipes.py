@@ -39,6 +39,7 @@ class Step:
         return parse_fields(text, self.fields, self.optional)
 
     def call(self, values: Mapping[str, str], passage: Passage | None, seed: int) -> Call:
+        """The call with its prompt filled."""
         return Call(fill(self.prompt, values), seed, passage, **self.sampling)
 
 
