@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 CACHE_BLOCK_TOKENS = 256
 """The cache grows by this many positions at a time."""
+LEAST_SHARED = 32
+"""Tokens that two prompts must begin with alike for one to take them from the other's row."""
+MOST_COMPARED = 8
+"""Rows that a new prompt is compared with."""
 
 
 @dataclass(eq=False)
@@ -231,6 +235,8 @@ class HFEngine(Engine):
 
     def _prefill(self, ready: list[Request]) -> None:
         """Feed what is new of these requests, shortest first, up to the token budget."""
+        new = {id(r) for r in ready if not self._rows[r.trajectory_id].cached_ids and not r.pictures}
+        ready = self._share_beginnings(ready, new)
         fresh = {}
         for request in ready:
             row = self._rows[request.trajectory_id]
@@ -258,13 +264,42 @@ class HFEngine(Engine):
         same = {
             row.index: first.setdefault(tuple(fresh[id(request)]), row)
             for request, row in zip(fits, rows, strict=True)
-            if not row.cached_ids and not request.pictures
+            if id(request) in new
         }
         fed = [
             (row, fresh[id(r)]) for r, row in zip(fits, rows, strict=True) if same.get(row.index, row) is row
         ]
         copies = [(row, same[row.index]) for row in rows if same.get(row.index, row) is not row]
         self._forward([row for row, _ in fed], [ids for _, ids in fed], copies)
+
+    def _share_beginnings(self, ready: list[Request], new: set[int]) -> list[Request]:
+        """Copy to the rows of new requests what other rows hold of their prompts; return those to feed now.
+
+        Instructions and examples stand at the head of every prompt: where no row holds them yet, the first
+        request goes ahead and those that begin alike follow in the next step.
+        """
+        held = [row for row in self._rows.values() if row.cached_ids and not row.pictures][:MOST_COMPARED]
+        ahead: list[int] = []
+        now = []
+        for request in ready:
+            prompt = request.token_ids[:-1]
+            if id(request) in new:
+                shared, source = max(
+                    ((_common_prefix(row.cached_ids, prompt), row) for row in held),
+                    key=lambda found: found[0],
+                    default=(0, None),
+                )
+                if source is not None and shared >= LEAST_SHARED:
+                    row = self._rows[request.trajectory_id]
+                    self._cache.reserve(len(self._rows), shared)
+                    self._cache.copy(source.index, row.index, shared)
+                    row.cached_ids = prompt[:shared]
+                elif not ahead:
+                    ahead = request.token_ids
+                elif ahead != request.token_ids and _common_prefix(ahead, prompt) >= LEAST_SHARED:
+                    continue
+            now.append(request)
+        return now
 
     def _decode(self) -> None:
         """One token for every row that writes; idle rows ride along unless they are the majority."""
@@ -314,7 +349,7 @@ class HFEngine(Engine):
         for row, ids in zip(rows, new, strict=True):
             row.cached_ids += ids
         for row, source in copies:
-            row.cached_ids += source.cached_ids
+            row.cached_ids = list(source.cached_ids)
             self._cache.copy(source.index, row.index, len(source.cached_ids))
         place = {row.index: i for i, row in enumerate(rows)}
         fed = [(row, i) for i, row in enumerate(rows) if new[i]]

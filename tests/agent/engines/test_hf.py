@@ -115,6 +115,28 @@ def test_a_prompt_that_a_group_shares_is_fed_once_and_changes_no_number():
     assert len({tuple(ids) for ids, _ in together[::2]}) == 4
 
 
+def test_instructions_that_all_prompts_begin_with_are_fed_once_and_change_no_number():
+    model, fed = tiny_model("gemma3", len(TOKENIZER)), []
+    spy = lambda m, a, kw: fed.append(tuple(kw["input_ids"].shape))  # noqa: E731
+    hook = model.register_forward_pre_hook(spy, with_kwargs=True)
+    instructions, sampling = list(range(5, 65)), [Sampling(max_tokens=5, seed=i) for i in range(5)]
+    prompts = [instructions + list(range(100 + 10 * i, 106 + 10 * i)) for i in (0, 1, 1, 2)]
+    prompts.append(list(range(200, 240)))  # begins otherwise
+
+    async def run():
+        engine = HFEngine(model, TOKENIZER, max_rows=8)
+        return await asyncio.gather(
+            *(engine.generate(ids, each, str(each.seed)) for ids, each in zip(prompts, sampling, strict=True))
+        )
+
+    together = asyncio.run(run())
+    hook.remove()
+    assert [shape for shape in fed if shape[1] > 1] == [(2, 66), (2, 6)]
+    for ids, completion in zip(prompts, together, strict=True):
+        expected = plain_logprobs(model, ids + completion.token_ids)[len(ids) - 1 :]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_the_cache_holds_no_more_rows_than_were_needed():
     engine = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER, max_rows=5000)
     sampling = Sampling(max_tokens=3)
