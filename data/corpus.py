@@ -26,6 +26,7 @@ from data.formats.rows import parse_passage
 from data.jsonl import parse_line
 from data.offsets import OFFSETS, Offsets, Stamp, keep, table_place
 from data.records import Passage
+from data.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +279,7 @@ def _read_all(path: Path, descriptor: int) -> Offsets:
                 try:
                     passage = parse_passage(parse_line(line))
                 except ValueError as error:
-                    raise DataError(f"{path}:{number}: {error}") from error
+                    raise DataError(f"{path}:{number}: {error}{_hint(path)}") from error
                 starts.append(offset)
                 lines.append(_hash_line(line))
                 ids.append(hash_text(passage.id))
@@ -291,11 +292,20 @@ def _read_all(path: Path, descriptor: int) -> Offsets:
     if stamp != _stamp(descriptor) or offset != stamp[0]:
         raise CorpusChanged(f"{path}: changed while it was read; start again when nobody writes to it")
     if empty:
-        logger.warning("%s: %d passages without text, the first on line %d", path, len(empty), empty[0])
+        without = counted(len(empty), "passage")
+        logger.warning("%s: %s without text, the first on line %d", path, without, empty[0])
     starts.append(offset)
     starts, lines, ids = (np.frombuffer(each, np.uint64) for each in (starts, lines, ids))
     _check_ids_differ(path, descriptor, starts, ids)
     return Offsets.of(stamp, sha.digest(), with_metadata, starts, lines, ids)
+
+
+def _hint(path: Path) -> str:
+    """Return what to do with a file that another command reads."""
+    if path.suffix == ".jsonl":
+        return ""
+    makes = f"`sleuth corpus --source {path} --out FILE.jsonl`"
+    return f"; {makes} makes a corpus of documents and of SQuAD's own files"
 
 
 def _check_ids_differ(path: Path, file: int, starts: np.ndarray, hashes: np.ndarray) -> None:

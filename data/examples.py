@@ -76,7 +76,7 @@ class Examples(Sequence[Example]):
         if self.skipped:
             logger.warning("%d examples left out, the first: %s", self.skipped, first)
         if self.repeated:
-            logger.warning("%s: %d queries have the text of another", path, self.repeated)
+            logger.warning("%s: queries with the text of another: %d", path, self.repeated)
         if not self._starts:
             raise DataError(f"{path}: holds no examples{f'; {first}' if first else ''}")
 

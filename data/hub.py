@@ -27,6 +27,7 @@ HUB_SECONDS = 5.0
 """The longest wait for the hub to say whether it has a name."""
 MODEL_FILES = ("config.json", "modules.json", "adapter_config.json")
 """A folder with one of these is a model."""
+LOG_IN = " (`hf auth login`)"
 LOCAL = "; a local .jsonl, .json or .parquet file needs no hub"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -113,13 +114,19 @@ def _ask_hub(name: str, kind: str) -> str:
     if not answers:
         return ""
     if isinstance(answers[0], GatedRepoError):
-        return "the hub gives it to those alone who were granted access (`hf auth login`)"
+        return f"the hub gives it to those alone who were granted access{LOG_IN}"
     if isinstance(answers[0], RepositoryNotFoundError):
-        return f"the hub has no such {kind}"
+        return f"the hub has no such {kind}, or it is private{LOG_IN}"
     if isinstance(answers[0], HfHubHTTPError):
-        return f"the hub refuses it ({first_line(answers[0])})"
+        return f"the hub refuses it ({first_line(answers[0])}){log_in_where_refused(answers[0])}"
     _go_offline(f"the hub cannot be reached ({first_line(answers[0])})")
     return _offline[0]
+
+
+def log_in_where_refused(error: Exception) -> str:
+    """Return the hint to log in where the hub answered that the token is wrong, or may not."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return LOG_IN if status in (401, 403) else ""
 
 
 _offline: list[str] = []

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from data.text import counted
+
 FEW_CLUSTERS = 20
 """Below this many clusters resampling alone gives intervals that are too narrow."""
 RESAMPLES = 10_000
@@ -92,5 +94,5 @@ def format_estimate(estimate: Mapping[str, Any], signed: bool = False) -> str:
     mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
     if low is None:
         return f"{mean:{sign}.3f}"
-    few = f" ({estimate['few_clusters']} clusters)" if "few_clusters" in estimate else ""
+    few = f" ({counted(estimate['few_clusters'], 'cluster')})" if "few_clusters" in estimate else ""
     return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]{few}"

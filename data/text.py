@@ -35,6 +35,15 @@ def name_of(path: str) -> str:
     return _NO_NAME.sub(lambda found: ascii(found[0])[1:-1], path)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where there is not one.
+
+    (1, "step") -> "1 step"; (1200, "query") -> "1,200 queries"; (2, "search") -> "2 searches"
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {re.sub('y$', 'ie', noun) if ending else noun}{ending}"
+
+
 def one_i(lowered: str) -> str:
     """Return the text with one i: Turkish has it with and without a dot, and others type either as i."""
     return lowered.replace("i\u0307", "i").replace("ı", "i")

@@ -92,7 +92,7 @@ def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
     judged = {id_: qrels[id_] for id_ in rankings if id_ in qrels}
     if not judged:
         example = f"{next(iter(rankings), '')!r} and {next(iter(qrels), '')!r}"
-        raise DataError(f"none of the {len(rankings)} queries has qrels: their ids are such as {example}")
+        raise DataError(f"none of the queries ({len(rankings)}) has qrels: their ids are such as {example}")
     names: dict[str, str] = {}  # some of the providers want numbers, or write tables with blanks
 
     def numbered(passage: str) -> str:
@@ -120,7 +120,7 @@ def judge_answers(rankings: Rankings, queries: Sequence[Question], top_k: int) -
     """
     answerable = [query for query in queries if query.gold_answers]
     if not answerable:
-        raise DataError(f"none of the {len(queries)} queries has gold answers")
+        raise DataError(f"none of the queries ({len(queries)}) has gold answers")
     first = {query.id: _first_with_answer(rankings[query.id], query.gold_answers) for query in answerable}
     cutoffs = [k for k in ANSWER_CUTOFFS if k <= top_k]
     return {f"answer@{k}": {id_: float(rank < k) for id_, rank in first.items()} for k in cutoffs}

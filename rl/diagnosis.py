@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from data.text import counted
 from rl.config import TrainConfig
 
 WINDOW = 5
@@ -128,7 +129,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 def conclude(rows: Sequence[Row], config: TrainConfig, protocol: str) -> str:
     """Describe a training that has ended in one line: what stood in its way, or what it changed."""
     steps = [row for row in rows if "reward/mean" in row]
-    head = f"trained {config.steps:,} steps"
+    head = f"trained {counted(config.steps, 'step')}"
     if (obstacle := find_obstacle(steps, config, protocol)) is not None:
         return f"{head}, but nothing was learned: {obstacle}"
     parts = [head, *_change(steps, "reward/mean", "reward"), *_change(rows, "dev/em", "dev EM")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from data.atlas.build import build_atlas, build_invented
 from data.errors import ConfigError
 from data.questions import load_questions
+from data.text import counted
 
 
 def main(out: str | None = None, hard: bool = False, invented: int | None = None) -> None:
@@ -23,10 +24,10 @@ def main(out: str | None = None, hard: bool = False, invented: int | None = None
         raise ConfigError("hard, invented: give one of them, not both")
     out = out or "runs/atlas" + "_hard" * hard + "_invented" * (invented is not None)
     made = build_atlas(out, hard=hard) if invented is None else build_invented(out, invented)
-    print(f"{out}: {made['passages']:,} passages of {made['words_per_passage']:.1f} words")
+    print(f"{out}: {counted(made['passages'], 'passage')} of {made['words_per_passage']:.1f} words")
     for split, kinds in made["questions"].items():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        print(f"{split:>6}: {sum(kinds.values()):,} questions ({counts})")
+        print(f"{split:>6}: {counted(sum(kinds.values()), 'question')} ({counts})")
     if invented is not None:
         return
     floors = ", ".join(f"{kind} {share:.3f}" for kind, share in made["majority_baseline"].items())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError
+from data.text import counted
 from scripts.console import track
 
 Format = Literal[
@@ -56,7 +57,8 @@ def main(
     done = convert_from(source_format, source, out, corpus, split, on_error, track("reading examples"))
     left_out = [f"{count:,} {what}" for what, count in done.left_out.items() if count]
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
-    print(f"{done.count:,} examples in {done.examples}, {len(done.corpus):,} passages{note}")
+    passages = counted(len(done.corpus), "passage")
+    print(f"{counted(done.count, 'example')} in {done.examples}, {passages}{note}")
 
 
 def _to(target_format: str, source: str, out: str, corpus: str | None, on_error: Any) -> None:
@@ -69,4 +71,4 @@ def _to(target_format: str, source: str, out: str, corpus: str | None, on_error:
         raise ConfigError(f"--corpus: must be given, as there is no {beside}")
     examples = Examples(source, Corpus(corpus or beside), on_error)
     convert_to(target_format, examples, out)
-    print(f"{len(examples):,} examples in {out}")
+    print(f"{counted(len(examples), 'example')} in {out}")

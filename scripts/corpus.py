@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from data.text import counted
 from scripts.console import bar
 
 logger = logging.getLogger(__name__)
@@ -63,18 +64,23 @@ def main(
                 counts["skipped"] += 1
                 logger.warning("skipped: %s", error)
         if not counts["passages"]:
-            raise DataError(f"source = {source}: no text in {len(files):,} files{_left_out(without)}")
+            raise DataError(
+                f"source = {source}: no text in {counted(len(files), 'file')}{_left_out(without)}"
+            )
 
     write_jsonl(out, rows())
-    skipped = f", {counts['skipped']} files skipped" if counts["skipped"] else ""
-    print(f"{counts['passages']:,} passages from {len(files):,} files in {out}{skipped}{_left_out(without)}")
+    skipped = f", {counted(counts['skipped'], 'file')} skipped" if counts["skipped"] else ""
+    made = f"{counted(counts['passages'], 'passage')} from {counted(len(files), 'file')}"
+    print(f"{made} in {out}{skipped}{_left_out(without)}")
 
 
 def _left_out(without: dict[str, list[Path]]) -> str:
     """Return how many files gave no passage, and why."""
     reasons = (f"{len(paths):,} {reason} (such as {paths[0].name})" for reason, paths in without.items())
     return (
-        f"; {sum(map(len, without.values())):,} files gave nothing: {', '.join(reasons)}" if without else ""
+        f"; {counted(sum(map(len, without.values())), 'file')} gave nothing: {', '.join(reasons)}"
+        if without
+        else ""
     )
 
 

@@ -13,6 +13,7 @@ from data.errors import ConfigError, DataError, require, require_range
 from data.jsonl import write_jsonl
 from data.questions import load_questions
 from data.settings import ChatConfig
+from data.text import counted
 from scripts.console import bar
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ def main(
     write_jsonl(out, kept)
     if rest is not None:
         write_jsonl(rest, (question.as_record() for question in left))
-    over = f"; {len(left):,} questions left over in {rest}" if rest is not None else ""
-    print(f"{out}: {len(kept):,} demonstrations of {len(asked):,} questions, queries {queries}{over}")
+    over = f"; {counted(len(left), 'question')} left over in {rest}" if rest is not None else ""
+    made = f"{counted(len(kept), 'demonstration')} of {counted(len(asked), 'question')}"
+    print(f"{out}: {made}, queries {queries}{over}")
 
 
 def _draw(

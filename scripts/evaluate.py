@@ -17,6 +17,7 @@ from data.listening import why_silent
 from data.lock import locked
 from data.questions import load_questions
 from data.records import Question
+from data.text import counted
 from scripts.agent_options import AgentOptions, QuestionOptions
 from scripts.console import bar, going_on, show_table
 
@@ -76,7 +77,8 @@ def main(config: EvaluateConfig) -> None:
         show_controls(Path(config.out), scores, leaks(questions, training))
     judged = scores.get("judge", {})
     if errors := judged.get("errors"):
-        print(f"{errors} answers could not be judged ({judged['first_error']}): the same command asks again")
+        failed = f"{counted(errors, 'answer')} could not be judged ({judged['first_error']})"
+        print(f"{failed}: the same command asks again")
     if config.run_files:
         from agent.evaluation.browsecomp import write_run_files
 
@@ -84,7 +86,7 @@ def main(config: EvaluateConfig) -> None:
     if obstacle := _obstacle(scores, config.policy, protocol, config.out):
         print(obstacle)
     if scores["search_failed"]:
-        print(f"{scores['search_failed']} searches failed: the same command asks them again")
+        print(f"{counted(scores['search_failed'], 'search')} failed: the same command asks again")
 
 
 def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:

@@ -13,6 +13,7 @@ from data.device import check_device
 from data.errors import ConfigError
 from data.formats.tables import read_lines
 from data.processes import cores
+from data.text import counted
 from scripts.console import track
 
 _BM25_SETTINGS = ("k1", "b", "analyzer", "title_boost", "language", "scoring")
@@ -117,7 +118,7 @@ def main(config: IndexConfig) -> None:
         from retriever_server.indexes.base import verify_index
 
         whole = verify_index(config.verify)
-        print(f"whole: {whole.corpus_count:,} passages in {config.verify} (generation {whole.generation})")
+        _say_change("whole:", whole, config.verify)
     elif config.compact is not None:
         from retriever_server.indexes.living import compact
 
@@ -176,7 +177,7 @@ def _ids(given: str) -> list[str]:
 
 
 def _say_change(done: str, index: Any, out: str) -> None:
-    print(f"{done} {index.corpus_count:,} passages in {out} (generation {index.generation})")
+    print(f"{done} {counted(index.corpus_count, 'passage')} in {out} (generation {index.generation})")
 
 
 def _build_bm25(config: IndexConfig, out: str) -> None:
@@ -239,7 +240,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
             shards.encode(bar, part)
         left = len(shards.missing())
         then = f"{left} of other parts are missing" if left else "run it without --shard to build the index"
-        print(f"part {config.shard} is encoded ({len(shards)} shards); {then}")
+        print(f"part {config.shard} is encoded ({counted(len(shards), 'shard')}); {then}")
         return
     if config.ray:
         settings["encode"] = partial(encode_on_ray, address=config.ray, device=config.device)
@@ -265,7 +266,7 @@ def _corpus(given: str | None, out: str, on_error: Literal["stop", "skip"]) -> P
 def _say_work(encoder: Any) -> None:
     if encoder.images:
         waited = encoder.waited_seconds / (encoder.model_seconds + encoder.waited_seconds)
-        print(f"{encoder.images:,} images; the model waited for them {waited:.0%} of the time")
+        print(f"{counted(encoder.images, 'image')}; the model waited for them {waited:.0%} of the time")
     waste = encoder.padded_tokens / max(1, encoder.real_tokens)
     tokens = f"{encoder.real_tokens:,} tokens, padded/real {waste:.3f}; " if encoder.real_tokens else ""
     print(f"{tokens}spec {encoder.spec.hash}")
@@ -274,8 +275,8 @@ def _say_work(encoder: Any) -> None:
 def _say(index: Any, out: str, built: bool) -> None:
     done = "indexed" if built else "already there:"
     count, skipped = len(index.corpus), len(getattr(index, "skipped", ()))
-    passages = f"{count - skipped:,} of {count:,}" if skipped else f"{count:,}"
-    print(f"{done} {passages} passages in {out} (generation {index.generation})")
+    some = f"{count - skipped:,} of " if skipped else ""
+    print(f"{done} {some}{counted(count, 'passage')} in {out} (generation {index.generation})")
 
 
 def _refuse(config: IndexConfig, names: Sequence[str], needs: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from data.text import counted
+
 
 def main(models: list[str], out: str, weights: list[float] | None = None) -> None:
     """Merge folders of the same model, trained differently, into the folder OUT (slerp).
@@ -14,4 +16,4 @@ def main(models: list[str], out: str, weights: list[float] | None = None) -> Non
     from retriever_server.training.merge import merge
 
     merge(models, out, weights)
-    print(f"merged {len(models)} models in {out}")
+    print(f"merged {counted(len(models), 'model')} in {out}")

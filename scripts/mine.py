@@ -10,6 +10,7 @@ from typing import Any, Literal
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from data.questions import load_questions
+from data.text import counted
 from retriever_server.training.mining import Rules
 from scripts.console import track
 
@@ -132,7 +133,8 @@ def _mine(
     examples, bar = Examples(queries, corpus, on_error), track("mining queries")
     mined = mine(examples, retriever(), corpus, out, rules, teacher() if teacher else None, bar)
     each = mined.negatives / max(1, mined.examples)
-    print(f"{mined.examples:,} examples in {out}, {each:.1f} negatives each; {mined.without:,} have none")
+    made = counted(mined.examples, "example")
+    print(f"{made} in {out}, {each:.1f} negatives each; {mined.without:,} have none")
 
 
 def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any) -> None:
@@ -141,7 +143,7 @@ def _label(queries: str, teachers: list[Any], corpus: Any, out: str, ranks: Any)
 
     asked = load_queries(queries)
     stages = label(asked, [each() for each in teachers], corpus, out, ranks, track("labelling queries"))
-    print(f"labels of {len(teachers)} teachers; the last stage is {stages[-1]}")
+    print(f"labels of {counted(len(teachers), 'teacher')}; the last stage is {stages[-1]}")
 
 
 def _write_crops(corpus: Any, config: MineConfig) -> str:
@@ -159,7 +161,7 @@ def _write_crops(corpus: Any, config: MineConfig) -> str:
     if (first := next(found, None)) is None:
         raise DataError(f"{corpus.path}: no passage has a sentence long enough to be a query")
     write_jsonl(path, (example.as_record() for example in chain([first], found)))
-    print(f"crops of {len(corpus):,} passages in {path}")
+    print(f"crops of {counted(len(corpus), 'passage')} in {path}")
     return str(path)
 
 

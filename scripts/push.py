@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, first_line
+from data.hub import log_in_where_refused
+from data.text import counted
 
 LEFT_HERE = [
     "optimizer*",
@@ -64,7 +66,7 @@ def main(
         print(card)
         return print("files:", *sent, "README.md")
     url = _send(trained.folder, name, card, private)
-    print(f"pushed {len(sent) + 1} files of {trained.folder} to {url}")
+    print(f"pushed {counted(len(sent) + 1, 'file')} of {trained.folder} to {url}")
 
 
 def _send(folder: Path, name: str, card: str, private: bool) -> Any:
@@ -76,5 +78,6 @@ def _send(folder: Path, name: str, card: str, private: bool) -> Any:
         api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=LEFT_HERE)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=name)
     except Exception as error:  # the hub's client lets through what its HTTP library of the day raises
-        raise ConfigError(f"push to {name}: {type(error).__name__}: {first_line(error)}") from error
+        why = f"{type(error).__name__}: {first_line(error)}{log_in_where_refused(error)}"
+        raise ConfigError(f"push to {name}: {why}") from error
     return url

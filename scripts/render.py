@@ -8,6 +8,7 @@ from typing import Literal
 
 from data.errors import ConfigError
 from data.processes import cores
+from data.text import counted
 from scripts.console import track
 
 
@@ -52,5 +53,9 @@ def main(
     start = time.monotonic()
     done = render(passages, out, style, processes or cores(), on_error, track("drawing pages"))
     rate = len(passages) / max(1e-9, time.monotonic() - start)
-    left_out = f"; skipped {skipped} files and {done.skipped} pages" if skipped or done.skipped else ""
-    print(f"{done.count:,} pages in {done.corpus} ({rate:,.0f}/s){left_out}")
+    left_out = (
+        f"; skipped {counted(skipped, 'file')} and {counted(done.skipped, 'page')}"
+        if skipped or done.skipped
+        else ""
+    )
+    print(f"{counted(done.count, 'page')} in {done.corpus} ({rate:,.0f}/s){left_out}")

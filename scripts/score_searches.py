@@ -11,6 +11,7 @@ from agent.evaluation.judge_config import JudgeConfig
 from data.errors import ConfigError, EngineError, require, require_range
 from data.jsonl import check_is_file
 from data.listening import why_silent
+from data.text import counted
 from scripts.agent_options import AgentOptions
 from scripts.console import going_on, track
 
@@ -76,7 +77,7 @@ def main(config: ScoreConfig) -> None:
     with going_on(config.out):
         costs = asyncio.run(_score(opened, judge, config))
     count = costs["searches"]
-    print(f"{count:,} searches scored in {config.out}")
+    print(f"{counted(count, 'search')} scored in {config.out}")
     for name in config.by if count else ():
         tokens, seconds = (1000 * costs[f"{name} {unit}"] / count for unit in ("tokens", "seconds"))
         print(f"{name}: {tokens:,.0f} tokens and {seconds:,.0f} seconds a thousand searches")

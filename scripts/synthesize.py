@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import ConfigError
 from data.jsonl import write_json
 from data.lock import locked
+from data.text import counted
 from retriever_server.training.synthesis.config import SynthesisConfig
 from scripts.console import bar, going_on, show_table, waiting
 
@@ -144,10 +145,11 @@ def _dry_run(run: Synthesis) -> None:
     calls = len(tasks) + count * len(steps)
     read = (characters + sum(len(call.prompt) for _, call in tasks)) // 4
     most = sum(int({"max_tokens": 256, **step.sampling}["max_tokens"]) for step in steps) * count
-    print(f"{count:,} queries, {calls:,} calls: about {read:,} tokens to read, at most {most:,} to write")
+    work = f"{counted(count, 'query')}, {counted(calls, 'call')}"
+    print(f"{work}: about {read:,} tokens to read, at most {most:,} to write")
     if config.judges:
         pairs = count * (config.candidates + 1)
-        print(f"{len(config.judges)} judges read {pairs:,} pairs each")
+        print(f"{counted(len(config.judges), 'judge')} read {pairs:,} pairs each")
 
 
 def _measure(run: Synthesis) -> None:
@@ -187,4 +189,5 @@ def _show(summary: dict[str, Any], config: SynthesisConfig) -> None:
         else "tokens not told"
     )
     said = f"{summary['relabelled']:,} with another positive than their seed; {tokens}"
-    print(f"{summary['examples']:,} examples in {config.out}/examples.jsonl for {summary['corpus']}: {said}")
+    made = counted(summary["examples"], "example")
+    print(f"{made} in {config.out}/examples.jsonl for {summary['corpus']}: {said}")

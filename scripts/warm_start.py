@@ -13,6 +13,7 @@ from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError, require
 from data.packaged import WIRED_IN
 from data.plugins import find_plugin
+from data.text import counted
 from rl.config import ProtocolConfig, WarmStartConfig
 from scripts.console import StepLines, say
 
@@ -79,7 +80,7 @@ def main(
     lines = StepLines(_SHOWN)
     with lines.bar("training") as progress:
         warm_start(start, spans, spoken, Path(out), training, lines, progress, record)
-    print(f"{out}: learnt from {len(spans):,} demonstrations")
+    print(f"{out}: learnt from {counted(len(spans), 'demonstration')}")
 
 
 def _starting_policy(

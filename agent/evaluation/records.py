@@ -12,6 +12,7 @@ from typing import Any
 from data.answers import METRICS, is_abstention
 from data.errors import DataError
 from data.jsonl import read_jsonl
+from data.text import counted
 
 Record = Mapping[str, Any]
 
@@ -152,7 +153,9 @@ def check_same(left: set[str], right: set[str], left_name: str, right_name: str)
     """Raise DataError, naming the questions, where the two differ."""
     for here, there, name in ((left, right, right_name), (right, left, left_name)):
         if here - there:
-            raise DataError(f"{name}: missing {len(here - there)} questions: {_some(here - there)}")
+            raise DataError(
+                f"{name}: missing {counted(len(here - there), 'question')}: {_some(here - there)}"
+            )
 
 
 def _some(ids: Iterable[str]) -> str:

@@ -72,7 +72,8 @@ def add(
         if encoder:
             check_same(path, manifest, encoder)
         name = _next(path, manifest)
-        write_jsonl(file := path / f"{name}.jsonl", (passage_row(each, path) for each in passages))
+        new = (passage_row(each, path) for each in _each_once(passages, path))
+        write_jsonl(file := path / f"{name}.jsonl", new)
         added = Corpus(file)
         known = corpus.positions(ids := [each.id for each in added])
         if not replaces and (known >= 0).any():
@@ -82,6 +83,18 @@ def add(
         left = _rows(corpus, np.delete(np.arange(len(corpus)), known[known >= 0]))
         kept = np.concatenate([left, sum(map(len, corpus.parts)) + np.arange(len(added))])
         return _commit(path, manifest, [*corpus.parts, added], [*_names(manifest), name], kept)
+
+
+def _each_once(passages: Iterable[Passage], path: Path) -> Iterator[Passage]:
+    """Yield new passages. Raises DataError for none, and for an id that two of them have."""
+    seen: set[str] = set()
+    for passage in passages:
+        if passage.id in seen:
+            raise DataError(f"{path}: two of the new passages have the id {passage.id!r}; nothing was added")
+        seen.add(passage.id)
+        yield passage
+    if not seen:
+        raise DataError(f"{path}: no passages to add")
 
 
 def delete(path: Path, ids: Sequence[str]) -> Manifest:

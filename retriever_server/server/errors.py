@@ -92,7 +92,7 @@ def add_error_replies(app: FastAPI) -> None:
 async def answer_error(request: Request, error: Exception) -> JsonReply:
     """Answer with the status and the reason of what a route raised."""
     status, reason = status_and_reason(error)
-    if status == 422 and request.url.path == "/v1/chat/completions":
+    if status == 422 and request.url.path.startswith(_OPENAI):
         status = 400  # as OpenAI has it
     headers = getattr(error, "headers", None)
     if isinstance(error, Overloaded):

@@ -63,7 +63,7 @@ OneOrMore = Annotated[
     Annotated[str, Tag("Text")]
     | Annotated[ImageInput, Tag("Item")]
     | Annotated[TokenIds, Tag("Ids")]
-    | Annotated[list[_OneInput], Tag("List")],
+    | Annotated[list[_OneInput], Field(min_length=1), Tag("List")],
     Discriminator(_kind_or_list),
 ]
 

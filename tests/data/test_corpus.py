@@ -96,13 +96,22 @@ def test_wrong_line_is_named(tmp_path, line, wrong):
     assert os.listdir(tmp_path) == ["corpus.jsonl"]
 
 
+@pytest.mark.parametrize("text", ['{"version": "1.1", "data": []}', '{\n"data": []}', "# A document"])
+def test_what_another_command_makes_a_corpus_of_is_said_so(tmp_path, text):
+    for name, said in {"set.json": True, "page.md": True, "corpus.jsonl": False}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError) as caught:
+            Corpus(tmp_path / name)
+        assert (f"`sleuth corpus --source {tmp_path / name} --out" in str(caught.value)) == said
+
+
 def test_passages_without_text_are_counted_and_kept(tmp_path, caplog):
     """As in Cranfield: they find nothing, and judgements may name them."""
     (tmp_path / "corpus.jsonl").write_text(
         '{"id": "a", "text": "x"}\n{"id": "b", "contents": "\\"T\\"\\n"}\n'
     )
     assert [(p.title, p.text) for p in Corpus(tmp_path / "corpus.jsonl")] == [("", "x"), ("T", "")]
-    assert "corpus.jsonl: 1 passages without text, the first on line 2" in caplog.text
+    assert "corpus.jsonl: 1 passage without text, the first on line 2" in caplog.text
 
 
 def test_file_that_cannot_be_a_corpus_is_said(tmp_path):

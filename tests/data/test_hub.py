@@ -37,8 +37,11 @@ def a_hub(monkeypatch):
             asked.append(self.path)
             there, ill = self.path.endswith("/org/there"), self.path.endswith("/org/ill")
             body = json.dumps({"id": "org/there", "error": "no"}).encode()
-            self.send_response(200 if there else 503 if ill else 404)
-            if not (there or ill):
+            expired = self.path.endswith("/org/expired")
+            self.send_response(200 if there else 503 if ill else 401 if expired else 404)
+            if expired:
+                self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            elif not (there or ill):
                 self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -91,6 +94,12 @@ def test_the_hub_is_asked_once_whether_it_has_a_name(a_hub):
     with pytest.raises(ConfigError, match=r"no file .* the hub has no such dataset"):
         find_dataset("org/gone", "questions")
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_where_the_hub_wants_another_token_the_command_to_log_in_is_named(a_hub):
+    assert "401 Unauthorized" in refused("org/expired") and "(`hf auth login`)" in refused("org/expired")
+    assert "no such model, or it is private (`hf auth login`)" in refused("org/gone")
+    assert "hf auth login" not in refused("org/ill")
 
 
 @pytest.mark.parametrize(

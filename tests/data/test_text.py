@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
-from data.text import cut, cut_for
+from data.text import counted, cut, cut_for
 from tests.fakes import byte_tokenizer
+
+
+def test_a_noun_stands_in_the_plural_where_there_is_not_one():
+    assert [counted(n, "query") for n in (0, 1, 2)] == ["0 queries", "1 query", "2 queries"]
+    assert counted(1, "step") == "1 step" and counted(1200, "step") == "1,200 steps"
+    assert counted(2, "search") == "2 searches"
+
 
 PIECES = ["a", " ", "\n", "word ", "x" * 200, "é", "e\u0301", "\u0301", "国", "\u200b", "<b>", "word", "𝄞"]
 BYTES = byte_tokenizer()

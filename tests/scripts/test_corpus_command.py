@@ -52,7 +52,7 @@ def test_an_unreadable_file_stops_or_is_skipped(folder, tmp_path, capsys):
     assert "c.pdf: cannot be read" in (said := capsys.readouterr().err) and "--on_error skip" in said
     assert not out.exists()
     assert sleuth.main(["corpus", str(folder), "--out", str(out), "--on_error", "skip"]) == 0
-    assert "2 passages from 3 files" in (said := capsys.readouterr().out) and "1 files skipped" in said
+    assert "2 passages from 3 files" in (said := capsys.readouterr().out) and "1 file skipped" in said
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_unreadable_file_stops_or_is_skipped(folder, tmp_path, capsys):
         (["absent"], "source = absent: no such file or folder"),
         (["{docs}", "--words", "5", "--overlap", "5"], "must be 0 <= overlap < words"),
         (["{docs}", "--on_error", "pass"], "on_error: got 'pass', expected one of 'stop', 'skip'"),
-        (["{docs}/blank"], "blank: no text in 1 files"),
+        (["{docs}/blank"], "blank: no text in 1 file"),
         (["{docs}/empty"], "holds no file that ends in .txt, .md"),
     ],
 )

@@ -29,9 +29,9 @@ def corpus(tmp_path):
 def test_an_index_is_built_once_and_opens(tmp_path, corpus, capsys):
     out = str(tmp_path / "index")
     run_index(corpus, out)
-    assert capsys.readouterr().out.startswith(f"indexed 1 passages in {out} (generation bm25-")
+    assert capsys.readouterr().out.startswith(f"indexed 1 passage in {out} (generation bm25-")
     run_index(corpus, out)
-    assert capsys.readouterr().out.startswith(f"already there: 1 passages in {out}")
+    assert capsys.readouterr().out.startswith(f"already there: 1 passage in {out}")
     [[hit]] = open_index(out).search(["animal"], 3)
     assert hit.passage.title == "Fox"
 

@@ -72,7 +72,7 @@ def test_a_truncated_pdf_stops_or_is_skipped_by_name(folder, tmp_path, capsys):
     assert sleuth.main(argv) == 2
     assert "cut.pdf: a broken PDF" in (said := capsys.readouterr().err) and "--on_error skip" in said
     assert sleuth.main([*argv, "--on_error", "skip"]) == 0
-    assert "3 pages" in (said := capsys.readouterr().out) and "skipped 1 files and 0 pages" in said
+    assert "3 pages" in (said := capsys.readouterr().out) and "skipped 1 file and 0 pages" in said
 
 
 def test_one_broken_page_is_skipped_and_the_others_of_its_pdf_stay(tmp_path, capsys):

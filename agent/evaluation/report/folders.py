@@ -16,6 +16,7 @@ from agent.evaluation.scores import score
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json
 from data.run_dir import read_metrics, read_run
+from data.text import counted
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _info(path: Path, kind: str, runs: Sequence[Path], evaluations: int) -> dict
         return read_run(path)
     if kind == "evaluation":
         return {"status": "finished" if (path / "scores.json").exists() else "unfinished"}
-    return {"status": f"{len(runs)} runs, {evaluations} evaluations"}
+    return {"status": f"{counted(len(runs), 'run')}, {counted(evaluations, 'evaluation')}"}
 
 
 def _config(path: Path, kind: str, runs: Sequence[Path]) -> str:

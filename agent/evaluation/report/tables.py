@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.evaluation.report.folders import Compared, Evaluation, Run, compare
 from agent.evaluation.summary import describe
+from data.text import counted
 
 LABELS = {"before": "Before training", "after": "After training"}
 
@@ -249,4 +250,4 @@ def _duration(seconds: float) -> str:
 
 
 def _few(estimate: Mapping[str, Any]) -> str:
-    return f" ({estimate['few_clusters']} clusters)" if "few_clusters" in estimate else ""
+    return f" ({counted(estimate['few_clusters'], 'cluster')})" if "few_clusters" in estimate else ""

@@ -93,9 +93,9 @@ def test_every_question_is_scored_exactly_once():
     items = [right(question(1)), right(question(2))]
     with pytest.raises(DataError, match="more than once: q1"):
         score([*items, items[0]])
-    with pytest.raises(DataError, match="trajectories: missing 1 questions: q3"):
+    with pytest.raises(DataError, match="trajectories: missing 1 question: q3"):
         score(items, [question(1), question(2), question(3)])
-    with pytest.raises(DataError, match="questions: missing 1 questions: q2"):
+    with pytest.raises(DataError, match="questions: missing 1 question: q2"):
         score(items, [question(1)])
     with pytest.raises(DataError, match="0 trajectories"):
         score([])
@@ -194,7 +194,7 @@ def test_a_difference_of_different_questions_names_the_missing_ones():
     before = [record(question(i), True) for i in range(3)]
     with pytest.raises(DataError, match="after: missing 2 questions: q1, q2"):
         paired_difference(before, before[:1])
-    with pytest.raises(DataError, match="before: missing 1 questions: q2"):
+    with pytest.raises(DataError, match="before: missing 1 question: q2"):
         paired_difference(before[:2], before)
 
 
@@ -260,7 +260,7 @@ def test_a_question_that_never_comes_back_is_an_error_not_a_smaller_n(tmp_path):
         for asked in questions[1:]:
             on_finished(right(asked))
 
-    with pytest.raises(DataError, match="missing 1 questions: q0"):
+    with pytest.raises(DataError, match="missing 1 question: q0"):
         run(forgetful, tmp_path)
     assert not (tmp_path / "scores.json").exists()
 

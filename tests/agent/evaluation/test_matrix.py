@@ -75,7 +75,7 @@ def test_the_diagonal_is_compared_with_all_other_pairs(tmp_path):
 def test_cells_of_other_questions_are_refused_by_name(tmp_path):
     folders, _ = make(tmp_path, ["a"], ["x", "y"])
     run(folders[Cell("a", "y")], {1}, count=19)
-    with pytest.raises(DataError, match=r"a\.y: missing 1 questions: q19"):
+    with pytest.raises(DataError, match=r"a\.y: missing 1 question: q19"):
         read_matrix(folders)
 
 

@@ -141,7 +141,7 @@ def test_the_command_builds_parts_then_the_index_and_verifies_it(tmp_path, model
     write_corpus(tmp_path / "c.jsonl")
     arguments = (str(tmp_path / "c.jsonl"), str(tmp_path / "i"), models[vectors])
     run_index(*arguments, shard="1/2", device="cpu")
-    assert capsys.readouterr().out.startswith("part 1/2 is encoded (1 shards); run it without --shard")
+    assert capsys.readouterr().out.startswith("part 1/2 is encoded (1 shard); run it without --shard")
     run_index(*arguments, device="cpu")
     assert f"indexed 40 passages in {tmp_path / 'i'} (generation {kind}-" in capsys.readouterr().out
     run_index(*arguments, device="cpu")

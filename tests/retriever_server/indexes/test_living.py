@@ -199,8 +199,10 @@ def test_wrong_changes_are_refused_and_change_nothing(tmp_path):
         living.add(index.path, [Passage("3", "sea")], other)
     with pytest.raises(DataError, match="has a passage '2' already"):
         index.add([Passage("3", "sea"), Passage("2", "sea")])
-    with pytest.raises(DataError, match="id '3' stands on line 1 already"):
+    with pytest.raises(DataError, match="i: two of the new passages have the id '3'; nothing"):
         index.add([Passage("3", "sea"), Passage("3", "sea")])
+    with pytest.raises(DataError, match="i: no passages to add"):
+        index.add([])
     with pytest.raises(DataError, match="has no passage '4'; nothing was deleted"):
         index.delete(["1", "4"])
     with pytest.raises(DataError, match="all of its 2 passages"):

@@ -137,7 +137,7 @@ def test_token_ids_are_read_as_the_encoders_own(tmp_path):
     data = ask("/v1/embeddings", {"input": ids[0]}, encoder=encoder)["data"]
     assert len(data) == 1 and np.allclose(data[0]["embedding"], expected[0])
     status, reason = ask("/v1/embeddings", {"input": [9999]}, encoder=encoder)
-    assert status == 422 and reason.startswith("token 9999: the encoder has those below")
+    assert status == 400 and reason.startswith("token 9999: the encoder has those below")
 
 
 def test_tei_root_does_what_the_model_is_for():
@@ -217,6 +217,8 @@ def test_rerank_reads_and_answers_as_clients_and_vllm_do(more, order):
             (422, "token ids: the encoder does not"),
         ),
         ("/embed", {"inputs": [True]}, DENSE, (422, "inputs")),
+        ("/embed", {"inputs": []}, DENSE, (422, "at least 1 item")),
+        ("/v1/embeddings", {"input": []}, DENSE, (400, "at least 1 item")),
         (
             "/v1/rerank",
             {"query": "q", "documents": [{}]},

@@ -54,7 +54,7 @@ def test_what_reads_text_only_decodes_nothing(server, decoded):
         ("/v1/embeddings", {"json": {"input": [LARGE]}}),
     ):
         answer = server.post(path, **asked)
-        assert answer.status_code == 422 and "reads text only" in answer.json()["detail"]
+        assert answer.status_code in (400, 422) and "reads text only" in answer.json()["detail"]
     assert decoded == []
 
 

@@ -90,7 +90,7 @@ def test_a_file_without_examples_is_refused(tmp_path, corpus, content):
 def test_repeated_queries_are_counted_and_kept(tmp_path, corpus, caplog):
     examples = load(tmp_path, corpus, row(), {**row(1), "query": "query 0"})
     assert len(examples) == 2 and examples.repeated == 1
-    assert "1 queries have the text of another" in caplog.text
+    assert "queries with the text of another: 1" in caplog.text
 
 
 def test_tuples_have_the_columns_of_sentence_transformers(tmp_path, corpus):
