@@ -214,7 +214,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
         raise ConfigError(f"--factory {config.factory}: has a meaning only with --kind ann")
     from data.corpus import Corpus
     from data.hub import find_model
-    from retriever_server.encoders.loading import load_encoder
+    from retriever_server.encoders.loading import kind_for, load_encoder
     from retriever_server.encoders.served import ServedEncoder
     from retriever_server.encoders.spec import ENCODERS
     from retriever_server.indexes.generation import building
@@ -227,7 +227,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     check_device(device)
     find_model(encoder_name, "encoder")
     passages = Corpus(_corpus(config.corpus, out, config.on_error))
-    own = load_encoder(encoder_name, device=device, **options)
+    own = load_encoder(encoder_name, kind_for(encoder_name, config.kind), device=device, **options)
     encoder = ServedEncoder(own, config.encode_with) if config.encode_with else own
     of = of or index_kind(ENCODERS[encoder.spec.kind].index)
     if "terms_per_passage" in settings and of.kind != "inverted":

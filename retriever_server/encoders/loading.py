@@ -172,6 +172,21 @@ def _saved_kind(model: str) -> str:
     return next((name for name, of in ENCODERS.items() if of.class_name == saved.get("model_type")), "dense")
 
 
+def kind_for(model: str, index: str | None) -> str | None:
+    """Return sparse for a masked language model of transformers whose index is inverted, else None.
+
+    So SPLADE's own code and Tevatron leave their models.
+    """
+    from sentence_transformers.util import load_file_path
+
+    source = find_model(model, "encoder")
+    if index != ENCODERS["sparse"].index or load_file_path(source, "modules.json"):
+        return None
+    path = load_file_path(source, "config.json")
+    names = json.loads(Path(path).read_text()).get("architectures") if path else None
+    return "sparse" if any(name.endswith("ForMaskedLM") for name in names or ()) else None
+
+
 def check_projects(model: str) -> None:
     """Raise ConfigError where vectors of tokens would be untrained projections of a base."""
     from sentence_transformers.util import load_file_path

@@ -78,6 +78,21 @@ def test_a_device_that_there_is_not_is_refused(device, tmp_path, corpus):
         run_index(corpus, str(tmp_path / "index"), encoder="model", device=device)
 
 
+def test_a_masked_language_model_as_transformers_saves_it_makes_the_sparse_vectors_of_splade(tmp_path):
+    write_jsonl(tmp_path / "c.jsonl", [{"id": word, "text": f"{word} {WORDS[0]}"} for word in WORDS[4:9]])
+    served = tiny_model(tmp_path / "model", "sparse")  # lies below the plain one
+    for name, model, options in (
+        ("plain", str(tmp_path / "model"), {"kind": "inverted"}),
+        ("served", served, {"query_prompt": "", "passage_prompt": ""}),
+    ):
+        run_index(str(tmp_path / "c.jsonl"), str(tmp_path / name), encoder=model, **options)
+    plain, same = (open_index(tmp_path / name).search([WORDS[5]], 5)[0] for name in ("plain", "served"))
+    assert [(hit.passage.id, hit.score) for hit in plain] == [(hit.passage.id, hit.score) for hit in same]
+    with pytest.raises(ConfigError, match="makes dense vectors, an index of kind inverted needs sparse"):
+        dense = tiny_model(tmp_path / "dense", "dense")
+        run_index(str(tmp_path / "c.jsonl"), str(tmp_path / "no"), encoder=dense, kind="inverted")
+
+
 def test_an_index_keeps_the_prefix_of_vectors_that_it_is_told(tmp_path):
     texts = [f"{word} {other}" for word in WORDS[:8] for other in WORDS[8:12]]
     write_jsonl(tmp_path / "c.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
