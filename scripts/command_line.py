@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,7 +38,8 @@ from scripts.tiers import with_tier
 # The docstring under a field of a configuration becomes its line in --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-BARE_OPTIONS = {"-h", "--help", "--help-all", "--print_config"}  # every other takes a value, or is a switch
+HELP = {"-h", "--help", "--help-all"}
+BARE_OPTIONS = {*HELP, "--print_config"}  # every other takes a value, or is a switch
 
 
 def call(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> Any:
@@ -46,7 +48,8 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     positional names the option that may be given by its value alone. Raises ConfigError, in one
     line, for an unknown key, a wrong value, a file that is missing or malformed.
     """
-    parser = build_parser(run, prog, positional)
+    build = build_parser if HELP & {*argv} else known_parser
+    parser = build(run, prog, positional)
     argv = with_tier(parser, prog.removeprefix("sleuth "), joined(argv, positional))
     for path in config_paths(argv):
         check_config(path)
@@ -72,6 +75,10 @@ def build_parser(run: Callable, prog: str, positional: str | None = None) -> Arg
     else:
         parser.add_function_arguments(run, None)
     return parser
+
+
+known_parser = cache(build_parser)
+"""The same, built once in a process that calls a command many times; not for help, which changes it."""
 
 
 class ConfigFile(ActionConfigFile):

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pytest
 
 from scripts.__main__ import COMMANDS
-from scripts.command_line import build_parser, joined, keys_inside, known_keys
+from scripts.command_line import joined, keys_inside, known_keys, known_parser
 from tests.docs_world import free_port, stand_ins
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_commands_and_options_exist(block):
         module = importlib.import_module(command.module if command else name)
         assert command or name.startswith("scripts."), f"{block.where}: no command {name}"
         words = module.expand(words) if hasattr(module, "expand") else words
-        parser = build_parser(module.main, name)
+        parser = known_parser(module.main, name)
         words, keys = keys_inside(joined(words), parser)[0], known_keys(parser)
         keys = [*keys, *(key.rpartition(".")[0] for key in keys)]  # a group in YAML, or by a word
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--") and len(word) > 2}

@@ -24,10 +24,12 @@ from data.jsonl import write_jsonl
 from data.run_dir import read_metrics, read_run
 from rl.config import ProtocolConfig, RolloutConfig
 from rl.learner.learner import Learner
+from rl.trainer import Trainer
 from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.processes import sleuth as start
 from tests.retriever_server.running import running_server, start_server
+from tests.samples import quick
 from tests.toy import bigram_policy, toy_config
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +128,7 @@ def test_a_retriever_that_comes_back_in_time_costs_nothing_but_time(toy, tmp_pat
     assert all(search.hits and search.error is None for t in trained for search in t.searches)
 
 
+@pytest.mark.slow
 def test_a_retriever_that_stays_away_stops_the_run_with_its_state_saved(toy, tmp_path):
     out = tmp_path / "run"
     with running_server(toy / "index") as server:
@@ -147,6 +150,28 @@ def test_a_retriever_that_stays_away_stops_the_run_with_its_state_saved(toy, tmp
     assert steps_of(out) == list(range(1, 31))
 
 
+def test_an_interrupted_run_keeps_its_state_and_the_same_command_finishes_it(
+    toy, tmp_path, monkeypatch, capsys
+):
+    out, one_step = tmp_path / "run", Trainer._one_step
+    argv = arguments(toy, out, steps=2, save_every=1000)
+
+    async def interrupted(self):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        await one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted)
+        assert sleuth.main(argv) == 130
+    line = complaint(capsys.readouterr().err)
+    assert f"the state is saved in {out}: start the same command again to go on" in line
+    assert read_run(out)["status"] == "interrupted" and latest_checkpoint(out / "checkpoints").step == 1
+    assert sleuth.main(argv) == 0
+    assert steps_of(out) == [1, 2] and read_run(out)["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_the_state_and_the_same_command_finishes_the_run(toy, tmp_path):
     out, whole = tmp_path / "run", tmp_path / "whole"
     argv = arguments(toy, out, steps=25, save_every=1000)
@@ -181,7 +206,7 @@ def test_a_killed_process_and_its_heir_make_the_run_of_one_that_lived(toy, tmp_p
     assert_same_weights(out, whole, 30)
 
 
-@pytest.mark.parametrize("limit_bytes", [20_000, 250_000], ids=["weights", "optimiser"])
+@pytest.mark.parametrize("limit_bytes", quick([250_000], [20_000, 250_000]), ids=["weights", "optimiser"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_earlier_one(toy, tmp_path, limit_bytes):
     config = toy_config(toy, tmp_path / "full", steps=4, save_every=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

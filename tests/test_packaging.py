@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.__main__ import COMMANDS
-from scripts.command_line import build_parser, known_keys
+from scripts.command_line import known_keys, known_parser
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["agent", "rl", "retriever_server", "data", "scripts"]
@@ -61,7 +61,7 @@ def test_every_command_has_a_typed_documented_main(name):
     command = COMMANDS[name]
     run = importlib.import_module(command.module).main
     assert inspect.getdoc(run), f"{command.module}.main has no docstring"
-    parser = build_parser(run, f"sleuth {name}", command.positional)
+    parser = known_parser(run, f"sleuth {name}", command.positional)
     assert command.positional is None or f"--{command.positional}" in parser.format_help()
 
 
@@ -70,7 +70,7 @@ def test_launchers_name_options_and_recipes_that_exist(path):
     code = re.sub(r"(?m)#.*$|\\\n", "", path.read_text())
     for name, words in re.findall(r"(?m)^(?:exec )?(?:\.venv/bin/)?sleuth ([\w-]+)(.*)", code):
         command = COMMANDS[name]
-        keys = known_keys(build_parser(importlib.import_module(command.module).main, name))
+        keys = known_keys(known_parser(importlib.import_module(command.module).main, name))
         assert set(re.findall(r"--([\w.]+)", words)) <= {*keys, "config"}
         assert all((ROOT / recipe).is_file() for recipe in re.findall(r"\S+\.yaml", words))
 

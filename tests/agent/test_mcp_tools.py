@@ -100,6 +100,7 @@ def test_a_result_is_cut_and_the_budget_holds(peer):
     assert len(read) <= 100
 
 
+@pytest.mark.slow
 def test_a_server_that_died_is_started_again(mortal, tmp_path):
     spoken = speaking(COMPACT, mortal)
     trajectory, [read] = roll_out(spoken, [Call("die", str(tmp_path / "once")), Answer("x")])

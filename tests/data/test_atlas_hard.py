@@ -20,6 +20,7 @@ def passages(world):
     return {passage.id: passage for passage in hard_passages(world)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_the_passages_that_a_question_needs_are_there_and_the_last_holds_the_answer(world, passages, split):
     questions = hard_questions(world, split)

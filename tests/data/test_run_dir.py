@@ -250,6 +250,7 @@ def read_wandb_records(raw):
             part = b""
 
 
+@pytest.mark.slow
 def test_wandb_that_cannot_be_reached_or_logged_in_to_is_one_line(tmp_path, monkeypatch):
     for name in ("HOME", "XDG_CONFIG_HOME", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -281,6 +282,7 @@ def test_wandb_that_refuses_a_run_is_one_line(tmp_path, monkeypatch):
         WandbTracker(tmp_path, {}, "sleuth", "online")
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_what_was_logged(tmp_path):
     with RunDir(tmp_path, CONFIG) as run:
         run.tracker = WandbTracker(tmp_path, CONFIG, "sleuth", "offline")

@@ -79,6 +79,7 @@ def corpus_of(tmp_path):
     return Corpus(tmp_path / "ours.jsonl")
 
 
+@pytest.mark.slow
 def test_a_retriever_scores_in_mteb_what_it_scores_here(tmp_path):
     model = MTEBRetriever(lambda corpus: BM25Index.build(corpus, tmp_path / "theirs"), "bm25")
     found = score(model, task())

@@ -30,6 +30,7 @@ from rl.rollouts import Collected, Group, Rollouts, staleness
 from scripts.train import train
 from scripts.wiring import open_agent, open_client
 from tests.fakes import question
+from tests.samples import quick
 from tests.toy import toy_config
 
 
@@ -111,6 +112,7 @@ def test_no_staleness_is_the_synchronous_loop_bit_for_bit(toy, tmp_path):
     assert_same_weights(weights(tmp_path, 4), opened.policy.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_same_asynchronous_run_comes_again_where_nothing_waits(toy, tmp_path, trained):
     for run in ("one", "two"):
         train(asynchronous(toy, tmp_path / run, 2))
@@ -118,7 +120,7 @@ def test_the_same_asynchronous_run_comes_again_where_nothing_waits(toy, tmp_path
     assert_same_weights(weights(tmp_path / "one", 8), weights(tmp_path / "two", 8))
 
 
-@pytest.mark.parametrize("bound", [1, 2, 4])
+@pytest.mark.parametrize("bound", quick([2], [1, 2, 4]))
 def test_what_is_stale_is_corrected_measured_and_never_older_than_the_bound(
     toy, tmp_path, trained, bound, monkeypatch
 ):
@@ -269,7 +271,7 @@ def failing_engine(monkeypatch, after):
     monkeypatch.setattr(HFEngine, "_forward", broken)
 
 
-@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize("bound", quick([2], [0, 2]))
 def test_what_breaks_stops_the_run_with_its_state_saved_and_it_goes_on(toy, tmp_path, monkeypatch, bound):
     """An engine that dies, a search that never ends, a retriever that is gone; nothing is lost."""
     config = asynchronous(toy, tmp_path, bound, steps=12, deterministic=False, rollout_max_failed_share=0)

@@ -13,7 +13,7 @@ from rl.algorithm.losses import KL_ESTIMATORS, SURROGATES
 from rl.algorithm.presets import PRESETS, preset_fields
 from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from scripts import __main__ as sleuth
-from scripts.command_line import build_parser, call, parse
+from scripts.command_line import call, known_parser, parse
 from scripts.train import expand
 
 ALL_RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
@@ -95,7 +95,7 @@ def test_sleuth_train_refuses_a_wrong_key_or_value_in_one_line(option, said, cap
 def test_a_recipe_of_another_command_is_its_configuration(name, command):
     module = importlib.import_module(sleuth.COMMANDS[command].module)
     path = next(path for path in ALL_RECIPES if path.stem == name)
-    parse(build_parser(module.main, command), ["--config", str(path)])
+    parse(known_parser(module.main, command), ["--config", str(path)])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -104,13 +104,13 @@ def test_a_recipe_is_a_configuration(recipe):
     assert config.steps > 1 and config.out.startswith("runs/")
 
 
+def resolved(config: TrainConfig) -> TrainConfig:
+    return config
+
+
 def configured(*argv):
     """The configuration that `sleuth train` makes of its arguments."""
-
-    def main(config: TrainConfig) -> TrainConfig:
-        return config
-
-    return call(main, expand([*(f"--{key}={value}" for key, value in MAIN.items()), *argv]), "train")
+    return call(resolved, expand([*(f"--{key}={value}" for key, value in MAIN.items()), *argv]), "train")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,7 +12,7 @@ from rl.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from rl.diagnosis import WINDOW, conclude, find_obstacle
 from scripts import __main__ as sleuth
 from scripts import warm_start
-from scripts.command_line import build_parser, parse
+from scripts.command_line import known_parser, parse
 from scripts.train import train
 from tests.toy import bigram_policy, toy_config
 
@@ -97,7 +97,7 @@ def test_without_a_retriever_no_search_is_missed():
 def test_the_command_that_is_named_is_one(changed):
     said = str(find_obstacle([{**FINE, **changed}], config(policy="p/q r"), "search_r1"))
     _, name, *options = shlex.split(re.search("`(sleuth .*?)`", said)[1])
-    given = parse(build_parser(warm_start.main, f"sleuth {name}"), options)
+    given = parse(known_parser(warm_start.main, f"sleuth {name}"), options)
     assert name == "warm-start" and given["invented"] > 0 and given["protocol"].name == "search_r1"
     assert (given["policy"], given["out"]) == ("p/q r", "runs/it is/here-warm")
 

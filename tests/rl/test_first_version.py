@@ -40,6 +40,7 @@ def test_its_configuration_has_no_titles(toy, tmp_path):
     assert "titles" not in yaml.safe_load(CONFIG.read_text())["protocol"]
 
 
+@pytest.mark.slow
 def test_a_run_of_search_r1_goes_on_only_where_its_text_is_chosen_by_name(toy, tmp_path):
     out = tmp_path / "run"
     config = begun(toy, out, "search_r1")
@@ -65,6 +66,7 @@ def test_a_run_whose_text_is_what_it_was_goes_on_without_ado(toy, tmp_path):
     assert [row["step"] for row in read_metrics(out) if "reward/mean" in row] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_folder_without_results_is_begun_on_the_text_of_now(toy, tmp_path):
     out = tmp_path / "run"
     config = begun(toy, out, "search_r1")

@@ -17,6 +17,7 @@ from rl.config import RolloutConfig
 from rl.learner.batch import micro_batches
 from rl.learner.logprobs import Scorer
 from tests.fakes import byte_tokenizer, question, tiny_model
+from tests.samples import quick
 
 TOKENIZER = byte_tokenizer(
     "<search>", merges=("< /", "s e", "a r", "c h", "se ar", "sear ch", "</ search", "</search >", "> Ċ")
@@ -65,15 +66,12 @@ SETTINGS = {
     "cool": {"temperature": 0.7},
     "truncated": {"top_p": 0.9, "top_k": 20, "renormalise_logprobs": True},
 }
-ONCE_EACH = {("qwen2", "truncated"), ("qwen3", "cool"), ("llama", "plain"), ("gemma3", "truncated")}
+ONE_OR_TWO = {("qwen2", "truncated"), ("llama", "plain")}
 
 
 @pytest.mark.parametrize(
     ("kind", "sampled"),
-    [
-        pytest.param(*pair, marks=() if pair in ONCE_EACH else pytest.mark.slow)
-        for pair in product(("qwen2", "qwen3", "llama", "gemma3"), SETTINGS)
-    ],
+    quick(ONE_OR_TWO, product(("qwen2", "qwen3", "llama", "gemma3"), SETTINGS)),
 )
 def test_what_was_sampled_is_what_is_trained(kind, sampled):
     rollout = RolloutConfig(**SETTINGS[sampled])

@@ -119,6 +119,7 @@ def check_kills(toy, folder, kills, steps, options):
     return expected
 
 
+@pytest.mark.slow
 def test_three_kills_leave_no_trace(toy, tmp_path):
     """Policy, adapters, reference, critic and both optimisers, bit for bit."""
     expected = check_kills(toy, tmp_path, 3, 6, [*CRITIC, *ADAPTERS])

@@ -94,7 +94,7 @@ def test_kept_rollouts_are_all_that_a_step_learned_from(toy, tmp_path, collected
 @pytest.mark.parametrize(
     ("settings", "saved", "evaluated"),
     [
-        ({"save_every": 2, "keep_checkpoints": 9}, [2, 4, 5], []),
+        pytest.param({"save_every": 2, "keep_checkpoints": 9}, [2, 4, 5], [], marks=pytest.mark.slow),
         ({"save_every": 2, "keep_checkpoints": 1}, [5], []),
         ({"save_every": 50}, [5], []),
         ({"save_every": 50, "eval_every": 2, "keep_checkpoints": 9}, [2, 4, 5], [2, 4, 5]),

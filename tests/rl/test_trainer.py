@@ -56,10 +56,13 @@ def training_rows(out):
 
 
 def test_reward_rises_to_where_the_answer_is_known(toy, tmp_path):
-    train(toy_config(toy, tmp_path, steps=24, algorithm=AlgorithmConfig(learning_rate=4e-3)))
+    brief = ProtocolConfig(max_turns=2, top_k=3, max_response_tokens=12)
+    rollout = RolloutConfig(questions_per_step=4, group_size=12)
+    learning = {"steps": 12, "algorithm": AlgorithmConfig(learning_rate=4e-3)}
+    train(toy_config(toy, tmp_path, protocol=brief, rollout=rollout, **learning))
     rewards = [row["reward/mean"] for row in training_rows(tmp_path)]
-    assert sum(rewards[:5]) / 5 < 0.4  # the policy says A with probability .3
-    assert sum(rewards[-5:]) / 5 > 0.75
+    assert sum(rewards[:4]) / 4 < 0.4  # the policy says A with probability .3
+    assert sum(rewards[-4:]) / 4 > 0.55
 
 
 def test_every_number_that_is_promised_is_logged(toy, tmp_path):
@@ -93,7 +96,7 @@ def test_a_checkpoint_loads_as_it_is(toy, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "lora"),
     [
-        ("grpo", 0),
+        pytest.param("grpo", 0, marks=pytest.mark.slow),
         pytest.param("search_r1_ppo", 0, marks=pytest.mark.slow),
         pytest.param("dapo", 0, marks=pytest.mark.slow),
         ("search_r1_ppo", 4),
@@ -280,7 +283,9 @@ def test_observations_can_be_put_into_the_loss(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda loss: loss * math.nan, lambda loss: loss + math.inf], ids=["nan", "inf"]
+    "spoil",
+    [lambda loss: loss * math.nan, pytest.param(lambda loss: loss + math.inf, marks=pytest.mark.slow)],
+    ids=["nan", "inf"],
 )
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(toy, tmp_path, monkeypatch, caplog, spoil):
     """The loss of policy or critic, also where its gradient would be finite; the next step learns again."""
@@ -351,6 +356,7 @@ def test_a_collapse_warns_then_stops_the_run_with_its_numbers_and_its_state(
         assert read_run(tmp_path)["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_collapse_goes_back_to_the_best_checkpoint_but_not_for_ever(
     toy, tmp_path, caplog, scripted_evaluation
 ):

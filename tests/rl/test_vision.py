@@ -25,6 +25,7 @@ from rl.learner.workers import Workers
 from scripts import __main__ as sleuth
 from tests.fakes import question
 from tests.rl.learner.test_logprobs import assert_same, gradients, weights_of
+from tests.samples import quick
 from tests.vision import PageSearcher, draw_pages, seeing_policy
 
 LAYOUTS = pytest.mark.parametrize("packing", [True, False])
@@ -154,7 +155,7 @@ def write_world(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
 
 
-@pytest.mark.parametrize("options", [[], ["--preset=ppo"], ["--lora.rank=4"]])
+@pytest.mark.parametrize("options", quick([["--preset=ppo"]], [[], ["--preset=ppo"], ["--lora.rank=4"]]))
 def test_a_policy_with_eyes_is_trained_by_the_same_command(tmp_path, monkeypatch, options):
     policy = seeing_policy(tmp_path / "policy")
     policy.save(tmp_path / "policy", "compact")

@@ -226,6 +226,7 @@ def test_what_no_rollout_could_be_is_left_out(tmp_path, caplog):
         warm_start(policy, spans, tiny, tmp_path / "none", WarmStartConfig(steps=1))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_taught_and_merged_into_what_is_saved(tmp_path):
     spans = [list(demonstration_spans(RECORD, COMPACT))] * 4
     tokenizer = byte_tokenizer()

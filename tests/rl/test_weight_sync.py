@@ -28,6 +28,7 @@ from scripts.train import train
 from scripts.wiring import open_client
 from tests.fake_vllm import FakeVLLM
 from tests.retriever_server.running import serving
+from tests.samples import quick
 from tests.toy import toy_config
 
 
@@ -53,7 +54,10 @@ def curve(out):
 
 @pytest.mark.parametrize(
     ("lora", "handed"),
-    [(LoraConfig(), "merged"), (LoraConfig(rank=2), "merged"), (LoraConfig(rank=2), "adapter")],
+    quick(
+        [(LoraConfig(rank=2), "adapter")],
+        [(LoraConfig(), "merged"), (LoraConfig(rank=2), "merged"), (LoraConfig(rank=2), "adapter")],
+    ),
     ids=["full", "lora-merged", "lora-adapter"],
 )
 def test_a_run_over_http_is_the_run_in_process(vllm, toy, tmp_path, lora, handed):
@@ -113,6 +117,7 @@ def test_rollouts_over_http_go_on_during_updates(vllm, toy, tmp_path, monkeypatc
     assert all(row["sync/probe_largest_difference"] < 1e-4 for row in rows)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_interrupted_is_whole_in_what_is_saved(vllm, toy, tmp_path, monkeypatch):
     learn = Learner.learn
 
@@ -131,6 +136,7 @@ def test_an_update_that_is_interrupted_is_whole_in_what_is_saved(vllm, toy, tmp_
     assert [row["step"] for row in read_metrics(tmp_path)][-1] == 3
 
 
+@pytest.mark.slow
 def test_a_head_left_behind_stops_the_run_with_the_numbers_and_its_state(vllm, toy, tmp_path):
     vllm.stale_head = True
     said = r"policy's weights after step 1: .* differ by [\d.e-]+ nats on average.*allowed on average: 0.001"
@@ -151,6 +157,7 @@ def test_servers_that_die_stop_the_run_with_its_state(vllm, toy, tmp_path):
     assert latest_checkpoint(tmp_path / "checkpoints").step == 2
 
 
+@pytest.mark.slow
 def test_a_server_of_another_policy_is_not_evaluated(vllm, toy, tmp_path, capsys):
     with torch.no_grad():
         vllm.engine.model.get_output_embeddings().weight.mul_(0.9)

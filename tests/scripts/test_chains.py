@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -99,6 +100,7 @@ def test_a_merged_retriever_is_trained_further(rivers: Path, tmp_path: Path) -> 
     index(rivers / "corpus.jsonl", tmp_path / "index", train(rivers, tmp_path / "on", model=further))
 
 
+@pytest.mark.slow
 def test_merged_rerankers_and_policies_load(rivers: Path, tmp_path: Path, capsys: Any) -> None:
     bm25 = index(rivers / "corpus.jsonl", tmp_path / "bm25")
     pairs = [{**settings(rivers, "")["train"][0], "negatives": 1, "form": "pair"}]
@@ -171,6 +173,7 @@ def test_pairs_are_converted_mined_by_what_they_trained_and_trained_on(
     assert "miles long" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_crops_labelled_by_several_teachers_are_trained_on_in_stages(rivers: Path, tmp_path: Path) -> None:
     corpus = rivers / "corpus.jsonl"
     dense = index(corpus, tmp_path / "dense", train(rivers, tmp_path / "student"))
@@ -206,6 +209,7 @@ def test_an_expanded_corpus_is_trained_on_and_indexed(rivers: Path, tmp_path: Pa
     answers(rivers, index(expanded, tmp_path / "index", folder), capsys)
 
 
+@pytest.mark.slow
 def test_the_two_encoders_of_promptreps_are_indexed_and_joined(
     rivers: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -219,6 +223,7 @@ def test_the_two_encoders_of_promptreps_are_indexed_and_joined(
     answers(rivers, written(tmp_path / "promptreps.yaml", recipe), capsys)
 
 
+@pytest.mark.slow
 def test_the_three_steps_of_llm2vec_give_a_retriever(rivers: Path, tmp_path: Path, capsys: Any) -> None:
     texts = [{"corpus": str(rivers / "corpus.jsonl"), "form": "text"}]
     options = {"pooling": "mean", "two_way": True, "max_tokens": 32}
@@ -235,6 +240,7 @@ def test_the_three_steps_of_llm2vec_give_a_retriever(rivers: Path, tmp_path: Pat
     answers(rivers, index(rivers / "corpus.jsonl", tmp_path / "index", at), capsys)
 
 
+@pytest.mark.slow
 def test_a_language_model_as_a_reranker_serves_under_both_names(
     rivers: Path, tmp_path: Path, capsys: Any
 ) -> None:

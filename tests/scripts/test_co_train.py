@@ -19,7 +19,7 @@ from data.records import Hit, Passage, Question
 from retriever_server.indexes.manifest import read_manifest
 from scripts import __main__ as sleuth
 from scripts import co_train
-from scripts.command_line import build_parser, parse
+from scripts.command_line import known_parser, parse
 from tests.retriever_server.answering import answering
 from tests.retriever_server.running import build_numbered_index
 
@@ -60,7 +60,7 @@ def evaluated(out, gain):
 @cache
 def parser_of(command):
     module = __import__(sleuth.COMMANDS[command].module, fromlist=["main"])
-    return build_parser(module.main, command)
+    return known_parser(module.main, command)
 
 
 class Commands:
@@ -158,6 +158,7 @@ def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path,
     assert found.ran[7][1]["retriever"] == str(atlas / "index")
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_named_and_taken_up_again(atlas, tmp_path, commands):
     commands(broken="index")
     with pytest.raises(SleuthError, match=r"round 0, index: sleuth index ended with status 2; mend"):
@@ -225,6 +226,7 @@ def test_pairs_of_the_first_retriever_are_replayed_as_the_recipe_reads_its_own(a
     assert own["negatives"] == old["negatives"] == 1 and own["weights"]
 
 
+@pytest.mark.slow
 def test_a_server_that_will_not_reload_keeps_the_loop_at_its_swap(atlas, tmp_path, commands):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()

@@ -15,6 +15,7 @@ from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts import convert
 from tests.retriever_server.training.recipes import settings
+from tests.samples import quick
 from tests.scripted import ScriptedEngine
 from tests.scripts.test_warm_start import RECORD as DEMONSTRATION
 from tests.terminal import Terminal
@@ -23,7 +24,7 @@ from tests.toy import build_toy
 TITLES = [*"abcdef", "[/bold] {task} \x1b[2J"]
 
 
-@pytest.fixture(params=[60, pytest.param(80, marks=pytest.mark.slow), 200])
+@pytest.fixture(params=quick([60], [60, 80, 200]))
 def terminal(request):
     return Terminal(request.param)
 

@@ -111,6 +111,7 @@ def test_convert_is_from_ours_or_to_ours(made):
         convert.main(str(made / "elsewhere" / "examples.jsonl"), str(made / "out"), target_format="bge")
 
 
+@pytest.mark.slow
 def test_killed_with_no_warning_it_goes_on_to_the_same_bytes(tmp_path):
     corpus = write_corpus(tmp_path)
     rows = [{"query": str(i % 30), "positives": [str(i % 30)]} for i in range(300)]

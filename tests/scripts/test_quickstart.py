@@ -48,7 +48,7 @@ def test_one_command_builds_serves_trains_and_reports_and_the_next_reuses_it(
     start, tmp_path, monkeypatch, capfd
 ):
     run = tmp_path / "run"
-    assert start("--steps=2") == 0
+    assert start("--steps=1", "--limit=4") == 0
     printed = capfd.readouterr().out
     for words in (
         "EM before",
@@ -61,10 +61,10 @@ def test_one_command_builds_serves_trains_and_reports_and_the_next_reuses_it(
     ):
         assert words in printed
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
-    assert [row["step"] for row in read_metrics(run) if "reward/mean" in row] == [1, 2]
+    assert [row["step"] for row in read_metrics(run) if "reward/mean" in row] == [1]
     assert read_run(run)["status"] == "finished"
     for name in ("before", "after"):
-        assert read_json(run / "evaluations" / name / "scores.json")["n"] == 12
+        assert read_json(run / "evaluations" / name / "scores.json")["n"] == 4
     assert set(read_json(run / "phases.json")["seconds"]) == {
         "world",
         "evaluate before",
@@ -76,11 +76,12 @@ def test_one_command_builds_serves_trains_and_reports_and_the_next_reuses_it(
     made = stamps(run)
     assert len(made) > 10
     monkeypatch.setattr(HFEngine, "generate", lambda *_: pytest.fail("something was asked again"))
-    assert start("--steps=2") == 0
+    assert start("--steps=1", "--limit=4") == 0
     assert stamps(run) == made
     assert "EM before" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_start_that_was_interrupted_says_how_to_go_on_and_goes_on(start, tmp_path, monkeypatch, capfd):
     from rl.trainer import Trainer
 
@@ -105,6 +106,7 @@ def test_a_start_that_was_interrupted_says_how_to_go_on_and_goes_on(start, tmp_p
     assert [row["step"] for row in read_metrics(run) if "reward/mean" in row] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_one_line(start, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(quickstart, "build_world", lambda folder: folder.mkdir(parents=True))
     assert start() == 2
@@ -112,6 +114,7 @@ def test_a_server_that_does_not_start_is_one_line(start, tmp_path, monkeypatch, 
     assert "sleuth: " in (tmp_path / "run" / "server.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "columns", [pytest.param(60, marks=pytest.mark.slow), 80, pytest.param(200, marks=pytest.mark.slow)]
 )

@@ -186,10 +186,10 @@ def test_each_search_stands_behind_the_turn_that_asked_it(tmp_path, protocol):
 
 
 def test_passages_are_stored_once_and_the_page_stays_small(tmp_path):
-    make_run(tmp_path, count=1500)
+    make_run(tmp_path, count=400)
     write_json(tmp_path / "phases.json", {"seconds": {}})
     html = render_report(tmp_path)
-    assert len(html.encode()) < 6_000_000
+    assert len(html.encode()) < 1_600_000
     assert json.loads(Page(html).data)["left_out"] == 0
     assert html.count('"ptest-1-0"') == 1
 

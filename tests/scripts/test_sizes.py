@@ -28,6 +28,7 @@ def test_the_table_of_twenty_one_million_says_where_sixty_gigabytes_come_from():
     assert {"bm25", "inverted", "maxsim int8"} <= set(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not POOL.exists(), reason="needs shared/data")
 def test_sizes_are_those_of_real_indexes_within_a_tenth(tmp_path, monkeypatch):
     passages = list(islice(Corpus(POOL, tmp_path), 1000))

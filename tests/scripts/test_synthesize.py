@@ -65,6 +65,7 @@ def test_a_dry_run_prints_prompts_and_costs_and_asks_nothing(atlas, tmp_path, ca
     assert "JSON list of 20 strings" in said and '"positive"' in said and "160 queries, 168 calls" in said
 
 
+@pytest.mark.slow
 def test_judges_are_measured_and_a_bad_one_is_left_out_with_its_figure(atlas, tmp_path, capsys, caplog):
     rows = list(read_jsonl(atlas / "dev.jsonl"))
     gold = "".join(f"{row['id']}\t{row['metadata']['entities'][-1]}\t1\n" for row in rows)
@@ -110,6 +111,7 @@ def test_a_folder_that_another_process_writes_is_refused(atlas, tmp_path, capsys
     assert f"{tmp_path} is being written by process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_it_is_one_line_and_the_same_command_goes_on(atlas, tmp_path, capsys, monkeypatch):
     write, asked = AtlasTemplates.write, []
 

@@ -8,7 +8,7 @@ from agent.protocol import PROTOCOLS
 from rl.algorithm.presets import PRESETS
 from rl.algorithm.rewards import REWARDS
 from scripts import __main__ as sleuth
-from scripts.command_line import build_parser, known_keys
+from scripts.command_line import known_keys, known_parser
 from scripts.tiers import TIERS
 
 
@@ -22,7 +22,7 @@ def shown(capsys, *argv):
 @pytest.mark.parametrize("command", TIERS)
 def test_the_first_tier_names_options_that_there_are_and_no_more_than_two_dozen(command):
     main = importlib.import_module(sleuth.COMMANDS[command].module).main
-    assert set(TIERS[command]["options"]) <= set(known_keys(build_parser(main, command)))
+    assert set(TIERS[command]["options"]) <= set(known_keys(known_parser(main, command)))
     assert 5 < len(TIERS[command]["options"]) <= 24
 
 
@@ -30,7 +30,7 @@ def test_the_first_tier_names_options_that_there_are_and_no_more_than_two_dozen(
 def test_help_is_short_with_an_example_and_help_all_is_whole(command, capsys):
     short, whole = shown(capsys, command, "--help"), shown(capsys, command, "--help-all")
     main = importlib.import_module(sleuth.COMMANDS[command].module).main
-    keys = known_keys(build_parser(main, command))
+    keys = known_keys(known_parser(main, command))
     assert TIERS[command]["example"] in short and "`--help-all` lists all options." in short
     assert all(f"--{key} " in short for key in TIERS[command]["options"])
     assert all(f"--{key} " in whole for key in keys)

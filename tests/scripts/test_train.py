@@ -59,6 +59,7 @@ def test_more_steps_need_to_be_asked_for(toy, tmp_path, capsys):
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_questions_alone_however_their_path_is_written(
     toy, tmp_path, capsys, monkeypatch
 ):
@@ -117,6 +118,7 @@ def test_what_was_wrong_can_be_mended(toy, tmp_path, capsys):
     assert command(toy, tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_a_run_from_the_seed_policy_notes_what_is_wired_in(toy, tmp_path):
     assert command(toy, tmp_path / "run", "--policy", "atlas", "--steps", 1) == 0
     assert "Copying is wired" in read_run(tmp_path / "run")["notes"][0]

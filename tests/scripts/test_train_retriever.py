@@ -52,6 +52,7 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_data_alone(rivers, tmp_path, capsys):
     lines = (rivers / "examples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "mine.jsonl").write_text("".join(lines))
@@ -72,6 +73,7 @@ def resolved(argv, capsys):
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_model_or_a_loss_on_the_line_takes_the_place_of_the_one_in_the_file(rivers, tmp_path, capsys):
     config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=2))
     other = write(tmp_path / "other.yaml", {"model": component("splade", base="x")})

@@ -28,6 +28,7 @@ def sglang(toy):
         yield fake
 
 
+@pytest.mark.slow
 def test_a_run_with_an_engine_of_ones_own_is_the_run_in_process(sglang, toy, tmp_path):
     config = toy_config(toy, tmp_path / "theirs", steps=2, deterministic=False)
     recipe = asdict(config) | {"engine": {"class_path": CLASS, "init_args": {"url": sglang.url}}}

@@ -184,7 +184,9 @@ def test_openenv_conforms(world, ours):
     assert through_openenv(world) == ours
 
 
-@pytest.mark.parametrize("carries_ids", [False, True], ids=["messages", "tokens"])
+@pytest.mark.parametrize(
+    "carries_ids", [pytest.param(False, marks=pytest.mark.slow), True], ids=["messages", "tokens"]
+)
 def test_verifiers_conforms(world, ours, monkeypatch, carries_ids):
     expected = ours if carries_ids else replace(ours, ids=None)
     assert through_verifiers(world, monkeypatch, carries_ids) == expected

@@ -85,6 +85,7 @@ def trainer(env, folder, policy=None, eval_dataset=None, peft_config=None, rewar
     return made
 
 
+@pytest.mark.slow
 def test_the_policy_learns_in_groups_from_fresh_weights(toy, tmp_path):
     policy = bigram_policy()
     policy.model.requires_grad_(False)

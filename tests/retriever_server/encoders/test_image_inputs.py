@@ -15,6 +15,7 @@ from retriever_server.encoders.image_inputs import as_model_input
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import rows_of, similarities
 from tests.retriever_server.vision_models import picture, tiny_clip, tiny_colpali, tiny_colqwen2, tiny_vlm
+from tests.samples import quick
 
 MAKE = {
     "dse": tiny_vlm,
@@ -46,7 +47,7 @@ def of_sentence_transformers(folder, kind, inputs, role):
     return [np.atleast_2d(np.asarray(encode([each])[0])) for each in given]
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", quick(["split", "late", "clip"], MAKE))
 def test_vectors_are_those_of_sentence_transformers(models, name):
     encoder = load_encoder(models[name], device="cpu")
     assert encoder.spec.kind == ("dense" if name in ("dse", "clip") else "multi")

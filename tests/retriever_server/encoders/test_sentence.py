@@ -22,6 +22,7 @@ from retriever_server.indexes.faiss_file import FaissFile
 from retriever_server.training.builders.cross_encoder import cross_encoder
 from tests.retriever_server.running import run_index
 from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder, tiny_model
+from tests.samples import quick
 
 KINDS = ("dense", "sparse", "multi")
 RNG = np.random.default_rng(1)
@@ -135,7 +136,8 @@ def write_corpus(path: Path) -> Corpus:
 
 
 @pytest.mark.parametrize(
-    ("vectors", "kind"), [("dense", "flat"), ("sparse", "inverted"), ("multi", "maxsim")]
+    ("vectors", "kind"),
+    quick([("sparse", "inverted")], [("dense", "flat"), ("sparse", "inverted"), ("multi", "maxsim")]),
 )
 def test_the_command_builds_parts_then_the_index_and_verifies_it(tmp_path, models, capsys, vectors, kind):
     write_corpus(tmp_path / "c.jsonl")
@@ -228,7 +230,7 @@ def test_a_model_of_pylate_is_multi_vector(saved, models, tmp_path):
     assert load_encoder(str(folder), device="cpu").spec.kind == "multi"
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "multi"])
+@pytest.mark.parametrize("kind", quick(["dense"], KINDS))
 def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(tmp_path, kind, monkeypatch):
     encoder = load_encoder(tiny_model(tmp_path / kind, kind))
     read, preprocess = [], encoder._model.preprocess

@@ -77,6 +77,7 @@ def test_scores_equal_the_formula(tmp_path, k1, b, analyzer, title_boost):
     assert_ranks_as_the_formula(index, docs, queries, k1, b, analyze)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SQUAD.exists(), reason="shared/data is not here")
 def test_scores_equal_the_formula_on_squad(tmp_path):
     corpus = Corpus(SQUAD / "corpus.jsonl", sidecar_folder=tmp_path)

@@ -24,6 +24,7 @@ from tests.pdfs import write_pdf
 from tests.retriever_server.running import run_index
 from tests.retriever_server.tiny_encoders import FakeEncoder
 from tests.retriever_server.vision_models import picture, tiny_clip, tiny_colqwen2, tiny_vlm
+from tests.samples import quick
 
 COUNT = 24
 QUERIES = ["a river", "the capital", picture(3), picture(101, 60, 60)]
@@ -61,7 +62,7 @@ def naive_maxsim(query: np.ndarray, page: np.ndarray) -> float:
     return total
 
 
-@pytest.mark.parametrize("kind", INDEXES)
+@pytest.mark.parametrize("kind", quick(["ann", "maxsim"], INDEXES))
 def test_an_index_of_pages_ranks_as_a_naive_loop_one_page_at_a_time(models, pages, tmp_path, kind):
     encoder = load_encoder(models["multi" if kind == "maxsim" else "dense"], device="cpu")
     index = INDEXES[kind].build(pages, tmp_path / "i", encoder, "float32", passages_per_shard=10)
@@ -177,7 +178,7 @@ def test_kmeans_finds_clusters_and_none_is_empty():
             TokenPooling.parse(wrong)
 
 
-@pytest.mark.parametrize("pooling", ["rows:4", "kmeans:4", "hierarchical:4"])
+@pytest.mark.parametrize("pooling", quick(["rows:4"], ["rows:4", "kmeans:4", "hierarchical:4"]))
 def test_an_index_of_pooled_pages_is_smaller_and_of_another_spec(models, pages, tmp_path, pooling):
     whole = load_encoder(models["multi"], device="cpu")
     pooled = load_encoder(models["multi"], device="cpu", token_pooling=pooling)
@@ -194,7 +195,7 @@ def test_an_index_of_pooled_pages_is_smaller_and_of_another_spec(models, pages, 
         open_index(tmp_path / "small", encoder=whole)
 
 
-@pytest.mark.parametrize("kind", INDEXES)
+@pytest.mark.parametrize("kind", quick(["flat"], INDEXES))
 def test_a_broken_image_stops_the_build_by_name_or_is_skipped_by_choice(
     models, pages, tmp_path, kind, caplog
 ):
@@ -217,7 +218,7 @@ def test_a_broken_image_stops_the_build_by_name_or_is_skipped_by_choice(
         build(pages, out, encoder)
 
 
-@pytest.mark.parametrize("kind", INDEXES)
+@pytest.mark.parametrize("kind", quick(["ann"], INDEXES))
 def test_a_shard_of_texts_alone_is_skipped_and_a_corpus_of_them_is_refused(models, pages, tmp_path, kind):
     encoder = load_encoder(models["multi" if kind == "maxsim" else "dense"], device="cpu")
     texts = [{"id": f"t{i}", "text": "words"} for i in range(4)]
@@ -250,7 +251,7 @@ def test_a_passage_without_an_image_is_refused_by_name(models, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["multi", "clip"])
+@pytest.mark.parametrize("name", quick(["clip"], ["multi", "clip"]))
 def test_one_command_indexes_a_folder_of_pages_and_pdfs(models, tmp_path, capsys, name):
     folder = tmp_path / "library"
     folder.mkdir()
@@ -274,6 +275,7 @@ def test_one_command_indexes_a_folder_of_pages_and_pdfs(models, tmp_path, capsys
         run_index(str(folder), str(tmp_path / "words"), token_pooling="rows:4")
 
 
+@pytest.mark.slow
 def test_another_resolution_is_refused_by_the_spec(pages, tmp_path):
     folder = tiny_colqwen2(tmp_path / "model")
     encoder = load_encoder(folder, device="cpu")

@@ -102,7 +102,9 @@ def assert_equal(index, rebuilt, rng: random.Random, scores: bool = True) -> Non
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=settings.default.max_examples // 10, deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(seed=st.integers(0, 10**6), exhaustive=st.booleans())
 def test_any_changes_equal_a_rebuild(kind, tmp_path, seed, exhaustive):
     rng, encoder = random.Random(seed), encoder_of(kind)
@@ -235,16 +237,16 @@ def test_an_index_without_lengths_and_passages_without_words_change_like_any_oth
 
 
 def test_many_small_changes_are_merged_now_and_then_and_large_parts_seldom(tmp_path):
-    kept = passages_of(random.Random(7), [str(i) for i in range(200)])
-    index, largest, first = build("bm25", kept[:100], tmp_path / "index"), 0, set()
-    for passage in kept[100:]:
+    kept = passages_of(random.Random(7), [str(i) for i in range(90)])
+    index, largest, first = build("bm25", kept[:50], tmp_path / "index"), 0, set()
+    for passage in kept[50:]:
         index = index.add([passage]).compact()
         largest = max(largest, len(index.manifest.parts))
         first.add(next(iter(index.manifest.parts)))
     assert largest <= living.MOST_PARTS and len(first) <= 4
-    index = index.delete([p.id for p in kept[:60]]).compact()
+    index = index.delete([p.id for p in kept[:30]]).compact()
     assert len(index.manifest.parts) == 1
-    assert_equal(index, build("bm25", kept[60:], tmp_path / "rebuilt"), random.Random(7))
+    assert_equal(index, build("bm25", kept[30:], tmp_path / "rebuilt"), random.Random(7))
 
 
 def test_parts_of_which_nothing_is_left_go_and_the_folder_can_be_moved(tmp_path):
@@ -271,7 +273,7 @@ def test_a_change_waits_for_another_and_names_it_in_the_end(tmp_path, monkeypatc
 
 
 def grow(folder: Path) -> None:
-    for number in range(1, 40):
+    for number in range(1, 20):
         living.add(folder, [Passage(str(number), "fox")])
         if number % 6 == 0:
             living.compact(folder, number % 12 // 6)
@@ -305,7 +307,7 @@ def read_ids(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["bm25", "flat"])
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_old_or_the_new_generation_is_there(tmp_path, kind, kills):
     folder, encoder = tmp_path / "index", None if kind == "bm25" else FakeEncoder()
     build(kind, [Passage(str(i), f"fox w{i}") for i in range(4)], folder, encoder)

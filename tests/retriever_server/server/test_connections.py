@@ -205,6 +205,7 @@ def test_clients_that_keep_their_connections_notice_nothing_of_those_that_stall(
     assert found["closed"]["silent"] == found["closed"]["head"] == 10
 
 
+@pytest.mark.slow
 def test_the_limit_of_open_files_is_raised_at_the_start(tmp_path):
     index = build_small_index(tmp_path)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

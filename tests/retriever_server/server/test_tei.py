@@ -12,6 +12,7 @@ from tests.fakes import tiny_model as tiny_language_model
 from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer, Whole, ask
 from tests.retriever_server.tiny_encoders import tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
+from tests.samples import quick
 
 ROUTES = {"dense": "/embed", "sparse": "/embed_sparse", "multi": "/embed_all"}
 
@@ -48,7 +49,7 @@ def test_what_is_not_done_is_refused(path, body, reason):
     assert status == (400 if path.startswith("/v1/") else 422) and reason in detail  # as OpenAI has it
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "multi", "promptreps"])
+@pytest.mark.parametrize("kind", quick(["dense", "promptreps"], ["dense", "sparse", "multi", "promptreps"]))
 def test_a_text_that_would_be_cut_is_refused_with_truncate_false(kind, tmp_path):
     if kind == "promptreps":
         model, path = tmp_path / "model", "/embed"

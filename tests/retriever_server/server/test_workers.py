@@ -18,6 +18,7 @@ from retriever_server.server.metrics import share_metrics
 from retriever_server.server.workers import Workers
 from tests.processes import Forked, sleuth
 from tests.retriever_server.running import PATIENCE_SECONDS, running_server, wait_until
+from tests.samples import quick
 
 
 class Faulty(Retriever):
@@ -66,7 +67,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", quick(["refused"], FAULTS))
 def test_workers_that_cannot_open_end_in_one_line(tmp_path, fault):
     process = sleuth("serve", "--index", written(tmp_path, fault), "--port", 0, "--workers", 2)
     out, said = process.communicate(timeout=PATIENCE_SECONDS)
@@ -130,6 +131,7 @@ def mind(folder: Path) -> None:
         Workers(1, ail, str(folder), 60, 0.5, 5).run(listener, lambda: print("ready", flush=True))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_not_well_is_replaced(tmp_path):
     with Forked(mind, tmp_path) as process:
         assert process.stdout.readline() == "ready\n"

@@ -11,6 +11,7 @@ from data.jsonl import read_jsonl, write_jsonl
 from retriever_server.training import run as training
 from retriever_server.training.dev import DevSet
 from tests.retriever_server.training.recipes import base, component, recipe, settings
+from tests.samples import quick
 
 
 def dev(rivers):
@@ -87,7 +88,7 @@ def test_dev_questions_and_passages_that_stand_in_training_are_refused_unless_al
         training.train(recipe(rivers, tmp_path / "no", train=train, dev={**of, "shared": "passages"}))
 
 
-@pytest.mark.parametrize("export", ["best", "last"])
+@pytest.mark.parametrize("export", quick(["last"], ["best", "last"]))
 def test_an_export_worse_than_the_untrained_model_is_said(export, rivers, tmp_path, caplog, monkeypatch):
     scores = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})

@@ -77,6 +77,7 @@ def test_the_learning_rate_is_the_length_of_adams_first_step(rivers, plain, tmp_
         assert moved(after, start(rivers)) == pytest.approx(rate, rel=0.02)
 
 
+@pytest.mark.slow
 def test_longer_gradients_are_shortened_and_0_is_never(rivers, tmp_path):
     free, rows = trained(rivers, tmp_path / "free", max_grad_norm=0.0)
     wide, _ = trained(rivers, tmp_path / "wide", max_grad_norm=1e6)
@@ -150,6 +151,7 @@ def test_the_export_is_the_best_or_the_last(rivers, tmp_path, monkeypatch):
         assert all(torch.equal(kept[f"model.0.model.{name}"], value) for name, value in found[export].items())
 
 
+@pytest.mark.slow
 def test_the_seed_decides_weights_and_order(rivers, tmp_path):
     one, again, other = (
         trained(rivers, tmp_path / name, seed=seed)[0] for name, seed in (("a", 3), ("b", 3), ("c", 4))

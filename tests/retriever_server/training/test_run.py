@@ -24,6 +24,7 @@ from retriever_server.training import run as training
 from retriever_server.training.build_components import build_loss, build_model
 from retriever_server.training.export import check_saved, check_similarity, save_encoder
 from tests.retriever_server.training.recipes import base, component, recipe, settings
+from tests.samples import quick
 
 TEXTS = ["how long is danb", "the river rheil is 9 miles long"]
 MNRL = "MultipleNegativesRankingLoss"
@@ -70,7 +71,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(["dense", "splade"], METHODS))
 def test_what_was_trained_serves_and_loads_in_plain_sentence_transformers(method, rivers, tmp_path):
     options, loss, data = METHODS[method]
     model = component(method, base=base(rivers), **options)
@@ -115,7 +116,7 @@ class Killed(Exception):
     """As if the process had ended."""
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 2, "dropout": 0.1}], ids=["all weights", "lora"])
+@pytest.mark.parametrize("lora", quick([{}], [{}, {"rank": 2, "dropout": 0.1}]), ids=["all weights", "lora"])
 def test_resumed_equals_unbroken_bit_for_bit(lora, rivers, tmp_path):
     def kill(step, steps):
         if step == 5:
@@ -176,7 +177,7 @@ def test_matryoshka_trains_prefixes_and_an_index_may_keep_only_these(rivers, tmp
         training.train(recipe(rivers, tmp_path / "no", matryoshka=[64]))
 
 
-@pytest.mark.parametrize("method", ["dense", "two_towers"])
+@pytest.mark.parametrize("method", quick(["dense"], ["dense", "two_towers"]))
 def test_lora_changes_only_what_it_stands_beside_and_is_merged(method, rivers, tmp_path):
     lora = {"rank": 2, "target_modules": "query,value"}
     model = component(method, base=base(rivers), max_tokens=24, normalise=True)
@@ -205,10 +206,7 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(name, marks=() if name in ("two_towers", "decoder") else pytest.mark.slow)
-        for name in RECOMPUTED
-    ],
+    quick(["decoder"], RECOMPUTED),
 )
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(method, rivers, tmp_path, monkeypatch):
     model, (loss, data), lora = RECOMPUTED[method]

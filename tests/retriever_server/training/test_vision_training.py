@@ -46,6 +46,7 @@ def weights(folder):
     return load_file(folder / "checkpoints/step-000006/weights.safetensors")
 
 
+@pytest.mark.slow
 def test_resumed_with_workers_and_lora_equals_unbroken_bit_for_bit(pages, tmp_path):
     def kill(step, steps):
         if step == 5:

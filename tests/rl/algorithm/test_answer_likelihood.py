@@ -134,6 +134,7 @@ def test_the_outcome_stays_on_all_tokens():
     torch.testing.assert_close(ADVANTAGES["answer_likelihood"](batch, 1.0, 1.0), outcome + earned)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_planted_useful_search_gains_the_most_in_four_of_five_trajectories(tmp_path):
     """Three searches in the embedded world, one of which finds the answer; the seed policy judges."""

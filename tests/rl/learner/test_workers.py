@@ -39,9 +39,10 @@ def test_two_processes_have_the_gradient_of_one(recorded, case):
         torch.testing.assert_close(one[key], two[key], atol=2e-5, rtol=1e-3, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [["--preset=ppo", "--sharding=fsdp"], pytest.param(["--preset=dapo"], marks=pytest.mark.slow)],
+    [["--preset=ppo", "--sharding=fsdp"], ["--preset=dapo"]],
     ids=str,
 )
 def test_two_processes_roll_out_what_one_does_and_leave_a_policy(toy, tmp_path, options):

@@ -13,10 +13,11 @@ from retriever_server.training.synthesis.generators import Chat, Scripted
 from retriever_server.training.synthesis.judges import ChatJudge
 from tests.retriever_server.answering import answering
 from tests.retriever_server.training.synthesis.rivers import NAMES, run, synthesize
+from tests.samples import quick
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def retried_at_once(monkeypatch):
     monkeypatch.setattr(retries, "FIRST_DELAY_SECONDS", 0.001)
 
 
@@ -45,9 +46,12 @@ def examples(folder):
 
 @pytest.mark.parametrize(
     "failure, message",
-    [((503, {}), r"3 tries failed \(answered 503\)"), ((429, {}), "answered 429"),
-     ((401, {}), "answered 401"), ((200, "<html>Bad gateway</html>"), "not a chat completion"),
-     ((200, {"choices": []}), "not a chat completion")],
+    quick(
+        [((503, {}), r"3 tries failed \(answered 503\)"), ((200, {"choices": []}), "not a chat completion")],
+        [((503, {}), r"3 tries failed \(answered 503\)"), ((429, {}), "answered 429"),
+         ((401, {}), "answered 401"), ((200, "<html>Bad gateway</html>"), "not a chat completion"),
+         ((200, {"choices": []}), "not a chat completion")],
+    ),
 )  # fmt: skip
 def test_an_endpoint_that_fails_stops_in_one_line_and_the_run_goes_on_later(tmp_path, failure, message):
     sick, well = Endpoint(lambda number: failure if number > 10 else None), Endpoint()
