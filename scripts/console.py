@@ -308,7 +308,7 @@ def visible(text: str) -> str:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on stdout: the first column to the left, then figures to the right; "" heads a note.
+    """Print a table on stdout: figures to the right, text to the left; "" heads a note.
 
     Only notes are wrapped. Where the terminal is too narrow for that, a row is a block of lines instead: no
     figure is ever cut. What is no terminal is as wide as the table.
@@ -324,7 +324,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         widest = max(cell_len(row[number]) for row in [columns, *cells]) if name else None
-        table.add_column(Text(name), justify="right" if number and name else "left", min_width=widest)
+        figures = number and name and all(re.match(r"[-+–.\d\[]|nan|$", row[number]) for row in cells)
+        table.add_column(Text(name), justify="right" if figures else "left", min_width=widest)
     for row in cells:
         table.add_row(*map(Text, row))
     console = Console() if sys.stdout.isatty() else Console(width=_WIDE)

@@ -215,6 +215,13 @@ def test_a_table_into_a_file_is_as_wide_as_it_needs(capsys):
     assert head.count("column") == 30 and row.split() == [str(i) for i in range(30)]
 
 
+def test_text_stands_to_the_left_and_figures_to_the_right(capsys):
+    show_table("", ("run", "question", "EM"), [("a", "Who?", "0.5"), ("b", "Who was it in 1999?", "+0.250")])
+    head, _, first, second = (line for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert head.index("question") == first.index("Who?") == second.index("Who was")
+    assert len(head.rstrip()) == len(first.rstrip()) == len(second.rstrip())
+
+
 def test_what_steers_a_terminal_is_not_passed_on():
     assert visible("a\x1b]0;title\x07b\nc\td") == "a\ufffd]0;title\ufffdb\nc\td"
 

@@ -371,6 +371,22 @@ def test_in_a_browser_an_empty_run_has_no_errors(tmp_path):
     assert "No metrics yet" in html and "No trajectories yet" in html
 
 
+SEEN = """
+const cells = [...document.querySelectorAll(".results td b")];
+const ends = cells.map((cell) => cell.getBoundingClientRect().right);
+parent.postMessage(`${Math.max(...ends) <= innerWidth} at ${innerWidth}`, "*");
+"""
+
+
+@pytest.mark.slow
+def test_in_a_browser_on_a_phone_every_figure_of_the_results_is_in_sight(tmp_path, report):
+    html = re.sub(r"<meta http-equiv[^>]*>", "", report.read_text())
+    (tmp_path / "page.html").write_text(html.replace("</body>", f"<script>{SEEN}</script></body>"))
+    told = "<title></title><script>onmessage = (event) => { document.title = event.data; };</script>"
+    (phone := tmp_path / "phone.html").write_text(f'{told}<iframe src="page.html" width="390"></iframe>')
+    assert "<title>true at 390</title>" in dom(tmp_path, phone)
+
+
 def test_a_page_that_was_found_is_shown_small_and_a_lost_one_by_its_text(tmp_path):
     there, lost = draw_pages(tmp_path / "pages", 1)[0], str(tmp_path / "lost.png")
     trajectory = make_trajectory(make_question(0), True)

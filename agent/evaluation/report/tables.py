@@ -83,7 +83,8 @@ def heat_map(run: Run) -> str:
         )
         named = zip(("passages a search", "searches at most"), limits, strict=True)
         title = ", ".join(f"{limit} {name}" for name, limit in named if limit is not None)
-        parts.append(f'<table class="heat"><caption>{title}</caption><tr><th></th>{head}</tr>{rows}</table>')
+        table = f'<table class="heat"><caption>{title}</caption><tr><th></th>{head}</tr>{rows}</table>'
+        parts.append(f'<div class="scroll">{table}</div>')
     contrasts = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{_signed(found)}</td></tr>'
         for name, found in run.matrix["contrasts"].items()
