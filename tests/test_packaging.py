@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,18 +30,21 @@ def shipped_files() -> set[str]:
     return {name for name in files.splitlines() if (ROOT / name).is_file()}
 
 
+@cache
+def top_level_names() -> set[tuple[str, str]]:
+    """Each installed distribution with what it puts on the path."""
+    return {
+        (dist.name, file.parts[0]) for dist in importlib.metadata.distributions() for file in dist.files or []
+    }
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_names_are_ours(package):
     spec = importlib.util.find_spec(package)
     assert spec and spec.origin and Path(spec.origin).parent == ROOT / package, (
         f"{package} is shadowed by {spec and spec.origin}"
     )
-    owners = {
-        dist.name
-        for dist in importlib.metadata.distributions()
-        for file in dist.files or []
-        if file.parts[0] in (package, f"{package}.py")
-    }
+    owners = {name for name, top in top_level_names() if top in (package, f"{package}.py")}
     assert owners <= {"sleuth-rl"}, f"{owners} also install a top-level '{package}'"
 
 

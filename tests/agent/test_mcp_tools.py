@@ -172,6 +172,7 @@ def test_a_wrong_key_of_a_server_is_named_in_one_line(server, says, tmp_path, ca
     assert re.search(says, told) and told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_our_own_server_is_a_peer_by_recipe(tmp_path, capsys):
     build_small_index(tmp_path)
     retriever = open_retriever(str(tmp_path / "index"))

@@ -222,6 +222,7 @@ def test_the_commonest_answer_gets_little_right():
     assert floors["all"] < 0.1
 
 
+@pytest.mark.slow
 def test_build_writes_the_same_whole_files_twice(tmp_path):
     made = build_atlas(tmp_path / "a")
     build_atlas(tmp_path / "b")

@@ -118,6 +118,7 @@ def test_training_opens_sounds(audio, ears, sounds):
         ImageCollator(model)([Item("nowhere.wav", modality="audio")])
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_on_sounds_and_what_it_saves_encodes_them(audio, ears, sounds, tmp_path):
     from retriever_server.training.run import train
 

@@ -271,7 +271,8 @@ def failing_engine(monkeypatch, after):
     monkeypatch.setattr(HFEngine, "_forward", broken)
 
 
-@pytest.mark.parametrize("bound", quick([2], [0, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", [0, 2])
 def test_what_breaks_stops_the_run_with_its_state_saved_and_it_goes_on(toy, tmp_path, monkeypatch, bound):
     """An engine that dies, a search that never ends, a retriever that is gone; nothing is lost."""
     config = asynchronous(toy, tmp_path, bound, steps=12, deterministic=False, rollout_max_failed_share=0)

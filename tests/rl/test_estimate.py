@@ -237,6 +237,7 @@ def test_a_policy_of_seven_billion_is_estimated_without_its_weights(tmp_path):
     assert memory(config)["policy weights"] == 2 * 7_615_616_512
 
 
+@pytest.mark.slow
 def test_the_recipe_for_24_gb_fits_into_them(tmp_path):
     shape = {
         "hidden_size": 2048,

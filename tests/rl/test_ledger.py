@@ -66,12 +66,11 @@ SETTINGS = {
     "cool": {"temperature": 0.7},
     "truncated": {"top_p": 0.9, "top_k": 20, "renormalise_logprobs": True},
 }
-ONE_OR_TWO = {("qwen2", "truncated"), ("llama", "plain")}
 
 
 @pytest.mark.parametrize(
     ("kind", "sampled"),
-    quick(ONE_OR_TWO, product(("qwen2", "qwen3", "llama", "gemma3"), SETTINGS)),
+    quick([("qwen2", "truncated")], product(("qwen2", "qwen3", "llama", "gemma3"), SETTINGS)),
 )
 def test_what_was_sampled_is_what_is_trained(kind, sampled):
     rollout = RolloutConfig(**SETTINGS[sampled])

@@ -13,6 +13,7 @@ from tests.toy import bigram_policy, toy_config
 TODAY = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
 
 
+@pytest.mark.slow
 def test_a_run_asks_as_on_the_day_it_began(toy, tmp_path, day, monkeypatch):
     """A chat template that says what day it is: in training and on dev, and after it was interrupted."""
     policy = bigram_policy()

@@ -95,8 +95,8 @@ def test_kept_rollouts_are_all_that_a_step_learned_from(toy, tmp_path, collected
     ("settings", "saved", "evaluated"),
     [
         pytest.param({"save_every": 2, "keep_checkpoints": 9}, [2, 4, 5], [], marks=pytest.mark.slow),
-        ({"save_every": 2, "keep_checkpoints": 1}, [5], []),
-        ({"save_every": 50}, [5], []),
+        pytest.param({"save_every": 2, "keep_checkpoints": 1}, [5], [], marks=pytest.mark.slow),
+        pytest.param({"save_every": 50}, [5], [], marks=pytest.mark.slow),
         ({"save_every": 50, "eval_every": 2, "keep_checkpoints": 9}, [2, 4, 5], [2, 4, 5]),
     ],
 )

@@ -384,6 +384,7 @@ def test_a_roll_back_without_a_checkpoint_to_go_back_to_stops_the_run(toy, tmp_p
     assert latest_checkpoint(tmp_path / "checkpoints").step == 1
 
 
+@pytest.mark.slow
 def test_a_warning_is_a_line_in_the_log_and_changes_nothing(toy, tmp_path, monkeypatch, caplog):
     train(toy_config(toy, tmp_path / "calm"))
     monkeypatch.setattr(Sentinel, "watch", lambda _, step, metrics: Verdict([f"step {step}: much"], "warn"))

@@ -81,6 +81,7 @@ def stale(vllm, toy, out, **changes):
     return replace(config, rollout=rollout, algorithm=replace(config.algorithm, importance="token"))
 
 
+@pytest.mark.slow
 def test_rollouts_over_http_go_on_during_updates(vllm, toy, tmp_path, monkeypatch):
     """The first search waits for an update, which waits for what the policy writes after it."""
     learn, begun = Learner.learn, []

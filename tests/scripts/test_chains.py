@@ -120,6 +120,7 @@ def test_merged_rerankers_and_policies_load(rivers: Path, tmp_path: Path, capsys
     answers(rivers, written(tmp_path / "judged.yaml", judged), capsys)
 
 
+@pytest.mark.slow
 def test_pairs_are_converted_mined_by_what_they_trained_and_trained_on(
     rivers: Path, tmp_path: Path, capsys: Any
 ) -> None:

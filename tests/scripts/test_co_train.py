@@ -168,6 +168,7 @@ def test_a_stage_that_fails_is_named_and_taken_up_again(atlas, tmp_path, command
     assert [command for command, _ in found.ran] == ["index", "gate", "train", "evaluate"]
 
 
+@pytest.mark.slow
 def test_no_label_in_a_round_is_recorded_and_the_policy_goes_on_with_the_old_retriever(
     atlas, tmp_path, commands, capsys
 ):
@@ -180,6 +181,7 @@ def test_no_label_in_a_round_is_recorded_and_the_policy_goes_on_with_the_old_ret
     assert "refused: no search has a label" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_is_refused_and_another_failure_is_not(atlas, tmp_path, commands):
     found = commands(statuses={"train-retriever": 2})
     co_train.main(config(atlas, tmp_path, rounds=5))
@@ -253,6 +255,7 @@ def test_a_server_that_will_not_reload_keeps_the_loop_at_its_swap(atlas, tmp_pat
     assert read_manifest(Path(place)).generation == new  # the server's place holds the new index
 
 
+@pytest.mark.slow
 def test_labels_by_forks_are_scored_first(atlas, tmp_path, commands):
     found = commands()
     co_train.main(config(atlas, tmp_path, rounds=1, labels="fork"))

@@ -108,6 +108,7 @@ def test_a_second_start_asks_only_what_is_missing(folder, scripted, tmp_path):
     assert after[:4] == kept and len(after) == 6
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_first_version_goes_on_on_its_own_text_only(folder, scripted, tmp_path, capsys):
     """Its evaluation.json of search_r1 says nothing of titles: they had no quotes."""
     for name in ("compact", "search_r1"):

@@ -62,6 +62,7 @@ def test_the_same_retriever_repeats_the_greedy_trajectory_token_for_token(world,
         assert all(getattr(after, name) == getattr(before, name) for name in ended)
 
 
+@pytest.mark.slow
 def test_another_retriever_changes_what_follows_the_query_and_nothing_before(world):
     changed = 0
     for before, (after,) in zip(recorded(world, 2), again(world, "none", count=2), strict=True):

@@ -122,6 +122,7 @@ def large(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_of_too_many_trajectories_a_fair_sample_is_embedded_that_says_so(large, tmp_path, caplog):
     caplog.set_level("INFO")
     found = payload(large, megabytes=0.4)
@@ -135,6 +136,7 @@ def test_of_too_many_trajectories_a_fair_sample_is_embedded_that_says_so(large, 
     assert found["chosen"] in caplog.text
 
 
+@pytest.mark.slow
 def test_every_trajectory_can_be_reached(large, tmp_path, capsys):
     wrong = payload(large, verdict="right", megabytes=0.4)
     assert {int(q["id"][1:]) % 10 for q in wrong["questions"]} == {0} and len(wrong["questions"]) == 600

@@ -105,6 +105,7 @@ def test_a_stop_that_is_asked_for_is_no_failure(index, stop):
         assert server.stop(stop) == 0
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_clear_line(index, server):
     command = [sys.executable, "-m", "scripts", "serve", "--index", str(index)]
     done = subprocess.run([*command, "--port", str(server.port)], capture_output=True, text=True, timeout=60)

@@ -107,6 +107,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(
     assert not (tmp_path / "run").exists()  # it belongs to nobody yet
 
 
+@pytest.mark.slow
 def test_what_was_wrong_can_be_mended(toy, tmp_path, capsys):
     """Also where it is found last, in a retriever that is open."""
     inside = "{class_path: Cached, init_args: {retriever: 'http://127.0.0.1:1'}}"

@@ -57,6 +57,7 @@ def test_invented_worlds_need_no_file(tmp_path, capsys):
     assert own_protocol(str(tmp_path / "out")).name == "search_r1"
 
 
+@pytest.mark.slow
 def test_one_that_is_interrupted_can_be_started_again(demonstrations, tmp_path, monkeypatch):
     from transformers import Trainer
 

@@ -100,6 +100,7 @@ def test_a_long_text_is_cut_and_the_prompt_after_it_is_not(base):
         model.preprocess(["a"], prompt="no place")
 
 
+@pytest.mark.slow
 def test_it_serves_as_dense_as_sparse_and_as_both(base, tmp_path, world_corpus):
     command = ["promptreps", "--base", base, "--out", str(tmp_path / "out"), "--max_tokens", "400"]
     assert main(command) == 0
@@ -131,6 +132,7 @@ def test_it_serves_as_dense_as_sparse_and_as_both(base, tmp_path, world_corpus):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_template_is_another_encoder(base, tmp_path):
     promptreps(base, max_tokens=400).save(str(tmp_path))
     one, other = load_encoder(str(tmp_path)), load_encoder(str(tmp_path), passage_prompt="{text} means:")

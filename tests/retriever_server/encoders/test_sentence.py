@@ -34,7 +34,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {kind: tiny_model(tmp_path_factory.mktemp("models") / kind, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(["dense"], KINDS))
 def test_vectors_are_those_of_sentence_transformers_with_its_prompts(models, kind):
     import sentence_transformers as st
 

@@ -167,6 +167,7 @@ def test_scores_equal_those_of_bm25s(tmp_path, monkeypatch, block_bytes):
         assert found == pytest.approx({i: float(s) for i, s in enumerate(expected) if s > 0}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(tmp_path):
     rng = random.Random(0)
     corpus = corpus_of(tmp_path, *(" ".join(rng.choices("abcdefghij", k=9)) for _ in range(3000)))

@@ -114,7 +114,8 @@ def whole_generation(folder: Path) -> str:
     return found
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_killed_during_swaps_builder_and_server_leave_the_old_or_the_new_generation(tmp_path, kills):
     rng, builder = random.Random(kills), Builder(tmp_path)
     options = ["--watch_seconds", "0.02"]

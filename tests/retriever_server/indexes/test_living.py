@@ -31,6 +31,7 @@ from retriever_server.indexes.open_corpus import corpus_of
 from retriever_server.indexes.postings import MaxScore
 from tests.processes import Forked
 from tests.retriever_server.tiny_encoders import FakeEncoder
+from tests.samples import quick
 
 KINDS = {"flat": FlatIndex, "ann": AnnIndex, "inverted": InvertedIndex, "maxsim": MaxSimIndex}
 ALL = ("bm25", *KINDS)
@@ -236,6 +237,7 @@ def test_an_index_without_lengths_and_passages_without_words_change_like_any_oth
     assert_equal(index.reopened(), build("bm25", [*kept, added[1]], tmp_path / "again"), random.Random(6))
 
 
+@pytest.mark.slow
 def test_many_small_changes_are_merged_now_and_then_and_large_parts_seldom(tmp_path):
     kept = passages_of(random.Random(7), [str(i) for i in range(90)])
     index, largest, first = build("bm25", kept[:50], tmp_path / "index"), 0, set()
@@ -279,6 +281,7 @@ def grow(folder: Path) -> None:
             living.compact(folder, number % 12 // 6)
 
 
+@pytest.mark.slow
 def test_searches_meanwhile_see_one_generation_each(tmp_path):
     index = build("bm25", [Passage("0", "fox")], tmp_path / "index")
     process, seen = Forked(grow, index.path), {index.generation}
@@ -306,8 +309,7 @@ def read_ids(folder: Path) -> list[str]:
     return [passage.id for passage in corpus_of(folder)]
 
 
-@pytest.mark.parametrize("kind", ["bm25", "flat"])
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "kills"), quick([("bm25", 2)], [("bm25", 2), ("bm25", 60), ("flat", 60)]))
 def test_killed_at_any_moment_the_old_or_the_new_generation_is_there(tmp_path, kind, kills):
     folder, encoder = tmp_path / "index", None if kind == "bm25" else FakeEncoder()
     build(kind, [Passage(str(i), f"fox w{i}") for i in range(4)], folder, encoder)

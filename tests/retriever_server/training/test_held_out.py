@@ -49,6 +49,7 @@ def test_a_loss_that_wants_a_teacher_trains_on_nobody_elses_scores(name, rivers,
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TAUGHT if name != "splade_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["splade_loss", *SLOW])
 def test_who_allows_scores_of_any_retriever_trains_on_them(name, rivers, tmp_path):
     changes, data, own = taught(name, rivers, tmp_path)
@@ -103,6 +104,7 @@ def test_an_export_worse_than_the_untrained_model_is_said(export, rivers, tmp_pa
     assert "is worse than the untrained model" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_export_that_is_no_worse_needs_no_warning(rivers, tmp_path, caplog, monkeypatch):
     scores = iter([0.3, 0.3, 0.5, 0.4])
     monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"nDCG@10": next(scores)})

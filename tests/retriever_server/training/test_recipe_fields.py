@@ -60,6 +60,7 @@ def plain(rivers, tmp_path_factory):
     return trained(rivers, tmp_path_factory.mktemp("plain") / "run")[0]
 
 
+@pytest.mark.slow
 def test_weight_decay_takes_its_share_of_every_matrix(rivers, plain, tmp_path):
     decayed, _ = trained(rivers, tmp_path / "decayed", weight_decay=0.5)
     before = start(rivers)
@@ -88,6 +89,7 @@ def test_longer_gradients_are_shortened_and_0_is_never(rivers, tmp_path):
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_one_update_of_their_mean_gradient(rivers, tmp_path):
     """Without in-batch negatives a batch of 16 and two of 8 are the same."""
     pairs = [{**settings(rivers, "")["train"][0], "negatives": 1, "form": "pair"}]
@@ -119,6 +121,7 @@ def test_the_rate_rises_in_the_warm_up_and_falls_as_the_schedule_says(schedule, 
     assert rates(trained(rivers, tmp_path / "cold", **{**of, "warmup": 0.0, "steps": 1})[1]) == [1e-3]
 
 
+@pytest.mark.slow
 def test_epochs_steps_batches_and_draws_count_examples(rivers, tmp_path):
     def steps(**changes):
         made = recipe(rivers, tmp_path / "run", **{"steps": None, **changes})
@@ -137,6 +140,7 @@ def test_checkpoints_lines_and_what_is_kept(rivers, tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 3, 4, 6]  # before checkpoints, too
 
 
+@pytest.mark.slow
 def test_the_export_is_the_best_or_the_last(rivers, tmp_path, monkeypatch):
     found, scores = {}, iter([0.1, 0.9, 0.2] * 2)
     monkeypatch.setattr(DevSet, "score_model", lambda *_, **__: {"RR": next(scores), "nDCG@10": 0.5})
@@ -164,6 +168,7 @@ def test_the_seed_decides_weights_and_order(rivers, tmp_path):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.slow
 def test_the_computation_is_in_bfloat16_and_the_weights_are_not(rivers, tmp_path, monkeypatch):
     from transformers.models.bert.modeling_bert import BertLayer
 
@@ -214,6 +219,7 @@ def test_workers_and_duplicates_are_those_of_the_loader(rivers, tmp_path):
         assert bool(doubled) != unique
 
 
+@pytest.mark.slow
 def test_what_is_encoded_is_saved_with_the_model(rivers, tmp_path):
     trained(rivers, tmp_path / "run", passage_template="{text} ({title})", inputs="text")
     spec = saved_spec(str(tmp_path / "run/model"))

@@ -80,7 +80,7 @@ def judged(examples):
 @pytest.mark.parametrize(
     "name",
     quick(
-        ["sentence-transformers", "tevatron-v2", "beir"],
+        ["tevatron-v2", "beir"],
         [name for name, form in FORMATS.items() if form.write],
     ),
 )

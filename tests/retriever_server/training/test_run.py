@@ -71,7 +71,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", quick(["dense", "splade"], METHODS))
+@pytest.mark.parametrize("method", quick(["dense"], METHODS))
 def test_what_was_trained_serves_and_loads_in_plain_sentence_transformers(method, rivers, tmp_path):
     options, loss, data = METHODS[method]
     model = component(method, base=base(rivers), **options)
@@ -204,10 +204,8 @@ RECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize(
-    "method",
-    quick(["decoder"], RECOMPUTED),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECOMPUTED)
 def test_gradient_checkpointing_recomputes_and_changes_no_weight(method, rivers, tmp_path, monkeypatch):
     model, (loss, data), lora = RECOMPUTED[method]
     config = {"model_type": "llama"} if method == "decoder" else {}
@@ -332,6 +330,7 @@ def test_a_wrong_setting_is_refused_in_one_line(changes, says, rivers, tmp_path)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_what_was_trained_in_bfloat16_is_compared_with_what_it_serves_as_in_float32(
     rivers, tmp_path, monkeypatch
 ):

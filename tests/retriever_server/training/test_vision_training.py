@@ -68,7 +68,8 @@ def test_resumed_with_workers_and_lora_equals_unbroken_bit_for_bit(pages, tmp_pa
     assert encoder.encode([page(pages, 0), page(pages, 1, "text"), "text"], "passage").shape == (3, 32)
 
 
-@pytest.mark.parametrize("vectors", ["one", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["one", "many"])
 def test_two_towers_learn_which_page_shows_what(vectors, pages, tmp_path):
     losses = []
     loss = "MultiVectorMultipleNegativesRankingLoss" if vectors == "many" else "MultipleNegativesRankingLoss"

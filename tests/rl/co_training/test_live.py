@@ -27,6 +27,7 @@ def generation(folder):
     return read_manifest(folder).generation
 
 
+@pytest.mark.slow
 def test_a_new_index_serves_after_the_reload_and_no_request_fails(served):
     token = str(served / "token")
     with running_server(served / "place", "--admin_token_file", token, "--watch_seconds", "3600") as server:

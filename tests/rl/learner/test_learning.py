@@ -121,7 +121,9 @@ def assert_as_by_loops(config, groups, kind="qwen2", layouts=LAYOUTS, step=0):
 
 
 SLOW = {f"{name}, two updates" for name in PRESETS} - {"search_r1_ppo, two updates"}
-"""Samples of what presets and numbers of updates show each by itself."""
+SLOW |= {f"{field} {value}" for field, (_, values) in FIELDS.items() for value in values[1:]}
+SLOW -= {f"surrogate {value}" for value in FIELDS["surrogate"][1]}
+"""Samples of what presets and numbers of updates show each by itself, and further values of a field."""
 
 
 @pytest.mark.parametrize(
