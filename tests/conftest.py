@@ -6,6 +6,7 @@ Nothing heavy is imported on loading: the process that only hands out tests load
 import gc
 import sys
 from datetime import datetime
+from functools import cache
 
 import pytest
 from hypothesis import settings
@@ -22,6 +23,16 @@ def pytest_collection_finish():
     """Leave modules and tests out of every later collection of garbage: they took half a second each."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def certificates_are_read_once():
+    """Not for every client and request of a test."""
+    import httpx._transports.default as transports
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", cache(transports.create_ssl_context))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

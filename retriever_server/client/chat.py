@@ -22,7 +22,7 @@ from data.errors import ConfigError, SleuthError
 from data.jsonl import append_jsonl, read_jsonl
 from data.secret import read_secret
 from data.settings import ChatConfig
-from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
+from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
 
 TRIES = 3
 _Parsed = TypeVar("_Parsed")
@@ -76,7 +76,9 @@ class ChatClient:
         """
         bodies = [json.dumps(request).encode() for request in requests]
         # No proxy from the environment: nothing but the arguments decides where a request goes.
-        client = httpx.Client(timeout=self.timeout_seconds, headers=self._headers, trust_env=False)
+        client = httpx.Client(
+            timeout=self.timeout_seconds, headers=self._headers, trust_env=False, verify=certificates()
+        )
         different = list(dict.fromkeys(bodies))
         with client, ThreadPoolExecutor(self.max_concurrent) as pool:
             outcomes = pool.map(lambda body: self._settle(client, body, parse), different)

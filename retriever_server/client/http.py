@@ -22,7 +22,7 @@ from data.errors import (
 )
 from data.listening import PROBE_SECONDS
 from data.records import Passage
-from retriever_server.client.retries import TryAgain, delay_seconds, may_pass, retry_after
+from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
 from retriever_server.client.wire import parse_hits, parse_results, render_search, thumbnail_link
 from retriever_server.retriever import Filter, Outcome, Query
 
@@ -245,7 +245,9 @@ class Http:
             for ended in [known for known in list(self._sessions) if known.is_closed()]:
                 self._sessions.pop(ended, None)  # connections cannot outlive their loop
             # No proxy from the environment: nothing but the arguments decides where a query goes.
-            self._sessions[loop] = httpx.AsyncClient(timeout=None, trust_env=False, headers=self.headers)
+            self._sessions[loop] = httpx.AsyncClient(
+                timeout=None, trust_env=False, headers=self.headers, verify=certificates()
+            )
         return self._sessions[loop]
 
 

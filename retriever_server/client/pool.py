@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data.errors import ConfigError, EngineError, reason_of
+from retriever_server.client.retries import certificates
 from retriever_server.client.server_process import ServerProcess
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,9 @@ class Server:
 
         if self._http is None:
             limits = httpx.Limits(max_keepalive_connections=64, keepalive_expiry=IDLE_SECONDS)
-            self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
+            self._http = httpx.AsyncClient(
+                timeout=None, limits=limits, trust_env=False, verify=certificates()
+            )
         place = self.name + path
         try:
             response = await self._http.request(method, self.url + path, **options)

@@ -1,9 +1,11 @@
-"""Retries: which failures may pass, and how long to wait, the same for every request of ours."""
+"""What every request of ours has in common: whom it trusts, which failures may pass, how long to wait."""
 
 from __future__ import annotations
 
 import random
+import ssl
 from collections.abc import Mapping
+from functools import cache
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.1, 2.0
 _jitter = random.Random()  # its own: no draw here may shift a seeded run
@@ -15,6 +17,14 @@ class TryAgain(Exception):
     def __init__(self, reason: str, after_seconds: float | None = None) -> None:
         super().__init__(reason)
         self.after_seconds = after_seconds
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """Whom a client trusts; read once in a process, for it takes longer than many a request."""
+    import httpx
+
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def may_pass(status: int) -> bool:

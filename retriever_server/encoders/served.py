@@ -15,7 +15,7 @@ import numpy as np
 
 from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Input
-from retriever_server.client.retries import TryAgain, delay_seconds, may_pass
+from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass
 from retriever_server.encoders.spec import Encoder, Role, no_vectors
 
 ALLOWED_DIFFERENCE = 1e-3
@@ -40,7 +40,7 @@ class ServedEncoder(Encoder):
             wanted = "the URL of an embeddings server, with a dense encoder of texts"
             raise ConfigError(f"encode_with {url!r}: must be {wanted}, {own.spec.model} is {own.spec.kind}")
         # No proxy from the environment: nothing but the arguments decides where a request goes.
-        self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False, verify=certificates())
         self._name = self._ask("GET", "models")["data"][0]["id"]
         apart = float(np.abs(self.encode(_SAMPLE, "passage") - own.encode(_SAMPLE, "passage")).max())
         if not apart <= ALLOWED_DIFFERENCE:

@@ -107,6 +107,7 @@ def test_a_server_that_died_is_started_again(mortal, tmp_path):
     assert "alive" in read and trajectory.answer == "x"
 
 
+@pytest.mark.slow
 def test_trajectories_share_a_server_that_dies_under_them(mortal, tmp_path):
     spoken = speaking(COMPACT, mortal)
     tokenizer = byte_tokenizer()

@@ -105,7 +105,7 @@ def test_pictures_are_shrunk_and_follow_the_bytes_of_their_file(tmp_path):
     assert read_image(names[1]).size == (100, 50)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_broken_picture_stops_or_is_skipped_by_name(tmp_path, processes, caplog):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     passages = [*PASSAGES[:3], Passage("bad one", "", image=str(tmp_path / "bad.png"))]

@@ -133,6 +133,7 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(toy, tmp
     assert read_run(tmp_path / "killed")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(toy, tmp_path):
     config = toy_config(toy, tmp_path, steps=3, save_every=3)
     with pytest.raises(Killed):
@@ -239,6 +240,7 @@ def test_a_step_whose_every_group_lost_a_search_changes_nothing(toy, tmp_path, t
     assert all(torch.equal(start[name], value) for name, value in weights(tmp_path, 1).items())
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run_which_goes_on_as_if_nothing_had_been(toy, tmp_path, trained):
     train(toy_config(toy, tmp_path / "whole", steps=4))
     config = toy_config(toy, tmp_path / "stopped", steps=4)
@@ -275,6 +277,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_weight(toy, tmp_path, 
     assert_same_weights(tmp_path / "False", tmp_path / "True", 2)
 
 
+@pytest.mark.slow
 def test_observations_can_be_put_into_the_loss(toy, tmp_path):
     for masked in (True, False):
         train(toy_config(toy, tmp_path / str(masked), steps=1, mask_observations=masked))

@@ -149,7 +149,7 @@ def test_a_warm_start_is_the_same_again(tmp_path):
     assert all(torch.equal(learnt[0][name], value) for name, value in learnt[1].items())
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muon", marks=pytest.mark.slow), "adamw"])
 def test_one_that_was_stopped_goes_on_to_the_same_weights(tmp_path, optimizer):
     spans = [list(demonstration_spans({**RECORD, "question": f"{i}?"}, COMPACT)) for i in range(8)]
     config = WarmStartConfig(steps=4, batch_size=2, save_every=2, optimizer=optimizer)

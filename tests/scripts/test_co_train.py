@@ -194,6 +194,7 @@ def test_a_training_that_diverges_is_refused_and_another_failure_is_not(atlas, t
         co_train.main(config(atlas, tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_a_round_without_gain_ends_the_loop(atlas, tmp_path, commands, capsys):
     found = commands(gain=0.0)
     co_train.main(config(atlas, tmp_path, rounds=5))
@@ -214,6 +215,7 @@ def test_the_headroom_is_said_at_every_start(oracle, says, atlas, tmp_path, comm
         assert says in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pairs_of_the_first_retriever_are_replayed_as_the_recipe_reads_its_own(atlas, tmp_path, commands):
     write_jsonl(tmp_path / "pairs.jsonl", [])
     recipe = (CONFIGS / "retriever" / "minilm.yaml").read_text()

@@ -190,6 +190,7 @@ def test_controls_search_without_finding(folder, scripted, tmp_path, control, hi
     assert json.loads((tmp_path / "evaluation.json").read_text())["retriever"].startswith(control)
 
 
+@pytest.mark.slow
 def test_the_same_index_behind_another_port_is_the_same_evaluation(folder, scripted, tmp_path, capsys):
     for _ in range(2):
         with running_server(folder / "index") as server:

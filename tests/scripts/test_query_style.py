@@ -70,6 +70,7 @@ def test_an_agent_takes_the_style_of_its_retriever_and_no_other(folder, styled):
     assert opened(folder, "none").query_style == "query"
 
 
+@pytest.mark.slow
 def test_over_http_the_server_says_it(folder, styled, scripted, tmp_path, capsys):  # noqa: F811
     with running_server(styled / "index") as server:
         assert opened(folder, server.url).query_style == "question"

@@ -76,6 +76,7 @@ def test_another_retriever_changes_what_follows_the_query_and_nothing_before(wor
     assert changed == 2
 
 
+@pytest.mark.slow
 def test_samples_differ_after_the_passages_and_share_all_before(world):
     sampled = again(world, "none", resample, temperature=1.0, count=3, samples=3)
     for before, found in zip(recorded(world, 3), sampled, strict=True):

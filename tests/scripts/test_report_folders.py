@@ -65,6 +65,7 @@ def test_several_runs_in_a_folder_have_their_curves_and_evaluations_by_name(tmp_
     assert "2 runs, 4 evaluations" in html and "# one" in html
 
 
+@pytest.mark.slow
 def test_after_a_training_its_evaluations_on_dev_are_there(toy, tmp_path):
     train(toy_config(toy, tmp_path / "run", steps=5, eval_every=1))
     found = payload(tmp_path / "run")

@@ -131,6 +131,7 @@ def test_a_live_swap_between_steps_shows_in_the_trajectories(toy, tmp_path):
     assert steps == [{before}, {before}, {after}]
 
 
+@pytest.mark.slow
 def test_swaps_to_an_identical_retriever_change_no_greedy_trajectory(toy, tmp_path):
     bigram_policy({"</think>": {"<search>": 0.9, "<answer>": 0.1}}).save(tmp_path / "policy", "compact")
     (tmp_path / "token").write_text("word\n")
@@ -162,6 +163,7 @@ def test_swaps_to_an_identical_retriever_change_no_greedy_trajectory(toy, tmp_pa
     assert alone == beside and swaps and b'"hits"' in alone
 
 
+@pytest.mark.slow
 def test_evaluations_during_training_name_what_answered(toy, tmp_path):
     searches = bigram_policy({"</think>": {"<search>": 0.9, "<answer>": 0.1}})  # greedily, too
     searches.save(tmp_path / "policy", "compact")

@@ -70,6 +70,7 @@ def test_it_says_in_one_line_what_is_served_where(server):
     assert "127.0.0.1" in server.url
 
 
+@pytest.mark.slow
 def test_a_client_waits_for_a_server_that_is_killed_and_started_again(index):
     async def ask(url: str, killed: threading.Event):
         async with connect(url, deadline_seconds=30) as client:

@@ -45,6 +45,7 @@ def test_a_dry_run_measures_real_steps_and_keeps_nothing(toy, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_without_a_retriever_says_what_it_could_not_measure(toy, tmp_path, capsys, caplog):
     assert command(toy, tmp_path / "run", "--retriever", "no/index", "--dry-run") == 0
     assert "(at most, by the limits of protocol compact)" in capsys.readouterr().out

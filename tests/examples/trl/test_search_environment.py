@@ -174,7 +174,9 @@ def test_a_prompt_without_room_for_an_answer_gives_one_masked_token(toy, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "adapters", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"]
+    "adapters",
+    [None, pytest.param(LoraConfig(r=4, target_modules="all-linear"), marks=pytest.mark.slow)],
+    ids=["full", "lora"],
 )
 def test_it_runs_in_a_notebook_with_the_precision_that_trl_prefers(toy, tmp_path, adapters):
     run = trainer(environment(toy), tmp_path, bf16=True, peft_config=adapters)

@@ -230,7 +230,8 @@ def test_a_model_of_pylate_is_multi_vector(saved, models, tmp_path):
     assert load_encoder(str(folder), device="cpu").spec.kind == "multi"
 
 
-@pytest.mark.parametrize("kind", quick(["dense"], KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(tmp_path, kind, monkeypatch):
     encoder = load_encoder(tiny_model(tmp_path / kind, kind))
     read, preprocess = [], encoder._model.preprocess

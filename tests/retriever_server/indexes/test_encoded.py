@@ -206,7 +206,7 @@ def test_maxsim_scores_every_passage_where_it_is_told(tmp_path, corpus):
 @pytest.mark.parametrize(
     "factory",
     quick(
-        ["HNSW4", "PCA8,IVF5,SQ8"],
+        ["PCA8,IVF5,SQ8"],
         ["HNSW32", "HNSW4", "IVF10,Flat", "IVF10,SQ8", "SQ8", "PCA8,IVF5,SQ8"],
     ),
 )

@@ -10,6 +10,7 @@ from data.jsonl import write_jsonl
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.manifest import index_kind
 from tests.retriever_server.tiny_encoders import WORDS, FakeEncoder
+from tests.samples import quick
 
 RNG = random.Random(5)
 ROWS = [
@@ -31,7 +32,7 @@ def found(folder, encoder):
     )
 
 
-@pytest.mark.parametrize("kind", VECTORS)
+@pytest.mark.parametrize("kind", quick(["bm25", "maxsim"], VECTORS))
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, kind):
     write_jsonl(tmp_path / "corpus.jsonl", ROWS)
     encoder = FakeEncoder(VECTORS[kind]) if VECTORS[kind] else None

@@ -261,7 +261,7 @@ class Indexing:
     ("kind", "encoder", "kills"),
     [
         ("bm25", None, 1),
-        ("flat", "atlas", 1),
+        pytest.param("flat", "atlas", 1, marks=pytest.mark.slow),
         pytest.param("bm25", None, 10, marks=pytest.mark.slow),
         pytest.param("inverted", "sparse", 10, marks=pytest.mark.slow),
         pytest.param("flat", "dense", 10, marks=pytest.mark.slow),

@@ -133,6 +133,7 @@ def test_resumed_equals_unbroken_bit_for_bit(lora, rivers, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pruned_but_for_the_best_which_is_exported(rivers, tmp_path):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.1])
     made = recipe(rivers, tmp_path / "run", steps=8, keep=1, dev=dev(rivers))
@@ -259,6 +260,7 @@ def test_a_model_serves_only_under_the_spec_it_was_trained_under(rivers, tmp_pat
         load_encoder(folder, passage_template="{text}", device="cpu")
 
 
+@pytest.mark.slow
 def test_training_under_another_spec_than_the_index_in_service_is_refused(rivers, tmp_path):
     from data.corpus import Corpus
     from retriever_server.indexes.manifest import index_kind
