@@ -20,7 +20,14 @@ from scripts.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 60
-LOADED = ["rl.trainer", "scripts.wiring", "transformers.models.qwen2.modeling_qwen2", "fastapi", "uvicorn"]
+LOADED = [
+    "rl.trainer",
+    "scripts.wiring",
+    "transformers.models.qwen2.modeling_qwen2",
+    "fastapi",
+    "uvicorn",
+    "tests.frozen",
+]
 """Nothing whose import reads the environment of a test: prometheus_client is to come later."""
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LOADED)

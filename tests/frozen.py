@@ -1,0 +1,6 @@
+"""Loaded last by the process that others are forked from: what it has loaded is in no collection of theirs."""
+
+import gc
+
+gc.collect()
+gc.freeze()
