@@ -1,4 +1,4 @@
-"""Loaded last by the process that others are forked from: what it has loaded is in no collection of theirs."""
+"""Loaded last by the process that others are forked from: what it loaded is in no collection of theirs."""
 
 import gc
 

@@ -145,4 +145,4 @@ def test_a_policy_that_never_searches_is_told_at_the_end_even_of_one_step(toy, t
     }
     assert sleuth.main(["train", *[f"--{key}={value}" for key, value in options.items()]]) == 0
     first, _ = capsys.readouterr().out.splitlines()
-    assert first.startswith("trained 1 steps, but nothing was learned: no trajectory searches. Most likely")
+    assert first.startswith("trained 1 step, but nothing was learned: no trajectory searches. Most likely")
