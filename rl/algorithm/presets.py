@@ -189,12 +189,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # MiniMax 2025, arXiv 2506.13585, eq. 4; the bound of ScaleRL (arXiv 2510.13786), a ratio of 5.
     "cispo": {"surrogate": "cispo", "clip_high": 4.0, "updates_per_rollout": 4},
     # Against collapse: LLDS with its action gate (arXiv 2512.04220), DPPO's mask (2602.04879), truncated
-    # importance sampling, off-policy sequence masking (2512.02556).
+    # importance sampling, off-policy sequence masking and unbiased KL (2512.02556). The KL alone bounds what
+    # many steps add up to.
     "stable": {
         "surrogate": "dppo",
         "llds_coefficient": 0.1,
         "importance": "token",
         "off_policy_threshold": 0.5,
+        "kl_coefficient": 0.5,
+        "kl_unbiased": True,
         "updates_per_rollout": 2,
     },
     # Ahmadian et al. 2024, arXiv 2402.14740.

@@ -12,7 +12,7 @@ All arms begin with one warm-started policy and one dense index, and make the sa
     gold      as loop, labels by `gold`: the ceiling, one seed
 
 With `--recipe` retriever, policy and sizes are those of `scripts/configs/co_train_atlas.yaml`, the encoder is
-taken as it is, and of the arms only loop and alone are made.
+taken as it is; gold is not made.
 
 Killed, the same command goes on: each cell is a folder, noted in OUT/done with its processor seconds. A
 command runs in a fork of this process, so that nothing is imported twice.
@@ -220,10 +220,9 @@ def pretrained(base: str | Path) -> Cell:
 
 
 class RecipeBench(Bench):
-    """The loop of `scripts/configs/co_train_atlas.yaml`, and its policy alone."""
+    """The loop and the arms with the sizes of `scripts/configs/co_train_atlas.yaml`."""
 
     steps, rolled_out = 8, 600
-    arms = ("alone",)
 
     def __init__(self, out: Path, encoder: str) -> None:
         super().__init__(out, encoder)
@@ -317,7 +316,7 @@ def main(
         encoder: Folder or name of the BERT, or sentence-transformers model, that the retriever begins with.
         out: Folder of the cells.
         seeds: Seeds of the arms.
-        recipe: Loop and policy alone as in `scripts/configs/co_train_atlas.yaml`; the encoder is MiniLM.
+        recipe: Loop and arms as in `scripts/configs/co_train_atlas.yaml`; the encoder is MiniLM.
     """
     import datasets  # noqa: F401  imported before the forks
     import sentence_transformers  # noqa: F401

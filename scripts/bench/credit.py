@@ -28,7 +28,7 @@ from scripts.quickstart import RECIPE, build_world
 
 Options = dict[str, Any]
 CREDIT = {"steps": 16, "eval_every": 16, "algorithm.advantage": "search_credit"}
-COLLAPSING = {"algorithm.learning_rate": 3e-3, "eval_every": 4}
+COLLAPSING = {"algorithm.learning_rate": 2e-3, "eval_every": 4}
 ARMS: dict[str, dict[str, Options]] = {
     "credit": {
         "outcome": {**CREDIT, "algorithm.advantage": "grpo"},
