@@ -57,7 +57,7 @@ def test_a_dry_run_prints_prompts_and_costs_and_asks_nothing(atlas, tmp_path, ca
     assert synthesize(atlas, tmp_path / "out", *more, "--limit", "60") == 0
     said = capsys.readouterr().out
     assert said.count("--- prompt") == 3 and "Passage: " in said and "{passage}" not in said
-    assert "60 queries, 60 calls: about" in said and "1 judges read 1,260 pairs each" in said
+    assert "60 queries, 60 calls: about" in said and "1 judge read 1,260 pairs each" in said
     assert not (tmp_path / "out").exists()
     e5 = ["synthesize", "--config", "scripts/configs/synthesis/e5.yaml", "--dry_run", "true"]
     assert main(e5) == 0
