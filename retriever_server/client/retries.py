@@ -1,4 +1,4 @@
-"""What every request of ours has in common: whom it trusts, which failures may pass, how long to wait."""
+"""What every request of ours has in common: certificates, which failures may pass, how long to wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TryAgain(Exception):
 
 @cache
 def certificates() -> ssl.SSLContext:
-    """Whom a client trusts; read once in a process, for it takes longer than many a request."""
+    """Certificates that a client trusts, read once in a process: it takes longer than many a request."""
     import httpx
 
     return httpx.create_ssl_context(trust_env=False)
