@@ -23,6 +23,7 @@ _IDS, _TEXTS = ("id", "_id", "query_id", "qid"), ("question", "query", "text")
 
 
 def has_layout(folder: Path) -> bool:
+    """Return whether a folder holds queries.jsonl and qrels/, as BEIR's do."""
     return (folder / "queries.jsonl").is_file() and (folder / "qrels").is_dir()
 
 

@@ -27,6 +27,7 @@ _POST = ("{} post", "passages", "post")
 
 
 def has_layout(folder: Path) -> bool:
+    """Return whether a folder holds examples/ and documents/, as BRIGHT's does."""
     return (folder / "examples").is_dir() and (folder / "documents").is_dir()
 
 

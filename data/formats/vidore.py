@@ -27,6 +27,7 @@ _TEXTS = ("text", "markdown")
 
 
 def has_layout(folder: Path) -> bool:
+    """Return whether a folder has one of ViDoRe's layouts: three tables, or pages with their queries."""
     first = next((folder / "data").glob("*.parquet"), None)
     return _is_three(folder) or (first is not None and {"query", "image"} <= set(parquet_columns(first)))
 
