@@ -7,6 +7,7 @@ leaves out token ids and log-probs and keeps how many there were: enough to read
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from agent.tools import SEARCH
@@ -62,6 +63,11 @@ def from_record(record: Mapping[str, Any]) -> Trajectory:
         raise DataError(f"trajectory {record.get('id')!r}: no field {error}{hint}") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"trajectory {record.get('id')!r}: {error}") from error
+
+
+def trajectory_file(path: str | Path) -> Path:
+    """Return the file of trajectories: in the folder of an evaluation its own."""
+    return Path(path) / "trajectories.jsonl" if Path(path).is_dir() else Path(path)
 
 
 def check_format(record: Mapping[str, Any], place: str) -> None:

@@ -318,4 +318,5 @@ def wrong_value(message: str) -> tuple[str, str]:
 
 
 def _plain(expected: str) -> str:
-    return re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
+    plain = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
+    return {"list": "list, such as [a, b]", "dict": "dict, such as {name: value}"}.get(plain, plain)

@@ -7,7 +7,6 @@ was rewritten since, or damaged, that is an error and never another text.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import operator
@@ -23,7 +22,7 @@ import numpy as np
 
 from data.errors import CorpusChanged, DataError, unreadable
 from data.formats.rows import parse_passage
-from data.jsonl import parse_line
+from data.jsonl import check_is_file, parse_line
 from data.offsets import OFFSETS, Offsets, Stamp, keep, table_place
 from data.records import Passage
 from data.text import counted
@@ -246,10 +245,9 @@ def _open(path: Path) -> int:
     if path.suffix == ".gz":
         raise DataError(f"{path}: a compressed corpus cannot be read at any place; gunzip it first")
     try:
+        check_is_file(path)
         if path.stat().st_size == 0:
             raise DataError(f"{path}: holds no passages")
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{path}: {unreadable(error)}") from error
@@ -305,7 +303,7 @@ def _hint(path: Path) -> str:
     if path.suffix == ".jsonl":
         return ""
     makes = f"`sleuth corpus --source {path} --out FILE.jsonl`"
-    return f"; {makes} makes a corpus of documents and of SQuAD's own files"
+    return f"; {makes} makes a corpus of tables, documents and SQuAD's own files"
 
 
 def _check_ids_differ(path: Path, file: int, starts: np.ndarray, hashes: np.ndarray) -> None:

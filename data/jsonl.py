@@ -120,11 +120,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise DataError where no file is."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a file")
+    """Raise DataError where no file is that can be read more than once."""
+    if path.is_file():
+        return
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    raise DataError(f"{path}: is a {'folder' if path.is_dir() else 'pipe or device'}, expected a file")
 
 
 def read_text(path: Path) -> str:

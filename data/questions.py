@@ -22,6 +22,7 @@ from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_text
 from data.formats.squad import is_impossible
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
+from data.jsonl import check_is_file
 from data.records import Question
 
 logger = logging.getLogger(__name__)
@@ -81,17 +82,15 @@ def _source_names(source: str) -> list[str]:
 
 def _read_source(name: str, split: str | None) -> list[_Row]:
     path = Path(name).expanduser()
-    if path.is_file():
-        rows = list(_read_file(path, split))
-    elif path.is_dir():
+    if path.is_dir():
         rows = list(_read_folder(path, split))
-    elif _is_hub_name(name) and name not in SETS:
-        rows = list(_read_hub(name, split))
+    elif path.exists() or not (name in SETS or _is_hub_name(name)):
+        rows = list(_read_file(path, split))
     elif name in SETS:
         found = SETS[name]
         rows = [replace(row, set_name=name) for row in _read_hub(found.source, split or found.split, name)]
     else:
-        raise DataError(f"{name}: no such file")
+        rows = list(_read_hub(name, split))
     kept = [row for row in rows if split in (None, row.split)]
     if not kept:
         found = ", ".join(sorted({row.split for row in rows}))
@@ -117,6 +116,7 @@ def _read_file(path: Path, split: str | None) -> Iterator[_Row]:
 
 
 def _rows_of(path: Path) -> Rows:
+    check_is_file(path)
     if kind_of(path) not in KINDS:
         raise DataError(f"{path}: unknown kind of file; {', '.join(KINDS)} are read")
     return ((place, dict(common_row(row))) for place, row in read_rows(path))

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
+from data.jsonl import read_text
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -20,11 +21,9 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
 def read_checked(path: str | Path, option: str = "") -> str:
     """The text of a YAML file that loads and gives no key twice. Raises as `read_yaml`."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{option}{path}: not UTF-8 ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"{option}{path}: {error.strerror}") from None
+        text = read_text(Path(path))
+    except DataError as error:
+        raise ConfigError(f"{option}{error}") from None
     try:
         check_keys(text, f"{path}, line {{line}}")
         yaml.safe_load(text)

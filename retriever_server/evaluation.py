@@ -100,7 +100,9 @@ def judge(rankings: Rankings, qrels: Qrels, measures: Sequence[Any]) -> Values:
 
     asked, truth, run = list(judged), {}, {}
     for number, id_ in enumerate(asked):
-        truth[str(number)] = {numbered(passage): grade for passage, grade in qrels[id_].items()}
+        # trec_eval crashes on a query whose grades are all below 0; where none is above 0, 0 says the same.
+        lowest = 0 if max(qrels[id_].values()) < 0 else -MAX_GRADE
+        truth[str(number)] = {numbered(passage): max(lowest, grade) for passage, grade in qrels[id_].items()}
         ranked = reversed(list(enumerate(rankings[id_])))
         run[str(number)] = {numbered(hit.passage.id): -float(rank) for rank, hit in ranked}
     values: Values = {str(measure): dict.fromkeys(judged, 0.0) for measure in measures}

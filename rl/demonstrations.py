@@ -64,7 +64,8 @@ def load_demonstrations(path: str | Path, protocol: Protocol) -> list[list[Span]
         try:
             demonstrations.append(list(demonstration_spans(record, protocol)))
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: not a demonstration: {error!r}") from error
+            wrong = f"no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{path}:{number}: not a demonstration: {wrong}") from error
     if not demonstrations:
         raise DataError(f"{path}: holds no demonstration")
     return demonstrations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -23,8 +23,9 @@ def main(
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
-    A test collection of BEIR's, BRIGHT's or ViDoRe's form gives its passages as they are, one of SQuAD's own
-    files its paragraphs; ViDoRe's pictures go into the folder `images` beside --out.
+    A table (.csv, .tsv, .parquet, .json) and a test collection of BEIR's, BRIGHT's or ViDoRe's form give
+    their passages as they are, one of SQuAD's own files its paragraphs; ViDoRe's pictures go into the folder
+    `images` beside --out.
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over); a
@@ -34,13 +35,10 @@ def main(
         overlap: About how many words a passage repeats of the one before, in whole sentences.
         on_error: What to do with a file that cannot be read: stop, or skip it and say so.
     """
-    from data.formats.benchmarks import benchmark_passages, is_benchmark
     from data.formats.documents import DUMPS, READERS, find_files, reason_without_text
-    from data.formats.tables import is_squad_file, read_squad
 
-    paragraphs = read_squad(Path(source)).passages if is_squad_file(Path(source)) else None
-    if paragraphs or is_benchmark(source):
-        write_jsonl(out, paragraphs or benchmark_passages(source, Path(out).parent))
+    if (whole := _whole_passages(source, Path(out).parent)) is not None:
+        write_jsonl(out, whole)
         print(f"the passages of {source} are in {out}")
         return
     if not 0 <= overlap < words:
@@ -72,6 +70,19 @@ def main(
     skipped = f", {counted(counts['skipped'], 'file')} skipped" if counts["skipped"] else ""
     made = f"{counted(counts['passages'], 'passage')} from {counted(len(files), 'file')}"
     print(f"{made} in {out}{skipped}{_left_out(without)}")
+
+
+def _whole_passages(source: str, folder: Path) -> Iterable[dict[str, Any]] | None:
+    """Return the passages of what is cut into them already, as lines of a corpus in `folder`; else None."""
+    from data.formats.benchmarks import benchmark_passages, is_benchmark
+    from data.formats.documents import is_table, table_passages
+    from data.formats.tables import is_squad_file, read_squad
+
+    if is_squad_file(Path(source)):
+        return read_squad(Path(source)).passages or None
+    if is_table(Path(source)):
+        return table_passages(Path(source), folder)
+    return benchmark_passages(source, folder) if is_benchmark(source) else None
 
 
 def _left_out(without: dict[str, list[Path]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError, require
+from data.errors import ConfigError, DataError, require
 from data.jsonl import write_json, write_jsonl
 from data.records import FORMAT_VERSION, Benchmark, Question
 from scripts.console import show_table, track
@@ -136,6 +136,9 @@ def _rank(
     if spec.endswith((".run", ".trec")):
         run = load_run(spec)
         rankings = {query.id: run.get(query.id, []) for query in collection.queries}
+        if not any(rankings.values()):
+            ids = f"{next(iter(run))!r} there, {next(iter(rankings), '')!r} here"
+            raise DataError(f"{spec}: ranks none of the queries ({ids})")
         return without_excluded(rankings, collection.excluded, top_k), {}
     try:
         texts = [

@@ -100,9 +100,9 @@ def main(config: ReplayConfig) -> None:
 
 def read_trajectory(path: Path, id_: str | None) -> tuple[Trajectory, dict[str, Any]]:
     """The trajectory of that id, and the settings of its evaluation where they lie beside it."""
-    from agent.transcripts import from_record
+    from agent.transcripts import from_record, trajectory_file
 
-    file = path / "trajectories.jsonl" if path.is_dir() else path
+    file = trajectory_file(path)
     check_is_file(file)
     records = [record for record in read_jsonl(file) if id_ in (None, record.get("id"))]
     if len(records) != 1:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import ConfigError, EngineError, require, require_range
-from data.jsonl import check_is_file
 from data.listening import why_silent
 from data.text import counted
 from scripts.agent_options import AgentOptions
@@ -63,9 +62,10 @@ def main(config: ScoreConfig) -> None:
     Killed, the same command goes on. Prints what each scorer cost for a thousand searches.
     """
     from rl.co_training.judges import open_judge
+    from rl.co_training.searches import read_searches
     from scripts.wiring import open_asked
 
-    check_is_file(config.trajectories)
+    next(read_searches(config.trajectories), None)  # what is no trajectory is said before a model loads
     asks = {"judge", "read"} & set(config.by)
     judge = open_judge(config.judge, Path(f"{config.out}.judge.jsonl")) if asks else None
     if judge and (reason := why_silent(str(config.judge.url))):

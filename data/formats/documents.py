@@ -22,7 +22,8 @@ import regex
 
 from data.errors import ConfigError, DataError
 from data.formats.html import decode_html, html_sections
-from data.formats.rows import parse_passage
+from data.formats.rows import parse_passage, passage_row, relative_to
+from data.formats.tables import KINDS, at, kind_of, read_rows
 from data.jsonl import numbered_jsonl
 from data.text import name_of, replace_halves
 
@@ -106,6 +107,25 @@ def find_files(
     if not files:
         raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ends)}")
     return files, source
+
+
+def is_table(path: Path) -> bool:
+    """Return whether it is a file of rows other than JSON lines, such as CSV, parquet or a JSON array."""
+    return path.is_file() and kind_of(path) in KINDS and kind_of(path) != ".jsonl"
+
+
+def table_passages(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table as lines of a corpus in `folder`. Raises DataError."""
+    place = ""
+    for place, row in read_rows(path):
+        with at(place):
+            passage = parse_passage(row)
+            files = {
+                name: relative_to(str(path.parent / file), folder) for name, file in passage.files.items()
+            }
+        yield passage_row(passage, folder) | files
+    if not place:
+        raise DataError(f"{path}: holds no passages")
 
 
 def reason_without_text(path: Path) -> str:

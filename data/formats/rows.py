@@ -138,6 +138,8 @@ def object_of(value: Any, name: str) -> dict[str, Any]:
 def parse_passage(record: Mapping[str, Any]) -> Passage:
     """The passage in one record of a corpus; ValueError says what is wrong with it.
 
+    The id may be called _id as in BEIR or docid as in Tevatron.
+
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
@@ -149,7 +151,7 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
             raise ValueError(f'neither "contents"{others}')
         title, text = _split(text_of(contents, "contents"), title)
     passage = Passage(
-        id=needed_id(record.get("id")),
+        id=needed_id(first_of(record, "id", "_id", "docid")),
         text=text_of(text, "text").strip(),
         title=text_of(title, "title").strip(),
         metadata=object_of(record["metadata"], "metadata") if "metadata" in record else {},

@@ -32,7 +32,8 @@ def parse_squad(content: Any) -> Squad:
                 made.passages.append({"id": id_, "title": title, "text": paragraph["context"]})
                 made.questions.extend(_question(asked, id_) for asked in paragraph["qas"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"paragraph {len(made.passages)}: {error!r}") from error
+        wrong = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"paragraph {len(made.passages)}: {wrong}") from error
     return made
 
 

@@ -197,6 +197,9 @@ def _read_table(path: Path) -> Rows:
     for place, values in _read_csv(path) if kind_of(path) == ".csv" else lines:
         if not names:
             names = [name.strip() for name in values]
+            if len(names) == 1 and (mark := re.search(r"[;,|\t]", names[0])):
+                between = "commas" if kind_of(path) == ".csv" else "tabs"
+                raise DataError(f"{place}: {mark[0]!r} between columns: {kind_of(path)} has {between} there")
             if len(set(names)) < len(names):
                 raise DataError(f"{place}: a column stands there twice: {', '.join(names)}")
         elif len(values) != len(names):

@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
+from agent.transcripts import trajectory_file
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, require
 from data.jsonl import write_jsonl
@@ -120,12 +121,12 @@ def mine_trajectories(
     """
     if config.labels in SCORED and scores is None:
         raise ConfigError(f"labels = {config.labels}: needs scores, a file of `sleuth score-searches`")
-    tally = Tally()
+    path, tally = trajectory_file(path), Tally()
     read = progress(read_searches(path, scores))
     read = _of_corpus(read, corpus) if corpus else read
     asked = _collect(read, config, _Known(held_out), tally)
     corpus_hash = corpus.content_hash if corpus else ""
-    examples = list(_examples(asked.values(), config, corpus_hash, Path(path).name, tally))
+    examples = list(_examples(asked.values(), config, corpus_hash, path.name, tally))
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
         raise NoExamples(

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.tools import SEARCH
 from agent.trajectory import SegmentKind
-from agent.transcripts import check_format
+from agent.transcripts import check_format, trajectory_file
 from data.answers import exact_match
 from data.errors import DataError
 from data.jsonl import numbered_jsonl, read_jsonl
@@ -59,9 +59,10 @@ class Searches:
 def read_searches(path: str | Path, scores: str | Path | None = None) -> Iterator[Searches]:
     """Yield the searches of each trajectory of a file, in its order; failed searches are left out.
 
-    scores: a file of `sleuth score-searches` about this one. Reads trajectories of training and of `sleuth
-    evaluate` alike. Raises DataError "FILE:LINE: ...".
+    path: the file, or the folder of an evaluation. scores: a file of `sleuth score-searches` about this one.
+    Reads trajectories of training and of `sleuth evaluate` alike. Raises DataError "FILE:LINE: ...".
     """
+    path = trajectory_file(path)
     known = read_scores(scores) if scores else {}
     for number, record in numbered_jsonl(path, tolerate_cut_tail=True):
         place = f"{path}:{number}"

@@ -67,6 +67,12 @@ def test_position_outside_is_refused_not_wrapped(tmp_path, position):
         Corpus(write_corpus(tmp_path / "corpus.jsonl"))[position]
 
 
+@pytest.mark.parametrize("name", ["_id", "docid"])
+def test_the_id_may_have_the_name_that_beir_or_tevatron_gives_it(tmp_path, name):
+    (tmp_path / "c.jsonl").write_text(json.dumps({name: 7, "title": "Rome", "text": "A city."}) + "\n")
+    assert list(Corpus(tmp_path / "c.jsonl")) == [Passage("7", "A city.", "Rome")]
+
+
 def test_blank_lines_a_mark_and_no_last_newline_change_nothing(tmp_path):
     path = write_corpus(tmp_path / "corpus.jsonl")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n").rstrip())
@@ -120,7 +126,7 @@ def test_file_that_cannot_be_a_corpus_is_said(tmp_path):
         ("empty.jsonl", b"", "holds no passages"),
         ("blank.jsonl", b"\n \n", "holds no passages"),
         ("a.jsonl.gz", b"\x1f\x8b", "gunzip it first"),
-        (".", None, "cannot be read"),
+        (".", None, "is a folder"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)

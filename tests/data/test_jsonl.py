@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.atomic import atomic_write, open_atomic
-from data.errors import DataError, StorageError
+from data.corpus import Corpus
+from data.errors import ConfigError, DataError, StorageError
+from data.formats.trec import load_qrels
 from data.jsonl import (
     append_jsonl,
     read_json,
@@ -20,6 +22,8 @@ from data.jsonl import (
     write_json,
     write_jsonl,
 )
+from data.questions import load_questions
+from data.yaml_file import read_yaml
 
 RECORDS = [{"id": "1", "text": "naïve\u2028東京"}, {"id": "2", "text": "no pair"}]
 JSON_VALUES = st.recursive(
@@ -87,6 +91,20 @@ def test_missing_file_is_said_before_the_first_record_is_asked_for(tmp_path):
         read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         read_jsonl(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [read_jsonl, read_json, read_text, read_yaml, Corpus, load_questions, load_qrels],
+    ids=lambda read: read.__name__,
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    keeps_open = os.open(path, os.O_RDWR)
+    with pytest.raises((DataError, ConfigError), match=r"pipe\.jsonl: is a pipe or device, expected a file"):
+        read(path if read is not load_questions else str(path))
+    os.close(keeps_open)
 
 
 @pytest.mark.parametrize("keep", [0.5, None])

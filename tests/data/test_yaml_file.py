@@ -42,8 +42,8 @@ def test_an_alias_in_a_circle_ends(tmp_path):
 
 
 def test_a_missing_file_and_one_that_is_no_text_are_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"--config .*none\.yaml: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"--config .*none\.yaml: no such file"):
         read_yaml(tmp_path / "none.yaml", "--config ")
     (tmp_path / "b.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(ConfigError, match=r"b\.yaml: not UTF-8"):
+    with pytest.raises(ConfigError, match=r"b\.yaml: cannot be read: 'utf-8' codec"):
         read_yaml(tmp_path / "b.yaml")

@@ -14,6 +14,7 @@ from data.jsonl import read_jsonl, write_jsonl
 from data.records import Hit, Passage, Question
 from data.significance import randomisation_p
 from retriever_server.evaluation import (
+    METRICS,
     compare,
     has_answer,
     judge,
@@ -315,6 +316,21 @@ def test_a_metric_may_have_commas_in_brackets_and_grades_be_large():
     qrels = {"q": {"a": 1_000_000, "b": -1_000_000, "c": 5000}}
     values = judge({"q": hits("c", "a", "b")}, qrels, parse_metrics("nDCG@5,P@3,AP,Bpref,IPrec@0.5", 100))
     assert values["P@3"]["q"] == pytest.approx(2 / 3) and 0 < values["nDCG@5"]["q"] < 1
+
+
+def test_queries_with_grades_below_0_alone_score_0():
+    """trec_eval crashes on them."""
+    found = {"p": hits("a", "b"), "q": hits("b", "a")}
+    values = judge(found, {"p": {"a": -1}, "q": {"b": -2, "c": -1}}, parse_metrics(METRICS, 100))
+    assert {value for of in values.values() for value in of.values()} == {0.0}
+
+
+def test_a_run_of_other_queries_is_refused(tmp_path, capsys):
+    for name, text in (("a.trec", "q9 Q0 x 1 2.0 r\n"), ("q.tsv", "1\tfox\n"), ("qrels.tsv", "1 0 x 1\n")):
+        write(tmp_path / name, text)
+    asked = [f"--retriever={tmp_path / 'a.trec'}", f"--queries={tmp_path / 'q.tsv'}"]
+    assert main(["evaluate-retriever", *asked, f"--qrels={tmp_path / 'qrels.tsv'}"]) == 2
+    assert "a.trec: ranks none of the queries ('q9' there, '1' here)" in capsys.readouterr().err
 
 
 def test_the_command_says_a_wrong_metric_a_wrong_grade_and_a_wrong_id_in_one_line(tmp_path, capsys):

@@ -36,6 +36,7 @@ class Config:
     """The run folder."""
     algorithm: Algorithm = field(default_factory=Algorithm)
     steps: int = 3
+    seeds: list[int] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -187,7 +188,8 @@ def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(run, tmp_
     [
         (["--out", "x", "--step", "3"], "unknown key step; did you mean steps?"),
         (["--out", "x", "--steps", "many"], "steps: got 'many', expected int"),
-        (["--config", "none.yaml"], "--config none.yaml: No such file or directory"),
+        (["--out", "x", "--seeds", "1,2"], "seeds: got '1,2', expected list, such as [a, b]"),
+        (["--config", "none.yaml"], "--config none.yaml: no such file"),
     ],
 )
 def test_a_wrong_argument_is_one_line(run, argv, message):

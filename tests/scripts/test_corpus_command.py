@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 
 from data.corpus import Corpus
@@ -29,6 +30,29 @@ def test_a_folder_becomes_a_corpus(folder, tmp_path, capsys):
     assert [p.id for p in corpus] == ["a.md#0", "a.md#1", "deep/b.txt#0"]
     assert (corpus[0].title, corpus[0].text) == ("Rivers", "The Loire is long.")
     assert sleuth.main(["index", "--corpus", str(out), "--out", str(tmp_path / "index")]) == 0
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json"])
+def test_the_rows_of_a_table_are_passages_as_they_are(tmp_path, name):
+    rows = [{"id": "1", "title": "Rome", "text": "A city. It is old.", "image": "x.png"}]
+    source, out = tmp_path / "from" / name, tmp_path / "to" / "c.jsonl"
+    source.parent.mkdir()
+    if name == "a.csv":
+        source.write_text(",".join(rows[0]) + "\n" + ",".join(rows[0].values()) + "\n")
+    elif name == "a.json":
+        source.write_text(json.dumps(rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    assert sleuth.main(["corpus", str(source), "--out", str(out)]) == 0
+    [line] = out.read_text().splitlines()
+    assert json.loads(line) == rows[0] | {"image": "../from/x.png"}
+
+
+def test_a_table_without_rows_is_no_corpus(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("id,text\n")
+    assert sleuth.main(["corpus", str(tmp_path / "a.csv"), "--out", str(tmp_path / "c.jsonl")]) == 2
+    assert "a.csv: holds no passages" in capsys.readouterr().err
+    assert not (tmp_path / "c.jsonl").exists()
 
 
 def test_the_passages_of_a_corpus_are_cut_smaller_under_their_titles(folder, tmp_path, capsys):

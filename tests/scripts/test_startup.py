@@ -168,9 +168,15 @@ WRONG = {
         (["--questions", "none.jsonl", "--retriever", "index", "--out", "x"], "none.jsonl: no such file"),
         (["--questions", "questions.jsonl", "--retriever", "{dead}", "--out", "x"], "{dead}"),
     ],
+    "score-searches": [
+        (
+            ["--policy", "atlas", "--retriever", "index", "--out", "x", "--trajectories", "wrong.jsonl"],
+            "wrong.jsonl:1: no trajectory",
+        )
+    ],
     "warm-start": [
         (["--out", "w", "--demonstrations", "none.jsonl"], "none.jsonl: no such file"),
-        (["--out", "w", "--demonstrations", "wrong.jsonl"], "wrong.jsonl:1: not a demonstration"),
+        (["--out", "w", "--demonstrations", "wrong.jsonl"], "wrong.jsonl:1: not a demonstration: no 'steps'"),
         (["--out", "w", "--invented", "3", "--policy", "atlass"], "did you mean atlas?"),
     ],
 }

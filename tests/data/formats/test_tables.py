@@ -73,6 +73,8 @@ def test_parquet_rows_have_the_same_values(tmp_path):
         ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv:2: expected 2 fields, found 3"),
         ("a.csv", "a,b\n1\n", r"a.csv:2: expected 2 fields, found 1"),
         ("a.csv", 'a,b\n1,"2\n', r"a.csv:\d: not valid CSV"),
+        ("a.csv", "a;b\n1;2\n", r"a.csv:1: ';' between columns: .csv has commas there"),
+        ("a.tsv", "a,b\n1,2\n", r"a.tsv:1: ',' between columns: .tsv has tabs there"),
         ("a.csv", "a,a\n1,2\n", r"a.csv:1: a column stands there twice: a, a"),
         ("a.parquet", "nonsense", r"a.parquet: cannot be read"),
         ("a.jsonl.gz", "not packed", r"a.jsonl.gz: cannot be read"),

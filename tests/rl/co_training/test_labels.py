@@ -116,6 +116,11 @@ def test_failed_searches_are_left_out(tmp_path):
     assert next(iter(read_searches(tmp_path / "t.jsonl"))).calls == ()
 
 
+def test_a_folder_stands_for_the_trajectories_in_it(tmp_path):
+    write_jsonl(tmp_path / "trajectories.jsonl", [TWO_HOPS])
+    assert next(read_searches(tmp_path)).place == f"{tmp_path / 'trajectories.jsonl'}:1"
+
+
 def mined(records, tmp_path, **given):
     write_jsonl(tmp_path / "t.jsonl", records)
     config = LabelConfig(**given.pop("config", {"labels": "gold"}))
