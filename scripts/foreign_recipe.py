@@ -17,6 +17,7 @@ import yaml
 
 from data.errors import ConfigError
 from data.jsonl import read_text
+from data.yaml_file import read_yaml
 
 TRAINERS = ("search_r1", "verl")
 _ARR = "actor_rollout_ref"
@@ -33,14 +34,21 @@ _AVERAGING = {
     "seq-mean-token-mean": "trajectory",
     "seq-mean-token-sum-norm": "constant",
 }
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _sources(files: Any) -> str:
+    return ",".join(map(str, files)) if isinstance(files, list) else str(files)
+
+
 _SAME: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "data.train_batch_size": ("rollout.questions_per_step", int),
     f"{_ARR}.rollout.temperature": ("rollout.temperature", float),
-    "data.train_files": ("questions", str),
+    "data.train_files": ("questions", _sources),
     f"{_ARR}.model.path": ("policy", str),
     "trainer.default_local_dir": ("out", str),
     "trainer.total_training_steps": ("steps", int),
-    "trainer.save_freq": ("save_every", int),
+    "trainer.save_freq": ("save_every", lambda steps: int(steps) if int(steps) > 0 else None),
     "trainer.project_name": ("wandb.project", str),
     f"{_ARR}.model.enable_gradient_checkpointing": ("gradient_checkpointing", bool),
     f"{_ARR}.model.use_remove_padding": ("packing", bool),
@@ -82,17 +90,25 @@ def print_recipe(trainer: str, file: str) -> None:
 
 def read_options(file: Path) -> Flat:
     """The options of a shell script or YAML file by dotted name. Raises ConfigError where it has none."""
-    text = read_text(file)
     if file.suffix in (".yaml", ".yml"):
-        try:
-            options = dict(_flatten(yaml.safe_load(text)))
-        except (yaml.YAMLError, AttributeError) as error:
-            raise ConfigError(f"{file}: is no YAML mapping") from error
+        if not isinstance(content := read_yaml(file), dict):
+            raise ConfigError(f"{file}: is no YAML mapping")
+        options = dict(_flatten(content))
     else:
-        options = _of_script(text, file)
+        options = _of_script(read_text(file), file)
+    options = {name: _interpolated(value, options) for name, value in options.items()}
     if not any(name.startswith((f"{_ARR}.", "algorithm.", "data.")) for name in options):
         raise ConfigError(f"{file}: holds no option of Search-R1 or verl, such as data.train_batch_size=512")
     return options
+
+
+def _interpolated(value: Any, options: Flat, depth: int = 8) -> Any:
+    """The value with ${data.seed} of Hydra as what that option holds; what is of no option stays."""
+    if not isinstance(value, str) or not depth:
+        return value
+    if (whole := _REFERENCE.fullmatch(value)) and whole[1] in options:
+        return _interpolated(options[whole[1]], options, depth - 1)
+    return _REFERENCE.sub(lambda m: str(_interpolated(options.get(m[1], m[0]), options, depth - 1)), value)
 
 
 def _flatten(node: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,13 +142,20 @@ def _of_script(text: str, file: Path) -> Flat:
 
 def translate(options: Flat, trainer: str) -> tuple[dict[str, Any], Flat]:
     """Our options by dotted name, and theirs that have no counterpart."""
-    left, ours = dict(options), dict[str, Any]()
+    unknown = {name: value for name, value in options.items() if "$" in str(value)}  # the shell's or Hydra's
+    left, ours = {name: value for name, value in options.items() if name not in unknown}, dict[str, Any]()
     for name, (own, convert) in _SAME.items():
-        if left.get(name) is not None and (value := convert(left[name])) is not None:
-            ours[own] = value
-            del left[name]
-    _derive(ours, left, trainer)
-    return ours, left
+        try:
+            if left.get(name) is not None and (value := convert(left[name])) is not None:
+                ours[own] = value
+                del left[name]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{name}={left[name]!r}: must be a number") from error
+    try:
+        _derive(ours, left, trainer)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"an option that is no number: {error}") from error
+    return ours, left | unknown
 
 
 def _derive(ours: dict[str, Any], left: Flat, trainer: str) -> None:
@@ -156,7 +179,7 @@ def _derive(ours: dict[str, Any], left: Flat, trainer: str) -> None:
                 ours[f"algorithm.{own}"] = round(ratio * steps * updates)
     _derive_kl(ours, take)
     if (tested := take("trainer.test_freq", None)) and int(tested) > 0 and left.get("data.val_files"):
-        ours |= {"eval_every": int(tested), "dev_questions": str(take("data.val_files"))}
+        ours |= {"eval_every": int(tested), "dev_questions": _sources(take("data.val_files"))}
     if (turns := take(f"{_ARR}.rollout.multi_turn.max_assistant_turns", None)) is not None:
         ours["protocol.max_turns"] = int(turns) - 1
     if trainer == "verl":  # its limit is of all turns and observations together
@@ -203,6 +226,6 @@ def recipe_text(options: Flat, trainer: str, file: str) -> str:
     if absent := [name for name in missing if name not in ours]:
         lines += ["", f"# Not in the file, to be filled in: {', '.join(absent)}"]
     if left:
-        lines += ["", "# Without a counterpart here, or of its machines:"]
+        lines += ["", "# Without a counterpart here, of its machines, or not known from the file:"]
         lines += [f"#   {name}={value}" for name, value in sorted(left.items())]
     return "\n".join([*lines, ""])

@@ -127,9 +127,36 @@ def test_a_yaml_of_verl_with_its_own_meaning_of_turns_and_lengths(tmp_path, caps
     assert "gpu_memory_utilization=0.5" in text
 
 
+def test_what_hydra_or_the_shell_would_fill_in_is_filled_in_or_listed(tmp_path, capsys):
+    data = {
+        "train_files": ["a.parquet", "b.parquet"],
+        "val_files": "${data.train_files}",
+        "seed": "${nowhere.seed}",
+    }
+    trainer = {
+        "size": 64,
+        "default_local_dir": "runs/${trainer.name}/x",
+        "name": "mine",
+        "save_freq": -1,
+        "test_freq": 5,
+    }
+    verl = {"data": data | {"train_batch_size": "${trainer.size}"}, "trainer": trainer}
+    verl |= {"algorithm": {"adv_estimator": "reinforce_plus_plus"}}
+    config, text = printed(yaml.safe_dump(verl), "verl.yaml", "verl", tmp_path, capsys)
+    assert (config.questions, config.dev_questions) == ("a.parquet,b.parquet",) * 2
+    assert (config.rollout.questions_per_step, str(config.out)) == (64, "runs/mine/x")
+    assert "data.seed=${nowhere.seed}" in text and "trainer.save_freq=-1" in text
+    script = "main algorithm.adv_estimator=gae data.train_batch_size=$((8*4)) data.seed=7 "
+    script += "actor_rollout_ref.rollout.n=${N:-5}"
+    config, text = printed(script, "verl.sh", "verl", tmp_path, capsys)
+    assert config.seed == 7 and "data.train_batch_size=$((8*4))" in text and "rollout.n=${N:-5}" in text
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--from", "verl", "words.sh"], "data.train_batch_size='many': must be a number"),
+        (["--from", "verl", "bad.yaml"], "bad.yaml, line 2: not YAML"),
         (["--from", "trl", "x.sh"], "--from 'trl': must be one of search_r1, verl"),
         (["--from", "verl"], "--from needs a trainer and its file"),
         (["--from", "verl", "none.sh"], "none.sh: no such file"),
@@ -141,6 +168,8 @@ def test_a_yaml_of_verl_with_its_own_meaning_of_turns_and_lengths(tmp_path, caps
 def test_what_cannot_be_read_is_said_in_one_line(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in (("empty.sh", "echo a=b\n"), ("list.yaml", "- 1\n"), ("open.sh", 'echo "\n')):
+        (tmp_path / name).write_text(text)
+    for name, text in (("words.sh", "x data.train_batch_size=many\n"), ("bad.yaml", "data: [1\n")):
         (tmp_path / name).write_text(text)
     assert sleuth.main(["train", *argv]) == 2
     assert said in capsys.readouterr().err
