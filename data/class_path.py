@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -186,18 +186,13 @@ class Signature:
 
     def typed(self, plain: Mapping[str, Any]) -> dict[str, Any]:
         """Values without objects in them, checked and converted by the annotations (jsonargparse)."""
-        from jsonargparse import ArgumentParser
-
         known = {key: value for key, value in plain.items() if key in self.parameters}
         for key, value in known.items():
             self._check_value(key, value)
         texts = {key: value for key, value in known.items() if not classes_in(self.hints.get(key))}
-        parser = ArgumentParser(exit_on_error=False)
-        is_class = isinstance(self.make, type)
-        add: Any = parser.add_class_arguments if is_class else parser.add_function_arguments
-        skip = {*self._others, *self.parameters} - texts.keys()
+        skip = frozenset({*self._others, *self.parameters} - texts.keys())
         try:
-            add(self.make, None, skip=skip, fail_untyped=False)
+            parser = _parser_of(self.make, skip)
             return {**plain, **{key: vars(parser.parse_object(texts))[key] for key in texts}}
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.place}: {': '.join(filter(None, wrong_value(str(error))))}") from None
@@ -214,6 +209,17 @@ class Signature:
             return
         expected = _names(due) or getattr(hint, "__name__", hint)
         raise ConfigError(f"{self.place}.{key}: got {json.dumps(value)}, expected {expected}")
+
+
+@cache
+def _parser_of(make: Callable[..., Any], skip: frozenset[str]) -> Any:
+    """The parser of all parameters but these, made once: it reads the docstrings of the sources."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    add: Any = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
+    add(make, None, skip=set(skip), fail_untyped=False)
+    return parser
 
 
 def parts_of(node: Any, place: str) -> tuple[str, Mapping[str, Any]]:
