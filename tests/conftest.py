@@ -4,19 +4,33 @@ Nothing heavy is imported on loading: the process that only hands out tests load
 """
 
 import gc
+import os
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 
 def pytest_configure(config):
-    """Try thirty examples of a property, and ten times as many where slow tests run."""
-    settings.register_profile("fast", max_examples=30, deadline=None)
+    """Try twenty examples of a property, and fifteen times as many where slow tests run."""
+    settings.register_profile("fast", max_examples=20, deadline=None)
     settings.register_profile("full", max_examples=300, deadline=None)
     settings.load_profile("fast" if "not slow" in config.option.markexpr else "full")
+
+
+def pytest_collection(session):
+    """Let every other worker load the tests from the last to the first, and find what the others compiled."""
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579":
+        folders = [Path(argument) for argument in session.config.args if Path(argument).is_dir()]
+        files = [file.resolve() for folder in folders for file in folder.rglob("test_*.py")]
+        for file in sorted(files, reverse=True):
+            with suppress(pytest.skip.Exception):
+                import_module(".".join(file.relative_to(session.config.rootpath).with_suffix("").parts))
 
 
 def pytest_collection_finish():
