@@ -29,7 +29,6 @@ from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.processes import sleuth as start
 from tests.retriever_server.running import running_server, start_server
-from tests.samples import quick
 from tests.toy import bigram_policy, toy_config
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +205,8 @@ def test_a_killed_process_and_its_heir_make_the_run_of_one_that_lived(toy, tmp_p
     assert_same_weights(out, whole, 30)
 
 
-@pytest.mark.parametrize("limit_bytes", quick([250_000], [20_000, 250_000]), ids=["weights", "optimiser"])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit_bytes", [20_000, 150_000], ids=["weights", "optimiser"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_earlier_one(toy, tmp_path, limit_bytes):
     config = toy_config(toy, tmp_path / "full", steps=4, save_every=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -254,6 +254,7 @@ for argv in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_what_the_caller_got_wrong_is_said_at_once(toy, tmp_path):
     (tmp_path / "malformed.jsonl").write_text('{"question": "a?", "golden_answers": ["A"]}\n{"question"\n')
     run = tmp_path / "run"

@@ -39,7 +39,7 @@ NEXT: dict[str, Mapping[str, float]] = {
 def bigram_policy(changes: Mapping[str, Mapping[str, float]] | None = None) -> Policy:
     """A policy whose next token has the probabilities of NEXT, but for `changes`; others about e^-12."""
     tokenizer = byte_tokenizer(*TAGS)
-    model = tiny_model("qwen2", len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model = tiny_model("qwen2", len(tokenizer), eos_token_id=tokenizer.eos_token_id, num_hidden_layers=1)
     size = model.config.hidden_size
     ids: Any = tokenizer.convert_tokens_to_ids
     model.set_output_embeddings(torch.nn.Linear(size, len(tokenizer), bias=False))

@@ -179,7 +179,7 @@ def test_a_seed_fixes_every_trajectory_and_copies_differ():
             HFEngine(model, tokenizer),
             tokenizer,
             DictSearcher(WORLD),
-            replace(COMPACT, max_turns=1),
+            replace(COMPACT, max_turns=1, max_response_tokens=24),
             Sampling(),
         )
         return [t.token_ids for t in asyncio.run(agent.rollout([question()] * 3, seed=seed))]

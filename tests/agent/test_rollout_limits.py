@@ -15,6 +15,7 @@ from agent.tools import Search
 from agent.trajectory import StopReason
 from data.errors import EngineError
 from tests.fakes import DictSearcher, byte_tokenizer, question, tiny_model
+from tests.samples import quick
 from tests.scripted import ScriptedEngine
 
 TOKENIZER = byte_tokenizer()
@@ -46,10 +47,11 @@ def expected(protocol, turn_tokens):
     raise AssertionError
 
 
-def test_a_trajectory_is_as_long_as_its_limits_allow_to_the_token():
-    """For every context from one that has no room for the question to one that has room for all."""
+@pytest.mark.parametrize("stride", quick([5], [5, 1]))
+def test_a_trajectory_is_as_long_as_its_limits_allow_to_the_token(stride):
+    """For contexts from one that has no room for the question to one that has room for all."""
     stops = set()
-    for context in range(PROMPT_TOKENS - 2, PROMPT_TOKENS + 4 * len(SEARCH) + 3 * 90 + 3):
+    for context in range(PROMPT_TOKENS - 2, PROMPT_TOKENS + 4 * len(SEARCH) + 3 * 90 + 3, stride):
         protocol = replace(PROTOCOL, max_context_tokens=context)
         (trajectory,), _ = run(protocol, [SEARCH])
         lengths = [len(segment.token_ids) for segment in trajectory.segments]

@@ -7,7 +7,7 @@ import os
 import stat
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.atomic import atomic_write, open_atomic
@@ -39,7 +39,6 @@ def test_what_is_written_is_read_back(tmp_path, name):
     assert list(read_jsonl(tmp_path / name)) == RECORDS
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.dictionaries(st.text(), JSON_VALUES), max_size=4))
 def test_any_records_come_back(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("any") / "a.jsonl"

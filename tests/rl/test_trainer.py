@@ -57,12 +57,12 @@ def training_rows(out):
 
 def test_reward_rises_to_where_the_answer_is_known(toy, tmp_path):
     brief = ProtocolConfig(max_turns=2, top_k=3, max_response_tokens=12)
-    rollout = RolloutConfig(questions_per_step=4, group_size=12)
-    learning = {"steps": 12, "algorithm": AlgorithmConfig(learning_rate=4e-3)}
+    rollout = RolloutConfig(questions_per_step=4, group_size=16)
+    learning = {"steps": 9, "algorithm": AlgorithmConfig(learning_rate=1e-2)}
     train(toy_config(toy, tmp_path, protocol=brief, rollout=rollout, **learning))
     rewards = [row["reward/mean"] for row in training_rows(tmp_path)]
-    assert sum(rewards[:4]) / 4 < 0.4  # the policy says A with probability .3
-    assert sum(rewards[-4:]) / 4 > 0.55
+    assert rewards[0] < 0.5  # the policy says A with probability .3
+    assert sum(rewards[-3:]) / 3 > 0.6
 
 
 def test_every_number_that_is_promised_is_logged(toy, tmp_path):
@@ -103,33 +103,34 @@ def test_a_checkpoint_loads_as_it_is(toy, tmp_path):
     ],
     ids=str,
 )
-def test_two_steps_and_two_more_are_four(toy, tmp_path, preset, lora):
+def test_a_step_and_one_more_are_two(toy, tmp_path, preset, lora):
     """Policy, reference, critic, adapters with dropout, optimisers, warm-up, the place in the questions."""
     algorithm = AlgorithmConfig(
         learning_rate=4e-3, critic_learning_rate=1e-2, warmup_steps=3, **preset_fields(preset)
     )
     adapters = LoraConfig(rank=lora, dropout=0.1)
-    config = toy_config(toy, tmp_path / "whole", steps=4, algorithm=algorithm, lora=adapters)
+    config = toy_config(toy, tmp_path / "whole", algorithm=algorithm, lora=adapters)
     train(config)
-    train(replace(config, out=str(tmp_path / "halves"), steps=2))
+    train(replace(config, out=str(tmp_path / "halves"), steps=1))
     torch.manual_seed(99)
     random.seed(99)  # another process has other global generators
     train(replace(config, out=str(tmp_path / "halves"), resume=True))
-    assert_same_weights(tmp_path / "whole", tmp_path / "halves", 4)
+    assert_same_weights(tmp_path / "whole", tmp_path / "halves", 2)
     for one, two in zip(*(training_rows(tmp_path / run) for run in ("whole", "halves")), strict=True):
         assert {k: v for k, v in one.items() if "time/" not in k}.items() <= two.items()
 
 
+@pytest.mark.slow
 def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(toy, tmp_path):
-    config = toy_config(toy, tmp_path / "whole", steps=5, save_every=2)
+    config = toy_config(toy, tmp_path / "whole", steps=4, save_every=2)
     train(config)
     killed = replace(config, out=str(tmp_path / "killed"))
     with pytest.raises(Killed):
         train(killed, on_step=kill_at(3))
     assert latest_checkpoint(tmp_path / "killed" / "checkpoints").step == 2
     train(killed)
-    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [1, 2, 3, 4, 5]
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 5)
+    assert [row["step"] for row in read_metrics(tmp_path / "killed")] == [1, 2, 3, 4]
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed", 4)
     assert read_run(tmp_path / "killed")["status"] == "finished"
 
 
@@ -345,6 +346,7 @@ def scripted_evaluation(monkeypatch):
     monkeypatch.setattr(trainer, "evaluate", evaluate)
 
 
+@pytest.mark.slow
 def test_a_collapse_warns_then_stops_the_run_with_its_numbers_and_its_state(
     toy, tmp_path, caplog, scripted_evaluation
 ):

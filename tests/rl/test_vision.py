@@ -155,7 +155,7 @@ def write_world(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
 
 
-@pytest.mark.parametrize("options", quick([["--preset=ppo"]], [[], ["--preset=ppo"], ["--lora.rank=4"]]))
+@pytest.mark.parametrize("options", quick([[]], [[], ["--preset=ppo"], ["--lora.rank=4"]]))
 def test_a_policy_with_eyes_is_trained_by_the_same_command(tmp_path, monkeypatch, options):
     policy = seeing_policy(tmp_path / "policy")
     policy.save(tmp_path / "policy", "compact")

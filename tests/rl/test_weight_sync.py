@@ -149,6 +149,7 @@ def test_a_head_left_behind_stops_the_run_with_the_numbers_and_its_state(vllm, t
     assert vllm.version == "3"
 
 
+@pytest.mark.slow
 def test_servers_that_die_stop_the_run_with_its_state(vllm, toy, tmp_path):
     def dies(step):
         vllm.dead = step == 2

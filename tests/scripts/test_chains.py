@@ -93,6 +93,7 @@ def test_merged_retrievers_are_indexed_and_searched(
         answers(rivers, written(tmp_path / "fused.yaml", fused), capsys)
 
 
+@pytest.mark.slow
 def test_a_merged_retriever_is_trained_further(rivers: Path, tmp_path: Path) -> None:
     both = [str(train(rivers, tmp_path / str(seed), seed=seed)) for seed in range(2)]
     run("merge", "--models", json.dumps(both), "--weights", "[2, 1]", "--out", tmp_path / "merged")

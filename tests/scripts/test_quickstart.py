@@ -3,10 +3,12 @@
 import pytest
 
 from agent.engines.hf import HFEngine
+from data.atlas.build import build_atlas
 from data.jsonl import read_json
 from data.run_dir import read_metrics, read_run
 from scripts import __main__ as sleuth
 from scripts import quickstart
+from tests import processes
 from tests.terminal import Terminal
 from tests.toy import bigram_policy
 
@@ -31,9 +33,34 @@ def recipe(tmp_path_factory):
     return folder / "recipe.yaml"
 
 
+class ForkedServer:
+    """Stands in for a ManagedProcess of `python -m scripts`, without the seconds of its start."""
+
+    def __init__(self, command, log, grace_seconds):
+        self._process = processes.sleuth(*command[3:], log=log)
+
+    @property
+    def status(self):
+        return self._process.poll()
+
+    def stop(self, seconds):
+        self._process.terminate()
+        self._process.wait(seconds)
+        self._process.close()
+
+
 @pytest.fixture
 def start(recipe, tmp_path, monkeypatch):
-    """Runs the command; returns its exit status."""
+    """Runs the command on the first hundred questions of each file; returns its exit status."""
+
+    def build_little(folder):
+        build_atlas(folder)
+        for name in ("train", "dev", "test"):
+            lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / f"{name}.jsonl").write_text("".join(lines[:100]), encoding="utf-8")
+
+    monkeypatch.setattr("data.atlas.build.build_atlas", build_little)
+    monkeypatch.setattr(quickstart, "ManagedProcess", ForkedServer)
     monkeypatch.setattr(quickstart, "RECIPE", recipe)
     return lambda *options: sleuth.main(["quickstart", f"--out={tmp_path / 'run'}", "--limit=12", *options])
 

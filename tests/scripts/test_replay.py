@@ -12,7 +12,6 @@ from data.jsonl import read_jsonl
 from retriever_server.indexes.bm25 import BM25Index
 from scripts import __main__ as sleuth
 from scripts.wiring import open_agent
-from tests.samples import quick
 
 SIDES = ("original", "replay")
 
@@ -23,7 +22,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     build_atlas(folder)
     BM25Index.build(Corpus(folder / "corpus.jsonl"), folder / "index", title_boost=3)
-    asked = ["--questions", str(folder / "dev.jsonl"), "--limit", "12", "--out", str(folder / "tokens")]
+    asked = ["--questions", str(folder / "dev.jsonl"), "--limit", "6", "--out", str(folder / "tokens")]
     found = ["--policy", "atlas", "--retriever", str(folder / "index"), "--device", "cpu"]
     assert sleuth.main(["evaluate", *found, *asked, "--keep_tokens"]) == 0
     return folder
@@ -50,7 +49,8 @@ def again(world, retriever, how=replay, turn=-1, temperature=0.0, count=5, **opt
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("turn", quick([-1], [0, -1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", [0, -1])
 def test_the_same_retriever_repeats_the_greedy_trajectory_token_for_token(world, turn):
     for before, (after,) in zip(recorded(world), again(world, str(world / "index"), turn=turn), strict=True):
         assert after.token_ids == before.token_ids and after.loss_mask == before.loss_mask
@@ -128,6 +128,7 @@ def test_wrong_input_is_one_line(world, options, said, capsys):
     assert line.startswith("sleuth: ") and said in line
 
 
+@pytest.mark.slow
 def test_a_record_without_tokens_says_how_to_keep_them(world, tmp_path, capsys):
     asked = ["--questions", str(world / "dev.jsonl"), "--limit", "1", "--out", str(tmp_path / "compact")]
     found = ["--policy", "atlas", "--retriever", "none", "--device", "cpu"]

@@ -20,7 +20,6 @@ from scripts import __main__ as sleuth
 from scripts.train import train
 from tests.retriever_server.running import build_small_index, running_server
 from tests.retriever_server.tiny_encoders import tiny_model
-from tests.samples import quick
 from tests.scripts.test_train import command
 from tests.toy import bigram_policy, toy_config
 
@@ -80,7 +79,8 @@ def built(toy, tmp_path_factory):
     return build_all(toy / "corpus.jsonl", tmp_path_factory.mktemp("retrievers"))
 
 
-@pytest.mark.parametrize("name", quick(["bm25"], BEGINS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGINS)
 def test_training_takes_whatever_opens_as_its_retriever(name, built, toy, tmp_path):
     kept = ["--steps", 1, "--keep_rollouts_every", 1]
     assert command(toy, tmp_path / "run", "--retriever", built / name, *kept) == 0

@@ -139,6 +139,7 @@ def test_thoughts_are_streamed_as_they_are_written(agent_app, turns):
     assert "<think" not in "".join(thoughts) and "\ufffd" not in "".join(thoughts)
 
 
+@pytest.mark.slow
 def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
     openai = pytest.importorskip("openai")
     app, _ = agent_app()

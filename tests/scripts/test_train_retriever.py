@@ -32,7 +32,7 @@ def weights(out):
 
 def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_path, capsys):
     dev = {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
-    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=4, dev=dev))
+    config = write(tmp_path / "r.yaml", settings(rivers, tmp_path / "run", steps=2, dev=dev))
     command = ["train-retriever", "--config", config, "--model.init_args.pooling", "cls"]
     assert sleuth.main(command) == 0
     assert f"trained: {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
@@ -40,16 +40,16 @@ def test_the_command_trains_resumes_and_keeps_the_resolved_recipe(rivers, tmp_pa
     assert resolved["model"]["init_args"]["pooling"] == "cls" and "changes" not in resolved
     rows = read_metrics(tmp_path / "run")
     assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(rows[1])
-    assert [row["step"] for row in rows if "dev/nDCG@10" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "dev/nDCG@10" in row] == [0, 2]
     assert read_run(tmp_path / "run")["status"] == "finished"
     for part, name in ((resolved, "sharding"), (resolved["train"][0], "weights"), (resolved["dev"], "limit")):
         del part[name]  # as in a run that was begun before these fields were there
     write(tmp_path / "run/config.yaml", resolved)
     assert sleuth.main(command) == 0
-    assert sleuth.main([*command, "--steps", "6"]) == 2
-    assert "another configuration (steps: 4 -> 6)" in capsys.readouterr().err
-    assert sleuth.main([*command, "--steps", "6", "--resume", "true"]) == 0
-    assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 4, 6]
+    assert sleuth.main([*command, "--steps", "3"]) == 2
+    assert "another configuration (steps: 2 -> 3)" in capsys.readouterr().err
+    assert sleuth.main([*command, "--steps", "3", "--resume", "true"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "dev/nDCG@10" in row] == [0, 2, 3]
 
 
 @pytest.mark.slow

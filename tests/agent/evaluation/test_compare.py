@@ -161,11 +161,11 @@ def test_the_report_of_several_runs_shows_each_difference_to_the_first(tmp_path,
 def test_a_page_reads_no_more_trajectories_than_fit(tmp_path, monkeypatch):
     from agent.evaluation.report import collect
 
-    folder, seen = run(tmp_path / "many", set(range(500)), count=1500, text="Who " * 50), []
+    folder, seen = run(tmp_path / "many", set(range(200)), count=600, text="Who " * 50), []
     real = collect.read_full
     monkeypatch.setattr(collect, "read_full", lambda e, ids: seen.append(len(ids)) or real(e, ids))
-    page = render_report(folder, Choice(megabytes=0.2))
-    assert len(page) < 300_000 and max(seen) < 1200
+    page = render_report(folder, Choice(megabytes=0.08))
+    assert len(page) < 180_000 and max(seen) < 480
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def found(folder, encoder):
     )
 
 
-@pytest.mark.parametrize("kind", quick(["bm25", "maxsim"], VECTORS))
+@pytest.mark.parametrize("kind", quick(["bm25"], VECTORS))
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, kind):
     write_jsonl(tmp_path / "corpus.jsonl", ROWS)
     encoder = FakeEncoder(VECTORS[kind]) if VECTORS[kind] else None

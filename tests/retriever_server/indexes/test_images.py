@@ -251,7 +251,8 @@ def test_a_passage_without_an_image_is_refused_by_name(models, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", quick(["clip"], ["multi", "clip"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["multi", "clip"])
 def test_one_command_indexes_a_folder_of_pages_and_pdfs(models, tmp_path, capsys, name):
     folder = tmp_path / "library"
     folder.mkdir()

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retriever_server.indexes.postings import MaxScore, Postings, best
@@ -28,7 +28,6 @@ def exhaustive(postings, terms, k, mask, weights):
     return found, scores[found]
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     terms=st.lists(st.integers(0, 29), max_size=12),

@@ -14,6 +14,7 @@ from retriever_server.server import middleware as guard
 from retriever_server.server.app import Limits, create_app
 from retriever_server.server.batching import Batching
 from tests.retriever_server.running import PATIENCE_SECONDS, serving
+from tests.samples import quick
 
 MANY = [f"query {i}" for i in range(2560)]
 
@@ -45,7 +46,7 @@ def echo():
     retriever.release.set()
 
 
-@pytest.mark.parametrize("number", [513, 2560, 5000])
+@pytest.mark.parametrize("number", quick([513], [513, 2560, 5000]))
 def test_as_many_queries_as_fit_the_body_are_taken_on_every_route_that_takes_several(echo, number):
     queries = [f"query {i}" for i in range(number)]
     with TestClient(create_app(echo)) as server:

@@ -14,6 +14,11 @@ from tests.retriever_server.training.recipes import base, component, recipe, set
 from tests.samples import quick
 
 
+def build(made):
+    """What stands before training, all its checks among it."""
+    return training.build_trainer(made, lambda *_: None, lambda *_: None)
+
+
 def dev(rivers):
     return {"queries": str(rivers / "dev.jsonl"), "qrels": str(rivers / "qrels.tsv"), "shared": "all"}
 
@@ -67,7 +72,7 @@ def test_dev_questions_and_passages_that_stand_in_training_are_refused_unless_al
     rows = list(read_jsonl(rivers / "examples.jsonl"))
     write_jsonl(tmp_path / "held.jsonl", rows[12:])  # the first twelve are those of dev
     of = {**dev(rivers), "shared": "nothing"}
-    training.train(recipe(rivers, tmp_path / "held", train=[held], dev=of, steps=1))
+    build(recipe(rivers, tmp_path / "held", train=[held], dev=of))
     other = {**rows[3], "query": "the length of danb's neighbour", "query_id": "new"}
     again = {**rows[20], "query": rows[3]["query"].upper().replace(" ", "  "), "query_id": "again"}
     for name, row, says, allowed in (
@@ -83,8 +88,7 @@ def test_dev_questions_and_passages_that_stand_in_training_are_refused_unless_al
         train = [held, {"corpus": corpus, "examples": str(tmp_path / f"{name}.jsonl")}]
         with pytest.raises(DataError, match=rf"{name}.jsonl:37: query .*{says}"):
             training.train(recipe(rivers, tmp_path / "no", train=train, dev=of))
-        made = recipe(rivers, tmp_path / name, train=train, dev={**of, "shared": allowed}, steps=1)
-        training.train(made)
+        build(recipe(rivers, tmp_path / name, train=train, dev={**of, "shared": allowed}))
     with pytest.raises(DataError, match="is a dev question"):
         training.train(recipe(rivers, tmp_path / "no", train=train, dev={**of, "shared": "passages"}))
 

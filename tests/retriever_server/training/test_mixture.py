@@ -54,11 +54,11 @@ def test_batches_are_homogeneous_and_every_example_comes_up(of):
 
 def test_shares_follow_the_weights():
     drawn = []
-    for epoch in range(100):
+    for epoch in range(25):
         mixed = mixture(weights=[3, 1])
         mixed.set_epoch(epoch)
         drawn += sources(mixed)
-    assert 0.70 < drawn.count(0) / len(drawn) < 0.80  # 1000 draws: .75 +- 4 standard errors
+    assert 0.65 < drawn.count(0) / len(drawn) < 0.85  # 250 draws: .75 +- 4 standard errors
 
 
 def test_without_weights_sets_go_by_their_size():

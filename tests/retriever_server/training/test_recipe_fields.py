@@ -114,9 +114,9 @@ def test_accumulated_micro_batches_are_one_update_of_their_mean_gradient(rivers,
     ],
 )
 def test_the_rate_rises_in_the_warm_up_and_falls_as_the_schedule_says(schedule, falls, rivers, tmp_path):
-    of = {"schedule": schedule, "warmup": 0.4, "steps": 10, "learning_rate": 1e-3, "save_every": 10}
+    of = {"schedule": schedule, "warmup": 0.4, "steps": 5, "learning_rate": 1e-3, "save_every": 5}
     _, rows = trained(rivers, tmp_path / "run", **of)
-    expected = [step / 4 if step < 4 else falls((step - 4) / 6) for step in range(10)]
+    expected = [step / 2 if step < 2 else falls((step - 2) / 3) for step in range(5)]
     assert rates(rows) == pytest.approx([1e-3 * share for share in expected], abs=1e-9)
     assert rates(trained(rivers, tmp_path / "cold", **{**of, "warmup": 0.0, "steps": 1})[1]) == [1e-3]
 

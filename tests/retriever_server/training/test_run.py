@@ -116,7 +116,8 @@ class Killed(Exception):
     """As if the process had ended."""
 
 
-@pytest.mark.parametrize("lora", quick([{}], [{}, {"rank": 2, "dropout": 0.1}]), ids=["all weights", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, {"rank": 2, "dropout": 0.1}], ids=["all weights", "lora"])
 def test_resumed_equals_unbroken_bit_for_bit(lora, rivers, tmp_path):
     def kill(step, steps):
         if step == 5:
@@ -170,6 +171,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(rivers, t
     assert all(torch.equal(p, kept[n]) for n, p in trainer.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_matryoshka_trains_prefixes_and_an_index_may_keep_only_these(rivers, tmp_path):
     folder = training.train(recipe(rivers, tmp_path / "run", matryoshka=[16, 8]))
     short = load_encoder(str(folder), dimension=8, device="cpu").encode(TEXTS, "passage")
@@ -178,7 +180,8 @@ def test_matryoshka_trains_prefixes_and_an_index_may_keep_only_these(rivers, tmp
         training.train(recipe(rivers, tmp_path / "no", matryoshka=[64]))
 
 
-@pytest.mark.parametrize("method", quick(["dense"], ["dense", "two_towers"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dense", "two_towers"])
 def test_lora_changes_only_what_it_stands_beside_and_is_merged(method, rivers, tmp_path):
     lora = {"rank": 2, "target_modules": "query,value"}
     model = component(method, base=base(rivers), max_tokens=24, normalise=True)

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.algorithm.advantages import ADVANTAGES, RewardBatch, gae
@@ -80,7 +80,6 @@ def to_go(turns, number, gamma):
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 @given(batch=batches(), gamma=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
 def test_equal_to_loops_over_the_definition(name, batch, gamma, seed):
     batch, group_size = batch
     tokens = flat(batch, group_size).rewards.numel()
@@ -170,7 +169,6 @@ def test_gae_without_values_is_refused():
 
 @pytest.mark.parametrize("name", GROUPED)
 @given(batch=batches(), gamma=st.sampled_from([0.5, 1.0]))
-@settings(max_examples=40, deadline=None)
 def test_advantages_of_a_group_sum_to_zero(name, batch, gamma):
     batch, group_size = batch
     episodes = flat(batch, group_size)
@@ -188,7 +186,6 @@ def test_advantages_of_a_group_sum_to_zero(name, batch, gamma):
 
 @pytest.mark.parametrize("name", GROUPED)
 @given(batch=batches(), data=st.data())
-@settings(max_examples=30, deadline=None)
 def test_the_order_within_a_group_changes_nothing(name, batch, data):
     batch, size = batch
     order = [

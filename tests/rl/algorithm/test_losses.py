@@ -75,7 +75,6 @@ def chosen(surrogate, **changes):
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @given(counts=counts_of, seed=seeds)
-@settings(max_examples=30, deadline=None)
 def test_loss_and_gradient_are_those_of_loops(surrogate, counts, seed):
     tokens, algorithm = random_tokens(counts, seed), chosen(surrogate)
     loss = SURROGATES[surrogate](tokens, algorithm)
@@ -121,7 +120,6 @@ def test_clip_by_hand():
 
 @pytest.mark.parametrize("surrogate", ["ppo", "gspo"])
 @given(counts=counts_of, seed=seeds)
-@settings(max_examples=30, deadline=None)
 def test_clip_fraction_counts_tokens_without_gradient(surrogate, counts, seed):
     tokens, algorithm = random_tokens(counts, seed), chosen(surrogate)
     (gradient,) = torch.autograd.grad(SURROGATES[surrogate](tokens, algorithm).sum(), tokens.logprobs)
@@ -194,7 +192,7 @@ def test_a_batch_without_tokens_has_no_loss(surrogate):
 @pytest.mark.parametrize("averaging", AVERAGINGS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @given(counts=counts_of, seed=seeds, cut=st.integers(0, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_micro_batches_change_neither_loss_nor_gradient(surrogate, averaging, counts, seed, cut):
     tokens, algorithm = random_tokens(counts, seed), chosen(surrogate)
     totals = (sum(counts), len(counts), 7)
@@ -217,7 +215,6 @@ def test_micro_batches_change_neither_loss_nor_gradient(surrogate, averaging, co
 
 
 @given(counts=counts_of, seed=seeds)
-@settings(max_examples=40, deadline=None)
 def test_weights_are_the_averages_they_are_named_for(counts, seed):
     trajectories = torch.rand(sum(counts), generator=torch.Generator().manual_seed(seed)).split(counts)
     values, lengths = torch.cat(trajectories), torch.tensor(counts)

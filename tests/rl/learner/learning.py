@@ -29,7 +29,13 @@ RATE = 0.1
 """Learning rate of the gradient descent."""
 GROUPS, SIZE = 4, 3
 
-_POLICY: Any = tiny_model("qwen2", VOCABULARY)
+
+def small_model(kind: str = "qwen2", seed: int = 0) -> Any:
+    """A random model of one layer, but for one that has layers of two kinds."""
+    return tiny_model(kind, VOCABULARY, seed, **({} if kind == "gemma3" else {"num_hidden_layers": 1}))
+
+
+_POLICY: Any = small_model()
 PROTOCOL = replace(COMPACT, max_turns=2, max_response_tokens=6)
 TOKEN_LIMIT = 18
 """Tokens that the policy may write in a trajectory: two searches and an answer, six tokens each."""
@@ -141,9 +147,9 @@ def make_learner(
     config: TrainConfig, kind: str = "qwen2", reference: Any = None, tokenizer: Any = None
 ) -> Learner:
     """A learner of a tiny policy, with a reference that differs, adapters and a critic that say something."""
-    model, near = tiny_model(kind, VOCABULARY), None
+    model, near = small_model(kind), None
     if config.algorithm.needs_reference and not config.lora.rank:
-        near = Policy(reference or tiny_model(kind, VOCABULARY, seed=1), tokenizer)
+        near = Policy(reference or small_model(kind, 1), tokenizer)
     learner = Learner(Policy(model, tokenizer), config, PROTOCOL, Workers(), near)
     draw = torch.Generator().manual_seed(9)
     for name, parameter in learner.model.named_parameters():
@@ -167,7 +173,7 @@ def plain_learner(learner: Learner, kind: str = "qwen2") -> PlainLearner:
     """The loops that should come to the same, from the learner's weights of now."""
     config, reference = learner.config, None
     if config.algorithm.kl_coefficient:
-        reference = tiny_model(kind, VOCABULARY, seed=0 if config.lora.rank else 1)
+        reference = small_model(kind, 0 if config.lora.rank else 1)
     return PlainLearner(learner.model, reference, learner.critic, config, TOKEN_LIMIT, RATE)
 
 

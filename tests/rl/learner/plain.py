@@ -56,11 +56,12 @@ class Rows:
         logits = model(torch.tensor([ids])).logits[0] / rollout.temperature
         logprobs, entropy = [], []
         for position in self.positions[row]:
-            kept = list(range(len(logits[0])))
+            row_logits, taken = logits[position - 1], ids[position]
             if rollout.renormalise_logprobs:
-                kept = sorted({*_likeliest(logits[position - 1], rollout), ids[position]})
-            distribution = logits[position - 1][kept].log_softmax(0)
-            logprobs.append(distribution[kept.index(ids[position])])
+                kept = sorted({*_likeliest(row_logits, rollout), taken})
+                row_logits, taken = row_logits[kept], kept.index(taken)
+            distribution = row_logits.log_softmax(0)
+            logprobs.append(distribution[taken])
             entropy.append(-(distribution.exp() * distribution).sum())
         return logprobs, entropy
 

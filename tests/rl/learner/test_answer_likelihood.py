@@ -9,8 +9,14 @@ from agent.trajectory import SegmentKind
 from data.settings import LoraConfig
 from rl.algorithm.credit import TrainingBatch
 from rl.config import AlgorithmConfig
-from tests.fakes import tiny_model
-from tests.rl.learner.learning import VOCABULARY, configure, learn, make_groups, make_learner
+from tests.rl.learner.learning import (
+    VOCABULARY,
+    configure,
+    learn,
+    make_groups,
+    make_learner,
+    small_model,
+)
 
 
 def encode(text, add_special_tokens=True):
@@ -37,7 +43,7 @@ def test_the_likelihoods_are_those_of_the_starting_policy_before_and_after_updat
     config = configure(algorithm, lora=LoraConfig(rank=2 if adapters else 0), mask_observations=masked)
     tokenizer = SimpleNamespace(encode=encode, decode=lambda ids, **_: "")
     learner, groups = make_learner(config, tokenizer=tokenizer), make_groups(0)
-    reference = tiny_model("qwen2", VOCABULARY, seed=0 if adapters else 1)
+    reference = small_model(seed=0 if adapters else 1)
     for _ in range(2):
         batch = TrainingBatch([t for group in groups for t in group.trajectories], [], learner.model.device)
         learner._score(batch)
