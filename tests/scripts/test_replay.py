@@ -108,7 +108,7 @@ def test_shares_of_right_answers_are_printed_of_several_samples(world, capsys):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ([], "holds 12 trajectories, name one: "),
+        ([], "holds 6 trajectories, name one: "),
         (["--id", "elsewhere"], "id = 'elsewhere'"),
         (["--id", "first", "--turn", "9"], "turn = 9: "),
         (["--id", "first", "--samples", "0"], "samples = 0: must be >= 1"),
