@@ -329,11 +329,11 @@ results.push(document.querySelector("figure output").textContent.split(":")[0]);
 results.push(byId("curves").className);
 byId("smooth").click();
 results.push(byId("curves").className);
-const kind = document.querySelector("[name=kind]");
-kind.value = "comparison";
+const kind = document.querySelector("[name=kind]"); kind.value = "comparison";
 send(kind, "input");
 results.push(location.hash, shown.every((question) => question.kind === "comparison"));
-document.title = JSON.stringify(results);
+send(document.querySelector("#detail summary"), "keydown", {key: "ArrowUp"});
+results.push(document.activeElement.id); document.title = JSON.stringify(results);
 """
 
 
@@ -350,7 +350,7 @@ def test_in_a_browser_keys_filters_pointer_and_smoothing_work(tmp_path, report):
         "smoothing",
         "",
         "#kind=comparison&id=test-2",
-        True,
+        *(True, "list"),
     ]
 
 

@@ -214,6 +214,7 @@ function onKey(event) {
   if (!move || elsewhere || (event.target === document.body && !browserInView())) return;
   event.preventDefault();
   select(shown.findIndex((question) => question.id === state.id) + move);
+  if (event.target !== document.body) byId("list").focus({ preventScroll: true }); // what had it may be gone
 }
 
 function browserInView() {

@@ -61,6 +61,10 @@ def read_folder(path: Path | str, names: str | None = None) -> Run:
     if not runs and not folders:
         raise DataError(f"{path} is no run folder and no evaluation, and holds none")
     wanted = _matching(list(folders), names) if names else _by_default(folders)
+    matrix = read_json(path / MATRIX_FILE) if (path / MATRIX_FILE).exists() else None
+    if matrix:  # the one that others are compared to first
+        places = {name: place for place, name in enumerate([matrix["baseline"], *matrix["cells"]][::-1])}
+        wanted.sort(key=lambda name: -places.get(name, -1))
     kind = "run" if path in runs else "evaluation" if list(folders.values()) == [path] else "folder"
     return Run(
         name=path.resolve().name,
@@ -71,7 +75,7 @@ def read_folder(path: Path | str, names: str | None = None) -> Run:
         phases=_read_phases(path / "phases.json"),
         evaluations=[found for name in wanted if (found := _read(name, folders[name])) is not None],
         passed_over=[name for name in folders if name not in wanted],
-        matrix=read_json(path / MATRIX_FILE) if (path / MATRIX_FILE).exists() else None,
+        matrix=matrix,
     )
 
 
@@ -125,7 +129,7 @@ def read_full(evaluation: Evaluation, ids: set[str]) -> dict[str, Mapping[str, A
 
 def _name(path: Path, folder: Path) -> str:
     """Return the name of an evaluation or run below `path`.   run1/evaluations/after -> run1/after"""
-    parts = [part for part in folder.relative_to(path).parts if part != "evaluations"]
+    parts = [part for part in folder.relative_to(path).parts if part not in ("evaluations", "cells")]
     return "/".join(parts) or path.resolve().name
 
 

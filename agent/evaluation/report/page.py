@@ -64,6 +64,7 @@ def render_report(
         "digest": digest,
         "style": _asset("style.css"),
         "heading": tables.heading(run),
+        "no_runs": "" if run.metrics else " hidden",
         "results": sections + tables.results(run),
         "matrix": tables.heat_map(run),
         "phases": tables.phases(run),

@@ -81,8 +81,8 @@ def heat_map(run: Run) -> str:
             + "</tr>"
             for policy in dict.fromkeys(cell["policy"] for cell in own)
         )
-        named = zip(("passages a search", "searches at most"), limits, strict=True)
-        title = ", ".join(f"{limit} {name}" for name, limit in named if limit is not None)
+        named = zip((("passage", "a search"), ("search", "at most")), limits, strict=True)
+        title = ", ".join(f"{counted(limit, noun)} {of}" for (noun, of), limit in named if limit is not None)
         table = f'<table class="heat"><caption>{title}</caption><tr><th></th>{head}</tr>{rows}</table>'
         parts.append(f'<div class="scroll">{table}</div>')
     contrasts = "".join(

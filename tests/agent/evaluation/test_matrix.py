@@ -1,6 +1,7 @@
 """Cells, differences, effects, interaction and diagonal against plain loops; the files and the heat map."""
 
 import csv
+import re
 from itertools import product
 
 import numpy as np
@@ -87,6 +88,9 @@ def test_markdown_csv_and_the_reports_heat_map_say_the_same(tmp_path):
     markdown, page = (tmp_path / "matrix.md").read_text(), render_report(tmp_path)
     assert "| before | old |  |  |" in markdown and "| baseline |" in markdown
     assert page.count("--heat: ") == 4 and "interaction" in page and "interaction" in markdown
+    assert "1 passages" not in page and '<section id="curves" hidden>' in page
+    names = re.findall(r"(before|after)[.](old|new)", page.split("<thead>")[1].split("</thead>")[0])
+    assert names[0] == ("before", "old") and len(names) == 4 and "cells/" not in page
     for row, (cell, own) in zip(rows, scores.items(), strict=True):
         assert float(row["mean"]) == pytest.approx(own.mean())
         assert (row["difference_mean"] == "") == (cell == Cell("before", "old"))
