@@ -56,9 +56,9 @@ def minilm_students(out: Path, data: Path, faults: dict[str, float], drafts: int
     """Measure MiniLM with one seed, also on two collections that were not in training."""
     world = Squad(out, data, faults, drafts)
     model = {"class_path": "pretrained", "init_args": {"base": minilm(), "max_tokens": 64}}
-    world.dtype = "bfloat16"  # half the time of encoding
     others = {name: data / "ir" / name for name in ("cranfield", "cisi")}
-    return world.grid("MiniLM", MINILM_STUDENTS, model, {"steps": 20}, range(1), world.part(600), others)
+    much = {"steps": 60, "learning_rate": 1e-4}  # enough for pairs that are wrong to harm
+    return world.grid("MiniLM", MINILM_STUDENTS, model, much, range(1), world.part(600), others)
 
 
 class Squad:
@@ -69,7 +69,6 @@ class Squad:
 
     def __init__(self, out: Path, data: Path, faults: dict[str, float], drafts: int) -> None:
         self.folder, self.squad, self.drafts = out / "students", data / "squad", drafts
-        self.dtype = "float32"
         self.corpus = Corpus(self.squad / "corpus.jsonl")
         self.bm25 = bm25(self.corpus, self.folder / "bm25")
         self.generator = Extracts(str(self.corpus.path), faults)
@@ -141,7 +140,7 @@ class Squad:
             data = [DataConfig(str(self.corpus.path), str(each), negatives=far) for each in sets]
             settings = {**much, "steps": 1, "learning_rate": 1e-9} if name == "untrained" else much
             trained = train(place, model, data, settings)
-            found = {where: search(place, where, trained, self.dtype, *test) for where, test in tests.items()}
+            found = {where: search(place, where, trained, *test) for where, test in tests.items()}
             write_json(place / "scores.json", found)
         return read_json(place / "scores.json")
 
@@ -182,13 +181,13 @@ def train(place: Path, model: Component, data: list[DataConfig], settings: dict[
 
 
 def search(
-    place: Path, name: str, model: Path, dtype: str, corpus: Corpus, asked: Sequence[Question], qrels: Qrels
+    place: Path, name: str, model: Path, corpus: Corpus, asked: Sequence[Question], qrels: Qrels
 ) -> list[float]:
     """nDCG@10 of each query by a dense index, made in PLACE/NAME."""
     from retriever_server.encoders.loading import load_encoder
     from retriever_server.indexes.flat import FlatIndex
 
-    encoder = load_encoder(str(model), dtype=dtype)
+    encoder = load_encoder(str(model))
     return ndcg(FlatIndex.build(corpus, place / name, encoder, overwrite=True), asked, qrels)
 
 
