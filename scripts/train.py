@@ -20,6 +20,7 @@ from data.questions import load_questions
 from data.records import hash_questions
 from data.run_dir import RunDir, RunStatus, defaults_of, has_results, read_config, read_metrics
 from data.settings import WandbConfig
+from data.text import counted
 from rl.config import SentinelConfig, TrainConfig
 from scripts.console import StepLines, bar, say
 
@@ -199,7 +200,9 @@ def train(
             client = client or open_client(*retriever, here.deterministic)
             if _leads():
                 size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size}"
-                say(f"training {here.policy}: {here.steps} steps of {size} trajectories, into {here.out}")
+                say(
+                    f"training {here.policy}: {counted(here.steps, 'step')} of {size} trajectories, into {here.out}"
+                )
             from rl.learner.workers import join_workers
 
             workers = join_workers()

@@ -73,7 +73,7 @@ def main(
     limits = {key: value for key, value in vars(spoken).items() if type(value) is int}
     record = {"policy": policy, **source, "protocol": {"name": spoken.name, **limits}}
     check_out(Path(out), {**record, "training": asdict(training)})
-    say(f"warm start of {policy}: {training.steps:,} steps of {training.batch_size}, into {out}")
+    say(f"warm start of {policy}: {counted(training.steps, 'step')} of {training.batch_size}, into {out}")
     start = _starting_policy(policy, spans, spoken, training)
     from rl.warm_start import warm_start
 
