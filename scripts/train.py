@@ -199,10 +199,8 @@ def train(
         try:
             client = client or open_client(*retriever, here.deterministic)
             if _leads():
-                size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size}"
-                say(
-                    f"training {here.policy}: {counted(here.steps, 'step')} of {size} trajectories, into {here.out}"
-                )
+                size = f"{here.rollout.questions_per_step} questions x {here.rollout.group_size} trajectories"
+                say(f"training {here.policy}: {counted(here.steps, 'step')} of {size}, into {here.out}")
             from rl.learner.workers import join_workers
 
             workers = join_workers()
