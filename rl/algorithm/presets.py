@@ -196,7 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "llds_coefficient": 0.1,
         "importance": "token",
         "off_policy_threshold": 0.5,
-        "kl_coefficient": 0.5,
+        "kl_coefficient": 0.2,
         "kl_unbiased": True,
         "updates_per_rollout": 2,
     },

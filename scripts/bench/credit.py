@@ -28,7 +28,7 @@ from scripts.quickstart import RECIPE, build_world
 
 Options = dict[str, Any]
 CREDIT = {"steps": 16, "eval_every": 16, "algorithm.advantage": "search_credit"}
-COLLAPSING = {"algorithm.learning_rate": 2e-3, "eval_every": 4}
+COLLAPSING = {"algorithm.learning_rate": 3e-3, "eval_every": 2}
 ARMS: dict[str, dict[str, Options]] = {
     "credit": {
         "outcome": {**CREDIT, "algorithm.advantage": "grpo"},
@@ -37,8 +37,8 @@ ARMS: dict[str, dict[str, Options]] = {
         "answer_match": {**CREDIT, "algorithm.credit_potential": "answer_match"},
     },
     "stability": {
-        "plain": {**COLLAPSING, "algorithm.updates_per_rollout": 2, "steps": 16},
-        "stable": {**COLLAPSING, "preset": "stable", "steps": 48},
+        "plain": {**COLLAPSING, "algorithm.updates_per_rollout": 2, "steps": 12},
+        "stable": {**COLLAPSING, "preset": "stable", "steps": 36, "eval_every": 4},
     },
 }
 
@@ -61,7 +61,7 @@ def main(
     test = read_jsonl(out / "world" / "test.jsonl")
     multi_hop = [row for row in test if row["metadata"]["kind"] in ("two_hop", "three_hop")]
     write_jsonl(out / "test.jsonl", multi_hop[::3])
-    write_jsonl(out / "dev.jsonl", list(read_jsonl(out / "world" / "dev.jsonl"))[::8])
+    write_jsonl(out / "dev.jsonl", list(read_jsonl(out / "world" / "dev.jsonl"))[::4])
     arms = {name: ARMS[experiment][name] for name in only or ARMS[experiment]}
     folders = {name: [out / f"{experiment}-{name}-{seed}" for seed in range(seeds)] for name in arms}
     for seed in range(seeds):
