@@ -70,7 +70,7 @@ def main(
     steps: int | None = None,
     test_questions: int = 300,
 ) -> None:
-    """Warm-start SmolLM2-135M, let GRPO find what to search, and compare with controls; about 90 minutes.
+    """Warm-start SmolLM2-135M, let GRPO find what to search, and compare with controls; 2.5 processor hours.
 
     The warm start teaches format and reading, with queries that are poor on purpose. The control is more of
     the same warm start for the CPU seconds that GRPO took. The same command goes on where it was stopped.
