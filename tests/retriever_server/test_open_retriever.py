@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said_in_one_line_with_file_and_key(text, said, tmp_pat
 
 @pytest.mark.parametrize("spec", ["nowhere", "random:nowhere", "absent.yaml"])
 def test_what_is_none_of_them_is_refused(spec):
-    with pytest.raises(ConfigError, match=r"must be an http\(s\) URL or the folder|No such file"):
+    with pytest.raises(ConfigError, match=r"must be an http\(s\) URL or the folder|no such file"):
         open_retriever(spec)
 
 
