@@ -32,9 +32,11 @@ def shipped_files() -> set[str]:
 
 @cache
 def top_level_names() -> set[tuple[str, str]]:
-    """Each installed distribution with what it puts on the path."""
+    """Each installed distribution with what it puts on the path; its name is parsed out of METADATA once."""
     return {
-        (dist.name, file.parts[0]) for dist in importlib.metadata.distributions() for file in dist.files or []
+        (name, line.partition(",")[0].partition("/")[0])
+        for name, dist in ((dist.name, dist) for dist in importlib.metadata.distributions())
+        for line in (dist.read_text("RECORD") or "").splitlines()
     }
 
 
