@@ -37,7 +37,7 @@ def domain(
         for name, path in models.items():
             kept = folder / f"{name}-{at.name}.json"
             if not kept.exists():
-                write_json(kept, search(folder, f"{name}-{at.name}", path, "float32", there, asked, qrels))
+                write_json(kept, search(folder, f"{name}-{at.name}", path, there, asked, qrels))
             scores[name] = read_json(kept)
         ids = [each.id for each in asked]
         found[at.name] = {
