@@ -88,7 +88,7 @@ def imports_of_all(on_load: bool) -> dict[str, set[str]]:
 
 
 def longest_chains(graph: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
-    """Of each module; a CycleError that names the modules of a cycle."""
+    """Return the longest chain of imports below each module; CycleError names the modules of a cycle."""
     chains: dict[str, tuple[str, ...]] = {}
     for module in TopologicalSorter(graph).static_order():
         below = (chains[each] for each in sorted(graph[module]))

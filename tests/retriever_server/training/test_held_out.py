@@ -15,7 +15,7 @@ from tests.samples import quick
 
 
 def build(made):
-    """What stands before training, all its checks among it."""
+    """Return what a run prepares before it trains, with all checks of its settings."""
     return training.build_trainer(made, lambda *_: None, lambda *_: None)
 
 
