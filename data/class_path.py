@@ -319,10 +319,12 @@ def wrong_value(message: str) -> tuple[str, str]:
     if found := re.match(union, message):
         key, expected, given = found.groups()
         expected = re.sub(r"Literal\[(.+?)\]", r"\1", _plain(expected)).replace("NoneType", "null")
-        return key, f"got {given!r}, expected one of {expected}"
+        return key, f"got {given!r}, expected {'' if expected.startswith('list') else 'one of '}{expected}"
     return "", " ".join(message.split())
 
 
 def _plain(expected: str) -> str:
     plain = re.sub(r"<class '(.+?)'>", r"\1", expected).replace("typing.", "")
-    return {"list": "list, such as [a, b]", "dict": "dict, such as {name: value}"}.get(plain, plain)
+    if plain.startswith("list"):
+        return "list, such as [a, b]"
+    return {"dict": "dict, such as {name: value} or {class_path: NAME}"}.get(plain, plain)

@@ -45,6 +45,8 @@ def find_model(name: str, what: str, files: Sequence[str] = MODEL_FILES) -> str:
     if name and folder.is_dir():
         _check_model(folder, what, files)
         return str(folder)
+    if folder.is_file():
+        raise ConfigError(f"{what} = {name!r}: is a file, must be the folder of a model")
     if reason := _why_not_on_hub(name, "model"):
         known = f"no folder, no short name ({', '.join(SHORT_NAMES)})"
         raise ConfigError(f"{what} = {name!r}: {known}, and {reason}{_hint(name, SHORT_NAMES)}")

@@ -79,7 +79,13 @@ QUIET_LOGGERS = (
     "torch",
 )
 STDOUT = 1
-USER_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+USER_FILE_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -58,6 +59,7 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
             with suppress(yaml.YAMLError):  # what else is wrong is said where it is parsed
                 check_keys(value, option)
     values = parse(parser, argv)
+    refuse_read_files(values)
     config_type = config_dataclass(run)
     with looking_beside(*config_paths(argv)):
         return run(config_type(**values)) if config_type else run(**values)
@@ -273,6 +275,22 @@ def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     return values
 
 
+def refuse_read_files(values: dict[str, Any]) -> None:
+    """Raise ConfigError where a file to write is one of those to read, which it would replace."""
+    paths = {
+        key: [str(each) for each in (value if isinstance(value, list) else str(value).split(","))]
+        for key, value in values.items()
+        if isinstance(value, str | Path | list)
+    }
+    for out in ("out", "rest", "csv", "json", "markdown"):
+        for path in filter(os.path.isfile, paths.pop(out, [])):
+            for key, others in paths.items():
+                if any(os.path.isfile(other) and os.path.samefile(path, other) for other in others):
+                    raise ConfigError(
+                        f"{out} = {path}: must be another file than {key}, which it would replace"
+                    )
+
+
 def check_shapes(namespace: Namespace, parser: ArgumentParser, argv: list[str]) -> None:
     """Refuse what jsonargparse lets pass: null for a type without None, a value for a group."""
     keys = known_keys(parser)
@@ -295,9 +313,15 @@ def explain(message: str, parser: ArgumentParser, argv: list[str]) -> str:
     if found := re.match(r"unrecognized arguments: --([^\s=]+)", message):
         return unknown_key(found[1], parser, argv)
     if message.startswith("unrecognized arguments: "):
-        return f"{message} (a value of several words stands in quotes)"
+        return f"{message} (each value follows its --option; several words stand in quotes)"
     if found := re.match(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'(?: is|$)", message):
         return unknown_key(".".join(filter(None, found.groups())), parser, argv)
+    of_class = r"""(?s)Parser key "(.+?)":\s+Problem with given class_path '(.+)\.(\w+)':\s+(.+)"""
+    if found := re.match(of_class, message):  # an item of a list
+        key, module, name, inner = found.groups()
+        item = ArgumentParser(prog=parser.prog)
+        item.add_class_arguments(getattr(import_module(module), name))
+        return f"{place(key, argv)}{key}: {explain(inner, item, [])}"
     key, wrong = wrong_value(message)
     if key:
         return f"{place(key, argv)}{key}: {wrong}"

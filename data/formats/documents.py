@@ -72,11 +72,11 @@ def passages_of(
 
 def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:
     """The sections of a file, by the end of its name; DataError where they cannot be read."""
-    read = (READERS | {".jsonl": _corpus}).get("".join(path.suffixes[-1:]).lower())
+    read = _corpus if kind_of(path) == ".jsonl" else READERS.get(path.suffix.lower())
     if path.name.endswith(DUMPS):
         read = partial(_wikipedia, open_file=open_file)
     if read is None:
-        raise DataError(f"{path}: must end in {', '.join([*READERS, *DUMPS])}")
+        raise DataError(f"{path}: must end in {', '.join([*READERS, *DUMPS, *KINDS])}")
     try:
         yield from read(path)
     except ConfigError:

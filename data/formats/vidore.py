@@ -86,6 +86,8 @@ def _checked(folder: Path, split: str | None) -> str:
     split = split or "test"
     files = (folder / ("queries" if _is_three(folder) else "data")).glob("*.parquet")
     there = sorted({path.stem.partition("-")[0] for path in files})
+    if not there:
+        raise ConfigError(f"benchmark {folder}: must be a folder of ViDoRe's parquet files")
     if split not in there:
         raise ConfigError(f"benchmark {folder}:{split}: must name a split, one of {', '.join(there)}")
     return split

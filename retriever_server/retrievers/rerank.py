@@ -95,6 +95,11 @@ class CrossEncoder(Scorer):
         self._model = load_or_refuse(
             model, lambda: Model(found, max_length=max_length, device=device, trust_remote_code=False)
         )
+        answers = [getattr(self._model[-1], f"{word}_token_id", None) for word in ("true", "false")]
+        if (unknown := self._model.tokenizer.unk_token_id) is not None and unknown in answers:
+            raise ConfigError(
+                f"model = {model!r}: no reranker: a language model without the tokens yes and no"
+            )
 
     def score(self, pairs: list[Pair]) -> list[float]:
         """Return the model's own number for each pair."""

@@ -67,9 +67,12 @@ def convert_from(
     form, source, out, left_out = FORMATS[name], Path(source), Path(out), Counter()
     if not source.exists():
         raise ConfigError(f"source = {source}: no such file or folder")
+    if name in ("tevatron-v2", "beir", "vidore") and source.is_file():
+        raise ConfigError(f"source = {source}: is a file, the format {name} is a folder")
+    _refuse_to_replace(source, out, corpus is None)
     if corpus is None:
         if not form.has_passages:
-            raise ConfigError(f"format {name!r}: names passages of a corpus, which must be given")
+            raise ConfigError(f"format {name!r}: names passages of a corpus, which must be given (--corpus)")
         rows = _distinct(progress(form.read(source, split, out / "images")), out, left_out)
         write_jsonl(out / "corpus.jsonl", _some(rows, f"{source}: holds no passages of the format {name}"))
     passages = Corpus(corpus or out / "corpus.jsonl")
@@ -80,6 +83,17 @@ def convert_from(
     rows = (row | _beside(row, out) for row in rows)
     write_jsonl(out / "examples.jsonl", _some(rows, f"{source}: holds no examples", written := Counter()))
     return Converted(passages, out / "examples.jsonl", written["rows"], left_out)
+
+
+def _refuse_to_replace(source: Path, out: Path, writes_corpus: bool) -> None:
+    """ConfigError where the files to write stand there, and no former conversion wrote them."""
+    examples, passages = out / "examples.jsonl", out / "corpus.jsonl"
+    if writes_corpus and passages.exists() and not examples.exists():
+        raise ConfigError(
+            f"out = {out}: holds another corpus.jsonl, which would be replaced; name a new folder"
+        )
+    if any(source.resolve() == each.resolve() for each in (out, examples, passages)):
+        raise ConfigError(f"out = {out}: must be another folder than that of source, which would be replaced")
 
 
 def _beside(row: dict[str, Any], out: Path) -> dict[str, str]:

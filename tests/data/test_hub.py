@@ -83,6 +83,8 @@ def test_a_folder_and_a_short_name_ask_no_hub(a_hub, tmp_path):
     model(tmp_path / "mine")
     assert find_model("mine", "policy") == "mine"
     assert (find_model("atlas", "encoder")).endswith("seed_policy")
+    (tmp_path / "weights.gguf").touch()
+    assert "'weights.gguf': is a file, must be the folder of a model" in refused("weights.gguf")
     assert a_hub == []
 
 

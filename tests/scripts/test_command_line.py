@@ -37,6 +37,8 @@ class Config:
     algorithm: Algorithm = field(default_factory=Algorithm)
     steps: int = 3
     seeds: list[int] = field(default_factory=list)
+    stages: list[Algorithm] = field(default_factory=list)
+    results: list[Path] | None = None
 
 
 @pytest.fixture
@@ -189,6 +191,15 @@ def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(run, tmp_
         (["--out", "x", "--step", "3"], "unknown key step; did you mean steps?"),
         (["--out", "x", "--steps", "many"], "steps: got 'many', expected int"),
         (["--out", "x", "--seeds", "1,2"], "seeds: got '1,2', expected list, such as [a, b]"),
+        (["--out", "x", "--results", "a"], "results: got 'a', expected list, such as [a, b]"),
+        (
+            ["--out", "x", "--stages", "[{learning_rat: 1}]"],
+            "stages: unknown key learning_rat; did you mean learning_rate?",
+        ),
+        (
+            ["--out", "x", "--stages", "[{learning_rate: a}]"],
+            "stages: learning_rate: got 'a', expected float",
+        ),
         (["--config", "none.yaml"], "--config none.yaml: no such file"),
     ],
 )
@@ -216,11 +227,28 @@ def test_only_one_value_is_named_and_the_rest_is_refused(run):
     assert status == 2 and "unrecognized arguments: is it" in err
 
 
+def test_a_file_that_is_read_is_not_written_over(run, tmp_path):
+    def takes_files(got):
+        def main(questions: str, out: Path, runs: list[Path] | None = None):
+            """Write one file."""
+            got.append(out)
+
+        return main
+
+    given, link = write(tmp_path / "q.jsonl", "{}"), tmp_path / "link"
+    link.symlink_to(given)
+    for questions, runs in ((f"a.jsonl,{link}", "null"), ("a.jsonl", f"[b, {given}]")):
+        status, got, _, err = run(takes_files, "--questions", questions, "--out", given, "--runs", runs)
+        assert status == 2 and not got and "must be another file than" in err and err.count("\n") == 1
+    assert run(takes_files, "--questions", given, "--out", tmp_path / "new")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
         (DataError("corpus.jsonl, line 3: no id"), 2, "corpus.jsonl, line 3: no id"),
         (FileNotFoundError(2, "No such file or directory", "c.jsonl"), 2, "c.jsonl"),
+        (FileExistsError(17, "File exists", "c.jsonl"), 2, "File exists: c.jsonl"),
         (BrokenPipeError(), 2, "stopped reading"),
         (OSError(28, "No space left on device"), 2, "the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -98,6 +98,13 @@ def test_wrong_options_are_refused(options, said, folder, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_packed_corpus_is_cut_too(tmp_path):
+    rows = gzip.compress(b'{"id": "a", "contents": "One. Two."}\n')
+    (tmp_path / "c.jsonl.gz").write_bytes(rows)
+    assert sleuth.main(["corpus", str(tmp_path / "c.jsonl.gz"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert '"id": "a#0"' in (tmp_path / "out.jsonl").read_text()
+
+
 def test_the_bar_follows_how_far_a_dump_is_read(tmp_path, capsys, monkeypatch):
     pytest.importorskip("mwxml")
     for name, pack in {"a.xml.bz2": bz2.compress, "b.xml.gz": gzip.compress, "c.xml": bytes}.items():

@@ -72,7 +72,8 @@ class Synthesis:
         self._check_stages()
         count = self._seeds()
         if not count:
-            raise DataError("no passage to write for: see least_characters, pattern and evaluation")
+            least = f"least_characters = {self.config.least_characters}"
+            raise DataError(f"no passage is left to write for by {least}, pattern and evaluation")
         self._stage("generated", "writing queries", count, self._generate)
         self._check_usable()
         if self.retriever is not None and self.config.candidates:

@@ -88,6 +88,8 @@ def test_wrong_prompts_answers_and_models_are_refused(language_model):
         YesNo(str(language_model), yes="yes", no="yesterday")
     with pytest.raises(ConfigError, match=r"model = '.*/absent': no folder, no short name"):
         YesNo(str(language_model / "absent"))
+    with pytest.raises(ConfigError, match="a language model without the tokens yes and no"):
+        CrossEncoder("atlas", device="cpu")
 
 
 def test_a_cross_encoder_scores_as_sentence_transformers_does(tmp_path):

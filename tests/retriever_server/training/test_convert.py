@@ -228,6 +228,22 @@ def test_a_wrong_line_is_named(tmp_path, name, line, message):
     assert not (tmp_path / "out" / "examples.jsonl").exists()
 
 
+def test_a_corpus_of_others_and_the_source_are_not_replaced(tmp_path):
+    source = tmp_path / "examples.jsonl"
+    source.write_text('{"query": "q", "pos": ["good"], "neg": []}\n')
+    with pytest.raises(ConfigError, match="must be another folder than that of source"):
+        convert_from("bge", source, tmp_path)
+    (own := tmp_path / "own").mkdir()
+    (own / "corpus.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds another corpus\.jsonl, which would be replaced"):
+        convert_from("bge", source, own)
+    assert (own / "corpus.jsonl").read_text() == "mine"
+    for _ in range(2):  # its own may be made again
+        assert convert_from("bge", source, tmp_path / "new").count == 1
+    with pytest.raises(ConfigError, match="is a file, the format beir is a folder"):
+        convert_from("beir", source, tmp_path / "new")
+
+
 def test_dangling_ids_are_errors_or_skipped(tmp_path, corpus):
     rows = [{"question": "a", "metadata": {"supporting_ids": ["p1"]}},
             {"question": "b", "metadata": {"supporting_ids": ["gone"]}}]  # fmt: skip
