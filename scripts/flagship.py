@@ -18,12 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from data.answers import cover_em
 from data.checkpoint import best_checkpoint
+from data.device import cpu_has_bfloat16, resolve_device
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
@@ -69,8 +70,9 @@ def main(
     warm_steps: int = WARM_STEPS,
     steps: int | None = None,
     test_questions: int = 300,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> None:
-    """Warm-start SmolLM2-135M, let GRPO find what to search, and compare with controls; 2.5 processor hours.
+    """Warm-start SmolLM2-135M, let GRPO find what to search, and compare with controls; 1 to 2.5 hours.
 
     The warm start teaches format and reading, with queries that are poor on purpose. The control is more of
     the same warm start for the CPU seconds that GRPO took. The same command goes on where it was stopped.
@@ -83,6 +85,7 @@ def main(
         warm_steps: Steps of the warm start.
         steps: Steps of GRPO; none: those of scripts/configs/flagship.yaml.
         test_questions: Dev questions that every policy answers, drawn at random.
+        dtype: What is computed in: float32, bfloat16, or auto: bfloat16 where it is multiplied natively.
     """
     for name, value in (
         ("warm_steps", warm_steps),
@@ -96,7 +99,10 @@ def main(
     from agent.policy_folder import find_policy
 
     find_policy(policy)
-    run = Flagship(Path(out), Path(data), policy, seed)
+    if dtype == "auto":
+        fast = resolve_device("auto") == "cuda" or cpu_has_bfloat16()
+        dtype = "bfloat16" if fast else "float32"
+    run = Flagship(Path(out), Path(data), policy, seed, dtype)
     with going_on(out):
         run.make_data(test_questions)
         run.warm_start(policy, "warm", warm_steps)
@@ -109,8 +115,8 @@ def main(
 class Flagship:
     """The stages, over one folder."""
 
-    def __init__(self, out: Path, data: Path, policy: str, seed: int) -> None:
-        self.out, self.data, self.policy, self.seed = out, data, policy, seed
+    def __init__(self, out: Path, data: Path, policy: str, seed: int, dtype: str = "float32") -> None:
+        self.out, self.data, self.policy, self.seed, self.dtype = out, data, policy, seed, dtype
         out.mkdir(parents=True, exist_ok=True)
         self.phases = Phases(out / "phases.json")
         self.recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
@@ -135,7 +141,8 @@ class Flagship:
         out = self.out / name
         if (out / "config.json").exists() and not (out / "checkpoints").exists():
             return
-        settings = {**WARM, "steps": steps, "seed": self.seed + (name == "control")}
+        seed = self.seed + (name == "control")
+        settings = {**WARM, "steps": steps, "seed": seed, "precision": self.dtype}
         training = {f"training.{key}": value for key, value in settings.items()}
         made = self.out / "demonstrations.jsonl"
         self._stage(
@@ -155,11 +162,9 @@ class Flagship:
         if out.exists() and read_json(out / "run.json").get("status") == "finished":
             return
         places = {"policy": self.out / "warm", "questions": self.out / "questions.jsonl", "out": out}
-        more = {} if steps is None else {"steps": steps}
-        index = self.out / "index"
-        self._stage(
-            "train", None, config=RECIPE, retriever=index, seed=self.seed, phase="grpo", **places, **more
-        )
+        more: dict[str, Any] = {} if steps is None else {"steps": steps}
+        more |= {"retriever": self.out / "index", "seed": self.seed, "dtype": self.dtype}
+        self._stage("train", None, config=RECIPE, phase="grpo", **places, **more)
 
     def control_steps(self, warm_steps: int) -> int:
         """Steps of more warm start that take the CPU seconds of GRPO."""
@@ -190,13 +195,14 @@ class Flagship:
                 "retriever": retrievers.get(name, index),
                 "out": out,
             }
-            rest = {"questions": self.out / "test.jsonl", "max_rows": 64}
+            rest = {"questions": self.out / "test.jsonl", "max_rows": 64, "dtype": self.dtype}
             phase = f"evaluate {name}"
             self._stage("evaluate", out / "scores.json", phase=phase, **places, **rest, **self.limits)
 
     def conclude(self) -> None:
         """Write and print the comparison, and the report of the run."""
-        results = compare(self.out / "grpo" / "evaluations") | {"seconds": self.phases.seconds}
+        evaluations = self.out / "grpo" / "evaluations"
+        results = compare(evaluations) | {"dtype": self.dtype, "seconds": self.phases.seconds}
         write_json(self.out / "results.json", results)
         text = as_markdown(results)
         (self.out / "results.md").write_text(text, encoding="utf-8")
