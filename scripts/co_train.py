@@ -21,6 +21,8 @@ from data.yaml_file import read_yaml
 from rl.co_training.rounds import State, load_state, run_rounds
 from scripts.console import going_on, show_table
 
+AGENT = ("protocol", "engine", "device", "dtype")
+"""Keys of the policy's recipe that decide how it answers, in training and elsewhere."""
 LEAST_HEADROOM = 0.15
 """Below this a loop has nothing to show."""
 
@@ -40,7 +42,8 @@ class CoTrainConfig:
     dev_questions: str
     """Questions that judge: the policy by its answers, a new retriever by the policy's searches."""
     train_recipe: str
-    """YAML file for `sleuth train`; its policy, retriever, questions, steps and out are set here."""
+    """YAML file for `sleuth train`; its policy, retriever, questions, steps and out are set here. Every stage
+    takes its protocol, engine, device and dtype."""
     retriever_recipe: str
     """YAML file for `sleuth train-retriever`; its train and out are set here."""
     out: str
@@ -133,6 +136,9 @@ class _Loop:
 
     def __init__(self, config: CoTrainConfig, out: Path, questions: Sequence[Any]) -> None:
         self.config, self.out, self.questions = config, out, questions
+        recipe = read_yaml(Path(config.train_recipe))
+        shared = {key: recipe[key] for key in AGENT if key in recipe}
+        self.shared = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in shared.items()}
 
     def rollout(self, state: State) -> State:
         config, folder = self.config, self._folder(state)
@@ -282,7 +288,8 @@ class _Loop:
         if self.config.server:
             check_generation(self.config.server, read_manifest(Path(state.retriever)).generation)
         retriever = self.config.server or state.retriever
-        return {"policy": state.policy, "retriever": retriever, "protocol.top_k": self.config.k}
+        given = {"policy": state.policy, "retriever": retriever, "protocol.top_k": self.config.k}
+        return {**self.shared, **given}
 
     def _run(self, state: State, command: str, given: dict[str, Any], allowed: tuple[int, ...] = (0,)) -> int:
         """Run `sleuth COMMAND`; its own resuming takes up what an earlier run began. Its exit status."""

@@ -1,6 +1,6 @@
 """MaxSim beside fast-plaid, on the same token vectors, in one run and in turns, one thread each.
 
-    python3.11 -m venv PEER && PEER/bin/pip install torch==2.9.1 fast-plaid==1.7.0.290
+    python3.11 -m venv PEER && PEER/bin/pip install fast-plaid==1.7.0.290
     python -m scripts.bench.maxsim --corpus corpus.jsonl --questions questions.jsonl \
         --model MINILM_FOLDER --work runs/maxsim --peer_python PEER/bin/python
 

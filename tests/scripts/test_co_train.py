@@ -125,6 +125,18 @@ def test_the_normal_form_of_answers_reaches_all_that_judges_by_them(atlas, tmp_p
     assert {row["metadata"]["normalizer"] for row in asked} == {"unicode"}
 
 
+def test_the_policy_answers_everywhere_as_its_recipe_says(atlas, tmp_path, commands):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("protocol: {max_turns: 1}\ndtype: bfloat16\nsteps: 3\n")
+    ran = commands()
+    co_train.main(config(atlas, tmp_path / "out", train_recipe=str(recipe), labels="likelihood", rounds=1))
+    asked = [given for command, given in ran.ran if command in ("evaluate", "score-searches", "train")]
+    assert len(asked) == 5 and all(given["dtype"] == "bfloat16" for given in asked)
+    for given in asked[:2]:
+        protocol = parse(parser_of("evaluate"), [f"--{k}={v}" for k, v in given.items()])["protocol"]
+        assert (protocol.max_turns, protocol.top_k) == (1, 3)
+
+
 def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_path, commands, capsys):
     found = commands()
     co_train.main(config(atlas, tmp_path))
