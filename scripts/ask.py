@@ -10,7 +10,7 @@ from data.errors import ConfigError, RetrieverError
 from data.records import Hit, Passage, Question
 from data.text import replace_halves
 from scripts.agent_options import AgentOptions
-from scripts.console import visible
+from scripts.console import stdout_console, visible
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -67,9 +67,7 @@ def main(config: AskConfig) -> int:
 
 
 async def _watch(agent: Agent, question: Question, seed: int) -> Trajectory:
-    from rich.console import Console
-
-    view = _View(Console(highlight=False), agent.spoken)
+    view = _View(stdout_console(highlight=False), agent.spoken)
     watched = replace(agent, searcher=_WatchedSearcher(agent.searcher, view))
     with view.console.status("reading the question"):  # nothing where it is no terminal
         trajectories = await watched.rollout([question], seed, on_segment=view.show_segment)

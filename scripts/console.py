@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.progress import Track
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.live import Live
 
 _log = logging.getLogger(__name__)
@@ -225,6 +225,17 @@ def _columns() -> int:
     return Console(stderr=True).width if sys.stderr.isatty() else _WIDE
 
 
+def stdout_console(width: int | None = None, **options: Any) -> Console:
+    """Return a console of stdout, `width` wide where that is no terminal; a closed pipe is an error."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would end the process
+
+    return Piped(width=None if sys.stdout.isatty() else width, **options)
+
+
 def can_draw() -> bool:
     """Return whether stderr is a terminal whose lines can be drawn anew."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown", "")
@@ -315,7 +326,6 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     """
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
@@ -328,7 +338,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_column(Text(name), justify="right" if figures else "left", min_width=widest)
     for row in cells:
         table.add_row(*map(Text, row))
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    console = stdout_console(_WIDE)
     needed = Measurement.get(console, console.options.update(width=_WIDE), table).minimum
     if title:
         console.print(Text(visible(title)), soft_wrap=True)

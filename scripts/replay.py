@@ -14,7 +14,7 @@ from data.answers import exact_match
 from data.errors import ConfigError, require, require_range
 from data.jsonl import check_is_file, read_json, read_jsonl
 from rl.config import ProtocolConfig
-from scripts.console import visible
+from scripts.console import stdout_console, visible
 
 if TYPE_CHECKING:
     from agent.protocol import Protocol
@@ -131,14 +131,11 @@ def _protocol_of(settings: dict[str, Any], asked: ProtocolConfig) -> ProtocolCon
 def _show(
     before: list[Trajectory], after: list[Trajectory], config: ReplayConfig, protocol: Protocol
 ) -> None:
-    import sys
-
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console = stdout_console(160, highlight=False)
     question, turn, other = before[0].question, config.turn, f"with {config.retriever}"
     console.print(Text(visible(f"{question.text}  (gold: {' | '.join(question.gold_answers)})")))
     for at in range(turn + 1):

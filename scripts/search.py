@@ -7,7 +7,7 @@ import asyncio
 from data.errors import ConfigError
 from data.records import Hit, Input, Item
 from data.text import replace_halves
-from scripts.console import visible
+from scripts.console import stdout_console, visible
 
 
 def main(
@@ -38,10 +38,9 @@ async def _search(query: Input, retriever: str, top_k: int, deadline_seconds: fl
 
 
 def _show(query: str, hits: list[Hit]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = stdout_console()
     if not hits:
         console.print(Text(f"nothing found for {query!r}"))
     for rank, hit in enumerate(hits, start=1):

@@ -64,7 +64,11 @@ class VLLMEngine(Engine):
         self.pool.max_restarts = self._max_restarts  # one that cannot even start is not tried again
         models = await self.pool.on_all(lambda server: server.get("/v1/models"))
         # The shortest context: a trajectory may move.
-        self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())
+        try:
+            self.max_length = min(int(answer["data"][0]["max_model_len"]) for answer in models.values())
+        except (LookupError, TypeError, ValueError) as error:
+            names = ", ".join(server.name for server in models)
+            raise EngineError(f"engine vllm: {names}: no vLLM server by /v1/models") from error
 
     async def generate(
         self, prompt_ids: list[int], sampling: Sampling, trajectory_id: str, pictures: Sequence[Picture] = ()

@@ -1,7 +1,9 @@
 """Bars, tables and log lines in terminals of any width, and where there is none."""
 
+import contextlib
 import io
 import logging
+import os
 import re
 import sys
 import time
@@ -213,6 +215,21 @@ def test_a_table_into_a_file_is_as_wide_as_it_needs(capsys):
     show_table("", [f"column {i}" for i in range(30)], [range(30)])
     (head, _, row) = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert head.count("column") == 30 and row.split() == [str(i) for i in range(30)]
+
+
+def test_a_pipe_that_is_closed_early_is_one_line_and_no_end_of_the_process(monkeypatch, capfd):
+    from scripts.__main__ import guarded
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    with open(writing, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert guarded(lambda _: show_table("numbers", ["a"], [["1"]]) or 0, []) == 2
+        monkeypatch.undo()
+        assert capfd.readouterr().err == "sleuth: whoever read our output has stopped reading\n"
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def test_text_stands_to_the_left_and_figures_to_the_right(capsys):

@@ -237,6 +237,18 @@ def test_what_it_cannot_do_is_said_in_one_line(tmp_path):
         server_command("/no/python", "model", "float32")
 
 
+def test_a_server_that_is_no_vllm_is_refused_by_its_place(monkeypatch):
+    engine = VLLMEngine(servers_at(["http://127.0.0.1:9"], "urls"))
+
+    async def nothing(*_):
+        return {server: None for server in engine.pool.servers}
+
+    monkeypatch.setattr(engine.pool, "start", nothing)
+    monkeypatch.setattr(engine.pool, "on_all", nothing)
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9: no vLLM server by /v1/models"):
+        asyncio.run(engine.generate([1], Sampling(), "t"))
+
+
 def test_a_server_that_ends_while_it_starts_is_noticed_with_its_last_words(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'ValueError: no room'\nexit 1\n")
