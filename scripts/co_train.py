@@ -19,6 +19,7 @@ from data.questions import load_questions
 from data.run_dir import read_run
 from data.yaml_file import read_yaml
 from rl.co_training.rounds import State, load_state, run_rounds
+from scripts.command_line import arguments_of
 from scripts.console import going_on, show_table
 
 AGENT = ("protocol", "engine", "device", "dtype")
@@ -106,6 +107,8 @@ def main(config: CoTrainConfig) -> None:
     for path in (config.train_recipe, config.retriever_recipe, config.corpus, *replayed):
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
+    _check_recipes(config)
+    load_questions(config.dev_questions, normalizer=config.normalizer)
     asked = load_questions(config.questions, normalizer=config.normalizer)
     if (needed := config.rounds * config.rollout_questions) > len(asked):
         raise ConfigError(
@@ -129,6 +132,17 @@ def main(config: CoTrainConfig) -> None:
 
     _show(state)
     print(f"{write_report(out)} shows the rounds")
+
+
+def _check_recipes(config: CoTrainConfig) -> None:
+    """Raise ConfigError where a recipe is none of its command, which its stage would say hours later."""
+    from scripts import train, train_retriever
+
+    at_hand = ["--policy=p", "--retriever=r", "--questions=q", "--dev_questions=d", "--out=o"]
+    arguments_of(train.main, [f"--config={config.train_recipe}", *at_hand], "sleuth train")
+    sets = json.dumps([{"examples": "e", "corpus": config.corpus}])
+    argv = [f"--config={config.retriever_recipe}", f"--train={sets}"]
+    arguments_of(train_retriever.main, argv, "sleuth train-retriever")
 
 
 class _Loop:

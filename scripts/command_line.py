@@ -49,6 +49,13 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
     positional names the option that may be given by its value alone. Raises ConfigError, in one
     line, for an unknown key, a wrong value, a file that is missing or malformed.
     """
+    values, config_type = arguments_of(run, argv, prog, positional), config_dataclass(run)
+    with looking_beside(*config_paths(joined(argv))):
+        return run(config_type(**values)) if config_type else run(**values)
+
+
+def arguments_of(run: Callable, argv: list[str], prog: str, positional: str | None = None) -> dict[str, Any]:
+    """Return name -> value of what `call` would give to `run`. Raises ConfigError as it does."""
     build = build_parser if HELP & {*argv} else known_parser
     parser = build(run, prog, positional)
     argv = with_tier(parser, prog.removeprefix("sleuth "), joined(argv, positional))
@@ -60,9 +67,7 @@ def call(run: Callable, argv: list[str], prog: str, positional: str | None = Non
                 check_keys(value, option)
     values = parse(parser, argv)
     refuse_read_files(values)
-    config_type = config_dataclass(run)
-    with looking_beside(*config_paths(argv)):
-        return run(config_type(**values)) if config_type else run(**values)
+    return values
 
 
 def build_parser(run: Callable, prog: str, positional: str | None = None) -> ArgumentParser:

@@ -171,6 +171,17 @@ def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_recipe_of_another_command_is_refused_before_anything_runs(atlas, tmp_path, commands):
+    ran = commands()
+    for key, other, said in (
+        ("train_recipe", "retriever/minilm.yaml", "unknown key model"),
+        ("retriever_recipe", "atlas.yaml", "unknown key"),
+    ):
+        with pytest.raises(ConfigError, match=f"{other}, line .*{said}"):
+            co_train.main(config(atlas, tmp_path / "out", **{key: str(CONFIGS / other)}))
+    assert not ran.ran and not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_fails_is_named_and_taken_up_again(atlas, tmp_path, commands):
     commands(broken="index")
     with pytest.raises(SleuthError, match=r"round 0, index: sleuth index ended with status 2; mend"):
