@@ -166,7 +166,6 @@ def _search_rows(run: Run, kinds: Iterable[str]) -> list[str]:
 def _overall_rows(run: Run, wide: bool) -> list[str]:
     names = {
         "Valid-format rate": lambda s: f"{s['valid_format_rate']:.3f}",
-        "Answered": lambda s: f"{s['answered_rate']:.3f}",
         "F1": lambda s: f"{s['f1']['mean']:.3f}",
         "Cover EM": lambda s: f"{s['cover_em']['mean']:.3f}",
         "Policy tokens a question": lambda s: f"{s['policy_tokens_per_question']:.0f}",
