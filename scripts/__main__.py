@@ -58,7 +58,9 @@ COMMANDS = {
     "score-searches": Command("scripts.score_searches", "what passages of an agent's searches were worth"),
     "gate": Command("scripts.gate", "whether a new retriever may take the place of the old one"),
     "co-train": Command("scripts.co_train", "policy and retriever train each other, in rounds"),
-    "convert": Command("scripts.convert", "training data of other projects into ours, ours into theirs"),
+    "convert": Command(
+        "scripts.convert", "training data of other projects into ours, ours into theirs", "source"
+    ),
     "expand": Command("scripts.expand", "add to each passage what a generator writes, for sparse retrievers"),
     "merge": Command("scripts.merge", "merge trained versions of a model by slerp"),
     "promptreps": Command("scripts.promptreps", "a language model as an encoder, without training"),
