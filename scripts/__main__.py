@@ -3,7 +3,7 @@
 Nothing heavy is imported here, so `sleuth --help` answers at once. A command is a module of this
 package with a `main` whose typed signature and docstring are its command line (`command_line.py`).
 
-Exit status: 0 done, 1 our bug (with its traceback), 2 a one-line error, 130 interrupted.
+Exit status: 0 done, 1 our bug (with its traceback), 2 a one-line error, 3 nothing found, 130 interrupted.
 """
 
 import difflib
