@@ -53,8 +53,8 @@ def main(
         ids = read_text(file).splitlines() if file.is_file() else questions.split(",")
     wanted = tuple(id_.strip() for id_ in ids if id_.strip())
     choice = Choice(evaluations, verdict, kind, wanted, megabytes)
-    if (run / "state.json").is_file() and choice == Choice() and not more and not out:
+    if (run / "state.json").is_file() and choice == Choice() and not more:
         from rl.co_training.report import write_report as write_loop
 
-        return print(write_loop(run))
+        return print(write_loop(run, out))
     print(write_report(run, choice, more or (), out))

@@ -59,8 +59,8 @@ def changed_searches(before: Path, after: Path) -> Iterator[list[str]]:
                 yield [now.question.text, _shown(then), _shown(now), "gained" if found[1] else "lost"]
 
 
-def write_report(out: str | Path) -> Path:
-    """Write OUT/report.html of a loop from what OUT holds so far."""
+def write_report(out: str | Path, page: Path | None = None) -> Path:
+    """Write OUT/report.html, or another `page`, of a loop from what OUT holds so far."""
     from agent.evaluation.report.choice import Choice
     from agent.evaluation.report.page import write_report as write_page
 
@@ -78,7 +78,7 @@ def write_report(out: str | Path) -> Path:
             "First searches that changed", ("question", "in the first round", "in the last", ""), changed
         )
     )
-    return write_page(out, Choice(evaluations="round-*/dev"), sections=sections)
+    return write_page(out, Choice(evaluations="round-*/dev"), out=page, sections=sections)
 
 
 def _finds(searches: Searches) -> bool:

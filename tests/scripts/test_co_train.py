@@ -158,6 +158,8 @@ def test_the_loop_trains_on_its_own_searches_and_serves_what_passed(atlas, tmp_p
     for part in ("Rounds", "0.100 -&gt; 0.200", "Searches on dev", "First searches that changed", "gained"):
         assert part in page
     assert sleuth.main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+    assert sleuth.main(["report", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").read_text() == page
 
 
 def test_a_refused_gate_is_recorded_and_the_old_retriever_stays(atlas, tmp_path, commands):
