@@ -235,7 +235,7 @@ def with_words(argv: list[str], parser: ArgumentParser) -> list[str]:
     A group of a class_path alone gets its default name, so that jsonargparse takes it for the group it is.
     The empty `changes` that earlier versions wrote to config.yaml is left out.
     """
-    defaults = defaults_of(parser).items()
+    defaults = option_defaults(parser).items()
     named = {key.removesuffix(".name"): name for key, name in defaults if key.endswith(".name")}
 
     def spelled_out(key: str, value: Any) -> Any:
@@ -349,11 +349,11 @@ def unknown_key(key: str, parser: ArgumentParser, argv: list[str]) -> str:
 
 def known_keys(parser: ArgumentParser) -> list[str]:
     """The dotted keys that the parser accepts."""
-    return [key for key in defaults_of(parser) if key != "config"]
+    return [key for key in option_defaults(parser) if key != "config"]
 
 
 @cache
-def defaults_of(parser: ArgumentParser) -> dict[str, Any]:
+def option_defaults(parser: ArgumentParser) -> dict[str, Any]:
     """Dotted key -> default, found once: a tenth of a parse each time."""
     return dict(parser.get_defaults().items())
 

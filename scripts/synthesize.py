@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     corpus = Corpus(config.corpus) if config.corpus else None
     check_corpus(Path(config.out), corpus)
     retriever = _retriever(config, corpus)
+    _warn_of_scale(config.filters, retriever)
     with waiting("loading models"):
         lazy = config.dry_run or config.measure_judges
         made = _Unasked(generator.name) if lazy else generator()
@@ -119,6 +121,16 @@ def _retriever(config: SynthesisConfig, corpus: Corpus | None) -> Any:
         with waiting("indexing the corpus by BM25"):
             BM25Index.build(corpus, folder)
     return open_retriever(str(folder))
+
+
+def _warn_of_scale(filters: Mapping[str, Mapping[str, Any]], retriever: Any) -> None:
+    """Warn where a cosine is asked of BM25, whose scores are well above 1."""
+    from retriever_server.indexes.bm25 import BM25Index
+
+    asked = filters.get("score") or {}
+    if isinstance(retriever, BM25Index) and "of" not in asked and asked.get("least", 2) <= 1:
+        said = "filters.score.least = %s: a cosine, but BM25 scores nearly everything above it"
+        _log.warning(f"{said}; name a dense index with --retriever", asked["least"])
 
 
 def _dry_run(run: Synthesis) -> None:

@@ -105,6 +105,12 @@ def test_wrong_input_is_one_line(atlas, tmp_path, capsys, more, message):
     assert message in said and said.startswith("sleuth: ")
 
 
+@pytest.mark.parametrize("filters, warned", [("{score: {least: 0.7}}", 1), ("{score: {least: 1.5}}", 0)])
+def test_a_cosine_asked_of_bm25_is_warned_of(atlas, tmp_path, caplog, filters, warned):
+    assert synthesize(atlas, tmp_path, "--limit", "5", "--filters", filters) == 0
+    assert caplog.text.count("filters.score.least = 0.7: a cosine") == warned
+
+
 def test_a_folder_that_another_process_writes_is_refused(atlas, tmp_path, capsys):
     with locked(tmp_path / ".lock", "another"):
         assert synthesize(atlas, tmp_path, "--limit", "5") == 2
