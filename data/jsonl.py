@@ -42,7 +42,11 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg}: column {error.colno})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8 (byte {error.start + 1} of the line)") from error
+        packed = next((name for start, name in _PACKED.items() if line.startswith(start)), None)
+        wrong = (
+            f"compressed by {packed}" if packed else f"not valid UTF-8 (byte {error.start + 1} of the line)"
+        )
+        raise ValueError(wrong) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
@@ -137,6 +141,8 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
+"""First bytes of files that are often met packed. One whose name ends in .gz is unpacked before."""
 _JSON_NAMES = {
     list: "an array",
     str: "a string",
