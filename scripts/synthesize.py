@@ -140,13 +140,13 @@ def _dry_run(run: Synthesis) -> None:
     config, steps = run.config, run.recipe.steps
     tasks = run.task_calls()
     prompts = [call.prompt for _, call in tasks[:1]]
-    count, characters = config.limit or 0, 0
+    count = characters = 0
     for number, seed in enumerate(islice(run.seeds(), config.limit) if not tasks else ()):
         values, _ = run.values(seed)
         filled = [fill(step.prompt, values) for step in steps]
         if number < 3:
             prompts += filled
-        characters, count = characters + sum(map(len, filled)), max(count, number + 1)
+        characters, count = characters + sum(map(len, filled)), number + 1
     if tasks:
         drawn = [{"task": "(a task of the reply)", **run.recipe.draw({}, config.seed, i)} for i in (0, 1)]
         prompts += [fill(step.prompt, values) for values in drawn for step in steps]
