@@ -65,7 +65,8 @@ def test_the_command_writes_what_can_be_answered_and_what_cannot(tmp_path, capsy
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["yes_no"] == 1
     assert sleuth(["audit", *given[:3], str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
-    assert sleuth(["audit", *given, "--out", str(tmp_path / "q.jsonl")]) == 2
+    (tmp_path / "file").touch()
+    assert sleuth(["audit", *given, "--out", str(tmp_path / "file")]) == 2
     assert "must be a folder, not a file" in capsys.readouterr().err
 
 

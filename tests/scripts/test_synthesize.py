@@ -146,6 +146,7 @@ def test_every_recipe_of_ours_fills_its_prompts(atlas, tmp_path, capsys, path):
     write_jsonl(tmp_path / "shots.jsonl", [{"query": "how long is the Rhine", "passage": "It is long."}])
     given = ["--corpus", str(atlas / "corpus.jsonl"), "--shots", str(tmp_path / "shots.jsonl")]
     given += ["--retriever", "null", "--limit", "2", "--dry_run", "true"]
+    given += ["--least_characters", "1", "--pattern", "null"]
     assert main(["synthesize", "--config", str(path), *given]) == 0
     assert "2 queries" in capsys.readouterr().out
 
