@@ -182,7 +182,7 @@ def smaller(text: str) -> str:
             code += f" --port {free_port()}"
         if code.startswith("sleuth ask"):
             code += " || [ $? = 3 ]"  # the stand-in policy may end without an answer
-        if found := re.match(r"sleuth serve .*--port (\d+)", code):
+        if found := re.match(r"sleuth serve(?:-agent)? .*--port (\d+)", code):
             ready, log = f"curl -sfo /dev/null http://127.0.0.1:{found[1]}/readyz", f"serve-{found[1]}.log"
             code = f"{code.removesuffix('&')} > {log} 2>&1 &\n"
             code += f"for i in $(seq 300); do {ready} && break; sleep .2; done; {ready} || cat {log}"
