@@ -43,9 +43,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error.msg}: column {error.colno})") from error
     except UnicodeDecodeError as error:
         packed = next((name for start, name in _PACKED.items() if line.startswith(start)), None)
-        wrong = (
-            f"compressed by {packed}" if packed else f"not valid UTF-8 (byte {error.start + 1} of the line)"
-        )
+        where = f"(byte {error.start + 1} of the line)"
+        wrong = f"compressed by {packed}" if packed else f"not valid UTF-8 {where}"
         raise ValueError(wrong) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
