@@ -152,6 +152,7 @@ def _dry_run(run: Synthesis) -> None:
         prompts += [fill(step.prompt, values) for values in drawn for step in steps]
         count = config.limit or len(tasks) * run.recipe.brainstorm["count"] * config.per_passage
         characters = count * sum(len(step.prompt) for step in steps)
+    run.check_count(count)
     for number, prompt in enumerate(prompts[:3], start=1):
         print(f"--- prompt {number} ---\n{prompt}\n")
     calls = len(tasks) + count * len(steps)

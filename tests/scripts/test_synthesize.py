@@ -95,6 +95,7 @@ def test_judges_are_measured_and_a_bad_one_is_left_out_with_its_figure(atlas, tm
         (["--candidates", "5", "--filters", "{round_trip: {k: 9}}"], "filters.round_trip.k = 9"),
         (["--retriever", "nowhere"], "retriever 'nowhere': must be"),
         (["--pattern", "("], "pattern = '('"),
+        (["--dry_run", "true", "--pattern", "no such words"], "no passage is left to write for by"),
         (["--measure_judges", "q.tsv"], "queries = None: must be given together"),
         (["--evaluation", "[{queries: none.jsonl}]"], "none.jsonl"),
     ],

@@ -71,9 +71,7 @@ class Synthesis:
         """Make all stages; return the number of drafts."""
         self._check_stages()
         count = self._seeds()
-        if not count:
-            least = f"least_characters = {self.config.least_characters}"
-            raise DataError(f"no passage is left to write for by {least}, pattern and evaluation")
+        self.check_count(count)
         self._stage("generated", "writing queries", count, self._generate)
         self._check_usable()
         if self.retriever is not None and self.config.candidates:
@@ -256,6 +254,12 @@ class Synthesis:
         found = list(islice(stream, batch.start - at, batch.stop - at))
         self._readers[stage] = stream, batch.stop
         return found
+
+    def check_count(self, seeds: int) -> None:
+        """Raise DataError where there is nothing to write for."""
+        if not seeds:
+            least = f"least_characters = {self.config.least_characters}"
+            raise DataError(f"no passage is left to write for by {least}, pattern and evaluation")
 
     def _check_stages(self) -> None:
         """Raise ConfigError where a stage was made otherwise, DataError where the corpus has changed."""
