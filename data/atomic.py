@@ -39,8 +39,10 @@ def open_atomic(path: str | Path, mode: str = "w", sync: bool = True) -> Iterato
     there = Path(path)
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    if path.is_dir():
+        raise StorageError(f"{path}: cannot be written: is a folder, expected a file")
     try:
-        if there.exists() and not (there.is_file() or there.is_dir()):  # a file in its place would remove it
+        if there.exists() and not there.is_file():  # a file in its place would remove it
             with open(there, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
             return
@@ -60,6 +62,19 @@ def open_atomic(path: str | Path, mode: str = "w", sync: bool = True) -> Iterato
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise StorageError unless a file or folder can be made at `path`; nothing is left there."""
+    real = Path(os.path.realpath(path))
+    if Path(path).exists() and not (real.is_file() or real.is_dir()):
+        return  # a device or pipe
+    inside = real.parent if real.is_file() else real
+    try:
+        with tempfile.TemporaryFile(dir=next(at for at in (inside, *inside.parents) if at.exists())):
+            pass
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 @contextmanager

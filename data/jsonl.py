@@ -94,6 +94,8 @@ def append_in_batches(
 
     Started again after it was killed, it goes on after the last complete batch.
     """
+    if out.is_dir():
+        raise StorageError(f"{out}: cannot be written: is a folder, expected a file")
     part = out.with_name(f"{out.name}.part")
     for start in progress(range(_keep_whole_batches(part, size), count, size)):
         append_jsonl(part, rows(range(start, min(start + size, count))))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from data.class_path import Build, Reader
-from data.errors import ConfigError, SleuthError
+from data.errors import ConfigError, SleuthError, require
 from data.hub import find_model
 from data.plugins import looking_beside
 from data.yaml_file import read_yaml
@@ -64,6 +64,7 @@ def open_retriever(spec: str, deadline_seconds: float = 30.0) -> Retriever:
 
 def plan_retriever(spec: str, deadline_seconds: float = 30.0) -> Build:
     """Return what opens the retriever, once all that `spec` names is checked; raises as `open_retriever`."""
+    require(deadline_seconds > 0, "deadline_seconds", deadline_seconds, "> 0")
     if spec.startswith(("http://", "https://")):
         return partial(_ours("Remote"), spec, deadline_seconds)
     if spec.endswith((".yaml", ".yml")):

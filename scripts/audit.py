@@ -31,16 +31,11 @@ def main(
         out: Folder for answerable.jsonl, unanswerable.jsonl and audit.json.
     """
     from data.answerability import answerable, audit, show_rows, write_audit
-    from data.corpus import Corpus
+    from retriever_server.indexes.open_corpus import corpus_of
 
     require(out is None or out.is_dir() or not out.exists(), "out", str(out), "a folder, not a file")
     asked = load_questions(questions, split, normalizer=normalizer)
-    if corpus.is_dir():
-        from retriever_server.indexes.base import open_index
-
-        read = open_index(corpus).corpus
-    else:
-        read = Corpus(corpus)
+    read = corpus_of(corpus)
     found = answerable(asked, track("reading the corpus")(read, len(read)))
     audited = audit(asked, found)
     columns, rows = show_rows(audited)

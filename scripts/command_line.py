@@ -29,6 +29,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
+from data.atomic import check_writable
 from data.class_path import wrong_value
 from data.errors import ConfigError
 from data.plugins import looking_beside
@@ -66,7 +67,7 @@ def arguments_of(run: Callable, argv: list[str], prog: str, positional: str | No
             with suppress(yaml.YAMLError):  # what else is wrong is said where it is parsed
                 check_keys(value, option)
     values = parse(parser, argv)
-    refuse_read_files(values)
+    check_outputs(values)
     return values
 
 
@@ -280,14 +281,19 @@ def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     return values
 
 
-def refuse_read_files(values: dict[str, Any]) -> None:
-    """Raise ConfigError where a file to write is one of those to read, which it would replace."""
+def check_outputs(values: dict[str, Any]) -> None:
+    """Refuse a place to write where nothing can be written, or a file to read that would be replaced.
+
+    Raises StorageError or ConfigError before anything slow.
+    """
     paths = {
         key: [str(each) for each in (value if isinstance(value, list) else str(value).split(","))]
         for key, value in values.items()
         if isinstance(value, str | Path | list)
     }
     for out in ("out", "rest", "csv", "json", "markdown"):
+        if values.get(out):
+            check_writable(values[out])
         for path in filter(os.path.isfile, paths.pop(out, [])):
             for key, others in paths.items():
                 if any(os.path.isfile(other) and os.path.samefile(path, other) for other in others):

@@ -62,13 +62,13 @@ def main(
 
 
 def _to(target_format: str, source: str, out: str, corpus: str | None, on_error: Any) -> None:
-    from data.corpus import Corpus
     from data.examples import Examples
+    from retriever_server.indexes.open_corpus import corpus_of
     from retriever_server.training.convert import convert_to
 
     beside = Path(source).with_name("corpus.jsonl")
     if corpus is None and not beside.exists():
         raise ConfigError(f"--corpus: must be given, as there is no {beside}")
-    examples = Examples(source, Corpus(corpus or beside), on_error)
+    examples = Examples(source, corpus_of(corpus or beside), on_error)
     convert_to(target_format, examples, out)
     print(f"{counted(len(examples), 'example')} in {out}")

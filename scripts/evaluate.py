@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import EngineError, require, require_range
-from data.jsonl import check_is_file, write_json
+from data.jsonl import write_json
 from data.listening import why_silent
 from data.lock import locked
 from data.questions import load_questions
@@ -93,6 +93,7 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     """Evaluate, or go on with it: the scores, the questions, the name of the protocol."""
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
+    from retriever_server.indexes.open_corpus import corpus_of
     from retriever_server.open_retriever import check_retriever
     from scripts.wiring import check_agent, open_asked
 
@@ -101,7 +102,7 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     check_agent(config.policy, config.protocol, config.device, config.engine)
     check_retriever(config.retriever, config.deadline_seconds)
     if config.corpus:
-        check_is_file(config.corpus)
+        corpus_of(config.corpus)
     judge = Judge(config.judge, Path(out) / "judge-cache.jsonl") if config.judge.url else None
     if judge and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
@@ -180,9 +181,9 @@ async def _run_controls(
     """Evaluate each control in a folder of its own; those that cannot be made are named."""
     from agent.evaluation.controls import control_agent, control_names, make_world
     from agent.evaluation.evaluate import evaluate
-    from data.corpus import Corpus
+    from retriever_server.indexes.open_corpus import corpus_of
 
-    world = make_world(Corpus(config.corpus) if config.corpus else opened.client.corpus, questions)
+    world = make_world(corpus_of(config.corpus) if config.corpus else opened.client.corpus, questions)
     for name in control_names(config.controls or ""):
         asked = [question for question in questions if world.allows(name, question)]
         if not asked:

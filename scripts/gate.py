@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from data.errors import require
@@ -42,6 +43,7 @@ def main(
     from rl.co_training.gate import judge_retrievers, read_asked
 
     require(k >= 1, "k", k, ">= 1")
+    require(not (out and Path(out).is_dir()), "out", out, "a file, not a folder")
     for spec in (old, new):
         check_retriever(spec)
     searches = list(read_asked(trajectories))

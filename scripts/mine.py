@@ -29,7 +29,7 @@ class MineConfig(Rules):
     retriever: str | None = None
     """Folder of an index, URL of a server, or YAML file of a retriever."""
     corpus: str | None = None
-    """The passages; without it those of the index."""
+    """JSON lines of the passages, or the folder of an index; without it those of --retriever."""
     teacher: str | None = None
     """Scores positives and negatives: a cross-encoder's name or folder, a YAML file of a scorer, or a second
     retriever. Its scores are kept, and margins go by them."""
@@ -100,7 +100,7 @@ def main(config: MineConfig) -> int:
 
 
 def _mine_trajectories(config: MineConfig) -> int:
-    from data.corpus import Corpus
+    from retriever_server.indexes.open_corpus import corpus_of
     from rl.co_training.examples import RECIPES, LabelConfig, NoExamples, mine_trajectories
 
     base = RECIPES[config.recipe] if config.recipe else LabelConfig()
@@ -108,7 +108,7 @@ def _mine_trajectories(config: MineConfig) -> int:
     given = {"labels": config.labels, "style": config.style, "negatives": negatives}
     labels = replace(base, **{key: value for key, value in given.items() if value is not None})
     questions = load_questions(config.held_out) if config.held_out else []
-    corpus = Corpus(config.corpus) if config.corpus else None
+    corpus = corpus_of(config.corpus) if config.corpus else None
     bar, path = track("labelling searches"), config.trajectories or ""
     try:
         tally = mine_trajectories(path, config.out, labels, questions, corpus, bar, config.scores)
@@ -167,12 +167,11 @@ def _write_crops(corpus: Any, config: MineConfig) -> str:
 
 def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
     """The passages: of a file, else of the first retriever that is, or holds, an index on this machine."""
-    from data.corpus import Corpus
     from retriever_server.indexes.manifest import MANIFEST
     from retriever_server.indexes.open_corpus import corpus_of
 
     if path:
-        return Corpus(path)
+        return corpus_of(path)
     folders = [Path(spec.removeprefix("random:")) for spec in specs]
     if folder := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
         return corpus_of(folder)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError, first_line
+from data.errors import ConfigError, first_line, require
 from data.hub import log_in_where_refused
 from data.text import counted
 
@@ -52,12 +53,16 @@ def main(
     """
     from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-    from scripts.model_card import evaluations_of, find_trained, render_card
+    from scripts.model_card import LICENCES, evaluations_of, find_trained, render_card
 
+    require("/" in name, "name", name, "owner/name")
     try:
         validate_repo_id(name)
     except ValueError as error:
         raise ConfigError(f"name = {name!r}: must be owner/name ({first_line(error)})") from None
+    known = LICENCES.split()
+    near = ", ".join(difflib.get_close_matches(licence, known) or known[:3])
+    require(licence in known, "licence", licence, f"an identifier of the hub ({near}, ..., or other)")
     trained = find_trained(folder.expanduser())
     card = render_card(trained, name, licence, evaluations_of(trained) if results is None else results)
     files = sorted(str(at.relative_to(trained.folder)) for at in trained.folder.rglob("*") if at.is_file())

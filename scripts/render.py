@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from data.processes import cores
 from data.text import counted
 from scripts.console import track
@@ -47,6 +47,7 @@ def main(
 
     chosen = tuple(filter(None, (fonts or "").split(",")))
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)
+    require(not Path(out).is_file(), "out", out, "a folder, not a file")
     if Path(out, "corpus.jsonl").resolve() == Path(source).resolve():
         raise ConfigError(f"out = {out}: its corpus.jsonl is the source; give another folder")
     passages, skipped = find_pages(source, Path(out) / "html", on_error, track("reading files"), out)

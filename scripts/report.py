@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from data.errors import require
 from data.jsonl import read_text
 from scripts.command_line import bare_words, quoted
 
@@ -47,6 +48,7 @@ def main(
     from agent.evaluation.report.choice import Choice
     from agent.evaluation.report.page import write_report
 
+    require(not (out and out.is_dir()), "out", str(out), "a file, not a folder")
     ids: list[str] = []
     if questions:
         file = Path(questions)

@@ -12,8 +12,8 @@ from retriever_server.indexes.manifest import Manifest, part_manifests, read_man
 
 
 def corpus_of(path: str | Path) -> Corpus:
-    """Return the corpus of the index in the folder `path`, unchanged; its encoder stays unloaded."""
-    return open_corpus(Path(path), read_manifest(Path(path)))
+    """Return the passages of a file, or of the index in a folder, unchanged; its encoder stays unloaded."""
+    return open_corpus(Path(path), read_manifest(Path(path))) if Path(path).is_dir() else Corpus(path)
 
 
 def open_corpus(path: Path, manifest: Manifest) -> Corpus:

@@ -15,6 +15,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, StorageError
 from data.formats.trec import load_qrels
 from data.jsonl import (
+    append_in_batches,
     append_jsonl,
     read_json,
     read_jsonl,
@@ -176,6 +177,22 @@ def test_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         write_jsonl(tmp_path / "file" / "deeper" / "a.jsonl", [])
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_made(tmp_path):
+    def unread():
+        raise AssertionError("must not be asked")
+        yield {}
+
+    out = tmp_path / "folder"
+    out.mkdir()
+    for write in (
+        lambda: write_jsonl(out, unread()),
+        lambda: append_in_batches(out, 3, 1, lambda _: unread()),
+    ):
+        with pytest.raises(StorageError, match="folder: cannot be written: is a folder, expected a file"):
+            write()
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_failure_in_the_block_keeps_the_old_file_and_its_own_error(tmp_path):

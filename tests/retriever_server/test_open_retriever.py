@@ -51,6 +51,9 @@ def test_every_kind_of_word_opens(index):
     remote = open_retriever("http://127.0.0.1:9/retrieve", deadline_seconds=3)
     assert isinstance(remote, Remote) and remote._http.deadline_seconds == 3
     remote.close()
+    for spec in (str(index), "none", "http://127.0.0.1:9"):
+        with pytest.raises(ConfigError, match=r"deadline_seconds = -1: must be > 0"):
+            open_retriever(spec, deadline_seconds=-1)
 
 
 def test_a_yaml_file_nests_and_names_retrievers_by_what_the_option_accepts(tmp_path, index):

@@ -1,5 +1,6 @@
 """The command line: flat configurations, one-line errors, exit statuses."""
 
+import os
 import subprocess
 import sys
 import types
@@ -241,6 +242,10 @@ def test_a_file_that_is_read_is_not_written_over(run, tmp_path):
         status, got, _, err = run(takes_files, "--questions", questions, "--out", given, "--runs", runs)
         assert status == 2 and not got and "must be another file than" in err and err.count("\n") == 1
     assert run(takes_files, "--questions", given, "--out", tmp_path / "new")[0] == 0
+    for out in (tmp_path / "q.jsonl" / "new", tmp_path / "q.jsonl" / "a" / "b"):
+        status, got, _, err = run(takes_files, "--questions", "a.jsonl", "--out", out)
+        assert (status, got) == (2, []) and err == f"sleuth: {out}: cannot be written: Not a directory\n"
+    assert sorted(os.listdir(tmp_path)) == ["link", "q.jsonl"]  # nothing is left of looking
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,9 @@ def test_crops_and_teachers_make_labels(made, capsys):
 
 
 def test_crops_alone_need_no_retriever(made):
-    run_mine(str(made / "crops.jsonl"), "crops", corpus=str(made / "corpus.jsonl"))
-    assert len(Examples(made / "crops.jsonl", Corpus(made / "corpus.jsonl"))) == 6
+    for corpus in ("corpus.jsonl", "index"):
+        run_mine(str(made / "crops.jsonl"), "crops", corpus=str(made / corpus))
+        assert len(Examples(made / "crops.jsonl", Corpus(made / "corpus.jsonl"))) == 6
 
 
 @pytest.mark.parametrize(

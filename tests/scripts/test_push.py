@@ -122,6 +122,7 @@ def test_what_was_not_evaluated_says_so(tmp_path, hub):
         ("nowhere", "me/x", (), "no such folder"),
         (".", "me/x", (), "holds no model"),
         ("model", "a/b/c", (), "name = 'a/b/c': must be owner/name"),
+        ("model", "xy", ("--dry_run",), "name = 'xy': must be owner/name"),
         ("model", "me/x", ("third",), "'third': push takes a folder and a name"),
         ("model", "me/x", ("--results", "[nowhere]"), "results: nowhere holds neither"),
     ],
@@ -139,6 +140,8 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, hub, folder, nam
 def test_a_licence_must_be_given_and_a_hub_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert push(tmp_path, "me/x") == 2 and "licence" in capsys.readouterr().err
+    assert push(tmp_path, "me/x", "--licence", "Apache-2", "--dry_run") == 2
+    assert "identifier of the hub (apache-2.0, " in capsys.readouterr().err
 
     def refuse(self, *_, **__):
         raise Exception("no token\nat all")
