@@ -2,8 +2,9 @@
 
 A search is a sum over the postings of the query's terms, and the best of it are found without all of the sum
 (MaxScore; Turtle & Flood 1995): once the terms that are left, each bounded by its largest weight, can add
-less than the k-th best has already, no passage without a term so far can be among the best, and in the long
-lists of the frequent terms the others alone are looked up.
+less than the k-th best has in the end, no passage without a term so far can be among the best, and in the
+long lists of the frequent terms the others alone are looked up. The k-th best of a few passages that lead so
+far, scored in whole, is a bound from below.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from retriever_server.indexes.checksums import save_array
 
 EXHAUSTIVE = 30_000
 """In a corpus of so many passages all of them are summed: that takes no longer."""
+LEADERS, LONG = 4, 1 / 32
+"""Before the list of a term in more than LONG of the passages, the LEADERS * k best so far are scored in whole."""
 BLOCK_POSTINGS = 1 << 22
 """Postings merged at once: about 200 MB."""
 
@@ -130,27 +133,27 @@ class MaxScore:
         factors = np.bincount(of_row, weights=factors, minlength=len(rows))
         bounds = factors * [self._bound(row) for row in rows]
         order = [i for i in np.argsort(self.postings.lengths(rows), kind="stable") if bounds[i] > 0]
-        rows, factors, bounds = rows[order], factors[order], bounds[order]
+        rows, bounds, factors = rows[order], bounds[order], factors[order].astype(np.float32)
         slack = 1e-5 * bounds.sum()  # rounding in float32 is less
         left = np.append(np.cumsum(bounds[::-1])[::-1], 0) + slack  # what the terms from here on can add
-        found, sums, used = self._add_up(rows, factors, left, k, mask)
+        found, sums, least, used = self._add_up(rows, factors, left, k, mask)
         for at in range(used, len(rows)):
-            if len(found) > k:
-                keep = sums + left[at] >= np.partition(sums, -k)[-k]
-                found, sums = found[keep], sums[keep]
-            sums = sums + np.float32(factors[at]) * self.postings.look_up(rows[at], found)
-        if len(found) > k:
-            found = found[sums + left[-1] >= np.partition(sums, -k)[-k]]
-        return np.sort(found)
+            sums = sums + factors[at] * self.postings.look_up(rows[at], found)
+            keep = sums + left[at + 1] >= least
+            found, sums = found[keep], sums[keep]
+        return found
 
     def _add_up(
         self, rows: np.ndarray, factors: np.ndarray, left: np.ndarray, k: int, mask: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, int]:
+    ) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Sum whole lists, the shortest first, until no other passage can be among the best.
 
-        -> positions (N,), ascending, and their sums so far, and the number of terms that are in these
+        -> positions (N,), ascending, of passages that can, their sums so far, a score that `k` passages
+        reach, and the number of terms that are in the sums
         """
-        sums, parts, at = self._zeros(), [np.zeros(0, np.int32)], 0
+        sums, parts, at, least = self._zeros(), [np.zeros(0, np.int32)], 0, 0.0
+        leaders = parts[0]  # the passages with the largest sums so far
+        lengths = np.append(self.postings.lengths(rows), np.inf)  # the end, too, is a place to stop
         try:
             for at, (row, factor) in enumerate(zip(rows, factors, strict=True), 1):
                 positions, weights = self.postings.list_of(row)
@@ -159,16 +162,27 @@ class MaxScore:
                     positions, weights = positions[allowed], weights[allowed]
                 before = sums[positions]
                 parts.append(positions[before == 0])
-                sums[positions] = before + weights * np.float32(factor)
-                if left[0] - left[at] > left[at] and sum(map(len, parts)) >= k:
-                    found = np.concatenate(parts)
-                    if np.partition(sums[found], -k)[-k] > left[at]:
+                sums[positions] = after = before + weights * factor
+                leaders = _leaders(sums, leaders, positions, after, LEADERS * k)
+                if len(leaders) >= k and lengths[at] > LONG * self.postings.count:
+                    least = max(least, self._reached(sums, leaders, rows[at:], factors[at:], k))
+                    if least > left[at]:
                         break
-            found = np.sort(np.concatenate(parts))
-            return found, sums[found], at
+            found = np.concatenate(parts)
+            found = np.sort(found[sums[found] + left[at] >= least])
+            return found, sums[found], least, at
         finally:
             for part in parts:
                 sums[part] = 0
+
+    def _reached(
+        self, sums: np.ndarray, leaders: np.ndarray, rows: np.ndarray, factors: np.ndarray, k: int
+    ) -> float:
+        """Return the k-th best whole score of the leaders."""
+        scores = sums[leaders]
+        for row, factor in zip(rows, factors, strict=True):
+            scores = scores + factor * self.postings.look_up(row, leaders)
+        return float(np.partition(scores, -k)[-k])
 
     def _bound(self, row: int) -> float:
         """Return the largest weight of a term; kept, since it is a pass over the list."""
@@ -181,6 +195,16 @@ class MaxScore:
         if not hasattr(self._thread, "sums"):
             self._thread.sums = np.zeros(self.postings.count, np.float32)
         return self._thread.sums
+
+
+def _leaders(
+    sums: np.ndarray, leaders: np.ndarray, positions: np.ndarray, after: np.ndarray, count: int
+) -> np.ndarray:
+    """Return the positions, ascending, of the largest sums: of the leaders and of some whose sums have grown."""
+    if len(positions) > count:
+        positions = positions[np.argpartition(after, -count)[-count:]]
+    both = np.union1d(leaders, positions)
+    return both if len(both) <= count else np.sort(both[np.argpartition(sums[both], -count)[-count:]])
 
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]

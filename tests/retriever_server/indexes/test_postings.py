@@ -73,6 +73,20 @@ def test_long_lists_are_looked_up_not_read(monkeypatch):
     assert max(count for term, count in asked if term == 29) <= postings.lengths(np.array([rare]))[0]
 
 
+def test_lists_are_not_read_where_whole_scores_are_out_of_reach(monkeypatch):
+    """Ten passages with all three terms: the rare one alone gives them less than the others could add."""
+    some, many = np.arange(10), np.arange(PASSAGES)
+    lists, weights = [some, many, many], [np.full(10, 3), np.full(PASSAGES, 2), np.full(PASSAGES, 2)]
+    starts, positions = np.array([0, 10, 410, 810]), np.concatenate(lists).astype(np.int32)
+    postings = Postings(starts, positions, np.concatenate(weights).astype(np.float32), PASSAGES)
+    search, read = MaxScore(postings, exhaustive=0), []
+    search.top([0, 1, 2], 10)  # reads the largest weights
+    list_of = Postings.list_of
+    monkeypatch.setattr(Postings, "list_of", lambda self, term: read.append(int(term)) or list_of(self, term))
+    assert search.top([0, 1, 2], 10)[1].tolist() == [7.0] * 10
+    assert read == [0]
+
+
 @pytest.mark.parametrize("threads", [4])
 def test_threads_do_not_share_their_sums(threads):
     postings = random_postings(3)
