@@ -23,7 +23,7 @@ from retriever_server.indexes.checksums import save_array
 EXHAUSTIVE = 30_000
 """In a corpus of so many passages all of them are summed: that takes no longer."""
 LEADERS, LONG = 4, 1 / 32
-"""Before the list of a term in more than LONG of the passages, the LEADERS * k best so far are scored in whole."""
+"""Before the list of a term in more than LONG of the passages the LEADERS * k best are scored in whole."""
 BLOCK_POSTINGS = 1 << 22
 """Postings merged at once: about 200 MB."""
 
@@ -200,7 +200,7 @@ class MaxScore:
 def _leaders(
     sums: np.ndarray, leaders: np.ndarray, positions: np.ndarray, after: np.ndarray, count: int
 ) -> np.ndarray:
-    """Return the positions, ascending, of the largest sums: of the leaders and of some whose sums have grown."""
+    """Return the positions, ascending, of the largest sums: of the leaders and of some that have grown."""
     if len(positions) > count:
         positions = positions[np.argpartition(after, -count)[-count:]]
     both = np.union1d(leaders, positions)
