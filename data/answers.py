@@ -50,9 +50,10 @@ def cover_em(prediction: str | None, gold_answers: Golds, normalizer: str = "squ
     return _best(prediction, gold_answers, normalizer, _covers)
 
 
+_NOT_AVAILABLE = re.compile(r"\bn(?:/|\.\s?)a\b", re.IGNORECASE)
 _ABSTENTIONS = re.compile(
     r"i (?:do not|dont|really dont|cannot|cant) (?:know|answer|tell|determine|say)\b.*|not sure|"
-    r"im not sure\b.*|unknown|unanswerable|idk|n ?a|no answer|cannot be determined\b.*|cannot answer\b.*|"
+    r"im not sure\b.*|unknown|unanswerable|idk|no answer|cannot be determined\b.*|cannot answer\b.*|"
     r"(?:there is )?(?:not enough|insufficient|no) (?:information|evidence)\b.*"
 )
 
@@ -60,9 +61,10 @@ _ABSTENTIONS = re.compile(
 def is_abstention(answer: str | None) -> bool:
     """Return whether an answer says that it is none: "I don't know", "Unknown.", "Not enough information".
 
-    None is no abstention: no answer was given. Nor is a text that goes on to answer ("Unknown Pleasures").
+    None is no abstention: no answer was given. Nor is a text that goes on to answer ("Unknown Pleasures"), or
+    sodium's "Na", unlike "N/A".
     """
-    text = normalize_answer((answer or "").replace("\u2019", "'"))
+    text = normalize_answer(_NOT_AVAILABLE.sub("no answer", (answer or "").replace("\u2019", "'")))
     return _ABSTENTIONS.fullmatch(text) is not None
 
 

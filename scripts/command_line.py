@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -41,6 +42,10 @@ from scripts.tiers import with_tier
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 HELP = {"-h", "--help", "--help-all"}
+_FILES_OF_RUNS = {
+    "trajectories.jsonl", "judgements.jsonl", "evaluation.json", "scores.json", "run.json", "metrics.jsonl",
+    "config.yaml", "state.json", "corpus.jsonl", "manifest.json",
+}  # fmt: skip
 BARE_OPTIONS = {*HELP, "--print_config"}  # every other takes a value, or is a switch
 
 
@@ -282,12 +287,14 @@ def parse(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 
 def check_outputs(values: dict[str, Any]) -> None:
-    """Refuse a place to write where nothing can be written, or a file to read that would be replaced.
+    """Refuse a place to write where nothing can be written, or a file to read, also of a run.
 
     Raises StorageError or ConfigError before anything slow.
     """
     paths = {
-        key: [str(each) for each in (value if isinstance(value, list) else str(value).split(","))]
+        key: [
+            path for each in (value if isinstance(value, list) else [value]) for path in str(each).split(",")
+        ]
         for key, value in values.items()
         if isinstance(value, str | Path | list)
     }
@@ -295,8 +302,11 @@ def check_outputs(values: dict[str, Any]) -> None:
         if values.get(out):
             check_writable(values[out])
         for path in filter(os.path.isfile, paths.pop(out, [])):
+            of_run = os.path.basename(path) in _FILES_OF_RUNS
+            inside = [path, *(map(str, Path(path).resolve().parents) if of_run else ())]
             for key, others in paths.items():
-                if any(os.path.isfile(other) and os.path.samefile(path, other) for other in others):
+                there = filter(os.path.exists, others)
+                if any(os.path.samefile(*pair) for pair in product(there, inside)):
                     raise ConfigError(
                         f"{out} = {path}: must be another file than {key}, which it would replace"
                     )

@@ -91,6 +91,7 @@ def main(config: EvaluateConfig) -> None:
 
 def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     """Evaluate, or go on with it: the scores, the questions, the name of the protocol."""
+    from agent.evaluation.browsecomp import check_run_files
     from agent.evaluation.evaluate import check_folder
     from agent.evaluation.judge import Judge
     from retriever_server.indexes.open_corpus import corpus_of
@@ -107,6 +108,8 @@ def run(config: EvaluateConfig) -> tuple[dict[str, Any], list[Question], str]:
     if judge and (reason := why_silent(str(config.judge.url))):
         raise EngineError(f"judge.url = {config.judge.url!r}: nobody listens ({reason})")
     questions = choose_questions(config)
+    if config.run_files:
+        check_run_files(config.run_files, questions)
     with locked(Path(out) / ".lock", f"{out} is being written"):
         opened = open_asked(config, config.max_rows, Path(out))
         with going_on(out):

@@ -8,6 +8,7 @@ Judge with `--judge.rubric browsecomp`, ask with `--protocol.answer_form cited`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,9 +21,13 @@ import numpy as np
 from agent.evaluation.records import Record, clusters_of, iterate_records, response_of
 from data.calibration import expected_calibration_error, published_calibration_error
 from data.errors import DataError
+from data.formats.rows import ids_of
 from data.jsonl import read_json, write_json
+from data.records import Question
+from data.run_dir import check_free
 from data.significance import estimate
 
+_SUMMARY = "evaluation_summary.json"
 _CONFIDENCE = re.compile(r"\bconfidence\**:\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
@@ -32,11 +37,22 @@ def write_run_files(evaluation: Path, out: Path) -> dict[str, Any]:
     rows = []
     for record in iterate_records(evaluation):
         run = run_file(record, settings)
-        write_json(out / f"run_{re.sub(r'[^A-Za-z0-9._-]', '_', record['id'])}.json", run)
+        write_json(out / _file_name(record["id"]), run)
         rows.append(_row(record, run))
     found = summary(rows, settings)
-    write_json(out / "evaluation_summary.json", found)
+    write_json(out / _SUMMARY, found)
     return found
+
+
+def check_run_files(out: Path, questions: Iterable[Question]) -> None:
+    """Raise ConfigError where `out` is no folder for run files, or holds others, which the script would count."""
+    check_free(out, {_SUMMARY, *(_file_name(question.id) for question in questions)})
+
+
+def _file_name(id_: str) -> str:
+    """The run file of a question; a hash stands for an id that is no safe name."""
+    safe = re.fullmatch(r"[A-Za-z0-9._-]{1,200}", id_)
+    return f"run_{id_ if safe else hashlib.sha256(id_.encode()).hexdigest()[:16]}.json"
 
 
 def run_file(record: Record, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def _document_of(hit: Mapping[str, Any]) -> str:
 
 
 def _row(record: Record, run: Mapping[str, Any]) -> dict[str, Any]:
-    evidence = {str(each) for each in record["metadata"].get("supporting_ids", ())}
+    evidence = set(ids_of(record["metadata"].get("supporting_ids"), "supporting_ids"))
     judged = record.get("judge", {})
     said = _CONFIDENCE.search(judged.get("reply") or "")
     return {

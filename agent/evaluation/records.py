@@ -22,6 +22,7 @@ _FIELDS: dict[str, Any] = {
     "stop_reason": str, "valid_format": bool, "invalid_actions": int, "segments": list, "searches": list,
     **dict.fromkeys(METRICS, (int, float)),
 }  # fmt: skip
+_KEYS_OF_ITEMS = {"segments": {"kind", "text"}, "searches": {"query", "hits"}}
 
 JUDGEMENTS = "judgements.jsonl"
 """Beside trajectories.jsonl: the verdicts of a judge, by question id."""
@@ -42,19 +43,30 @@ def iterate_records(out_dir: Path | str) -> Iterator[dict[str, Any]]:
     A last line cut by a kill is left out. Raises DataError for what is no record, or one more of a question.
     """
     file, path = Path(out_dir) / JUDGEMENTS, Path(out_dir) / "trajectories.jsonl"
-    verdicts = {each["id"]: each for each in read_jsonl(file)} if file.exists() else {}
+    verdicts = {each.get("id"): each for each in read_jsonl(file)} if file.exists() else {}
     seen: set[str] = set()
     for record in read_jsonl(path, tolerate_cut_tail=True):
         wrong = [key for key, kind in _FIELDS.items() if not isinstance(record.get(key, seen), kind)]
+        wrong = wrong or _wrong_lists(record)
         if wrong or record["id"] in seen:
             what = f"missing or wrong: {', '.join(wrong)}" if wrong else "is there twice"
             raise DataError(f"{path}: trajectory {record.get('id')!r}: {what}")
         seen.add(record["id"])
         verdict = verdicts.get(record["id"])
         # One about an answer that was given since stands for nothing.
-        if verdict and verdict["answer"] == record["answer"]:
+        if verdict and verdict.get("answer", seen) == record["answer"]:
             record["judge"] = verdict
         yield record
+
+
+def _wrong_lists(record: Record) -> list[str]:
+    """The keys of lists that hold something else than they should."""
+    wrong = [] if all(isinstance(each, str) for each in record["gold_answers"]) else ["gold_answers"]
+    return wrong + [
+        name
+        for name, keys in _KEYS_OF_ITEMS.items()
+        if not all(isinstance(each, dict) and keys <= each.keys() for each in record[name])
+    ]
 
 
 def read_records(out_dir: Path | str) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def test_a_policy_folder_keeps_what_it_was_trained_to_answer(tmp_path):
     [
         ("I don't know", True), ("I don\u2019t know.", True), ("I do not know the answer", True),
         ("Unknown", True), ("Not enough information", True), ("Insufficient evidence to tell", True),
-        ("N/A", True), ("n/a", True),
+        ("N/A", True), ("n/a", True), ("N. A.", True), ("Na", False), ("NA", False),
         ("Unknown Pleasures", False), ("Nadal", False), ("None", False), (None, False), ("", False),
         ("The Know", False), ("I know it: Rome", False),
     ],

@@ -238,14 +238,21 @@ def test_a_file_that_is_read_is_not_written_over(run, tmp_path):
 
     given, link = write(tmp_path / "q.jsonl", "{}"), tmp_path / "link"
     link.symlink_to(given)
-    for questions, runs in ((f"a.jsonl,{link}", "null"), ("a.jsonl", f"[b, {given}]")):
-        status, got, _, err = run(takes_files, "--questions", questions, "--out", given, "--runs", runs)
+    (tmp_path / "run").mkdir()
+    scores, page = write(tmp_path / "run" / "scores.json", "{}"), write(tmp_path / "run" / "page.html", "")
+    for questions, runs, out in (
+        (f"a.jsonl,{link}", "null", given),
+        ("a.jsonl", f"[b, {given}]", given),
+        ("a.jsonl", f"['b,{tmp_path}/run']", scores),
+    ):
+        status, got, _, err = run(takes_files, "--questions", questions, "--out", out, "--runs", runs)
         assert status == 2 and not got and "must be another file than" in err and err.count("\n") == 1
     assert run(takes_files, "--questions", given, "--out", tmp_path / "new")[0] == 0
+    assert run(takes_files, "--questions", given, "--out", page, "--runs", f"[{tmp_path}/run]")[0] == 0
     for out in (tmp_path / "q.jsonl" / "new", tmp_path / "q.jsonl" / "a" / "b"):
         status, got, _, err = run(takes_files, "--questions", "a.jsonl", "--out", out)
         assert (status, got) == (2, []) and err == f"sleuth: {out}: cannot be written: Not a directory\n"
-    assert sorted(os.listdir(tmp_path)) == ["link", "q.jsonl"]  # nothing is left of looking
+    assert sorted(os.listdir(tmp_path)) == ["link", "q.jsonl", "run"]  # nothing is left of looking
 
 
 @pytest.mark.parametrize(

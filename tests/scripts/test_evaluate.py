@@ -359,6 +359,9 @@ def test_controls_are_evaluations_of_their_own_and_compared_with_the_run(folder,
     assert evaluate(folder, tmp_path / "out", *options) == 0  # all is there
 
 
-def test_run_files_are_written_beside(folder, scripted, tmp_path):
+def test_run_files_are_written_beside(folder, scripted, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert evaluate(folder, tmp_path / "out", "--limit", "2", "--run_files", str(tmp_path / "file")) == 2
+    assert "is a file, must be a folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert evaluate(folder, tmp_path / "out", "--limit", "2", "--run_files", str(tmp_path / "runs")) == 0
     assert len(list((tmp_path / "runs").glob("run_q*.json"))) == 2

@@ -98,6 +98,11 @@ def test_a_run_that_is_half_there_and_a_folder_of_nothing(tmp_path):
     write_jsonl(tmp_path / "bad" / "trajectories.jsonl", [{"id": "x"}])
     with pytest.raises(DataError, match="trajectory 'x': missing or wrong: question, gold_"):
         render_report(tmp_path / "bad")
+    whole = evaluation_record(make_trajectory(make_question(0), True))
+    for key, odd in (("gold_answers", [3]), ("segments", [{"text": "no kind"}]), ("searches", ["q"])):
+        write_jsonl(tmp_path / "bad" / "trajectories.jsonl", [{**whole, key: odd}])
+        with pytest.raises(DataError, match=f"missing or wrong: {key}"):
+            render_report(tmp_path / "bad")
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from agent.evaluation.browsecomp import write_run_files
+from agent.evaluation.browsecomp import check_run_files, write_run_files
 from agent.evaluation.measures import evaluation_record
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
 from data.calibration import expected_calibration_error
+from data.errors import ConfigError
 from data.formats.answer_sets import common_row, official_metric, slice_of_each
 from data.jsonl import write_json, write_jsonl
 from data.questions import load_questions
@@ -47,6 +48,23 @@ def test_run_files_hold_what_the_script_reads(tmp_path):
     assert run["tool_call_counts"] == {"search": 1, "open_page": 1} and run["retrieved_docids"] == ["5", "7"]
     assert run["result"][-1]["type"] == "output_text" and "Exact Answer: gold" in run["result"][-1]["output"]
     assert json.loads((tmp_path / "runs" / "run_0.json").read_text())["status"] == "turn_limit"
+
+
+def test_ids_that_are_no_file_names_share_no_run_file(tmp_path):
+    ids = ["q/2", "q 2", "q_2", "x" * 300, "../up", "ü"]
+    trajectories = [
+        Trajectory(Question(id_, "Q", ("a",), {"supporting_ids": odd}), [], StopReason.TURN_LIMIT, None, [])
+        for id_, odd in zip(ids, [None, "7", ["7"], [], [7], "[7, 8]"], strict=True)
+    ]
+    write_jsonl(tmp_path / "trajectories.jsonl", map(evaluation_record, trajectories))
+    write_json(tmp_path / "evaluation.json", {})
+    found = write_run_files(tmp_path, tmp_path / "runs")
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("run_*.json")]
+    assert {run["query_id"] for run in runs} == {*ids} and (tmp_path / "runs" / "run_q_2.json").exists()
+    assert [row["recall"] for row in found["per_query_metrics"]] == [None, 0, 0, None, 0, 0]
+    check_run_files(tmp_path / "runs", [trajectory.question for trajectory in trajectories])
+    with pytest.raises(ConfigError, match="holds other files"):
+        check_run_files(tmp_path / "runs", [trajectory.question for trajectory in trajectories[1:]])
 
 
 def test_the_summary_has_its_keys_and_ours_beside_them(tmp_path):
