@@ -333,7 +333,9 @@ const kind = document.querySelector("[name=kind]"); kind.value = "comparison";
 send(kind, "input");
 results.push(location.hash, shown.every((question) => question.kind === "comparison"));
 send(document.querySelector("#detail summary"), "keydown", {key: "ArrowUp"});
-results.push(document.activeElement.id); document.title = JSON.stringify(results);
+results.push(document.activeElement.id, byId("list").getAttribute("aria-activedescendant"));
+const text = document.querySelector("[name=text]"); text.value = "no such words"; send(text, "input");
+results.push(byId("list").getAttribute("aria-activedescendant")); document.title = JSON.stringify(results);
 """
 
 
@@ -350,7 +352,7 @@ def test_in_a_browser_keys_filters_pointer_and_smoothing_work(tmp_path, report):
         "smoothing",
         "",
         "#kind=comparison&id=test-2",
-        *(True, "list"),
+        *(True, "list", "row-0", ""),
     ]
 
 

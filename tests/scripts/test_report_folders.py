@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from agent.evaluation.measures import evaluation_record
+from agent.evaluation.records import read_records
 from agent.evaluation.report.choice import Choice, choose
 from agent.evaluation.report.folders import read_folder
 from agent.evaluation.report.page import render_report, write_report
@@ -118,7 +119,7 @@ def large(tmp_path_factory):
             "question": f"question {i}?",
             "segments": [prompt, answer],
             "searches": [],
-            "em": float(i % 10 == 0),
+            "answer": record["answer"] if i % 10 == 0 else "none of these",
             "metadata": {"kind": "rare" if i % 100 == 7 else "common"},
         }
         for i in range(6000)
@@ -177,6 +178,19 @@ def test_fixed_and_broken_compare_with_the_first_evaluation(tmp_path):
         ConfigError, match="fixed, kind = two_hop: no such question; there are 0 right, 3 wrong"
     ):
         payload(tmp_path, verdict="fixed", kind="two_hop")
+
+
+def test_what_is_right_is_for_the_judge_to_say_where_there_is_one(tmp_path):
+    evaluation(tmp_path, {1, 2}, 4)
+    answers = {record["id"]: record["answer"] for record in read_records(tmp_path)}
+    rulings = {"test-0": "correct", "test-1": "incorrect", "test-3": None}
+    rows = [{"id": id_, "answer": answers[id_], "verdict": ruling} for id_, ruling in rulings.items()]
+    write_jsonl(tmp_path / "judgements.jsonl", rows)
+    shown = {q["id"]: q["runs"][0] for q in payload(tmp_path)["questions"]}
+    assert [id_ for id_, run in shown.items() if run["right"]] == ["test-0", "test-2"]
+    assert [run["judged"] for run in shown.values()] == ["correct", "incorrect", None, None]
+    wrong = [q["id"] for q in payload(tmp_path, verdict="wrong")["questions"]]
+    assert wrong == ["test-1", "test-3"]
 
 
 def test_whatever_number_is_taken_kinds_and_verdicts_have_their_shares(large):

@@ -61,10 +61,11 @@ function hitList(search) {
 function runColumn(name, question, run) {
   const head = el("header", {}, el("h4", {}, LABELS[name] || name));
   if (!run) return el("section", { class: "run" }, head, el("p", { class: "empty" }, "Not in this evaluation."));
-  const right = run.em > 0;
+  const right = run.right;
   const searches = run.parts.filter(([kind]) => kind === "search").length;
   const facts = [`${searches} ${searches === 1 ? "search" : "searches"}`, run.stop_reason.replaceAll("_", " "),
     run.valid_format ? "valid format" : "invalid format", `F1 ${run.f1.toFixed(2)}`];
+  if (run.judged) facts.push(`judge: ${run.judged.replaceAll("_", " ")}`);
   head.append(el("span", { class: `verdict ${right ? "right" : "wrong"}` }, right ? "right" : "wrong"),
     el("p", { class: "facts" }, facts.join(" · ")));
   const blocks = run.parts.map(([kind, content]) => {
@@ -85,10 +86,10 @@ function place() {
 }
 
 const VERDICTS = {
-  right: ([, run]) => run.em > 0,
-  wrong: ([, run]) => !(run.em > 0),
-  fixed: ([first, run]) => first && !(first.em > 0) && run.em > 0,
-  broken: ([first, run]) => first && first.em > 0 && !(run.em > 0),
+  right: ([, run]) => run.right,
+  wrong: ([, run]) => !run.right,
+  fixed: ([first, run]) => first && !first.right && run.right,
+  broken: ([first, run]) => first && first.right && !run.right,
 };
 
 function haystack(question) {
@@ -110,9 +111,9 @@ function matches(question) {
 
 function marks(question) {
   return question.runs.map((run, i) => el("span", {
-    class: `mark ${run === null ? "none" : run.em > 0 ? "right" : "wrong"}`,
-    title: `${LABELS[NAMES[i]] || NAMES[i]}: ${run === null ? "not evaluated" : run.em > 0 ? "right" : "wrong"}`,
-  }, run === null ? "·" : run.em > 0 ? "✓" : "✗"));
+    class: `mark ${run === null ? "none" : run.right ? "right" : "wrong"}`,
+    title: `${LABELS[NAMES[i]] || NAMES[i]}: ${run === null ? "not evaluated" : run.right ? "right" : "wrong"}`,
+  }, run === null ? "·" : run.right ? "✓" : "✗"));
 }
 
 function renderList() {
@@ -135,8 +136,8 @@ function renderDetail() {
   const at = shown.findIndex((question) => question.id === state.id);
   document.querySelectorAll("#list .row").forEach((row, i) => row.setAttribute("aria-selected", String(i === at)));
   const detail = byId("detail");
+  byId("list").setAttribute("aria-activedescendant", at < 0 ? "" : `row-${at}`);
   if (at < 0) return detail.replaceChildren(el("p", { class: "empty" }, "Nothing to show."));
-  byId("list").setAttribute("aria-activedescendant", `row-${at}`);
   const question = shown[at];
   detail.replaceChildren(
     el("p", { class: "eyebrow" }, `${question.kind.replaceAll("_", "-")} · ${question.id}`),

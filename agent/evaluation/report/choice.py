@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from agent.evaluation.records import verdict_of
 from data.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from agent.evaluation.report.folders import Run
+    from agent.evaluation.report.folders import Evaluation, Run
 
 Verdict = Literal["all", "right", "wrong", "fixed", "broken"]
-Record = Mapping[str, Any]
 
-_VERDICTS: dict[str, Callable[[Record | None, Record | None], bool]] = {
+_VERDICTS: dict[str, Callable[[bool | None, bool | None], bool]] = {
     "all": lambda first, last: True,
-    "right": lambda first, last: last is not None and last["em"] > 0,
-    "wrong": lambda first, last: last is not None and not last["em"],
-    "fixed": lambda first, last: None not in (first, last) and not first["em"] and last["em"] > 0,  # type: ignore[index]
-    "broken": lambda first, last: None not in (first, last) and first["em"] > 0 and not last["em"],  # type: ignore[index]
+    "right": lambda first, last: last is True,
+    "wrong": lambda first, last: last is False,
+    "fixed": lambda first, last: first is False and last is True,
+    "broken": lambda first, last: first is True and last is False,
 }
 
 
@@ -64,9 +64,7 @@ def choose(run: Run, choice: Choice) -> list[str]:
         )
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for id_ in asked:
-        records = [evaluation.records.get(id_) for evaluation in run.evaluations]
-        verdicts = tuple(record and record["em"] > 0 for record in records)
-        groups[(kind_of(run, id_), *verdicts)].append(id_)
+        groups[(kind_of(run, id_), *(_is_right(e, id_) for e in run.evaluations))].append(id_)
     places: dict[str, float] = {}
     for members in groups.values():
         for place, id_ in enumerate(sorted(members, key=_shuffled)):
@@ -107,8 +105,13 @@ def describe(run: Run, choice: Choice, kept: int, asked: int) -> str:
 
 def _has(run: Run, id_: str, verdict: str) -> bool:
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    last = named.get("after", run.evaluations[-1]).records.get(id_)
-    return _VERDICTS[verdict](run.evaluations[0].records.get(id_), last)
+    last = named.get("after", run.evaluations[-1])
+    return _VERDICTS[verdict](_is_right(run.evaluations[0], id_), _is_right(last, id_))
+
+
+def _is_right(evaluation: Evaluation, id_: str) -> bool | None:
+    record = evaluation.records.get(id_)
+    return None if record is None else verdict_of(record) > 0
 
 
 def _is_wanted(run: Run, id_: str, choice: Choice) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from agent.evaluation.records import verdict_of
 from agent.evaluation.report.choice import Choice, choose, describe, every_question
 from agent.evaluation.report.folders import Run, read_full
 from agent.protocol import PROTOCOLS
@@ -142,8 +143,9 @@ def _run_of(record: Mapping[str, Any], texts: _Table, passages: _Table, text_lim
         elif not (parts and parts[-1][0] == "search"):
             parts.append(["message", texts.add(text, text)])
     parts += [["search", search] for search in searches]
-    keys = ("answer", "stop_reason", "valid_format", "em", "f1")
-    return {key: record[key] for key in keys} | {"prompt": prompt, "parts": parts}
+    kept = {key: record[key] for key in ("answer", "stop_reason", "valid_format", "f1")}
+    judged = record.get("judge", {}).get("verdict")
+    return kept | {"right": verdict_of(record) > 0, "judged": judged, "prompt": prompt, "parts": parts}
 
 
 def _asks(text: str, query: str) -> bool:
