@@ -34,6 +34,7 @@ _AVERAGING = {
     "seq-mean-token-mean": "trajectory",
     "seq-mean-token-sum-norm": "constant",
 }
+_VARIABLE = re.compile(r"\$\{?(\w+)(?::?-([^}]*))?\}?")  # $NAME, ${NAME}, ${NAME:-what else}
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -78,6 +79,15 @@ _SAME: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "data.seed": ("seed", int),
 }
 """Options that mean the same here: their name, and what makes its value (None: it has no counterpart)."""
+_DERIVED = {
+    "rollout.questions_per_step": ("data.train_batch_size",),
+    "rollout.group_size": (f"{_ARR}.rollout.n_agent", f"{_ARR}.rollout.n"),
+    "algorithm.updates_per_rollout": (
+        "data.train_batch_size", f"{_ARR}.actor.ppo_mini_batch_size", f"{_ARR}.rollout.n_agent",
+        f"{_ARR}.rollout.n",
+    ),
+}  # fmt: skip
+"""What is left out where an option that it is made of is not known, lest a default be believed."""
 Flat = dict[str, Any]
 
 
@@ -130,7 +140,7 @@ def _of_script(text: str, file: Path) -> Flat:
         name, is_given, value = word.lstrip("+").partition("=")
         if not is_given or not re.fullmatch(r"[A-Za-z_][\w.]*|--config-\w+", name):
             continue
-        value = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), value)
+        value = _VARIABLE.sub(lambda m: variables.get(m[1], m[2] or m[0]), value)
         if name == "max_turns" or not name.isidentifier():
             options[name] = (
                 yaml.safe_load(value) if not re.fullmatch(r"[-\d.]+e-?\d+", value) else float(value)
@@ -155,6 +165,9 @@ def translate(options: Flat, trainer: str) -> tuple[dict[str, Any], Flat]:
         _derive(ours, left, trainer)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"an option that is no number: {error}") from error
+    for own, names in _DERIVED.items():
+        if unknown.keys() & names:
+            ours.pop(own, None)
     return ours, left | unknown
 
 
@@ -223,7 +236,8 @@ def recipe_text(options: Flat, trainer: str, file: str) -> str:
         "",
     ]
     lines.append(yaml.safe_dump(nested, sort_keys=False, width=110).rstrip())
-    if absent := [name for name in missing if name not in ours]:
+    unknown = [own for own, names in _DERIVED.items() if left.keys() & names and own not in ours]
+    if absent := [name for name in missing if name not in ours] + unknown:
         lines += ["", f"# Not in the file, to be filled in: {', '.join(absent)}"]
     if left:
         lines += ["", "# Without a counterpart here, of its machines, or not known from the file:"]

@@ -149,7 +149,10 @@ def test_what_hydra_or_the_shell_would_fill_in_is_filled_in_or_listed(tmp_path, 
     script = "main algorithm.adv_estimator=gae data.train_batch_size=$((8*4)) data.seed=7 "
     script += "actor_rollout_ref.rollout.n=${N:-5}"
     config, text = printed(script, "verl.sh", "verl", tmp_path, capsys)
-    assert config.seed == 7 and "data.train_batch_size=$((8*4))" in text and "rollout.n=${N:-5}" in text
+    assert config.seed == 7 and config.rollout.group_size == 5 and "data.train_batch_size=$((8*4))" in text
+    text = printed(script.replace("${N:-5}", "$1"), "verl.sh", "verl", tmp_path, capsys)[1]
+    named = "out, rollout.questions_per_step, rollout.group_size, algorithm.updates_per_rollout\n"
+    assert named in text and "  group_size" not in text and "rollout.n=$1" in text
 
 
 @pytest.mark.parametrize(
