@@ -21,7 +21,7 @@ from agent.search_tool import TagSanitizer
 from agent.tools import Call
 from data.answers import cover_em, exact_match
 from data.records import Hit, Question
-from retriever_server.client.chat import ChatClient, ChatError
+from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
 from retriever_server.indexes.analyzers import ENGLISH_STOP_WORDS
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Teacher:
     async def demonstrate(self, questions: Sequence[Question], searcher: Searcher) -> list[Record | None]:
         """One demonstration for each question, None where no try ended in a gold answer.
 
-        Raises ChatError where no request at all was answered.
+        Raises ChatError where no request is answered; a prompt that is refused ends its try alone.
         """
         kept: dict[int, Record] = {}
         for sample in range(self.samples):
@@ -153,7 +153,8 @@ class Teacher:
                 await self._one_turn([each for each in tries if not each.over], searcher)
             kept |= {each.place: _record(each.question, each.steps) for each in tries if each.right}
             errors = [each.error for each in tries if each.error]
-            if errors and len(errors) == len(tries):
+            refused = self.client.answered and all(isinstance(each, ChatRefused) for each in errors)
+            if errors and len(errors) == len(tries) and not refused:
                 raise errors[0]
             if errors:
                 logger.warning("%d of %d tries had no reply: %s", len(errors), len(tries), errors[0])

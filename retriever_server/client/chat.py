@@ -85,6 +85,11 @@ class ChatClient:
             known = dict(zip(different, outcomes, strict=True))
         return [known[body] for body in bodies]
 
+    @property
+    def answered(self) -> bool:
+        """Whether it has a reply to any request, those of before a restart too."""
+        return bool(self._known)
+
     def stop(self) -> None:
         """Send nothing more, also of what another thread is about to ask; replies under way are kept."""
         self._stopped = True

@@ -142,7 +142,9 @@ def test_tries_without_a_reply_are_told_of(caplog):
         return 200, {"choices": [{"message": {"content": right[len(request["messages"]) // 2]}}]}
 
     with answering(v1__chat__completions=reply) as server:
-        teacher = Teacher(ChatClient(f"{server.url}/v1", "teacher"), "m")
+        teacher = Teacher(ChatClient(f"{server.url}/v1", "teacher"), "m", samples=2)
+        with pytest.raises(ChatError, match="answered 400"):  # nothing was ever answered
+            asyncio.run(teacher.demonstrate([other], Shelf()))
         first, second = asyncio.run(teacher.demonstrate([ASKED, other], Shelf()))
     assert first and second is None
     assert "1 of 2 tries had no reply: teacher http" in caplog.text and "answered 400" in caplog.text
