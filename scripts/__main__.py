@@ -90,9 +90,9 @@ USER_FILE_ERRORS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, says_interrupted: bool = True) -> int:
     """The exit status of `sleuth ARGV...`; errors of the user's are one line on stderr."""
-    return guarded(dispatch, sys.argv[1:] if argv is None else argv)
+    return guarded(dispatch, sys.argv[1:] if argv is None else argv, says_interrupted)
 
 
 def run_script(run: Callable[..., Any]) -> NoReturn:
@@ -104,7 +104,7 @@ def run_script(run: Callable[..., Any]) -> NoReturn:
     sys.exit(guarded(lambda argv: call(run, argv, program) or 0, sys.argv[1:]))
 
 
-def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
+def guarded(run: Callable[[list[str]], int], argv: list[str], says_interrupted: bool = True) -> int:
     """Return what `run` returns, or the exit status of its error: one line where it is the user's."""
     try:
         try:
@@ -113,7 +113,7 @@ def guarded(run: Callable[[list[str]], int], argv: list[str]) -> int:
             end_bars()
             sys.stdout.flush()  # here, where a closed pipe is caught, not at exit
     except KeyboardInterrupt as error:
-        return complain(str(error) or "interrupted", 130)
+        return complain(str(error) or "interrupted", 130) if says_interrupted else 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)

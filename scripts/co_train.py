@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from data.yaml_file import read_yaml
 from rl.co_training.rounds import State, load_state, run_rounds
 from scripts.command_line import arguments_of
 from scripts.console import going_on, show_table
+from scripts.phases import run_stage
 
 AGENT = ("protocol", "engine", "device", "dtype")
 """Keys of the policy's recipe that decide how it answers, in training and elsewhere."""
@@ -309,9 +308,7 @@ class _Loop:
         """Run `sleuth COMMAND`; its own resuming takes up what an earlier run began. Its exit status."""
         print(f"-- round {state.round}, {state.stage}: sleuth {command}", flush=True)
         options = [f"--{name}={value}" for name, value in given.items()]
-        status = subprocess.run([sys.executable, "-m", "scripts", command, *options], check=False).returncode
-        if status in (130, -2):
-            raise KeyboardInterrupt
+        status = run_stage([command, *options])
         if status not in allowed:
             self._fail(state, command, status)
         return status

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import random
 import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +25,10 @@ from data.device import cpu_has_bfloat16, resolve_device
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
+from data.run_dir import describe_difference
 from data.text import markdown_table
 from scripts.console import going_on
-from scripts.phases import Phases
+from scripts.phases import Phases, run_stage
 
 RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
 PASSAGE_WORDS = 30
@@ -99,9 +97,9 @@ def main(
     from agent.policy_folder import find_policy
 
     find_policy(policy)
-    if dtype == "auto":
-        fast = resolve_device("auto") == "cuda" or cpu_has_bfloat16()
-        dtype = "bfloat16" if fast else "float32"
+    wanted = {"data": data, "policy": policy, "seed": seed, "warm_steps": warm_steps, "steps": steps}
+    wanted |= {"test_questions": test_questions, "dtype": dtype}
+    dtype = begun_as(Path(out) / "flagship.json", wanted)["dtype"]
     run = Flagship(Path(out), Path(data), policy, seed, dtype)
     with going_on(out):
         run.make_data(test_questions)
@@ -110,6 +108,20 @@ def main(
         run.warm_start(str(run.out / "warm"), "control", run.control_steps(warm_steps))
         run.evaluate()
     run.conclude()
+
+
+def begun_as(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run, kept in `file`, with the dtype that auto means; ConfigError for others."""
+    begun = read_json(file) if file.exists() else {}
+    auto = "bfloat16" if resolve_device("auto") == "cuda" or cpu_has_bfloat16() else "float32"
+    dtype = begun.get("dtype", auto) if wanted["dtype"] == "auto" else wanted["dtype"]
+    now = {"format_version": FORMAT_VERSION, **wanted, "dtype": dtype}
+    folder = begun.pop("folder", "")  # where its relative paths begin
+    if not begun:
+        write_json(file, now | {"folder": str(Path.cwd())})
+    elif changed := describe_difference(begun, now, folder=folder):
+        raise ConfigError(f"{file.parent} was begun otherwise ({'; '.join(changed)}): choose another --out")
+    return now
 
 
 class Flagship:
@@ -224,17 +236,7 @@ class Flagship:
             self.phases.add(f"{phase or command} cpu", _cpu_seconds() - before)
 
     def _run(self, argv: Sequence[str]) -> None:
-        with subprocess.Popen([sys.executable, "-m", "scripts", *argv]) as process:
-            try:
-                status = process.wait()
-            except KeyboardInterrupt:  # it saves its state before it ends
-                if not sys.stdin.isatty():  # a terminal has told it already
-                    process.send_signal(signal.SIGINT)
-                process.wait()
-                raise
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
+        if status := run_stage(argv):
             raise SleuthError(f"`sleuth {argv[0]}` ended with status {status}; its reason stands above")
 
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.jsonl import read_json, write_json
+
+_STAGE = "import sys; from scripts.__main__ import main; sys.exit(main(sys.argv[1:], says_interrupted=False))"
+
+
+def run_stage(argv: Sequence[str]) -> int:
+    """Run `sleuth ARGV...` in a process of its own; return its exit status.
+
+    Raises KeyboardInterrupt where it was interrupted: its state is saved, and it leaves it to us to say so.
+    """
+    with subprocess.Popen([sys.executable, "-c", _STAGE, *argv]) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # a terminal has told it already
+                process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+    if status in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return status
 
 
 class Phases:

@@ -45,7 +45,7 @@ def write_run_files(evaluation: Path, out: Path) -> dict[str, Any]:
 
 
 def check_run_files(out: Path, questions: Iterable[Question]) -> None:
-    """Raise ConfigError where `out` is no folder for run files, or holds others, which the script would count."""
+    """Raise ConfigError where `out` can be no folder, or holds files of others, which the script counts."""
     check_free(out, {_SUMMARY, *(_file_name(question.id) for question in questions)})
 
 

@@ -25,7 +25,6 @@ import os
 import random
 import shutil
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,7 @@ def forked(argv: Sequence[str]) -> tuple[int, float]:
     """Run `sleuth ARGV...` in a fork; return its exit status and the processor seconds it took."""
     sys.stdout.flush()
     if not (child := os.fork()):
-        again = lambda argv, check: types.SimpleNamespace(returncode=forked(argv[3:])[0])  # noqa: E731
-        co_train.subprocess = types.SimpleNamespace(run=again)  # type: ignore[assignment]
+        co_train.run_stage = lambda argv: forked(argv)[0]
         os._exit(sleuth(list(argv)))
     _, status, used = os.wait4(child, 0)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime

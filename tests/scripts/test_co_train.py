@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -64,17 +63,17 @@ def parser_of(command):
 
 
 class Commands:
-    """In the place of `subprocess.run`: checks the options, and leaves what each command would leave."""
+    """In the place of `run_stage`: checks the options, and leaves what each command would leave."""
 
     def __init__(self, passes=True, broken=None, statuses=(), oracle=0.9, gain=0.1):
         self.passes, self.broken, self.ran = passes, broken, []
         self.index: Path | None = None
         self.statuses, self.oracle, self.gain = dict(statuses), oracle, gain
 
-    def __call__(self, argv, check):
-        command, options = argv[3], argv[4:]
+    def __call__(self, argv):
+        command, *options = argv
         if command == self.broken:
-            return subprocess.CompletedProcess(argv, 2)
+            return 2
         given = dict(option.removeprefix("--").split("=", 1) for option in options)
         self.ran.append((command, given))
         parse(parser_of(command), options)
@@ -88,26 +87,26 @@ class Commands:
             if command == "train-retriever":
                 reason = "step 3: the loss is nan; the last checkpoint is kept"
                 write_json(out / "run.json", {"format_version": 1, "status": "stopped", "reason": reason})
-            return subprocess.CompletedProcess(argv, self.statuses[command])
+            return self.statuses[command]
         elif command == "index" and self.index:
             shutil.copytree(self.index, out)
         elif command == "gate":
             record = {"passed": self.passes, "reason": "r", "old_found": 0.1, "new_found": 0.2}
             write_json(out, record)
-            return subprocess.CompletedProcess(argv, 0 if self.passes else 3)
+            return 0 if self.passes else 3
         elif command == "train":
             checkpoint = out / "checkpoints" / "step-20"
             write_json(checkpoint / "manifest.json", {"format_version": 1, "step": 20})
         elif command == "mine":
             write_jsonl(out, [])
-        return subprocess.CompletedProcess(argv, 0)
+        return 0
 
 
 @pytest.fixture
 def commands(monkeypatch):
     def use(**given):
         found = Commands(**given)
-        monkeypatch.setattr(co_train.subprocess, "run", found)
+        monkeypatch.setattr(co_train, "run_stage", found)
         monkeypatch.setattr(
             "scripts.co_train.latest_checkpoint", lambda folder: type("C", (), {"path": folder / "last"})
         )

@@ -3,7 +3,6 @@
 import re
 import resource
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -84,16 +83,16 @@ def run(monkeypatch):
         def __init__(self):
             self.ends = []
 
-        def __call__(self, argv, check):
-            name = argv[3]
+        def __call__(self, argv):
+            name = argv[0]
             limit = self.faults.pop(0)[1] if self.faults and self.faults[0][0] == name else None
-            with Forked(command, argv[3:], limit, self.killed) as process:
+            with Forked(command, argv, limit, self.killed) as process:
                 _, said = process.communicate(timeout=300)
                 self.ends.append((name, process.returncode, said.splitlines()))
-            return subprocess.CompletedProcess(argv, process.returncode)
+            return process.returncode
 
     found = Run()
-    monkeypatch.setattr(co_train.subprocess, "run", found)
+    monkeypatch.setattr(co_train, "run_stage", found)
     return found
 
 

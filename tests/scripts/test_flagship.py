@@ -11,7 +11,7 @@ from scripts.flagship import Flagship, as_markdown, compare, finds_answer
 
 
 def record(id_, said, em):
-    searches = [{"hits": [{"text": said}]}] if said else []
+    searches = [{"query": "Italy", "hits": [{"text": said}]}] if said else []
     return {
         "id": id_,
         "question": "What is the capital of Italy?",
@@ -78,6 +78,18 @@ def test_a_stage_that_is_done_is_passed_over_and_one_that_fails_ends_the_run(tmp
     }
     with pytest.raises(flagship.SleuthError, match="`sleuth search` ended with status 2"):
         Flagship(tmp_path, tmp_path, "smollm2", 0)._run(["search"])
+
+
+def test_a_run_goes_on_as_it_was_begun_or_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(flagship, "cpu_has_bfloat16", lambda: False)
+    file, wanted = tmp_path / "flagship.json", {"data": str(tmp_path), "steps": None, "dtype": "bfloat16"}
+    assert flagship.begun_as(file, wanted)["dtype"] == "bfloat16"
+    assert flagship.begun_as(file, wanted | {"dtype": "auto"})["dtype"] == "bfloat16"  # not what is native
+    monkeypatch.chdir(tmp_path)
+    assert flagship.begun_as(file, wanted | {"data": "."})
+    for other in ({"dtype": "float32"}, {"steps": 3}, {"data": ".."}):
+        with pytest.raises(flagship.ConfigError, match=f"was begun otherwise .{next(iter(other))}: "):
+            flagship.begun_as(file, wanted | other)
 
 
 @pytest.mark.parametrize(
