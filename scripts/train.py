@@ -125,6 +125,8 @@ def measure_step(config: TrainConfig, questions: int) -> Steps | None:
             logger.warning("not measured: %s", error)
         except Measured:
             pass
+        except KeyboardInterrupt:  # there is no state to go on from
+            raise KeyboardInterrupt from None
         found = recent_steps(out, last=1)
     if found is None:
         return None

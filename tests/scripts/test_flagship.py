@@ -6,7 +6,7 @@ import pytest
 
 from data.jsonl import write_jsonl
 from scripts import __main__ as sleuth
-from scripts import flagship
+from scripts import flagship, phases
 from scripts.flagship import Flagship, as_markdown, compare, finds_answer
 
 
@@ -78,6 +78,17 @@ def test_a_stage_that_is_done_is_passed_over_and_one_that_fails_ends_the_run(tmp
     }
     with pytest.raises(flagship.SleuthError, match="`sleuth search` ended with status 2"):
         Flagship(tmp_path, tmp_path, "smollm2", 0)._run(["search"])
+
+
+def test_a_stage_that_is_interrupted_leaves_it_to_the_whole_to_say_so(monkeypatch, capfd):
+    assert (
+        phases.run_stage(["atlas", "--invented", "x"]) == 2 and "sleuth: invented" in capfd.readouterr().err
+    )
+    before = "import signal, scripts.__main__ as m; m.dispatch = lambda argv: signal.raise_signal(2); "
+    monkeypatch.setattr(phases, "_STAGE", before + phases._STAGE)
+    with pytest.raises(KeyboardInterrupt):
+        phases.run_stage(["atlas"])
+    assert capfd.readouterr().err == ""
 
 
 def test_a_run_goes_on_as_it_was_begun_or_is_refused(tmp_path, monkeypatch):
