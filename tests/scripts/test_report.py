@@ -317,7 +317,7 @@ USE = """
 const send = (node, name, more) => node.dispatchEvent(
   new (more?.key ? KeyboardEvent : PointerEvent)(name, {bubbles: true, ...more}));
 const selected = () => document.querySelector('[aria-selected="true"]').dataset.id;
-const results = [selected()];
+const results = [selected()], active = () => byId("list").getAttribute("aria-activedescendant");
 for (const key of ["ArrowDown", "j", "ArrowUp"]) {
   send(byId("list"), "keydown", {key});
   results.push(selected());
@@ -329,13 +329,11 @@ results.push(document.querySelector("figure output").textContent.split(":")[0]);
 results.push(byId("curves").className);
 byId("smooth").click();
 results.push(byId("curves").className);
-const kind = document.querySelector("[name=kind]"); kind.value = "comparison";
-send(kind, "input");
+const kind = document.querySelector("[name=kind]"); kind.value = "comparison"; send(kind, "input");
 results.push(location.hash, shown.every((question) => question.kind === "comparison"));
 send(document.querySelector("#detail summary"), "keydown", {key: "ArrowUp"});
-results.push(document.activeElement.id, byId("list").getAttribute("aria-activedescendant"));
-const text = document.querySelector("[name=text]"); text.value = "no such words"; send(text, "input");
-results.push(byId("list").getAttribute("aria-activedescendant")); document.title = JSON.stringify(results);
+results.push(document.activeElement.id, active()); state.text = "no such words"; renderList();
+results.push(active()); document.title = JSON.stringify(results);
 """
 
 
