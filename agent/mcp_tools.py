@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -65,7 +65,7 @@ class McpServer:
         """Ask it for its tools. Raises ConfigError, and ToolUnavailable where it does not answer."""
         self.config, self.max_calls = config, config.max_calls
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, _Connection] = WeakKeyDictionary()
-        offered = {tool.name: tool for tool in asyncio.run(self._list())}
+        offered = asyncio.run(self._list())
         names = offered.keys() if config.tools is None else config.tools
         for name in names:
             if name not in offered or name in TOOLS or not _NAME.fullmatch(name):
@@ -115,12 +115,18 @@ class McpServer:
                     del self._connections[loop]
                 await asyncio.sleep(_WAIT_SECONDS)
 
-    async def _list(self) -> Sequence[Any]:
+    async def _list(self) -> dict[str, Any]:
+        """Return its tools by name, of all its pages."""
         client = _make_client(self.config)  # before the clock runs: the import takes seconds
         connection = _Connection(client)
         try:
             async with asyncio.timeout(self.config.timeout_seconds):
-                return (await (await connection.client()).list_tools()).tools
+                listing = (await connection.client()).list_tools
+                offered, page = {}, await listing()
+                while new := {tool.name: tool for tool in page.tools if tool.name not in offered}:
+                    offered |= new
+                    page = await listing(cursor=page.next_cursor) if page.next_cursor else page
+                return offered
         except TimeoutError as error:
             waited = f"no answer in {self.config.timeout_seconds:g} s"
             raise ToolUnavailable(f"tools.mcp {self.config.mcp}: {waited}") from error
@@ -187,11 +193,11 @@ def _is_answer(error: Exception) -> bool:
 def _as_tool(offered: Any) -> Tool:
     """Return a tool of theirs as one of ours: with its one argument by name, else all of them as JSON."""
     schema = dict(offered.input_schema)
-    properties, needed = schema.get("properties", {}), schema.get("required", [])
+    properties, needed = schema.get("properties") or {}, schema.get("required") or []
     does = " ".join((offered.description or offered.name).split()).rstrip(".")
     if len(properties) == 1 or len(needed) == 1:
         [name] = needed or properties
-        kind = properties[name].get("type")
+        kind = properties.get(name, {}).get("type")
         if kind in ("string", "integer"):
             types = ("string", "integer") if kind == "integer" else ("string",)
             return Tool(offered.name, does, name, name, types, parameters=schema)

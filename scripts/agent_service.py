@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from scripts.agent_options import AgentLimits
 
 
-_NOT_TAKEN = ("tools", "functions", "stop", "logprobs")
+_NOT_TAKEN = ("tools", "functions", "stop", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias")
 
 
 class TextPart(Body):
@@ -80,6 +80,9 @@ class ChatBody(Body):
     functions: Any = None
     stop: Any = None
     logprobs: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
     response_format: Any = None
 
     def question(self, most_chars: int) -> str:

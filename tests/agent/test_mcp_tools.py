@@ -144,6 +144,34 @@ def test_a_server_that_cannot_serve_is_refused_in_one_line(config, error, says, 
     assert "\n" not in str(caught.value)
 
 
+PAGED = """
+import json, sys
+
+def say(number, **result):
+    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
+
+schemas = [{"type": "object", "required": ["zz"]}, {"type": "object", "properties": None}]
+for asked in map(json.loads, sys.stdin):
+    if asked.get("method") == "initialize":
+        version = asked["params"]["protocolVersion"]
+        server = {"name": "paged", "version": "1"}
+        say(asked["id"], protocolVersion=version, capabilities={"tools": {}}, serverInfo=server)
+    elif asked.get("method") == "tools/list":
+        page = int((asked.get("params") or {}).get("cursor") or 0) % 2
+        say(asked["id"], tools=[{"name": f"t{page}", "inputSchema": schemas[page]}], nextCursor=str(page + 1))
+    elif "id" in asked:
+        error = {"code": -32601, "message": "unknown"}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": error}), flush=True)
+"""
+
+
+def test_all_pages_of_tools_are_read_once_and_odd_schemas_are_tools(tmp_path):
+    (tmp_path / "paged.py").write_text(PAGED)
+    server = McpServer(McpConfig(f"{sys.executable} {tmp_path / 'paged.py'}"))
+    assert server.names == ("t0", "t1")
+    assert [tool.parameters["type"] for tool in server.tools] == ["object", "object"]
+
+
 def test_wrong_limits_and_names_that_are_taken_are_refused(address):
     with pytest.raises(ConfigError, match=r"tools.max_calls = 0: must be >= 1"):
         McpConfig(PEER, max_calls=0)

@@ -179,6 +179,7 @@ def test_openais_package_reads_answers_streams_models_and_errors(agent_app):
         ({"tools": [{}]}, "tools: is not taken: the policy has its own tools"),
         ({"stop": ["x"]}, "stop: is not taken"),
         ({"logprobs": True}, "logprobs: is not taken"),
+        ({"presence_penalty": 0.5, "frequency_penalty": 0}, "presence_penalty: is not taken"),
         ({"response_format": {"type": "json_object"}}, "response_format: is not taken"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0, "stream": True}, "max_tokens"),
