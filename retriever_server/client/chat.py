@@ -181,13 +181,22 @@ def _parse(content: bytes) -> tuple[str, tuple[int, int]]:
     """Return the text of a chat completion, and the tokens that it says were read and written."""
     try:
         completion = json.loads(content)
-        text = completion["choices"][0]["message"]["content"]
-        usage = completion.get("usage") or {}
-        written = int(usage.get("completion_tokens") or 0)
-        total = int(usage.get("total_tokens") or int(usage.get("prompt_tokens") or 0) + written)
-        return str(text or ""), (total - written, written)
+        text = completion["choices"][0]["message"]["content"] or ""
+        if isinstance(text, list):  # parts; those of another type are thoughts
+            text = "".join(part["text"] for part in text if part["type"] == "text")
+        if not isinstance(text, str):
+            raise TypeError
+        read, written, total = (_count(completion, name) for name in ("prompt", "completion", "total"))
+        return text, (max(read, total - written), written)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {content[:100]!r}") from None
+
+
+def _count(completion: Mapping[str, Any], name: str) -> int:
+    """Return the number of tokens that a completion tells; 0 where it tells none."""
+    usage = completion.get("usage")
+    told = usage.get(f"{name}_tokens") if isinstance(usage, Mapping) else None
+    return int(told) if isinstance(told, int | float) and 0 < told < 1e15 else 0
 
 
 def _tokens(kept: Mapping[str, Any]) -> tuple[int, int]:

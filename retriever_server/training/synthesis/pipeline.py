@@ -257,6 +257,11 @@ class Synthesis:
 
     def check_count(self, seeds: int) -> None:
         """Raise DataError where there is nothing to write for."""
+        if not seeds and self.recipe.brainstorm:
+            why = Counter(row.get("rejected", "an empty list") for row in self.rows("tasks")).most_common(1)
+            raise RunStopped(
+                f"no reply has tasks (mostly: {why[0][0]}); remove {self.path('tasks')} to ask anew"
+            )
         if not seeds:
             least = f"least_characters = {self.config.least_characters}"
             raise DataError(f"no passage is left to write for by {least}, pattern and evaluation")

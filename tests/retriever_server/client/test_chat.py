@@ -55,8 +55,9 @@ def test_tokens_read_and_written_are_told_apart_and_kept(tmp_path):
     told = [
         {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}, {"total_tokens": 9}, {},
         {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 12}, {"prompt_tokens": 7}, None,
+        {"prompt_tokens": "many", "completion_tokens": float("inf")}, {"total_tokens": -5}, "none",
     ]  # fmt: skip
-    usages, requests = iter(told), bodies(*"abcdef")
+    usages, requests = iter(told), bodies(*"abcdefghi")
 
     def answer(body):
         return 200, {"choices": [{"message": {"content": "x"}}], "usage": next(usages)}
@@ -66,7 +67,30 @@ def test_tokens_read_and_written_are_told_apart_and_kept(tmp_path):
             client = ChatClient(f"{server.url}/v1", max_concurrent=1, cache=tmp_path / "chat.jsonl")
             client.ask(requests, str)
             took = [client.tokens_of(request) for request in requests]
-            assert took == [(7, 2), (9, 0), (0, 0), (10, 2), (7, 0), (0, 0)]
+            assert took == [(7, 2), (9, 0), (0, 0), (10, 2), (7, 0), (0, 0), (0, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reply"),
+    [
+        (None, ""),
+        (
+            [
+                {"type": "thinking", "thinking": []},
+                {"type": "text", "text": "a"},
+                {"type": "text", "text": "b"},
+            ],
+            "ab",
+        ),
+        ({"text": "a"}, None),
+        ([{"text": "a"}], None),
+        (["a"], None),
+    ],
+)
+def test_parts_of_a_message_are_joined_and_what_is_no_text_is_an_error(content, reply):
+    with answering(v1__chat__completions=lambda _: (200, completion(content))) as server:
+        [outcome] = ChatClient(f"{server.url}/v1").ask(bodies("a"), str)
+        assert outcome == reply if reply is not None else "not a chat completion" in str(outcome)
 
 
 def test_tokens_are_a_budget_too_after_a_restart_as_well(tmp_path):

@@ -141,6 +141,9 @@ def test_written_passages_get_a_corpus_of_their_own(tmp_path):
         def write(self, calls):
             return [Written(self.text(call)) for call in calls]
 
+    none = run(tmp_path / "none", Scripted(["I will."]), rivers(tmp_path), recipe="e5")
+    with pytest.raises(RunStopped, match=r"no reply has tasks \(mostly: no list\); .*none/out/tasks.jsonl"):
+        synthesize(none)
     made_run = run(tmp_path, Writer(), recipe="e5", labels=LabelRules(negative="written"), limit=3)
     made_run.corpus = made_run.retriever = None
     assert synthesize(made_run)["examples"] == 3
