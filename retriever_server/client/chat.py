@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from data.errors import ConfigError, SleuthError
+from data.errors import ConfigError, SleuthError, require, require_range
 from data.jsonl import append_jsonl, read_jsonl
 from data.secret import read_secret
 from data.settings import ChatConfig
@@ -52,11 +52,14 @@ class ChatClient:
     ) -> None:
         """name: begins what it says. max_calls, max_tokens: of all requests, those before a restart too.
 
-        Raises ConfigError where the URL is wrong or the key cannot be read.
+        Raises ConfigError where the URL or a limit is wrong, or the key cannot be read.
         """
         self.url = f"{_checked(url, name)}/chat/completions"
         self.name, self.timeout_seconds = name, timeout_seconds
         self.max_concurrent, self.max_calls, self.max_tokens = max_concurrent, max_calls, max_tokens
+        require_range(self, f"{name}.", "> 0", "timeout_seconds")
+        require_range(self, f"{name}.", ">= 1", "max_concurrent", "max_calls")
+        require(max_tokens is None or max_tokens >= 1, f"{name}.max_tokens", max_tokens, ">= 1")
         self._headers = {"Content-Type": "application/json"}
         if key_file is not None:
             key = read_secret(key_file, f"{name}.api_key_file", first_line=True)

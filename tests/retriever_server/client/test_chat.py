@@ -152,3 +152,11 @@ def test_a_server_that_says_when_is_asked_for_the_time_of_a_request(monkeypatch,
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match=r"chat\.url = .*needs one like http://"):
         ChatClient(url)
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_concurrent": 0}, {"timeout_seconds": 0}, {"max_calls": -1}, {"max_tokens": 0}]
+)
+def test_a_limit_that_lets_nothing_through_is_refused(limit):
+    with pytest.raises(ConfigError, match=rf"judge\.{next(iter(limit))} = .*must be >"):
+        ChatClient("http://127.0.0.1:1/v1", "judge", **limit)
