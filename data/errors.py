@@ -76,6 +76,15 @@ def require_range(config: object, group: str, allowed: str, *names: str) -> None
         require(_RANGES[allowed](value), f"{group}{name}", value, allowed)
 
 
+def require_template(template: str, name: str, other: str) -> None:
+    """Raise ConfigError unless the template of a query names {query}, and {other} alone beside it."""
+    try:
+        made = template.format(query="\0", **{other: ""})
+    except (LookupError, AttributeError, ValueError):
+        made = ""
+    require("\0" in made, name, template, f"a text that names {{query}}, and may name {{{other}}}")
+
+
 def reason_of(error: BaseException) -> str:
     """Return what went wrong, without the name of the file: the text of a system's error, else its own."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or repr(error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError, DataError, require
+from data.errors import ConfigError, DataError, require, require_template
 from data.jsonl import write_json, write_jsonl
 from data.records import FORMAT_VERSION, Benchmark, Question
 from scripts.console import show_table, track
@@ -47,6 +48,7 @@ def main(
         run_out: File for the retriever's run alone, in TREC's format.
     """
     _check_given(queries, qrels, benchmark, answers, top_k)
+    require_template(query_template, "query_template", "instruction")
     _check_retrievers([retriever, compare], where or {})
     from retriever_server.evaluation import judge, judge_answers, parse_metrics
 
@@ -140,16 +142,10 @@ def _rank(
             ids = f"{next(iter(run))!r} there, {next(iter(rankings), '')!r} here"
             raise DataError(f"{spec}: ranks none of the queries ({ids})")
         return without_excluded(rankings, collection.excluded, top_k), {}
-    try:
-        texts = [
-            template.format(query=query.text, instruction=collection.instruction)
-            for query in collection.queries
-        ]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"query_template {template!r}: may name {{query}} and {{instruction}}") from error
+    told = collection.instruction
     asked = [
-        Question(query.id, text, query.gold_answers, query.metadata)
-        for query, text in zip(collection.queries, texts, strict=True)
+        replace(query, text=template.format(query=query.text, instruction=told))
+        for query in collection.queries
     ]
     opened = open_retriever(spec)
     try:

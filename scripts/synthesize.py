@@ -61,11 +61,12 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     from retriever_server.training.synthesis.generators import Generator
     from retriever_server.training.synthesis.judges import AnswerGain
     from retriever_server.training.synthesis.pipeline import Synthesis, check_corpus, load_shots
-    from retriever_server.training.synthesis.recipes import load_recipe
+    from retriever_server.training.synthesis.recipes import load_recipe, with_sampling
 
     reader = _reader(Path(config.out))
     make_filters(config.filters, None)
-    recipe = load_recipe(config.recipe, config.prompts)
+    recipe = with_sampling(load_recipe(config.recipe, config.prompts), config.sampling)
+    recipe.check_choices(config.choices)
     load_shots(config, recipe)
     if config.corpus is None and not recipe.brainstorm:
         raise ConfigError(f"corpus: recipe {recipe.name} needs the passages that queries are written for")

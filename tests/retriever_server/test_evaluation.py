@@ -261,9 +261,10 @@ def test_a_benchmark_goes_from_its_folder_to_scores_and_a_run_that_scores_the_sa
         assert main([*asked, *files, "--query_template={query} {instruction}"]) == 0
         scores = json.loads((tmp_path / out / "scores.json").read_text())["scores"]
         assert scores["RR@1"]["mean"] == 1.0  # the passage 1, the query 1 itself, is left out
-    assert main([*asked, f"--retriever={index}", "--query_template={text}"]) == 2
     assert main([*asked, f"--retriever={index}", "--queries=q.jsonl"]) == 2
-    assert "may name {query} and {instruction}" in capsys.readouterr().err
+    for template in ("{text}", "find", "{query.text}"):
+        assert main([*asked, f"--retriever={index}", f"--query_template={template}"]) == 2
+        assert "a text that names {query}, and may name {instruction}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

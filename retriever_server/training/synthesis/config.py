@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.errors import ConfigError, require, require_range
+from data.errors import ConfigError, require, require_range, require_template
 from retriever_server.training.recipe import Component
 
 Shared = Literal["nothing", "passages", "all"]
@@ -121,18 +121,15 @@ class SynthesisConfig:
         require(0 <= self.least_usable < 1, "least_usable", self.least_usable, "in [0, 1)")
         together = (self.measure_judges is None) == (self.queries is None)
         require(together, "queries", self.queries, "given together with measure_judges")
-        k = int((self.filters.get("round_trip") or {}).get("k", 1))
-        found = "round_trip" not in self.filters or k <= self.candidates
-        require(found, "filters.round_trip.k", k, f"<= candidates ({self.candidates})")
+        found = self.filters.get("round_trip", {"k": 0})
+        k = found.get("k", 1) if isinstance(found, dict) else 1
+        within = not isinstance(k, int) or k <= self.candidates  # what it is else, its filter refuses
+        require(within, "filters.round_trip.k", k, f"<= candidates ({self.candidates})")
         ranks = self.labels.negative == "ranks"
         enough = not ranks or self.labels.first_rank <= self.candidates
         require(enough, "labels.first_rank", self.labels.first_rank, f"<= candidates ({self.candidates})")
         try:
             re.compile(self.pattern or "")
-            self.query_template.format(query="", task="")
         except re.error as error:
             raise ConfigError(f"pattern = {self.pattern!r}: {error}") from None
-        except (KeyError, IndexError, ValueError):
-            raise ConfigError(
-                f"query_template = {self.query_template!r}: may name {{query}} and {{task}}"
-            ) from None
+        require_template(self.query_template, "query_template", "task")

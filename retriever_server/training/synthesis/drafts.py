@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.errors import require, require_range
 from data.records import Passage
 
 
@@ -22,6 +23,11 @@ class Call:
     top_p: float = 1.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_range(self, "sampling.", ">= 0", "temperature")
+        require_range(self, "sampling.", ">= 1", "max_tokens")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "in (0, 1]")
 
 
 @dataclass(frozen=True)

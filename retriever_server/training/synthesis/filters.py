@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import wraps
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.answers import cover_em, normalize_unicode
+from data.class_path import Signature
 from data.corpus import Corpus
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from data.records import Passage
 from retriever_server.training.synthesis.drafts import Draft
 
@@ -34,6 +34,7 @@ _POINTS_AT = re.compile(
     rf"\b(this|the|that|these|above|given|following)\s+(\w+\s+)?({'|'.join(_WORDS['points_at'].split())})s?\b",
     re.IGNORECASE,
 )
+_GIVEN = ("draft", "corpus")
 SIMILARITY = 0.9
 """From this share of common content words on two queries ask the same."""
 
@@ -80,7 +81,6 @@ def each_draft(judge: Callable[..., Draft | str]) -> Callable[..., Check]:
 
     @wraps(judge)
     def make(corpus: Corpus, **options: Any) -> Check:
-        signature(judge).bind(None, corpus, **options)
         return lambda draft: judge(draft, corpus, **options)
 
     return make
@@ -133,6 +133,7 @@ def quotes(draft: Draft, corpus: Corpus, most_words: int = 8, most_share: float 
 
 def duplicates(corpus: Corpus, similarity: float = SIMILARITY) -> Check:
     """No earlier draft that was not rejected before asks nearly the same. Put it behind the others."""
+    require(0 < similarity <= 1, "filters.duplicates.similarity", similarity, "in (0, 1]")
     seen = Seen(similarity)
 
     def check(draft: Draft) -> Draft | str:
@@ -146,8 +147,8 @@ def duplicates(corpus: Corpus, similarity: float = SIMILARITY) -> Check:
 
 def round_trip(corpus: Corpus, k: int = 1, of: str = "positive") -> Check:
     """The retriever finds the positive (of: seed, the seed) among its best k (Promptagator, K = 1)."""
-    if of not in ("positive", "seed"):
-        raise ConfigError(f"filters.round_trip.of = {of!r}: must be positive or seed")
+    require(k >= 1, "filters.round_trip.k", k, ">= 1")
+    require(of in ("positive", "seed"), "filters.round_trip.of", of, "positive or seed")
 
     def check(draft: Draft) -> Draft | str:
         wanted = draft.seed if of == "seed" else draft.positive
@@ -223,13 +224,12 @@ def make_filters(given: Mapping[str, Mapping[str, Any] | None], corpus: Any) -> 
     for name, options in given.items():
         if name not in FILTERS:
             raise ConfigError(f"filters: {name!r}: must be one of {', '.join(FILTERS)}")
-        try:
-            made[name] = FILTERS[name](corpus, **(options or {}))
-        except TypeError as error:
-            parameters = signature(FILTERS[name]).parameters
-            allowed = ", ".join(key for key in parameters if key not in ("draft", "corpus"))
-            said = str(error).partition("() ")[2] or error
-            raise ConfigError(f"filters.{name}: {said}; allowed: {allowed}") from None
+        options = {} if options is None else options
+        require(isinstance(options, Mapping), f"filters.{name}", options, "its options, such as {k: 1}")
+        takes = Signature(FILTERS[name], name, f"filters.{name}", _GIVEN)
+        takes.check_keys(options)
+        takes.check_required({**options, **dict.fromkeys(_GIVEN, 0)})
+        made[name] = FILTERS[name](**{**takes.typed(options), "corpus": corpus})
     return made
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from data.errors import ConfigError
+from data.class_path import Signature
+from data.errors import ConfigError, require
 from data.records import Passage
 from data.yaml_file import read_yaml
 from retriever_server.training.synthesis.drafts import Call, draw_seed
@@ -19,6 +20,7 @@ from retriever_server.training.synthesis.parsing import parse_fields, parse_line
 
 OWN_FILE = Path(__file__).with_name("recipes.yaml")
 _SLOT = re.compile(r"\{(\w+)\}")
+_SAMPLING = ("temperature", "top_p", "max_tokens", "stop")
 _ALWAYS = {"passage", "title", "task", "shots", "count", "kind"}
 
 
@@ -57,6 +59,23 @@ class Recipe:
     def writes_passages(self) -> bool:
         """Return whether positives or negatives are written, not found."""
         return any({"positive", "negative"} & {*step.fields, *step.optional} for step in self.steps)
+
+    @property
+    def drawn(self) -> set[str]:
+        """Return the names of all that is drawn."""
+        pairs = (each for each in self.draws.values() if isinstance(each, Mapping) and "sample" not in each)
+        return {*self.draws, *(key for values in pairs for each in values.values() for key in each)}
+
+    def check_choices(self, choices: Mapping[str, Any]) -> None:
+        """Raise ConfigError where there is nothing to draw from, or what is drawn is used by nothing."""
+        for name, values in choices.items():
+            require(name in self.drawn, "choices", name, f"one of {', '.join(sorted(self.drawn))}")
+            require(
+                isinstance(values, list | Mapping) and values,
+                f"choices.{name}",
+                values,
+                "a list to draw from",
+            )
 
     def draw(self, choices: Mapping[str, Sequence[str]], seed: int, *of: object) -> dict[str, str]:
         """Draw one value of everything, for this query; `choices` replace those of the recipe."""
@@ -98,10 +117,7 @@ def _tupled(step: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(recipe: Recipe, where: Path) -> None:
     """Raise ConfigError where a prompt names something that nothing gives, or no step gives a query."""
-    known = {*_ALWAYS, *recipe.draw({}, 0)}
-    for values in recipe.draws.values():
-        if isinstance(values, Mapping) and "sample" not in values:
-            known |= {key for each in values.values() for key in each}
+    known = _ALWAYS | recipe.drawn
     for step in recipe.steps:
         if unknown := set(_SLOT.findall(step.prompt)) - known:
             given = ", ".join(sorted(known))
@@ -119,11 +135,12 @@ def fill(prompt: str, values: Mapping[str, Any]) -> str:
 
 
 def with_sampling(recipe: Recipe, sampling: Mapping[str, Any]) -> Recipe:
-    """The recipe with other sampling in all its steps."""
+    """The recipe with other sampling in all its steps. Raises ConfigError."""
+    if unknown := sorted(sampling.keys() - _SAMPLING):
+        raise ConfigError(f"sampling: {unknown[0]!r} is none of its settings: {', '.join(_SAMPLING)}")
+    typed = Signature(Call, "sampling", "sampling").typed(sampling)
+    sampling = typed | {key: value for key, value in sampling.items() if value == typed[key]}  # 0 stays 0
     steps = tuple(replace(step, sampling={**step.sampling, **sampling}) for step in recipe.steps)
     for step in steps:
-        try:
-            step.call({}, None, 0)
-        except TypeError as error:
-            raise ConfigError(f"sampling: {str(error).rpartition(' ')[2]} is none of its settings") from None
+        step.call({}, None, 0)
     return replace(recipe, steps=steps)

@@ -111,8 +111,12 @@ def test_case_order_and_stop_words_do_not_make_a_query_another():
 @pytest.mark.parametrize(
     "given, message",
     [({"lenght": {}}, "must be one of length,"),
-     ({"length": {"words": 3}}, "filters.length: .*'words'; allowed: least_words, most_words"),
-     ({"score": {}}, "filters.score: .*least"), ({"round_trip": {"of": "x"}}, "must be positive or seed")],
+     ({"length": {"words": 3}}, "filters.length.words: unknown key; length takes least_words, most_words"),
+     ({"score": {}}, "filters.score: .*least"), ({"round_trip": {"of": "x"}}, "must be positive or seed"),
+     ({"round_trip": {"k": "x"}}, "filters.round_trip: k: got 'x', expected int"),
+     ({"round_trip": {"k": 0}}, "filters.round_trip.k = 0: must be >= 1"),
+     ({"round_trip": 3}, "filters.round_trip = 3: must be its options"),
+     ({"duplicates": {"similarity": 2}}, r"similarity = 2.0: must be in \(0, 1\]")],
 )  # fmt: skip
 def test_unknown_filters_and_options_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):

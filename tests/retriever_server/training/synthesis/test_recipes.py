@@ -52,5 +52,15 @@ def test_wrong_recipes_are_refused_in_one_line(tmp_path):
     own.write_text("mine: {steps: [{prompt: x, sampling: {heat: 1}}]}")
     with pytest.raises(ConfigError, match="heat"):
         load_recipe("mine", str(own))
-    with pytest.raises(ConfigError, match="sampling: 'heat' is none of its settings"):
-        with_sampling(load_recipe("fret"), {"heat": 1})
+    fret = load_recipe("fret")
+    for sampling, message in (
+        ({"heat": 1}, "sampling: 'heat' is none of its settings"),
+        ({"temperature": -1}, r"sampling\.temperature = -1: must be >= 0"),
+        ({"max_tokens": "many"}, "max_tokens: got 'many', expected int"),
+        ({"top_p": 0}, r"sampling\.top_p = 0: must be in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_sampling(fret, sampling)
+    for choices in ({"tongue": ["German"]}, {"language": "German"}, {"language": []}):
+        with pytest.raises(ConfigError, match=r"choices.*: must be"):
+            fret.check_choices(choices)
