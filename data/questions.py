@@ -21,7 +21,7 @@ from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_text
 from data.formats.squad import is_impossible
-from data.formats.tables import KINDS, Rows, at, kind_of, read_rows
+from data.formats.tables import KINDS, Rows, at, kind_of, read_rows, saved_files
 from data.jsonl import check_is_file
 from data.records import Question
 
@@ -49,9 +49,9 @@ def load_questions(
 ) -> list[Question]:
     """The questions of one source, or of several with commas between them; at most `limit` in all.
 
-    A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, or .parquet), a folder of such files, a
-    name of `data.formats.answer_sets` (nq, ..., search_r1), or a hub name such as "org/name" or
-    "org/name:config". A .json file may be SQuAD's own; SQuAD 2.0's questions without an answer are left out.
+    A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, .parquet, .arrow or .feather), a folder of
+    such files or one that `datasets` saved, a name of `data.formats.answer_sets` (nq, ..., search_r1), or a hub
+    name such as "org/name" or "org/name:config". A .json file may be SQuAD's own; SQuAD 2.0's questions without an answer are left out.
     `split` chooses one: needed where a hub name or folder has several; of a file's rows those that name
     another are left out.
 
@@ -123,11 +123,11 @@ def _rows_of(path: Path) -> Rows:
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:
-    """The rows of a split of a folder; `datasets` says which files belong to it."""
+    """The rows of a split of a folder; `datasets` has saved it, or says which files belong to it."""
     import datasets
 
     try:
-        found = datasets.load_dataset_builder(str(path)).config.data_files or {}
+        found = saved_files(path) or datasets.load_dataset_builder(str(path)).config.data_files or {}
     except Exception as error:  # it raises of every kind
         raise DataError(f"{path}: `datasets` finds no data in this folder ({first_line(error)})") from error
     files = {str(name): [Path(file) for file in files] for name, files in found.items()}

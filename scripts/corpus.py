@@ -6,7 +6,7 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,9 +23,9 @@ def main(
 ) -> None:
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
-    A table (.csv, .tsv, .parquet, .json) and a test collection of BEIR's, BRIGHT's or ViDoRe's form give
-    their passages as they are, one of SQuAD's own files its paragraphs; ViDoRe's pictures go into the folder
-    `images` beside --out.
+    A table (.csv, .tsv, .parquet, .feather, .json), a folder that `datasets` saved and a test collection of
+    BEIR's, BRIGHT's or ViDoRe's form give their passages as they are, one of SQuAD's own files its paragraphs;
+    ViDoRe's pictures go into the folder `images` beside --out.
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over); a
@@ -76,12 +76,13 @@ def _whole_passages(source: str, folder: Path) -> Iterable[dict[str, Any]] | Non
     """Return the passages of what is cut into them already, as lines of a corpus in `folder`; else None."""
     from data.formats.benchmarks import benchmark_passages, is_benchmark
     from data.formats.documents import is_table, table_passages
-    from data.formats.tables import is_squad_file, read_squad
+    from data.formats.tables import is_squad_file, read_squad, saved_files
 
     if is_squad_file(Path(source)):
         return read_squad(Path(source)).passages or None
-    if is_table(Path(source)):
-        return table_passages(Path(source), folder)
+    saved = [Path(source)] if is_table(Path(source)) else sum(saved_files(Path(source)).values(), [])
+    if saved:
+        return chain.from_iterable(table_passages(file, folder) for file in saved)
     return benchmark_passages(source, folder) if is_benchmark(source) else None
 
 

@@ -1,6 +1,6 @@
-"""The rows of a file, each with its place: JSON lines, a JSON array, parquet, CSV, TSV.
+"""The rows of a file, each with its place: JSON lines, a JSON array, parquet, Arrow, CSV, TSV.
 
-CSV has quotes; TSV has none: a tab ends a field and a line end a row. All but parquet may end in .gz; a byte
+CSV has quotes; TSV has none: a tab ends a field and a line end a row. Those of text may end in .gz; a byte
 order mark is passed over. What cannot be read is a DataError "FILE:LINE: what is wrong".
 """
 
@@ -27,7 +27,8 @@ from data.text import replace_halves_in
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """The place of a row ("FILE:LINE", or "FILE: row N", from 1), and its columns."""
 
-KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_BINARY = (".parquet", ".arrow", ".feather")
+KINDS = (".jsonl", ".json", *_BINARY, ".csv", ".tsv")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ENDS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif"}
 _BLANKS = re.compile(r"[ \t]+")
@@ -46,8 +47,8 @@ def read_rows(path: Path, at_once: int = 1000) -> Rows:
 
     at_once: rows of parquet that are in memory together.
     """
-    if kind_of(path) == ".parquet":
-        return _numbered(path, read_parquet(path, at_once))
+    if kind_of(path) in _BINARY:
+        return _numbered(path, _read_binary(path, at_once))
     if kind_of(path) in (".csv", ".tsv"):
         return _read_table(path)
     start = _start_of(path)
@@ -129,18 +130,44 @@ def parquet_columns(path: Path) -> list[str]:
         return []
 
 
-def read_parquet(path: Path, at_once: int = 1000) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file."""
+def saved_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split that `datasets` wrote with save_to_disk; {} where it is no such folder."""
+    infos = sorted(folder.glob("dataset_info.json")) or sorted(folder.glob("*/dataset_info.json"))
+    found = {info.parent.name: sorted(info.parent.glob("data-*.arrow")) for info in infos}
+    return {split: files for split, files in found.items() if files}
+
+
+def _read_binary(path: Path, at_once: int) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet or Arrow file."""
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
 
     check_is_file(path)
     try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(at_once):
-                yield from batch.to_pylist(maps_as_pydicts="lossy")
+        for batch in (_parquet if kind_of(path) == ".parquet" else _arrow)(path, at_once):
+            yield from batch.to_pylist(maps_as_pydicts="lossy")
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0][:200]}") from error
+
+
+def _parquet(path: Path, at_once: int) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        yield from file.iter_batches(at_once)
+
+
+def _arrow(path: Path, at_once: int) -> Iterator[Any]:
+    """The batches of an Arrow stream, as `datasets` saves it, or of an Arrow file, as Feather is one."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = ipc.open_file(source)
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            yield from ipc.open_stream(source)
 
 
 def image_file(value: Any, beside: Path, into: Path) -> str:

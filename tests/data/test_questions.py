@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -34,6 +35,8 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".feather":
+        pyarrow.feather.write_feather(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         write_json(path, rows)
     else:
@@ -52,7 +55,7 @@ def refuse_the_hub(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
-FILES = ["set/dev.jsonl", "set/dev.jsonl.gz", "set/dev.json", "set/dev.parquet"]
+FILES = ["set/dev.jsonl", "set/dev.jsonl.gz", "set/dev.json", "set/dev.parquet", "set/dev.feather"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -274,6 +277,18 @@ def test_folder_is_read_through_datasets(tmp_path, monkeypatch):
     write(tmp_path / "mine" / "train.parquet", [search_r1_row(0, source=None)])
     write(tmp_path / "mine" / "test.parquet", [search_r1_row(5, source=None)])
     assert ids(tmp_path / "mine", split="test") == ["mine/test/5"]
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    saved = datasets.Dataset.from_list([search_r1_row(number) for number in range(2)])
+    saved.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"dev": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "both")
+    assert ids(tmp_path / "one") == ["nq/one/0", "nq/one/1"] and ids(tmp_path / "both", split="test")
+    with pytest.raises(ConfigError, match="split = None: must be one of dev, test"):
+        ids(tmp_path / "both")
+    (tmp_path / "one" / "data-00000-of-00002.arrow").write_bytes(b"x" * 9)
+    with pytest.raises(DataError, match=r"data-00000-of-00002.arrow: cannot be read: "):
+        ids(tmp_path / "one")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_folder_becomes_a_corpus(folder, tmp_path, capsys):
     assert sleuth.main(["index", "--corpus", str(out), "--out", str(tmp_path / "index")]) == 0
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json"])
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json", "saved"])
 def test_the_rows_of_a_table_are_passages_as_they_are(tmp_path, name):
     rows = [{"id": "1", "title": "Rome", "text": "A city. It is old.", "image": "x.png"}]
     source, out = tmp_path / "from" / name, tmp_path / "to" / "c.jsonl"
@@ -43,6 +44,8 @@ def test_the_rows_of_a_table_are_passages_as_they_are(tmp_path, name):
         source.write_text(json.dumps(rows))
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    elif name == "saved":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(source)
     assert sleuth.main(["corpus", str(source), "--out", str(out)]) == 0
     [line] = out.read_text().splitlines()
     assert json.loads(line) == rows[0] | {"image": "../from/x.png"}
