@@ -50,8 +50,9 @@ def load_questions(
     """The questions of one source, or of several with commas between them; at most `limit` in all.
 
     A source is a file (.jsonl, .json, .csv or .tsv, also with .gz, .parquet, .arrow or .feather), a folder of
-    such files or one that `datasets` saved, a name of `data.formats.answer_sets` (nq, ..., search_r1), or a hub
-    name such as "org/name" or "org/name:config". A .json file may be SQuAD's own; SQuAD 2.0's questions without an answer are left out.
+    such files or one that `datasets` saved, a name of `data.formats.answer_sets` (nq, ..., search_r1), or a
+    hub name such as "org/name" or "org/name:config". A .json file may be SQuAD's own; SQuAD 2.0's questions
+    without an answer are left out.
     `split` chooses one: needed where a hub name or folder has several; of a file's rows those that name
     another are left out.
 

@@ -24,8 +24,8 @@ def main(
     """Cut text, Markdown, HTML, PDF files or Wikipedia dumps into the passages of a corpus.
 
     A table (.csv, .tsv, .parquet, .feather, .json), a folder that `datasets` saved and a test collection of
-    BEIR's, BRIGHT's or ViDoRe's form give their passages as they are, one of SQuAD's own files its paragraphs;
-    ViDoRe's pictures go into the folder `images` beside --out.
+    BEIR's, BRIGHT's or ViDoRe's form give their passages as they are, one of SQuAD's own files its
+    paragraphs; ViDoRe's pictures go into the folder `images` beside --out.
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over); a
@@ -80,9 +80,9 @@ def _whole_passages(source: str, folder: Path) -> Iterable[dict[str, Any]] | Non
 
     if is_squad_file(Path(source)):
         return read_squad(Path(source)).passages or None
-    saved = [Path(source)] if is_table(Path(source)) else sum(saved_files(Path(source)).values(), [])
-    if saved:
-        return chain.from_iterable(table_passages(file, folder) for file in saved)
+    tables = [Path(source)] if is_table(Path(source)) else [*chain(*saved_files(Path(source)).values())]
+    if tables:
+        return chain.from_iterable(table_passages(table, folder) for table in tables)
     return benchmark_passages(source, folder) if is_benchmark(source) else None
 
 

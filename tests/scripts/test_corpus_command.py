@@ -42,13 +42,15 @@ def test_the_rows_of_a_table_are_passages_as_they_are(tmp_path, name):
         source.write_text(",".join(rows[0]) + "\n" + ",".join(rows[0].values()) + "\n")
     elif name == "a.json":
         source.write_text(json.dumps(rows))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
     elif name == "saved":
         datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(source)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
     assert sleuth.main(["corpus", str(source), "--out", str(out)]) == 0
     [line] = out.read_text().splitlines()
-    assert json.loads(line) == rows[0] | {"image": "../from/x.png"}
+    assert json.loads(line) == rows[0] | {
+        "image": "../from/saved/train/x.png" if name == "saved" else "../from/x.png"
+    }
 
 
 def test_a_table_without_rows_is_no_corpus(tmp_path, capsys):
