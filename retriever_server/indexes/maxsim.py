@@ -20,7 +20,7 @@ from retriever_server.indexes.encoded import EncodedIndex
 from retriever_server.indexes.shards import Shards, quantise
 from retriever_server.indexes.vector_store import Rows
 
-_PASSAGES_TOGETHER = 512
+_PASSAGES_TOGETHER = 64
 
 
 class FixedEncoding:
@@ -112,10 +112,9 @@ class MaxSimIndex(EncodedIndex):
 
     def rank(self, queries: Multi, k: int, mask: np.ndarray | None = None) -> list[Ranking]:
         allowed = np.flatnonzero(mask) if mask is not None else np.arange(len(self))
-        candidates = [allowed] * len(queries)
+        candidates: Any = [allowed] * len(queries)
         if self.candidates and len(allowed) > (count := max(self.candidates, k)):
-            found = self.fixed.search(self._encoding.encode(queries, is_query=True), count, mask)
-            candidates = [positions for positions, _ in found]
+            candidates = self.fixed.candidates(self._encoding.encode(queries, is_query=True), count, mask)
         return [self._rank_one(queries[i], each, k) for i, each in enumerate(candidates)]
 
     def _rank_one(self, query: np.ndarray, candidates: np.ndarray, k: int) -> Ranking:

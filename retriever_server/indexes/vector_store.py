@@ -9,7 +9,7 @@ same to the last bit however the rows are cut into shards and whatever else is a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,8 @@ class Rows:
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at `positions` as float32.   (N,) -> (N, D)"""
         shards = np.searchsorted(self._starts, positions, side="right") - 1
+        if len(shards) and (shards == shards[0]).all():
+            return self._decoded(shards[0], positions - self._starts[shards[0]])
         out = np.empty((len(positions), self.dimension), np.float32)
         for shard in np.unique(shards):
             where = np.flatnonzero(shards == shard)
@@ -81,7 +83,9 @@ class Rows:
 
     def _decoded(self, shard: int, where: Any) -> np.ndarray:
         rows = self._shards[shard][where].astype(np.float32)
-        return rows * self._scales[shard][where][:, None] if self._scales else rows
+        if self._scales:
+            rows *= self._scales[shard][where][:, None]
+        return rows
 
     def search(
         self, queries: np.ndarray, k: int, mask: np.ndarray | None = None
@@ -99,10 +103,18 @@ class Rows:
                 return self._search_int8(asked, k, mask)
             asked = asked.to(self._device)
             spare = _SPARE if self._device == "cpu" else 0
-            best, where = self._top(len(asked), k + spare, mask, lambda rows: asked @ rows.float().T)
+            best, where = self._top(asked, k + spare, mask)
             if not spare:
                 return [_by_score(w, s) for s, w in zip(best, where, strict=True)]
             return [self.score(each, query, k) for each, query in zip(where, asked.numpy(), strict=True)]
+
+    def candidates(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
+        """Return the positions of the rows that `search` would find, but for rounding.   -> (Q, <= k)"""
+        import torch
+
+        with torch.inference_mode():
+            asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self._device)
+            return self._top(_in_int8(asked)[0] if self._integers else asked, k, mask)[1]
 
     def score(
         self, positions: np.ndarray, query: np.ndarray, k: int | None = None
@@ -119,16 +131,12 @@ class Rows:
 
         The best by these are scored in float32; more of them, until none left out can be among the `k` best.
         """
-        import torch
-
-        scale = queries.abs().amax(1, keepdim=True) / 127
-        whole = torch.round(queries / torch.where(scale == 0, 1, scale))
+        whole, scale = _in_int8(queries)
         # The most that a score is off by: what rounding left of the query, and float32's own.
         off = ((queries - whole * scale).abs() + 1e-6 * queries.abs()).sum(1) * self._largest
-        multiply = torch.ops.aten._int_mm
-        asked, count = whole.to(torch.int8), 8 * k + 128
+        count = 8 * k + 128
         while True:
-            rough, where = self._top(len(queries), count, mask, lambda rows: multiply(asked, rows.T))
+            rough, where = self._top(whole, count, mask)
             found = [self.score(each, query) for each, query in zip(where, queries.numpy(), strict=True)]
             out_of_reach = (
                 len(worst) < count or worst[-1] + most < exact[k - 1]
@@ -138,19 +146,17 @@ class Rows:
                 return [(positions[:k], scores[:k]) for positions, scores in found]
             count *= 8
 
-    def _top(
-        self, queries: int, k: int, mask: np.ndarray | None, score: Callable[[Any], Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _top(self, queries: Any, k: int, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the largest scores of each query, best first, and their positions.   (Q, <= k) each
 
-        score: stored rows (block, D) -> (Q, block), before the rows' scales.
+        queries (Q, D): float32, or int8 where the rows are multiplied as integers.
         """
         import torch
 
-        best = torch.empty((queries, 0), device=self._device)
-        where = torch.empty((queries, 0), dtype=torch.int64, device=self._device)
+        best = torch.empty((len(queries), 0), device=self._device)
+        where = torch.empty((len(queries), 0), dtype=torch.int64, device=self._device)
         for positions, rows, scales in self._blocks(mask):
-            scores = score(rows)
+            scores = torch.ops.aten._int_mm(queries, rows.T) if self._integers else queries @ rows.float().T
             scores = scores if scales is None else scores * scales
             top = torch.topk(scores, min(k, scores.shape[1]))
             best = torch.cat([best, top.values], 1)
@@ -179,6 +185,14 @@ class Rows:
                 block = _tensor(stored[span]).to(self._device)
                 scales = _tensor(self._scales[shard][span]).to(self._device) if self._scales else None
                 yield torch.from_numpy(positions).to(self._device), block, scales
+
+
+def _in_int8(queries: Any) -> tuple[Any, Any]:
+    """Round queries to 8 bits, by the largest number of each.   (Q, D) -> int8 (Q, D), scales (Q, 1)"""
+    import torch
+
+    scales = queries.abs().amax(1, keepdim=True) / 127
+    return torch.round(queries / torch.where(scales == 0, 1, scales)).to(torch.int8), scales
 
 
 def _by_score(positions: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
