@@ -78,6 +78,8 @@ def main(config: ScoreConfig) -> None:
         costs = asyncio.run(_score(opened, judge, config))
     count = costs["searches"]
     print(f"{counted(count, 'search')} scored in {config.out}")
+    if not count and "fork" in config.by and not config.all_groups:
+        print("no question has samples that are right and others that are wrong: --all_groups takes all")
     for name in config.by if count else ():
         tokens, seconds = (1000 * costs[f"{name} {unit}"] / count for unit in ("tokens", "seconds"))
         print(f"{name}: {tokens:,.0f} tokens and {seconds:,.0f} seconds a thousand searches")

@@ -77,7 +77,7 @@ class Forks:
     def _tried(self, candidates: Candidates) -> list[str]:
         ids = [hit.passage.id for hit in candidates.hits]
         rest = ids[self.top :]
-        drawn = random.Random(f"{self.seed}/{candidates.searches.place}/{candidates.at}")
+        drawn = random.Random(f"{self.seed}/{candidates.searches.number}/{candidates.at}")
         return ids[: self.top] + drawn.sample(rest, min(self.drawn, len(rest)))
 
     def _ledger(self, candidates: Candidates, shown: Shown, agent: Agent) -> Ledger | None:

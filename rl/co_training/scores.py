@@ -17,6 +17,7 @@ from typing import Any
 from agent.environment import Searcher
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
+from data.errors import DataError
 from data.jsonl import append_jsonl
 from data.records import Hit
 from rl.co_training.searches import Searched, Searches, read_scores, read_searches
@@ -64,13 +65,20 @@ async def score_file(
 
     pool: so many hits of a query are candidates. mixed: only searches of questions that some samples answer
     and others do not. -> {"searches": n, "NAME tokens": n, "NAME seconds": n, ...} of all that stands there.
+    Raises DataError where `out` holds other scores, or of another file.
     """
-    done = read_scores(out) if Path(out).exists() else {}
-    total = Counter[str]()
+    append_jsonl(out, [])  # there is a file where there is nothing to score, too
+    done, total = read_scores(out), Counter[str]()
     for record in done.values():
+        if missing := scorers.keys() - record["cost"].keys():
+            raise DataError(f"{out}: holds scores without {', '.join(sorted(missing))}; choose another file")
         _count(total, record["cost"])
-    todo = [each for each in _searches(path, mixed) if (each[0].number, each[1]) not in done]
-    for part in bar([todo[at : at + AT_ONCE] for at in range(0, len(todo), AT_ONCE)]):
+    every = list(_searches(path, mixed, out))
+    parts = [every[at : at + AT_ONCE] for at in range(0, len(every), AT_ONCE)]
+    is_done = [[(searches.number, at) in done for searches, at in part] for part in parts]
+    # One that was begun is scored again as a whole: what else is in a batch moves the last digits.
+    todo = [each for each in zip(parts, is_done, strict=True) if not all(each[1])]
+    for part, known in bar(todo):
         candidates = [await _candidates(searches, at, searcher, pool, style) for searches, at in part]
         rows: list[dict[str, Any]] = [{"scores": defaultdict(dict), "cost": {}} for _ in part]
         for name, scorer in scorers.items():
@@ -81,7 +89,7 @@ async def score_file(
                 row["cost"][name] = [scored.tokens, round(seconds, 3)]
                 for id_, score in scored.scores.items():
                     row["scores"][id_][name] = round(score, 6)
-        for row, each in zip(rows, candidates, strict=True):
+        for row, each in ((r, c) for r, c, there in zip(rows, candidates, known, strict=True) if not there):
             place = {"line": each.searches.number, "call": each.at, "id": each.searches.question.id}
             append_jsonl(out, [place | {"query": each.call.query} | row])
             _count(total, row["cost"])
@@ -94,13 +102,13 @@ def _count(total: Counter[str], cost: Mapping[str, Sequence[float]]) -> None:
         total.update({f"{name} tokens": tokens, f"{name} seconds": seconds})
 
 
-def _searches(path: str | Path, mixed: bool) -> Iterator[tuple[Searches, int]]:
-    """Every search of the file and its number, of mixed groups alone if so asked."""
+def _searches(path: str | Path, mixed: bool, scores: str | Path) -> Iterator[tuple[Searches, int]]:
+    """Every search of the file and its number, of mixed groups alone if so asked; `scores` must be of it."""
     verdicts = defaultdict[str, set[bool]](set)
     if mixed:
         for searches in read_searches(path):
             verdicts[searches.group].add(searches.is_correct)
-    for searches in read_searches(path):
+    for searches in read_searches(path, scores):
         if not mixed or len(verdicts[searches.group]) == 2:
             for at, call in enumerate(searches.calls):
                 if call.tool == SEARCH.name and call.query.strip():

@@ -12,7 +12,7 @@ from agent.trajectory import SegmentKind
 from agent.transcripts import check_format, trajectory_file
 from data.answers import exact_match
 from data.errors import DataError
-from data.jsonl import numbered_jsonl, read_jsonl
+from data.jsonl import numbered_jsonl
 from data.records import Passage, Question
 
 
@@ -75,13 +75,22 @@ def read_searches(path: str | Path, scores: str | Path | None = None) -> Iterato
 
 def read_scores(path: str | Path) -> dict[tuple[int, int], Mapping[str, Any]]:
     """Return the records of a file of scores by line and call of their trajectories."""
-    return {(each["line"], each["call"]): each for each in read_jsonl(path, tolerate_cut_tail=True)}
+    found = {}
+    for number, each in numbered_jsonl(Path(path), tolerate_cut_tail=True):
+        scores = each.get("scores")
+        if not (isinstance(scores, dict) and all(isinstance(of, dict) for of in scores.values())):
+            raise DataError(f"{path}:{number}: no scores of `sleuth score-searches`")
+        found[each.get("line"), each.get("call")] = {"id": None, "query": None, "cost": {}, **each}
+    return found
 
 
 def _searches(
     record: Mapping[str, Any], place: str, number: int, known: Mapping[tuple[int, int], Mapping[str, Any]]
 ) -> Searches:
-    question = Question(record["id"], record["question"], tuple(record["gold_answers"]), record["metadata"])
+    golds, metadata = record["gold_answers"], dict(record["metadata"])
+    if not isinstance(golds, list):
+        raise ValueError(f"gold_answers {golds!r} are no list")
+    question = Question(record["id"], record["question"], tuple(golds), metadata)
     turns = [each for each in record["segments"] if each["kind"] == SegmentKind.POLICY]
     calls = [_call(search, turns) for search in record["searches"] if search.get("error") is None]
     for at, call in enumerate(calls):
@@ -106,4 +115,4 @@ def _call(search: Mapping[str, Any], turns: list[Mapping[str, Any]]) -> Searched
 
 
 def _tokens(segment: Mapping[str, Any]) -> int:
-    return segment["tokens"] if "tokens" in segment else len(segment["token_ids"])
+    return int(segment["tokens"]) if "tokens" in segment else len(segment["token_ids"])

@@ -18,7 +18,7 @@ from retriever_server.client.chat import ChatClient
 from rl.co_training.examples import LabelConfig, mine_trajectories
 from rl.co_training.forks import Forks, answer_logprobs, arranged, take_up
 from rl.co_training.judges import LanguageModelJudge
-from rl.co_training.scores import Candidates, score_file
+from rl.co_training.scores import Candidates, Scored, score_file
 from rl.co_training.searches import read_searches
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.retriever_server.answering import answering
@@ -150,6 +150,38 @@ def test_scores_lie_in_a_file_that_is_not_made_twice_and_label_the_searches(tmp_
     assert row["positives"] == ["b"] and set(row["negatives"]) == {"a", "c", "d"}
 
 
+def test_a_part_that_was_begun_is_scored_again_as_a_whole_and_another_scorer_is_refused(tmp_path):
+    _, [whole] = rolled_out(tmp_path)
+    record = to_record(whole, tokens=False)
+    write_jsonl(tmp_path / "t.jsonl", [record | {"id": f"q{i}"} for i in range(20)])
+    sizes = []
+
+    async def size(batch):
+        sizes.append(len(batch))
+        return [Scored({"a": float(len(batch))}, 1) for _ in batch]
+
+    scored_file(tmp_path, {"size": size})
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    (tmp_path / "scores.jsonl").write_text("\n".join([*lines[:17], lines[17][:9]]))
+    scored_file(tmp_path, {"size": size})
+    again = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert sizes == [16, 4, 4] and again[:17] == lines[:17] and len(again) == 20
+    with pytest.raises(DataError, match=r"scores.jsonl: holds scores without fork; choose another file"):
+        scored_file(tmp_path, {"size": size, "fork": size})
+    write_jsonl(tmp_path / "t.jsonl", [record | {"id": "other"}])
+    with pytest.raises(DataError, match="the scores are of another file"):
+        scored_file(tmp_path, {"size": size})
+
+
+def test_the_candidates_drawn_do_not_depend_on_where_the_file_lies(tmp_path):
+    agent, _ = rolled_out(tmp_path)
+    forks, here = Forks(agent, top=0, drawn=1), candidates(tmp_path)
+    places = {
+        tuple(forks._tried(replace(here, searches=replace(here.searches, place=p)))) for p in "abcdefgh"
+    }
+    assert len(places) == 1
+
+
 def test_only_groups_that_do_not_agree_are_forked_if_so_asked(tmp_path):
     agent, [whole] = rolled_out(tmp_path)
     record = to_record(whole, tokens=False)
@@ -159,6 +191,9 @@ def test_only_groups_that_do_not_agree_are_forked_if_so_asked(tmp_path):
         write_jsonl(tmp_path / "t.jsonl", [record, other | {"answer": answer}])
         (tmp_path / "scores.jsonl").unlink(missing_ok=True)
         assert scored_file(tmp_path, alone, mixed=True)["searches"] == found
+        assert (
+            tmp_path / "scores.jsonl"
+        ).exists()  # for `sleuth mine`, which then says that nothing is there
 
 
 def reply(body):

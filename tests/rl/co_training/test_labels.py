@@ -218,8 +218,13 @@ def test_names_that_no_table_has_are_refused():
 
 def test_a_line_that_is_no_trajectory_is_named(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"format_version": 1, "id": "a"}\n')
-    with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory: KeyError 'question'"):
+    with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory: KeyError 'gold_answers'"):
         list(read_searches(tmp_path / "t.jsonl"))
+    whole = trajectory([search("tower", ["eiffel"], 0)], ["a", "b"])
+    for odd in ({"gold_answers": "Paris"}, {"metadata": None}):
+        write_jsonl(tmp_path / "t.jsonl", [whole | odd])
+        with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory: "):
+            list(read_searches(tmp_path / "t.jsonl"))
     (tmp_path / "t.jsonl").write_text('{"id": "a", "question": "x"}\n')
     with pytest.raises(DataError, match=r"t\.jsonl:1: no trajectory, as written by .*fields id, question$"):
         list(read_searches(tmp_path / "t.jsonl"))

@@ -7,6 +7,7 @@ import pytest
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl, write_jsonl
 from rl.co_training.examples import RECIPES, LabelConfig, mine_trajectories, reasoning_weights
+from rl.co_training.searches import read_scores
 from scripts.bench import labellers
 from tests.rl.co_training.test_labels import search, trajectory
 
@@ -146,3 +147,10 @@ def test_the_same_files_give_the_same_bytes(name, tmp_path):
     first = (tmp_path / "out.jsonl").read_bytes()
     mined([READING], tmp_path, RECIPES[name], scores)
     assert (tmp_path / "out.jsonl").read_bytes() == first and json.loads(first.splitlines()[0])
+
+
+@pytest.mark.parametrize("row", [{"line": 1, "call": 0}, {"scores": {"a": 3}}, {"id": "a question"}])
+def test_a_file_that_holds_no_scores_is_named_with_its_line(row, tmp_path):
+    write_jsonl(tmp_path / "scores.jsonl", [row])
+    with pytest.raises(DataError, match=r"scores\.jsonl:1: no scores of `sleuth score-searches`"):
+        read_scores(tmp_path / "scores.jsonl")
