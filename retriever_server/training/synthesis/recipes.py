@@ -70,12 +70,8 @@ class Recipe:
         """Raise ConfigError where there is nothing to draw from, or what is drawn is used by nothing."""
         for name, values in choices.items():
             require(name in self.drawn, "choices", name, f"one of {', '.join(sorted(self.drawn))}")
-            require(
-                isinstance(values, list | Mapping) and values,
-                f"choices.{name}",
-                values,
-                "a list to draw from",
-            )
+            some = isinstance(values, list | Mapping) and bool(values)
+            require(some, f"choices.{name}", values, "a list to draw from")
 
     def draw(self, choices: Mapping[str, Sequence[str]], seed: int, *of: object) -> dict[str, str]:
         """Draw one value of everything, for this query; `choices` replace those of the recipe."""
