@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.atomic import new_folder
-from data.errors import ConfigError, DataError
+from data.errors import ConfigError, DataError, require
 from retriever_server.encoders.loading import SPEC_FILE, load_model, save_spec, saved_spec
 from retriever_server.encoders.read_spec import fingerprint
 
@@ -58,8 +59,10 @@ def merge(models: list[str], out: str, weights: list[float] | None = None) -> No
 
 def _checked(models: list[str], out: str, weights: list[float] | None) -> list[float]:
     shares = weights if weights is not None else [1.0] * len(models)
-    if len(models) < 2 or len(shares) != len(models) or min(shares, default=0) <= 0:
-        raise ConfigError(f"{len(models)} models, weights = {weights}: must be two or more, a weight each")
+    if len(models) < 2 or len(shares) != len(models) or not all(0 < share < math.inf for share in shares):
+        given = f"{len(models)} models, weights = {weights}"
+        raise ConfigError(f"{given}: must be two or more, each with a weight above 0")
+    require(not Path(out).is_file(), "out", out, "a folder, not a file")
     if Path(out).exists() and any(Path(out).iterdir()):
         raise ConfigError(f"out = {out!r}: is there, and not empty")
     for model in models:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import math
 
 import numpy as np
 import pytest
@@ -71,8 +72,13 @@ def test_what_cannot_be_merged_is_refused(checkpoints, tmp_path):
     one, two = (str(checkpoints / str(i)) for i in range(2))
     with pytest.raises(ConfigError, match="1 models, weights = None: must be two or more"):
         merge([one], str(tmp_path / "a"))
-    with pytest.raises(ConfigError, match=r"weights = \[1.0\]"):
-        merge([one, two], str(tmp_path / "a"), [1.0])
+    for weights in ([1.0], [0.0, 1.0], [math.nan, 1.0], [math.inf, 1.0]):
+        with pytest.raises(
+            ConfigError, match=r"weights = \[.*: must be two or more, each with a weight above 0"
+        ):
+            merge([one, two], str(tmp_path / "a"), weights)
+    with pytest.raises(ConfigError, match=r"config\.json': must be a folder, not a file"):
+        merge([one, two], f"{one}/config.json")
     with pytest.raises(ConfigError, match="is there, and not empty"):
         merge([one, two], one)
     with pytest.raises(ConfigError, match="no such folder"):
