@@ -209,8 +209,6 @@ def measure(
     comparable within a query alone.
     """
     asked = [each for each in questions if any(g > 0 for g in qrels.get(each.id, {}).values())]
-    if not asked:
-        raise DataError("--measure_judges: no question has a relevant passage")
     rows: dict[str, dict[str, list[tuple[float, float]]]] = {j.name: defaultdict(list) for j in judges}
     with bar("measuring judges", len(asked)) as move:
         for done, question in enumerate(asked, start=1):
@@ -225,6 +223,10 @@ def measure(
                     for kind in {"all", str(question.metadata.get("kind", "all"))}:
                         rows[judge.name][kind].append(figures)
             move(done)
+    if not any(rows.values()):
+        raise DataError(
+            f"--measure_judges: no question has a relevant passage in {corpus.path}, and others beside"
+        )
     return {name: {kind: _means(of) for kind, of in sorted(kinds.items())} for name, kinds in rows.items()}
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data.errors import DataError
 from data.records import Passage, Question
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
@@ -139,6 +140,9 @@ def test_the_measure_of_a_judge_agrees_with_scikit_learn(tmp_path):
     assert found["noisy"]["hard"]["auc"] == pytest.approx(sum(aucs[1::2]) / len(aucs[1::2]), abs=1e-4)
     assert found["noisy"]["all"]["gold@1"] == pytest.approx(sum(firsts) / len(firsts), abs=1e-4)
     assert found["oracle"]["all"] == {"queries": len(NAMES) - 1, "gold@1": 1.0, "auc": 1.0}
+    for elsewhere in ({}, {name: {f"other {name}": 1} for name in NAMES}):
+        with pytest.raises(DataError, match=r"no question has a relevant passage in .*corpus\.jsonl"):
+            measure([judge], questions, elsewhere, open_index(tmp_path / "bm25"), corpus)
 
 
 def test_a_judge_below_the_least_auc_is_left_out_and_its_figure_is_said(tmp_path):
