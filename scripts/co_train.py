@@ -15,6 +15,7 @@ from data.errors import ConfigError, SleuthError, require, require_range
 from data.jsonl import read_json, write_jsonl
 from data.questions import load_questions
 from data.run_dir import read_run
+from data.secret import read_secret
 from data.yaml_file import read_yaml
 from rl.co_training.rounds import State, load_state, run_rounds
 from scripts.command_line import arguments_of
@@ -138,7 +139,11 @@ def _check_recipes(config: CoTrainConfig) -> None:
     from scripts import train, train_retriever
 
     at_hand = ["--policy=p", "--retriever=r", "--questions=q", "--dev_questions=d", "--out=o"]
-    arguments_of(train.main, [f"--config={config.train_recipe}", *at_hand], "sleuth train")
+    recipe = arguments_of(train.main, [f"--config={config.train_recipe}", *at_hand], "sleuth train")
+    if config.server and recipe["deterministic"]:
+        raise ConfigError(f"{config.train_recipe}: deterministic needs an index in process, not server")
+    if config.admin_token_file:
+        read_secret(config.admin_token_file, "admin_token_file")
     sets = json.dumps([{"examples": "e", "corpus": config.corpus}])
     argv = [f"--config={config.retriever_recipe}", f"--train={sets}"]
     arguments_of(train_retriever.main, argv, "sleuth train-retriever")

@@ -66,6 +66,10 @@ def _ask(client: httpx.Client, method: str, url: str) -> dict[str, Any]:
         answer = client.request(method, url)
     except httpx.HTTPError as error:
         raise RetrieverUnavailable(f"{url}: {type(error).__name__}: {error}") from error
-    if answer.status_code != 200:
+    try:
+        said = answer.json()
+    except ValueError:
+        said = None
+    if answer.status_code != 200 or not isinstance(said, dict):
         raise RetrieverRefused(f"{url}: answered {answer.status_code}: {answer.text[:200]}")
-    return dict(answer.json())
+    return said

@@ -180,6 +180,14 @@ def test_a_recipe_of_another_command_is_refused_before_anything_runs(atlas, tmp_
     ):
         with pytest.raises(ConfigError, match=f"{other}, line .*{said}"):
             co_train.main(config(atlas, tmp_path / "out", **{key: str(CONFIGS / other)}))
+    recipe, server = tmp_path / "policy.yaml", "http://127.0.0.1:9"
+    recipe.write_text("deterministic: true\n")
+    for more, said in (
+        ({"train_recipe": str(recipe)}, "policy.yaml: deterministic needs an index in process, not server"),
+        ({"admin_token_file": str(tmp_path / "none")}, "admin_token_file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            co_train.main(config(atlas, tmp_path / "out", server=server, **more))
     assert not ran.ran and not (tmp_path / "out").exists()
 
 

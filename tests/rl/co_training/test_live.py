@@ -77,6 +77,12 @@ def test_one_that_goes_on_with_the_old_index_is_waited_for_until_the_deadline():
         live.reload(server.url, None, "new", deadline_seconds=0.2)
 
 
+def test_what_answers_something_else_is_said_in_one_line():
+    with answering(healthz=lambda _: (200, ["a page"])) as server:
+        with pytest.raises(RetrieverRefused, match=r"/healthz: answered 200: \["):
+            live.check_generation(server.url, "new")
+
+
 def test_all_workers_must_agree():
     says = iter(["new"] * 5 + ["old"] + ["new"] * live.AGREE)
     routes = {"admin__reload": lambda _: (200, {}), "healthz": lambda _: (200, {"generation": next(says)})}
