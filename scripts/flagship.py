@@ -25,12 +25,16 @@ from data.device import cpu_has_bfloat16, resolve_device
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from data.records import FORMAT_VERSION
-from data.run_dir import describe_difference
+from data.run_dir import check_free, describe_difference
 from data.text import markdown_table
 from scripts.console import going_on
 from scripts.phases import Phases, run_stage
 
 RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
+_OWN = {
+    "corpus.jsonl", "index", "demonstrations.jsonl", "questions.jsonl", "test.jsonl", "warm", "control", "grpo",
+    "phases.json", "results.json", "results.md",
+}  # fmt: skip
 PASSAGE_WORDS = 30
 TAUGHT = 3500
 """Training questions that demonstrations are made of; the others are GRPO's."""
@@ -118,6 +122,7 @@ def begun_as(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     now = {"format_version": FORMAT_VERSION, **wanted, "dtype": dtype}
     folder = begun.pop("folder", "")  # where its relative paths begin
     if not begun:
+        check_free(file.parent, _OWN)
         write_json(file, now | {"folder": str(Path.cwd())})
     elif changed := describe_difference(begun, now, folder=folder):
         raise ConfigError(f"{file.parent} was begun otherwise ({'; '.join(changed)}): choose another --out")

@@ -93,7 +93,13 @@ def test_a_stage_that_is_interrupted_leaves_it_to_the_whole_to_say_so(monkeypatc
 
 def test_a_run_goes_on_as_it_was_begun_or_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(flagship, "cpu_has_bfloat16", lambda: False)
-    file, wanted = tmp_path / "flagship.json", {"data": str(tmp_path), "steps": None, "dtype": "bfloat16"}
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(flagship.ConfigError, match=r"holds other files .thesis.tex."):
+        flagship.begun_as(tmp_path / "flagship.json", {"dtype": "auto"})
+    file, wanted = (
+        tmp_path / "new" / "flagship.json",
+        {"data": str(tmp_path), "steps": None, "dtype": "bfloat16"},
+    )
     assert flagship.begun_as(file, wanted)["dtype"] == "bfloat16"
     assert flagship.begun_as(file, wanted | {"dtype": "auto"})["dtype"] == "bfloat16"  # not what is native
     monkeypatch.chdir(tmp_path)

@@ -78,9 +78,11 @@ def test_one_that_goes_on_with_the_old_index_is_waited_for_until_the_deadline():
 
 
 def test_what_answers_something_else_is_said_in_one_line():
-    with answering(healthz=lambda _: (200, ["a page"])) as server:
-        with pytest.raises(RetrieverRefused, match=r"/healthz: answered 200: \["):
-            live.check_generation(server.url, "new")
+    with (
+        answering(healthz=lambda _: (200, ["a page"])) as server,
+        pytest.raises(RetrieverRefused, match=r"/healthz: answered 200: \["),
+    ):
+        live.check_generation(server.url, "new")
 
 
 def test_all_workers_must_agree():
