@@ -32,8 +32,8 @@ from scripts.phases import Phases, run_stage
 
 RECIPE = Path(__file__).parent / "configs" / "flagship.yaml"
 _OWN = {
-    "corpus.jsonl", "index", "demonstrations.jsonl", "questions.jsonl", "test.jsonl", "warm", "control", "grpo",
-    "phases.json", "results.json", "results.md",
+    "corpus.jsonl", "index", "demonstrations.jsonl", "questions.jsonl", "test.jsonl", "warm", "control",
+    "grpo", "phases.json", "results.json", "results.md",
 }  # fmt: skip
 PASSAGE_WORDS = 30
 TAUGHT = 3500
