@@ -61,7 +61,7 @@ def main(
     except ValueError as error:
         raise ConfigError(f"name = {name!r}: must be owner/name ({first_line(error)})") from None
     known = LICENCES.split()
-    near = ", ".join(difflib.get_close_matches(licence, known) or known[:3])
+    near = ", ".join(difflib.get_close_matches(licence.lower(), known) or known[:3])
     require(licence in known, "licence", licence, f"an identifier of the hub ({near}, ..., or other)")
     trained = find_trained(folder.expanduser())
     card = render_card(trained, name, licence, evaluations_of(trained) if results is None else results)
