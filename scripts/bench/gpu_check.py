@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from data.errors import require
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -333,13 +335,15 @@ def main(out: str = "runs/gpu_check", seconds: float = 480.0, parts: str = "", p
     if part:
         print(json.dumps(PARTS[part][0]()))
         return 0
+    wanted = [each.strip() for each in parts.split(",") if each.strip()]
+    require(PARTS.keys() >= {*wanted}, "parts", parts, f"of {', '.join(PARTS)}")
     folder, end = Path(out), time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     file, machine = folder / "gpu_check.json", hardware()
     known = json.loads(file.read_text()) if file.exists() else {}
     results: dict[str, Numbers] = known["parts"] if known.get("machine") == machine else {}
     print(machine, flush=True)
-    for name in [each for each in parts.split(",") if each] or PARTS:
+    for name in wanted or PARTS:
         if results.get(name, {}).get("status") == "passed":
             continue
         left = end - time.monotonic()

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from data.errors import ConfigError
 from scripts.bench import gpu_check
 
 
@@ -26,6 +27,8 @@ def ran(monkeypatch):
 
 
 def test_each_part_has_its_row_and_what_passed_is_not_run_again(ran, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="parts = 'packing,luck': must be of packing, masters, "):
+        gpu_check.main(str(tmp_path), parts="packing,luck")
     parts = "packing,masters,flat,vllm"
     assert gpu_check.main(str(tmp_path), parts=parts) == 1
     told = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
