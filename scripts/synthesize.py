@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import ConfigError
+from data.errors import ConfigError, require
 from data.jsonl import write_json
 from data.lock import locked
 from data.text import counted
@@ -54,7 +54,7 @@ def _synthesize(run: Synthesis) -> None:
 
 def open_run(config: SynthesisConfig) -> Synthesis:
     """Check all that the configuration names, cheap things first, then open it."""
-    from data.corpus import Corpus
+    from retriever_server.indexes.open_corpus import corpus_of
     from retriever_server.open_retriever import check_retriever
     from retriever_server.retriever import Scorer
     from retriever_server.training.synthesis.filters import make_filters
@@ -75,7 +75,7 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     gain = reader.plan(config.answer_gain, (AnswerGain,), "answer_gain.") if config.answer_gain else None
     if config.retriever:
         check_retriever(config.retriever)
-    corpus = Corpus(config.corpus) if config.corpus else None
+    corpus = corpus_of(config.corpus) if config.corpus else None
     check_corpus(Path(config.out), corpus)
     retriever = _retriever(config, corpus)
     _warn_of_scale(config.filters, retriever)
@@ -84,6 +84,9 @@ def open_run(config: SynthesisConfig) -> Synthesis:
         made = _Unasked(generator.name) if lazy else generator()
         opened = [] if config.dry_run else [judge() for judge in judges]
         answers = gain() if gain and not lazy else None
+    if not config.dry_run and (of := (config.filters.get("score") or {}).get("of")):
+        known = ["retriever", *(judge.name for judge in opened), *(["answer_gain"] if gain else [])]
+        require(of in known, "filters.score.of", of, f"one of {', '.join(known)}")
     return Synthesis(config, made, corpus, retriever, opened, answers, bar)
 
 

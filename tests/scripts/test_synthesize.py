@@ -94,6 +94,7 @@ def test_judges_are_measured_and_a_bad_one_is_left_out_with_its_figure(atlas, tm
         (["--corpus", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--candidates", "5", "--filters", "{round_trip: {k: 9}}"], "filters.round_trip.k = 9"),
         (["--filters", "{round_trip: 9}"], "filters.round_trip = 9: must be its options"),
+        (["--filters", "{score: {least: 0, of: me}}"], "filters.score.of = 'me': must be one of retriever"),
         (["--choices", "{tongue: [German]}"], "choices = 'tongue': must be one of "),
         (["--query_template", "find"], "query_template = 'find': must be a text that names {query}"),
         (["--retriever", "nowhere"], "retriever 'nowhere': must be"),
