@@ -20,7 +20,7 @@ from functools import cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -193,7 +193,8 @@ def joined(argv: Sequence[str], positional: str | None = None) -> list[str]:
 
 def value_flags(argv: list[str], parser: ArgumentParser) -> list[str]:
     """argv with a switch that stands alone turned on.   [--resume, --k=3] -> [--resume=true, --k=3]"""
-    flags = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    hints = {f"--{action.dest}": getattr(action, "_typehint", None) for action in parser._actions}
+    flags = {flag for flag, hint in hints.items() if bool in (hint, *get_args(hint))}
     spelled = {flag: flag for flag in flags} | {flag.replace("_", "-"): flag for flag in flags}
     return [f"{spelled[word]}=true" if word in spelled else word for word in argv]
 

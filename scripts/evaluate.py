@@ -35,9 +35,9 @@ class EvaluateConfig(QuestionOptions, AgentOptions):
     """Folder for the evaluation."""
     per_set: int | None = None
     """Only so many questions of each set, always the same ones; 512 is usual."""
-    controls: str | None = None
-    """true: also closed_book, random, oracle and single_search, the leak of answers and the overlap with
-    train_questions; pairs: with evidence present, replaced, removed; all; or names (docs/evaluation.md)."""
+    controls: bool | str | None = None
+    """Alone or true: also closed_book, random, oracle and single_search, the leak of answers and the overlap
+    with train_questions; pairs: evidence present, replaced, removed; all; or names (docs/evaluation.md)."""
     train_questions: str | None = None
     """Questions that the policy was trained on, for the overlap."""
     corpus: Path | None = None

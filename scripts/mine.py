@@ -116,10 +116,10 @@ def _mine_trajectories(config: MineConfig) -> int:
         print(none)
         return NOTHING
     counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.labels.items()))
-    made = f"{tally.examples:,} examples in {config.out} of {tally.searches:,} searches"
+    made = f"{counted(tally.examples, 'example')} in {config.out} of {counted(tally.searches, 'search')}"
     print(f"{made}; passages: {counts or 'none'}")
     for reason, count in tally.dropped.most_common():
-        print(f"left out: {count:,} {reason}")
+        print(f"left out: {reason}: {count:,}")
     return 0
 
 

@@ -35,10 +35,11 @@ _OTHERS = 20
 """Passages looked through for those that hold no evidence."""
 
 
-def control_names(given: str) -> list[str]:
+def control_names(given: bool | str) -> list[str]:
     """The controls that a word or a list of names stands for; ConfigError for a name that is none."""
     groups = {"true": STANDARD, "standard": STANDARD, "pairs": PAIRS, "all": (*STANDARD, *PAIRS)}
-    names = [name for part in given.lower().split(",") for name in groups.get(part.strip(), (part.strip(),))]
+    parts = [part.strip() for part in str(given).lower().split(",")]
+    names = [name for part in parts for name in groups.get(part, (part,))]
     for name in names:
         if name not in (*STANDARD, *PAIRS) and not name.removeprefix("max_searches_").isdecimal():
             allowed = ", ".join([*groups, *STANDARD, *PAIRS, "max_searches_N"])

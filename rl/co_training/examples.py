@@ -128,7 +128,7 @@ def mine_trajectories(
     corpus_hash = corpus.content_hash if corpus else ""
     examples = list(_examples(asked.values(), config, corpus_hash, path.name, tally))
     if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.most_common())
         raise NoExamples(
             f"{path}: {tally.trajectories} trajectories with {tally.searches} searches give no example"
             + (f" ({reasons})" if reasons else "")

@@ -314,6 +314,15 @@ def test_a_switch_may_stand_alone(argv, given):
     assert call(run, argv, "sleuth run") is given
 
 
+def test_what_takes_words_may_be_a_switch_too():
+    def run(controls: bool | str | None = None, k: int = 1) -> Any:
+        return controls
+
+    assert call(run, ["--controls"], "sleuth run") is True
+    assert call(run, ["--controls", "--k", "3"], "sleuth run") is True
+    assert call(run, ["--controls", "pairs"], "sleuth run") == "pairs"
+
+
 def test_a_switch_with_a_wrong_value_is_refused():
     def run(big: bool = False) -> bool:
         return big
