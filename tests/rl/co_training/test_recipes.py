@@ -69,7 +69,7 @@ def test_lrat_takes_what_was_opened_against_the_rest_and_weighs_by_the_reasoning
     assert all("negative_weights" not in row["provenance"] for row in rows)
     weights = [row["provenance"]["weight"] for row in rows]  # 3, 1 and 6 tokens after the page
     assert weights == pytest.approx(reasoning_weights([3, 1, 6]), abs=1e-6)
-    with pytest.raises(DataError, match="6 searches of trajectories with a wrong answer"):
+    with pytest.raises(DataError, match="searches of trajectories with a wrong answer: 6"):
         mined([READING | {"answer": "Paris"}], tmp_path, RECIPES["lrat"])
 
 
@@ -94,14 +94,14 @@ def test_agentic_r_keeps_the_best_with_its_ties_and_draws_fifteen_of_the_rest(tm
 )  # the best of the rest has a judge's score of 27
 def test_agentic_r_leaves_out_queries_that_no_candidate_answers(best, tmp_path):
     record = trajectory([search("tower", ["eiffel"], 0)], ["a", "b"])
-    with pytest.raises(DataError, match="1 queries without a positive"):
+    with pytest.raises(DataError, match="queries without a positive: 1"):
         mined([record], tmp_path, RECIPES["agentic_r"], [scored(0, "tower", candidates(best))])
 
 
 def test_agentic_r_leaves_out_queries_with_too_few_negatives(tmp_path):
     record = trajectory([search("tower", ["eiffel"], 0)], ["a", "b"])
     scores = {"b": {"alone": 1.0, "judge": 99.0}, "n": {"alone": 0.0, "judge": 0.0}}
-    with pytest.raises(DataError, match="1 queries with fewer than 15 negatives"):
+    with pytest.raises(DataError, match="queries with fewer than 15 negatives: 1"):
         mined([record], tmp_path, RECIPES["agentic_r"], [scored(0, "tower", scores)])
 
 
