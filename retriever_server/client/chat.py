@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from data.errors import ConfigError, SleuthError, require, require_range
-from data.jsonl import append_jsonl, read_jsonl
+from data.errors import ConfigError, DataError, SleuthError, require, require_range
+from data.jsonl import append_jsonl, numbered_jsonl
 from data.secret import read_secret
 from data.settings import ChatConfig
 from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
@@ -65,7 +65,7 @@ class ChatClient:
             key = read_secret(key_file, f"{name}.api_key_file", first_line=True)
             self._headers["Authorization"] = f"Bearer {key}"
         self._cache, self._lock, self._stopped = cache, threading.Lock(), False
-        kept = list(read_jsonl(cache, tolerate_cut_tail=True)) if cache and cache.exists() else []
+        kept = _kept(cache) if cache and cache.exists() else []
         self._known: dict[str, str] = {each["key"]: each["reply"] for each in kept if "reply" in each}
         self._took = {each["key"]: _tokens(each) for each in kept if "reply" in each}
         self._calls, self._tokens = len(kept), sum(sum(_tokens(each)) for each in kept)
@@ -200,6 +200,17 @@ def _count(completion: Mapping[str, Any], name: str) -> int:
     usage = completion.get("usage")
     told = usage.get(f"{name}_tokens") if isinstance(usage, Mapping) else None
     return int(told) if isinstance(told, int | float) and 0 < told < 1e15 else 0
+
+
+def _kept(cache: Path) -> list[dict[str, Any]]:
+    """Return what is kept of earlier replies. Raises DataError with the line of something else."""
+    found = []
+    for number, each in numbered_jsonl(cache, tolerate_cut_tail=True):
+        words = isinstance(each.get("key"), str) and isinstance(each.get("reply", ""), str)
+        if not (words and all(isinstance(count, int) for count in _tokens(each))):
+            raise DataError(f"{cache}:{number}: no reply that was kept; remove the line to ask again")
+        found.append(each)
+    return found
 
 
 def _tokens(kept: Mapping[str, Any]) -> tuple[int, int]:

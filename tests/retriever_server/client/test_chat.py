@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
 from retriever_server.client import retries
 from retriever_server.client.chat import ChatClient, ChatError
 from tests.retriever_server.answering import answering
@@ -160,3 +160,12 @@ def test_a_url_that_is_none_is_refused(url):
 def test_a_limit_that_lets_nothing_through_is_refused(limit):
     with pytest.raises(ConfigError, match=rf"judge\.{next(iter(limit))} = .*must be >"):
         ChatClient("http://127.0.0.1:1/v1", "judge", **limit)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"reply": "a"}', '{"key": "a", "reply": 1}', '{"key": "a", "read": "many"}']
+)
+def test_a_cache_of_something_else_is_named_with_its_line(tmp_path, line):
+    (tmp_path / "chat.jsonl").write_text(f'{{"key": "a", "reply": "b"}}\n{line}\n')
+    with pytest.raises(DataError, match=r"chat\.jsonl:2: no reply that was kept"):
+        ChatClient("http://127.0.0.1:9/v1", cache=tmp_path / "chat.jsonl")
