@@ -39,8 +39,7 @@ def open_atomic(path: str | Path, mode: str = "w", sync: bool = True) -> Iterato
     there = Path(path)
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    if path.is_dir():
-        raise StorageError(f"{path}: cannot be written: is a folder, expected a file")
+    refuse_folder(path)
     try:
         if there.exists() and not there.is_file():  # a file in its place would remove it
             with open(there, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -62,6 +61,12 @@ def open_atomic(path: str | Path, mode: str = "w", sync: bool = True) -> Iterato
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise StorageError where a folder lies at the place of a file to write."""
+    if path.is_dir():
+        raise StorageError(f"{path}: cannot be written: is a folder, expected a file")
 
 
 def check_writable(path: str | Path) -> None:

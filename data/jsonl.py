@@ -94,8 +94,9 @@ def append_in_batches(
 
     Started again after it was killed, it goes on after the last complete batch.
     """
-    if out.is_dir():
-        raise StorageError(f"{out}: cannot be written: is a folder, expected a file")
+    from data.atomic import refuse_folder
+
+    refuse_folder(out)
     part = out.with_name(f"{out.name}.part")
     for start in progress(range(_keep_whole_batches(part, size), count, size)):
         append_jsonl(part, rows(range(start, min(start + size, count))))

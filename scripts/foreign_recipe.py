@@ -87,7 +87,7 @@ _DERIVED = {
         f"{_ARR}.rollout.n",
     ),
 }  # fmt: skip
-"""What is left out where an option that it is made of is not known, lest a default be believed."""
+"""Settings left out where an option that they are made of is not known, lest a default be believed."""
 Flat = dict[str, Any]
 
 

@@ -90,7 +90,7 @@ class ChatClient:
 
     @property
     def answered(self) -> bool:
-        """Whether it has a reply to any request, those of before a restart too."""
+        """Return whether it has a reply to any request, those of before a restart too."""
         return bool(self._known)
 
     def stop(self) -> None:
