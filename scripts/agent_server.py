@@ -27,6 +27,8 @@ from retriever_server.server.service import Caller
 from scripts.agent_service import AgentService, ChatBody
 
 CHAT = "/v1/chat/completions"
+_ANY_MODEL = (None, "dummy")
+"""`dummy` is what huggingface_hub's InferenceClient calls a model that it was not told."""
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -55,7 +57,7 @@ def create_app(service: AgentService, **options: Any) -> FastAPI:
 async def chat(body: ChatBody, caller: _RequestOf) -> Response:
     """Answer the last message."""
     service: AgentService = caller.app.state.service
-    if body.model is not None:
+    if body.model not in _ANY_MODEL:
         find_model([service.name], body.model)
     service.check(body)  # before a stream begins
     waiting = Caller(cast(Any, service), caller)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,8 +33,11 @@ _DESCRIPTIONS = {
     503: "The search failed; outside of /v1 also: too many queries wait, Retry-After says when to come back",
     504: "The deadline has passed",
 }
-_OPENAI = ("/v1/embeddings", "/v1/models", "/v1/chat/completions")
-"""Routes that OpenAI has; those below them, too."""
+_OWN = ("/v1/search", "/v1/thumbnail", "/v1/info")
+_COHERE = ("/v1/rerank", "/v2/rerank", "/rerank")
+_TEI = ("/", "/info", "/embed", "/embed_sparse", "/embed_all", "/rerank")
+CLIENT_HEADER = "x-client-source"
+"""Header in which Tavily's clients name themselves."""
 ANY_SEARCH = (400, 401, 413, 421, 422, 500, 501, 503, 504)
 """Statuses of whatever searches, encodes or scores."""
 
@@ -92,22 +96,43 @@ def add_error_replies(app: FastAPI) -> None:
 async def answer_error(request: Request, error: Exception) -> JsonReply:
     """Answer with the status and the reason of what a route raised."""
     status, reason = status_and_reason(error)
-    if status == 422 and request.url.path.startswith(_OPENAI):
-        status = 400  # as OpenAI has it
+    path, client = request.url.path, request.headers.get(CLIENT_HEADER, "")
+    if status == 422 and (_is_openai(path) or _is_tavily(client)):
+        status = 400  # as they have it
+    if isinstance(error, HTTPException) and reason == HTTPStatus(status).phrase:  # no route of ours said it
+        reason = f"{request.method} {path[:80]}: {reason.lower()}; /openapi.json lists the routes"
     headers = getattr(error, "headers", None)
     if isinstance(error, Overloaded):
         # Clients of other projects come back after 503 alone: some take 429 for an answer without hits.
-        status = 429 if request.url.path.startswith("/v1/") else 503
+        status = 429 if path.startswith("/v1/") else 503
         headers = {"Retry-After": str(error.retry_after_seconds)}
-    return JsonReply(error_body(request.url.path, status, reason), status, headers)
+    return JsonReply(error_body(path, status, reason, client), status, headers)
 
 
-def error_body(path: str, status: int, reason: str) -> dict[str, Any]:
-    """Return the JSON of an error: the reason, where OpenAI has such a route also as its clients read it."""
-    if not path.startswith(_OPENAI):
-        return {"detail": reason}
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"detail": reason, "error": {"message": reason, "type": kind, "param": None, "code": None}}
+def error_body(path: str, status: int, reason: str, client: str = "") -> dict[str, Any]:
+    """Return the JSON of an error: the reason, also where clients of those who made such a route look.
+
+    client: what the request's CLIENT_HEADER says.
+    """
+    if _is_tavily(client):
+        return {"detail": {"error": reason}}
+    body: dict[str, Any] = {"detail": reason}
+    if path in _COHERE:
+        body["message"] = reason
+    if path in _TEI:
+        body |= {"error": reason, "error_type": "Validation" if status < 500 else "Backend"}
+    if _is_openai(path):
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body["error"] = {"message": reason, "type": kind, "param": None, "code": None}
+    return body
+
+
+def _is_openai(path: str) -> bool:
+    return path.startswith("/v1/") and not path.startswith(_OWN) and path not in _COHERE
+
+
+def _is_tavily(client: str) -> bool:
+    return "tavily" in client.lower()
 
 
 def status_and_reason(error: Exception) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import ConfigError
 from retriever_server.server.batching import Overloaded
-from retriever_server.server.errors import error_body
+from retriever_server.server.errors import CLIENT_HEADER, error_body
 from retriever_server.server.metrics import Metrics
 from retriever_server.server.replies import JsonReply
 
@@ -146,7 +146,8 @@ class RequestMiddleware:
         try:
             refusal = self._refusal(scope["method"], scope["path"], headers)
             if refusal:
-                body = error_body(scope["path"], *refusal)
+                client = headers.get(CLIENT_HEADER.encode(), b"").decode("latin-1")
+                body = error_body(scope["path"], *refusal, client)
                 answer = JsonReply(body, refusal[0], _SAID_WITH.get(refusal[0]))
                 await answer(scope, receive, note_and_send)
             else:
@@ -174,7 +175,7 @@ def _as_get(scope: Scope) -> Scope:
     return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
-_READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id"}
+_READ = {b"authorization", b"content-length", b"host", b"x-api-key", b"x-request-id", CLIENT_HEADER.encode()}
 _ALWAYS = (
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", b"frame-ancestors 'none'"),

@@ -153,10 +153,14 @@ class SearchService:
         limits, longest = self.limits, max(map(len, texts_of(queries)), default=0)
         if longest > limits.max_query_chars:
             raise DataError(f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed")
-        if not 1 <= k <= limits.max_topk:
-            raise DataError(f"topk = {k}: must be from 1 to {limits.max_topk}")
+        self.check_top_k(k)
         if where is not None:
             parse_filter(where)
+
+    def check_top_k(self, k: int, name: str = "top_k") -> None:
+        """Raise DataError for a number of passages that is not allowed; name: what the client calls it."""
+        if not 1 <= k <= self.limits.max_topk:
+            raise DataError(f"{name} = {k}: must be from 1 to {self.limits.max_topk}")
 
     def _check_number(self, queries: int, k: int) -> None:
         if queries > self.limits.max_queries:

@@ -192,6 +192,12 @@ def test_what_is_not_done_is_refused_in_openais_shape(agent_app, change, reason)
     assert reason in error["message"] and "\n" not in error["message"]
 
 
+def test_a_client_that_was_told_no_model_is_answered_and_a_wrong_one_is_not(agent_app):
+    app, _ = agent_app()
+    assert ask(app, model="dummy").json()["model"] == "atlas"  # what huggingface_hub sends
+    assert ask(app, model="gpt").status_code == 404
+
+
 def test_the_policy_writes_no_more_tokens_than_asked_for(agent_app):
     app, _ = agent_app()
     for asked in ({"max_tokens": 50}, {"max_completion_tokens": 50, "max_tokens": 90}):

@@ -99,7 +99,7 @@ async def search(body: SingleSearchBody, caller: CallerOf) -> Response:
 @router.post("/batch_search")
 async def batch_search(body: BatchSearchBody, caller: CallerOf) -> Response:
     """Search for several queries as ReCall does."""
-    request = DialectRequest(body.query, body.top_n, "recall-batch", body.return_score)
+    request = DialectRequest(body.query, "top_n", body.top_n, "recall-batch", body.return_score)
     return await _answer(request, body, caller)
 
 
@@ -114,6 +114,8 @@ async def access(body: AccessBody, caller: CallerOf) -> Response:
 
 
 async def _answer(request: DialectRequest, options: SearchOptions, caller: Caller) -> Response:
+    if request.top_k is not None:
+        caller.service.check_top_k(request.top_k, request.top_k_name)
     rankings, found = await caller.rank(request.queries, request.top_k, options)
 
     def write() -> Response:
@@ -128,6 +130,8 @@ class DialectRequest:
     """A search of a client of any dialect."""
 
     queries: list[str]
+    top_k_name: str
+    """The client's name for `top_k`."""
     top_k: int | None
     shape: str
     """Key of _SHAPES."""
@@ -140,18 +144,19 @@ Shape = Callable[[DialectRequest, Rankings, Found], Any]
 
 def parse_retrieve(body: RetrieveBody, dialect: str) -> DialectRequest:
     """Return the search of a `POST /retrieve`, and the shape of its answer."""
-    top_k = next((value for name in _TOP_K_NAMES if (value := getattr(body, name)) is not None), None)
+    name = next((name for name in _TOP_K_NAMES if getattr(body, name) is not None), "topk")
+    top_k = name, getattr(body, name)
     scored = bool(body.return_scores or body.return_score)
     if body.queries is not None:
-        return DialectRequest(body.queries, top_k, "asearcher" if dialect == "asearcher" else "rows", scored)
+        return DialectRequest(body.queries, *top_k, "asearcher" if dialect == "asearcher" else "rows", scored)
     if body.query is None:
         raise DataError("queries: must be a list of strings (or query a string)")
-    if isinstance(body, PackedBody) or (dialect == "rllm" and top_k is None):
-        return DialectRequest([body.query], top_k, "flat", True)
+    if isinstance(body, PackedBody) or (dialect == "rllm" and top_k[1] is None):
+        return DialectRequest([body.query], *top_k, "flat", True)
     if body.topk is not None or dialect not in ("rllm", "zerosearch"):
-        return DialectRequest([body.query], top_k, "rows", scored)
+        return DialectRequest([body.query], *top_k, "rows", scored)
     both = body.top_k is not None and body.k is not None
-    return DialectRequest([body.query], top_k, "rllm" if both else dialect)
+    return DialectRequest([body.query], *top_k, "rllm" if both else dialect)
 
 
 def parse_search(body: SingleSearchBody) -> DialectRequest:
@@ -159,12 +164,12 @@ def parse_search(body: SingleSearchBody) -> DialectRequest:
     if body.query is None and body.q is None:
         raise DataError("query: must be a string")
     if body.query is None:
-        return DialectRequest([body.q or ""], body.num, "serper")
+        return DialectRequest([body.q or ""], "num", body.num, "serper")
     if body.top_n is not None or body.return_score is not None:
-        return DialectRequest([body.query], body.top_n, "recall", bool(body.return_score))
+        return DialectRequest([body.query], "top_n", body.top_n, "recall", bool(body.return_score))
     if body.contents is not None or body.numResults is not None:
-        return DialectRequest([body.query], body.numResults, "exa")
-    return DialectRequest([body.query], body.max_results, "tavily")
+        return DialectRequest([body.query], "numResults", body.numResults, "exa")
+    return DialectRequest([body.query], "max_results", body.max_results, "tavily")
 
 
 def url_of(hit: Hit) -> str:
