@@ -58,7 +58,9 @@ class LabelConfig:
 
 
 RECIPES = {
-    "agentic_r": LabelConfig("agentic_r", "question", 15, least_negatives=15, drawn=True, weighted=()),
+    "agentic_r": LabelConfig(
+        "agentic_r", "question", 15, least_negatives=15, drawn=True, redundancy="none", weighted=()
+    ),
     "lrat": LabelConfig("opened", "query", 9, correct_only=True, redundancy="none", weighted=("reasoning",)),
     "iter": LabelConfig(
         "opened",

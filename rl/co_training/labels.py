@@ -62,7 +62,7 @@ def label(searches: Searches, labeller: str, redundancy: Redundancy = "shown") -
     shown: set[str] = set()
     read: Judgement = {}
     labelled: list[Labels] = []
-    for call in judged:
+    for call, seen in zip(judged, searches.calls, strict=True):
         known = read if redundancy == "trajectory" else {}
         found = {id_: kind for id_, kind in known.items() if id_ not in call}
         for id_, kind in call.items():
@@ -74,10 +74,11 @@ def label(searches: Searches, labeller: str, redundancy: Redundancy = "shown") -
                 kind = Label.UNKNOWN
             found[id_] = kind
         labelled.append(found)
-        hard = [id_ for id_, kind in call.items() if kind is Label.HARD and id_ not in useful]
-        helped = [id_ for id_, kind in call.items() if kind is Label.POSITIVE]
+        now = {p.id: call.get(p.id) for p in seen.passages}  # scores also judge what was not shown
+        hard = [id_ for id_, kind in now.items() if kind is Label.HARD and id_ not in useful]
+        helped = [id_ for id_, kind in now.items() if kind is Label.POSITIVE]
         read |= dict.fromkeys(hard, Label.HARD) | dict.fromkeys(helped, Label.REDUNDANT)
-        shown |= set(helped if labeller == "opened" else call)
+        shown |= set(helped if labeller == "opened" else now)
     return labelled
 
 

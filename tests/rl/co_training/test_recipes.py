@@ -120,6 +120,21 @@ def test_scores_become_labels(labels, scores, positives, negatives, tmp_path):
     assert (row["positives"], row["negatives"]) == (positives, negatives)
 
 
+def test_what_was_a_candidate_but_not_shown_is_not_redundant_later(tmp_path):
+    record = trajectory([search("tower", ["cow"], 0), search("birth", ["eiffel"], 1)], ["a", "b", "c"])
+    given = [scored(0, "tower", {"cow": 10, "eiffel": 90}), scored(1, "birth", {"eiffel": 90})]
+    _, rows = mined([record], tmp_path, LabelConfig("judge"), given)
+    assert [row["positives"] for row in rows] == [["eiffel"], ["eiffel"]]
+
+
+def test_agentic_r_takes_the_best_also_where_an_earlier_search_had_shown_it(tmp_path):
+    record = trajectory([search("tower", ["born", "cow"], 0), search("birth", ["born"], 1)], ["a"] * 3)
+    best = candidates({"born": {"alone": 1.0, "judge": 90.0}})
+    given = [scored(0, "tower", best), scored(1, "birth", best)]
+    _, rows = mined([record], tmp_path, RECIPES["agentic_r"], given)
+    assert [row["positives"] for row in rows] == [["born"], ["born"]]
+
+
 def test_scores_of_another_file_and_missing_ones_are_refused(tmp_path):
     record = trajectory([search("tower", ["eiffel"], 0)], ["a", "b"])
     with pytest.raises(ConfigError, match="labels = fork: needs scores"):
