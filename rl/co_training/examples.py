@@ -167,8 +167,8 @@ class _Known:
 
 def _collect(
     read: Iterable[Searches], config: LabelConfig, held_out: _Known, tally: Tally
-) -> Mapping[tuple[str, str], _Asked]:
-    found: dict[tuple[str, str], _Asked] = {}
+) -> Mapping[tuple[str, str, str], _Asked]:
+    found: dict[tuple[str, str, str], _Asked] = {}
     for searches in read:
         tally.trajectories += 1
         tally.searches += len(searches.calls)
@@ -185,12 +185,15 @@ def _collect(
                 continue  # the argument names a page; no retriever is asked
             tally.labels.update(str(kind) for kind in labels.values())
             text = QUERY_STYLES[config.style](searches.question.text, history, call.query)
-            key = (searches.group, text)
+            history.append(call.query)
+            if not call.query.strip():
+                tally.dropped["empty queries"] += 1
+                continue
+            key = (searches.group, searches.question.text, text)
             ranks = {id_: rank for rank, id_ in enumerate(labels)}
             tokens = _reasoning(searches.calls, at)
             new = _Asked(searches.question, searches.group, at, text, dict(labels), ranks, tokens)
             found[key] = _united(found[key], new) if key in found else new
-            history.append(call.query)
     return found
 
 
@@ -221,11 +224,9 @@ def _examples(
     useful: dict[str, set[str]] = defaultdict(set)
     for each in asked:
         useful[each.question.text].update(i for i, kind in each.labels.items() if kind is Label.POSITIVE)
-    for each in sorted(asked, key=lambda each: (each.group, each.at, each.query)):
+    for each in sorted(asked, key=lambda each: (each.group, each.at, each.query, each.question.text)):
         if Label.POSITIVE not in each.labels.values():
             tally.dropped["queries without a positive"] += 1
-        elif not each.query.strip():
-            tally.dropped["empty queries"] += 1
         else:
             kept.append(each)
     by_reasoning = reasoning_weights([each.tokens for each in kept])

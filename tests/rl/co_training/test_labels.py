@@ -183,6 +183,26 @@ def test_a_query_asked_twice_of_one_question_is_one_example(tmp_path):
     assert rows[0]["negatives"] == ["cow", "mustard"]
 
 
+@pytest.mark.parametrize("style", QUERY_STYLES)
+def test_an_empty_query_is_no_example_in_any_style(style, tmp_path):
+    calls = [search(" ", ["eiffel"], 0), search("birth", ["born"], 1)]
+    tally, rows = mined([trajectory(calls, ["a"] * 3)], tmp_path, config={"labels": "gold", "style": style})
+    assert len(rows) == 1 and "birth" in rows[0]["query"] and tally.dropped == {"empty queries": 1}
+
+
+def test_two_questions_of_one_id_stay_two(tmp_path):
+    """As in two files of trajectories that were joined."""
+    other = TWO_HOPS | {"question": "Who built it?", "gold_answers": ["Eiffel"], "answer": "Eiffel"}
+    found = []
+    for records in ([TWO_HOPS, other], [other, TWO_HOPS]):
+        tally, rows = mined(records, tmp_path)
+        assert tally.examples == 4 and {*map(tuple, (row["answers"] for row in rows))} == {
+            ("Dijon",), ("Eiffel",),
+        }  # fmt: skip
+        found.append((tmp_path / "out.jsonl").read_bytes())
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "held_out",
     [
