@@ -20,14 +20,25 @@ def run_stage(argv: Sequence[str]) -> int:
 
     Raises KeyboardInterrupt where it was interrupted: its state is saved, and it leaves it to us to say so.
     """
-    with subprocess.Popen([sys.executable, "-c", _STAGE, *argv]) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():  # a terminal has told it already
-                process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
+    told_alone = not sys.stdin.isatty()  # a terminal tells its Ctrl-C to both of us, but SIGTERM it does not
+
+    def on_sigterm(*_: object) -> None:
+        nonlocal told_alone
+        told_alone = True
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        with subprocess.Popen([sys.executable, "-c", _STAGE, *argv]) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                if told_alone:
+                    process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     return status

@@ -1,6 +1,8 @@
 """`sleuth flagship`: its comparison against a table worked out by hand; what it passes over or refuses."""
 
 import json
+import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +91,21 @@ def test_a_stage_that_is_interrupted_leaves_it_to_the_whole_to_say_so(monkeypatc
     with pytest.raises(KeyboardInterrupt):
         phases.run_stage(["atlas"])
     assert capfd.readouterr().err == ""
+
+
+def test_a_stage_in_a_terminal_ends_where_the_whole_alone_is_told_to(monkeypatch, tmp_path):
+    """Ctrl-C tells both, SIGTERM to one process not the other."""
+    told = "import os, signal, sys, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(5)"
+    monkeypatch.setattr(phases, "_STAGE", f"{told}; open(sys.argv[1], 'w')")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            phases.run_stage([str(tmp_path / "done")])
+        assert not (tmp_path / "done").exists() and signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_goes_on_as_it_was_begun_or_is_refused(tmp_path, monkeypatch):
