@@ -21,7 +21,7 @@ def sampled(questions: Sequence[Question], samples: int) -> list[Question]:
         else replace(
             question,
             id=f"{question.id}~{number}",
-            metadata={**question.metadata, "sample": number, "sample_of": question.id},
+            metadata={"sample_of": question.id, **question.metadata, "sample": number},
         )
         for number in range(1, samples + 1)
         for question in questions

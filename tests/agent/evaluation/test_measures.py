@@ -114,6 +114,11 @@ def test_several_samples_of_a_question_are_one_question():
         score([tried(q) for q in questions[:5]])
 
 
+def test_samples_of_a_sample_are_samples_of_its_question():
+    second = sampled([asked("a")], 2)[1]
+    assert {each.metadata["sample_of"] for each in sampled([second], 3)} == {"a"}
+
+
 def test_intervals_of_the_mean_of_samples_hold_the_truth_in_95_of_100_runs(monkeypatch):
     """Questions of a chance ~ Beta(1, 2), 4 samples each; nominal 95 %."""
     monkeypatch.setattr(significance, "RESAMPLES", 2000)
