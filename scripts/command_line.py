@@ -20,7 +20,7 @@ from functools import cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -192,11 +192,16 @@ def joined(argv: Sequence[str], positional: str | None = None) -> list[str]:
 
 
 def value_flags(argv: list[str], parser: ArgumentParser) -> list[str]:
-    """argv with a switch that stands alone turned on.   [--resume, --k=3] -> [--resume=true, --k=3]"""
+    """argv with a switch that stands alone turned on, and the words of a list in brackets.
+
+    [--resume, --k=3, --by=a,b] -> [--resume=true, --k=3, --by=[a,b]]
+    """
     hints = {f"--{action.dest}": getattr(action, "_typehint", None) for action in parser._actions}
     flags = {flag for flag, hint in hints.items() if bool in (hint, *get_args(hint))}
     spelled = {flag: flag for flag in flags} | {flag.replace("_", "-"): flag for flag in flags}
-    return [f"{spelled[word]}=true" if word in spelled else word for word in argv]
+    argv = [f"{spelled[word]}=true" if word in spelled else word for word in argv]
+    lists = {f for f, hint in hints.items() if list in (get_origin(hint), *map(get_origin, get_args(hint)))}
+    return [re.sub("=(?!null$)([^[{].*)", r"=[\1]", w) if w.split("=")[0] in lists else w for w in argv]
 
 
 def bare_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -133,6 +133,17 @@ def test_a_word_on_the_line_names_a_group(run):
     assert run(takes_speech, "--protocol", "{turns: 3}")[1] == [Speech(None, 3)]
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "found"),
+    [
+        ("--seeds=1,2", "seeds", [1, 2]), ("--seeds=[1, 2]", "seeds", [1, 2]), ("--seeds=3", "seeds", [3]),
+        ("--results=a", "results", [Path("a")]), ("--results=null", "results", None),
+    ],
+)  # fmt: skip
+def test_a_list_on_the_line_needs_no_brackets(run, given, name, found):
+    assert getattr(run(takes_config, "--out", "x", given)[1][0], name) == found
+
+
 def test_an_error_in_a_file_with_a_word_still_names_its_line(run, tmp_path):
     recipe = write(tmp_path / "r.yaml", "protocol: compact\nsteps: many\n")
     assert run(takes_speech, "--config", recipe)[3].startswith(f"sleuth: {recipe}, line 2: steps: got 'many'")
@@ -191,8 +202,7 @@ def test_a_wrong_file_is_one_line_naming_place_key_and_what_is_allowed(run, tmp_
     [
         (["--out", "x", "--step", "3"], "unknown key step; did you mean steps?"),
         (["--out", "x", "--steps", "many"], "steps: got 'many', expected int"),
-        (["--out", "x", "--seeds", "1,2"], "seeds: got '1,2', expected list, such as [a, b]"),
-        (["--out", "x", "--results", "a"], "results: got 'a', expected list, such as [a, b]"),
+        (["--out", "x", "--seeds", "{a: 1}"], "seeds: got \"{'a': 1}\", expected list, such as [a, b]"),
         (
             ["--out", "x", "--stages", "[{learning_rat: 1}]"],
             "stages: unknown key learning_rat; did you mean learning_rate?",
