@@ -1,5 +1,5 @@
 """A question in, a trajectory out. Sees of `retriever_server` only the client, the wire and the interface."""
 
-from data.moved import find_moved_modules
+from data.objects.moved import find_moved_modules
 
 find_moved_modules()

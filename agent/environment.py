@@ -18,8 +18,8 @@ from agent.query_styles import QUERY_STYLES
 from agent.search_tool import Observation, TagSanitizer, find_pictures, observe
 from agent.tools import OPEN_PAGE, SEARCH, Call
 from agent.trajectory import Ledger, SearchRecord, StopReason
-from data.answers import METRICS
 from data.errors import DataError, RetrieverError
+from data.metrics.answers import METRICS
 from data.records import Hit, Passage, Question
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ class McpConfig:
 
 def read_config(asked: Mapping[str, Any]) -> McpConfig:
     """Return the server that an entry of `tools` describes; raises ConfigError and ValueError."""
-    from data.class_path import Signature
+    from data.objects.class_path import Signature
 
     takes = Signature(McpConfig, "a server of tools", "protocol.tools")
     takes.check_keys(asked)

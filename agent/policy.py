@@ -23,9 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 from agent.policy_folder import PROTOCOL_FILE, find_policy
 from agent.protocol import Protocol
 from agent.vision import IN_ONE_LINE, Vision, reads_pictures
-from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError
 from data.jsonl import write_json
+from data.machine.device import choose_dtype, resolve_device
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from agent.protocol import Protocol, get_protocol
 from data.errors import DataError
-from data.hub import find_model
 from data.jsonl import read_json
-from data.packaged import SHORT_NAMES
+from data.models.hub import find_model
+from data.models.packaged import SHORT_NAMES
 
 PROTOCOL_FILE = "sleuth.json"
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from agent.trajectory import Picture
 from data.errors import ConfigError, DataError
-from data.images import read_image
+from data.pages.images import read_image
 
 REMEMBERED_PICTURES = 16
 """Pixels are made anew after this many others: a page in crops is some fifty megabytes."""
@@ -81,7 +81,7 @@ class Vision:
         return cls(processor, token_id)
 
     def _see(self, source: str) -> Seen:
-        """The tokens and pixels of a picture: one that is kept, or what `data.images.read_image` takes.
+        """The tokens and pixels of a picture: one that is kept, or what `data.pages.images.read_image` takes.
 
         Raises DataError naming the source where it cannot be read.
         """

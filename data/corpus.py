@@ -40,7 +40,7 @@ class Corpus:
     A line is {"id", "contents"} as in Search-R1 (title on the first line, in double quotes, then
     the text), {"id", "title", "text"}, or a mixture; "metadata", an object, may stand beside them, and
     "image", a file (or a page of one, "report.pdf#page=3") whose path starts at the corpus's folder; a file
-    of another registered modality (`data.modalities`) likewise, under its name.
+    of another registered modality (`data.pages.modalities`) likewise, under its name.
     Reading is safe from many threads.
     """
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.answers import NORMALIZERS
 from data.errors import ConfigError, DataError, first_line
 from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
@@ -23,6 +22,7 @@ from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_t
 from data.formats.squad import is_impossible
 from data.formats.tables import KINDS, Rows, at, kind_of, read_rows, saved_files
 from data.jsonl import check_is_file
+from data.metrics.answers import NORMALIZERS
 from data.records import Question
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def load_questions(
 
     A row's own id is kept where no other row has it. Otherwise, and where there is none, the id is
     "<data_source>/<split>/<id or extra_info.index or row>". It does not depend on `limit`.
-    `normalizer`: how all of their answers are compared (`data.answers`), whatever their metadata say.
+    `normalizer`: how all of their answers are compared (`data.metrics.answers`), whatever their metadata say.
     Raises DataError "FILE:LINE: what is wrong", also for a row without a question or a gold answer.
     """
     if limit is not None and limit < 1:
@@ -140,7 +140,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:
 
 def _read_hub(name: str, split: str | None, known_as: str = "") -> Iterator[_Row]:
     """The rows of a split of a hub name, through `datasets`; `known_as`: the set that was asked for."""
-    from data.hub import find_dataset
+    from data.models.hub import find_dataset
 
     find_dataset(name.partition(":")[0], f"questions: {known_as}" if known_as else "questions")
     import datasets

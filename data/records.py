@@ -19,7 +19,7 @@ class Passage:
     """One retrievable unit: text, an image, or both. `id` is unique in its corpus.
 
     metadata: free JSON values, for filters. image: a file, or a page of one ("report.pdf#page=3", from 1).
-    media: files of other modalities, by their names (`data.modalities`), such as {"audio": "7.wav"}.
+    media: files of other modalities, by their names (`data.pages.modalities`), such as {"audio": "7.wav"}.
     verbatim: its `contents` as the corpus has it, where title and text do not give that back.
     """
 
@@ -81,7 +81,7 @@ def split_contents(contents: str) -> tuple[str, str]:
 class Item:
     """An input of encoders and judges that is not a text alone: an image, or an image and its text.
 
-    image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `data.modalities` reads it.
+    image: a file, a page of one ("report.pdf#page=3"), or the bytes of a file; `modalities` reads it.
     modality: what the file is, where it is no image.
     """
 
@@ -100,7 +100,7 @@ class Question:
 
     metadata: free JSON values; Sleuth reads `kind` (a label such as "two_hop", for scores by kind),
     `cluster` (the unit that the bootstrap resamples, such as an entity), `query_image` (a file that is asked
-    with or instead of the text) and `normalizer` (of answers, see `data.answers`).
+    with or instead of the text) and `normalizer` (of answers, see `data.metrics.answers`).
     """
 
     id: str

@@ -27,7 +27,7 @@ import yaml
 from data.atomic import atomic_write
 from data.errors import ConfigError, DataError, RunStopped, StorageError, reason_of
 from data.jsonl import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
-from data.lock import lock
+from data.machine.lock import lock
 from data.records import FORMAT_VERSION
 from data.trackers import Tracker
 

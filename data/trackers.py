@@ -11,7 +11,7 @@ from typing import Any, Literal
 from urllib.request import getproxies
 
 from data.errors import ConfigError, first_line
-from data.listening import why_silent
+from data.machine.listening import why_silent
 from data.settings import WandbConfig
 from data.text import markdown_table
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import regex
 
-from data.answers import separate_characters
 from data.errors import ConfigError, DataError
 from data.formats.trec import MAX_GRADE
+from data.metrics.answers import separate_characters
+from data.metrics.significance import bootstrap, randomisation_p
 from data.records import Hit, Qrels, Question
-from data.significance import bootstrap, randomisation_p
 from data.text import one_i
 from retriever_server.retriever import Filter, Retriever
 

@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.class_path import Build, Reader
 from data.errors import ConfigError, SleuthError, require
-from data.hub import find_model
-from data.plugins import looking_beside
+from data.models.hub import find_model
+from data.objects.class_path import Build, Reader
+from data.objects.plugins import looking_beside
 from data.yaml_file import read_yaml
 from retriever_server.retriever import Retriever
 

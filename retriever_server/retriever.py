@@ -154,7 +154,7 @@ class Retriever(ABC):
         elsewhere = passage.image.startswith(("http://", "https://"))
         if elsewhere and (made := await asyncio.to_thread(self.thumbnail, passage.id, side)):
             return made
-        from data.images import read_image, thumbnail
+        from data.pages.images import read_image, thumbnail
 
         return thumbnail(read_image(passage.image), side)
 

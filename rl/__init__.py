@@ -1,5 +1,5 @@
 """Trajectories in, better weights out."""
 
-from data.moved import find_moved_modules
+from data.objects.moved import find_moved_modules
 
 find_moved_modules()

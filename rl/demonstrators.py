@@ -19,7 +19,7 @@ from agent.environment import Searcher
 from agent.protocol import Answer, Protocol, get_protocol
 from agent.search_tool import TagSanitizer
 from agent.tools import Call
-from data.answers import cover_em, exact_match
+from data.metrics.answers import cover_em, exact_match
 from data.records import Hit, Question
 from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
 from retriever_server.indexes.analyzers import ENGLISH_STOP_WORDS

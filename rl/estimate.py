@@ -28,8 +28,8 @@ from agent.policy import model_class
 from agent.policy_folder import find_policy
 from agent.protocol import Protocol
 from agent.vision import text_trunk
-from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError
+from data.machine.device import choose_dtype, resolve_device
 from data.run_dir import read_metrics
 from rl.config import TrainConfig
 from rl.learner.lora import add_lora

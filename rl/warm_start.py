@@ -27,9 +27,9 @@ from agent.protocol import Protocol
 from agent.search_tool import fit_observation
 from agent.trajectory import SegmentKind
 from data.checkpoint import latest_checkpoint
-from data.device import choose_dtype
 from data.errors import DataError
 from data.jsonl import write_json
+from data.machine.device import choose_dtype
 from rl.config import WarmStartConfig
 from rl.demonstrations import CHECKPOINTS, RECORD_FILE, Span
 from rl.learner.lora import add_lora, merged_state

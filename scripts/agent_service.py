@@ -17,8 +17,8 @@ from pydantic import Field
 
 from agent.engines.base import Completion, Sampling
 from agent.trajectory import Ledger, SearchRecord, Segment, SegmentKind, Trajectory
-from data.answers import cover_em
 from data.errors import DataError, RetrieverError
+from data.metrics.answers import cover_em
 from data.records import Question
 from data.text import replace_halves
 from retriever_server.server.batching import Overloaded

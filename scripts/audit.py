@@ -30,7 +30,7 @@ def main(
             question's metadata say, else squad.
         out: Folder for answerable.jsonl, unanswerable.jsonl and audit.json.
     """
-    from data.answerability import answerable, audit, show_rows, write_audit
+    from data.metrics.answerability import answerable, audit, show_rows, write_audit
     from retriever_server.indexes.open_corpus import corpus_of
 
     require(out is None or out.is_dir() or not out.exists(), "out", str(out), "a folder, not a file")

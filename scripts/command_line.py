@@ -31,9 +31,9 @@ from jsonargparse import (
 )
 
 from data.atomic import check_writable
-from data.class_path import wrong_value
 from data.errors import ConfigError
-from data.plugins import looking_beside
+from data.objects.class_path import wrong_value
+from data.objects.plugins import looking_beside
 from data.yaml_file import check_keys, read_checked, read_yaml
 from rl.algorithm.presets import preset_fields
 from scripts.tiers import with_tier

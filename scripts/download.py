@@ -13,7 +13,7 @@ from urllib.request import getproxies
 
 from data.errors import ConfigError, DataError, SleuthError, StorageError, require
 from data.jsonl import read_json, write_json
-from data.listening import why_silent
+from data.machine.listening import why_silent
 from retriever_server.client.retries import delay_seconds, may_pass
 from scripts.console import bar
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import EngineError, require, require_range
 from data.jsonl import write_json
-from data.listening import why_silent
-from data.lock import locked
+from data.machine.listening import why_silent
+from data.machine.lock import locked
 from data.questions import load_questions
 from data.records import Question
 from data.text import counted
@@ -240,7 +240,7 @@ def show_scores(scores: dict[str, Any], title: str) -> None:
 def show_controls(out: Path, scores: dict[str, Any], found: dict[str, float]) -> None:
     """Print the controls beside the run, write them to controls.json, and say what leaks."""
     from agent.evaluation.compare import compare_controls
-    from data.significance import format_estimate
+    from data.metrics.significance import format_estimate
 
     rows = compare_controls(out)
     write_json(out / "controls.json", {"format_version": 1, "controls": rows, "leaks": found})

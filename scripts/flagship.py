@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import yaml
 
-from data.answers import cover_em
 from data.checkpoint import best_checkpoint
-from data.device import cpu_has_bfloat16, resolve_device
 from data.errors import ConfigError, SleuthError, require
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.machine.device import cpu_has_bfloat16, resolve_device
+from data.metrics.answers import cover_em
 from data.records import FORMAT_VERSION
 from data.run_dir import check_free, describe_difference
 from data.text import markdown_table
@@ -263,7 +263,7 @@ def compare(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from agent.evaluation.records import read_records
-    from data.significance import estimate
+    from data.metrics.significance import estimate
 
     def estimates(values: Any, ids: Sequence[str]) -> dict[str, Any]:
         return dict(zip(METRICS, estimate(values, ids), strict=True))
@@ -290,7 +290,7 @@ def compare(folder: Path) -> dict[str, Any]:
 
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The comparison as two tables."""
-    from data.significance import format_estimate
+    from data.metrics.significance import format_estimate
 
     rows = []
     for name, row in results["scores"].items():

@@ -38,7 +38,7 @@ def main(
         max_plain_loss: Most that plain questions may lose.
         out: File for the decision, as JSON.
     """
-    from data.significance import format_estimate
+    from data.metrics.significance import format_estimate
     from retriever_server.open_retriever import check_retriever, open_retriever
     from rl.co_training.gate import judge_retrievers, read_asked
 

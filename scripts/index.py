@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.device import check_device
 from data.errors import ConfigError
 from data.formats.tables import read_lines
-from data.processes import cores
+from data.machine.device import check_device
+from data.machine.processes import cores
 from data.text import counted
 from scripts.console import track
 
@@ -213,7 +213,7 @@ def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
     if settings.get("factory") and config.kind != "ann":
         raise ConfigError(f"--factory {config.factory}: has a meaning only with --kind ann")
     from data.corpus import Corpus
-    from data.hub import find_model
+    from data.models.hub import find_model
     from retriever_server.encoders.loading import kind_for, load_encoder
     from retriever_server.encoders.served import ServedEncoder
     from retriever_server.encoders.spec import ENCODERS

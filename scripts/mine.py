@@ -183,7 +183,7 @@ def _corpus(path: str | None, specs: list[str], plans: list[Any]) -> Any:
 
 def _plan(spec: str, scorer: bool = False) -> Any:
     """Return a builder of the retriever that `spec` names, or of the scorer where one may stand."""
-    from data.hub import find_model
+    from data.models.hub import find_model
     from retriever_server.open_retriever import check_retriever, plan_file, plan_retriever
     from retriever_server.retriever import Retriever
     from retriever_server.retrievers.rerank import CrossEncoder, Scorer

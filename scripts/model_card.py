@@ -14,9 +14,9 @@ import yaml
 from agent.evaluation.summary import table
 from data.checkpoint import best_checkpoint, latest_checkpoint
 from data.errors import ConfigError
-from data.hub import MODEL_FILES
 from data.jsonl import read_json, read_jsonl
-from data.significance import estimate, format_estimate
+from data.metrics.significance import estimate, format_estimate
+from data.models.hub import MODEL_FILES
 from data.text import markdown_table
 from rl.demonstrations import RECORD_FILE, warm_start_notes
 

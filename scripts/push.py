@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, first_line, require
-from data.hub import log_in_where_refused
+from data.models.hub import log_in_where_refused
 from data.text import counted
 
 LEFT_HERE = [

@@ -19,7 +19,7 @@ from agent.engines.config import EngineConfig
 from data.checkpoint import best_checkpoint
 from data.errors import EngineError, RetrieverUnavailable, require
 from data.jsonl import read_json
-from data.managed_process import ManagedProcess
+from data.machine.managed_process import ManagedProcess
 from data.questions import load_questions
 from data.run_dir import RunStatus
 from rl.config import TrainConfig
@@ -190,7 +190,7 @@ def show_results(run: Path, seconds: dict[str, float]) -> None:
     """Print the table of before and after, by kind of question, and where the time went."""
     from agent.evaluation.compare import paired_difference
     from agent.evaluation.records import read_records
-    from data.significance import format_estimate
+    from data.metrics.significance import format_estimate
 
     folders = [run / "evaluations" / name for name in ("before", "after")]
     before, after = (read_json(folder / "scores.json") for folder in folders)

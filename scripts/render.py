@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import ConfigError, require
-from data.processes import cores
+from data.machine.processes import cores
 from data.text import counted
 from scripts.console import track
 
@@ -42,8 +42,8 @@ def main(
         processes: How many draw; one a core if not given.
         on_error: What to do with what cannot be read or drawn: stop, or skip it and say so.
     """
-    from data.page_sources import find_pages
-    from data.rendering import Style, render
+    from data.pages.page_sources import find_pages
+    from data.pages.rendering import Style, render
 
     chosen = tuple(filter(None, (fonts or "").split(",")))
     style = Style(tuple(layouts.split(",")), chosen, width, height, font_size, shows, max_side)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines.config import EngineConfig
-from data.answers import exact_match
 from data.errors import ConfigError, require, require_range
 from data.jsonl import check_is_file, read_json, read_jsonl
+from data.metrics.answers import exact_match
 from rl.config import ProtocolConfig
 from scripts.console import stdout_console, visible
 

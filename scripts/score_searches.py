@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.evaluation.judge_config import JudgeConfig
 from data.errors import ConfigError, EngineError, require, require_range
-from data.listening import why_silent
+from data.machine.listening import why_silent
 from data.text import counted
 from scripts.agent_options import AgentOptions
 from scripts.console import going_on, track

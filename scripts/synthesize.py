@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError, require
 from data.jsonl import write_json
-from data.lock import locked
+from data.machine.lock import locked
 from data.text import counted
 from retriever_server.training.synthesis.config import SynthesisConfig
 from scripts.console import bar, going_on, show_table, waiting
@@ -91,7 +91,7 @@ def open_run(config: SynthesisConfig) -> Synthesis:
 
 
 def _reader(out: Path) -> Any:
-    from data.class_path import Reader
+    from data.objects.class_path import Reader
     from retriever_server.training.synthesis.generators import GENERATORS
     from retriever_server.training.synthesis.judges import JUDGES
 

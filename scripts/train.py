@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from data.errors import ConfigError, EngineError, SleuthError
-from data.listening import why_silent
-from data.packaged import WIRED_IN
+from data.machine.listening import why_silent
+from data.models.packaged import WIRED_IN
 from data.questions import load_questions
 from data.records import hash_questions
 from data.run_dir import RunDir, RunStatus, defaults_of, has_results, read_config, read_metrics
@@ -27,7 +27,6 @@ from scripts.console import StepLines, bar, say
 if TYPE_CHECKING:
     from agent.policy import Policy
     from data.records import Question
-    from data.run_dir import RunDir
     from retriever_server.client.search_client import SearchClient
     from rl.estimate import Steps
     from rl.learner.workers import Workers
@@ -308,7 +307,7 @@ async def _train(
 
     from agent.policy import load_policy
     from agent.prompt import frozen_frame
-    from data.device import resolve_device
+    from data.machine.device import resolve_device
     from rl.learner.learner import Learner
     from rl.trainer import Trainer
     from scripts.wiring import open_agent

@@ -11,8 +11,8 @@ from typing import Any
 from agent.protocol import Protocol
 from data.atlas.demonstrations import Demonstrator
 from data.errors import ConfigError, require
-from data.packaged import WIRED_IN
-from data.plugins import find_plugin
+from data.models.packaged import WIRED_IN
+from data.objects.plugins import find_plugin
 from data.text import counted
 from rl.config import ProtocolConfig, WarmStartConfig
 from scripts.console import StepLines, say

@@ -20,8 +20,8 @@ from agent.prompt import make_frame
 from agent.protocol import Protocol, get_protocol
 from agent.rollout import Agent
 from agent.tools import OPEN_PAGE
-from data.device import check_device
 from data.errors import ConfigError, RetrieverRefused
+from data.machine.device import check_device
 from retriever_server.client.search_client import SearchClient, connect
 from rl.config import ProtocolConfig
 from scripts.console import waiting
@@ -117,7 +117,7 @@ def open_agent(
     with waiting(f"loading {policy}"):
         from agent.engines.open_engine import open_engine
         from agent.policy import load_policy, load_tokenizer
-        from data.device import resolve_device
+        from data.machine.device import resolve_device
 
         if spoken.chat_template_kwargs:  # wrong ones are refused before the weights are read
             make_frame(spoken, load_tokenizer(policy))

@@ -29,7 +29,7 @@ LIGHT = [
     "data.records",
     "data.corpus",
     "data.questions",
-    "data.answers",
+    "data.metrics.answers",
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.errors import require, require_range
-from data.plugins import find_plugin
+from data.objects.plugins import find_plugin
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from agent.engines.base import Engine
 from agent.engines.config import EngineConfig
 from agent.protocol import Protocol
-from data.class_path import Plan, Reader
 from data.errors import EngineError, require
-from data.listening import why_silent
+from data.machine.listening import why_silent
+from data.objects.class_path import Plan, Reader
 
 if TYPE_CHECKING:
     from agent.policy import Policy

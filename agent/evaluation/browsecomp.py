@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from agent.evaluation.records import Record, clusters_of, iterate_records, response_of
-from data.calibration import expected_calibration_error, published_calibration_error
 from data.errors import DataError
 from data.formats.rows import ids_of
 from data.jsonl import read_json, write_json
+from data.metrics.calibration import expected_calibration_error, published_calibration_error
+from data.metrics.significance import estimate
 from data.records import Question
 from data.run_dir import check_free
-from data.significance import estimate
 
 _SUMMARY = "evaluation_summary.json"
 _CONFIDENCE = re.compile(r"\bconfidence\**:\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)

@@ -25,7 +25,7 @@ from agent.evaluation.records import (
 from data.atomic import open_atomic
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json
-from data.significance import estimate, format_estimate
+from data.metrics.significance import estimate, format_estimate
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from agent.evaluation.measures import gold_passages
-from data.answers import cover_em, normalize_answer
 from data.corpus import Corpus
 from data.errors import ConfigError
+from data.metrics.answers import cover_em, normalize_answer
 from data.records import Hit, Passage, Question
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from agent.evaluation.records import (
 )
 from data.atomic import atomic_write, open_atomic
 from data.jsonl import write_json
-from data.significance import estimate, format_estimate
+from data.metrics.significance import estimate, format_estimate
 from data.text import markdown_table
 
 

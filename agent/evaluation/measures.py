@@ -9,8 +9,8 @@ from typing import Any
 from agent.evaluation.records import judge_answer
 from agent.trajectory import SearchRecord, Trajectory
 from agent.transcripts import to_record
-from data.answers import METRICS, is_abstention
 from data.formats.rows import ids_of
+from data.metrics.answers import METRICS, is_abstention
 from data.records import Question
 
 GOLD_KEYS = {"supporting_ids": "id", "supporting_titles": "title", "entities": "id"}

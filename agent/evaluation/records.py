@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.answers import METRICS, is_abstention
 from data.errors import DataError
 from data.jsonl import read_jsonl
+from data.metrics.answers import METRICS, is_abstention
 from data.text import counted
 
 Record = Mapping[str, Any]

@@ -28,12 +28,12 @@ from agent.evaluation.records import (
 )
 from agent.evaluation.samples import pass_at
 from agent.trajectory import StopReason, Trajectory
-from data.answers import METRICS, OFFICIAL
-from data.calibration import auc, brier_score, expected_calibration_error, risk_coverage
 from data.errors import DataError
 from data.formats.answer_sets import official_metric
+from data.metrics.answers import METRICS, OFFICIAL
+from data.metrics.calibration import auc, brier_score, expected_calibration_error, risk_coverage
+from data.metrics.significance import RESAMPLES, SEED, estimate
 from data.records import FORMAT_VERSION, Question
-from data.significance import RESAMPLES, SEED, estimate
 
 _COVERAGES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 

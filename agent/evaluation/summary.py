@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.significance import format_estimate
+from data.metrics.significance import format_estimate
 
 Scores = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from data.records import Question
 
 
 class AnswerSet(NamedTuple):
-    """The place of a set on the hub, and the metric of its own script (`data.answers.OFFICIAL`, or judge)."""
+    """The place of a set on the hub, and the metric of its own script (`answers.OFFICIAL`, or judge)."""
 
     source: str
     split: str

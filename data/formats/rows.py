@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from data.modalities import modalities
+from data.pages.modalities import modalities
 from data.records import Passage, split_contents
 from data.text import replace_halves_in
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.errors import ConfigError, RetrieverUnavailable
-from data.listening import why_silent
+from data.machine.listening import why_silent
 from data.records import Hit, Passage
 from data.secret import read_secret
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from agent.trajectory import Trajectory
-from data.answers import normalize_answer
+from data.metrics.answers import normalize_answer
 
 _INSIDE = r"(?:(?!</?(?:think|search|information|answer)>).)*"
 _THINK, _SEARCH, _INFORMATION, _ANSWER = (

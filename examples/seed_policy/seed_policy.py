@@ -5,7 +5,7 @@ of a million parameters does learn that from data, but not within minutes. So th
 Olsson et al. 2022 (arXiv 2209.11895, "induction heads") is wired in at initialisation: a head of
 layer 0 attends to the previous token, a head of layer 1 attends to what followed the current token
 before. Everything else starts random, and all of it is trained. Wherever results of this policy are
-shown, `data.packaged.WIRED_IN` is shown with them.
+shown, `data.models.packaged.WIRED_IN` is shown with them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from data.errors import ConfigError, DataError, RetrieverError, RetrieverUnavailable
 from data.jsonl import read_json, write_json
-from data.listening import why_silent
+from data.machine.listening import why_silent
 from data.records import Hit, Passage
 from data.secret import read_secret
 from retriever_server.client.bridge import Bridge

@@ -1,6 +1,6 @@
 """The asynchronous search client, what goes over the wire, and the servers behind a URL."""
 
-from data.moved import take_name
+from data.objects.moved import take_name
 
 
 def __getattr__(name: str) -> object:

@@ -20,7 +20,7 @@ from data.errors import (
     RetrieverUnavailable,
     require,
 )
-from data.listening import PROBE_SECONDS
+from data.machine.listening import PROBE_SECONDS
 from data.records import Passage
 from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
 from retriever_server.client.wire import parse_hits, parse_results, render_search, thumbnail_link

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data.errors import ConfigError
-from data.managed_process import ManagedProcess
+from data.machine.managed_process import ManagedProcess
 
 PYTHON = "{python}"
 """In a command: the Python that runs on that machine."""

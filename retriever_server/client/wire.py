@@ -86,7 +86,7 @@ def with_image_bytes(query: Input) -> Input:
         raise DataError(f"a query of {query.modality}: a server is asked with texts and images")
     if isinstance(query.image, bytes):
         return query
-    from data.images import png, read_image, split_page
+    from data.pages.images import png, read_image, split_page
 
     file, page = split_page(query.image)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import ConfigError, DataError, require
-from data.modalities import modalities, samples
+from data.pages.modalities import modalities, samples
 from data.records import Input, Item
 from retriever_server.encoders.read_spec import appends_eos, is_two_way, last_token, outer_transformers
 from retriever_server.encoders.spec import Encoder, EncodingSpec, rows_of, similarities

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.modalities import read
+from data.pages.modalities import read
 from data.records import Input
 
 READERS = max(1, min(4, os.cpu_count() or 1))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from data.device import check_device, choose_dtype, resolve_device
 from data.errors import ConfigError, DataError, require
-from data.hub import find_model
 from data.jsonl import read_json, write_json
+from data.machine.device import check_device, choose_dtype, resolve_device
+from data.models.hub import find_model
 from data.records import FORMAT_VERSION
 from retriever_server.encoders.checks import check_model, limit_tokens, self_test
 from retriever_server.encoders.read_spec import DEFAULT_TEMPLATE, read_spec
@@ -62,7 +62,7 @@ def load_encoder(
 
     What is not given is as the model saved it. kind: dense, sparse or multi, read from the model if
     None. dimension: keep the first so many of a dense vector (Matryoshka). dtype: of the computation.
-    inputs: what of a passage is encoded, of `data.modalities.kinds()`; by default what it was trained with
+    inputs: what of a passage is encoded, of `modalities.kinds()`; by default what it was trained with
     here, else the image where the model reads images. token_pooling: of a passage's vectors, as rows:4.
     query_style: as it was trained here, else query.
     A spec decides everything but device and dtype; an encoder that is loaded already is shared.

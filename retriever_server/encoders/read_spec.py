@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from data.errors import ConfigError
-from data.modalities import kinds
+from data.pages.modalities import kinds
 from retriever_server.encoders.spec import EncodingSpec, kind_of_model
 
 DEFAULT_TEMPLATE = "{title}\n{text}"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.errors import ConfigError, DataError
-from data.modalities import kinds
+from data.pages.modalities import kinds
 from data.records import Input, Item, Passage
 
 Role = Literal["query", "passage"]
@@ -101,7 +101,7 @@ class EncodingSpec:
         if self.kind not in ENCODERS:
             raise ConfigError(f"encoder kind {self.kind!r}: must be one of {', '.join(ENCODERS)}")
         if self.inputs not in kinds():
-            known = f"must be one of {', '.join(kinds())} (data.modalities registers more)"
+            known = f"must be one of {', '.join(kinds())} (data.pages.modalities registers more)"
             raise ConfigError(f"encoder inputs {self.inputs!r}: {known}")
         try:
             self.render_text(Passage("", "text", "title"))

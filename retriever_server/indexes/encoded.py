@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from data.corpus import Corpus, JoinedCorpus
-from data.device import resolve_device
 from data.errors import ConfigError, DataError
+from data.machine.device import resolve_device
 from data.records import Passage
 from retriever_server.encoders.spec import Encoder, EncodingSpec, Vectors, rows_of, similarities, take
 from retriever_server.indexes.base import Index, PositionSearch, Ranking, open_index

@@ -10,8 +10,8 @@ import numpy as np
 
 from data.atomic import stamp_of
 from data.corpus import Corpus
-from data.device import resolve_device
 from data.errors import CorpusChanged, DataError
+from data.machine.device import resolve_device
 from retriever_server.encoders.spec import Encoder, Vectors
 from retriever_server.indexes.base import Ranking
 from retriever_server.indexes.checksums import sample_hash

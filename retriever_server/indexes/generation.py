@@ -13,7 +13,7 @@ from data.atomic import new_folder
 from data.columns import METADATA, save_columns
 from data.errors import ConfigError, DataError, StorageError
 from data.jsonl import write_json
-from data.lock import locked
+from data.machine.lock import locked
 from retriever_server.indexes.checksums import file_hash, sample_hash
 from retriever_server.indexes.manifest import MANIFEST, Manifest, generation_name, read_manifest
 

@@ -21,7 +21,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import DataError, StorageError, require
 from data.jsonl import read_json, write_json
-from data.modalities import read
+from data.pages.modalities import read
 from data.records import Item
 from retriever_server.encoders.spec import Encoder, Multi, Vectors, concatenate, no_vectors, take
 from retriever_server.indexes.checksums import save_array

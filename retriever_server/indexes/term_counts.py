@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import Corpus, hash_text
-from data.processes import in_processes
+from data.machine.processes import in_processes
 from retriever_server.indexes.analyzers import Analyzer
 from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.shards import Progress, silent

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from data.device import choose_dtype
 from data.errors import ConfigError, first_line
-from data.hub import find_model
+from data.machine.device import choose_dtype
+from data.models.hub import find_model
 from data.text import cut, replace_halves
 
 _Loaded = TypeVar("_Loaded")

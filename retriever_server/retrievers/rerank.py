@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.errors import ConfigError, require
-from data.hub import find_model
+from data.models.hub import find_model
 from data.records import Hit, Passage
 from data.text import cut_for, replace_halves
 from retriever_server.retriever import Filter, Query, Retriever, Scorer, Wrapper, texts_of

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.images import ImageLimits, check_image, image_size
+from data.pages.images import ImageLimits, check_image, image_size
 from data.records import Input, Item
 from retriever_server.retriever import corpora_in
 from retriever_server.server.backends import RetrieverLease
@@ -147,7 +147,7 @@ def _shrunk(lease: RetrieverLease, passage_id: str, side: int, folders: Sequence
 
     A corpus may come from a stranger: DataError for a file outside of its folder and of `folders`.
     """
-    from data.images import read_image, split_page, thumbnail
+    from data.pages.images import read_image, split_page, thumbnail
 
     for corpus in corpora_in(lease.retriever):
         passage = corpus.get(passage_id)

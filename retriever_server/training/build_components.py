@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.class_path import Build, Reader, parts_of
 from data.corpus import Corpus
-from data.device import check_device
 from data.errors import ConfigError
 from data.examples import Examples
-from data.plugins import names_in_source, parameters_in_source
+from data.machine.device import check_device
+from data.objects.class_path import Build, Reader, parts_of
+from data.objects.plugins import names_in_source, parameters_in_source
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.encoders.spec import CROSS, KINDS, EncodingSpec, Kind
 from retriever_server.indexes.checksums import file_hash

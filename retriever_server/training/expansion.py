@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from data.corpus import Corpus
-from data.device import choose_dtype
 from data.errors import ConfigError, DataError
 from data.formats.rows import passage_row
-from data.hub import find_model
 from data.jsonl import append_in_batches, read_json, write_json
+from data.machine.device import choose_dtype
+from data.models.hub import find_model
 from data.records import Passage
 
 

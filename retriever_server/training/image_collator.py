@@ -8,7 +8,7 @@ from typing import Any
 
 from sentence_transformers.base.modules import Transformer
 
-from data.modalities import read
+from data.pages.modalities import read
 from data.records import Input, Item
 from retriever_server.encoders.image_inputs import as_model_input, uncut
 from retriever_server.encoders.read_spec import placeholders

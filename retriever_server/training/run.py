@@ -16,13 +16,13 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from transformers import TrainerState, set_seed
 
 from data.checkpoint import best_checkpoint, latest_checkpoint
-from data.device import choose_dtype, resolve_device
 from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.jsonl import read_json, write_json
-from data.lora import add_adapters
+from data.machine.device import choose_dtype, resolve_device
+from data.models.lora import add_adapters
+from data.models.sharding import shard
 from data.progress import Bar, no_bar
-from data.sharding import shard
 from retriever_server.encoders.read_spec import outer_transformers
 from retriever_server.encoders.spec import CROSS, EncodingSpec
 from retriever_server.training.batch_samplers import Mixture, NoDuplicates, Shuffled

@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from data.checkpoint import best_checkpoint, mark_best, save_checkpoint
 from data.errors import ConfigError, DataError, RunStopped, SleuthError
-from data.sharding import copy_whole, gather
+from data.models.sharding import copy_whole, gather
 from retriever_server.encoders.spec import Kind
 
 Log = Callable[[int, Mapping[str, float]], None]

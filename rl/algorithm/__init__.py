@@ -1,6 +1,6 @@
 """The algorithm as pure functions in tables: presets, advantages, losses, credit, rewards."""
 
-from data.moved import take_name
+from data.objects.moved import take_name
 
 
 def __getattr__(name: str) -> object:

@@ -19,10 +19,10 @@ from agent.evaluation.judge import Judge, Verdict
 from agent.evaluation.judge_config import JudgeConfig
 from agent.evaluation.measures import GOLD_KEYS, gold_passages
 from agent.trajectory import SegmentKind, Trajectory
-from data.answers import METRICS, is_abstention
-from data.class_path import hints_of
 from data.errors import ConfigError
-from data.plugins import find_plugin
+from data.metrics.answers import METRICS, is_abstention
+from data.objects.class_path import hints_of
+from data.objects.plugins import find_plugin
 from data.records import Question
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from agent.evaluation.measures import GOLD_KEYS, gold_passages
 from agent.trajectory import SearchRecord, SegmentKind, Trajectory
-from data.answers import cover_em
 from data.formats.rows import ids_of
+from data.metrics.answers import cover_em
 from data.records import Question
 from rl.algorithm.advantages import against_group, permute
 from rl.algorithm.presets import Potential

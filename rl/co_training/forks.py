@@ -20,8 +20,8 @@ from agent.protocol import Answer
 from agent.rollout import Agent
 from agent.search_tool import observe
 from agent.trajectory import Ledger, SearchRecord, Segment, SegmentKind
-from data.answers import exact_match
 from data.errors import DataError
+from data.metrics.answers import exact_match
 from data.records import Hit
 from rl.co_training.scores import Candidates, Scored
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from agent.query_styles import QUERY_STYLES
 from agent.tools import SEARCH
-from data.answers import cover_em
 from data.errors import DataError
+from data.metrics.answers import cover_em
+from data.metrics.significance import estimate
 from data.records import Passage, Question
-from data.significance import estimate
 from retriever_server.retriever import Retriever
 from rl.algorithm.rewards import gold_passages
 from rl.co_training.searches import read_searches

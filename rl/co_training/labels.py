@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Literal
 
 from agent.tools import OPEN_PAGE, SEARCH
-from data.answers import cover_em, normalize_unicode
+from data.metrics.answers import cover_em, normalize_unicode
 from data.records import Passage
 from rl.algorithm.rewards import gold_passages
 from rl.co_training.searches import Searched, Searches

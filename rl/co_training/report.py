@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.tools import SEARCH
-from data.answers import normalize_unicode
 from data.jsonl import read_json
-from data.significance import format_estimate
+from data.metrics.answers import normalize_unicode
+from data.metrics.significance import format_estimate
 from rl.co_training.gate import Asked
 from rl.co_training.searches import Searches, read_searches
 

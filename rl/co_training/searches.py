@@ -10,9 +10,9 @@ from typing import Any
 from agent.tools import SEARCH
 from agent.trajectory import SegmentKind
 from agent.transcripts import check_format, trajectory_file
-from data.answers import exact_match
 from data.errors import DataError
 from data.jsonl import numbered_jsonl
+from data.metrics.answers import exact_match
 from data.records import Passage, Question
 
 

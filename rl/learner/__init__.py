@@ -1,6 +1,6 @@
 """From a batch of trajectories to better weights: packing, log-probabilities, updates, processes."""
 
-from data.moved import take_name
+from data.objects.moved import take_name
 
 
 def __getattr__(name: str) -> object:

@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from agent.vision import text_trunk
 from data.errors import ConfigError
+from data.models.sharding import gather, layers_of, shard, whole
 from data.records import Question
-from data.sharding import gather, layers_of, shard, whole
 from rl.algorithm.answer_likelihood import probe_key, probes
 from rl.algorithm.credit import TrainingBatch, assign_advantages
 from rl.algorithm.losses import ScoredTokens, policy_loss, token_weights, value_loss

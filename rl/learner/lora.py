@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import DataError
-from data.lora import ADAPTER, add_adapters
-from data.sharding import copy_whole, whole
+from data.models.lora import ADAPTER, add_adapters
+from data.models.sharding import copy_whole, whole
 
 if TYPE_CHECKING:
     from data.settings import LoraConfig
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
-    """Put adapters into `model` in place (`data.lora`) and freeze all else; with rank 0 nothing is done."""
+    """Put adapters into `model` in place (peft) and freeze all else; with rank 0 nothing is done."""
     if config.rank:
         add_adapters(model, config, seed)
 

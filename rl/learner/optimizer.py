@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from data.sharding import copy_whole, whole
+from data.models.sharding import copy_whole, whole
 from rl.algorithm.presets import AlgorithmConfig
 
 

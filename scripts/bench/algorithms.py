@@ -32,8 +32,8 @@ from agent.evaluation.records import read_records
 from data.checkpoint import latest_checkpoint
 from data.errors import ConfigError, RunStopped
 from data.jsonl import read_json, read_jsonl, write_jsonl
+from data.metrics.significance import format_estimate
 from data.run_dir import read_metrics
-from data.significance import format_estimate
 from rl.algorithm.presets import PRESETS
 from scripts.quickstart import RECIPE, build_world
 

@@ -34,8 +34,8 @@ import yaml
 
 from data.checkpoint import latest_checkpoint
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.metrics.significance import estimate, format_estimate
 from data.questions import load_questions
-from data.significance import estimate, format_estimate
 from scripts import co_train
 from scripts.__main__ import main as sleuth
 from scripts.__main__ import run_script

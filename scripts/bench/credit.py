@@ -18,8 +18,8 @@ from agent.evaluation.compare import compare
 from agent.evaluation.records import read_records
 from data.checkpoint import latest_checkpoint
 from data.jsonl import read_jsonl, write_jsonl
+from data.metrics.significance import format_estimate
 from data.run_dir import read_metrics
-from data.significance import format_estimate
 from data.text import markdown_table
 from rl.config import SentinelConfig
 from rl.sentinel import Sentinel

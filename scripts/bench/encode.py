@@ -24,8 +24,8 @@ def main(model: str, corpus: str, count: int = 400, rounds: int = 3, device: str
     from sentence_transformers import SentenceTransformer
 
     from data.corpus import Corpus
-    from data.device import resolve_device
     from data.jsonl import write_jsonl
+    from data.machine.device import resolve_device
     from retriever_server.encoders.loading import load_encoder
     from retriever_server.encoders.spec import similarities
     from retriever_server.indexes.manifest import index_kind

@@ -20,7 +20,7 @@ from typing import Any
 
 from data.errors import EngineError
 from data.jsonl import read_jsonl, write_jsonl
-from data.managed_process import ManagedProcess
+from data.machine.managed_process import ManagedProcess
 from data.text import markdown_table
 from scripts.quickstart import build_world, serve
 

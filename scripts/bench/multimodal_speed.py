@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.images import read_image
 from data.jsonl import read_jsonl
+from data.pages.images import read_image
+from data.pages.rendering import Style, render
 from data.records import Item, Passage
-from data.rendering import Style, render
 from scripts.bench.retriever_world import Work
 
 PAGES, CARDS = 48, 256

@@ -22,8 +22,8 @@ from typing import Any
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import read_jsonl, write_jsonl
+from data.pages.rendering import Style, render
 from data.records import Passage, Qrels, Question
-from data.rendering import Style, render
 from scripts.bench.retriever_world import Work
 
 HELD_OUT, DRAWINGS = 500, 8

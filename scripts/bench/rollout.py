@@ -43,7 +43,7 @@ from agent.rollout import Agent
 from agent.tools import Call, Search
 from data.atlas.passages import render_passages
 from data.atlas.world import load_world
-from data.plugins import find_plugin
+from data.objects.plugins import find_plugin
 from data.records import Hit, Passage, Question
 from retriever_server.client.search_client import SearchClient
 from retriever_server.retriever import Query, Retriever

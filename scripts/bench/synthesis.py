@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.answers import normalize_unicode
 from data.atlas.questions import make_questions
 from data.corpus import Corpus
 from data.errors import ConfigError
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.metrics.answers import normalize_unicode
 from data.records import Passage, Qrels, Question
 from retriever_server.retriever import Scorer
 from retriever_server.training.synthesis.config import LabelRules, SynthesisConfig

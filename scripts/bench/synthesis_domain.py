@@ -9,7 +9,7 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
-from data.significance import estimate
+from data.metrics.significance import estimate
 from retriever_server.training.recipe import DataConfig
 from scripts.bench.retriever_world import minilm
 from scripts.bench.synthesis_students import bm25, collection, mean, ndcg, search, shuffled, train

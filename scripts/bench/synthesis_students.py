@@ -11,8 +11,8 @@ import numpy as np
 
 from data.corpus import Corpus
 from data.jsonl import read_json, read_jsonl, write_json, write_jsonl
+from data.metrics.significance import estimate
 from data.records import Qrels, Question
-from data.significance import estimate
 from retriever_server.retriever import Retriever
 from retriever_server.training.recipe import Component, DataConfig, RetrieverRecipe
 from retriever_server.training.synthesis.config import EvaluationSet, LabelRules, SynthesisConfig

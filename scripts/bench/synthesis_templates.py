@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
-from data.answers import normalize_unicode
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
 from data.atlas.phrasings import ASKED, LOCATORS, SUMMIT_OF
@@ -17,6 +16,7 @@ from data.atlas.questions import Ask, asks, put
 from data.atlas.world import World, load_world
 from data.corpus import Corpus
 from data.errors import ConfigError
+from data.metrics.answers import normalize_unicode
 from data.records import Passage
 from retriever_server.retriever import Scorer
 from retriever_server.training.synthesis.drafts import Call, Written, draw_seed

@@ -166,7 +166,7 @@ def _draw(folder: Path, entities: list[Entity]) -> list[dict[str, Any]]:
     """Draw names on cards, and figures."""
     from PIL import ImageFont
 
-    from data.rendering import Style, render
+    from data.pages.rendering import Style, render
 
     fonts = tuple(str(ImageFont.truetype(name).path) for name in ("DejaVuSans.ttf", "DejaVuSerif.ttf"))
     style = Style(("page", "card"), fonts, width=SIDE, height=SIDE, font_size=9, shows="title")

@@ -26,7 +26,7 @@ from data.atomic import atomic_write
 from data.checkpoint import latest_checkpoint
 from data.errors import DataError, EngineError, RunStopped, require
 from data.jsonl import write_json
-from data.plugins import folders
+from data.objects.plugins import folders
 from data.run_dir import RunStatus, read_run
 from retriever_server.client.bridge import Bridge
 from retriever_server.client.pool import ServerPool, pause_seconds

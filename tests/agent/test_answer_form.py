@@ -6,8 +6,8 @@ import pytest
 
 from agent.answer_form import read_answer
 from agent.protocol import HERMES, SEARCH_R1, Answer
-from data.answers import is_abstention
 from data.errors import ConfigError
+from data.metrics.answers import is_abstention
 from rl.config import ProtocolConfig
 from scripts.wiring import make_protocol
 

@@ -11,9 +11,9 @@ from agent.engines.base import Sampling
 from agent.engines.hf import HFEngine
 from agent.policy import load_policy
 from agent.policy_folder import own_protocol
-from data import packaged
 from data.errors import ConfigError, StorageError
-from data.packaged import atlas_policy, smollm2_policy
+from data.models import packaged
+from data.models.packaged import atlas_policy, smollm2_policy
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     fake_gguf(monkeypatch, tmp_path)
-    monkeypatch.setattr("data.packaged.convert_gguf", full_disk)
+    monkeypatch.setattr("data.models.packaged.convert_gguf", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         smollm2_policy()
     assert list(cache.iterdir()) == []
@@ -52,7 +52,7 @@ def test_of_two_that_convert_at_once_both_get_the_one_whole_folder(cache, tmp_pa
         (folder / "config.json").write_text("{}")
 
     fake_gguf(monkeypatch, tmp_path)
-    monkeypatch.setattr("data.packaged.convert_gguf", convert)
+    monkeypatch.setattr("data.models.packaged.convert_gguf", convert)
     folders = []
     threads = [threading.Thread(target=lambda: folders.append(smollm2_policy())) for _ in range(2)]
     for thread in threads:

@@ -238,7 +238,7 @@ def test_hub_name_and_configuration_reach_datasets(monkeypatch):
         return datasets.DatasetDict({"train": rows, "test": rows.select([0])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("data.hub.find_dataset", lambda *_: None)
+    monkeypatch.setattr("data.models.hub.find_dataset", lambda *_: None)
     assert ids("org/name", split="train") == ["nq/train/0", "nq/train/1"]
     assert ids("org/name:part", split="test", limit=1) == ["nq/test/0"]
     assert asked == [("org/name", None), ("org/name", "part")]
@@ -249,7 +249,7 @@ def test_hub_name_and_configuration_reach_datasets(monkeypatch):
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it\nmore"), ValueError("no config")])
 def test_hub_out_of_reach_is_one_line_with_the_way_out(monkeypatch, error):
     refuse_the_hub(monkeypatch, error)
-    monkeypatch.setattr("data.hub.find_dataset", lambda *_: None)
+    monkeypatch.setattr("data.models.hub.find_dataset", lambda *_: None)
     with pytest.raises(DataError, match=r"org/name: no file here.*needs the network, or a local") as caught:
         load_questions("org/name")
     assert "\n" not in str(caught.value)
@@ -267,7 +267,7 @@ def test_numpy_targets_are_lists(monkeypatch):
     row["reward_model"]["ground_truth"]["target"] = np.array(["Ann", "Bo"], dtype=object)
     row["prompt"] = np.array(row["prompt"], dtype=object)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": [row]})
-    monkeypatch.setattr("data.hub.find_dataset", lambda *_: None)
+    monkeypatch.setattr("data.models.hub.find_dataset", lambda *_: None)
     [question] = load_questions("org/name")
     assert question.gold_answers == ("Ann", "Bo")
 

@@ -11,8 +11,8 @@ from data.errors import ConfigError, DataError
 from data.formats.beir import load_queries
 from data.formats.trec import load_qrels, load_run, write_run
 from data.jsonl import read_jsonl, write_jsonl
+from data.metrics.significance import randomisation_p
 from data.records import Hit, Passage, Question
-from data.significance import randomisation_p
 from retriever_server.evaluation import (
     METRICS,
     compare,

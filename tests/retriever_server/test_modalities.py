@@ -8,10 +8,10 @@ import wave
 import numpy as np
 import pytest
 
-from data import modalities
 from data.corpus import Corpus
 from data.errors import ConfigError, CorpusChanged, DataError
 from data.jsonl import write_jsonl
+from data.pages import modalities
 from data.records import Item, Passage
 from retriever_server.client.wire import with_image_bytes
 from retriever_server.encoders.image_inputs import kind_of
@@ -161,7 +161,7 @@ def test_what_nobody_registered_is_refused_by_name(audio, sounds, monkeypatch):
     with pytest.raises(CorpusChanged, match='passage 0: neither "contents" nor "text" nor "image"'):
         corpus[0]
     with pytest.raises(
-        ConfigError, match=r"inputs 'audio': must be one of text, image, text\+image \(data.mod"
+        ConfigError, match=r"inputs 'audio': must be one of text, image, text\+image \(data.pages.mod"
     ):
         EncodingSpec("m", "dense", "f", 4, inputs="audio")
     with pytest.raises(ConfigError, match="modality = 'audio': must be one of image"):
@@ -172,14 +172,15 @@ def test_what_nobody_registered_is_refused_by_name(audio, sounds, monkeypatch):
 
 
 def test_a_package_that_is_installed_registers_its_own(tmp_path):
-    (tmp_path / "smells.py").write_text("from data.modalities import register\nregister('smell', bytes)\n")
+    (tmp_path / "smells.py").write_text(
+        "from data.pages.modalities import register\nregister('smell', bytes)\n"
+    )
     info = tmp_path / "smells-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: smells\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[sleuth.modalities]\nsmell = smells\n")
-    code = (
-        f"import sys; sys.path.append({str(tmp_path)!r}); from data.modalities import kinds; print(*kinds())"
-    )
+    show = "from data.pages.modalities import kinds; print(*kinds())"
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); {show}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["text", "image", "text+image", "smell", "text+smell"]
 

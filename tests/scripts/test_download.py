@@ -162,7 +162,7 @@ def test_what_went_wrong_is_said_in_one_line(url, options, said, server, tmp_pat
 
 
 def test_where_nobody_listens_it_ends_at_once_and_not_after_all_attempts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data.listening.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("data.machine.listening.PROBE_SECONDS", 0.1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/f"

@@ -14,7 +14,7 @@ from agent.protocol import SEARCH_R1
 from agent.rollout import Agent
 from data.errors import DataError, EngineError
 from data.jsonl import write_jsonl
-from data.lock import locked
+from data.machine.lock import locked
 from data.records import Question
 from retriever_server.client.search_client import SearchClient
 from rl.config import ProtocolConfig

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from data.corpus import Corpus
-from data.images import read_image
-from data.page_sources import find_chromium, find_pages, print_html
+from data.pages.images import read_image
+from data.pages.page_sources import find_chromium, find_pages, print_html
 from scripts import __main__ as sleuth
 from tests.pdfs import write_pdf
 
@@ -97,7 +97,7 @@ def test_html_is_printed_again_where_its_folder_or_what_it_shows_differs(tmp_pat
         (tmp_path / name / "my page.html").write_text("<img src='my chart.png'>")
         (tmp_path / name / "my chart.png").write_text(name)
     shown = lambda path, _: (path.parent / "my chart.png").read_bytes()  # noqa: E731
-    monkeypatch.setattr("data.page_sources._printed", shown)
+    monkeypatch.setattr("data.pages.page_sources._printed", shown)
 
     def printed(name):
         return print_html(tmp_path / name / "my page.html", tmp_path / "pdfs")
@@ -157,7 +157,7 @@ def test_html_is_drawn_page_by_page_and_always_alike(tmp_path, capsys):
 
 def test_html_without_a_browser_says_what_is_missing(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.html").write_text(HTML)
-    monkeypatch.setattr("data.page_sources.find_chromium", lambda: None)
+    monkeypatch.setattr("data.pages.page_sources.find_chromium", lambda: None)
     assert sleuth.main(["render", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "a.html: needs Chromium" in capsys.readouterr().err
 

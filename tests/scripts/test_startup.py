@@ -13,8 +13,8 @@ from tests.retriever_server.running import build_small_index
 HEAVY = ("torch", "transformers", "datasets", "faiss", "sentence_transformers", "trl", "peft", "wandb")
 RUN = f"""
 import contextlib, io, json, sys
-import data.listening
-data.listening.PROBE_SECONDS = 0.3
+import data.machine.listening
+data.machine.listening.PROBE_SECONDS = 0.3
 from scripts.__main__ import main
 
 def run(argv):

@@ -8,7 +8,7 @@ from data.atlas.questions import make_questions
 from data.corpus import Corpus
 from data.examples import Examples
 from data.jsonl import read_json, read_jsonl, write_jsonl
-from data.lock import locked
+from data.machine.lock import locked
 from retriever_server.training.synthesis.drafts import draw_seed
 from scripts.__main__ import main
 from scripts.bench.synthesis_templates import AtlasOracle, AtlasTemplates, corpus_rows, open_world

@@ -14,7 +14,7 @@ from agent.evaluation.report.folders import Run, read_full
 from agent.protocol import PROTOCOLS
 from agent.tools import TOOLS
 from data.errors import ConfigError, DataError
-from data.images import read_image, thumbnail
+from data.pages.images import read_image, thumbnail
 
 Record = Mapping[str, Any]
 

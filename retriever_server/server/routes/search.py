@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from data.errors import DataError
-from data.images import needs_images
+from data.pages.images import needs_images
 from data.records import Hit
 from retriever_server.client.wire import thumbnail_link
 from retriever_server.server.errors import ANY_SEARCH, QueryFailed, error_replies

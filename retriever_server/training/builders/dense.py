@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import ConfigError
-from data.hub import find_model
+from data.models.hub import find_model
 from retriever_server.encoders.checks import append_eos, check_model, limit_tokens, make_two_way
 from retriever_server.encoders.spec import DENSE, Kind
 
@@ -121,7 +121,7 @@ def resolve_base(base: Base) -> str:
         return tiny_base(**base)
     if not found.endswith(".gguf"):
         return found
-    from data.packaged import converted_gguf
+    from data.models.packaged import converted_gguf
 
     return str(converted_gguf(Path(found)))
 

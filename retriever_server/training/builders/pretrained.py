@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from data.hub import find_model
+from data.models.hub import find_model
 from retriever_server.encoders.checks import limit_tokens
 from retriever_server.encoders.loading import load_model
 

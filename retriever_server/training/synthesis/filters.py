@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from data.answers import cover_em, normalize_unicode
-from data.class_path import Signature
 from data.corpus import Corpus
 from data.errors import ConfigError, require
+from data.metrics.answers import cover_em, normalize_unicode
+from data.objects.class_path import Signature
 from data.records import Passage
 from retriever_server.training.synthesis.drafts import Draft
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.answers import normalize_unicode
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.jsonl import read_jsonl
+from data.metrics.answers import normalize_unicode
 from data.progress import Bar, no_bar
 from data.records import Passage, Qrels, Question
 from retriever_server.client.chat import ChatClient, ChatError, ChatRefused

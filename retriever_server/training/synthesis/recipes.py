@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from data.class_path import Signature
 from data.errors import ConfigError, require
+from data.objects.class_path import Signature
 from data.records import Passage
 from data.yaml_file import read_yaml
 from retriever_server.training.synthesis.drafts import Call, draw_seed

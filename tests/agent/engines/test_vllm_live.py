@@ -23,7 +23,7 @@ from agent.engines.open_vllm import open_vllm
 from agent.policy import Policy, load_policy
 from agent.protocol import get_protocol
 from data.errors import ConfigError, EngineError
-from data.packaged import smollm2_policy
+from data.models.packaged import smollm2_policy
 from data.settings import LoraConfig
 from rl.config import RolloutConfig
 from rl.learner.logprobs import Scorer

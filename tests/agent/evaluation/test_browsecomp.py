@@ -8,10 +8,10 @@ import pytest
 from agent.evaluation.browsecomp import check_run_files, write_run_files
 from agent.evaluation.measures import evaluation_record
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data.calibration import expected_calibration_error
 from data.errors import ConfigError
 from data.formats.answer_sets import common_row, official_metric, slice_of_each
 from data.jsonl import write_json, write_jsonl
+from data.metrics.calibration import expected_calibration_error
 from data.questions import load_questions
 from data.records import Hit, Passage, Question
 from scripts.__main__ import main as sleuth
@@ -130,7 +130,7 @@ def test_the_seven_sets_go_by_name(monkeypatch):
 
 
 def test_without_a_hub_a_set_by_name_is_one_line_that_says_what_to_do(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("data.hub._why_not_on_hub", lambda name, kind: "the hub cannot be reached (x)")
+    monkeypatch.setattr("data.models.hub._why_not_on_hub", lambda name, kind: "the hub cannot be reached (x)")
     for command in ("evaluate --policy atlas --retriever none --out", "audit --corpus"):
         given = [*command.split(), str(tmp_path / "x"), "--questions", "popqa,nq"]
         assert sleuth(given) == 2

@@ -15,8 +15,8 @@ from agent.evaluation.report.page import render_report
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from data.metrics.significance import bootstrap
 from data.records import Question
-from data.significance import bootstrap
 from scripts.__main__ import main as sleuth
 
 

@@ -12,10 +12,10 @@ from agent.evaluation.measures import evaluation_record
 from agent.evaluation.records import read_records
 from agent.evaluation.scores import score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data import significance
 from data.errors import ConfigError, DataError, RetrieverError, RunStopped
+from data.metrics import significance
+from data.metrics.significance import RESAMPLES, bootstrap, format_estimate
 from data.records import Hit, Passage, Question
-from data.significance import RESAMPLES, bootstrap, format_estimate
 from tests.samples import quick
 
 SETTINGS = {"policy": "p", "protocol": "compact", "retriever": "g1", "sampling": {"temperature": 0.0}}

@@ -10,7 +10,7 @@ import pytest
 from agent.evaluation.matrix import Cell, read_matrix, write_matrix
 from agent.evaluation.report.page import render_report
 from data.errors import DataError
-from data.significance import bootstrap
+from data.metrics.significance import bootstrap
 from tests.agent.evaluation.test_compare import run
 
 COUNT = 20

@@ -12,11 +12,11 @@ from agent.evaluation.measures import evaluation_record
 from agent.evaluation.samples import pass_at, sampled
 from agent.evaluation.scores import macro_mean, score
 from agent.trajectory import SearchRecord, Segment, SegmentKind, StopReason, Trajectory
-from data import significance
-from data.answers import contains, exact_match, f1, hotpot_f1, triviaqa_em
 from data.errors import DataError
+from data.metrics import significance
+from data.metrics.answers import contains, exact_match, f1, hotpot_f1, triviaqa_em
+from data.metrics.significance import bootstrap
 from data.records import Hit, Passage, Question
-from data.significance import bootstrap
 from rl.algorithm.rewards import REWARDS
 
 
@@ -176,7 +176,7 @@ def test_em_and_f1_agree_with_those_of_transformers_for_squad_on_2000_pairs():
         if draw.random() < 0.3:
             answer = f"The {gold.upper()}!"
         if not squad_metrics.get_tokens(gold) or not squad_metrics.get_tokens(answer):
-            continue  # what normalizes to nothing stands for itself here (data/answers.py)
+            continue  # what normalizes to nothing stands for itself here (data/metrics/answers.py)
         assert exact_match(answer, [gold]) == squad_metrics.compute_exact(gold, answer)
         assert f1(answer, [gold]) == pytest.approx(squad_metrics.compute_f1(gold, answer))
 

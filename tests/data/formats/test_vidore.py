@@ -9,8 +9,8 @@ import pytest
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.formats.benchmarks import benchmark_passages, is_benchmark, load_benchmark
-from data.images import png, read_image
 from data.jsonl import write_jsonl
+from data.pages.images import png, read_image
 from data.records import Item, Question
 from retriever_server.evaluation import rank_all
 from scripts import __main__ as sleuth

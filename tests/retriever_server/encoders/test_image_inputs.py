@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.errors import ConfigError, DataError
-from data.images import read_image
+from data.pages.images import read_image
 from data.records import Item
 from retriever_server.encoders.image_inputs import as_model_input
 from retriever_server.encoders.loading import load_encoder

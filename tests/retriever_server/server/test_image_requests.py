@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from data.corpus import Corpus
-from data.images import read_image
 from data.jsonl import write_jsonl
+from data.pages.images import read_image
 from data.records import Item
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import Encoder, EncodingSpec
@@ -298,7 +298,7 @@ def test_a_broken_page_is_not_shown_and_its_file_not_named(folder, texts):
 
 def test_a_thumbnail_is_made_once(server, monkeypatch):
     made = []
-    monkeypatch.setattr("data.images.thumbnail", lambda image, side: made.append(side) or b"jpeg")
+    monkeypatch.setattr("data.pages.images.thumbnail", lambda image, side: made.append(side) or b"jpeg")
     for side in (100, 200, 100):
         assert server.get("/v1/thumbnail/3", params={"side": side}).content == b"jpeg"
     assert made == [100, 200]
@@ -307,7 +307,7 @@ def test_a_thumbnail_is_made_once(server, monkeypatch):
 def test_thumbnails_that_were_not_asked_for_lately_are_forgotten(server, monkeypatch):
     pictures = server.app.state.service.images
     monkeypatch.setattr("retriever_server.server.image_requests._KEPT_BYTES", 10)
-    monkeypatch.setattr("data.images.thumbnail", lambda image, side: b"jpeg")
+    monkeypatch.setattr("data.pages.images.thumbnail", lambda image, side: b"jpeg")
     for side in (100, 200, 100, 300):
         server.get("/v1/thumbnail/3", params={"side": side})
     assert [side for _, _, side in pictures._kept] == [100, 300] and pictures._kept_bytes == 8

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from agent.policy import Policy
 from agent.protocol import COMPACT
+from data.models.sharding import whole
 from data.settings import LoraConfig
-from data.sharding import whole
 from rl.algorithm.presets import AlgorithmConfig, preset_fields
 from rl.config import TrainConfig
 from rl.learner.learner import Learner

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from data.errors import ConfigError, SleuthError
-from data.plugins import OURS, find_plugin, what_was_raised
+from data.objects.plugins import OURS, find_plugin, what_was_raised
 
 Build = Callable[[], Any]
 """Gives an object whose description has been checked."""

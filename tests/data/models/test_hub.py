@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import constants
 
-from data import hub
 from data.errors import ConfigError
-from data.hub import find_dataset, find_model
+from data.models import hub
+from data.models.hub import find_dataset, find_model
 from tests.processes import PATIENCE_SECONDS, Forked
 
 

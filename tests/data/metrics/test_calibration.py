@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.calibration import (
+from data.metrics.calibration import (
     auc,
     brier_score,
     expected_calibration_error,

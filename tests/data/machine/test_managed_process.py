@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.managed_process import ManagedProcess
+from data.machine.managed_process import ManagedProcess
 
 STUBBORN = ["sh", "-c", "trap '' TERM; echo ready; sleep 100 & wait; wait"]
 WILLING = ["sh", "-c", "trap 'echo asked; exit 3' TERM; echo ready; sleep 100 & wait"]
@@ -67,7 +67,8 @@ def test_it_is_asked_to_end_before_it_is_killed(tmp_path):
 def test_it_ends_when_its_parent_is_killed(command, grace, asked, tmp_path):
     log = tmp_path / "log"
     code = (
-        "import sys, time; from pathlib import Path; from data.managed_process import ManagedProcess\n"
+        "import sys, time; from pathlib import Path\n"
+        "from data.machine.managed_process import ManagedProcess\n"
         f"child = ManagedProcess({command!r}, Path({str(log)!r}), grace_seconds={grace})\n"
         "print(child.process.pid, flush=True); time.sleep(100)"
     )

@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import pytest
 
-from data.moved import MOVED, MOVED_CLASSES, current_name
-from data.plugins import find_plugin
+from data.objects.moved import MOVED, MOVED_CLASSES, current_name
+from data.objects.plugins import find_plugin
 
 
 @pytest.mark.parametrize("module", sorted(MOVED.values()))
@@ -28,6 +28,9 @@ def test_a_class_is_found_by_its_old_name():
 
 
 DOCUMENTED = """
+from data.answers import exact_match
+from data.images import ImageLimits
+from data.modalities import register
 from agent.evaluate import format_estimate, paired_difference, read_records, score
 from retriever_server.client import SearchClient, connect
 from retriever_server.training.examples import Examples, as_dataset

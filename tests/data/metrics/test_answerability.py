@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.answerability import answerable, audit, is_closed
-from data.answers import cover_em
 from data.errors import DataError
 from data.jsonl import read_jsonl, write_jsonl
+from data.metrics.answerability import answerable, audit, is_closed
+from data.metrics.answers import cover_em
 from data.records import Passage, Question
 from scripts.__main__ import main as sleuth
 

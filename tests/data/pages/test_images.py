@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from data.errors import ConfigError, DataError
-from data.images import ImageLimits, check_image, image_size, png, read_image, read_pdf, split_page, thumbnail
+from data.pages.images import (
+    ImageLimits,
+    check_image,
+    image_size,
+    png,
+    read_image,
+    read_pdf,
+    split_page,
+    thumbnail,
+)
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.answers import NORMALIZERS, cover_em, exact_match, f1, normalize_answer, normalize_unicode
 from data.errors import ConfigError
+from data.metrics.answers import NORMALIZERS, cover_em, exact_match, f1, normalize_answer, normalize_unicode
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 METRICS = [exact_match, f1, cover_em]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data.answers import NORMALIZERS, words_of
 from data.errors import DataError
 from data.jsonl import write_json, write_jsonl
+from data.metrics.answers import NORMALIZERS, words_of
+from data.metrics.significance import estimate, format_estimate
 from data.records import FORMAT_VERSION, Passage, Question
-from data.significance import estimate, format_estimate
 
 _CLOSED = {("yes",), ("no",)}
 Lookup = dict[str, dict[tuple[str, ...], set[str]]]

@@ -5,9 +5,9 @@ import ctypes
 import pytest
 import torch
 
-from data import device
-from data.device import check_device, choose_dtype
 from data.errors import ConfigError
+from data.machine import device
+from data.machine.device import check_device, choose_dtype
 
 
 def here(monkeypatch, build, driver=True, visible=None):

@@ -22,7 +22,7 @@ from data.atomic import atomic_write
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.formats.documents import find_files
-from data.images import read_pdf
+from data.pages.images import read_pdf
 from data.records import Passage
 from data.text import name_of
 

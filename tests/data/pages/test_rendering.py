@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import rendering
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError, RunStopped
-from data.images import png, read_image
+from data.pages import rendering
+from data.pages.images import png, read_image
+from data.pages.rendering import Style, draw, render
 from data.records import Passage
-from data.rendering import Style, draw, render
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -26,10 +26,10 @@ from data.atomic import atomic_write
 from data.corpus import Corpus, hash_text
 from data.errors import DataError, require, unreadable
 from data.formats.rows import passage_row
-from data.images import PAGE_DPI, png, read_image, split_page
 from data.jsonl import write_jsonl
-from data.layout import LAYOUTS, draw_page
-from data.processes import in_processes
+from data.machine.processes import in_processes
+from data.pages.images import PAGE_DPI, png, read_image, split_page
+from data.pages.layout import LAYOUTS, draw_page
 from data.records import Passage
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Style:
     """Look of passages that are drawn, and the largest size of pictures that are there."""
 
     layouts: tuple[str, ...] = ("page",)
-    """Names in `data.layout.LAYOUTS`; of several each passage has one, by its id."""
+    """Names in `data.pages.layout.LAYOUTS`; of several each passage has one, by its id."""
     fonts: tuple[str, ...] = ()
     """Font files; of several each passage has one, by its id; without any, Pillow's own."""
     width: int = 800

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import ConfigError, first_line
-from data.packaged import SHORT_NAMES
+from data.models.packaged import SHORT_NAMES
 
 logger = logging.getLogger(__name__)
 

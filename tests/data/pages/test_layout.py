@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.layout import LAYOUTS, _font, draw_page, wrap
+from data.pages.layout import LAYOUTS, _font, draw_page, wrap
 
 pytest.importorskip("PIL")
 

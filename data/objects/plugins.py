@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError
-from data.moved import current_name
+from data.objects.moved import current_name
 
 OURS = ("agent", "data", "retriever_server", "rl", "scripts")
 """Never taken from a user's folder."""

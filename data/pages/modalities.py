@@ -28,13 +28,13 @@ class _Modality:
 
 
 def _read_image(source: str | bytes) -> Any:
-    from data.images import read_image
+    from data.pages.images import read_image
 
     return read_image(source)
 
 
 def _sample_images() -> list[bytes]:
-    from data.images import sample_images
+    from data.pages.images import sample_images
 
     return sample_images()
 

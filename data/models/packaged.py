@@ -26,7 +26,7 @@ WIRED_IN = (
 
 def atlas_policy() -> Path:
     """The seed policy of the embedded world, a few megabytes in the repo."""
-    folder = Path(__file__).parents[1] / "agent" / "seed_policy"
+    folder = Path(__file__).parents[2] / "agent" / "seed_policy"
     if not (folder / "config.json").exists():
         raise ConfigError(f"'atlas': {folder} is missing from this installation")
     return folder

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
-from data.images import needs_images
+from data.pages.images import needs_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,1 @@
+"""The machine: devices, ports, locks, and processes that end with ours."""

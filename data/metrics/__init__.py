@@ -1,0 +1,1 @@
+"""Scores of answers against gold answers, calibration, and intervals of them."""

@@ -1,0 +1,1 @@
+"""Models that a user names: where their files lie, adapters, and weights divided over processes."""
