@@ -35,7 +35,6 @@ from data.errors import ConfigError
 from data.objects.class_path import wrong_value
 from data.objects.plugins import looking_beside
 from data.yaml_file import check_keys, read_checked, read_yaml
-from rl.algorithm.presets import preset_fields
 from scripts.tiers import with_tier
 
 # The docstring under a field of a configuration becomes its line in --help.
@@ -107,6 +106,8 @@ class ConfigFile(ActionConfigFile):
             if is_component(value) and isinstance(cfg.get(key), dict):
                 cfg[key] = None
         if isinstance(preset := given.get("preset"), str) and has_preset(parser):
+            from rl.algorithm.presets import preset_fields
+
             for key, value in preset_fields(preset).items():
                 cfg[f"algorithm.{key}"] = value
         super().__call__(parser, cfg, values, option_string)

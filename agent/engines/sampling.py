@@ -28,7 +28,8 @@ class Request:
     """One completion under way."""
 
     trajectory_id: str
-    prompt_ids: list[int]
+    token_ids: list[int]
+    """Tokens of the prompt, and all that were drawn after it."""
     sampling: Sampling
     future: asyncio.Future[Completion]
     uniform: random.Random
@@ -38,10 +39,6 @@ class Request:
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     weights_version: int = 0
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.prompt_ids + self.new_ids
 
 
 class TokenSampler:
@@ -58,14 +55,15 @@ class TokenSampler:
         tokens, logprobs = draw(logits.float(), samplings, uniforms)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             request.new_ids.append(token)
+            request.token_ids.append(token)
             request.logprobs.append(logprob)
         return [self._finished(*each) for each in zip(requests, tokens, strict=True)]
 
     def _finished(self, request: Request, token: int) -> FinishReason | None:
         if token in self._eos or self._stops.found(request, token):
             return FinishReason.STOP
-        written = len(request.new_ids)
-        if written >= request.sampling.max_tokens or len(request.prompt_ids) + written >= self._max_length:
+        full = len(request.token_ids) >= self._max_length
+        if full or len(request.new_ids) >= request.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
 

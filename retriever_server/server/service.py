@@ -20,7 +20,6 @@ from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
 from data.text import is_unicode
 from retriever_server.filters import find_documents, is_url, parse_filter, prepare
-from retriever_server.retriever import text_in
 from retriever_server.server.backends import HotSwappable, SearchPipeline, backend_of
 from retriever_server.server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.server.config import Limits
@@ -119,38 +118,43 @@ class SearchService:
         default = next(iter(self.backends))
         stages = stages or [Stage(retrieve=default if backend is None else backend)]
         k = self.limits.topk if top_k is None else top_k
-        self._check(queries, k, where)
+        texts = texts_of(queries)
+        self._check(texts, k, where)
         with SearchPipeline(stages, self.backends, k, self.limits.max_topk) as pipeline:
             self._check_number(len(queries), pipeline.k[-1])
-            outcomes = await self._search(pipeline, queries, where)
+            outcomes = await self._search(pipeline, queries, texts, where)
         name = str(stages[0].retrieve)
         found = list(zip(pipeline.k, pipeline.generations, strict=True))
         k, generation = found[-1]
         return Found(outcomes, name, generation, k, found, None if name == default else name)
 
     async def _search(
-        self, pipeline: SearchPipeline, queries: Sequence[str | ImageInput], where: Mapping[str, Any] | None
+        self,
+        pipeline: SearchPipeline,
+        queries: Sequence[str | ImageInput],
+        texts: Sequence[str],
+        where: Mapping[str, Any] | None,
     ) -> list[Outcome]:
         pictured = any(isinstance(query, ImageInput) and query.image is not None for query in queries)
         # Before anything is decoded.
         if pictured and not await asyncio.to_thread(pipeline.takes_images):
             raise DataError("queries: one holds an image, and what is asked reads text only")
-        read = await self.images.read(queries, "queries") if pictured else texts_of(queries)
+        read = await self.images.read(queries, "queries") if pictured else texts
         if where is not None:  # not in a thread that searches: others wait for it
             for corpus in pipeline.corpora():
                 await prepare(corpus, where)
-        asked = [query for query in read if is_unicode(text_in(query))]
+        whole = [is_unicode(text) for text in texts]
+        asked = [query for query, fits in zip(read, whole, strict=True) if fits]
         # Texts do not wait for the images of others.
         key = (pipeline.key, json.dumps(where, sort_keys=True), pictured)
         found = await self.batcher.run(key, functools.partial(pipeline.search, where=where), asked)
         for error in {str(outcome) for outcome in found if isinstance(outcome, FAIL_ALIKE)}:
             _log.error("search failed: %s", error)
         outcomes = (_judge(*each, pipeline.k[-1], where) for each in zip(asked, found, strict=True))
-        whole = (is_unicode(text_in(query)) for query in read)
         return [next(outcomes) if fits else WrongQuery(NO_UNICODE) for fits in whole]
 
-    def _check(self, queries: Sequence[str | ImageInput], k: int, where: Mapping[str, Any] | None) -> None:
-        limits, longest = self.limits, max(map(len, texts_of(queries)), default=0)
+    def _check(self, texts: Sequence[str], k: int, where: Mapping[str, Any] | None) -> None:
+        limits, longest = self.limits, max(map(len, texts), default=0)
         if longest > limits.max_query_chars:
             raise DataError(f"queries: one of {longest} characters, at most {limits.max_query_chars} allowed")
         self.check_top_k(k)

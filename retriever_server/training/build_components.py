@@ -17,7 +17,6 @@ from data.objects.plugins import names_in_source, parameters_in_source
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.encoders.spec import CROSS, KINDS, EncodingSpec, Kind
 from retriever_server.indexes.checksums import file_hash
-from retriever_server.indexes.manifest import read_manifest
 from retriever_server.training.builders.dense import check_base
 from retriever_server.training.recipe import RetrieverRecipe
 
@@ -79,6 +78,8 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
     if recipe.device not in ("auto", "cpu"):
         check_device(recipe.device)
     if recipe.serves is not None:
+        from retriever_server.indexes.manifest import read_manifest
+
         read_manifest(Path(recipe.serves))
     corpora = {each.corpus: Corpus(each.corpus) for each in recipe.train}
     sets = [

@@ -34,7 +34,6 @@ from retriever_server.training.build_components import (
     prepare,
     with_style,
 )
-from retriever_server.training.dev import DevSet
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
 from retriever_server.training.image_collator import ImageCollator, without_absent_images
@@ -291,6 +290,8 @@ def _dev_set(recipe: RetrieverRecipe, examples: list[Any], bar: Bar) -> Any:
     """The dev set of the recipe, checked to be held out from the training examples. Raises DataError."""
     if recipe.dev.queries is None:
         return None
+    from retriever_server.training.dev import DevSet  # with what evaluates
+
     dev = DevSet(recipe.dev, recipe.train[0].corpus, Path(recipe.out) / "dev", bar)
     for each in examples:
         if isinstance(each, Examples):
