@@ -162,7 +162,8 @@ class _Known:
 
     @staticmethod
     def _of(question: Question) -> tuple[str, str]:
-        return f"id {question.id}", f"text {' '.join(question.text.lower().split())}"
+        asked = question.metadata.get("sample_of", question.id)
+        return f"id {asked}", f"text {' '.join(question.text.lower().split())}"
 
 
 def _collect(

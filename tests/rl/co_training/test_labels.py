@@ -211,8 +211,9 @@ def test_two_questions_of_one_id_stay_two(tmp_path):
     ],
 )
 def test_held_out_questions_never_contribute(held_out, tmp_path):
-    with pytest.raises(DataError, match=r"1 trajectories with 2 searches give no example.*held-out"):
-        mined([TWO_HOPS], tmp_path, held_out=[held_out])
+    sample = TWO_HOPS | {"id": "q1~2", "metadata": TWO_HOPS["metadata"] | {"sample": 2, "sample_of": "q1"}}
+    with pytest.raises(DataError, match=r"2 trajectories with 4 searches give no example.*held-out"):
+        mined([TWO_HOPS, sample], tmp_path, held_out=[held_out])
 
 
 @pytest.mark.parametrize(
