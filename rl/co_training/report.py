@@ -16,7 +16,9 @@ from rl.co_training.searches import Searches, read_searches
 
 COLUMNS = ("round", "EM on dev, at its start", "dev searches that find", "plain questions", "gate")
 DRIFT = ("round", "searches a question", "words a query", "queries that copy the question", "that find")
-MOST_EXAMPLES = 10
+CHANGED = ("question", "in the first round", "in the last", "")
+MOST_EXAMPLES = 5
+"""Of searches that gained, and of those that lost."""
 
 
 def round_rows(history: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
@@ -68,15 +70,13 @@ def write_report(out: str | Path, page: Path | None = None) -> Path:
     history = read_json(out / "state.json")["state"]["history"]
     files = sorted(out.glob("round-*/dev/trajectories.jsonl"), key=lambda file: (len(file.parts[-3]), file))
     drifts = [[file.parts[-3].removeprefix("round-"), *drift(read_searches(file))] for file in files]
-    changed: list[list[str]] = []
-    if len(files) > 1:
-        changed = sorted(changed_searches(files[0], files[-1]), key=lambda row: row[-1])[:MOST_EXAMPLES]
+    changed = list(changed_searches(files[0], files[-1])) if len(files) > 1 else []
+    gained, lost = ([row for row in changed if row[-1] == way] for way in ("gained", "lost"))
+    title = f"First searches that changed: {len(gained)} gained, {len(lost)} lost"
     sections = (
         _table("Rounds", COLUMNS, round_rows(history))
         + _table("Searches on dev", DRIFT, drifts)
-        + _table(
-            "First searches that changed", ("question", "in the first round", "in the last", ""), changed
-        )
+        + _table(title, CHANGED, gained[:MOST_EXAMPLES] + lost[:MOST_EXAMPLES])
     )
     return write_page(out, Choice(evaluations="round-*/dev"), out=page, sections=sections)
 
