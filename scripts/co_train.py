@@ -108,7 +108,8 @@ def main(config: CoTrainConfig) -> None:
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
     _check_recipes(config)
-    load_questions(config.dev_questions, normalizer=config.normalizer)
+    for judging in filter(None, (config.dev_questions, config.held_out)):
+        load_questions(judging, normalizer=config.normalizer)
     asked = load_questions(config.questions, normalizer=config.normalizer)
     if (needed := config.rounds * config.rollout_questions) > len(asked):
         raise ConfigError(

@@ -297,6 +297,13 @@ def test_labels_by_forks_are_scored_first(atlas, tmp_path, commands):
     assert scored["by"] == '["fork"]' and scored["out"] == mined["scores"]
 
 
+def test_questions_to_hold_out_that_are_not_there_are_said_before_anything_runs(atlas, tmp_path, commands):
+    found = commands()
+    with pytest.raises(SleuthError, match=r"nope\.jsonl: no such file"):
+        co_train.main(config(atlas, tmp_path, held_out=f"{atlas / 'test.jsonl'},{tmp_path / 'nope.jsonl'}"))
+    assert not found.ran
+
+
 def test_too_few_questions_are_said_before_anything_runs(atlas, tmp_path):
     with pytest.raises(ConfigError, match=r"rollout_questions = 4000: 2 rounds need 8,000, .* has 4,500"):
         co_train.main(config(atlas, tmp_path, rollout_questions=4000))
