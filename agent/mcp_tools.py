@@ -18,13 +18,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agent.tools import TOOLS, Tool
-from data.errors import ConfigError, ToolUnavailable, reason_of, require, require_range
+from data.errors import ConfigError, ToolUnavailable, first_line, reason_of, require, require_range
 from data.records import Hit, Passage
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _INVALID_PARAMS = -32602
 _WAIT_SECONDS = 0.2
+_MAX_DESCRIPTION_CHARS = 1000
+"""What the prompt says of a tool."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,25 @@ class McpServer:
         """
         from mcp import MCPError
 
-        try:
-            async with asyncio.timeout(self.config.timeout_seconds):
-                result = await self._retried(tool.name, tool.arguments(argument) or {})
-        except MCPError as error:
-            if error.error.code == _INVALID_PARAMS:
-                return None
-            raise ToolUnavailable(f"{self.config.mcp}: {tool.name}: {error}") from error
-        except TimeoutError as error:
-            waited = f"no answer in {self.config.timeout_seconds:g} s"
-            raise ToolUnavailable(f"{self.config.mcp}: {tool.name}: {waited}") from error
-        said = "\n".join(part.text for part in result.content if part.type == "text")
-        text = said.encode(errors="replace")[: self.config.max_bytes].decode(errors="ignore")
+        failures: list[str] = []
+        calling = asyncio.create_task(self._retried(tool.name, tool.arguments(argument) or {}, failures))
+        try:  # not waited for at the end: taking a call back may itself hang
+            done, _ = await asyncio.wait([calling], timeout=self.config.timeout_seconds)
+        finally:
+            calling.cancel()
+        waited = f"no answer in {self.config.timeout_seconds:g} s"
+        why = "".join(f" ({each})" for each in failures[-1:])
+        error = calling.exception() if done else TimeoutError(waited + why)
+        if isinstance(error, MCPError) and error.error.code == _INVALID_PARAMS:
+            return None
+        if error is not None:
+            raise ToolUnavailable(f"{self.config.mcp}: {tool.name}: {first_line(error)}") from error
+        said = read_result(calling.result()).encode(errors="replace")
+        text = said[: self.config.max_bytes].decode(errors="ignore")
         return [Hit(Passage(f"{tool.name} {argument}", text, tool.name), 0.0, "")]
 
-    async def _retried(self, name: str, arguments: dict[str, Any]) -> Any:
+    async def _retried(self, name: str, arguments: dict[str, Any], failures: list[str]) -> Any:
+        """Return the first result; failures gets the reason of each attempt that brought none."""
         loop = asyncio.get_running_loop()
         while True:
             connection = self._connections.get(loop)
@@ -109,7 +115,8 @@ class McpServer:
             except Exception as error:
                 if _is_answer(error):
                     raise
-                _log.warning("%s: %s: %s; asked again", self.config.mcp, name, _reason(error))
+                failures.append(_reason(error))
+                _log.warning("%s: %s: %s; asked again", self.config.mcp, name, failures[-1])
                 connection.task.cancel()
                 if self._connections.get(loop) is connection:  # another call may have opened a new one
                     del self._connections[loop]
@@ -184,10 +191,33 @@ def _make_client(config: McpConfig) -> Any:
 
 
 def _is_answer(error: Exception) -> bool:
-    """Return whether the server itself said so; a connection that closed is no answer."""
+    """Return whether the server itself said so, rightly or in no form of a result; a connection that closed
+    is no answer."""
     from mcp import MCPError
+    from pydantic import ValidationError
 
-    return isinstance(error, MCPError) and error.error.code not in (-32000, -32001)
+    if isinstance(error, MCPError):
+        return error.error.code not in (-32000, -32001)
+    against_its_schema = isinstance(error, RuntimeError) and "structured content" in str(error)
+    return against_its_schema or isinstance(error, ValidationError)
+
+
+def read_result(result: Any) -> str:
+    """Return the text of a tool's result; where it has none, its structured content as JSON, and a word for
+    what no text shows, such as a picture."""
+    parts = [_read_part(part) for part in result.content]
+    if not any(text for text, _ in parts) and result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    return "\n".join(text or f"[{other}]" for text, other in parts if text or other) or "[nothing]"
+
+
+def _read_part(part: Any) -> tuple[str, str]:
+    """Return the text of a part of a result, and what it is where it has none."""
+    if part.type == "resource_link":
+        return " ".join(filter(None, [part.title or part.name, str(part.uri), part.description])), ""
+    inside = part.resource if part.type == "resource" else part
+    kind = getattr(inside, "mime_type", None) or part.type
+    return getattr(inside, "text", ""), "" if hasattr(inside, "text") else f"{kind}: not shown"
 
 
 def _as_tool(offered: Any) -> Tool:
@@ -195,14 +225,31 @@ def _as_tool(offered: Any) -> Tool:
     schema = dict(offered.input_schema)
     properties, needed = schema.get("properties") or {}, schema.get("required") or []
     does = " ".join((offered.description or offered.name).split()).rstrip(".")
+    if len(does) > _MAX_DESCRIPTION_CHARS:
+        _log.warning(
+            "%s: %d characters of description, cut at %d", offered.name, len(does), _MAX_DESCRIPTION_CHARS
+        )
+        does = f"{does[:_MAX_DESCRIPTION_CHARS]} [cut]"
     if len(properties) == 1 or len(needed) == 1:
         [name] = needed or properties
         kind = properties.get(name, {}).get("type")
         if kind in ("string", "integer"):
             types = ("string", "integer") if kind == "integer" else ("string",)
             return Tool(offered.name, does, name, name, types, parameters=schema)
-    example = json.dumps({name: "..." for name in properties})
+    example = json.dumps(_example(schema, schema.get("$defs") or {}))
     return Tool(offered.name, does, "", example, parameters=schema)
+
+
+def _example(schema: Any, named: Mapping[str, Any], depth: int = 3) -> Any:
+    """Return a value in the form of a JSON schema, down to `depth`, with "..." for what has no parts."""
+    schema = schema if isinstance(schema, Mapping) else {}
+    schema = named.get(str(schema.get("$ref", "")).removeprefix("#/$defs/"), schema)
+    if depth and schema.get("type") == "array":
+        return [_example(schema.get("items"), named, depth - 1)]
+    if depth and (schema.get("properties") or depth == 3):
+        properties = schema.get("properties") or {}
+        return {name: _example(each, named, depth - 1) for name, each in properties.items()}
+    return "..."
 
 
 @cache

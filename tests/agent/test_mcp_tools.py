@@ -8,8 +8,18 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from mcp.types import (
+    AudioContent,
+    BlobResourceContents,
+    CallToolResult,
+    EmbeddedResource,
+    ImageContent,
+    ResourceLink,
+    TextContent,
+    TextResourceContents,
+)
 
-from agent.mcp_tools import McpConfig, McpServer
+from agent.mcp_tools import McpConfig, McpServer, read_result
 from agent.protocol import COMPACT, HERMES, PROTOCOLS, Answer, Invalid
 from agent.rollout import Agent
 from agent.tools import Call, Search
@@ -123,7 +133,7 @@ def test_a_server_that_does_not_answer_ends_the_trajectory_after_a_bounded_time(
     for call in (Call("die", "never"), Call("slow", "60")):
         trajectory, read = roll_out(speaking(COMPACT, hasty), [call, Answer("x")])
         assert trajectory.stop_reason is StopReason.SEARCH_FAILED and not read
-        assert f"ToolUnavailable: {PEER}: {call.tool}: no answer in 6 s" == trajectory.searches[0].error
+        assert f"ToolUnavailable: {PEER}: {call.tool}: no answer in 6 s" in trajectory.searches[0].error
 
 
 @pytest.mark.parametrize(
@@ -170,6 +180,101 @@ def test_all_pages_of_tools_are_read_once_and_odd_schemas_are_tools(tmp_path):
     server = McpServer(McpConfig(f"{sys.executable} {tmp_path / 'paged.py'}"))
     assert server.names == ("t0", "t1")
     assert [tool.parameters["type"] for tool in server.tools] == ["object", "object"]
+
+
+ODD = """
+import json, os, sys
+
+def say(number, **result):
+    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
+
+place = {"type": "object", "properties": {"city": {"type": "string"}, "zips": {"type": "array", "items": {}}}}
+parts = {"from": {"$ref": "#/$defs/Place"}, "days": {}}
+trip = {"type": "object", "$defs": {"Place": place}, "properties": parts}
+results = {
+    "odd": {"content": [{"type": "hologram"}]},
+    "lies": {"content": [{"type": "text", "text": "2"}], "structuredContent": {"sum": "two"}},
+}
+tools = [{"name": name, "inputSchema": trip, "description": "Go on. " * 1000} for name in (*results, "dies")]
+tools[1]["outputSchema"] = {"type": "object", "properties": {"sum": {"type": "integer"}}}
+for asked in map(json.loads, sys.stdin):
+    method = asked.get("method")
+    if method == "initialize":
+        version, server = asked["params"]["protocolVersion"], {"name": "odd", "version": "1"}
+        say(asked["id"], protocolVersion=version, capabilities={"tools": {}}, serverInfo=server)
+    elif method == "tools/list":
+        say(asked["id"], tools=tools)
+    elif method == "tools/call":
+        name = asked["params"]["name"]
+        say(asked["id"], **results[name]) if name in results else os._exit(3)
+    elif "id" in asked:
+        error = {"code": -32601, "message": "unknown"}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": error}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A server whose results fit no protocol, and that dies; its descriptions are long."""
+    (path := tmp_path_factory.mktemp("odd") / "odd.py").write_text(ODD)
+    return McpServer(McpConfig(f"{sys.executable} {path}", timeout_seconds=8))
+
+
+def test_a_long_description_is_cut_and_says_so(odd):
+    assert {len(tool.does) for tool in odd.tools} == {1000 + len(" [cut]")}
+    assert all(tool.does.endswith(" [cut]") for tool in odd.tools)
+
+
+def test_the_example_of_a_call_shows_the_parts_of_an_object(odd):
+    assert json.loads(odd.tools[0].example) == {"from": {"city": "...", "zips": ["..."]}, "days": "..."}
+
+
+@pytest.mark.parametrize(
+    ("tool", "says"),
+    [
+        ("odd", "odd: .* validation errors? for CallToolResult$"),
+        ("lies", "lies: Invalid structured content returned by tool lies"),
+        pytest.param("dies", r"dies: no answer in 8 s \(Connection closed\)$", marks=pytest.mark.slow),
+    ],
+)
+def test_what_kept_a_tool_from_an_answer_is_told(odd, tool, says):
+    called = next(each for each in odd.tools if each.name == tool)
+    with pytest.raises(ToolUnavailable, match=says) as caught:
+        asyncio.run(odd.call(called, "{}"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "structured", "text"),
+    [
+        ([TextContent(text="a"), TextContent(text="b")], {"c": 1}, "a\nb"),
+        ([], {"sum": 5, "of": ["é"]}, '{"sum": 5, "of": ["é"]}'),
+        ([ImageContent(data="AA", mime_type="image/png")], None, "[image/png: not shown]"),
+        (
+            [TextContent(text="a"), AudioContent(data="AA", mime_type="audio/wav")],
+            None,
+            "a\n[audio/wav: not shown]",
+        ),
+        (
+            [EmbeddedResource(resource=TextResourceContents(uri="file:///a", text="in a file"))],
+            None,
+            "in a file",
+        ),
+        (
+            [EmbeddedResource(resource=BlobResourceContents(uri="file:///a", blob="AA"))],
+            None,
+            "[resource: not shown]",
+        ),
+        (
+            [ResourceLink(name="n", uri="https://e.org/a", description="about")],
+            None,
+            "n https://e.org/a about",
+        ),
+        ([], None, "[nothing]"),
+    ],
+)
+def test_a_result_without_text_is_read_as_what_it_is(content, structured, text):
+    assert read_result(CallToolResult(content=content, structured_content=structured)) == text
 
 
 def test_wrong_limits_and_names_that_are_taken_are_refused(address):
