@@ -98,7 +98,9 @@ def _read_source(name: str, split: str | None) -> list[_Row]:
         raise DataError(f"{name}: no row of split {split!r}, only of {found}" if rows else f"{name}: no rows")
     asked = [row for row in kept if not is_impossible(row.record)]
     if left := len(kept) - len(asked):
-        logger.warning("%s: %d of %d questions have no answer (SQuAD 2.0): left out", name, left, len(kept))
+        logger.warning(
+            "%s: %d of %d questions have no answer (SQuAD 2.0, MuSiQue): left out", name, left, len(kept)
+        )
     return asked
 
 
@@ -119,8 +121,13 @@ def _read_file(path: Path, split: str | None) -> Iterator[_Row]:
 def _rows_of(path: Path) -> Rows:
     check_is_file(path)
     if kind_of(path) not in KINDS:
-        raise DataError(f"{path}: unknown kind of file; {', '.join(KINDS)} are read")
-    return ((place, dict(common_row(row))) for place, row in read_rows(path))
+        raise DataError(
+            f"{path}: unknown kind of file; {', '.join(KINDS)} are read, those of text also in .gz"
+        )
+    for place, row in read_rows(path):
+        with at(place):
+            common = dict(common_row(row))
+        yield place, common
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[_Row]:

@@ -8,10 +8,11 @@ BrowseComp-Plus is a file that its own script decrypts: {query_id, query, answer
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data.formats.rows import id_of, list_of, object_of
+from data.formats.rows import first_of, id_of, list_of, object_of
 from data.records import Question
 
 
@@ -38,7 +39,12 @@ SETS = {
     "frames": AnswerSet("google/frames-benchmark", "test", "judge"),
     "simpleqa": AnswerSet("basicv8vc/SimpleQA", "test", "judge"),
 }
-_COLUMNS = {**dict.fromkeys(("Question", "Prompt", "problem", "query"), "question"), "Answer": "answer"}
+_COLUMNS = {
+    **dict.fromkeys(("Question", "Prompt", "problem", "query", "input"), "question"),
+    **dict.fromkeys(("Answer", "possible_answers"), "answer"),
+}
+_IDS = ("id", "_id", "query_id", "question_id", "QuestionId")
+_ENCRYPTED = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
 _ALIASES = {"2wikimultihopqa": "2wiki"}
 
 
@@ -55,25 +61,45 @@ def set_names(source: str) -> list[str]:
 
 
 def common_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of FRAMES, SimpleQA or BrowseComp-Plus in the columns of all others; any other as it is.
+    """A row of a well-known set, as its makers hand it out, in the columns of all others; any other as it is.
 
-    BrowseComp-Plus' evidence becomes `metadata.supporting_ids`.
+    PopQA, TriviaQA, HotpotQA, 2Wiki, KILT, FRAMES, SimpleQA, BrowseComp-Plus, whose evidence becomes
+    `metadata.supporting_ids`. Raises ValueError for a set that is still encrypted.
     """
-    if "question" in record or not (
-        named := {_COLUMNS[key]: record[key] for key in record if key in _COLUMNS}
-    ):
-        return record
-    if not {"answer", "Answer"} & record.keys():
-        return record
-    row: dict[str, Any] = {"id": id_of(record.get("query_id")) or record.get("id"), **record, **named}
-    given = row.pop("metadata", None)
-    metadata = dict(given) if isinstance(given, Mapping) else {}
+    row = {name: record[key] for key, name in _COLUMNS.items() if key in record and name not in record}
+    if "input" in record and "question" in row and "output" in record:
+        row["answer"] = _answers_of_kilt(record["output"])
+    if "question" in row and "answer" not in {*row, *record}:
+        return record  # what has a `query` and no answer is none of these
+    if {"evidence_docs", "canary"} & record.keys() and _ENCRYPTED.fullmatch(str(row.get("question"))):
+        raise ValueError("the question is encrypted: decrypt the set with the script of its makers first")
+    if own := id_of(first_of(record, *_IDS)):
+        row["id"] = own
+    if more := _metadata_of(record):
+        given = record.get("metadata")
+        row["metadata"] = {**(given if isinstance(given, Mapping) else {}), **more}
+    return {**record, **row}
+
+
+def _answers_of_kilt(output: Any) -> list[Any]:
+    answers = (object_of(each, "output").get("answer") for each in list_of(output, "output"))
+    return [each for each in answers if each is not None]
+
+
+def _metadata_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what columns beside `metadata` say, or what a text in it holds, as SimpleQA's table has it."""
+    found: dict[str, Any] = {}
+    if "problem" in record:
+        found = object_of(record.get("metadata"), "metadata")
+        found |= {"kind": found["topic"]} if "topic" in found else {}
     if evidence := record.get("evidence_docs"):
         docs = [object_of(each, "evidence_docs") for each in list_of(evidence, "evidence_docs")]
-        metadata["supporting_ids"] = [id_of(doc.get("docid"), "docid") for doc in docs]
+        found["supporting_ids"] = [id_of(doc.get("docid"), "docid") for doc in docs]
     if reasoning := record.get("reasoning_types"):
-        metadata["kind"] = str(reasoning).split(" | ")[0]
-    return row | {"metadata": metadata}
+        found["kind"] = str(reasoning).split(" | ")[0]
+    if "supporting_facts" in record and isinstance(record.get("type"), str):  # HotpotQA, 2Wiki
+        found["kind"] = record["type"]
+    return found
 
 
 def slice_of_each(questions: Sequence[Question], count: int) -> list[Question]:

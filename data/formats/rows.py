@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from data.text import replace_halves_in
 
 _OTHER_TYPES = ("as_py", "to_pylist", "tolist", "isoformat")  # of pyarrow, numpy, dates
 _PLAIN = (str, int, bool, type(None))
+_MAX_LITERAL_CHARS = 100_000
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"\[\s*{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*\]", re.DOTALL)
 
@@ -93,14 +95,16 @@ def list_of(value: Any, name: str) -> list[Any]:
 
 
 def answers_of(value: Any, name: str = "golden_answers") -> tuple[str, ...]:
-    """Gold answers, each once: a list, one alone, {"target": ...} of Search-R1, {"text": [...]} of SQuAD.
+    """Gold answers, each once: a list, one alone, {"target": ...} of Search-R1, {"text": [...]} of SQuAD,
+    {"value", "aliases"} of TriviaQA.
 
     ["Rome", "Rome ", ""] -> ("Rome",), 1912.0 -> ("1912",), '["Lyon", "Lugdunum"]' -> ("Lyon", "Lugdunum")
     In a list, too, a string that holds a list of strings stands for these.
     """
     held = _held_object(value)
     if isinstance(held, Mapping) and (held is value or {"target", "text"} & held.keys()):
-        value = held.get("target", held.get("text"))
+        aliases = [first_of(held, "value", "Value"), *list_of(first_of(held, "aliases", "Aliases"), name)]
+        value = first_of(held, "target", "text") or [each for each in aliases if each is not None]
     answers = []
     for each in list_of(value, name):
         held = _held_list(each) or [each]
@@ -128,7 +132,7 @@ def scores_of(value: Any, ids: Iterable[str], name: str) -> dict[str, float]:
 
 
 def object_of(value: Any, name: str) -> dict[str, Any]:
-    """An object, such as metadata, or a string that holds one as JSON; an empty one for null."""
+    """An object, such as metadata, or a string that holds one as JSON or Python writes it; {} for null."""
     value = _plain(_held_object(value), name)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'"{name}" must be an object, found {shown(value)}')
@@ -224,7 +228,10 @@ def _held_list(value: Any) -> list[Any] | None:
 
 
 def _held_object(value: Any) -> Any:
-    held = _parsed(value) if isinstance(value, str) and value.strip().startswith("{") else None
+    held = None
+    if isinstance(value, str) and value.strip().startswith("{") and (held := _parsed(value)) is None:
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            held = ast.literal_eval(value.strip()) if len(value) <= _MAX_LITERAL_CHARS else None
     return held if isinstance(held, dict) else value
 
 

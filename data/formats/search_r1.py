@@ -19,6 +19,7 @@ from data.formats.training import Items
 from data.records import Example
 
 GOLD_KEYS = ("golden_answers", "gold_answers", "answers", "answer")
+"""MuSiQue has further ones as `answer_aliases`."""
 _MARKER = re.compile(r"(?:^|\s)Question: ")
 
 
@@ -41,11 +42,12 @@ def question_text(record: Mapping[str, Any]) -> str:
 
 
 def gold_answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The gold answers of a row, under the first name that holds any."""
+    """The gold answers of a row, under the first name that holds any, and their aliases."""
     truth = object_of(record.get("reward_model"), "reward_model").get("ground_truth")
     named = ((key, record.get(key)) for key in GOLD_KEYS)
     found = (answers_of(value, name) for name, value in (*named, ("ground_truth", truth)))
-    return next(filter(None, found), ())
+    golds = next(filter(None, found), ())
+    return golds and tuple(dict.fromkeys(golds + answers_of(record.get("answer_aliases"), "answer_aliases")))
 
 
 def read(path: Path, split: str, images: Path) -> Items:

@@ -38,8 +38,10 @@ def parse_squad(content: Any) -> Squad:
 
 
 def is_impossible(row: Mapping[str, Any]) -> bool:
-    """Return whether SQuAD 2.0 has it as a question without an answer, in its own file or on the hub."""
-    return bool(row.get("is_impossible")) or row.get("answers") == {"text": [], "answer_start": []}
+    """Return whether it has no answer, as SQuAD 2.0 says it in its own file or on the hub, or MuSiQue."""
+    unanswerable = str(row.get("answerable")).lower() == "false"
+    no_answer = row.get("answers") == {"text": [], "answer_start": []}
+    return bool(row.get("is_impossible")) or unanswerable or no_answer
 
 
 def _question(asked: Mapping[str, Any], passage_id: str) -> dict[str, Any]:

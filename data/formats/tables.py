@@ -34,6 +34,8 @@ _ENDS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8":
 _BLANKS = re.compile(r"[ \t]+")
 _CHUNK = 1 << 20
 _DECODER, _END = json.JSONDecoder(), object()
+_DATA = re.compile(r'\s*\{\s*"Data"\s*:\s*\[\s*(\])?')
+"""Where the rows begin in TriviaQA's own files."""
 _OPENING, _SEPARATOR = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))\s*")
 
 
@@ -56,6 +58,8 @@ def read_rows(path: Path, at_once: int = 1000) -> Rows:
         return _numbered(path, read_squad(path).questions)
     if start.lstrip().startswith("["):
         return _read_array(path)
+    if _DATA.match(start):
+        return _read_array(path, _DATA)
     return ((f"{path}:{number}", row) for number, row in numbered_jsonl(path))
 
 
@@ -220,7 +224,7 @@ def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
 def _read_table(path: Path) -> Rows:
     """The rows of CSV or TSV under the names of its first line."""
     names: list[str] = []
-    lines = ((place, line.split("\t")) for place, line in read_lines(path))
+    lines = ((place, [*map(_unquoted, line.split("\t"))]) for place, line in read_lines(path))
     for place, values in _read_csv(path) if kind_of(path) == ".csv" else lines:
         if not names:
             names = [name.strip() for name in values]
@@ -233,6 +237,13 @@ def _read_table(path: Path) -> Rows:
             raise DataError(f"{place}: expected {len(names)} fields, found {len(values)}")
         else:
             yield place, dict(zip(names, values, strict=True))
+
+
+def _unquoted(cell: str) -> str:
+    """Return a cell of TSV without the quotes that pandas puts around it, where it doubles those inside."""
+    inside = cell[1:-1].replace('""', "")
+    quoted = cell[:1] == cell[-1:] == '"' and '""' in cell[1:-1] and '"' not in inside
+    return cell[1:-1].replace('""', '"') if quoted else cell
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -255,13 +266,13 @@ def _numbered(path: Path, rows: Iterable[dict[str, Any]]) -> Rows:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_array(path: Path) -> Rows:
+def _read_array(path: Path, opening: re.Pattern[str] = _OPENING) -> Rows:
     """The objects of a JSON array, without reading a large file whole."""
     with _opened(path) as file:
         text, start, line, number = "", 0, 1, 0
         while True:
             try:
-                row, end = _next_item(text, start, number == 0)
+                row, end = _next_item(text, start, _SEPARATOR if number else opening)
             except RecursionError as error:
                 raise DataError(f"{path}: row {number + 1}: nested too deeply") from error
             except json.JSONDecodeError as error:
@@ -271,7 +282,7 @@ def _read_array(path: Path) -> Rows:
                 line, text, start = line + text.count("\n", 0, start), text[start:] + more, 0
                 continue
             if row is _END:
-                if (text[end:] + file.read()).strip():
+                if opening is _OPENING and (text[end:] + file.read()).strip():
                     raise DataError(f"{path}: more stands after the end of the array")
                 return
             number += 1
@@ -281,9 +292,9 @@ def _read_array(path: Path) -> Rows:
             start = end
 
 
-def _next_item(text: str, start: int, first: bool) -> tuple[Any, int]:
-    """The item of an array that begins after `start`, or _END, and where it ends."""
-    before = (_OPENING if first else _SEPARATOR).match(text, start)
+def _next_item(text: str, start: int, opening: re.Pattern[str]) -> tuple[Any, int]:
+    """The item of an array that begins with `opening` after `start`, or _END, and where it ends."""
+    before = opening.match(text, start)
     if before is None:
         raise json.JSONDecodeError("Expecting ',' or ']'", text, start)
     return (_END, before.end()) if before[1] else _DECODER.raw_decode(text, before.end())

@@ -51,7 +51,7 @@ def test_questions_have_their_paragraph_and_those_without_an_answer_are_counted(
         ("a", ("Denver",), ["Super Bowl 50#0"]),
         ("c", ("rain",), ["Super Bowl 50#2"]),
     ]
-    assert "1 of 3 questions have no answer (SQuAD 2.0): left out" in caplog.text
+    assert "1 of 3 questions have no answer (SQuAD 2.0, MuSiQue): left out" in caplog.text
     items = [item for _, item in search_r1.read(file, "train", file.parent)]
     assert [(item.query_id, item.positives) for item in items] == [
         ("a", ("Super Bowl 50#0",)),
