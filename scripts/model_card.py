@@ -53,7 +53,15 @@ class Trained:
         own = ("modules.json", "config_sentence_transformers.json")
         return "reranker" if any((self.folder / file).is_file() for file in own) else "policy"
 
+    @property
+    def task(self) -> str:
+        """The hub's name for what it does, by which it is found there."""
+        if self.kind == "policy" and (self.folder / "preprocessor_config.json").is_file():
+            return "image-text-to-text"
+        return _TASKS[self.kind]
 
+
+_TASKS = {"retriever": "sentence-similarity", "reranker": "text-ranking", "policy": "text-generation"}
 _USE = {
     "retriever": "sleuth index --encoder {name} --corpus corpus.jsonl --out index",
     "policy": 'sleuth ask "..." --policy {name} --retriever index',
@@ -94,6 +102,7 @@ def render_card(trained: Trained, name: str, licence: str, results: Sequence[Pat
     head: dict[str, Any] = {
         "license": licence,
         "library_name": "transformers" if trained.kind == "policy" else "sentence-transformers",
+        "pipeline_tag": trained.task,
         "tags": ["sleuth", trained.kind],
     }
     if base and base.count("/") == 1 and not Path(base).exists():
@@ -129,9 +138,14 @@ def _data(trained: Trained) -> str:
         f"- {key}: `{yaml.safe_dump(_without_places(trained.config[key]), default_flow_style=True).strip()}`"
         f"{f' (hash {trained.inputs[key]})' if key in trained.inputs else ''}"
         for key in _DATA
-        if trained.config.get(key)
+        if (given := trained.config.get(key)) and not _is_unused(given)
     ]
     return "\n".join(rows).replace("\n...", "") or "Not recorded."
+
+
+def _is_unused(data: Any) -> bool:
+    """Return whether it is the development set of a retriever that had none."""
+    return isinstance(data, Mapping) and "queries" in data and not data["queries"]
 
 
 def _result(folder: Path) -> str:

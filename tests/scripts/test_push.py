@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from data.checkpoint import mark_best, save_checkpoint
 from data.jsonl import write_json, write_jsonl
@@ -77,6 +78,7 @@ def test_the_best_checkpoint_of_a_run_goes_with_its_card(run, hub, capsys):
     assert yaml.safe_load(head) == {
         "license": "apache-2.0",
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["sleuth", "policy"],
         "base_model": "org/base",
     }
@@ -95,7 +97,12 @@ def test_a_dry_run_prints_card_and_files_and_sends_nothing(run, hub, capsys):
 def test_a_retriever_has_the_intervals_of_its_queries(tmp_path, hub):
     model = tmp_path / "run" / "model"
     trained = {"class_path": "dense", "init_args": {"base": "org/bert"}}
-    with RunDir(tmp_path / "run", {"model": trained, "train": [{"examples": "/data/e.jsonl"}]}):
+    config = {
+        "model": trained,
+        "train": [{"examples": "/data/e.jsonl"}],
+        "dev": {"queries": None, "limit": 500},
+    }
+    with RunDir(tmp_path / "run", config):
         shutil.copytree(tiny_model(tmp_path / "tiny", "dense"), model)
     write_json(model / "encoding_spec.json", {})
     values = np.random.default_rng(0).random(50).tolist()
@@ -104,6 +111,9 @@ def test_a_retriever_has_the_intervals_of_its_queries(tmp_path, hub):
     results = json.dumps([str(tmp_path / "beir")])
     assert push(tmp_path / "run", "me/retriever", "--licence", "mit", "--results", results) == 0
     card = hub["me/retriever"]["README.md"]
+    read = ModelCard(card).data  # as the hub reads it
+    assert (read.library_name, read.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert "- dev:" not in card  # there was none
     assert "sleuth index --encoder me/retriever" in card and "- retriever\n" in card
     assert "base_model: org/bert" in card and "- train: `[{examples: e.jsonl}]`" in card
     assert f"| nDCG@10 | 50 | {np.mean(values):.3f} [" in card
