@@ -5,7 +5,9 @@
     qrels/SPLIT-*.parquet     {query-id, corpus-id, score}
 
 or, in its first form, data/SPLIT-*.parquet {query, image, image_filename}: a question with its page, or a
-page without one. Newer sets write `corpus_id` and `query_id`, and may say what is written on a page.
+page without one. Newer sets write `corpus_id` and `query_id`, and may say what is written on a page. Sets of
+text have the same layout on the hub (BEIR, MTEB): {_id, title, text} in corpus/corpus-*.parquet and
+queries/queries-*.parquet, which serve every split.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def load(folder: Path, split: str | None) -> Benchmark:
         with at(place):
             if (id_ := _id(row, "query")) in queries:
                 raise ValueError(f"query {id_!r} stands there twice")
-            queries[id_] = Question(id_, text_of(row.get("query"), "query"), ())
+            queries[id_] = Question(id_, text_of(first_of(row, "query", "text"), "query"), ())
     return Benchmark([query for query in queries.values() if query.id in qrels], qrels)
 
 
@@ -65,7 +67,7 @@ def passages(folder: Path, split: str | None, images: Path) -> Iterator[tuple[st
             if id_ in seen:
                 continue
             seen.add(id_)
-            page = passage_of(id_, "", first_of(row, *_TEXTS))
+            page = passage_of(id_, row.get("title"), first_of(row, *_TEXTS))
             with at(f"{folder}: page {id_!r}"):
                 yield place, replace(page, image=image_file(row.get("image"), folder, images))
 
@@ -84,7 +86,7 @@ def _is_three(folder: Path) -> bool:
 def _checked(folder: Path, split: str | None) -> str:
     """Return the split, test if none is given."""
     split = split or "test"
-    files = (folder / ("queries" if _is_three(folder) else "data")).glob("*.parquet")
+    files = (folder / ("qrels" if _is_three(folder) else "data")).glob("*.parquet")
     there = sorted({path.stem.partition("-")[0] for path in files})
     if not there:
         raise ConfigError(f"benchmark {folder}: must be a folder of ViDoRe's parquet files")
@@ -94,11 +96,12 @@ def _checked(folder: Path, split: str | None) -> str:
 
 
 def _rows(folder: Path, split: str) -> Rows:
-    return (row for path in parts(folder, split) for row in read_rows(path, _PAGES_AT_ONCE))
+    named = split if any(folder.glob(f"{split}[-.]*")) else folder.name  # one file for every split
+    return (row for path in parts(folder, named) for row in read_rows(path, _PAGES_AT_ONCE))
 
 
 def _id(row: Mapping[str, Any], what: str) -> str:
-    return needed_id(first_of(row, f"{what}-id", f"{what}_id"), f"{what}-id")
+    return needed_id(first_of(row, f"{what}-id", f"{what}_id", "_id"), f"{what}-id")
 
 
 def _page_id(row: Mapping[str, Any], number: int) -> str:

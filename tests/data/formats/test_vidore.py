@@ -54,6 +54,26 @@ def test_its_pages_become_a_corpus_with_pictures(vidore, tmp_path):
     assert json.loads(out.read_text().splitlines()[0])["image"].startswith("images/")
 
 
+def test_texts_in_the_layout_of_the_hub_are_read(tmp_path):
+    folder = tmp_path / "nfcorpus"
+    write_parquet(
+        folder / "corpus" / "corpus-00000-of-00001.parquet",
+        [{"_id": "d1", "title": "Oslo", "text": "A city."}],
+    )
+    write_parquet(
+        folder / "queries" / "queries-00000-of-00001.parquet", [{"_id": "q1", "text": "which city?"}]
+    )
+    qrels = [{"query-id": "q1", "corpus-id": "d1", "score": 1}]
+    write_parquet(folder / "qrels" / "test-00000-of-00001.parquet", qrels)
+    benchmark = load_benchmark(str(folder))
+    assert [(q.id, q.text) for q in benchmark.queries] == [("q1", "which city?")]
+    assert benchmark.qrels == {"q1": {"d1": 1}}
+    [row] = benchmark_passages(str(folder))
+    assert (row["id"], row["title"], row["text"]) == ("d1", "Oslo", "A city.")
+    with pytest.raises(ConfigError, match=r":train: must name a split, one of test"):
+        load_benchmark(f"{folder}:train")
+
+
 def test_the_newer_names_and_texts_are_read(tmp_path):
     folder = tmp_path / "v3"
     page = {"corpus_id": 7, "image": picture("red"), "markdown": "# Red"}
