@@ -185,9 +185,16 @@ def _make_client(config: McpConfig) -> Any:
         raise ConfigError("tools.mcp needs the package mcp: pip install 'sleuth-rl[mcp]'") from error
     if "://" in config.mcp:
         return Client(config.mcp, cache=None)
+    logging.getLogger(stdio_client.__module__).addFilter(_without_traceback)
     command, *arguments = shlex.split(config.mcp)
     process = stdio_client(StdioServerParameters(command=command, args=arguments))  # mcp 2.0 takes no less
     return Client(process, cache=None)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keep to one line what is logged of a server that prints other things between its messages."""
+    record.exc_info = None
+    return True
 
 
 def _is_answer(error: Exception) -> bool:

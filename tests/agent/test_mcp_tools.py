@@ -201,6 +201,7 @@ for asked in map(json.loads, sys.stdin):
     method = asked.get("method")
     if method == "initialize":
         version, server = asked["params"]["protocolVersion"], {"name": "odd", "version": "1"}
+        print("starting ...", flush=True)
         say(asked["id"], protocolVersion=version, capabilities={"tools": {}}, serverInfo=server)
     elif method == "tools/list":
         say(asked["id"], tools=tools)
@@ -223,6 +224,12 @@ def odd(tmp_path_factory):
 def test_a_long_description_is_cut_and_says_so(odd):
     assert {len(tool.does) for tool in odd.tools} == {1000 + len(" [cut]")}
     assert all(tool.does.endswith(" [cut]") for tool in odd.tools)
+
+
+def test_what_a_server_prints_besides_is_no_traceback(odd, caplog):
+    McpServer(odd.config)
+    noted = [record for record in caplog.records if "parse" in record.getMessage()]
+    assert noted and not any(record.exc_info for record in noted)
 
 
 def test_the_example_of_a_call_shows_the_parts_of_an_object(odd):
