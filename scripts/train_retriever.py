@@ -54,6 +54,10 @@ def main(config: RetrieverRecipe) -> None:
             )
     if leads:
         print(f"trained: {folder} (`sleuth index --encoder {folder} ...` builds an index with it)")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from data.models.sharding import end_at_once
+
+        end_at_once()
 
 
 def _open_run(

@@ -7,7 +7,6 @@ once an update: processes may have different numbers of micro-batches, or none.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from data.models.sharding import end_at_once
 
 TIMEOUT = timedelta(hours=2)
 """The longest that one process may wait for the others, who may be evaluating."""
@@ -76,14 +77,9 @@ class Workers:
             dist.destroy_process_group()
 
     def exit(self) -> None:
-        """End a process that is one of several, its work done, without the interpreter's last steps.
-
-        FSDP keeps gloo's threads alive, and an interpreter that ends beside them now and then aborts.
-        """
+        """End a process that is one of several, its work done."""
         if self.count > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            end_at_once()
 
 
 def averages(parts: Sequence[Totals]) -> dict[str, float]:

@@ -182,7 +182,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(sharding, rivers
         apart({n: w for n, w in alone.items() if f"bert.{n}" in start}, {n[5:]: w for n, w in start.items()})
         > 1e-3
     )
-    assert apart(alone, together) < 1e-5
+    assert apart(alone, together) < 1e-4
 
 
 @pytest.mark.slow
@@ -192,4 +192,4 @@ def test_two_processes_train_a_reranker(rivers, tmp_path):
     given = {"model": component("cross_encoder", base=still, max_tokens=24), "passage_template": "{contents}"}
     given |= {"loss": component("BinaryCrossEntropyLoss"), "train": [{**files, "form": "pair"}]}
     alone, together = twice(rivers, tmp_path, {}, **given)
-    assert apart(alone, together) < 1e-5
+    assert apart(alone, together) < 1e-4
