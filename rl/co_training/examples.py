@@ -18,6 +18,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, require
 from data.jsonl import write_jsonl
 from data.records import Example, Question
+from data.text import counted
 from rl.co_training.labels import LABELLERS, SCORED, Label, Redundancy, label
 from rl.co_training.searches import Searched, Searches, read_searches
 
@@ -131,10 +132,8 @@ def mine_trajectories(
     examples = list(_examples(asked.values(), config, corpus_hash, path.name, tally))
     if not examples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.dropped.most_common())
-        raise NoExamples(
-            f"{path}: {tally.trajectories} trajectories with {tally.searches} searches give no example"
-            + (f" ({reasons})" if reasons else "")
-        )
+        read_of = f"{counted(tally.trajectories, 'trajectory')} with {counted(tally.searches, 'search')}"
+        raise NoExamples(f"{path}: {read_of} give no example" + (f" ({reasons})" if reasons else ""))
     write_jsonl(out, (example.as_record() for example in examples))
     return tally
 
