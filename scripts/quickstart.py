@@ -27,7 +27,7 @@ from scripts.console import going_on, show_table
 from scripts.phases import Phases
 from scripts.train import open_run
 
-RECIPE = Path(__file__).parent / "configs" / "atlas.yaml"
+RECIPE = Path(__file__).parent / "configs" / "quickstart.yaml"
 TITLE_BOOST = 3
 SERVER_SECONDS = 60.0
 PHASES_LEAVE = ("world", "phases.json", "evaluations", "server.log", "server.port")
@@ -50,7 +50,7 @@ def main(
     Args:
         out: Run folder.
         seed: Of the training.
-        steps: Training steps; none: those of the recipe scripts/configs/atlas.yaml.
+        steps: Training steps; none: those of the recipe scripts/configs/quickstart.yaml.
         limit: Only the first so many test questions; none: all of them.
         resume: Go on with the run in `out` though steps have changed.
         engine: What samples: this process, or vLLM servers.

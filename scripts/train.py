@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import ConfigError, EngineError, SleuthError
 from data.machine.listening import why_silent
-from data.models.packaged import WIRED_IN
+from data.models.packaged import SEED_POLICIES
 from data.questions import load_questions
 from data.records import hash_questions
 from data.run_dir import RunDir, RunStatus, defaults_of, has_results, read_config, read_metrics
@@ -265,7 +265,7 @@ def open_run(
 
     if tracked:
         check_tracker(config.wandb)
-    notes = [WIRED_IN] if config.policy == "atlas" else warm_start_notes(config.policy)
+    notes = SEED_POLICIES.get(config.policy) or warm_start_notes(config.policy)
     apart = ("resume", "dry_run", "ray")
     settings = {key: value for key, value in asdict(config).items() if key not in apart}
     _check_text(config)

@@ -37,7 +37,7 @@ class Demonstrator:
     p_right: float = 0.0
     """Chance that the name it searches next is the one that leads to the answer, not one drawn at random."""
     compares: bool = False
-    """State both values in the thought after both passages of a comparison were read."""
+    """Read both passages of a comparison, saying the first value before the second search, then both."""
     tells: bool = False
     """Tell both values of a comparison in its question, so that no search is needed: practice."""
     kinds: dict[str, float] = field(
@@ -100,9 +100,10 @@ class _Reader:
     def begin(self) -> None:
         self.steps, self.searched, self.named = [], [], []
 
-    def search(self, entity: Entity) -> None:
+    def search(self, entity: Entity, noted: str = "") -> None:
+        """Search an entity; its thought begins with what is `noted` of the passage read last."""
         rendered = render_passage(self.world, entity, self.seed)
-        think = self.rng.choice(NEXT if self.steps else FIRST).replace("{n}", entity.name)
+        think = noted + self.rng.choice(NEXT if self.steps else FIRST).replace("{n}", entity.name)
         passage, self.told = rendered.passage, rendered.told
         found = {"id": passage.id, "title": passage.title, "text": passage.text}
         self.steps.append({"think": think, "search": entity.name, "passages": [found]})
@@ -179,17 +180,21 @@ def _next(ask: Ask, reader: _Reader, how: Demonstrator) -> Entity:
 
 
 def _compare(ask: Ask, reader: _Reader, how: Demonstrator) -> None:
-    """Stop after one of the two and guess, or read the other one too and answer rightly."""
-    if reader.rng.random() < how.p_stop:
+    """Read the other one, too, and answer rightly; where it does not compare, or stop after one and guess."""
+    stops = reader.rng.random() < how.p_stop
+    if how.compares:
+        reader.search(ask.path[1], f"{_values(ask, 1)} ")
+        reader.answer(ask.gold_answers[0], think=_values(ask))
+    elif stops:
         reader.answer(reader.rng.choice(ask.path).name)
     else:
         reader.search(ask.path[1])
-        reader.answer(ask.gold_answers[0], think=_values(ask) if how.compares else "")
+        reader.answer(ask.gold_answers[0])
 
 
-def _values(ask: Ask) -> str:
-    """Say of both entities of a comparison what is compared."""
-    return f"{', '.join(f'{entity.name} {entity.facts[ask.relation][0]}' for entity in ask.path)}."
+def _values(ask: Ask, count: int = 2) -> str:
+    """Say of both entities of a comparison, or of the first, what is compared."""
+    return f"{', '.join(f'{entity.name} {entity.facts[ask.relation][0]}' for entity in ask.path[:count])}."
 
 
 def _guess(ask: Ask, reader: _Reader, wrong: bool) -> str:

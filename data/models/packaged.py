@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data.errors import ConfigError
@@ -21,14 +22,18 @@ WIRED_IN = (
     "Copying is wired into the seed policy at initialisation (an induction circuit in layers 0 and 1), "
     "then trained on with everything else; when to search, what to search and what to answer is not."
 )
-"""Shown wherever results of `atlas` are."""
+SEED_POLICIES = {
+    "atlas": [WIRED_IN],
+    "atlas-compares": [WIRED_IN, "It was shown comparisons whole, to the answer, in invented worlds."],
+}
+"""The seed policies, and what is shown wherever their results are."""
 
 
-def atlas_policy() -> Path:
-    """The seed policy of the embedded world, a few megabytes in the repo."""
-    folder = Path(__file__).parents[2] / "agent" / "seed_policy"
+def seed_policy(name: str) -> Path:
+    """A seed policy of the embedded world, `atlas` or `atlas-compares`: a few megabytes in the repo."""
+    folder = Path(__file__).parents[2] / "agent" / "seed_policy" / name.removeprefix("atlas").lstrip("-")
     if not (folder / "config.json").exists():
-        raise ConfigError(f"'atlas': {folder} is missing from this installation")
+        raise ConfigError(f"{name!r}: {folder} is missing from this installation")
     return folder
 
 
@@ -92,5 +97,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-SHORT_NAMES: dict[str, Callable[[], Path]] = {"atlas": atlas_policy, "smollm2": smollm2_policy}
+SHORT_NAMES: dict[str, Callable[[], Path]] = {
+    **{name: partial(seed_policy, name) for name in SEED_POLICIES},
+    "smollm2": smollm2_policy,
+}
 """Names of models that need no hub, and what finds (or makes) their folder."""

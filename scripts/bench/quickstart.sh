@@ -24,7 +24,7 @@ control random-passages "$trained" "random:$world/index"
 control closed-book "$trained" "$world/index" --protocol.max_turns 0
 control one-search "$trained" "$world/index" --protocol.max_turns 1
 
-sleuth train --config scripts/configs/atlas.yaml --questions "$world/train.jsonl" \
+sleuth train --config scripts/configs/quickstart.yaml --questions "$world/train.jsonl" \
     --dev_questions "$world/dev.jsonl" --retriever "$world/index" \
     --out "$out/no-observation-mask" --mask_observations false
 best="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["step"])' \

@@ -13,7 +13,7 @@ from agent.policy import load_policy
 from agent.policy_folder import own_protocol
 from data.errors import ConfigError, StorageError
 from data.models import packaged
-from data.models.packaged import atlas_policy, smollm2_policy
+from data.models.packaged import seed_policy, smollm2_policy
 
 
 @pytest.fixture
@@ -94,11 +94,11 @@ def test_smollm2_converts_reloads_speaks_and_the_engine_agrees_with_a_plain_forw
         torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_the_seed_policy_is_small_and_speaks_the_compact_protocol():
-    folder = atlas_policy()
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 2**20
-    assert own_protocol("atlas").name == "compact"
-    policy = load_policy("atlas")
+@pytest.mark.parametrize("name", packaged.SEED_POLICIES)
+def test_a_seed_policy_is_small_and_speaks_the_compact_protocol(name):
+    assert sum(path.stat().st_size for path in seed_policy(name).glob("*.*")) < 8 * 2**20
+    assert own_protocol(name).name == "compact"
+    policy = load_policy(name)
     assert 1e6 < sum(p.numel() for p in policy.model.parameters()) < 1e7
     assert len(policy.tokenizer.encode("<search>", add_special_tokens=False)) == 1
 
