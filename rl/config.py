@@ -196,7 +196,7 @@ class TrainConfig:
     """Train a policy to search on the rewards of its own answers."""
 
     policy: str
-    """The starting policy: a folder, a hub name, or one that comes with Sleuth: atlas, smollm2."""
+    """The starting policy: a folder, a hub name, or one of ours: atlas, atlas-compares, smollm2."""
     questions: str
     """Training questions: JSONL, parquet, or a hub name; several separated by commas."""
     retriever: str

@@ -36,7 +36,7 @@ class AgentOptions:
     """A policy that searches, and where it runs."""
 
     policy: str
-    """Folder, hub name, or one that comes with Sleuth (atlas, smollm2)."""
+    """Folder, hub name, or one that comes with Sleuth (atlas, atlas-compares, smollm2)."""
     retriever: str
     """URL of a server, folder of an index or .yaml file; as controls, none (every search finds nothing) or
     random:INDEX (passages drawn at random)."""

@@ -83,7 +83,10 @@ LEARN = ["--config", "recipe.yaml"]
 WRONG = {
     "evaluate": [
         (["--out", "x"], "missing: --policy, --retriever, --questions"),
-        ([*POLICY, "--policy", "atlass"], "policy = 'atlass': no folder, no short name (atlas, smollm2)"),
+        (
+            [*POLICY, "--policy", "atlass"],
+            "policy = 'atlass': no folder, no short name (atlas, atlas-compares, smollm2)",
+        ),
         ([*POLICY, "--policy", "atlass"], "did you mean atlas?"),
         ([*POLICY, "--policy", "thesis"], "policy = 'thesis': holds no config.json"),
         ([*POLICY, "--questions", "wrong.jsonl"], "wrong.jsonl:1: no gold answer"),
