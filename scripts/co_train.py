@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from data.checkpoint import latest_checkpoint
+from data.corpus import Corpus
 from data.errors import ConfigError, SleuthError, require, require_range
 from data.jsonl import read_json, write_jsonl
 from data.questions import load_questions
@@ -108,6 +109,7 @@ def main(config: CoTrainConfig) -> None:
         if path and not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
     _check_recipes(config)
+    _check_corpus(config)
     for judging in filter(None, (config.dev_questions, config.held_out)):
         load_questions(judging, normalizer=config.normalizer)
     asked = load_questions(config.questions, normalizer=config.normalizer)
@@ -148,6 +150,15 @@ def _check_recipes(config: CoTrainConfig) -> None:
     sets = json.dumps([{"examples": "e", "corpus": config.corpus}])
     argv = [f"--config={config.retriever_recipe}", f"--train={sets}"]
     arguments_of(train_retriever.main, argv, "sleuth train-retriever")
+
+
+def _check_corpus(config: CoTrainConfig) -> None:
+    """Raise ConfigError where the index to begin with is none, or one of other passages."""
+    from retriever_server.indexes.manifest import read_manifest
+
+    index = read_manifest(Path(config.retriever))
+    if not index.parts and Corpus(config.corpus).content_hash != index.corpus_hash:
+        raise ConfigError(f"corpus = {config.corpus}: not the passages of the index {config.retriever}")
 
 
 class _Loop:

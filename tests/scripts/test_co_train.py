@@ -20,7 +20,6 @@ from scripts import __main__ as sleuth
 from scripts import co_train
 from scripts.command_line import known_parser, parse
 from tests.retriever_server.answering import answering
-from tests.retriever_server.running import build_numbered_index
 
 CONFIGS = Path(co_train.__file__).parent / "configs"
 
@@ -29,7 +28,12 @@ CONFIGS = Path(co_train.__file__).parent / "configs"
 def atlas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("atlas")
     build_atlas(folder, hard=True)
+    assert index_atlas(folder, folder / "index") == 0
     return folder
+
+
+def index_atlas(folder, out, *options):
+    return sleuth.main(["index", "--corpus", str(folder / "corpus.jsonl"), "--out", str(out), *options])
 
 
 def config(atlas, out, **given):
@@ -264,9 +268,8 @@ def test_pairs_of_the_first_retriever_are_replayed_as_the_recipe_reads_its_own(a
 
 @pytest.mark.slow
 def test_a_server_that_will_not_reload_keeps_the_loop_at_its_swap(atlas, tmp_path, commands):
-    for number in (1, 2):
-        (tmp_path / str(number)).mkdir()
-        build_numbered_index(tmp_path / str(number), number)
+    for number in ("1", "2"):
+        assert index_atlas(atlas, tmp_path / number / "index", "--title_boost", number) == 0
     old, new = (read_manifest(tmp_path / n / "index").generation for n in "12")
     says = {"generation": old, "status": 409}
 
@@ -295,6 +298,14 @@ def test_labels_by_forks_are_scored_first(atlas, tmp_path, commands):
     co_train.main(config(atlas, tmp_path, rounds=1, labels="fork"))
     [scored, mined] = [given for command, given in found.ran if command in ("score-searches", "mine")]
     assert scored["by"] == '["fork"]' and scored["out"] == mined["scores"]
+
+
+def test_passages_of_another_index_are_refused_before_anything_runs(atlas, tmp_path, commands):
+    found, other = commands(), tmp_path / "corpus.jsonl"
+    write_jsonl(other, [{"id": "1", "text": "Another."}])
+    with pytest.raises(ConfigError, match=r"corpus\.jsonl: not the passages of the index .*index"):
+        co_train.main(config(atlas, tmp_path / "out", corpus=str(other)))
+    assert not found.ran and not (tmp_path / "out").exists()
 
 
 def test_questions_to_hold_out_that_are_not_there_are_said_before_anything_runs(atlas, tmp_path, commands):
