@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]*")
 _INVALID_PARAMS = -32602
 _WAIT_SECONDS = 0.2
 _MAX_DESCRIPTION_CHARS = 1000
-"""What the prompt says of a tool."""
+"""Longest description of a tool in the prompt."""
 
 
 @dataclass(frozen=True)

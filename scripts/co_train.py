@@ -31,7 +31,7 @@ LEAST_HEADROOM = 0.15
 
 @dataclass(frozen=True)
 class CoTrainConfig:
-    """Who trains whom on what."""
+    """Settings of the loop: policy, retriever, questions, recipes, and the sizes of a round."""
 
     policy: str
     """The policy to begin with: a folder, a hub name, atlas or smollm2."""

@@ -1,4 +1,4 @@
-"""What the servers' commands share: where they listen, and who may ask."""
+"""Options that the servers' commands share: host, port and tokens."""
 
 from __future__ import annotations
 

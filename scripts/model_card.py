@@ -47,7 +47,7 @@ class Trained:
 
     @property
     def kind(self) -> str:
-        """What it is: of models of sentence-transformers those with a spec of ours make vectors."""
+        """Kind of model: of models of sentence-transformers those with a spec of ours make vectors."""
         if (self.folder / "encoding_spec.json").is_file():
             return "retriever"
         own = ("modules.json", "config_sentence_transformers.json")

@@ -19,7 +19,7 @@ LEFT_HERE = [
     "*.pt",
     "README.md",
 ]
-"""What resumes training, and the card, which is written anew."""
+"""Files left out: those that resume training, and the card, which is written anew."""
 
 
 def expand(argv: list[str]) -> list[str]:

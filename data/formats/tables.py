@@ -35,7 +35,7 @@ _BLANKS = re.compile(r"[ \t]+")
 _CHUNK = 1 << 20
 _DECODER, _END = json.JSONDecoder(), object()
 _DATA = re.compile(r'\s*\{\s*"Data"\s*:\s*\[\s*(\])?')
-"""Where the rows begin in TriviaQA's own files."""
+"""Beginning of the rows in TriviaQA's own files."""
 _OPENING, _SEPARATOR = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))\s*")
 
 

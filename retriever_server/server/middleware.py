@@ -37,7 +37,7 @@ _NEEDED = "a bearer token is needed: Authorization: Bearer ..., or X-API-Key: ..
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask what. A token comes as `Authorization: Bearer ...` or as `X-API-Key`."""
+    """Tokens, and the routes that each opens. One comes as `Authorization: Bearer ...` or as `X-API-Key`."""
 
     token: str | None = field(default=None, repr=False)
     """Token needed for all but reading what is `OPEN_TO_ALL`."""

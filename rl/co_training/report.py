@@ -18,7 +18,7 @@ COLUMNS = ("round", "EM on dev, at its start", "dev searches that find", "plain 
 DRIFT = ("round", "searches a question", "words a query", "queries that copy the question", "that find")
 CHANGED = ("question", "in the first round", "in the last", "")
 MOST_EXAMPLES = 5
-"""Of searches that gained, and of those that lost."""
+"""Number of searches shown that gained, and as many that lost."""
 
 
 def round_rows(history: Iterable[Mapping[str, Any]]) -> list[list[Any]]:

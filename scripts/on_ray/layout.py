@@ -23,7 +23,7 @@ UNWELL_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Layout:
-    """Who takes part in a run: trainers, and the pools of what serves them."""
+    """Parts of a run: trainers, and the pools of what serves them."""
 
     trainers: Sequence[RayProcess]
     engines: ServerPool
