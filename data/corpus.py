@@ -23,7 +23,7 @@ import numpy as np
 from data.errors import CorpusChanged, DataError, unreadable
 from data.formats.rows import parse_passage
 from data.jsonl import check_is_file, parse_line
-from data.offsets import OFFSETS, Offsets, Stamp, keep, table_place
+from data.offsets import OFFSETS, Offsets, Stamp, keep, load_kept
 from data.records import Passage
 from data.text import counted
 
@@ -62,7 +62,7 @@ class Corpus:
         self._made_from = path, sidecar_folder, index
         self._file = _open(self.path)
         weakref.finalize(self, os.close, self._file)
-        found = self._load_offsets(sidecar_folder, index)
+        found = load_kept(self.path, _stamp(self._file), sidecar_folder, index)
         self.offsets = found or _read_all(self.path, self._file)
         if found is None:
             keep(self.path, self.offsets, sidecar_folder)
@@ -70,17 +70,6 @@ class Corpus:
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
         self.index_folder = Path(index) if index is not None else None
         self._starts, self._lines, self._hashes, self._positions = self.offsets.columns
-
-    def _load_offsets(self, sidecar_folder: str | Path | None, index: str | Path | None) -> Offsets | None:
-        """Those kept by the index, also of a copy of its corpus, or from an earlier opening."""
-        stamp = _stamp(self._file)
-        if index is not None and (found := Offsets.load(Path(index) / OFFSETS)) is not None:
-            copied = stamp[0] == found.stamp[0] and stamp != found.stamp  # or touched
-            if found.stamp == stamp or (copied and _content_hash(self.path) == found.content_hash):
-                return found
-        place = table_place(self.path, sidecar_folder)
-        found = Offsets.load(place) if place else None
-        return found if found is not None and found.stamp == stamp else None
 
     def save_offsets(self, index: Path) -> None:
         """Put the table into the folder of an index. Raises StorageError."""
@@ -111,7 +100,7 @@ class Corpus:
             was = f"{self.path.name}: passage {position} is not what was indexed"
             raise CorpusChanged(f"{was}: the file was rewritten or damaged; index it again")
         try:
-            passage = parse_passage(parse_line(line))
+            passage = _parse(line)
         except ValueError as error:  # checked once, maybe by who knew more modalities
             raise CorpusChanged(f"{self.path.name}: passage {position}: {error}") from error
         return passage.placed(self._folder) if passage.image or passage.media else passage
@@ -258,11 +247,6 @@ def _stamp(file: int) -> Stamp:
     return status.st_size, status.st_mtime_ns % 2**64
 
 
-def _content_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def _read_all(path: Path, descriptor: int) -> Offsets:
     """One pass over the file: check every line, note where it starts, hash it, its id and all bytes."""
     if os.fstat(descriptor).st_size > _SLOW_BYTES:
@@ -275,7 +259,7 @@ def _read_all(path: Path, descriptor: int) -> Offsets:
             sha.update(line)
             if not line.isspace():
                 try:
-                    passage = parse_passage(parse_line(line))
+                    passage = _parse(line)
                 except ValueError as error:
                     raise DataError(f"{path}:{number}: {error}{_hint(path)}") from error
                 starts.append(offset)
@@ -298,6 +282,11 @@ def _read_all(path: Path, descriptor: int) -> Offsets:
     return Offsets.of(stamp, sha.digest(), with_metadata, starts, lines, ids)
 
 
+def _parse(line: bytes) -> Passage:
+    """The passage on a line; ValueError says what is wrong with it."""
+    return parse_passage(parse_line(line))
+
+
 def _hint(path: Path) -> str:
     """Return what to do with a file that another command reads."""
     if path.suffix == ".jsonl":
@@ -311,7 +300,7 @@ def _check_ids_differ(path: Path, file: int, starts: np.ndarray, hashes: np.ndar
     slots = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     for slot in slots[np.argsort(order[slots + 1])]:  # the first repetition in the file first
         spans = [starts[i : i + 2].tolist() for i in order[slot : slot + 2]]
-        first, second = (parse_passage(parse_line(os.pread(file, e - s, s))).id for s, e in spans)
+        first, second = (_parse(os.pread(file, e - s, s)).id for s, e in spans)
         if first == second:  # and not merely the same hash
             there, here = (_line_number(path, start) for start, _ in spans)
             raise DataError(f"{path}:{here}: id {first!r} stands on line {there} already")

@@ -108,7 +108,29 @@ def cached_file(name: str) -> Path | None:
         return None
 
 
-def table_place(path: Path, folder: str | Path | None) -> Path | None:
+def load_kept(
+    path: Path, stamp: Stamp, folder: str | Path | None, index: str | Path | None
+) -> Offsets | None:
+    """The table of the corpus `path` of this stamp that an earlier opening kept, or an index; else None.
+
+    That of the index also for a copy of its corpus, which has another time.
+    """
+    if index is not None and (found := Offsets.load(Path(index) / OFFSETS)) is not None:
+        copied = stamp[0] == found.stamp[0] and stamp != found.stamp  # or touched
+        if found.stamp == stamp or (copied and hash_file(path) == found.content_hash):
+            return found
+    place = _place(path, folder)
+    found = Offsets.load(place) if place else None
+    return found if found is not None and found.stamp == stamp else None
+
+
+def hash_file(path: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a file, as `Corpus.content_hash`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _place(path: Path, folder: str | Path | None) -> Path | None:
     """Return the path of the table of a corpus: in `folder`, or without one in the user's cache."""
     if folder is not None:
         return Path(folder) / f"{path.name}.offsets"
@@ -118,7 +140,7 @@ def table_place(path: Path, folder: str | Path | None) -> Path | None:
 
 def keep(path: Path, offsets: Offsets, folder: str | Path | None) -> None:
     """Save the table of the corpus `path` for the next opening, where that is worth it and can be done."""
-    place = table_place(path, folder)
+    place = _place(path, folder)
     if place is None or (folder is None and not offsets.is_slow):
         return
     try:

@@ -27,11 +27,6 @@ Outcome = list[Hit] | RetrieverError
 """The hits of one query, or the error that it alone met."""
 
 
-def text_in(query: Query) -> str:
-    """Return the text of a query; "" where it is an image alone."""
-    return query if isinstance(query, str) else query.text
-
-
 def texts_of(queries: Sequence[Query], what: str) -> list[str]:
     """Return the queries of a retriever of text; DataError naming it if one holds an image (audio, ...)."""
     if held := {query.modality for query in queries if isinstance(query, Item)}:

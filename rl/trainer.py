@@ -90,8 +90,7 @@ class Trainer:
         """Train to the last step, resuming from the last checkpoint; state is saved however it ends."""
         await self._restore()
         try:
-            with self.bar("training", self.config.steps, self.step) as move:
-                await self._all_steps(move)
+            await self._all_steps()
         except (asyncio.CancelledError, RunStopped, EngineError) as stop:
             # Interrupted processes are at different places: none can ask the others for their shards.
             if self.workers.count == 1 or isinstance(stop, RunStopped):
@@ -105,12 +104,11 @@ class Trainer:
         if not self.config.eval_every and self.workers.leads:
             mark_best(self.checkpoints, self.step, score=0.0)
 
-    async def _all_steps(self, move: Callable[[int], object]) -> None:
+    async def _all_steps(self) -> None:
         if self._due(self.config.eval_every) and not self._evaluated():
             await self._evaluate()  # the last start was stopped in the middle of it
         while self.step < self.config.steps:
             await self._one_step()
-            move(self.step)
             if self._due(self.config.eval_every):
                 await self._evaluate()
             elif self._due(self.config.save_every):

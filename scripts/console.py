@@ -65,7 +65,8 @@ class Bar:
         """
         count = self._amount(self.done) if self.done or self.total is not None else ""
         count += "" if self.total is None else f"/{self._amount(self.total)}"
-        since, seconds = self.done - (self._before or 0), now - self.began
+        since = self.done - (self.done if self._before is None else self._before)
+        seconds = now - self.began
         rate = since / seconds if seconds > 0 and since > 0 else None
         if rate is None:
             return [*filter(None, [count]), clock(seconds)]
@@ -120,7 +121,12 @@ def bar(
     stays: bool = True,
 ) -> Iterator[Callable[..., None]]:
     """Show a bar while the block runs; yields what moves it. Unless inside another it `stays` to be read."""
-    shown = Bar(title, total, done, unit)
+    with _showing(Bar(title, total, done, unit), stays) as move:
+        yield move
+
+
+@contextmanager
+def _showing(shown: Bar, stays: bool = True) -> Iterator[Callable[..., None]]:
     _bars.append(shown)
     try:
         if _live:
@@ -186,15 +192,11 @@ class StepLines:
         self._shown, self._steps = shown, Bar("", steps, done=None)
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Show a bar of the steps; yields what is told the step and their number."""
-        with bar(title, self._steps.total, done=None) as move:
-
-            def progress(step: int, steps: int) -> None:
-                self._steps.move(step, steps)
-                move(step, steps)
-
-            yield progress
+    def bar(self, title: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Show a bar of the steps, which each line moves; yields what is told the step and their number."""
+        self._steps.title, self._steps.done = title, done
+        with _showing(self._steps) as move:
+            yield move
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step; time/step_seconds, where it is there, counts in the time left."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from data.checkpoint import latest_checkpoint
 from data.errors import ConfigError, EngineError, SleuthError
 from data.machine.listening import why_silent
 from data.models.packaged import SEED_POLICIES
@@ -196,7 +197,8 @@ def train(
         client = open_client(*retriever, here.deterministic)
     elif client is None:
         plan_retriever(*retriever)  # to be opened once the run is found to go on
-    with open_run(config, inputs) if _leads() else nullcontext() as run:
+    lines = StepLines(_SHOWN, config.steps)
+    with open_run(config, inputs, lines) if _leads() else nullcontext() as run:
         try:
             client = client or open_client(*retriever, here.deterministic)
             if _leads():
@@ -205,7 +207,9 @@ def train(
             from rl.learner.workers import join_workers
 
             workers = join_workers()
-            asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
+            found = latest_checkpoint(Path(config.out) / "checkpoints")
+            with lines.bar("training", found.step if found else 0) if _leads() else nullcontext():
+                asyncio.run(_train(here, run, workers, client, questions, dev, on_step))
             workers.leave()
         except KeyboardInterrupt:
             saved = "the state is saved" if workers.count == 1 else "the last checkpoint is kept"
@@ -253,12 +257,13 @@ def _check(config: TrainConfig, questions: Sequence[Question]) -> None:
 def open_run(
     config: TrainConfig,
     inputs: Mapping[str, tuple[str, str]],
+    on_log: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     tracked: bool = True,
     beside: Collection[str] = (),
 ) -> RunDir:
     """The folder of the run; ConfigError where another process writes it or it is of another configuration.
 
-    How the run is spread over machines is no part of its configuration. inputs, beside: see `RunDir`.
+    How the run is spread over machines is no part of its configuration. The rest: see `RunDir`.
     """
     from data.trackers import check_tracker, open_tracker
     from rl.demonstrations import warm_start_notes
@@ -272,9 +277,8 @@ def open_run(
     # Of each field but `rewards`, whose keys are the user's: what a run of before the field was there has.
     defaults = defaults_of(config) | {"rewards": {}}
     defaults["protocol"]["titles"] = config.protocol.titles  # they have been checked
-    lines = StepLines(_SHOWN, config.steps)
     run = RunDir(
-        config.out, settings, config.resume, notes, lines, inputs=inputs, beside=beside, defaults=defaults
+        config.out, settings, config.resume, notes, on_log, inputs=inputs, beside=beside, defaults=defaults
     )
     if tracked:
         run.tracker = open_tracker(run.path, settings, config.wandb)

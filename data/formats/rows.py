@@ -139,6 +139,9 @@ def object_of(value: Any, name: str) -> dict[str, Any]:
     return value or {}
 
 
+_WORDS = frozenset(("id", "_id", "docid", "title", "text", "contents", "metadata"))
+
+
 def parse_passage(record: Mapping[str, Any]) -> Passage:
     """The passage in one record of a corpus; ValueError says what is wrong with it.
 
@@ -147,7 +150,8 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
     {"id": "7", "contents": '"Rome"\\nA city.'} -> Passage("7", text="A city.", title="Rome")
     """
     title, text = record.get("title"), record.get("text")
-    files = {name: file for name in modalities() if name in record and (file := text_of(record[name], name))}
+    media = modalities() if record.keys() - _WORDS else ()
+    files = {name: file for name in media if name in record and (file := text_of(record[name], name))}
     if text is None:
         contents = record.get("contents", "" if files else None)
         if contents is None:

@@ -24,7 +24,7 @@ from data.errors import (
 from data.records import Hit, Item, Passage
 from data.text import is_unicode
 from retriever_server.client.wire import with_image_bytes
-from retriever_server.retriever import Outcome, Query, Retriever, text_in
+from retriever_server.retriever import Outcome, Query, Retriever
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class SearchClient:
         DataError naming the file for an image that is none, where it has to travel. A query that is not
         Unicode is refused alone, not with all that would travel with it.
         """
-        require(k >= 1, "k", k, ">= 1")
-        if not is_unicode(text := text_in(query)):
+        if not is_unicode(text := query if isinstance(query, str) else query.text):
             raise RetrieverRefused(f"a query is not Unicode: half a surrogate pair in {text[:80]!r}")
         if isinstance(query, Item) and self.waits:
             query = await asyncio.to_thread(with_image_bytes, query)

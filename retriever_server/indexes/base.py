@@ -16,9 +16,10 @@ import numpy as np
 from data.atomic import stamp_of
 from data.corpus import Corpus, JoinedCorpus
 from data.errors import ConfigError, DataError, SleuthError, require
+from data.offsets import hash_file
 from data.records import Hit, Passage
 from retriever_server.filters import allowed
-from retriever_server.indexes.checksums import check_files, file_hash
+from retriever_server.indexes.checksums import check_files
 from retriever_server.indexes.manifest import MANIFEST, Manifest, index_kind, part_manifests, read_manifest
 from retriever_server.retriever import Filter, Query, Retriever
 
@@ -76,7 +77,7 @@ class Index(PositionSearch):
     """Arguments that it was opened with."""
     kind: ClassVar[str]
     part_kind: ClassVar[str]
-    """Return the kind of index that passages are added as."""
+    """Kind of index that passages are added as."""
 
     @classmethod
     def part_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def verify_index(path: str | Path) -> Manifest:
     check_parts(path, manifest, every_byte=True)
     whole = open_corpus(path, manifest)
     for corpus in whole.parts:
-        if file_hash(corpus.path)[:16] != corpus.content_hash:
+        if hash_file(corpus.path) != corpus.content_hash:
             raise DataError(f"{corpus.path}: not the corpus of {path}, though of its size; index it again")
     return manifest
 

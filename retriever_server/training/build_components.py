@@ -14,9 +14,9 @@ from data.examples import Examples
 from data.machine.device import check_device
 from data.objects.class_path import Build, Reader, parts_of
 from data.objects.plugins import names_in_source, parameters_in_source
+from data.offsets import hash_file
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.encoders.spec import CROSS, KINDS, EncodingSpec, Kind
-from retriever_server.indexes.checksums import file_hash
 from retriever_server.training.builders.dense import check_base
 from retriever_server.training.recipe import RetrieverRecipe
 
@@ -94,7 +94,7 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
         read_dev(recipe.dev)
         corpora |= {each: Corpus(each) for each in filter(None, [recipe.dev.corpus])}
     hashes = {path: corpus.content_hash for path, corpus in corpora.items()}
-    read = {name: (path, hashes.get(path) or file_hash(Path(path))[:16]) for name, path in _files(recipe)}
+    read = {name: (path, hashes.get(path) or hash_file(Path(path))) for name, path in _files(recipe)}
     return Prepared(sets, read)
 
 

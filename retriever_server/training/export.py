@@ -15,7 +15,6 @@ from retriever_server.encoders.loading import load_model, save_spec
 from retriever_server.encoders.read_spec import fingerprint, read_spec
 from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import EncodingSpec
-from retriever_server.indexes.manifest import read_manifest
 
 
 def check_before(model: Any, loss: Any, spec: EncodingSpec, serves: str | None) -> None:
@@ -84,6 +83,8 @@ def check_similarity(loss: Any, spec: EncodingSpec) -> None:
 
 def _check_serves(spec: EncodingSpec, index: str) -> None:
     """Raise ConfigError where the index that this model is to replace has another spec."""
+    from retriever_server.indexes.manifest import read_manifest
+
     served = EncodingSpec(**read_manifest(Path(index)).spec)
     if differences := spec.differences(served, but=["fingerprint"]):
         raise ConfigError(f"serves = {index!r}: served under another spec ({differences})")

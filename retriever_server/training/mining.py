@@ -19,7 +19,7 @@ from data.errors import ConfigError, DataError, require
 from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
-from retriever_server.retriever import Retriever, text_in, texts_of
+from retriever_server.retriever import Retriever, texts_of
 from retriever_server.retrievers.rerank import Scorer
 from retriever_server.training.examples import number_of, shown
 
@@ -191,7 +191,7 @@ def _scores(
         scores = [more | known for known, more in zip(scores, searched, strict=True)]
     for query, known in zip(queries, scores, strict=True):
         if not all(map(math.isfinite, known.values())):
-            raise DataError(f"{_name(judge)}: gives no number for query {text_in(query)[:60]!r}")
+            raise DataError(f"{_name(judge)}: gives no number for query {str(query)[:60]!r}")
     return scores
 
 

@@ -305,7 +305,6 @@ def test_a_url_may_end_in_retrieve():
     [
         lambda: Http("http://h:1", deadline_seconds=0),
         lambda: SearchClient(Echo(), max_batch=0),
-        lambda: asyncio.run(SearchClient(Echo()).search("a", 0)),
     ],
 )
 def test_wrong_settings_are_refused(make):

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 
 from data.records import Hit, Passage
-from retriever_server.retriever import Retriever, text_in
+from retriever_server.retriever import Retriever
 from retriever_server.server.app import Limits, create_app
 from tests.retriever_server.running import serving
 from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer
@@ -20,7 +20,7 @@ class Anything(Retriever):
     generation, encoder, scorer = "a", Fixed("dense"), LengthScorer()
 
     def search(self, queries, k, where=None):
-        texts = [text_in(query) for query in queries]
+        texts = [query if isinstance(query, str) else query.text for query in queries]
         [text.encode() for text in texts]  # as a tokenizer would
         return [[Hit(Passage("1", text, "T"), 1.0, "a")] * k for text in texts]
 
