@@ -7,36 +7,35 @@ Where the encoder reads images, {"image": base64, "text": "..."} may stand for a
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.metadata
 import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Response
 from starlette.responses import StreamingResponse
 
 from data.errors import DataError
+from data.records import Input, Passage
+from retriever_server.encoders.spec import Encoder, Role
 from retriever_server.retriever import Retriever
 from retriever_server.server import schema
-from retriever_server.server.encoding import encode, present, score
-from retriever_server.server.errors import ANY_SEARCH, error_replies
+from retriever_server.server.backends import RetrieverLease
+from retriever_server.server.errors import ANY_SEARCH, error_replies, without_paths
 from retriever_server.server.middleware import JsonRoute, parse_body
 from retriever_server.server.replies import LONG_ANSWER, JsonReply, find_model, list_models
-from retriever_server.server.schema import (
-    AnyInputs,
-    AnyRerankBody,
-    DocumentsBody,
-    EmbedBody,
-    EmbeddingsBody,
-    RerankBody,
-)
+from retriever_server.server.schema import DocumentsBody, EmbedBody, ImageInput, RerankBody
 from retriever_server.server.service import Caller, CallerOf, ServiceOf
 
 router = APIRouter(route_class=JsonRoute, responses=error_replies(*ANY_SEARCH, 404))
+_Found = TypeVar("_Found")
+MOST_MULTI = 4096
+"""Texts of a request of which every token has a vector."""
 _USAGE = {"prompt_tokens": 0, "total_tokens": 0}  # counted by nobody here
 
 
@@ -66,13 +65,13 @@ async def embed_all(body: EmbedBody, caller: CallerOf) -> Response:
 
 
 @router.post("/", response_model=list[Any])
-async def root(body: AnyInputs, caller: CallerOf) -> Response:
+async def root(body: schema.AnyInputs, caller: CallerOf) -> Response:
     """Do what the model is for, as TEI: embed the `inputs`, or rank the `texts` for a `query`."""
     given = body.model_extra or {}
     if "inputs" not in given:
-        return await rerank(parse_body(AnyRerankBody, given), caller)
+        return await rerank(parse_body(schema.AnyRerankBody, given), caller)
     with caller.service.backend().current as lease:
-        kind = present(lease.retriever.encoder, "encoder").spec.kind
+        kind = _present(lease.retriever.encoder, "encoder").spec.kind
     route = {"sparse": embed_sparse, "multi": embed_all}.get(kind, embed)
     return await route(parse_body(EmbedBody, given), caller)
 
@@ -86,7 +85,7 @@ async def info(service: ServiceOf) -> dict[str, Any]:
         if retriever.scorer:
             kind: dict[str, Any] = {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
         else:
-            kind = {"embedding": {"pooling": present(encoder, "encoder").spec.pooling}}
+            kind = {"embedding": {"pooling": _present(encoder, "encoder").spec.pooling}}
         return {
             "model_id": _models_of(retriever)[-1],
             "model_type": kind,
@@ -134,9 +133,9 @@ def _reply(rows: Sequence[Any], write: Callable[[Any], Any], head: str = "", tai
 
 
 @router.post("/v1/embeddings", response_model=dict[str, Any], responses=error_replies(429))
-async def embeddings(body: EmbeddingsBody, caller: CallerOf) -> Response:
+async def embeddings(body: schema.EmbeddingsBody, caller: CallerOf) -> Response:
     """Return one vector a text, as OpenAI."""
-    rows = await encode(caller, body.input, "query" if body.is_query else "passage", "dense")
+    rows = await _encode(caller, body.input, "query" if body.is_query else "passage", "dense")
 
     def write(row: tuple[int, np.ndarray]) -> dict[str, Any]:
         vector = _shorten(row[1], body.dimensions, body.dimensions is not None)
@@ -150,7 +149,7 @@ async def embeddings(body: EmbeddingsBody, caller: CallerOf) -> Response:
 
 
 @router.post("/rerank", response_model=list[schema.Scored] | dict[str, Any])
-async def rerank(body: AnyRerankBody, caller: CallerOf) -> Response:
+async def rerank(body: schema.AnyRerankBody, caller: CallerOf) -> Response:
     """Score texts for a query, best first: as TEI, Search-R1, Cohere, Jina or vLLM, by its keys."""
     asked = body.root
     if isinstance(asked, DocumentsBody):
@@ -164,7 +163,7 @@ async def _rerank_texts(body: RerankBody, caller: Caller) -> Response:
     if body.query is None or body.texts is None:
         wrong = "query: must be a string" if body.query is None else "texts: must be a list of strings"
         raise DataError(wrong)
-    scores = await score(caller, [(body.query, text) for text in body.texts], body.truncate is False)
+    scores = await _score(caller, [(body.query, text) for text in body.texts], body.truncate is False)
     if not body.raw_scores:
         scores = list(map(_sigmoid, scores))
     found: list[dict[str, Any]] = [{"index": i, "score": score} for i, score in enumerate(scores)]
@@ -179,7 +178,7 @@ async def rerank_as_cohere(body: DocumentsBody, caller: CallerOf) -> Response:
     """Score documents for a query and return the best first, as Cohere, Jina and vLLM."""
     documents = [body.documents] if isinstance(body.documents, str) else body.documents
     texts = [each if isinstance(each, str) else each.text for each in documents]
-    scores = map(_sigmoid, await score(caller, [(body.query, text) for text in texts]))
+    scores = map(_sigmoid, await _score(caller, [(body.query, text) for text in texts]))
     found = [{"index": i, "relevance_score": value} for i, value in enumerate(scores)]
     best = sorted(found, key=lambda each: -each["relevance_score"])[: body.top_n or None]
     if body.return_documents:
@@ -197,7 +196,7 @@ async def _rerank_documents(body: RerankBody, queries: list[str], caller: Caller
         for query, row in zip(queries, rows, strict=True)
         for document in row
     ]
-    scores = iter(await score(caller, pairs, body.truncate is False))
+    scores = iter(await _score(caller, pairs, body.truncate is False))
     scored = [[{"document": document, "score": next(scores)} for document in row] for row in rows]
     best = [sorted(row, key=lambda hit: -hit["score"])[: body.rerank_topk] for row in scored]
     return {"result": best if body.return_scores else [[hit["document"] for hit in row] for row in best]}
@@ -210,7 +209,7 @@ def _inner_document(item: dict[str, Any]) -> dict[str, Any]:
 
 async def _embed(body: EmbedBody, caller: Caller, kind: str) -> list[Any]:
     role = "query" if body.prompt_name == "query" else "passage"
-    return await encode(caller, body.inputs, role, kind, whole=body.truncate is False)
+    return await _encode(caller, body.inputs, role, kind, whole=body.truncate is False)
 
 
 def _shorten(row: np.ndarray, dimensions: int | None, normalise: bool) -> np.ndarray:
@@ -223,3 +222,100 @@ def _shorten(row: np.ndarray, dimensions: int | None, normalise: bool) -> np.nda
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+async def _encode(caller: Caller, given: schema.OneOrMore, role: Role, kind: str, whole: bool = False) -> Any:
+    """Return a row an input: (D,) dense, csr sparse, (tokens, D) multi. whole: refuse what would be cut."""
+    is_one = not isinstance(given, list) or isinstance((given or [""])[0], int)
+    listed = cast(list[Any], [given] if is_one else given)
+    with caller.service.backend().current as lease:
+        encoder = _present(lease.retriever.encoder, "encoder")
+        if encoder.spec.kind != kind:
+            raise HTTPException(404, f"the encoder is {encoder.spec.kind}, not {kind}")
+        most = MOST_MULTI if kind == "multi" else caller.service.limits.max_queries
+        if len(listed) > most:
+            raise DataError(f"{len(listed)} texts, at most {most} are allowed")
+        inputs = await asyncio.to_thread(_read_tokens, encoder, listed)
+        schema.check_unicode(texts := schema.texts_of(inputs))
+        pictured = any(isinstance(each, ImageInput) and each.image is not None for each in inputs)
+        if whole and pictured:
+            raise DataError("truncate: false cannot be promised for an image with its text")
+        if whole:
+            await _refuse_what_is_cut(caller, lease, encoder.tokens_of, [(text, role) for text in texts])
+        if pictured and "image" not in encoder.takes:
+            raise DataError("inputs: one holds an image, and the encoder reads text only")
+
+        async def run() -> list[Any]:
+            read = await caller.service.images.read(inputs, "inputs") if pictured else texts
+            return await caller.service.batcher.run((lease, "encode", role, pictured), work, read)
+
+        def work(items: list[Input]) -> list[Any]:
+            with lease:
+                vectors = encoder.encode(items, role)
+            return [vectors[[i]] if kind == "sparse" else vectors[i] for i in range(len(items))]
+
+        return _without_nan(await caller.wait(run()), "encoding")
+
+
+def _read_tokens(encoder: Encoder, inputs: list[Any]) -> list[str | ImageInput]:
+    """Return the inputs with the text of what came as token ids."""
+    read: list[Any] = [encoder.text_of(each) if isinstance(each, list) else each for each in inputs]
+    if None in read:
+        raise DataError("token ids: the encoder does not say what they stand for; send text")
+    return read
+
+
+async def _score(caller: Caller, pairs: list[tuple[str, str]], whole: bool = False) -> list[float]:
+    """Return how well each text answers the query beside it. whole: refuse what would be cut."""
+    service = caller.service
+    if len(pairs) > service.limits.max_hits:
+        raise DataError(f"{len(pairs)} pairs, at most {service.limits.max_hits} are allowed")
+    with service.backend().current as lease:
+        scorer = _present(lease.retriever.scorer, "scorer")
+        schema.check_unicode([text for pair in pairs for text in pair])
+
+        def tokens_of(query: str, text: str) -> Any:
+            return scorer.tokens_of(query, Passage("", text))
+
+        def work(items: list[tuple[str, str]]) -> list[float]:
+            with lease:
+                return [float(x) for x in scorer.score([(query, Passage("", text)) for query, text in items])]
+
+        if whole:
+            await _refuse_what_is_cut(caller, lease, tokens_of, pairs)
+        scores = await caller.wait(service.batcher.run((lease, "score"), work, pairs))
+    return _without_nan(scores, "scoring")
+
+
+async def _refuse_what_is_cut(
+    caller: Caller, lease: RetrieverLease, tokens_of: Callable[..., Any], items: list[Any]
+) -> None:
+    """Raise 413, as TEI, for a text or pair of which not all tokens would be read."""
+
+    def work(items: list[Any]) -> list[Any]:
+        with lease:
+            return [tokens_of(*item) or (0, -1) for item in items]
+
+    counting = caller.service.batcher.run((lease, "tokens", object()), work, items)
+    for tokens, kept in _without_nan(await caller.wait(counting), "counting tokens"):
+        if kept < 0:
+            raise DataError("truncate: false cannot be promised: the model does not say what it cuts")
+        if tokens > kept:
+            raise HTTPException(413, f"inputs: one of {tokens} tokens or more, at most {kept} are read")
+
+
+def _without_nan(rows: list[Any], what: str) -> list[Any]:
+    """Return rows or scores; raises the first error among them, and refuses what holds NaN."""
+    failed = next((row for row in rows if isinstance(row, Exception)), None)
+    if failed is not None:
+        raise HTTPException(503, f"{what} failed: {without_paths(f'{type(failed).__name__}: {failed}')}")
+    if not all(np.isfinite(getattr(row, "data", row)).all() for row in rows):
+        raise HTTPException(503, f"{what} failed: NaN or infinite")
+    return rows
+
+
+def _present(found: _Found | None, name: str) -> _Found:
+    """Return what the retriever has; 404 where it has none."""
+    if found is None:
+        raise HTTPException(404, f"the retriever has no {name}")
+    return found
