@@ -1,6 +1,7 @@
 """Filters of drafts: a table of functions. Each makes, from its options, a check of one draft after another.
 
 A check returns the reason why a draft is rejected, or the draft that is kept (with fewer negatives, maybe).
+`HeldOut` keeps the questions and gold passages of evaluation sets out, whatever the filters.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import wraps
@@ -19,10 +20,13 @@ from typing import Any
 import yaml
 
 from data.corpus import Corpus
-from data.errors import ConfigError, require
+from data.errors import ConfigError, DataError, require
+from data.formats.beir import load_queries
+from data.formats.trec import load_qrels
 from data.metrics.answers import cover_em, normalize_unicode
 from data.objects.class_path import Signature
 from data.records import Passage
+from retriever_server.training.synthesis.config import EvaluationSet, Shared
 from retriever_server.training.synthesis.drafts import Draft
 
 Check = Callable[[Draft], Draft | str]
@@ -37,6 +41,11 @@ _POINTS_AT = re.compile(
 _GIVEN = ("draft", "corpus")
 SIMILARITY = 0.9
 """From this share of common content words on two queries ask the same."""
+
+
+def same_text(text: str) -> str:
+    """Return a text without regard to case and blanks."""
+    return " ".join(text.lower().split())
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -235,3 +244,42 @@ def make_filters(given: Mapping[str, Mapping[str, Any] | None], corpus: Any) -> 
 
 def _passage(corpus: Corpus | None, id_: str) -> Passage | None:
     return corpus.get(id_) if corpus is not None and id_ else None
+
+
+class HeldOut:
+    """Finds what a draft shares with evaluation sets."""
+
+    def __init__(self, sets: Sequence[EvaluationSet], corpus: Corpus | None, shared: Shared) -> None:
+        """Raises DataError where no gold passage is in the corpus: the ids are of another one."""
+        self._questions, self._texts = Seen(), set[str]()
+        for each in sets if shared != "all" else ():
+            asked = load_queries(each.queries)
+            for question in asked:
+                self._questions.add(question.text, question.id)
+            if each.qrels and shared == "nothing":
+                there = Corpus(each.corpus) if each.corpus else corpus
+                self._texts |= self._gold_texts(each, {question.id for question in asked}, there)
+
+    @staticmethod
+    def _gold_texts(given: EvaluationSet, asked: set[str], corpus: Corpus | None) -> set[str]:
+        """The texts that are relevant to these questions: qrels may judge others, too."""
+        judged = load_qrels(given.qrels or "").items()
+        ids = {id_ for query, of in judged if query in asked for id_, grade in of.items() if grade > 0}
+        found = [corpus.get(id_) for id_ in sorted(ids)] if corpus is not None else []
+        texts = {same_text(passage.text) for passage in found if passage is not None}
+        if not texts:
+            where = corpus.path if corpus is not None else "no corpus"
+            raise DataError(
+                f"evaluation: {given.qrels}: none of its passages is in {where}; give their corpus"
+            )
+        return texts
+
+    def holds(self, passage: Passage) -> bool:
+        """Return whether a passage is gold for a question of a set."""
+        return bool(self._texts) and same_text(passage.text) in self._texts
+
+    def reason(self, draft: Draft, texts: Sequence[str]) -> str:
+        """Return why a draft with positives of these texts leaks; "" if it does not."""
+        if self._questions.find(draft.query) is not None:
+            return "asks an evaluation question"
+        return "positive is gold in an evaluation set" if self._texts & set(map(same_text, texts)) else ""

@@ -31,9 +31,9 @@ from retriever_server.retriever import Retriever, Scorer
 from retriever_server.training.mining import corpus_passage, search_checked
 from retriever_server.training.synthesis.config import SynthesisConfig
 from retriever_server.training.synthesis.drafts import Call, Written, draw_seed
+from retriever_server.training.synthesis.filters import HeldOut
 from retriever_server.training.synthesis.generators import Generator
 from retriever_server.training.synthesis.judges import AnswerGain
-from retriever_server.training.synthesis.leakage import HeldOut
 from retriever_server.training.synthesis.parsing import Unparsable, parse_list
 from retriever_server.training.synthesis.recipes import Recipe, fill, load_recipe, with_sampling
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,10 @@ from data.errors import DataError, RunStopped
 from data.formats.rows import passage_row
 from data.jsonl import read_json, write_json, write_jsonl
 from data.records import FORMAT_VERSION, Example, Passage
-from retriever_server.training.synthesis.drafts import Draft
-from retriever_server.training.synthesis.filters import Check, make_filters
-from retriever_server.training.synthesis.judges import believed
-from retriever_server.training.synthesis.labels import label
+from retriever_server.training.synthesis.config import LabelRules
+from retriever_server.training.synthesis.drafts import Draft, draw_seed
+from retriever_server.training.synthesis.filters import Check, make_filters, same_text
+from retriever_server.training.synthesis.judges import believed, fuse
 
 if TYPE_CHECKING:
     from retriever_server.training.synthesis.pipeline import Synthesis
@@ -174,3 +175,37 @@ def _write_expanded(run: Synthesis, drafts: list[Draft]) -> None:
             yield {**passage_row(passage, run.folder), "metadata": metadata}
 
     write_jsonl(run.path("expanded"), rows())
+
+
+def label(draft: Draft, rules: LabelRules, judges: Sequence[str], corpus: Corpus, seed: int) -> Draft:
+    """The draft with positive, negatives and labels. `judges`: those believed for this kind of query.
+
+    A judge that gave no number for one of the candidates does not count for this draft.
+    """
+    hits = [id_ for id_, _ in draft.hits]
+    everyone = {*hits, *([draft.seed] if draft.seed else [])}
+    judges = [name for name in judges if everyone <= set(draft.scores.get(name, ()))]
+    known = [draft.scores[name] for name in judges]
+    fused = fuse([{id_: scores[id_] for id_ in everyone} for scores in known])
+    ranked = sorted(
+        fused, key=lambda id_: (-fused[id_], id_ != draft.seed, hits.index(id_) if id_ in hits else -1)
+    )
+    positive = ranked[0] if ranked and rules.positive == "best" else draft.seed
+    texts = {i: same_text(passage.text) for i in {positive, *hits} if (passage := corpus.get(i))}
+    same = texts.get(positive)
+    others = [i for i in (ranked or hits) if i not in (positive, draft.seed) and texts.get(i) != same]
+    negatives = _negatives(others, hits, rules, random.Random(draw_seed(seed, "negatives", draft.id)))
+    labels = known[0] if len(known) == 1 else fused
+    kept = {id_: round(labels[id_], 6) for id_ in (positive, *negatives) if id_ in labels}
+    by = tuple(judges) if kept else ()
+    return replace(draft, positive=positive, negatives=tuple(negatives), labels=kept, labelled_by=by)
+
+
+def _negatives(others: list[str], hits: list[str], rules: LabelRules, rng: random.Random) -> list[str]:
+    if rules.negative == "far":
+        return others[::-1][: rules.negatives]
+    if rules.negative == "sampled":
+        return rng.sample(others, min(rules.negatives, len(others)))
+    if rules.negative == "ranks":
+        return [i for i in hits[rules.first_rank - 1 :] if i in set(others)][: rules.negatives]
+    return []

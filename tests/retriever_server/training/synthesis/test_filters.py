@@ -8,8 +8,7 @@ from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
 from retriever_server.training.synthesis.config import EvaluationSet
 from retriever_server.training.synthesis.drafts import Draft
-from retriever_server.training.synthesis.filters import Seen, content_words, make_filters
-from retriever_server.training.synthesis.leakage import HeldOut
+from retriever_server.training.synthesis.filters import HeldOut, Seen, content_words, make_filters
 from tests.retriever_server.training.synthesis.rivers import rivers
 
 

@@ -24,7 +24,7 @@ from retriever_server.training.synthesis.judges import (
     parse_score,
     warnings_of,
 )  # fmt: skip
-from retriever_server.training.synthesis.labels import label
+from retriever_server.training.synthesis.results import label
 from tests.retriever_server.training.synthesis.rivers import NAMES, rivers
 
 PAIRS = [
