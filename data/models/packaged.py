@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from data.atomic import make_once
 from data.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,6 @@ def smollm2_policy() -> Path:
     if folder.exists():
         return folder
     gguf = _smollm2_gguf()
-    from data.atomic import make_once
-
     logger.info("converting %s into %s, once: about half a minute", gguf.name, folder)
     return make_once(folder, lambda building: convert_gguf(gguf, building))
 
@@ -68,8 +67,6 @@ def converted_gguf(gguf: Path) -> Path:
     """The folder of the model in a GGUF file, converted the first time (half a minute for 135 M weights)."""
     status = gguf.stat()
     stamp = hashlib.sha256(f"{gguf.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    from data.atomic import make_once
-
     return make_once(MODEL_CACHE / f"{gguf.stem}-{stamp[:12]}", lambda folder: convert_gguf(gguf, folder))
 
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 
 from data.corpus import Corpus
@@ -53,8 +54,6 @@ class AnnIndex(FlatIndex):
     def __init__(self, *args: Any, search: str | None = None, candidates: int = 100) -> None:
         """search: faiss's name=value settings, such as "nprobe=64"; None: those of the build."""
         super().__init__(*args)
-        import faiss
-
         # Memory-mapped where faiss can; else it reads the file.
         self._faiss = faiss.read_index(str(self.folders[0] / _FILE), faiss.IO_FLAG_MMAP_IFC)
         _set_search(self._faiss, search or self.manifest.settings["search"])
@@ -81,8 +80,6 @@ class AnnIndex(FlatIndex):
     @classmethod
     def write(cls, folder: Path, shards: Shards, settings: dict[str, Any]) -> None:
         """Write the shards, and the index of faiss trained on a sample of them."""
-        import faiss
-
         super().write(folder, shards, settings)
         rows = Rows([folder])
         index = _new(rows.dimension, settings["factory"])
@@ -128,8 +125,6 @@ class AnnIndex(FlatIndex):
 
 
 def _new(dimension: int, factory: str) -> Any:
-    import faiss
-
     try:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -138,8 +133,6 @@ def _new(dimension: int, factory: str) -> Any:
 
 
 def _set_search(index: Any, search: str) -> None:
-    import faiss
-
     try:
         faiss.ParameterSpace().set_index_parameters(index, search)
     except RuntimeError as error:

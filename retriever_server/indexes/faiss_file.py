@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 
 from data.atomic import stamp_of
@@ -78,8 +79,6 @@ def _flat_vectors(path: Path) -> tuple[Any, np.ndarray]:
     """Return a faiss IndexFlat of inner products, and its vectors, mapped.   (P, D)"""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    import faiss
-
     try:
         index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

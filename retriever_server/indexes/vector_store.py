@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 # Of torch.from_numpy: maps are read-only, and nothing here writes to them.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -95,8 +96,6 @@ class Rows:
         queries (Q, D), mask (N,) -> for each query positions and scores, best first. Equal scores are in
         order, but where they straddle the k-th place any of them may be there.
         """
-        import torch
-
         with torch.inference_mode():
             asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32))
             if self._integers:
@@ -110,8 +109,6 @@ class Rows:
 
     def candidates(self, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
         """Return the positions of the rows that `search` would find, but for rounding.   -> (Q, <= k)"""
-        import torch
-
         with torch.inference_mode():
             asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self._device)
             return self._top(_in_int8(asked)[0] if self._integers else asked, k, mask)[1]
@@ -151,8 +148,6 @@ class Rows:
 
         queries (Q, D): float32, or int8 where the rows are multiplied as integers.
         """
-        import torch
-
         best = torch.empty((len(queries), 0), device=self._device)
         where = torch.empty((len(queries), 0), dtype=torch.int64, device=self._device)
         for positions, rows, scales in self._blocks(mask):
@@ -167,8 +162,6 @@ class Rows:
 
     def _blocks(self, mask: np.ndarray | None) -> Iterator[tuple[Any, Any, Any]]:
         """Positions, stored rows and their scales, a block at a time, on the device."""
-        import torch
-
         of = "int8" if self._integers else self._device.partition(":")[0]
         size = max(1, _BLOCK_BYTES.get(of, 64 << 20) // (4 * self.dimension))
         for shard, rows in enumerate(self._shards):
@@ -189,8 +182,6 @@ class Rows:
 
 def _in_int8(queries: Any) -> tuple[Any, Any]:
     """Round queries to 8 bits, by the largest number of each.   (Q, D) -> int8 (Q, D), scales (Q, 1)"""
-    import torch
-
     scales = queries.abs().amax(1, keepdim=True) / 127
     return torch.round(queries / torch.where(scales == 0, 1, scales)).to(torch.int8), scales
 
@@ -208,8 +199,6 @@ def _mapped(folders: Sequence[Path], name: str) -> list[np.ndarray]:
 
 
 def _tensor(array: Any) -> Any:
-    import torch
-
     if torch.is_tensor(array):
         return array
     return torch.from_numpy(array if array.flags.aligned else array.copy())
@@ -219,8 +208,6 @@ def _copies_on(device: str, shards: list[np.ndarray]) -> list[Any] | None:
     """Return the shards in the memory of a GPU, if they take at most 70 % of what is free there."""
     if not device.startswith("cuda"):
         return None
-    import torch
-
     free, _ = torch.cuda.mem_get_info(device)
     if sum(shard.nbytes for shard in shards) > 0.7 * free:
         return None

@@ -19,8 +19,7 @@ from data.errors import ConfigError, DataError, require
 from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
-from retriever_server.retriever import Retriever, texts_of
-from retriever_server.retrievers.rerank import Scorer
+from retriever_server.retriever import Retriever, Scorer, texts_of
 from retriever_server.training.examples import number_of, shown
 
 Progress = Callable[[Any], Iterable[int]]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
+
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from tokenizers import AddedToken
 
 from retriever_server.encoders.spec import MULTI
 from retriever_server.training.builders.dense import Base, assemble, load_transformer, projection
@@ -25,12 +30,6 @@ def colbert(
     cut at `passage_tokens`, and their punctuation is not kept. dimension: None leaves the vectors of the
     base as wide as they are, without a projection that must be learned.
     """
-    import string
-
-    from sentence_transformers.base.modules import Normalize
-    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-    from tokenizers import AddedToken
-
     filled: Any = {"strategy": "fixed", "length": query_tokens, "attend": attend_to_expansion}
     expansion = filled if query_tokens else None
     transformer = load_transformer(

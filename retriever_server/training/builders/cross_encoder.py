@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.modules import LogitScore
+
 from retriever_server.encoders.checks import limit_tokens
 from retriever_server.retrievers.rerank import QUESTION, first_tokens, parts_of_prompt
 from retriever_server.training.builders.dense import Base, load_base, load_transformer
@@ -12,8 +15,6 @@ from retriever_server.training.builders.dense import Base, load_base, load_trans
 
 def cross_encoder(base: Base, max_tokens: int | None = None, dtype: str = "float32") -> Any:
     """A reranker that reads query and passage together and gives one number."""
-    from sentence_transformers import CrossEncoder
-
     model = load_base(
         base, lambda name: CrossEncoder(name, num_labels=1, device="cpu", model_kwargs={"dtype": dtype})
     )
@@ -36,9 +37,6 @@ def yes_no_reranker(
     `retrievers/rerank.py`, or in plain sentence-transformers. A passage that is too long is cut, the question
     is not.
     """
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder.modules import LogitScore
-
     read: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
     of: Any = {"text": read, "message": {**read, "format": "flat"}}
     transformer = load_transformer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from retriever_server.encoders.checks import limit_tokens
+from retriever_server.encoders.promptreps import PromptReps
 from retriever_server.encoders.spec import KINDS
 from retriever_server.training.builders.dense import Base, assemble, load_base
 
@@ -29,8 +30,6 @@ def promptreps(
     The prompts are in the chat template of the model, or plain where it has none; they can be replaced
     by other templates with {text} (`sleuth index --query_prompt`). max_tokens: of the prompt and the text.
     """
-    from retriever_server.encoders.promptreps import PromptReps
-
     module = load_base(
         base,
         lambda name: PromptReps(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
+from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding, SpladePooling
+
 from retriever_server.encoders.spec import SPARSE
+from retriever_server.encoders.token_weights import TokenWeights
 from retriever_server.training.builders.dense import Base, assemble, load_transformer
 
 
@@ -21,8 +25,6 @@ def splade(
     pooling: over tokens, max (v2) or sum (v1). inference_free: a query is the learned weights of its own
     words, without a transformer. max_active: words kept of a text when it is encoded.
     """
-    from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding, SpladePooling
-
     transformer = load_transformer(base, max_tokens, dtype, transformer_task="fill-mask")
     modules: list[Any] = [transformer, SpladePooling(pooling)]
     if inference_free:
@@ -47,9 +49,6 @@ def deepimpact(base: Base, layers: int = 2, max_tokens: int | None = None, dtype
     A query is the set of its pieces, each of weight 1, without a transformer. The paper's terms are
     words, ours are the tokenizer's word pieces.
     """
-    import torch
-    from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
-
     weighed = _weighed(base, max_tokens, dtype, layers=layers, occurrence="first")
     tokenizer = weighed[0].tokenizer
     ones = torch.ones(len(tokenizer))
@@ -60,8 +59,6 @@ def deepimpact(base: Base, layers: int = 2, max_tokens: int | None = None, dtype
 
 
 def _weighed(base: Base, max_tokens: int | None, dtype: str, **options: Any) -> list[Any]:
-    from retriever_server.encoders.token_weights import TokenWeights
-
     transformer = load_transformer(base, max_tokens, dtype)
     size, vocabulary = transformer.get_embedding_dimension(), len(transformer.tokenizer)
     return [transformer, TokenWeights(size, vocabulary, **options)]

@@ -13,6 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
 from data.atomic import make_once
 from data.corpus import Corpus
 from data.errors import ConfigError
@@ -77,10 +88,6 @@ def _write(
 def _write_text_model(
     name: Any, settings: dict[str, Any], texts: Iterator[str], vocabulary: int, seed: int, folder: Path
 ) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
     try:
         usual = AutoConfig.for_model(name)
     except ValueError as error:
@@ -107,17 +114,12 @@ def _write_text_model(
 
 def _word_pieces(texts: Iterator[str], vocabulary: int) -> Any:
     """BERT's tokenizer, which lower-cases, puts [CLS] before and [SEP] after, with word pieces of its own."""
-    from transformers import BertTokenizer
-
     blank: Any = BertTokenizer(do_lower_case=True)
     return blank.train_new_from_iterator(texts, vocabulary, show_progress=False)
 
 
 def byte_pairs(texts: Iterator[str], vocabulary: int) -> Any:
     """A tokenizer of byte pairs as GPT-2's, which adds no tokens of its own to a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]

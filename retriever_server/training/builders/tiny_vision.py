@@ -10,6 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
 from data.errors import ConfigError
 
 IMAGE, AROUND, WHOLE, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
@@ -29,10 +40,6 @@ def write_vit(settings: Mapping[str, Any], seed: int, folder: Path) -> None:
     image_mean and image_std, of three channels, are the processor's, by default .5.
     Every image is stretched to image_size. Raises ConfigError where patches do not fill it.
     """
-    import torch
-    from transformers import ViTConfig, ViTModel
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
     sizes = {"image_size": _SIDE, "patch_size": _PATCH}
     pixels = {name: settings.get(name, value) for name, value in _PIXELS.items()}
     config = ViTConfig(**{**sizes, **{name: value for name, value in settings.items() if name not in pixels}})
@@ -53,10 +60,6 @@ def write_vlm(settings: Mapping[str, Any], tokenizer: Any, seed: int, folder: Pa
     to a square and not split. What else is there goes into both configurations. Raises ConfigError where
     patches do not fill the image.
     """
-    import torch
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
     tokenizer.add_special_tokens({"additional_special_tokens": [AROUND, IMAGE, END, WHOLE]})
     both = {key: value for key, value in settings.items() if key not in _OWN}
     vision = {"image_size": _SIDE, "patch_size": _PATCH, **both, **settings.get("vision_config", {})}

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
+from sentence_transformers.base.modules import Normalize, Router
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
 from data.errors import ConfigError
 from retriever_server.encoders.checks import append_eos
+from retriever_server.encoders.patches import PatchMask
 from retriever_server.encoders.read_spec import patch_token, token_of
 from retriever_server.encoders.spec import DENSE, MULTI
 from retriever_server.training.builders.dense import (
@@ -87,9 +91,6 @@ def colpali(
     augmentation: so many EOS tokens behind every query (template plain). only_patches: of a passage with
     an image nothing else is kept; where passages are texts, too, they would have no vectors.
     """
-    from sentence_transformers.base.modules import Normalize
-    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-
     transformer = _vision_language(
         base, template, images, augmentation, None, max_tokens, attention, dtype, appended=False
     )
@@ -115,8 +116,6 @@ def two_tower_pages(
     vectors: one a text and image, of length 1; or many, one a token and patch, scored by MaxSim. An item
     that is an image and a text has no tower. Raises ConfigError for an image_base that reads none.
     """
-    from sentence_transformers.base.modules import Normalize, Router
-
     text, image = load_transformer(base, max_tokens, dtype), load_transformer(image_base, None, dtype)
     if "image" not in image.modality_config:
         raise ConfigError(f"image_base: a {image.config.model_type} model reads no images")
@@ -133,10 +132,6 @@ def two_tower_pages(
 
 
 def _late_tower(transformer: Any, dimension: int) -> list[Any]:
-    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-
-    from retriever_server.encoders.patches import PatchMask
-
     reads_text = "text" in transformer.modality_config
     return [transformer, projection(transformer, dimension), MultiVectorMask() if reads_text else PatchMask()]
 
