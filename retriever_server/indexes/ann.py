@@ -59,8 +59,9 @@ class AnnIndex(FlatIndex):
         _set_search(self._faiss, search or self.manifest.settings["search"])
         self._candidates = candidates
         mask = super()._mask(None)
-        self._findable = np.ones(len(self), bool) if mask is None else mask
-        self._added = self._findable & (np.arange(len(self)) >= self._faiss.ntotal)
+        findable, added = np.ones(len(self), bool) if mask is None else mask, np.arange(len(self))
+        added = added >= self._faiss.ntotal
+        self._built, self._added = findable & ~added, findable & added
 
     @classmethod
     def part_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -105,19 +106,19 @@ class AnnIndex(FlatIndex):
             return super().rank(queries, k, mask)
         count = min(max(self._candidates, 4 * k), len(self))
         _, found = self._faiss.search(np.ascontiguousarray(queries, np.float32), count)
-        kept = (found >= 0) & self._findable[found]
+        kept = (found >= 0) & self._built[found]
         ranked = [
             self.rows.score(row[of], query, k) for query, row, of in zip(queries, found, kept, strict=True)
         ]
+        # A graph may miss nodes, a search lists; or passages that no search finds stand before all others.
+        whole = min(k, int(self._built.sum()))
+        short = [i for i, (rows, _) in enumerate(ranked) if len(rows) < whole]
+        exact = super().rank(queries[short], k, self._built) if short else []
+        for i, ranking in zip(short, exact, strict=True):
+            ranked[i] = ranking
         if self._added.any():
             added = super().rank(queries, k, self._added)
             ranked = [merge(each, k) for each in zip(ranked, added, strict=True)]
-        # A graph may miss nodes, a search lists; or passages that no search finds stand before all others.
-        whole = min(k, int(self._findable.sum()))
-        short = [i for i, (rows, _) in enumerate(ranked) if len(rows) < whole]
-        exact = super().rank(queries[short], k, self._findable) if short else []
-        for i, ranking in zip(short, exact, strict=True):
-            ranked[i] = ranking
         return ranked
 
     def _mask(self, where: Filter | None) -> np.ndarray | None:

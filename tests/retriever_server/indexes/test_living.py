@@ -343,3 +343,13 @@ def test_scores_of_ann_are_those_of_a_rebuild_to_the_last_bit(tmp_path):
     rebuilt = build("ann", passages, tmp_path / "rebuilt", encoder)
     queries = [" ".join(rng.choices(FEW, k=3)) for _ in range(20)]
     assert found(open_index(tmp_path / "index", encoder=encoder), queries, 10) == found(rebuilt, queries, 10)
+
+
+def test_ann_finds_what_is_left_where_most_of_the_near_passages_were_deleted(tmp_path):
+    encoder = FakeEncoder()
+    passages = [Passage(str(i), "sea") for i in range(200)] + [Passage("left", "sea north")]
+    build("ann", passages, tmp_path / "index", encoder, factory="Flat")
+    living.delete(tmp_path / "index", [str(i) for i in range(200)])
+    living.add(tmp_path / "index", [Passage("new", "fox"), Passage("newer", "fox")], encoder)
+    hits = open_index(tmp_path / "index", encoder=encoder).search(["sea"], 2)[0]
+    assert [hit.passage.id for hit in hits] == ["left", "new"]
