@@ -125,6 +125,8 @@ def guarded(run: Callable[[list[str]], int], argv: list[str], says_interrupted: 
             raise
         return complain(f"{error.strerror}: {error.filename}", 2)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return complain(f"{error.strerror}: {str(error.filename)[:80]}...", 2)
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # it is flushed at exit

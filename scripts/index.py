@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -169,8 +170,8 @@ def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
 
 def _ids(given: str) -> list[str]:
     """Return the ids in a file, or those between commas."""
-    file = Path(given)
-    listed = (line for _, line in read_lines(file)) if file.is_file() else given.split(",")
+    is_file = os.path.isfile(given)  # many ids are longer than a name of a file may be
+    listed = (line for _, line in read_lines(Path(given))) if is_file else given.split(",")
     if not (ids := dict.fromkeys(id_.strip() for id_ in listed if id_.strip())):
         raise ConfigError(f"--delete {given}: holds no id")
     return list(ids)

@@ -273,6 +273,7 @@ def test_a_file_that_is_read_is_not_written_over(run, tmp_path):
         (FileExistsError(17, "File exists", "c.jsonl"), 2, "File exists: c.jsonl"),
         (BrokenPipeError(), 2, "stopped reading"),
         (OSError(28, "No space left on device"), 2, "the disk is full"),
+        (OSError(36, "File name too long", "a" * 300), 2, f"File name too long: {'a' * 80}..."),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("go on with: sleuth train"), 130, "go on with: sleuth train"),
     ],

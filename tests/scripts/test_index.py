@@ -59,6 +59,8 @@ def test_ids_to_delete_stand_between_commas_or_in_a_file_of_text(tmp_path, capsy
     (ids := tmp_path / "ids").write_bytes("\ufeff2\r\n\r\n3".encode())
     run_index(out=out, delete=str(ids))
     assert "deleted 2; 5 passages" in capsys.readouterr().out
+    run_index(out=out, delete="4," * 3000)  # longer than a name of a file may be
+    assert "deleted 1; 4 passages" in capsys.readouterr().out
     ids.write_bytes(b"\xe9\x00")
     with pytest.raises(DataError, match="ids: cannot be read"):
         run_index(out=out, delete=str(ids))
