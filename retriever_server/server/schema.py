@@ -208,7 +208,7 @@ class PassagesBody(Body):
 
     model_config = ConfigDict(extra="forbid")
     add: list[dict[str, Any]] | None = Field(None, min_length=1, description="Passages as a corpus has them.")
-    delete: list[str] | None = Field(None, min_length=1, description="Ids; not in the same request.")
+    delete: list[str | int] | None = Field(None, min_length=1, description="Ids; not in the same request.")
     replace: bool = Field(False, description="Added passages take the place of those with their ids.")
     backend: str | None = Field(None, description="Which index, by its name in /v1/info.")
 

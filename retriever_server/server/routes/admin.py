@@ -99,8 +99,8 @@ def _change_in(body: PassagesBody) -> Callable[[Retriever], Retriever]:
     if (body.add is None) == (body.delete is None):
         raise DataError("body: must hold add (passages) or delete (ids), and not both")
     if body.delete is not None:
-        check_unicode(body.delete)
-        return methodcaller("delete", body.delete)
+        check_unicode(ids := [str(each) for each in body.delete])
+        return methodcaller("delete", ids)
     passages, places = [], dict[str, int]()
     for number, record in enumerate(body.add or ()):
         try:

@@ -51,6 +51,8 @@ def test_what_is_added_is_found_at_once_and_what_is_deleted_is_not(server):
     assert ids(server, "yellow") == [] and ids(server, "grey") == ["new"]
     assert change(server, delete=["new", "1"]).status_code == 200
     assert ids(server, "submarine") == [] and ids(server, "fox") == ["0", "2"]
+    assert change(server, add=[{"id": 9, "text": "a fox"}]).status_code == 200
+    assert change(server, delete=[9, "0"]).status_code == 200 and ids(server, "fox") == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_what_is_added_is_found_at_once_and_what_is_deleted_is_not(server):
         ({"delete": ["nobody"]}, "the index: has no passage 'nobody'"),
         ({"delete": ["1", "\udc00"]}, "half a surrogate pair"),
         ({"delete": ["0", "1", "2", "3"]}, "all of its 4 passages"),
-        ({"delete": [1]}, "delete.0"),
+        ({"delete": [True]}, "delete.0"),
         ({"delete": ["1"], "backend": "other"}, "backend 'other'"),
         ({"remove": ["1"]}, "remove"),
     ],
