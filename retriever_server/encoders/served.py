@@ -6,7 +6,7 @@ The model is loaded here, too: it says the spec, and the server's vectors are co
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,7 +41,7 @@ class ServedEncoder(Encoder):
             raise ConfigError(f"encode_with {url!r}: must be {wanted}, {own.spec.model} is {own.spec.kind}")
         # No proxy from the environment: nothing but the arguments decides where a request goes.
         self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False, verify=certificates())
-        self._name = self._ask("GET", "models")["data"][0]["id"]
+        self._name = self._ask(lambda answer: str(answer["data"][0]["id"]), "GET", "models")
         apart = float(np.abs(self.encode(_SAMPLE, "passage") - own.encode(_SAMPLE, "passage")).max())
         if not apart <= ALLOWED_DIFFERENCE:
             allowed = f"allowed is {ALLOWED_DIFFERENCE:g} (the same weights, pooling and float32 there?)"
@@ -67,8 +67,7 @@ class ServedEncoder(Encoder):
         body = {"model": self._name, "input": texts, "encoding_format": "float"}
         if self.spec.max_tokens:  # vLLM refuses what is too long, unless it is told to cut
             body["truncate_prompt_tokens"] = self.spec.max_tokens
-        rows = sorted(self._ask("POST", "embeddings", body)["data"], key=lambda row: row["index"])
-        vectors = np.array([row["embedding"] for row in rows], np.float32)
+        vectors = self._ask(_embeddings, "POST", "embeddings", body)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
             raise DataError(f"encode_with {self._url}: {vectors.shape} for {len(texts)} texts, or NaN")
         if vectors.shape[1] < self.spec.dimension:
@@ -77,8 +76,8 @@ class ServedEncoder(Encoder):
             )
         return vectors
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return the JSON that the server answers; what may pass is tried again."""
+    def _ask(self, read: Callable[[Any], Any], method: str, path: str, body: Any = None) -> Any:
+        """Return what `read` finds in the JSON that the server answers; what may pass is tried again."""
         for failures in range(1, _TRIES + 1):
             try:
                 answer = self._client.request(method, f"{self._url}/{path}", json=body)
@@ -92,4 +91,13 @@ class ServedEncoder(Encoder):
             time.sleep(delay_seconds(failures))
         if answer.status_code != 200:
             raise RetrieverError(f"encode_with {self._url}: {answer.status_code}: {answer.text[:200]}")
-        return answer.json()
+        try:
+            return read(answer.json())
+        except (LookupError, TypeError, ValueError) as error:
+            said = f"answered {answer.text[:60]!r}, must be an embeddings server of OpenAI's form"
+            raise ConfigError(f"encode_with {self._url}: /{path} {said}") from error
+
+
+def _embeddings(answer: Any) -> np.ndarray:
+    rows = sorted(answer["data"], key=lambda row: row["index"])
+    return np.array([row["embedding"] for row in rows], np.float32)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from fastapi import FastAPI, HTTPException
+from fastapi.responses import HTMLResponse, JSONResponse
 
 import scripts.__main__ as sleuth
 from data.corpus import Corpus
@@ -75,6 +76,15 @@ def test_a_server_that_fails_and_a_wrong_place_are_said(model, monkeypatch):
         ServedEncoder(own, f"{url}/v1")
     with pytest.raises(ConfigError, match="encode_with 'vllm': must be the URL of an embeddings server"):
         ServedEncoder(own, "vllm")
+
+
+@pytest.mark.parametrize("given", ["<html>", {}, [], {"data": []}, {"data": [{}]}, {"data": None}])
+def test_an_answer_of_another_form_is_refused_in_one_line(model, given):
+    app = FastAPI()
+    answer = HTMLResponse(given) if isinstance(given, str) else JSONResponse(given)
+    app.get("/v1/models")(lambda: answer)
+    with serving(app) as url, pytest.raises(ConfigError, match="/models answered .*, must be an embeddings"):
+        ServedEncoder(load_encoder(model), f"{url}/v1")
 
 
 def test_an_index_that_a_server_encoded_is_served_by_the_model_here(model, tmp_path, capsys):
