@@ -85,8 +85,9 @@ def find_trained(folder: Path) -> Trained:
         notes = warm_start_notes(str(model))
         return Trained(model, None, read_json(record) if record.is_file() else {}, notes)
     info, config = read_json(run / "run.json"), yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    ended = [] if info["status"] == "finished" else [f"The run is {info['status']}: {info.get('reason')}."]
-    return Trained(model, run, config, [*info.get("notes", []), *ended], info.get("inputs", {}))
+    why = f": {info['reason']}" if info.get("reason") else ""
+    unfinished = [f"The run did not finish{why}."] if info["status"] != "finished" else []
+    return Trained(model, run, config, [*info.get("notes", []), *unfinished], info.get("inputs", {}))
 
 
 def evaluations_of(trained: Trained) -> list[Path]:
@@ -150,20 +151,26 @@ def _is_unused(data: Any) -> bool:
 
 def _result(folder: Path) -> str:
     """Return the table of an evaluation, of a policy or a retriever. ConfigError where it is none."""
+    try:
+        columns, rows = _scores_in(folder)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"results: {folder} holds no whole evaluation") from error
+    said = f"`{folder.name}`, with intervals of 95 % over clusters of questions"
+    return f"{said}:\n\n{markdown_table(columns, rows).rstrip()}"
+
+
+def _scores_in(folder: Path) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Return the columns and rows of the table of an evaluation."""
     if (folder / "queries.jsonl").is_file():
         scored = [row["scores"] for row in read_jsonl(folder / "queries.jsonl")]
-        columns = ("metric", "queries", "mean [95 %]")
-        rows = [
+        return ("metric", "queries", "mean [95 %]"), [
             (metric, str(len(values)), _estimate(values))
             for metric in scored[0]
             if (values := [row[metric] for row in scored if metric in row])
         ]
-    elif (folder / "scores.json").is_file():
-        columns, rows = table(read_json(folder / "scores.json"))
-    else:
-        raise ConfigError(f"results: {folder} holds neither scores.json nor queries.jsonl of an evaluation")
-    said = f"`{folder.name}`, with intervals of 95 % over clusters of questions"
-    return f"{said}:\n\n{markdown_table(columns, rows).rstrip()}"
+    if (folder / "scores.json").is_file():
+        return table(read_json(folder / "scores.json"))
+    raise ConfigError(f"results: {folder} holds neither scores.json nor queries.jsonl of an evaluation")
 
 
 def _estimate(values: Sequence[float]) -> str:

@@ -126,6 +126,26 @@ def test_what_was_not_evaluated_says_so(tmp_path, hub):
     assert "- It was not evaluated" in hub["me/policy"]["README.md"]
 
 
+def test_a_run_that_was_killed_says_so(run, hub):
+    record = json.loads((run / "run.json").read_text())
+    for status, reason, said in (("running", None, "finish."), ("stopped", "by hand", "finish: by hand.")):
+        write_json(run / "run.json", record | {"status": status, "reason": reason})
+        assert push(run, "me/policy", "--licence", "mit") == 0
+        assert f"- The run did not {said}\n" in hub["me/policy"]["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("queries.jsonl", ""), ("queries.jsonl", '{"id": "1"}'), ("scores.json", "{}"), ("scores.json", "[]")],
+)
+def test_results_of_another_kind_are_refused_in_one_line(run, hub, tmp_path, capsys, file, content):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / file).write_text(content)
+    assert push(run, "me/x", "--licence", "mit", "--results", f"[{tmp_path / 'odd'}]") == 2
+    assert capsys.readouterr().err == f"sleuth: results: {tmp_path / 'odd'} holds no whole evaluation\n"
+    assert hub == {}
+
+
 @pytest.mark.parametrize(
     ("folder", "name", "more", "reason"),
     [
