@@ -83,7 +83,7 @@ def test_an_answer_of_another_form_is_refused_in_one_line(model, given):
     app = FastAPI()
     answer = HTMLResponse(given) if isinstance(given, str) else JSONResponse(given)
     app.get("/v1/models")(lambda: answer)
-    with serving(app) as url, pytest.raises(ConfigError, match="/models answered .*, must be an embeddings"):
+    with serving(app) as url, pytest.raises(ConfigError, match=r"/models answered .*, must be an embeddings"):
         ServedEncoder(load_encoder(model), f"{url}/v1")
 
 
