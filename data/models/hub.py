@@ -69,8 +69,9 @@ def _check_model(folder: Path, what: str, files: Sequence[str]) -> None:
             f"`python -m verl.model_merger merge --backend fsdp --local_dir {shards} --target_dir DIR`"
         )
     if not any((folder / file).is_file() for file in files):
-        below = [str(path.parent) for path in sorted(folder.glob(f"*/{files[0]}"))]
-        hint = f"; did you mean {' or '.join(below[:3])}?" if below else ""
+        found = [*folder.glob(f"*/{files[0]}"), *folder.glob(f"*/*/{files[0]}")]  # a run: its checkpoints
+        below = sorted(str(path.parent) for path in found)
+        hint = f"; did you mean {' or '.join(below[-3:])}?" if below else ""
         raise ConfigError(f"{what} = {str(folder)!r}: holds no {files[0]}, so it is no model{hint}")
     adapter = folder / "adapter_config.json"
     if adapter.is_file():  # what it stands on may be of the hub

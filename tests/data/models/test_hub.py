@@ -127,6 +127,13 @@ def test_a_folder_that_is_no_model_names_the_models_in_it(tmp_path):
     )
 
 
+def test_the_folder_of_a_run_is_told_its_last_checkpoints(tmp_path):
+    for step in range(5):
+        model(tmp_path / "run" / "checkpoints" / f"step-{step}")
+    hint = "; did you mean run/checkpoints/step-2 or run/checkpoints/step-3 or run/checkpoints/step-4?"
+    assert refused("run").endswith(hint)
+
+
 @pytest.mark.parametrize("at", [".", "actor", "actor/huggingface"])
 def test_shards_of_verl_are_told_how_to_become_a_model(tmp_path, at):
     (tmp_path / "actor" / "huggingface").mkdir(parents=True)
