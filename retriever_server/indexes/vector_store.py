@@ -153,6 +153,9 @@ class Rows:
         for positions, rows, scales in self._blocks(mask):
             scores = torch.ops.aten._int_mm(queries, rows.T) if self._integers else queries @ rows.float().T
             scores = scores if scales is None else scores * scales
+            if best.shape[1] == k:  # few rows are among the best of any query: the others need no sorting
+                beats = (scores > best[:, -1:]).any(0).nonzero()[:, 0]
+                scores, positions = scores[:, beats], positions[beats]
             top = torch.topk(scores, min(k, scores.shape[1]))
             best = torch.cat([best, top.values], 1)
             where = torch.cat([where, positions[top.indices]], 1)
