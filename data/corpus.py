@@ -47,25 +47,23 @@ class Corpus:
     rows: np.ndarray | None = None
     """Place of each passage among all lines of its files, where some were deleted. (P,), ascending"""
 
-    def __init__(
-        self, path: str | Path, sidecar_folder: str | Path | None = None, index: str | Path | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, index: str | Path | None = None) -> None:
         """Open `path`, not compressed; the first time every line is checked.
 
-        The table goes into `sidecar_folder`, or without one into the user's cache; where that cannot be
-        written it stays in memory. index: the folder of an index that keeps the table (see `save_offsets`).
+        The table goes into the user's cache; where that cannot be written it stays in memory.
+        index: the folder of an index that keeps the table (see `save_offsets`).
         Raises DataError "FILE:LINE: what is wrong" for a malformed line, a missing, empty or repeated id.
         Passages without text and image are kept; a warning counts them.
         """
         self.path = Path(path)
         self._folder = self.path.parent.resolve()  # where images are looked for, wherever this process goes
-        self._made_from = path, sidecar_folder, index
+        self._made_from = path, index
         self._file = _open(self.path)
         weakref.finalize(self, os.close, self._file)
-        found = load_kept(self.path, _stamp(self._file), sidecar_folder, index)
+        found = load_kept(self.path, _stamp(self._file), index)
         self.offsets = found or _read_all(self.path, self._file)
         if found is None:
-            keep(self.path, self.offsets, sidecar_folder)
+            keep(self.path, self.offsets)
         self.content_hash = self.offsets.content_hash
         """First 16 hexadecimal digits of the SHA-256 of the file's bytes."""
         self.index_folder = Path(index) if index is not None else None

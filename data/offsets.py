@@ -108,9 +108,7 @@ def cached_file(name: str) -> Path | None:
         return None
 
 
-def load_kept(
-    path: Path, stamp: Stamp, folder: str | Path | None, index: str | Path | None
-) -> Offsets | None:
+def load_kept(path: Path, stamp: Stamp, index: str | Path | None) -> Offsets | None:
     """The table of the corpus `path` of this stamp that an earlier opening kept, or an index; else None.
 
     That of the index also for a copy of its corpus, which has another time.
@@ -119,7 +117,7 @@ def load_kept(
         copied = stamp[0] == found.stamp[0] and stamp != found.stamp  # or touched
         if found.stamp == stamp or (copied and hash_file(path) == found.content_hash):
             return found
-    place = _place(path, folder)
+    place = _place(path)
     found = Offsets.load(place) if place else None
     return found if found is not None and found.stamp == stamp else None
 
@@ -130,18 +128,16 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _place(path: Path, folder: str | Path | None) -> Path | None:
-    """Return the path of the table of a corpus: in `folder`, or without one in the user's cache."""
-    if folder is not None:
-        return Path(folder) / f"{path.name}.offsets"
+def _place(path: Path) -> Path | None:
+    """Return the path of the table of a corpus in the user's cache."""
     whose = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return cached_file(f"{whose}.{path.name}.offsets")
 
 
-def keep(path: Path, offsets: Offsets, folder: str | Path | None) -> None:
+def keep(path: Path, offsets: Offsets) -> None:
     """Save the table of the corpus `path` for the next opening, where that is worth it and can be done."""
-    place = _place(path, folder)
-    if place is None or (folder is None and not offsets.is_slow):
+    place = _place(path)
+    if place is None or not offsets.is_slow:
         return
     try:
         offsets.save(place)

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.atlas.hard import hard_passages, hard_questions
-from data.atlas.hard_demonstrations import hard_demonstrations
+from data.atlas.hard import hard_demonstrations, hard_passages, hard_questions
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passages
 from data.atlas.questions import KINDS, UNSEEN_SHARE, majority_baseline, make_questions

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -87,21 +87,6 @@ class World:
     def mountains(self) -> dict[str, Entity]:
         """The mountain that is the highest point, of each country id that has one."""
         return {entity.country: entity for entity in self.entities if entity.type == "mountain"}
-
-
-def save_world(world: World, path: Path) -> None:
-    """Write the table; the same world gives the same bytes."""
-    rows = []
-    for entity in world.entities:
-        row = {name: value for name, value in asdict(entity).items() if value}
-        row["facts"] = {
-            relation: values[0] if len(values) == 1 else list(values)
-            for relation, values in entity.facts.items()
-        }
-        rows.append(row)
-    table = {"format_version": FORMAT_VERSION, "source": world.source, "entities": rows}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
 
 
 def load_world(path: Path = TABLE) -> World:

@@ -28,18 +28,10 @@ _COLUMNS = {
     "query": ("query_id", "query", "qid", "q_id", "topic", "topic_id"),
     "iteration": ("iteration", "iter", "q0", "0"),
     "passage": (
-        "corpus_id",
-        "doc_id",
-        "docid",
-        "document_id",
-        "docno",
-        "doc",
-        "passage_id",
-        "passage",
-        "pid",
+        "corpus_id", "doc_id", "docid", "document_id", "docno", "doc", "passage_id", "passage", "pid",
     ),
     "grade": ("score", "relevance", "rel", "label", "grade", "judgement", "judgment"),
-}
+}  # fmt: skip
 _ROLES = {name: role for role, names in _COLUMNS.items() for name in names}
 _BEIR, _TREC = ("query", "passage", "grade"), ("query", "iteration", "passage", "grade")
 

@@ -91,13 +91,15 @@ def split_page(source: str) -> tuple[str, int | None]:
 
 def read_pdf(path: str | Path) -> tuple[str, list[str]]:
     """The title of a PDF and the text on each of its pages, "" on a scan; DataError naming the file."""
-    with needs_images(str(path)), _open_pdf(str(path), str(path)) as document:
+    with needs_images(str(path)):
+        import pypdfium2
+    with _open_pdf(str(path), str(path)) as document:
         title = document.get_metadata_dict(skip_empty=True).get("Title", "")
         texts = []
         for number in range(len(document)):
             try:
                 texts.append(document[number].get_textpage().get_text_bounded().replace("\r\n", "\n").strip())
-            except _pdf_error():
+            except pypdfium2.PdfiumError:
                 texts.append("")  # of this page alone; it is refused by name when it is drawn
         return title.strip(), texts
 
@@ -143,14 +145,12 @@ def _bytes_of(source: str | bytes, limits: ImageLimits) -> tuple[bytes, str]:
     """The bytes of the source, no more than are allowed, and its name in messages."""
     name = _name(source)
     if isinstance(source, str):
+        if Path(source).exists() and not Path(source).is_file():
+            raise DataError(f"{name}: not a file")
         try:
-            if Path(source).exists() and not Path(source).is_file():
-                raise DataError(f"{name}: not a file")
             with open(source, "rb") as file:
                 source = file.read(limits.max_bytes + 1)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{name}: {unreadable(error)}") from error
     if len(source) > limits.max_bytes:
         raise DataError(f"{name}: over {limits.max_bytes:,} bytes")
@@ -258,13 +258,9 @@ def _open_pdf(path: str, name: str) -> Iterator[PdfDocument]:
             document.close()
 
 
-def _pdf_error() -> type[Exception]:
+def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
     import pypdfium2
 
-    return pypdfium2.PdfiumError
-
-
-def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
     with _open_pdf(path, name) as document:
         if not 1 <= page <= len(document):
             raise DataError(f"{name}: the PDF has {len(document)} pages")
@@ -273,5 +269,5 @@ def _page(path: str, page: int, name: str, limits: ImageLimits) -> Image:
             width, height = (side * _SCALE for side in opened.get_size())
             _check_size(width, height, name, limits)
             return opened.render(scale=_SCALE).to_pil().convert("RGB")
-        except _pdf_error() as error:
+        except pypdfium2.PdfiumError as error:
             raise DataError(f"{name}: a broken page: {error}") from error

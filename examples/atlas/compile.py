@@ -8,17 +8,19 @@ value is left out: this is a world to search in, not an almanac. Nothing that go
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import sys
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.atlas.world import TABLE, Entity, World, save_world
+from data.atlas.world import TABLE, Entity, World
+from data.records import FORMAT_VERSION
 from examples.atlas.factbook import RELATIONS, fold, get_text, merge, places_of, summit
 
 SOURCE = (
@@ -306,6 +308,21 @@ def compile_world() -> World:
         replace(e, nearby=tuple(n for n in e.nearby if n in known)) for e in entities if e.cluster in known
     ]
     return World(tuple(sorted(assign_splits(entities), key=lambda e: e.id)), SOURCE)
+
+
+def save_world(world: World, path: Path) -> None:
+    """Write the table; the same world gives the same bytes."""
+    rows = []
+    for entity in world.entities:
+        row = {name: value for name, value in asdict(entity).items() if value}
+        row["facts"] = {
+            relation: values[0] if len(values) == 1 else list(values)
+            for relation, values in entity.facts.items()
+        }
+        rows.append(row)
+    table = {"format_version": FORMAT_VERSION, "source": world.source, "entities": rows}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
 
 
 def main() -> None:

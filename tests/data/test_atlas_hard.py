@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from data.atlas.hard import COUNTS, hard_passages, hard_questions, steps
-from data.atlas.hard_demonstrations import hard_demonstrations
+from data.atlas.hard import COUNTS, hard_demonstrations, hard_passages, hard_questions, steps
 from data.atlas.phrasings import ASKED, INDIRECT
 from data.atlas.world import load_world
 

@@ -1,4 +1,4 @@
-"""The memory-mapped corpus: what a line may be, how a wrong one is named, when the sidecar is new."""
+"""The memory-mapped corpus: what a line may be, how a wrong one is named, when its table is made anew."""
 
 import hashlib
 import json
@@ -140,38 +140,46 @@ def test_content_hash_is_sha256_of_the_bytes_first_time_and_later(tmp_path):
     assert [Corpus(path).content_hash for _ in range(2)] == [expected, expected]
 
 
-def test_second_opening_reads_the_sidecar_and_not_the_lines(tmp_path, monkeypatch):
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of the user's cache, in which the table of every corpus is kept here, however small."""
+    monkeypatch.setattr(data.offsets, "_WORTH_CACHING_BYTES", 1)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    return tmp_path / "home" / ".cache" / "sleuth" / "corpora"
+
+
+def test_second_opening_reads_the_kept_table_and_not_the_lines(tmp_path, kept, monkeypatch):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    Corpus(path, tmp_path / "kept")
+    Corpus(path)
     monkeypatch.setattr(data.corpus, "_read_all", None)
-    again = Corpus(path, tmp_path / "kept")
+    again = Corpus(path)
     assert list(again) == PASSAGES
     assert again.get("p33") == PASSAGES[33]
 
 
-def test_changed_corpus_gets_a_new_sidecar_though_its_size_is_the_same(tmp_path):
+def test_changed_corpus_gets_a_new_table_though_its_size_is_the_same(tmp_path, kept):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    old = Corpus(path, tmp_path / "kept").content_hash
+    old = Corpus(path).content_hash
     changed = path.read_text().replace("p33", "q33")
     path.write_text(changed)
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    corpus = Corpus(path, tmp_path / "kept")
+    corpus = Corpus(path)
     assert corpus.get("p33") is None
     assert corpus.get("q33") == corpus[33]
     assert corpus.content_hash != old
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"n" * 48, "half", "flipped"])
-def test_damaged_sidecar_is_made_anew(tmp_path, damage):
+def test_damaged_table_is_made_anew(tmp_path, kept, damage):
     path = write_corpus(tmp_path / "corpus.jsonl")
-    Corpus(path, tmp_path)
-    sidecar = tmp_path / "corpus.jsonl.offsets"
-    whole = sidecar.read_bytes()
+    Corpus(path)
+    [table] = kept.iterdir()
+    whole = table.read_bytes()
     for at in range(0, len(whole), 97) if damage == "flipped" else [0]:
         cut = whole[: len(whole) // 2]
-        sidecar.write_bytes({"half": cut, "flipped": flip(whole, at)}.get(damage, damage))  # type: ignore[arg-type]
-        assert list(Corpus(path, tmp_path)) == PASSAGES
-        assert sidecar.read_bytes() == whole
+        table.write_bytes({"half": cut, "flipped": flip(whole, at)}.get(damage, damage))  # type: ignore[arg-type]
+        assert list(Corpus(path)) == PASSAGES
+        assert table.read_bytes() == whole
 
 
 def flip(content: bytes, at: int) -> bytes:
@@ -179,14 +187,7 @@ def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
 
 
-def test_sidecar_goes_where_it_is_told(tmp_path):
-    path = write_corpus(tmp_path / "corpus.jsonl")
-    Corpus(path, sidecar_folder=tmp_path / "other")
-    assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "other"]
-    assert os.listdir(tmp_path / "other") == ["corpus.jsonl.offsets"]
-
-
-def test_a_sidecar_is_kept_in_the_cache_and_never_beside_the_corpus(tmp_path, monkeypatch):
+def test_a_table_is_kept_in_the_cache_and_never_beside_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(data.offsets, "_WORTH_CACHING_BYTES", 1)
     (tmp_path / "shared").mkdir()
     path = write_corpus(tmp_path / "shared/corpus.jsonl")
@@ -252,7 +253,7 @@ def test_real_corpus_opens_whole(tmp_path, name, count):
     path = SHARED / name / "corpus.jsonl"
     if not path.exists():
         pytest.skip("shared data is absent")
-    corpus = Corpus(path, sidecar_folder=tmp_path)
+    corpus = Corpus(path)
     assert len(corpus) == count
     for position in (0, count // 2, count - 1):
         passage = corpus[position]

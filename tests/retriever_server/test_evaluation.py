@@ -278,7 +278,7 @@ def test_bm25_reaches_its_scores_on_the_classic_collections(tmp_path, collection
     folder = IR / collection
     if not folder.exists():
         pytest.skip("shared/data is not here")
-    corpus = Corpus(folder / "corpus.jsonl", tmp_path)
+    corpus = Corpus(folder / "corpus.jsonl")
     index = BM25Index.build(corpus, tmp_path / "index", analyzer=analyzer)
     rankings = rank_all(index, load_queries(folder / "queries.jsonl"), 10)
     values = judge(rankings, load_qrels(folder / "qrels.tsv"), parse_metrics("nDCG@10", 10))

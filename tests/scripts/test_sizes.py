@@ -31,7 +31,7 @@ def test_the_table_of_twenty_one_million_says_where_sixty_gigabytes_come_from():
 @pytest.mark.slow
 @pytest.mark.skipif(not POOL.exists(), reason="needs shared/data")
 def test_sizes_are_those_of_real_indexes_within_a_tenth(tmp_path, monkeypatch):
-    passages = list(islice(Corpus(POOL, tmp_path), 1000))
+    passages = list(islice(Corpus(POOL), 1000))
     write_jsonl(tmp_path / "c.jsonl", ({"id": p.id, "title": p.title, "text": p.text} for p in passages))
     corpus, words = Corpus(tmp_path / "c.jsonl"), [f"{p.title}\n{p.text}".split() for p in passages]
     mean = sum(map(len, words)) / len(words)

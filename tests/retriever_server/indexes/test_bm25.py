@@ -80,7 +80,7 @@ def test_scores_equal_the_formula(tmp_path, k1, b, analyzer, title_boost):
 @pytest.mark.slow
 @pytest.mark.skipif(not SQUAD.exists(), reason="shared/data is not here")
 def test_scores_equal_the_formula_on_squad(tmp_path):
-    corpus = Corpus(SQUAD / "corpus.jsonl", sidecar_folder=tmp_path)
+    corpus = Corpus(SQUAD / "corpus.jsonl")
     index = BM25Index.build(corpus, tmp_path / "index")
     docs = [plain(passage.title) + plain(passage.text) for passage in corpus]
     queries = [row["question"] for row in read_jsonl(SQUAD / "dev.jsonl")][::400]

@@ -70,7 +70,7 @@ def collections(draw, kinds):
 def write_ours(folder: Path, passages: list[Passage], examples: list[Example]) -> Examples:
     write_jsonl(folder / "corpus.jsonl", (passage_row(passage, folder) for passage in passages))
     write_jsonl(folder / "ours.jsonl", (each.as_record() for each in examples))
-    return Examples(folder / "ours.jsonl", Corpus(folder / "corpus.jsonl", folder))
+    return Examples(folder / "ours.jsonl", Corpus(folder / "corpus.jsonl"))
 
 
 def judged(examples):
@@ -131,7 +131,7 @@ def test_a_folder_of_beir_is_a_benchmark_with_all_its_passages(collection):
         write_jsonl(
             folder / "back" / "corpus.jsonl", benchmark_passages(str(folder / "beir"), folder / "back")
         )
-        assert list(Corpus(folder / "back" / "corpus.jsonl", folder)) == list(source.corpus)
+        assert list(Corpus(folder / "back" / "corpus.jsonl")) == list(source.corpus)
         benchmark = load_benchmark(f"{folder / 'beir'}:train")
         assert [query.text for query in benchmark.queries] == [each.query for each in source]
         for query, each in zip(benchmark.queries, source, strict=True):
