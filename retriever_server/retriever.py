@@ -23,6 +23,9 @@ Filter = Mapping[str, Any]
     {"year": 1999, "lang": {"in": ["de", "fr"]}, "pages": {"gte": 10, "lt": 20}}
 """
 
+Scores = list[dict[str, float]]
+"""Of each query: the score of passages, by id."""
+
 Outcome = list[Hit] | RetrieverError
 """The hits of one query, or the error that it alone met."""
 
@@ -44,6 +47,15 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
         """Return a number a pair, higher is better, comparable for one query. Need not be thread-safe."""
+
+    def score_each(self, queries: Sequence[str], passages: Sequence[Sequence[Passage]]) -> Scores:
+        """Score the passages of each query. Raises DataError where `score` gives not a number a pair."""
+        pairs = [(query, passage) for query, each in zip(queries, passages, strict=True) for passage in each]
+        given = self.score(pairs) if pairs else []
+        if len(given) != len(pairs):
+            raise DataError(f"{self.name}: gave {len(given)} numbers for {len(pairs)} pairs")
+        values = iter(given)
+        return [{passage.id: float(next(values)) for passage in each} for each in passages]
 
     def tokens_of(self, query: str, passage: Passage) -> tuple[int, int] | None:
         """Count the tokens of a pair, and those that are read, as `Encoder.tokens_of`."""
@@ -76,9 +88,7 @@ class Retriever(ABC):
         always. Thread-safe. Raises DataError for a filter that is none.
         """
 
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         """Score these passages for each query, by id, as a search would if it found them.
 
         A passage that is not in the index has no score; a retriever that only ranks gives none.

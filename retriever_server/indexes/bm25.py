@@ -30,7 +30,7 @@ from retriever_server.indexes.manifest import Manifest, generation_name
 from retriever_server.indexes.postings import Block, MaxScore, blocks_of, open_postings, write_postings
 from retriever_server.indexes.shards import Progress, silent
 from retriever_server.indexes.term_counts import TermCounts, count_terms
-from retriever_server.retriever import Query, texts_of
+from retriever_server.retriever import Query, Scores, texts_of
 
 logger = logging.getLogger(__name__)
 LENGTHS = "lengths.npy"
@@ -141,9 +141,7 @@ class BM25Index(Index):
             rankings.append(part.search.top(terms, k, mask, weights))
         return merge(rankings, k) if len(rankings) > 1 else rankings[0]
 
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         """As `Retriever.score`; 0 for a passage that shares no word with the query."""
         scores = []
         for query, each in zip(texts_of(queries, self.generation), passages, strict=True):

@@ -20,7 +20,7 @@ from retriever_server.indexes.checksums import save_array
 from retriever_server.indexes.generation import building, found_at, write_generation
 from retriever_server.indexes.manifest import Manifest, built_spec, check_same, generation_name
 from retriever_server.indexes.shards import Progress, Shards, silent
-from retriever_server.retriever import Filter, Query
+from retriever_server.retriever import Filter, Query, Scores
 
 
 class VectorSearch(PositionSearch):
@@ -201,9 +201,7 @@ class EncodedIndex(VectorSearch, Index):
         """As `Index.reopened`, with the encoder that is loaded, which needs no check any more."""
         return open_index(self.path, **{**self.options, "encoder": self.encoder, "recheck": 0})
 
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         """As `Retriever.score`: of what is stored of the passages."""
         vectors = self.encoder.encode(queries, "query")
         return [self._score_one(take(vectors, np.array([i])), each) for i, each in enumerate(passages)]

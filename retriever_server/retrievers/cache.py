@@ -12,7 +12,7 @@ from typing import Any
 
 from data.errors import require
 from data.records import Hit, Passage
-from retriever_server.retriever import Filter, Query, Retriever, Wrapper
+from retriever_server.retriever import Filter, Query, Retriever, Scores, Wrapper
 
 
 class Cached(Wrapper):
@@ -58,9 +58,7 @@ class Cached(Wrapper):
                     self._kept.popitem(last=False)
         return [list(known[query] or []) for query in queries]
 
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         return self.retriever.score(queries, passages)
 
     def _recall(self, key: tuple) -> list[Hit] | None:

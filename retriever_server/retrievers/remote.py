@@ -12,7 +12,7 @@ from data.errors import RetrieverError, RetrieverRefused, RetrieverUnavailable, 
 from data.records import Hit, Passage
 from data.secret import read_secret
 from retriever_server.client.bridge import Bridge
-from retriever_server.client.replicas import open_http
+from retriever_server.client.http import open_http
 from retriever_server.client.wire import with_image_bytes
 from retriever_server.retriever import Filter, Outcome, Query, Retriever
 

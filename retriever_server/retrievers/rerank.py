@@ -6,14 +6,14 @@ Two such models: `CrossEncoder` (sentence-transformers) and `YesNo` (a language 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from data.errors import ConfigError, require
 from data.models.hub import find_model
 from data.records import Hit, Passage
 from data.text import cut_for, replace_halves
-from retriever_server.retriever import Filter, Query, Retriever, Scorer, Wrapper, texts_of
+from retriever_server.retriever import Filter, Query, Retriever, Scorer, Scores, Wrapper, texts_of
 from retriever_server.retrievers.causal import CausalJudge, load_or_refuse
 
 Pair = tuple[str, Passage]
@@ -47,25 +47,17 @@ class Rerank(Wrapper):
         self, queries: Sequence[Query], rankings: list[list[Hit]], k: int, depth: int | None = None
     ) -> list[list[Hit]]:
         """Return the `k` best of these hits; `depth`: how many there were to be, where another found them."""
-        scores = self._scores(queries, [[hit.passage for hit in ranking] for ranking in rankings])
+        scores = self.score(queries, [[hit.passage for hit in ranking] for ranking in rankings])
         scored = [
-            [Hit(hit.passage, next(scores), self.name_of(hit.generation, depth)) for hit in ranking]
-            for ranking in rankings
+            [Hit(hit.passage, of[hit.passage.id], self.name_of(hit.generation, depth)) for hit in ranking]
+            for ranking, of in zip(rankings, scores, strict=True)
         ]
         return [sorted(ranking, key=lambda hit: -hit.score)[:k] for ranking in scored]
 
-    def _scores(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Iterator[float]:
-        """Return the score of each passage with its query, one after the other."""
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         asked = texts_of(queries, self.scorer.name)
-        pairs = [(query, passage) for query, each in zip(asked, passages, strict=True) for passage in each]
         with self._one_at_a_time:
-            return iter(self.scorer.score(pairs) if pairs else [])
-
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
-        scores = self._scores(queries, passages)
-        return [{passage.id: next(scores) for passage in each} for each in passages]
+            return self.scorer.score_each(asked, passages)
 
     def describe(self) -> dict[str, Any]:
         behind = {"scorer": self.scorer.name, "retriever": self.retriever.describe()}

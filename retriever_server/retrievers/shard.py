@@ -18,7 +18,7 @@ from data.errors import (
     require,
 )
 from data.records import Hit, Passage
-from retriever_server.retriever import Filter, Query, Retriever
+from retriever_server.retriever import Filter, Query, Retriever, Scores
 from retriever_server.retrievers.side_by_side import Rankings, SideBySide, generation_of
 
 _log = logging.getLogger(__name__)
@@ -57,9 +57,7 @@ class Sharded(SideBySide):
         generation = self._name(names)
         return [_merge(rankings, k, generation) for rankings in zip(*found, strict=True)]
 
-    def score(
-        self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]
-    ) -> list[dict[str, float]]:
+    def score(self, queries: Sequence[Query], passages: Sequence[Sequence[Passage]]) -> Scores:
         """As `Retriever.score`: each passage by the part that has it."""
         of_parts = [part.score(queries, passages) for part in self.parts]
         return [dict(ChainMap(*scores)) for scores in zip(*of_parts, strict=True)]

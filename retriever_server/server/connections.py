@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -121,10 +122,6 @@ def _later(seconds: float, act: Callable[..., object], *arguments: Any) -> None:
 
 def raise_open_files() -> int:
     """Allow this process and its children as many open files as the system does; return how many."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return _MOST_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     wanted = _MOST_OPEN_FILES if hard == unlimited else min(hard, _MOST_OPEN_FILES)

@@ -31,11 +31,8 @@ _TOP_K, _RERANKED = 100, 20
 
 def read_dev(config: DevConfig) -> tuple[list[Any], Sequence[Question], Qrels]:
     """Measures, queries and judgements of dev. Raises ConfigError or DataError."""
-    if config.queries is None or config.qrels is None:
-        raise ConfigError("dev.queries and dev.qrels: must be given")
+    assert config.queries is not None and config.qrels is not None
     measures = parse_metrics(config.metrics, _TOP_K)
-    if not measures:
-        raise ConfigError(f"dev.metrics = {config.metrics!r}: names none")
     qrels = load_qrels(config.qrels)
     queries = [query for query in load_queries(config.queries) if query.id in qrels][: config.limit]
     if not queries:

@@ -19,7 +19,7 @@ from data.errors import ConfigError, DataError, require
 from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
-from retriever_server.retriever import Retriever, Scorer, texts_of
+from retriever_server.retriever import Retriever, Scorer, Scores, texts_of
 from retriever_server.training.examples import number_of, shown
 
 Progress = Callable[[Any], Iterable[int]]
@@ -168,7 +168,7 @@ def _scores(
     rankings: Sequence[Sequence[Hit]],
     judge: Scorer | Retriever,
     depth: int | None,
-) -> list[dict[str, float]]:
+) -> Scores:
     """The scores by which each query's passages are judged, by id.
 
     rankings: what the judge has found already; depth: how deep it is asked for what it cannot score.
@@ -180,7 +180,7 @@ def _scores(
         for good, passages, known in zip(goods, found, scores, strict=True)
     ]
     if isinstance(judge, Scorer):
-        given = _scored(judge, texts_of(queries, judge.name), wanted)
+        given = judge.score_each(texts_of(queries, judge.name), wanted)
     else:
         given = judge.score(queries, wanted)
     scores = [known | more for known, more in zip(scores, given, strict=True)]
@@ -192,17 +192,6 @@ def _scores(
         if not all(map(math.isfinite, known.values())):
             raise DataError(f"{_name(judge)}: gives no number for query {str(query)[:60]!r}")
     return scores
-
-
-def _scored(
-    scorer: Scorer, queries: Sequence[str], passages: Sequence[Sequence[Passage]]
-) -> list[dict[str, float]]:
-    pairs = [(query, passage) for query, each in zip(queries, passages, strict=True) for passage in each]
-    given = scorer.score(pairs)
-    if len(given) != len(pairs):
-        raise DataError(f"{scorer.name}: gave {len(given)} numbers for {len(pairs)} pairs")
-    values = iter(given)
-    return [{passage.id: float(next(values)) for passage in each} for each in passages]
 
 
 def _limit(example: Example, scores: Mapping[str, float], rules: Rules) -> float:

@@ -36,9 +36,16 @@ from retriever_server.training.build_components import (
 )
 from retriever_server.training.examples import as_dataset, passages_as_dataset, split_by_pair
 from retriever_server.training.export import check_before, export
-from retriever_server.training.image_collator import ImageCollator, without_absent_images
 from retriever_server.training.recipe import RetrieverRecipe
-from retriever_server.training.trainer import Log, Progress, load_tensors, make_trainer, tensors_of
+from retriever_server.training.trainer import (
+    ImageCollator,
+    Log,
+    Progress,
+    load_tensors,
+    make_trainer,
+    tensors_of,
+    without_absent_images,
+)
 
 logger = logging.getLogger(__name__)
 

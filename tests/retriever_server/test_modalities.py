@@ -107,7 +107,7 @@ def test_sounds_go_from_a_corpus_into_an_index_and_are_found(audio, ears, sounds
 
 def test_training_opens_sounds(audio, ears, sounds):
     from retriever_server.encoders.loading import load_model
-    from retriever_server.training.image_collator import ImageCollator
+    from retriever_server.training.trainer import ImageCollator
 
     model = load_model(ears)
     tones = [Item(str(sounds.parent / f"{i}.wav"), modality="audio") for i in range(2)]

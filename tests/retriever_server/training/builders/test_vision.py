@@ -9,8 +9,8 @@ from data.errors import ConfigError
 from retriever_server.encoders.loading import load_model
 from retriever_server.encoders.read_spec import read_spec
 from retriever_server.training.builders import vision
-from retriever_server.training.image_collator import ImageCollator, without_absent_images
 from retriever_server.training.losses.info_nce import Qwen3InfoNCE, item_keys
+from retriever_server.training.trainer import ImageCollator, without_absent_images
 from tests.retriever_server.training.pages import page, towers, vlm, write_pages
 
 
