@@ -103,7 +103,7 @@ def read_sealed(path: Path) -> memoryview | None:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """Return another value once another file has taken the place; () where there is none."""
+    """Return inode, time and size, which are others once the file was replaced; () where there is none."""
     try:
         status = path.stat()
     except OSError:

@@ -20,7 +20,7 @@ from data.formats.answer_sets import SETS, common_row, set_names
 from data.formats.rows import id_of, object_of
 from data.formats.search_r1 import GOLD_KEYS, extra_of, gold_answers, question_text
 from data.formats.squad import is_impossible
-from data.formats.tables import KINDS, Rows, at, kind_of, read_rows, saved_files
+from data.formats.tables import KINDS, Rows, at, ending_of, read_rows, saved_files
 from data.jsonl import check_is_file
 from data.metrics.answers import NORMALIZERS
 from data.records import Question
@@ -105,7 +105,7 @@ def _read_source(name: str, split: str | None) -> list[_Row]:
 
 
 def _is_hub_name(name: str) -> bool:
-    looks_like_a_file = name.startswith(".") or kind_of(Path(name)) in KINDS
+    looks_like_a_file = name.startswith(".") or ending_of(Path(name)) in KINDS
     return _HUB_NAME.fullmatch(name) is not None and not looks_like_a_file
 
 
@@ -120,7 +120,7 @@ def _read_file(path: Path, split: str | None) -> Iterator[_Row]:
 
 def _rows_of(path: Path) -> Rows:
     check_is_file(path)
-    if kind_of(path) not in KINDS:
+    if ending_of(path) not in KINDS:
         raise DataError(
             f"{path}: unknown kind of file; {', '.join(KINDS)} are read, those of text also in .gz"
         )

@@ -140,7 +140,7 @@ class Retriever(ABC):
         return {"kind": type(self).__name__, "generation": self.generation}
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close files and connections."""
         for part in self.parts:
             part.close()
 
@@ -176,7 +176,7 @@ class Retriever(ABC):
         raise RetrieverRefused(f"{type(self).__name__}: no corpus to read documents from")
 
     async def leave(self) -> None:  # noqa: B027 (most hold nothing open)
-        """Let go of what is open for this event loop alone."""
+        """Close the connections of the running event loop."""
 
 
 class Wrapper(Retriever):

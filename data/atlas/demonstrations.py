@@ -17,7 +17,7 @@ from typing import Any
 
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
-from data.atlas.questions import KINDS, Ask, asks, one_hop, put
+from data.atlas.questions import KINDS, Ask, asks, one_hop, phrase_question
 from data.atlas.world import Entity, World
 from data.errors import ConfigError
 
@@ -122,7 +122,7 @@ class _Reader:
 
 def _demonstration(ask: Ask, reader: _Reader, how: Demonstrator, number: str) -> dict[str, Any]:
     rng = reader.rng
-    question = put(ask, rng, True, f"demonstration-{number}")
+    question = phrase_question(ask, rng, True, f"demonstration-{number}")
     reader.begin()
     told = how.tells and ask.kind == "comparison"
     if not told:
@@ -153,7 +153,7 @@ def _follow_ups(ask: Ask, reader: _Reader, how: Demonstrator) -> list[dict[str, 
     chosen = reader.rng.sample(others, min(how.follow_ups, len(others)))
     return [
         {
-            "question": put(other, reader.rng, True, "").text,
+            "question": phrase_question(other, reader.rng, True, "").text,
             "think": reader.thought(other.relation),
             "answer": other.gold_answers[0],
         }

@@ -19,7 +19,7 @@ from typing import Any
 
 from data.atlas.invented import invent_world
 from data.atlas.phrasings import INDIRECT
-from data.atlas.questions import make_questions, one_hop, phrased_as, put, wording
+from data.atlas.questions import make_questions, one_hop, phrase_question, phrased_as, wording
 from data.atlas.world import Entity, World
 from data.records import Passage, Question
 
@@ -135,7 +135,7 @@ def _reading(world: World, passage: dict[str, str], rng: random.Random) -> dict[
     """Return another question that a passage just shown answers: practice in choosing what to read."""
     entity, relation = passage["id"].split("#")
     ask = next(ask for ask in one_hop(world, world.by_id[entity]) if ask.relation == relation)
-    text = put(ask, rng, True, "").text
+    text = phrase_question(ask, rng, True, "").text
     return {"question": text, "think": _told(passage["text"]), "answer": ask.gold_answers[0]}
 
 

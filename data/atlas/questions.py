@@ -64,7 +64,7 @@ def make_questions(
         chosen = _in_turn(pool[kind], rng)[:count]
         for ask in chosen:
             seen = rng.random() >= unseen_share
-            question = put(ask, rng, seen, f"atlas-{split or 'all'}-{len(questions):05d}")
+            question = phrase_question(ask, rng, seen, f"atlas-{split or 'all'}-{len(questions):05d}")
             questions.setdefault(question.text, question)
     return list(questions.values())
 
@@ -127,8 +127,8 @@ def _in_turn(pool: Sequence[Ask], rng: random.Random) -> list[Ask]:
     return [shuffled[at] for _, _, at in sorted(ranked)]
 
 
-def put(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
-    """The ask in words. `seen`: with phrasings that training questions have; else one part is new."""
+def phrase_question(ask: Ask, rng: random.Random, seen: bool, id: str) -> Question:
+    """Put a question into words. `seen`: as training questions are phrased; else one part is new."""
     # In more hops either the relation or the locator is put in a new way, not both.
     located = ask.kind in ("two_hop", "three_hop") and ask.path[0].country != ""
     new_locator = located and not seen and rng.random() < 0.5

@@ -13,7 +13,7 @@ from data.errors import ConfigError, DataError
 from data.examples import Examples
 from data.formats.rows import first_of, id_of, object_of, parse_passage, passage_row, relative_to, text_of
 from data.formats.search_r1 import gold_answers
-from data.formats.tables import at, kind_of, read_lines, read_rows, table_line
+from data.formats.tables import at, ending_of, read_lines, read_rows, table_line
 from data.formats.training import Items, judged_items, query_ids, title_as_text
 from data.formats.trec import load_qrels
 from data.jsonl import write_jsonl
@@ -59,7 +59,7 @@ def load_queries(path: str | Path) -> list[Question]:
     An image is a path that starts at the folder of the file, and stands for the text or beside it.
     """
     path, queries = Path(path), {}
-    for place, query in _tsv_queries(path) if kind_of(path) == ".tsv" else _row_queries(path):
+    for place, query in _tsv_queries(path) if ending_of(path) == ".tsv" else _row_queries(path):
         if not query.id or not (query.text.strip() or query.metadata.get("query_image")):
             raise DataError(f"{place}: no {'text' if query.id else 'id'}")
         if query.id in queries:

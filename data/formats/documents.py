@@ -23,7 +23,7 @@ import regex
 from data.errors import ConfigError, DataError
 from data.formats.html import decode_html, html_sections
 from data.formats.rows import parse_passage, passage_row, relative_to
-from data.formats.tables import KINDS, at, kind_of, read_rows
+from data.formats.tables import KINDS, at, ending_of, read_rows
 from data.jsonl import numbered_jsonl
 from data.text import name_of, replace_halves
 
@@ -72,7 +72,7 @@ def passages_of(
 
 def read_sections(path: Path, open_file: Callable[[Path], IO[bytes]] = _open) -> Iterator[Section]:
     """The sections of a file, by the end of its name; DataError where they cannot be read."""
-    read = _corpus if kind_of(path) == ".jsonl" else READERS.get(path.suffix.lower())
+    read = _corpus if ending_of(path) == ".jsonl" else READERS.get(path.suffix.lower())
     if path.name.endswith(DUMPS):
         read = partial(_wikipedia, open_file=open_file)
     if read is None:
@@ -111,7 +111,7 @@ def find_files(
 
 def is_table(path: Path) -> bool:
     """Return whether it is a file of rows other than JSON lines, such as CSV, parquet or a JSON array."""
-    return path.is_file() and kind_of(path) in KINDS and kind_of(path) != ".jsonl"
+    return path.is_file() and ending_of(path) in KINDS and ending_of(path) != ".jsonl"
 
 
 def table_passages(path: Path, folder: Path) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,7 @@ _DATA = re.compile(r'\s*\{\s*"Data"\s*:\s*\[\s*(\])?')
 _OPENING, _SEPARATOR = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))\s*")
 
 
-def kind_of(path: Path) -> str:
+def ending_of(path: Path) -> str:
     """The end of the name of a file, without .gz.   "a.JSONL.gz" -> ".jsonl" """
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
@@ -49,9 +49,9 @@ def read_rows(path: Path, at_once: int = 1000) -> Rows:
 
     at_once: rows of parquet that are in memory together.
     """
-    if kind_of(path) in _BINARY:
+    if ending_of(path) in _BINARY:
         return _numbered(path, _read_binary(path, at_once))
-    if kind_of(path) in (".csv", ".tsv"):
+    if ending_of(path) in (".csv", ".tsv"):
         return _read_table(path)
     start = _start_of(path)
     if is_squad(start):
@@ -72,7 +72,7 @@ def read_squad(path: Path) -> Squad:
 
 def is_squad_file(path: Path) -> bool:
     """Return whether it is one of SQuAD's own files."""
-    return path.is_file() and kind_of(path) == ".json" and is_squad(_start_of(path))
+    return path.is_file() and ending_of(path) == ".json" and is_squad(_start_of(path))
 
 
 def read_part(folder: Path, name: str, at_once: int = 1000) -> Rows:
@@ -147,7 +147,7 @@ def _read_binary(path: Path, at_once: int) -> Iterator[dict[str, Any]]:
 
     check_is_file(path)
     try:
-        for batch in (_parquet if kind_of(path) == ".parquet" else _arrow)(path, at_once):
+        for batch in (_parquet if ending_of(path) == ".parquet" else _arrow)(path, at_once):
             yield from batch.to_pylist(maps_as_pydicts="lossy")
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0][:200]}") from error
@@ -225,12 +225,14 @@ def _read_table(path: Path) -> Rows:
     """The rows of CSV or TSV under the names of its first line."""
     names: list[str] = []
     lines = ((place, [*map(_unquoted, line.split("\t"))]) for place, line in read_lines(path))
-    for place, values in _read_csv(path) if kind_of(path) == ".csv" else lines:
+    for place, values in _read_csv(path) if ending_of(path) == ".csv" else lines:
         if not names:
             names = [name.strip() for name in values]
             if len(names) == 1 and (mark := re.search(r"[;,|\t]", names[0])):
-                between = "commas" if kind_of(path) == ".csv" else "tabs"
-                raise DataError(f"{place}: {mark[0]!r} between columns: {kind_of(path)} has {between} there")
+                between = "commas" if ending_of(path) == ".csv" else "tabs"
+                raise DataError(
+                    f"{place}: {mark[0]!r} between columns: {ending_of(path)} has {between} there"
+                )
             if len(set(names)) < len(names):
                 raise DataError(f"{place}: a column stands there twice: {', '.join(names)}")
         elif len(values) != len(names):

@@ -18,7 +18,7 @@ import numpy as np
 from data.atomic import open_atomic
 from data.errors import DataError
 from data.formats.rows import number_of
-from data.formats.tables import at, fields_of, kind_of, read_lines, table_line
+from data.formats.tables import at, ending_of, fields_of, read_lines, table_line
 from data.records import Hit, Passage, Qrels
 
 MAX_GRADE = 1_000_000
@@ -39,7 +39,7 @@ _BEIR, _TREC = ("query", "passage", "grade"), ("query", "iteration", "passage", 
 def load_qrels(path: str | Path) -> Qrels:
     """The relevance judgements of a file. Raises DataError "FILE:LINE: what is wrong"."""
     path, qrels, columns = Path(path), Qrels(), ()
-    comma = kind_of(path) == ".csv"
+    comma = ending_of(path) == ".csv"
     for number, (place, line) in enumerate(read_lines(path)):
         with at(place):
             fields = fields_of(line, *([len(columns)] if columns else [3, 4]), comma=comma)

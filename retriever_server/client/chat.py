@@ -14,15 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
-from data.errors import ConfigError, DataError, SleuthError, require, require_range
+from data.errors import DataError, SleuthError, require, require_range
 from data.jsonl import append_jsonl, numbered_jsonl
 from data.secret import read_secret
 from data.settings import ChatConfig
-from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
+from retriever_server.client.retries import (
+    TryAgain,
+    certificates,
+    checked_url,
+    delay_seconds,
+    may_pass,
+    retry_after,
+)
 
 TRIES = 3
 _Parsed = TypeVar("_Parsed")
@@ -54,7 +60,9 @@ class ChatClient:
 
         Raises ConfigError where the URL or a limit is wrong, or the key cannot be read.
         """
-        self.url = f"{_checked(url, name)}/chat/completions"
+        like = f"the {name} needs one like http://127.0.0.1:8001/v1"
+        base = checked_url(url, f"{name}.url = {url!r}", like).removesuffix("/chat/completions")
+        self.url = f"{base}/chat/completions"
         self.name, self.timeout_seconds = name, timeout_seconds
         self.max_concurrent, self.max_calls, self.max_tokens = max_concurrent, max_calls, max_tokens
         require_range(self, f"{name}.", "> 0", "timeout_seconds")
@@ -215,14 +223,3 @@ def _kept(cache: Path) -> list[dict[str, Any]]:
 
 def _tokens(kept: Mapping[str, Any]) -> tuple[int, int]:
     return kept.get("read", kept.get("tokens", 0)), kept.get("written", 0)
-
-
-def _checked(url: str | None, name: str) -> str:
-    try:
-        parts = urlsplit(url or "")
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not url or not valid:
-        raise ConfigError(f"{name}.url = {url!r}: the {name} needs one like http://127.0.0.1:8001/v1")
-    return url.rstrip("/").removesuffix("/chat/completions")

@@ -14,10 +14,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 from data.errors import (
-    ConfigError,
     DataError,
     RetrieverError,
     RetrieverRefused,
@@ -28,7 +26,14 @@ from data.errors import (
 from data.machine.listening import PROBE_SECONDS
 from data.records import Passage
 from retriever_server.client.pool import ServerPool, servers_at
-from retriever_server.client.retries import TryAgain, certificates, delay_seconds, may_pass, retry_after
+from retriever_server.client.retries import (
+    TryAgain,
+    certificates,
+    checked_url,
+    delay_seconds,
+    may_pass,
+    retry_after,
+)
 from retriever_server.client.wire import parse_hits, parse_results, render_search, thumbnail_link
 from retriever_server.retriever import Filter, Outcome, Query
 
@@ -59,7 +64,9 @@ class Http:
         self, url: str, deadline_seconds: float = 30.0, headers: Mapping[str, str] | None = None
     ) -> None:
         require(deadline_seconds > 0, "deadline_seconds", deadline_seconds, "> 0")
-        self.url, self.headers, self.deadline_seconds = _checked_url(url), headers, deadline_seconds
+        checked = checked_url(url, f"retriever {url!r}", "must be like http://127.0.0.1:8000")
+        self.url = checked.removesuffix("/retrieve")
+        self.headers, self.deadline_seconds = headers, deadline_seconds
         self._sessions: dict[asyncio.AbstractEventLoop, Any] = {}
         self._failing = False
 
@@ -340,18 +347,6 @@ class Replicas:
             ) from failure
         finally:
             self.pool.release(request)
-
-
-def _checked_url(url: str) -> str:
-    """Return the address of the server, with or without the path `/retrieve` given."""
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ConfigError(f"retriever {url!r}: must be like http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/retrieve")
 
 
 class _TooLong(TryAgain):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data.errors import ConfigError, EngineError, reason_of
-from retriever_server.client.retries import certificates
+from retriever_server.client.retries import certificates, checked_url
 from retriever_server.client.server_process import ServerProcess
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class ServerLost(EngineError):
 
 
 class Server:
-    """One server, and how it has been."""
+    """One server, its load, and its failures and restarts so far."""
 
     def __init__(self, url: str, process: ServerProcess | None = None, health: str = "/health") -> None:
         """process: what can start it again. health: the path that says it is well."""
@@ -45,7 +45,7 @@ class Server:
         self.load = self.asked = 0
         self.failures = self.restarts = 0  # in a row
         self.lives = 0
-        """Times it was opened; it has forgotten what was agreed before."""
+        """Times it was opened: one that was started again knows nothing of what it was told before."""
         self.down_until, self.since = 0.0, time.monotonic()
         self.reason = self.given_up = ""
         """The reason why it is down, or is started no more."""
@@ -63,12 +63,12 @@ class Server:
         return time.monotonic() >= self.down_until
 
     def open(self) -> None:
-        """Let it be asked in this event loop."""
+        """Let it take requests in this event loop."""
         self.lives += 1
         self._lost = asyncio.get_running_loop().create_future()
 
     def lose(self) -> None:
-        """Give up what it is being asked."""
+        """Abort the requests that it is working on: they raise ServerLost."""
         if self._lost is not None and not self._lost.done():
             self._lost.set_result(None)
 
@@ -121,10 +121,8 @@ def servers_at(urls: Sequence[str], option: str) -> list[Server]:
     """Return the servers at these URLs, which `option` named; ConfigError where they are none."""
     if not urls or len(set(urls)) < len(urls):
         raise ConfigError(f"{option} = {','.join(urls)!r}: must be one or more different URLs")
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{option} = {url!r}: must be like http://127.0.0.1:8000")
-    return [Server(url.rstrip("/")) for url in urls]
+    like = "must be like http://127.0.0.1:8000"
+    return [Server(checked_url(url, f"{option} = {url!r}", like)) for url in urls]
 
 
 class ServerPool:

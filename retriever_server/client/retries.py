@@ -6,6 +6,9 @@ import random
 import ssl
 from collections.abc import Mapping
 from functools import cache
+from urllib.parse import urlsplit
+
+from data.errors import ConfigError
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.1, 2.0
 _jitter = random.Random()  # its own: no draw here may shift a seeded run
@@ -42,3 +45,15 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return a Retry-After header in seconds; None if absent or a date."""
     value = headers.get("retry-after")
     return float(value) if value and value.isdecimal() and value.isascii() else None
+
+
+def checked_url(url: str | None, given: str, like: str) -> str:
+    """Return the URL of a server without the slash at its end; ConfigError "GIVEN: LIKE" for what is none."""
+    try:
+        parts = urlsplit(url or "")
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not url or not valid:
+        raise ConfigError(f"{given}: {like}")
+    return url.rstrip("/")

@@ -21,7 +21,7 @@ READERS = max(1, min(4, os.cpu_count() or 1))
 """Threads that read and decode images: Pillow leaves the interpreter to others meanwhile."""
 
 
-def kind_of(given: Input) -> str:
+def input_kind(given: Input) -> str:
     """ "text", "image", "text+image" or the same of another modality."""
     if isinstance(given, str):
         return "text"

@@ -156,17 +156,13 @@ def _check_trained(spec: EncodingSpec, trained: EncodingSpec, dimension: int | N
 
 def _saved_kind(model: str) -> str:
     """The kind that the model was saved as; dense where it does not say."""
-    from sentence_transformers.util import load_file_path
-
     try:
-        path = load_file_path(model, "config_sentence_transformers.json")
+        saved = _read_file(model, "config_sentence_transformers.json")
     except OSError as error:
         raise _not_loaded(model, error) from error
-    saved = json.loads(Path(path).read_text()) if path else {}
-    if not path and (config := load_file_path(model, "config.json")):
-        names = json.loads(Path(config).read_text()).get("architectures") or []
-        if any(name.endswith("ForRetrieval") for name in names):
-            return "multi"  # ColPali, ColQwen2 and theirs, as transformers saves them
+    if not saved and any(name.endswith("ForRetrieval") for name in _architectures(model)):
+        return "multi"  # ColPali, ColQwen2 and theirs, as transformers saves them
+    saved = json.loads(saved or "{}")
     if saved.get("model_type") == "ColBERT" or saved.get("similarity_fn_name") == "MaxSim":
         return "multi"  # saved by PyLate
     return next((name for name, of in ENCODERS.items() if of.class_name == saved.get("model_type")), "dense")
@@ -177,26 +173,30 @@ def kind_for(model: str, index: str | None) -> str | None:
 
     So SPLADE's own code and Tevatron leave their models.
     """
+    source = find_model(model, "encoder")
+    if index != ENCODERS["sparse"].index or _read_file(source, "modules.json"):
+        return None
+    return "sparse" if any(name.endswith("ForMaskedLM") for name in _architectures(source)) else None
+
+
+def _architectures(model: str) -> list[str]:
+    """Return the classes of transformers that a model was saved as."""
+    return json.loads(_read_file(model, "config.json") or "{}").get("architectures") or []
+
+
+def _read_file(model: str, name: str) -> str:
+    """Return the text of a file of a folder or of the hub, "" where it is not there."""
     from sentence_transformers.util import load_file_path
 
-    source = find_model(model, "encoder")
-    if index != ENCODERS["sparse"].index or load_file_path(source, "modules.json"):
-        return None
-    path = load_file_path(source, "config.json")
-    names = json.loads(Path(path).read_text()).get("architectures") if path else None
-    return "sparse" if any(name.endswith("ForMaskedLM") for name in names or ()) else None
+    path = load_file_path(model, name)
+    return Path(path).read_text() if path else ""
 
 
 def check_projects(model: str) -> None:
     """Raise ConfigError where vectors of tokens would be untrained projections of a base."""
-    from sentence_transformers.util import load_file_path
-
-    if _saved_kind(model) == "multi":
+    trained = "HF_ColBERT" in _read_file(model, "config.json")
+    if trained or ".Dense" in _read_file(model, "modules.json") or _saved_kind(model) == "multi":
         return
-    for file, says in (("config.json", "HF_ColBERT"), ("modules.json", ".Dense")):
-        path = load_file_path(model, file)
-        if path and says in Path(path).read_text():
-            return
     raise ConfigError(
         f"encoder {model!r}: kind 'multi' would put a random projection before its vectors of tokens; "
         "train one first (docs/training-retrievers.md), or take dimension: null of the recipe colbert"

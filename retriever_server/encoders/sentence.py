@@ -21,7 +21,7 @@ from data.text import cut_for
 from retriever_server.encoders.image_inputs import (
     WHOLE,
     as_model_input,
-    kind_of,
+    input_kind,
     one_ahead,
     picture_batches,
     uncut,
@@ -69,7 +69,7 @@ class SentenceEncoder(Encoder):
         self.model_seconds = self.waited_seconds = 0.0
 
     def encode(self, inputs: Sequence[Input], role: Role) -> Vectors:
-        of = np.array([kind_of(each) for each in inputs])
+        of = np.array([input_kind(each) for each in inputs])
         for kind in sorted({*of.tolist()} - self.takes):
             raise DataError(f"{self.spec.model}: reads {' or '.join(sorted(self.takes))}, {kind} was given")
         if not inputs:

@@ -78,7 +78,7 @@ def begin_work(open_app: Callable[[], Any], pulse: Pulse) -> Any:
 
 
 class _Worker:
-    """The process in one place, and how it did there lately."""
+    """One worker: its process, which is replaced when it dies, and how often it died early."""
 
     def __init__(self) -> None:
         self.early_deaths, self.begun = 0, 0.0

@@ -23,7 +23,7 @@ from retriever_server.evaluation import judge, means, parse_metrics, rank_all
 from retriever_server.indexes.manifest import index_kind
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.rerank import CrossEncoder, Rerank
-from retriever_server.training.examples import KeysOf, number_of, shown
+from retriever_server.training.examples import PassageKeys, content_key, passage_key
 from retriever_server.training.recipe import DevConfig
 
 _TOP_K, _RERANKED = 100, 20
@@ -56,12 +56,12 @@ class DevSet:
 
         shared: what may be, as in `DevConfig`. Texts are compared whatever their case and blanks.
         """
-        questions = {shown(query.asked) for query in self.queries} if shared != "all" else set()
+        questions = {content_key(query.asked) for query in self.queries} if shared != "all" else set()
         relevant = relevant_in(self.qrels) if shared == "nothing" else set()
-        gold = {number_of(p) for id_ in relevant if (p := self.corpus.get(id_))}
-        key_of = KeysOf(examples.corpus)
+        gold = {passage_key(p) for id_ in relevant if (p := self.corpus.get(id_))}
+        key_of = PassageKeys(examples.corpus)
         for index, example in enumerate(examples if questions else ()):
-            asked = shown(example.asked) in questions
+            asked = content_key(example.asked) in questions
             positions = examples.corpus.positions(example.positives).tolist() if gold else ()
             if asked or any(key_of(position) in gold for position in positions):
                 what, allow = "is answered by a passage that answers a dev question", "passages"

@@ -13,7 +13,7 @@ from data.corpus import Corpus
 from data.errors import ConfigError, DataError, require
 from data.examples import Examples
 from data.records import Example, Input, Item, Passage
-from retriever_server.encoders.image_inputs import kind_of
+from retriever_server.encoders.image_inputs import input_kind
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,36 +22,36 @@ logger = logging.getLogger(__name__)
 
 Form = Literal["tuple", "pair", "list"]
 _MOST_CHARACTERS = 100_000
+"""Longer texts are cut before the tokenizer sees them."""
 
 
-def shown(given: Input, *files: str) -> int:
-    """A number for what is read or seen, the same whatever its case and its blanks."""
+def content_key(given: Input, *files: str) -> int:
+    """Hash a query or passage by its words and files: the same whatever its case and its blanks."""
     text = given.text if isinstance(given, Item) else given
     if isinstance(given, Item):
         files = (str(given.image), *files)
     return hash((" ".join(text.lower().split()), *filter(None, files)))
 
 
-def number_of(passage: Passage) -> int:
-    """The number of a passage, as of all that show the same."""
-    return shown(passage.text, *passage.files.values())
+def passage_key(passage: Passage) -> int:
+    """Hash a passage: equal for those of the same text and files."""
+    return content_key(passage.text, *passage.files.values())
 
 
-class KeysOf:
-    """The numbers of the passages of a corpus (`shown`), each read once."""
+class PassageKeys:
+    """The keys of the passages of a corpus (`passage_key`), each read once."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self.known: dict[int, int] = {}
 
     def __call__(self, position: int) -> int:
-        """Return the number of the passage at this position."""
         if position not in self.known:
-            self.known[position] = number_of(self.corpus[position])
+            self.known[position] = passage_key(self.corpus[position])
         return self.known[position]
 
     def __reduce__(self) -> Any:
-        return KeysOf, (self.corpus,)  # hashes of texts are other ones in another process
+        return PassageKeys, (self.corpus,)  # hashes of texts are other ones in another process
 
 
 def title_and_text(passage: Passage) -> str:
@@ -69,7 +69,6 @@ def as_dataset(
     weights: bool = False,
     draws: int = 1,
     seed: int = 0,
-    max_characters: int = _MOST_CHARACTERS,
     reads_files: bool = True,
 ) -> Dataset:
     """The examples as a data set for the trainers of sentence-transformers; texts are read batch by batch.
@@ -83,7 +82,6 @@ def as_dataset(
     draws    how often an example stands there. Each time another positive comes up and other negatives, in
              their order; without `negatives` it is the first of each.
     labels_of   teacher: DataError where the scores are those of the retriever that mined the example
-    max_characters   longer texts are cut before the tokenizer sees them
     reads_files      whether the model reads images (or sounds, ...): DataError for such a query where not
 
     Where a tuple without labels lacks negatives, random passages fill it. Where scores are due and too few
@@ -101,7 +99,7 @@ def as_dataset(
     left_out = 0
     for draw in range(draws):
         for index, example in enumerate(_checked(examples, labels and labels_of, reads_files)):
-            asked[index] = shown(example.query, example.query_image)
+            asked[index] = content_key(example.query, example.query_image)
             chosen = _draw(example, negatives, draw, labels)
             if labels and len(chosen) < due:
                 left_out += 1
@@ -115,7 +113,7 @@ def as_dataset(
     if not columns:
         raise DataError(f"{examples.path}: no example has a score for a positive and {negatives} negatives")
     return Dataset.from_dict(columns).with_transform(
-        _Resolve(examples, render, max_characters, KeysOf(examples.corpus), asked)
+        _Resolve(examples, render, PassageKeys(examples.corpus), asked)
     )
 
 
@@ -202,10 +200,9 @@ class _Resolve:
     examples: Any
     """`Examples`, or None where all columns are passages."""
     render: Callable[[Passage], Input]
-    max_characters: int
-    keys: KeysOf
+    keys: PassageKeys
     asked: dict[int, int] = field(default_factory=dict)
-    """Return of each query what `shown` says."""
+    """Position of a query -> its `content_key`."""
 
     def __deepcopy__(self, memo: Any) -> _Resolve:
         return self  # data sets copy their transform; this one never changes, and its files stay open
@@ -225,15 +222,15 @@ class _Resolve:
         is_query = name in _QUERY.values()
         item = self.examples[value].asked if is_query else self.render(self.keys.corpus[value])
         if isinstance(item, str):
-            return item[: self.max_characters]
-        return replace(item, text=item.text[: self.max_characters])
+            return item[:_MOST_CHARACTERS]
+        return replace(item, text=item.text[:_MOST_CHARACTERS])
 
 
 def passages_as_dataset(corpus: Corpus, render: Callable[[Passage], Input]) -> Dataset:
     """The passages of a corpus as a data set of one column, read batch by batch."""
     from datasets import Dataset
 
-    transform = _Resolve(None, render, _MOST_CHARACTERS, KeysOf(corpus))
+    transform = _Resolve(None, render, PassageKeys(corpus))
     return Dataset.from_dict({"text": list(range(len(corpus)))}).with_transform(transform)
 
 
@@ -253,7 +250,7 @@ def split_by_pair(
     rows: dict[str, list[int]] = {}
     for row, (query, passage) in enumerate(zip(plain["anchor"], plain["positive"], strict=True)):
         answer = render(examples.corpus[passage])
-        rows.setdefault(f"{kind_of(examples[query].asked)} > {kind_of(answer)}", []).append(row)
+        rows.setdefault(f"{input_kind(examples[query].asked)} > {input_kind(answer)}", []).append(row)
     if shares and set(shares) != set(rows):
         raise ConfigError(f"train.shares: names {', '.join(shares)}; the pairs are {', '.join(rows)}")
     of = shares or {kind: len(each) for kind, each in rows.items()}

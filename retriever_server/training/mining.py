@@ -20,7 +20,7 @@ from data.jsonl import append_in_batches, read_jsonl
 from data.records import Example, Hit, Passage
 from retriever_server.evaluation import has_answer
 from retriever_server.retriever import Retriever, Scorer, Scores, texts_of
-from retriever_server.training.examples import number_of, shown
+from retriever_server.training.examples import content_key, passage_key
 
 Progress = Callable[[Any], Iterable[int]]
 
@@ -97,10 +97,10 @@ def mine(
     provenance["scores"] = _name(teacher) if teacher else generation
     positives: dict[int, dict[str, None]] = {}  # of all examples that ask the same
     for example in examples:
-        positives.setdefault(shown(example.asked), {}).update(dict.fromkeys(example.positives))
+        positives.setdefault(content_key(example.asked), {}).update(dict.fromkeys(example.positives))
 
     def rows(batch: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        known = [positives[shown(example.asked)] for example in batch]
+        known = [positives[content_key(example.asked)] for example in batch]
         depth = rules.last_rank + max(map(len, known))
         rankings = search_checked(retriever, batch, depth, corpus, generation)
         goods = [[corpus_passage(corpus, id_) for id_ in ids] for ids in known]
@@ -151,11 +151,11 @@ def _candidates(
     """Select what was found between the ranks, each text once, without positives and what has their text."""
     ids = {passage.id for passage in positives}
     others = [hit.passage for hit in hits if hit.passage.id not in ids]
-    seen = {number_of(passage) for passage in positives}
+    seen = {passage_key(passage) for passage in positives}
     found = []
     for passage in others[rules.first_rank - 1 : rules.last_rank]:
         answers = not rules.keep_answers and has_answer(passage.text, example.answers)
-        if not answers and (number := number_of(passage)) not in seen:
+        if not answers and (number := passage_key(passage)) not in seen:
             seen.add(number)
             found.append(passage)
     return found

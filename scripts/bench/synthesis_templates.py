@@ -12,7 +12,7 @@ from functools import cached_property
 from data.atlas.invented import invent_world
 from data.atlas.passages import render_passage
 from data.atlas.phrasings import ASKED, LOCATORS, SUMMIT_OF
-from data.atlas.questions import Ask, asks, put
+from data.atlas.questions import Ask, asks, phrase_question
 from data.atlas.world import World, load_world
 from data.corpus import Corpus
 from data.errors import ConfigError
@@ -128,7 +128,7 @@ class AtlasTemplates(_OfWorld, Planted):
         known = [ask for ask in self.asks.get(entity.id, ()) if ask.kind in self.kinds]
         ask = rng.choice(known or self.asks[entity.id])
         task = f"Given a question about a {entity.type}, find the passage that answers it"
-        query = put(ask, rng, True, "").text
+        query = phrase_question(ask, rng, True, "").text
         return {
             "task": task, "query": query, "answer": ask.gold_answers[0],
             "kind": ask.kind, "subject": entity.name,

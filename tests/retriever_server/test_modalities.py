@@ -14,7 +14,7 @@ from data.jsonl import write_jsonl
 from data.pages import modalities
 from data.records import Item, Passage
 from retriever_server.client.wire import with_image_bytes
-from retriever_server.encoders.image_inputs import kind_of
+from retriever_server.encoders.image_inputs import input_kind
 from retriever_server.encoders.loading import load_encoder
 from retriever_server.encoders.spec import EncodingSpec, similarities
 from retriever_server.indexes.base import open_index
@@ -141,7 +141,7 @@ def test_a_broken_sound_stops_a_build_by_name_or_is_skipped(audio, ears, sounds,
 
 def test_items_and_specs_name_their_modality(audio):
     item = Item("a.wav", "a tone", "audio")
-    assert kind_of(item) == "text+audio" and kind_of(Item("a.wav", modality="audio")) == "audio"
+    assert input_kind(item) == "text+audio" and input_kind(Item("a.wav", modality="audio")) == "audio"
     both = EncodingSpec("m", "dense", "f", 4, inputs="text+audio")
     heard = Passage("1", "a tone", image="a.png", media={"audio": "a.wav"})
     assert both.render(heard) == item and both.render(Passage("2", "still")) == "still"

@@ -148,8 +148,8 @@ def test_examples_without_enough_scores_are_left_out_and_counted(tmp_path, corpu
 def test_oversized_texts_are_cut_before_the_tokenizer(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": "p0", "text": "x" * 500_000}])
     examples = load(tmp_path, Corpus(tmp_path / "corpus.jsonl"), {**row(), "query": "y" * 500_000})
-    [found] = as_dataset(examples, max_characters=1000)
-    assert {name: len(text) for name, text in found.items()} == {"anchor": 1000, "positive": 1000}
+    [found] = as_dataset(examples)
+    assert {name: len(text) for name, text in found.items()} == {"anchor": 100_000, "positive": 100_000}
 
 
 def test_a_data_set_reaches_another_process(tmp_path, corpus):
