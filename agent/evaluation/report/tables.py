@@ -176,7 +176,7 @@ def _overall_rows(run: Run, wide: bool) -> list[str]:
         for e in run.evaluations
     ]
     return [
-        f'<tr><th scope="row">{escape(name)}</th><td></td>'
+        f'<tr><th scope="row">{escape(name[:1].upper() + name[1:])}</th><td></td>'
         + "".join(f"<td>{escape(of.get(name, ''))}</td>" for of in shown)
         + ("<td></td>" if wide else "")
         + "</tr>"
