@@ -170,7 +170,8 @@ def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
 
 def _ids(given: str) -> list[str]:
     """Return the ids in a file, or those between commas."""
-    is_file = os.path.isfile(given)  # many ids are longer than a name of a file may be
+    # Many ids are longer than a name of a file may be; a pipe is refused where it is read.
+    is_file = os.path.exists(given) and not os.path.isdir(given)
     listed = (line for _, line in read_lines(Path(given))) if is_file else given.split(",")
     if not (ids := dict.fromkeys(id_.strip() for id_ in listed if id_.strip())):
         raise ConfigError(f"--delete {given}: holds no id")

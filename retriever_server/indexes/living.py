@@ -103,7 +103,8 @@ def delete(path: Path, ids: Sequence[str]) -> Manifest:
         manifest, corpus = _read(path)
         known = corpus.positions(ids)
         if (known < 0).any():
-            raise DataError(f"{path}: has no passage {ids[int(np.argmax(known < 0))]!r}; nothing was deleted")
+            unknown = ids[int(np.argmax(known < 0))][:80]
+            raise DataError(f"{path}: has no passage {unknown!r}; nothing was deleted")
         left = np.delete(np.arange(len(corpus)), known)
         if not len(left):
             raise DataError(

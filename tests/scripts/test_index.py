@@ -61,6 +61,10 @@ def test_ids_to_delete_stand_between_commas_or_in_a_file_of_text(tmp_path, capsy
     assert "deleted 2; 5 passages" in capsys.readouterr().out
     run_index(out=out, delete="4," * 3000)  # longer than a name of a file may be
     assert "deleted 1; 4 passages" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"has no passage 'x{80}'; nothing"):
+        run_index(out=out, delete="x" * 300)
+    with pytest.raises(DataError, match="null: is a pipe or device, expected a file"):
+        run_index(out=out, delete="/dev/null")
     ids.write_bytes(b"\xe9\x00")
     with pytest.raises(DataError, match="ids: cannot be read"):
         run_index(out=out, delete=str(ids))
