@@ -99,7 +99,7 @@ def load_columns(corpus: Corpus) -> Future[Columns | JoinedColumns]:
     with _LOCK:
         if (loading := _LOADING.get(corpus)) is None:
             loading = _LOADING[corpus] = Future()
-            loading.set_running_or_notify_cancel()  # who does not wait any more cancels it for nobody
+            loading.set_running_or_notify_cancel()  # so that nobody who waits can cancel it for others
             threading.Thread(target=_load, args=(corpus, loading), daemon=True).start()
         return loading
 

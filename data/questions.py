@@ -158,7 +158,7 @@ def _read_hub(name: str, split: str | None, known_as: str = "") -> Iterator[_Row
     except Exception as error:  # it raises of every kind: offline, not found, no such config, malformed
         needs = "this needs the network, or a local .jsonl, .json or .parquet file"
         reason = first_line(error.__cause__ or error)
-        raise DataError(f"{name}: no file here, and not had from the hub ({reason}); {needs}") from error
+        raise DataError(f"{name}: no file here, and the hub did not give it ({reason}); {needs}") from error
     assert isinstance(splits, Mapping), "load_dataset without a split gives all of them"
     chosen = _choose(name, split, list(map(str, splits)))
     for number, record in enumerate(splits[chosen]):

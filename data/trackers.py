@@ -67,7 +67,7 @@ def check_wandb(mode: Literal["online", "offline"]) -> None:
     if not getproxies() and (reason := why_silent(url)):
         raise ConfigError(f"wandb: {url} cannot be reached ({reason}); {_OFFLINE}")
     try:
-        silent = "prompt" in inspect.signature(wandb.login).parameters  # else of before it could be told
+        silent = "prompt" in inspect.signature(wandb.login).parameters  # older wandb: log in without asking
         logged_in = wandb.login(prompt=False) if silent else wandb.api.api_key
     except Error as error:
         raise ConfigError(f"wandb: {first_line(error)}; {_OFFLINE}") from error

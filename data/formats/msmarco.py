@@ -64,7 +64,7 @@ def write(examples: Examples, out: Path) -> None:
         for i, (id_, example) in enumerate(zip(query_ids(examples), examples, strict=True)):
             with at(examples.place(i)):
                 if not example.negatives:
-                    raise ValueError("has no negatives, and triples cannot say that")
+                    raise ValueError("has no negatives: a triple needs one")
                 queries.write(table_line(id_, _flat(example.query)))
                 for good in example.positives:
                     triples.writelines(table_line(id_, good, bad) for bad in example.negatives)

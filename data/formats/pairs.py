@@ -71,7 +71,7 @@ def _scores(label: Any, passages: Sequence[Passage]) -> dict[str, float]:
     if values != [plain(label)]:
         return scores_of(values, [passage.id for passage in passages], "label")
     if not number_of(label, "label") > 0:
-        raise ValueError(f"label {label}: a pair that does not belong together makes no example")
+        raise ValueError(f"label {label}: must be > 0; a pair that does not belong together is no example")
     return {}
 
 

@@ -285,7 +285,7 @@ def _read_array(path: Path, opening: re.Pattern[str] = _OPENING) -> Rows:
                 continue
             if row is _END:
                 if opening is _OPENING and (text[end:] + file.read()).strip():
-                    raise DataError(f"{path}: more stands after the end of the array")
+                    raise DataError(f"{path}: holds more after the end of its array")
                 return
             number += 1
             if not isinstance(row, dict):

@@ -216,7 +216,7 @@ def _kept(cache: Path) -> list[dict[str, Any]]:
     for number, each in numbered_jsonl(cache, tolerate_cut_tail=True):
         words = isinstance(each.get("key"), str) and isinstance(each.get("reply", ""), str)
         if not (words and all(isinstance(count, int) for count in _tokens(each))):
-            raise DataError(f"{cache}:{number}: no reply that was kept; remove the line to ask again")
+            raise DataError(f"{cache}:{number}: not a kept reply; without this line it is asked for again")
         found.append(each)
     return found
 

@@ -105,7 +105,7 @@ class Http:
                 [page] = answer["result"]
                 return page and parse_passage({"id": passage_id, "contents": page["contents"]})
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"no pages: {error!r}") from error
+                raise DataError(f"no answer of /access ({error!r})") from error
 
         body = {"urls": [passage_id], "whole": True}
         try:

@@ -213,7 +213,7 @@ class ServerPool:
         end = time.monotonic() + self.deadline_seconds
         while not answers:
             if time.monotonic() > end:
-                raise EngineError(f"{self.name}: no server did it within {self.deadline_seconds:g} s")
+                raise EngineError(f"{self.name}: no server answered within {self.deadline_seconds:g} s")
             await asyncio.gather(*map(attempt, await self.some()))
         return answers
 

@@ -89,7 +89,7 @@ def check_two_way(model: Any) -> None:
     if (a - b).abs().max() <= 1e-4 * a.abs().max():
         kernel = model.config.get_text_config()._attn_implementation
         name = f"{type(model).__name__} ({kernel} attention)"
-        raise DataError(f"{name}: its first token does not see the last one: it is causal")
+        raise DataError(f"{name}: attends to earlier tokens alone, not both ways")
 
 
 def check_eos(model: Any) -> None:
@@ -107,7 +107,7 @@ def check_eos(model: Any) -> None:
 def check_prompts(model: Any) -> None:
     """Raise DataError if leaving a prompt out of the pooling would leave out tokens of the text, too.
 
-    So many first tokens are left out as the prompt has alone. Where its end melts into the text (a blank
+    So many first tokens are left out as the prompt has alone. Where its end is joined with the text (a blank
     that becomes part of the first word), that is one too many.
     """
     if all(getattr(module, "include_prompt", True) for module in model):
@@ -118,8 +118,8 @@ def check_prompts(model: Any) -> None:
             for text in ("river", "The end", "7"):
                 if _real_tokens(model, prompt + text)[: len(alone)] != alone:
                     raise DataError(
-                        f"{role} prompt {prompt!r}: its end melts into the text, and the first word would "
-                        "be left out of the pooling with it; let it end in a line break"
+                        f"{role} prompt {prompt!r}: the tokenizer joins its end with the text, whose first "
+                        "word would be left out of the pooling, too; let it end in a line break"
                     )
 
 
@@ -149,7 +149,7 @@ def limit_tokens(model: Any, max_tokens: int | None) -> None:
 def self_test(encoder: Encoder, like: Encoder | None = None) -> None:
     """Raise DataError unless vectors depend neither on their batch nor on its padding, and fit the spec.
 
-    like: its twin, whose vectors they must be: the model that was saved, of one that is loaded again.
+    like: an encoder whose vectors they must equal: the model before it was saved and loaded again.
     """
     for role in ("query", "passage"):
         inputs = _samples(encoder, role)
@@ -166,7 +166,7 @@ def self_test(encoder: Encoder, like: Encoder | None = None) -> None:
                 )
             _check_fits(encoder.spec, rows)
             if not (least := similarities(rows, rows_of(others, i)).min()) > 0.99999:
-                raise DataError(f"{model}: gives other {role} vectors than its twin (cosine {least:.6f})")
+                raise DataError(f"{model}: {role} vectors changed when it was saved (cosine {least:.6f})")
 
 
 def _samples(encoder: Encoder, role: str) -> list[Input]:

@@ -116,9 +116,7 @@ def _load_by_spec(spec: EncodingSpec, device: str, dtype: str) -> SentenceEncode
 def _keep_prefix(loaded: Any, model: str, dimension: int) -> None:
     """Make the model's vectors their first `dimension` numbers."""
     if not hasattr(loaded, "truncate_dim"):
-        raise ConfigError(
-            f"dimension = {dimension}: {model} makes no dense vectors, so that it has no meaning"
-        )
+        raise ConfigError(f"dimension = {dimension}: {model} makes no dense vectors that could be cut")
     whole = loaded.get_embedding_dimension()
     require(1 <= dimension <= whole, "dimension", dimension, f"from 1 to the {whole} of {model}")
     loaded.truncate_dim = dimension

@@ -69,10 +69,10 @@ class ServedEncoder(Encoder):
             body["truncate_prompt_tokens"] = self.spec.max_tokens
         vectors = self._ask(_embeddings, "POST", "embeddings", body)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
-            raise DataError(f"encode_with {self._url}: {vectors.shape} for {len(texts)} texts, or NaN")
+            raise DataError(f"encode_with {self._url}: vectors {vectors.shape} of {len(texts)} texts, or NaN")
         if vectors.shape[1] < self.spec.dimension:
             raise ConfigError(
-                f"encode_with {self._url}: {vectors.shape[1]} numbers, not {self.spec.dimension}"
+                f"encode_with {self._url}: {vectors.shape[1]} dimensions, not {self.spec.dimension}"
             )
         return vectors
 

@@ -95,7 +95,7 @@ class EncodingSpec:
     token_pooling: str = ""
     """Pooling of the token vectors of a passage before they are stored, such as rows:4; "" not at all."""
     query_style: str = "query"
-    """Text that agents ask it in, as it was trained (`agent.query_styles`); of old, the query alone."""
+    """Text that agents ask it in, as it was trained (`agent.query_styles`); "query": the query alone."""
 
     def __post_init__(self) -> None:
         if self.kind not in ENCODERS:
@@ -113,7 +113,7 @@ class EncodingSpec:
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of all fields that decide vectors."""
         later = {"inputs": "text", "image_processor": "", "token_pooling": "", "query_style": "query"}
-        # Hashed where they say more.
+        # Younger fields are hashed where they say more, so that older specs keep their hash.
         fields = {key: value for key, value in asdict(self).items() if later.get(key) != value}
         del fields["model"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -303,5 +303,5 @@ def _checked_settings(
     if scoring == "bm25":  # not named in the settings: indexes are older than the choice
         return {"k1": float(k1), "b": float(b), **common}
     if (k1, b) != (0.9, 0.4):
-        raise ConfigError(f"k1 = {k1}, b = {b}: mean nothing to scoring {scoring}")
+        raise ConfigError(f"k1 = {k1}, b = {b}: have no effect with scoring {scoring}")
     return {"scoring": scoring, **common}

@@ -58,4 +58,4 @@ def check_files(
         whole = every_byte or (size <= _WHOLE_BYTES and bool(checksums))
         built = checksums.get(name) if whole else samples.get(name)
         if (whole or built) and built != (file_hash(path) if whole else sample_hash(path)):
-            raise DataError(f"{path}: {size} bytes, but not those that were built; build the index again")
+            raise DataError(f"{path}: changed since it was built (another checksum); build the index again")

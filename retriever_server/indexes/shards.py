@@ -176,7 +176,7 @@ class Shards:
         model = self.encoder.spec.model
         count = len(vectors) if isinstance(vectors, Multi) else vectors.shape[0]
         if count != len(positions):
-            raise DataError(f"{model}: vectors of {count} texts, {len(positions)} were given")
+            raise DataError(f"{model}: gave vectors of {count} texts for {len(positions)}")
         values = vectors.values if isinstance(vectors, Multi) else vectors
         values = values if isinstance(values, np.ndarray) else values.data
         if not np.isfinite(values).all():

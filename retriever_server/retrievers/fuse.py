@@ -104,6 +104,6 @@ def _one_passage(first: Passage, other: Passage) -> Passage:
     same = first.text.split() == other.text.split()
     apart = not (first.text and other.text) and (first.image or other.image)
     if not first.id or not (same or apart):
-        raise RetrieverError(f"id {first.id!r} is not one passage to all parts: they differ in corpus")
+        raise RetrieverError(f"id {first.id!r} is another passage in each part: their corpora differ")
     told, shown = (first, other) if first.text else (other, first)
     return told if told.image or not shown.image else replace(told, image=shown.image)

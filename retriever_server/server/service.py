@@ -114,7 +114,7 @@ class SearchService:
         Raises DataError for a wrong request, Overloaded.
         """
         if stages and backend is not None:
-            raise DataError("backend: with stages it is what `retrieve` names")
+            raise DataError("backend: not beside stages, whose `retrieve` names it")
         default = next(iter(self.backends))
         stages = stages or [Stage(retrieve=default if backend is None else backend)]
         k = self.limits.topk if top_k is None else top_k

@@ -132,7 +132,7 @@ class ModelInTraining:
     spec: EncodingSpec | None
     """None of a reranker."""
     reads_files: bool = False
-    """Return whether it encodes images, or another modality beside text."""
+    """Whether it encodes images, or another modality beside text."""
 
 
 def build_model(recipe: RetrieverRecipe) -> ModelInTraining:
@@ -155,7 +155,7 @@ def with_style(built: ModelInTraining, sets: list[Examples | Corpus]) -> ModelIn
     """The model with a spec of the style that its examples' queries have; ConfigError where they have two."""
     styles = {style for each in sets if isinstance(each, Examples) for style in each.query_styles}
     if len(styles) > 1:
-        raise ConfigError(f"train: queries of several styles ({', '.join(sorted(styles))}), one is asked")
+        raise ConfigError(f"train: several styles of queries ({', '.join(sorted(styles))}), must be one")
     spec = built.spec and replace(built.spec, **({"query_style": styles.pop()} if styles else {}))
     return replace(built, spec=spec)
 
@@ -176,10 +176,10 @@ def build_loss(recipe: RetrieverRecipe, built: ModelInTraining, processes: int =
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
     if kind.name != "dense":
-        raise ConfigError(f"matryoshka = {recipe.matryoshka}: a {kind.name} model has no prefixes")
+        raise ConfigError(f"matryoshka = {recipe.matryoshka}: a {kind.name} model's vectors cannot be cut")
     full = model.get_embedding_dimension()
     if max(recipe.matryoshka) > full:
-        raise ConfigError(f"matryoshka = {recipe.matryoshka}: the model's vectors have {full} dimensions")
+        raise ConfigError(f"matryoshka = {recipe.matryoshka}: must be <= {full}, the model's dimensions")
     return MatryoshkaLoss(model, loss, sorted({full, *recipe.matryoshka}, reverse=True))
 
 

@@ -87,7 +87,7 @@ def _check_serves(spec: EncodingSpec, index: str) -> None:
 
     served = EncodingSpec(**read_manifest(Path(index)).spec)
     if differences := spec.differences(served, but=["fingerprint"]):
-        raise ConfigError(f"serves = {index!r}: served under another spec ({differences})")
+        raise ConfigError(f"serves = {index!r}: its model has another encoding spec ({differences})")
 
 
 def merge_adapters(model: Any) -> None:

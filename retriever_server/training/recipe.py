@@ -51,9 +51,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         given = (self.examples is None) == (self.form == "text")
-        require(given, "train.examples", self.examples, "a file, but for form text (passages of the corpus)")
+        require(given, "train.examples", self.examples, "a file, or none where form is text")
         alone = not self.weights or (self.form == "tuple" and not self.labels)
-        require(alone, "train.weights", self.weights, "without labels, and of form tuple alone")
+        require(alone, "train.weights", self.weights, "false, unless form is tuple and labels is false")
         require(self.negatives >= 0, "train.negatives", self.negatives, ">= 0")
         require(self.draws >= 1, "train.draws", self.draws, ">= 1")
         require(self.weight > 0, "train.weight", self.weight, "> 0")

@@ -255,8 +255,8 @@ def _prompts(recipe: RetrieverRecipe, spec: EncodingSpec, sets: list[TrainSet]) 
     given = [spec.query_prompt if each.query_prompt is None else each.query_prompt for each in recipe.train]
     if len(given) == 1:
         raise ConfigError(
-            f"train.query_prompt = {given[0]!r}: of a single set it is the model's own "
-            "(model.init_args.query_prompt), which is saved with it"
+            f"train.query_prompt = {given[0]!r}: with a single set say "
+            "model.init_args.query_prompt, which is saved with the model"
         )
     return {each.name: of(given[each.number]) for each in sets}
 

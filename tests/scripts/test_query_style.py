@@ -53,7 +53,7 @@ def test_examples_of_two_styles_are_refused(styled, tmp_path):
     rows[0]["provenance"] = {"style": "history"}
     write_jsonl(tmp_path / "examples.jsonl", rows)
     train = [{"examples": str(tmp_path / "examples.jsonl"), "corpus": str(styled / "corpus.jsonl")}]
-    with pytest.raises(ConfigError, match=r"train: queries of several styles \(history, question\)"):
+    with pytest.raises(ConfigError, match=r"train: several styles of queries \(history, question\)"):
         training.train(recipe(styled, tmp_path / "run", train=train))
 
 

@@ -99,7 +99,7 @@ def test_judges_are_measured_and_a_bad_one_is_left_out_with_its_figure(atlas, tm
         (["--query_template", "find"], "query_template = 'find': must be a text that names {query}"),
         (["--retriever", "nowhere"], "retriever 'nowhere': must be"),
         (["--pattern", "("], "pattern = '('"),
-        (["--dry_run", "true", "--pattern", "no such words"], "no passage is left to write for by"),
+        (["--dry_run", "true", "--pattern", "no such words"], "leave no passage to write queries for"),
         (["--measure_judges", "q.tsv"], "queries = None: must be given together"),
         (["--evaluation", "[{queries: none.jsonl}]"], "none.jsonl"),
     ],

@@ -264,7 +264,7 @@ class Synthesis:
             )
         if not seeds:
             least = f"least_characters = {self.config.least_characters}"
-            raise DataError(f"no passage is left to write for by {least}, pattern and evaluation")
+            raise DataError(f"{least}, pattern and evaluation leave no passage to write queries for")
 
     def _check_stages(self) -> None:
         """Raise ConfigError where a stage was made otherwise, DataError where the corpus has changed."""
@@ -309,7 +309,7 @@ def check_corpus(folder: Path, corpus: Corpus | None) -> dict[str, Any]:
     known = read_json(folder / STAGES) if (folder / STAGES).exists() else {}
     if known.get("corpus", _hash(corpus)) != _hash(corpus):
         raise DataError(
-            f"{folder}: was begun with a corpus of hash {known['corpus']}, but that of now has "
+            f"{folder}: was begun with a corpus of hash {known['corpus']}, but this one has "
             f"{_hash(corpus)}: it changed since, or is another; give another --out"
         )
     return known

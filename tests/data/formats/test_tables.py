@@ -67,7 +67,7 @@ def test_parquet_rows_have_the_same_values(tmp_path):
         ("a.json", '[{"id": 1},\n]', r"a.json:2: not valid JSON"),
         ("a.json", '[{"id": 1}\n {"id": 2}]', r"a.json:1: not valid JSON \(Expecting ',' or '\]'\)"),
         ("a.json", '[{"id": 1},\n\n{"id": 2', r"a.json:3: not valid JSON"),
-        ("a.json", '[{"id": 1}] x', r"a.json: more stands after the end"),
+        ("a.json", '[{"id": 1}] x', r"a.json: holds more after the end of its array"),
         ("a.json", '[{"id": 1}, null]', r"a.json: row 2: expected an object"),
         ("a.json", '[{"id": ' + "[" * 100_000, r"a.json: row 1: nested too deeply"),
         ("a.tsv", "a\tb\n1\t2\t3\n", r"a.tsv:2: expected 2 fields, found 3"),

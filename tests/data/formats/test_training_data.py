@@ -68,7 +68,7 @@ def test_labels_are_scores_only_as_a_list(tmp_path):
     assert [list((example.scores or {}).values()) for example in examples] == [[2.0, 1.0], [2.0, 1.0], []]
     for label, wrong in (
         (float("nan"), "holds nan"),
-        (0, "label 0: a pair"),
+        (0, "label 0: must be > 0"),
         ([1], "1 scores for 2"),
         ("x", '"x"'),
     ):

@@ -167,5 +167,5 @@ def test_a_limit_that_lets_nothing_through_is_refused(limit):
 )
 def test_a_cache_of_something_else_is_named_with_its_line(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(f'{{"key": "a", "reply": "b"}}\n{line}\n')
-    with pytest.raises(DataError, match=r"chat\.jsonl:2: no reply that was kept"):
+    with pytest.raises(DataError, match=r"chat\.jsonl:2: not a kept reply"):
         ChatClient("http://127.0.0.1:9/v1", cache=tmp_path / "chat.jsonl")

@@ -126,5 +126,5 @@ def test_a_prompt_that_melts_into_the_text_is_not_left_out_of_the_pooling(tmp_pa
         model.encode_query("river", convert_to_tensor=True), atol=1e-6,
     )  # fmt: skip
     check_prompts(model)
-    with pytest.raises(DataError, match="its end melts into the text"):
+    with pytest.raises(DataError, match="joins its end with the text"):
         decoder(str(folder), "mean", query_prompt="find: ", pool_prompt=False)

@@ -61,7 +61,7 @@ def test_another_model_behind_the_server_is_refused(model):
     own = load_encoder(model)
     for change, says in (
         (lambda rows: np.roll(rows, 1, axis=1), r"vectors differ by [\d.]+ from .*, allowed is 0.001"),
-        (lambda rows: rows[:, :8], "8 numbers, not 32"),
+        (lambda rows: rows[:, :8], "8 dimensions, not 32"),
     ):
         with serving(app_of(model, change)) as url, pytest.raises(ConfigError, match=says):
             ServedEncoder(own, f"{url}/v1")

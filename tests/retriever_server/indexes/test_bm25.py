@@ -256,7 +256,7 @@ def test_tfidf_is_the_cosine_of_both_weighted_by_log_tf_times_log_idf(tmp_path, 
 
 def test_tfidf_takes_no_k1_and_scoring_is_one_of_two(tmp_path):
     corpus = corpus_of(tmp_path, "a fox")
-    with pytest.raises(ConfigError, match=r"k1 = 1\.2, b = 0\.4: mean nothing to scoring tfidf"):
+    with pytest.raises(ConfigError, match=r"k1 = 1\.2, b = 0\.4: have no effect with scoring tfidf"):
         BM25Index.build(corpus, tmp_path / "index", k1=1.2, scoring="tfidf")
     with pytest.raises(ConfigError, match="scoring 'lm': must be one of bm25, tfidf"):
         BM25Index.build(corpus, tmp_path / "index", scoring="lm")

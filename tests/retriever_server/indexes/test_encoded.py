@@ -343,7 +343,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, corpus, kind):
         with pytest.raises(DataError, match=f"{path.name}: missing or not {len(whole)} bytes"):
             open_index(tmp_path / "i", encoder=encoder)
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(DataError, match=f"{path.name}: .* not those that were built"):
+        with pytest.raises(DataError, match=f"{path.name}: changed since it was built"):
             open_index(tmp_path / "i", encoder=encoder)
         path.write_bytes(whole)
 
@@ -356,7 +356,7 @@ def test_verify_finds_a_byte_that_the_samples_of_a_large_file_miss(tmp_path, cor
     content[10_000] ^= 1
     path.write_bytes(content)
     open_index(tmp_path / "i", encoder=FakeEncoder(dimension=2048), recheck=0)
-    with pytest.raises(DataError, match=r"00000.vectors.npy: .* not those that were built"):
+    with pytest.raises(DataError, match=r"00000.vectors.npy: changed since it was built"):
         verify_index(tmp_path / "i")
 
 

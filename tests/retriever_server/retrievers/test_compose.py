@@ -90,7 +90,7 @@ def test_ids_that_mean_different_passages_are_refused(text):
         def search(self, queries, k, where=None):
             return [[Hit(Passage("x" if text else "", text), 1.0, "f")] for _ in queries]
 
-    with pytest.raises(RetrieverError, match="is not one passage to all parts"):
+    with pytest.raises(RetrieverError, match="is another passage in each part"):
         found(Fuse([Fixed("a", A), Foreign("f", {})]))
 
 

@@ -92,7 +92,7 @@ def test_texts_that_differ_are_no_one_passage_though_one_has_an_image(texts, fol
     rows = [{"id": i, "text": "other green", "image": f"{c}.png"} for i, c in NAMES.items()]
     write_jsonl(folder / "other.jsonl", rows)
     other = FlatIndex.build(Corpus(folder / "other.jsonl"), folder / "other", Colours())
-    with pytest.raises(RetrieverError, match="is not one passage to all parts"):
+    with pytest.raises(RetrieverError, match="is another passage in each part"):
         Fuse([texts, other]).search(["green"], 1)
 
 

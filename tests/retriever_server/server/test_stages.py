@@ -91,4 +91,4 @@ def test_stages_that_cannot_be_are_answered_with_a_reason(server, stages, reason
 def test_stages_and_a_backend_do_not_go_together(server):
     body = {"queries": ["p"], "stages": [{"retrieve": "bm25"}], "backend": "bm25"}
     answer = server.post("/v1/search", json=body)
-    assert answer.status_code == 422 and "it is what `retrieve` names" in answer.json()["detail"]
+    assert answer.status_code == 422 and "not beside stages" in answer.json()["detail"]

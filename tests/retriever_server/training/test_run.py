@@ -176,7 +176,7 @@ def test_matryoshka_trains_prefixes_and_an_index_may_keep_only_these(rivers, tmp
     folder = training.train(recipe(rivers, tmp_path / "run", matryoshka=[16, 8]))
     short = load_encoder(str(folder), dimension=8, device="cpu").encode(TEXTS, "passage")
     assert short.shape == (2, 8) and np.allclose(np.linalg.norm(short, axis=1), 1, atol=1e-5)
-    with pytest.raises(ConfigError, match="matryoshka = \\[64\\]: the model's vectors have 32"):
+    with pytest.raises(ConfigError, match="matryoshka = \\[64\\]: must be <= 32"):
         training.train(recipe(rivers, tmp_path / "no", matryoshka=[64]))
 
 
@@ -249,7 +249,7 @@ def test_several_sets_have_their_own_instructions(rivers, tmp_path):
     prompts = trainer.args.prompts
     assert [of["anchor"] for of in prompts.values()] == ["a: ", "b: "]
     trainer.train()
-    with pytest.raises(ConfigError, match="of a single set it is the model's own"):
+    with pytest.raises(ConfigError, match=r"with a single set say model\.init_args\.query_prompt"):
         training.train(recipe(rivers, tmp_path / "no", train=sets[:1]))
 
 
@@ -275,7 +275,7 @@ def test_training_under_another_spec_than_the_index_in_service_is_refused(rivers
     serves = str(tmp_path / "index")
     training.train(recipe(rivers, tmp_path / "run", serves=serves, steps=1))
     other = component("dense", base=base(rivers), query_prompt="ask: ", max_tokens=24)
-    with pytest.raises(ConfigError, match=r"served under another spec .query_prompt.*here 'ask: '"):
+    with pytest.raises(ConfigError, match=r"its model has another encoding spec .query_prompt.*here 'ask: '"):
         training.train(recipe(rivers, tmp_path / "no", serves=serves, model=other))
 
 
@@ -293,7 +293,7 @@ def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_
     check_saved(model, spec, tmp_path / "saved")
     with torch.no_grad():
         model[0].auto_model.embeddings.word_embeddings.weight += torch.randn(1, 32)
-    with pytest.raises(DataError, match="gives other query vectors"):
+    with pytest.raises(DataError, match="query vectors changed when it was saved"):
         check_saved(model, spec, tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config_sentence_transformers.json").read_text())
     config["prompts"]["query"] = "changed: "
