@@ -1,4 +1,4 @@
-"""Settings that several commands have alike."""
+"""Settings that several commands share: LoRA, trackers, chat endpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Common parts of every request: certificates, which failures may pass, how long to wait."""
+"""Common parts of every request: addresses, certificates, which failures may pass, how long to wait."""
 
 from __future__ import annotations
 

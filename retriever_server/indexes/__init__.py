@@ -1,1 +1,1 @@
-"""Indexes behind the `Retriever` interface; each file wraps one library."""
+"""Indexes behind the `Retriever` interface: a file for each kind, and what they share."""

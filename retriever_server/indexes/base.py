@@ -1,7 +1,4 @@
-"""An index on disk is a generation: a folder whose manifest is written last and checked on opening.
-
-A folder without a manifest is no index: an interrupted build leaves nothing that opens.
-"""
+"""The base of all indexes: search by positions in a corpus, filters, opening with checks, changes."""
 
 from __future__ import annotations
 

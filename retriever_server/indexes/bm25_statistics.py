@@ -1,4 +1,4 @@
-"""The statistics of BM25, and postings that were weighed by some as others would weigh them.
+"""The statistics of BM25, and postings weighed anew where passages were added or deleted.
 
 How often a word stands in a passage follows from its weight, as a whole number, so that the weight by the
 statistics of all passages is to the last bit the one that an index built of all of them has.

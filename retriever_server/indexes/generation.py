@@ -1,4 +1,7 @@
-"""Writing an index: a generation is a folder that appears whole, its manifest written last."""
+"""Writing an index: a generation is a folder that appears whole, its manifest written last.
+
+A folder without a manifest is no index: an interrupted build leaves nothing that opens.
+"""
 
 from __future__ import annotations
 

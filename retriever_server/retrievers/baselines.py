@@ -1,4 +1,4 @@
-"""Retrievers that answer no better than chance: what a policy scores with them, search did not give it."""
+"""Retrievers no better than chance, as baselines: what a policy scores with them is not owed to search."""
 
 from __future__ import annotations
 
