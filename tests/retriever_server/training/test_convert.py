@@ -211,7 +211,7 @@ def test_repetitions_empty_passages_and_false_negatives_are_left_out_and_counted
         ("bge", '{"query": "q", "pos": []}', r"theirs:2: query 'q' has no positive"),
         ("bge", '{"query": " ", "pos": ["x"]}', r"theirs:2: the query is empty"),
         ("bge", '{"query": "q", "pos": ["x"], "pos_scores": [1, 2]}', r"theirs:2: 2 scores for 1 passages"),
-        ("sentence-transformers", '{"q": "q", "p": "x", "label": 0}', r"theirs:2: label 0: a pair"),
+        ("sentence-transformers", '{"q": "q", "p": "x", "label": 0}', r"theirs:2: label 0: must be > 0"),
         ("sentence-transformers", '{"q": "q"}', r"theirs:2: columns q: must be one of anchor"),
         ("tevatron", '{"query":"b","positive_passages": [{"docid":"1","text":"b"}]}', r"rs:2: passage '1'"),
     ],
