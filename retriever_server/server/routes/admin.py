@@ -120,6 +120,8 @@ def _compact(service: SearchService, backend: HotSwappable) -> None:
     try:
         if backend.change(methodcaller("compact")):
             service.on_reload()
+    except (SleuthError, OSError) as error:  # the disk is full, or too few passages are left for its lists
+        _log.warning("%s was not compacted: %s", backend.generation, error)
     except Exception:
         _log.exception("%s was not compacted", backend.generation)
 

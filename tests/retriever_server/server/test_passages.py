@@ -6,6 +6,7 @@ import threading
 import pytest
 from fastapi.testclient import TestClient
 
+from data.errors import ConfigError
 from retriever_server.indexes import living
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.generation import building
@@ -107,6 +108,16 @@ def test_many_changes_are_compacted_in_the_background(server, live, monkeypatch)
         assert change(server, add=[{"id": f"n{number}", "text": f"whale w{number}"}]).status_code == 200
     wait_until(lambda: len(live.current.retriever.manifest.parts) <= 3)
     assert [ids(server, f"w{i}") for i in range(8)] == [[f"n{i}"] for i in range(8)]
+
+
+def test_an_index_that_cannot_be_compacted_stays_and_says_why_in_one_line(server, live, monkeypatch, caplog):
+    def refuse(index):
+        raise ConfigError("too few passages")
+
+    monkeypatch.setattr(type(live.current.retriever), "compact", refuse)
+    assert change(server, add=[{"id": "new", "text": "a whale"}]).status_code == 200
+    wait_until(lambda: "was not compacted: too few passages" in caplog.text)
+    assert ids(server, "whale") == ["new"] and "Traceback" not in caplog.text
 
 
 def test_changes_at_once_are_all_kept(server):
