@@ -26,7 +26,7 @@ def test_weights_are_those_of_the_chosen_negatives_and_1_where_none_is_said(tmp_
     assert labels == [[0.5, 3.0, 0.3, 1.0], [1.0] * 4]
     drawn = list(as_dataset(examples, negatives=1, weights=True, draws=2)["label"])
     assert drawn[0] == [0.5, 3.0] and drawn[2] == [0.5, 0.3]
-    with pytest.raises(ConfigError, match=r"train\.weights = True: must be without labels"):
+    with pytest.raises(ConfigError, match=r"train\.weights = True: must be false, unless form is tuple"):
         DataConfig("c", "e", weights=True, labels=True)
 
 
