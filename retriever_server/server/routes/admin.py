@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import Callable
 from operator import methodcaller
@@ -86,12 +87,20 @@ async def change(body: PassagesBody, caller: CallerOf) -> Response:
     try:
         swapped = await asyncio.to_thread(backend.change, make)
     except (SleuthError, OSError) as error:
-        said = str(error).replace(str(getattr(backend.current.retriever, "path", None)), "the index")
+        said = _without_place(str(error), getattr(backend.current.retriever, "path", None))
         if isinstance(error, DataError):
             raise DataError(said) from error
         raise HTTPException(409, f"not changed: {said}") from error
     threading.Thread(target=_compact, args=[service, backend], daemon=True).start()
     return _swapped(service, swapped)
+
+
+def _without_place(said: str, place: Path | None) -> str:
+    """Name the folder of the index, where a message begins with it or a path does, as "the index"."""
+    if place is None:
+        return said
+    names = "|".join(re.escape(str(each)) for each in (place.absolute(), place))
+    return re.sub(rf"(?<!\S)({names})(?=[:/])", "the index", said)
 
 
 def _change_in(body: PassagesBody) -> Callable[[Retriever], Retriever]:

@@ -6,7 +6,7 @@ import threading
 import pytest
 from fastapi.testclient import TestClient
 
-from data.errors import ConfigError
+from data.errors import ConfigError, StorageError
 from retriever_server.indexes import living
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.generation import building
@@ -100,6 +100,22 @@ def test_what_is_no_index_and_an_index_that_is_being_built_are_409(server, live,
     with TestClient(app) as other:
         answer = change(other, delete=["1"])
         assert answer.status_code == 409 and "Fuse: passages are deleted from an index" in answer.text
+
+
+def test_an_index_at_a_short_relative_path_is_named_without_its_place(tmp_path, monkeypatch):
+    build_small_index(tmp_path).rename(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+
+    def full(*_):
+        raise StorageError(f"{tmp_path}/s/part-0001.jsonl: cannot be written: No space left on device")
+
+    with TestClient(create_app(open_index("s"), token="t", admin_token="admin")) as server:
+        answer = change(server, delete=["s"])
+        assert answer.json()["detail"] == "the index: has no passage 's'; nothing was deleted"
+        monkeypatch.setattr(living, "write_json", full)
+        answer = change(server, delete=["1"])
+        said = "not changed: the index/part-0001.jsonl: cannot be written: No space left on device"
+        assert (answer.status_code, answer.json()["detail"]) == (409, said)
 
 
 def test_many_changes_are_compacted_in_the_background(server, live, monkeypatch):
