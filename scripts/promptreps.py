@@ -24,9 +24,10 @@ def main(base: str, out: str, top_tokens: int = 128, max_tokens: int = 512, dtyp
         raise ConfigError(f"--out {out}: is there, and not empty")
     require(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16")
     from retriever_server.training.builders.dense import check_base
-    from retriever_server.training.builders.promptreps import promptreps
 
     check_base(base)
+    from retriever_server.training.builders.promptreps import promptreps  # imports torch
+
     folders = {kind: Path(out) / kind for kind in ("dense", "sparse")}
     for kind, folder in folders.items():
         model = promptreps(base, kind, top_tokens, max_tokens, dtype)  # type: ignore[arg-type]
