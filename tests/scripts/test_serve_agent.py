@@ -295,5 +295,8 @@ def test_a_person_asks_in_a_browser_and_reads_the_answer_and_its_sources(agent_a
             browser.type("Again?")
             browser.wait_for("element('status').textContent === 'no'")
             assert browser.evaluate("element('status').className") == "error"
+            browser.evaluate("fetch = async () => { throw new TypeError('Failed to fetch') }")
+            browser.type("Still there?")
+            browser.wait_for("element('status').textContent === 'the server does not answer'")
         finally:
             browser.process.kill()
