@@ -15,6 +15,8 @@ from typing import Any
 
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
+from data.jsonl import read_jsonl
+from data.metrics.answers import normalize_unicode
 from data.progress import Bar, no_bar
 from data.records import Passage, Qrels, Question
 from retriever_server.client.chat import ChatClient, ChatError, ChatRefused
@@ -170,8 +172,23 @@ def parse_score(reply: str) -> float:
     return value if 0 <= value <= 100 else math.nan
 
 
+class Oracle(Scorer):
+    """The truth, for tests: 1 for the passages that rows of {"query", "positives"} name, else 0."""
+
+    name = "oracle"
+
+    def __init__(self, path: str | None = None, truth: dict[str, list[str]] | None = None) -> None:
+        rows = [] if path is None else read_jsonl(path)
+        table = truth or {str(row["query"]): list(row["positives"]) for row in rows}
+        self._truth = {normalize_unicode(query): frozenset(ids) for query, ids in table.items()}
+
+    def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
+        """1.0 or 0.0; 0.0 for all passages of a query that is not known."""
+        return [float(passage.id in self._truth.get(normalize_unicode(q), ())) for q, passage in pairs]
+
+
 JUDGES = {
-    **dict.fromkeys(("QueryLikelihood", "Relevance", "AnswerGain", "ChatJudge"), __name__),
+    **dict.fromkeys(("QueryLikelihood", "Relevance", "AnswerGain", "ChatJudge", "Oracle"), __name__),
     **dict.fromkeys(("CrossEncoder", "YesNo"), "retriever_server.retrievers.rerank"),
 }
 """Short names of judges."""
@@ -237,7 +254,7 @@ def warnings_of(measured: Mapping[str, Any], judges: Sequence[Scorer], least_auc
     """A line for each judge, or kind of query, that is left out, with its figure; and for the unmeasured."""
     lines = []
     for judge in judges:
-        if judge.name not in measured:
+        if judge.name not in measured and not isinstance(judge, Oracle):
             lines.append(
                 f"judge {judge.name}: was never measured (--measure_judges QRELS says whether to believe it)"
             )

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
-from data.records import Passage
 from retriever_server.indexes.base import open_index
 from retriever_server.indexes.bm25 import BM25Index
-from retriever_server.retriever import Scorer
 from retriever_server.training.synthesis.config import SynthesisConfig
 from retriever_server.training.synthesis.drafts import Written
 from retriever_server.training.synthesis.generators import Generator
@@ -51,18 +49,6 @@ class Lengths(Generator):
         query = f"How many miles has river {call.passage.title}?"
         answer = call.passage.text.split()[-3]
         return json.dumps({"task": "Find lengths", "query": query, "answer": answer})
-
-
-class Oracle(Scorer):
-    """The truth: 1 for the passages that answer a query, else 0."""
-
-    name = "oracle"
-
-    def __init__(self, truth: dict[str, list[str]]) -> None:
-        self.truth = truth
-
-    def score(self, pairs: list[tuple[str, Passage]]) -> list[float]:
-        return [float(passage.id in self.truth.get(query, ())) for query, passage in pairs]
 
 
 def run(folder: Path, generator: Generator, corpus: Corpus | None = None, judges=(), **fields) -> Synthesis:

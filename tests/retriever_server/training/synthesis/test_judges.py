@@ -15,6 +15,7 @@ from retriever_server.training.synthesis.config import LabelRules
 from retriever_server.training.synthesis.drafts import Draft
 from retriever_server.training.synthesis.judges import (
     AnswerGain,
+    Oracle,
     QueryLikelihood,
     Relevance,
     believed,
@@ -24,7 +25,7 @@ from retriever_server.training.synthesis.judges import (
     warnings_of,
 )  # fmt: skip
 from retriever_server.training.synthesis.results import label
-from tests.retriever_server.training.synthesis.rivers import NAMES, Oracle, rivers
+from tests.retriever_server.training.synthesis.rivers import NAMES, rivers
 
 PAIRS = [
     ("how long is the amadro", Passage("1", "The river amadro is 90 miles long.", "amadro")),

@@ -12,7 +12,8 @@ from data.jsonl import read_jsonl
 from retriever_server.training.synthesis.config import LabelRules
 from retriever_server.training.synthesis.drafts import Written
 from retriever_server.training.synthesis.generators import Scripted
-from tests.retriever_server.training.synthesis.rivers import NAMES, Lengths, Oracle, rivers, run, synthesize
+from retriever_server.training.synthesis.judges import Oracle
+from tests.retriever_server.training.synthesis.rivers import NAMES, Lengths, rivers, run, synthesize
 
 FILTERS = {"length": {}, "vague": {}, "answerable": {}, "duplicates": {}}
 
