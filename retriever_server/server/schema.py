@@ -1,4 +1,4 @@
-"""The requests that routes take and the answers that they give, as pydantic models."""
+"""The requests that routes take, as pydantic models."""
 
 from __future__ import annotations
 
@@ -114,46 +114,6 @@ class SearchForm(OwnSearch):
 
     image: list[bytes] = Field([], description="Files, each a query.")
     text: str = Field("", description="A query, or what is said with each image.")
-
-
-class FoundPassage(BaseModel):
-    """A hit of `/v1/search`."""
-
-    id: str
-    title: str
-    text: str
-    contents: str | None = Field(
-        None, description="Both in one as the corpus has them, where they do not give that back."
-    )
-    metadata: dict[str, Any]
-    thumbnail: str | None = Field(None, description="Where its picture is, if it has one.")
-    score: float
-    generation: str
-
-
-class QueryResult(BaseModel):
-    """The hits of one query, or why there are none."""
-
-    hits: list[FoundPassage]
-    error: str | None
-
-
-class StageReport(BaseModel):
-    """A stage of a search: its backend, how many hits it gave at most, and the generation of these."""
-
-    retrieve: str | None = None
-    rerank: str | None = None
-    k: int
-    generation: str
-
-
-class SearchReply(BaseModel):
-    """One result a query, in their order; `stages` where some were asked for."""
-
-    results: list[QueryResult]
-    backend: str
-    generation: str
-    stages: list[StageReport] | None = None
 
 
 class RetrieveBody(SearchOptions):
@@ -285,21 +245,6 @@ class AnyInputs(Body):
     """TEI's `POST /`: the body of its `/embed` or `/rerank`."""
 
     model_config = ConfigDict(extra="allow")
-
-
-class Weight(BaseModel):
-    """A weight of a sparse vector."""
-
-    index: int
-    value: float
-
-
-class Scored(BaseModel):
-    """The score of the text at `index` of a `/rerank`."""
-
-    index: int
-    score: float
-    text: str | None = None
 
 
 class EmbeddingsBody(Body):

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi.testclient import TestClient
 from httpx import Response
+from pydantic import TypeAdapter
 
 from data.corpus import Corpus
 from data.jsonl import write_jsonl
@@ -87,9 +88,23 @@ def serving(app: Any) -> Iterator[str]:
 
 
 def post(retriever: Retriever, path: str, body: Any, **options: Any) -> Response:
-    """The answer of an application that serves a retriever, without a socket between."""
-    with TestClient(create_app(retriever, **options), raise_server_exceptions=False) as server:
-        return server.post(path, json=body)
+    """The answer of an application that serves a retriever, without a socket between, as it is described."""
+    app = create_app(retriever, **options)
+    with TestClient(app, raise_server_exceptions=False) as server:
+        answer = server.post(path, json=body)
+    assert_as_described(app, answer)
+    return answer
+
+
+def assert_as_described(app: Any, answer: Response) -> None:
+    """The answer has the fields that the description of its route tells, and no others."""
+    method, path = answer.request.method, answer.request.url.path
+    routes = (each for each in app.routes if each.path == path and method in each.methods)
+    if answer.status_code != 200 or not (route := next(routes, None)):
+        return
+    model, said = TypeAdapter(route.response_model), answer.json()
+    read = model.validate_python(said)
+    assert model.dump_python(read, mode="json", exclude_unset=True) == said, path
 
 
 @dataclass

@@ -14,10 +14,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from data.errors import DataError, SleuthError
 from data.formats.rows import parse_passage
 from retriever_server.retriever import Retriever
+from retriever_server.server import reply_schema
 from retriever_server.server.backends import HotSwappable
 from retriever_server.server.errors import error_replies
 from retriever_server.server.middleware import JsonRoute
@@ -37,14 +39,14 @@ async def page() -> Response:
     return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8")
 
 
-@router.get("/healthz")
+@router.get("/healthz", response_model=reply_schema.HealthReply)
 @router.get("/health", include_in_schema=False)
 async def healthz(service: ServiceOf) -> dict[str, str]:
     """Say that the process lives."""
     return {"status": "ok", "generation": service.backend().generation}
 
 
-@router.get("/readyz", responses=error_replies(503))
+@router.get("/readyz", response_model=reply_schema.ReadyReply, responses=error_replies(503))
 async def readyz(service: ServiceOf) -> dict[str, Any]:
     """Say whether it can take requests: the queue has room, and it is not about to stop."""
     if reason := service.unready:
@@ -52,7 +54,7 @@ async def readyz(service: ServiceOf) -> dict[str, Any]:
     return {"status": "ready", "waiting": service.batcher.waiting}
 
 
-@router.get("/v1/info")
+@router.get("/v1/info", response_model=reply_schema.InfoReply)
 async def describe(service: ServiceOf) -> Response:
     """Return what answers, by name of backend, and the limits of a request."""
     backends = await asyncio.to_thread(service.describe)
@@ -60,14 +62,14 @@ async def describe(service: ServiceOf) -> Response:
     return JsonReply({**default, "limits": limits, "backends": backends, **service.about})
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: ServiceOf) -> Response:
     """Return the metrics for Prometheus."""
     await asyncio.to_thread(service.describe)
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.post("/admin/reload", responses=error_replies(403, 409, 422))
+@router.post("/admin/reload", response_model=reply_schema.SwapReply, responses=error_replies(403, 409, 422))
 async def reload(service: ServiceOf, backend: str | None = None) -> Response:
     """Open what lies at the backend's place now, and let it answer if it is another generation."""
     of = service.backend(backend)
@@ -79,7 +81,9 @@ async def reload(service: ServiceOf, backend: str | None = None) -> Response:
     return _swapped(service, swapped)
 
 
-@router.post("/admin/passages", responses=error_replies(400, 403, 409, 422))
+@router.post(
+    "/admin/passages", response_model=reply_schema.SwapReply, responses=error_replies(400, 403, 409, 422)
+)
 async def change(body: PassagesBody, caller: CallerOf) -> Response:
     """Add passages to an index, or delete some: a new generation, which answers from now on."""
     service = caller.service

@@ -28,6 +28,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from data.errors import ConfigError, DataError
 from data.records import Hit
 from retriever_server.client.wire import render_document, render_hits
+from retriever_server.server import reply_schema
 from retriever_server.server.errors import ANY_SEARCH, error_replies
 from retriever_server.server.middleware import JsonRoute, parse_body
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
@@ -84,26 +85,26 @@ def _msgpack() -> Any:
 router = APIRouter(route_class=_PackedRoute, responses=error_replies(*ANY_SEARCH))
 
 
-@router.post("/retrieve")
+@router.post("/retrieve", response_model=reply_schema.RetrieveReply)
 async def retrieve(body: RetrieveBody, caller: CallerOf) -> Response:
     """Search as Search-R1, verl, slime, SkyRL, rLLM, ZeroSearch, ASearcher, GEM and LRAT do."""
     return await _answer(parse_retrieve(body, caller.service.dialect), body, caller)
 
 
-@router.post("/search")
+@router.post("/search", response_model=reply_schema.SingleSearchReply)
 async def search(body: SingleSearchBody, caller: CallerOf) -> Response:
     """Search as the clients of ReCall, Serper, Exa and Tavily do, told apart by their keys."""
     return await _answer(parse_search(body), body, caller)
 
 
-@router.post("/batch_search")
+@router.post("/batch_search", response_model=reply_schema.ReCallBatchReply)
 async def batch_search(body: BatchSearchBody, caller: CallerOf) -> Response:
     """Search for several queries as ReCall does."""
     request = DialectRequest(body.query, "top_n", body.top_n, "recall-batch", body.return_score)
     return await _answer(request, body, caller)
 
 
-@router.post("/access")
+@router.post("/access", response_model=reply_schema.AccessReply)
 async def access(body: AccessBody, caller: CallerOf) -> Response:
     """Return pages of the corpus by id or url; null for what is not in it. Nothing else is ever fetched."""
     service = caller.service

@@ -24,7 +24,7 @@ from data.errors import DataError
 from data.records import Input, Passage
 from retriever_server.encoders.spec import Encoder, Role
 from retriever_server.retriever import Retriever
-from retriever_server.server import schema
+from retriever_server.server import reply_schema, schema
 from retriever_server.server.backends import RetrieverLease
 from retriever_server.server.errors import ANY_SEARCH, error_replies, without_paths
 from retriever_server.server.middleware import JsonRoute, parse_body
@@ -46,7 +46,7 @@ async def embed(body: EmbedBody, caller: CallerOf) -> Response:
     return _reply(rows, lambda row: _shorten(row, body.dimensions, body.normalize).tolist())
 
 
-@router.post("/embed_sparse", response_model=list[list[schema.Weight]])
+@router.post("/embed_sparse", response_model=list[list[reply_schema.Weight]])
 async def embed_sparse(body: EmbedBody, caller: CallerOf) -> Response:
     """Return the weights above zero of each text, as TEI."""
     rows = await _embed(body, caller, "sparse")
@@ -64,7 +64,7 @@ async def embed_all(body: EmbedBody, caller: CallerOf) -> Response:
     return _reply(await _embed(body, caller, "multi"), lambda row: row.tolist())
 
 
-@router.post("/", response_model=list[Any])
+@router.post("/", response_model=reply_schema.AnyVectors | reply_schema.RerankReply)
 async def root(body: schema.AnyInputs, caller: CallerOf) -> Response:
     """Do what the model is for, as TEI: embed the `inputs`, or rank the `texts` for a `query`."""
     given = body.model_extra or {}
@@ -76,7 +76,7 @@ async def root(body: schema.AnyInputs, caller: CallerOf) -> Response:
     return await route(parse_body(EmbedBody, given), caller)
 
 
-@router.get("/info")
+@router.get("/info", response_model=reply_schema.ModelInfo)
 async def info(service: ServiceOf) -> dict[str, Any]:
     """Describe the model, as TEI."""
     with service.backend().current as lease:
@@ -96,14 +96,14 @@ async def info(service: ServiceOf) -> dict[str, Any]:
         }
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=reply_schema.ModelsReply)
 async def models(service: ServiceOf) -> dict[str, Any]:
     """List the encoder and the reranker, as OpenAI."""
     with service.backend().current as lease:
         return list_models(_models_of(lease.retriever))
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", response_model=reply_schema.ModelReply)
 async def model(name: str, service: ServiceOf) -> dict[str, Any]:
     """Describe one of them, as OpenAI."""
     with service.backend().current as lease:
@@ -132,7 +132,7 @@ def _reply(rows: Sequence[Any], write: Callable[[Any], Any], head: str = "", tai
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-@router.post("/v1/embeddings", response_model=dict[str, Any], responses=error_replies(429))
+@router.post("/v1/embeddings", response_model=reply_schema.EmbeddingsReply, responses=error_replies(429))
 async def embeddings(body: schema.EmbeddingsBody, caller: CallerOf) -> Response:
     """Return one vector a text, as OpenAI."""
     rows = await _encode(caller, body.input, "query" if body.is_query else "passage", "dense")
@@ -148,7 +148,7 @@ async def embeddings(body: schema.EmbeddingsBody, caller: CallerOf) -> Response:
     return _reply(list(enumerate(rows)), write, f'{about[:-1]}, "data": ', "}")
 
 
-@router.post("/rerank", response_model=list[schema.Scored] | dict[str, Any])
+@router.post("/rerank", response_model=reply_schema.RerankReply)
 async def rerank(body: schema.AnyRerankBody, caller: CallerOf) -> Response:
     """Score texts for a query, best first: as TEI, Search-R1, Cohere, Jina or vLLM, by its keys."""
     asked = body.root
@@ -172,8 +172,8 @@ async def _rerank_texts(body: RerankBody, caller: Caller) -> Response:
     return JsonReply(sorted(found, key=lambda each: -each["score"]))
 
 
-@router.post("/v1/rerank", response_model=dict[str, Any], responses=error_replies(429))
-@router.post("/v2/rerank", response_model=dict[str, Any])
+@router.post("/v1/rerank", response_model=reply_schema.RelevanceReply, responses=error_replies(429))
+@router.post("/v2/rerank", response_model=reply_schema.RelevanceReply)
 async def rerank_as_cohere(body: DocumentsBody, caller: CallerOf) -> Response:
     """Score documents for a query and return the best first, as Cohere, Jina and vLLM."""
     documents = [body.documents] if isinstance(body.documents, str) else body.documents

@@ -18,7 +18,8 @@ from retriever_server.client.wire import thumbnail_link
 from retriever_server.server.errors import ANY_SEARCH, QueryFailed, error_replies
 from retriever_server.server.middleware import JsonRoute, parse_body
 from retriever_server.server.replies import LONG_ANSWER, JsonReply
-from retriever_server.server.schema import SearchBody, SearchForm, SearchReply
+from retriever_server.server.reply_schema import SearchReply
+from retriever_server.server.schema import SearchBody, SearchForm
 from retriever_server.server.service import CallerOf, Outcome
 
 

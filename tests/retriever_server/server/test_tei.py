@@ -9,6 +9,7 @@ from retriever_server.server.app import create_app
 from retriever_server.training.builders.promptreps import promptreps
 from tests.fakes import byte_tokenizer
 from tests.fakes import tiny_model as tiny_language_model
+from tests.retriever_server.running import assert_as_described
 from tests.retriever_server.server.test_embeddings import Fixed, LengthScorer, Whole, ask
 from tests.retriever_server.tiny_encoders import tiny_model
 from tests.retriever_server.training.decoder_models import tiny_decoder
@@ -106,4 +107,20 @@ def test_every_route_describes_what_it_may_answer():
         assert {"200", "400", "401", "413", "421", "422", "500", "501", "503", "504"} <= described, path
         assert ("429" in described) == path.startswith("/v1/"), path
         assert ("404" in described) == (path in encoding), path
-    assert "schema" in paths["/embed"]["post"]["responses"]["200"]["content"]["application/json"]
+    answers = {
+        name: each["responses"]["200"]["content"] for name, of in paths.items() for each in of.values()
+    }
+    assert not [
+        name for name, each in answers.items() if each.get("application/json", {}).get("schema") == {}
+    ]
+    assert list(answers["/metrics"]) == ["text/plain"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/v1/info", "/info", "/v1/models", "/v1/models/fixed"]
+)
+def test_probes_and_models_answer_as_described(path):
+    app = create_app(Whole(encoder=Fixed("dense")))
+    with TestClient(app) as server:
+        assert_as_described(app, answer := server.get(path))
+    assert answer.status_code == 200
