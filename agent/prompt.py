@@ -30,7 +30,7 @@ class PromptFrame:
     before: str = ""
     after: str = ""
     chat: bool = False
-    """In a template: it says itself what a text begins with, so the tokenizer adds no token."""
+    """True within a chat template: it says what a text begins with, so the tokenizer adds no token."""
     strips: bool = False
     """The template takes blanks off the ends of the instruction."""
 

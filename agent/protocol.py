@@ -26,7 +26,7 @@ class Answer:
 
     text: str
     confidence: float | None = None
-    """In [0, 1], where the policy states one."""
+    """How sure the policy is, in [0, 1], where it says so."""
 
 
 @dataclass(frozen=True)

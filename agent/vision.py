@@ -51,7 +51,7 @@ class Vision:
         self.see = lru_cache(REMEMBERED_PICTURES)(self._see)
 
     def keep(self, source: str, content: bytes) -> None:
-        """From here on `source`, which is no file of this machine, is a picture with these bytes."""
+        """Keep the bytes of a picture under the name `source`, which is no file of this machine."""
         if source in self._kept:
             return
         if self._folder is None:

@@ -43,7 +43,7 @@ _LOCK = threading.Lock()
 
 
 def allowed(corpus: Corpus, where: Filter) -> np.ndarray:
-    """Which passages `where` allows, (P,) booleans, not to be written to; DataError for a wrong filter.
+    """Return the passages that `where` allows, (P,) booleans, not to be written to; DataError if it is wrong.
 
     The last 64 are kept. The first filter over the corpus of an index that keeps no metadata reads it once.
     """

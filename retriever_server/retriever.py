@@ -18,13 +18,13 @@ Query = Input
 """A query: a text, an image, or both."""
 
 Filter = Mapping[str, Any]
-"""Which passages may be hits, by their metadata, as JSON; several fields must all agree (see `filters`).
+"""A filter on the metadata of passages, as JSON; several fields must all agree (see `filters`).
 
     {"year": 1999, "lang": {"in": ["de", "fr"]}, "pages": {"gte": 10, "lt": 20}}
 """
 
 Scores = list[dict[str, float]]
-"""Of each query: the score of passages, by id."""
+"""Scores of passages by id, a mapping a query."""
 
 Outcome = list[Hit] | RetrieverError
 """The hits of one query, or the error that it alone met."""

@@ -84,7 +84,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """Which protocol the policy speaks, and where its limits differ from the protocol's own."""
+    """The protocol that the policy speaks, and limits that differ from the protocol's own."""
 
     name: str | None = None
     """search_r1, compact or hermes (docs/protocol.md); none: the policy folder's own, else search_r1."""

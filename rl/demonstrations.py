@@ -22,9 +22,9 @@ from data.records import Passage
 
 Span = tuple[SegmentKind, str]
 RECORD_FILE = "warm_start.json"
-"""In the folder of a policy that was warm-started: what it was taught from, and how."""
+"""File in the folder of a warm-started policy: what it was taught from, and how."""
 CHECKPOINTS = "checkpoints"
-"""In the same folder until the policy is there."""
+"""Folder beside it, until the policy is there."""
 POOR = {
     "random_words": "some of the question's words, from one to all, drawn at random",
     "without_names": "the names of the question left out",

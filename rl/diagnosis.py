@@ -26,7 +26,7 @@ class Obstacle:
 
     name: str
     seen: str
-    """As the metrics show it."""
+    """The sign of it in the metrics."""
     cause: str
     """The likeliest cause."""
     remedy: str

@@ -103,7 +103,7 @@ def _new_id() -> bytes:
 
 
 class NCCLTransport(DeviceTransport):
-    """From GPU to GPU, over hosts too. A group for each server: one that dies takes no other with it."""
+    """Weights go from GPU to GPU, over hosts too. A group for each server: one that dies is alone."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class NCCLTransport(DeviceTransport):
 
 
 class IPCTransport(DeviceTransport):
-    """To servers on the GPU that this process computes on; nothing is copied on the way."""
+    """Weights go to servers on the GPU that this process computes on; nothing is copied on the way."""
 
     def __init__(
         self, tensors: Tensors, device: str = "cuda", share: Callable[[Tensor], Any] | None = None

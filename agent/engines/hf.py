@@ -148,7 +148,7 @@ class HFEngine(Engine):
         if not prompt_ids:
             raise EngineError(f"{trajectory_id}: an empty prompt cannot be continued")
         if pictures and self._pictures is None:
-            raise EngineError("engine hf: pictures for a policy without eyes")
+            raise EngineError("engine hf: pictures for a policy that reads none")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         uniform, shown = random.Random(sampling.seed), tuple(pictures)
         request = Request(trajectory_id, list(prompt_ids), sampling, future, uniform, shown)

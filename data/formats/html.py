@@ -71,7 +71,7 @@ def html_sections(html: str, name: str) -> list[tuple[str, str]]:
 
 
 class _Nesting(HTMLParser):
-    """Which elements are open, numbered as they begin, and which of them ended by their own end tag."""
+    """The open elements, numbered as they begin, and those that ended by their own end tag."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

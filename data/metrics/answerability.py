@@ -1,4 +1,4 @@
-"""Which questions a corpus can answer: those of whose gold answers one stands, as it is, in a passage."""
+"""Questions that a corpus can answer: one of their gold answers stands, as it is, in a passage."""
 
 from __future__ import annotations
 

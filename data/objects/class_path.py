@@ -29,7 +29,7 @@ from data.objects.plugins import OURS, find_plugin, what_was_raised
 Build = Callable[[], Any]
 """Gives an object whose description has been checked."""
 TextReader = Callable[[str, str], Build]
-"""From a text and the place where it stands."""
+"""Reads a text; the second argument is the place where it stands."""
 _PLAIN = (Any, str, int, float, bool, bytes, dict, list, tuple, set, type, type(None), object, Path)
 _VALUES = ("datetime", "decimal", "uuid")
 _LISTS = (list, tuple, Sequence)
@@ -207,7 +207,8 @@ class Signature:
         null = value is None and self.parameters[key].default is None
         if null or _fits(value, hint) or not (due or value is None):
             return
-        expected = _names(due) or getattr(hint, "__name__", hint)
+        plain = getattr(hint, "__name__", hint)
+        expected = f"{_names(due)}, such as {{class_path: NAME}}" if due and due != (Callable,) else plain
         raise ConfigError(f"{self.place}.{key}: got {json.dumps(value)}, expected {expected}")
 
 
@@ -225,7 +226,8 @@ def _parser_of(make: Callable[..., Any], skip: frozenset[str]) -> Any:
 def parts_of(node: Any, place: str) -> tuple[str, Mapping[str, Any]]:
     """class_path and init_args of a mapping that holds these and nothing else."""
     if not isinstance(node, Mapping) or not {"class_path"} <= set(node) <= {"class_path", "init_args"}:
-        raise ConfigError(f"{place.rstrip(' .:')}: must be a mapping of class_path and init_args")
+        found = f"; found {', '.join(map(str, node))}" if isinstance(node, Mapping) else ""
+        raise ConfigError(f"{place.rstrip(' .:')}: must be a mapping of class_path and init_args{found}")
     name, arguments = node["class_path"], node.get("init_args")
     arguments = {} if arguments is None else arguments
     keyed = isinstance(arguments, Mapping) and all(isinstance(key, str) for key in arguments)

@@ -18,7 +18,7 @@ from data.errors import ConfigError
 from data.machine.managed_process import ManagedProcess
 
 PYTHON = "{python}"
-"""In a command: the Python that runs on that machine."""
+"""Stands in a command for the Python of the machine that runs it."""
 Command = Callable[[str, int], Sequence[str]]
 """The command of a server, for its host and port."""
 PORT_SECONDS = 10.0

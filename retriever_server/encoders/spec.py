@@ -56,7 +56,7 @@ MULTI = Kind("multi", "MultiVectorEncoder", "maxsim", f"{_ST}.multi_vector_encod
 CROSS = Kind("cross", "CrossEncoder", "", f"{_ST}.cross_encoder.losses")
 KINDS = {kind.name: kind for kind in (DENSE, SPARSE, MULTI, CROSS)}
 ENCODERS = {name: kind for name, kind in KINDS.items() if kind.index}
-"""Those that make vectors."""
+"""Kinds that make vectors."""
 
 
 def kind_of_model(model: Any) -> Kind:

@@ -1,4 +1,4 @@
-"""From a text to the terms that BM25 counts; queries and passages go through the same analyzer.
+"""Analyzers: a text in, the terms that BM25 counts out; the same one for queries and passages.
 
 plain         lower-cased words in normal form KC, with their marks; all letters i of Turkish are one
 stopwords     as plain, without Lucene's 33 English stop words
@@ -36,7 +36,7 @@ ENGLISH_STOP_WORDS = frozenset(
         "these they this to was will with"
     )
 )
-"""Those of Lucene's EnglishAnalyzer."""
+"""Stop words of Lucene's EnglishAnalyzer."""
 MAX_TOKEN_CHARS = 255
 """Lucene cuts what is longer into pieces of this length."""
 _BLY_OR_LOGY = re.compile("(?:bl|log)[iy](?:es|(?:ed|ing)?s?)$")

@@ -21,7 +21,7 @@ import numpy as np
 from retriever_server.indexes.checksums import save_array
 
 EXHAUSTIVE = 30_000
-"""In a corpus of so many passages all of them are summed: that takes no longer."""
+"""The largest corpus, in passages, of which all are summed: that takes no longer."""
 LEADERS, LONG = 4, 1 / 32
 """Before the list of a term in more than LONG of the passages the LEADERS * k best are scored in whole."""
 BLOCK_POSTINGS = 1 << 22

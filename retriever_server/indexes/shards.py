@@ -1,4 +1,4 @@
-"""From a corpus to vectors on disk, a shard of passages at a time, so that a killed run goes on.
+"""Encode a corpus to vectors on disk, a shard of passages at a time, so that a killed run goes on.
 
 A shard is some .npy files and a marker, `00003.done`, written last. A folder of shards is named for all that
 decides them. Several machines may each write some of the shards of one folder.

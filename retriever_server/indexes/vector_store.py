@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 _BLOCK_BYTES = {"cpu": 4 << 20, "int8": 64 << 20, "cuda": 1 << 30}
 """Bytes of a block as float32: on a CPU what its caches hold, unless integers are multiplied."""
 _SPARE = 16
-"""So many more rows are scored again, of which rounding may have put some below the k-th place."""
+"""Rows beyond the k-th that are scored again: rounding may have put some of them too low."""
 
 
 class Rows:

@@ -1,4 +1,4 @@
-"""From the socket to an endpoint: who may ask, how much may be sent, metrics, the request log, JSON bodies.
+"""Middleware: who may ask, how much may be sent, metrics, the request log, JSON bodies.
 
 What may not pass is refused before a body is read, which no dependency of a route could.
 """
@@ -31,7 +31,7 @@ from retriever_server.server.replies import JsonReply
 OPEN_TO_ALL = {"/", "/healthz", "/readyz", "/health"}
 """Paths that need no token: the page holds no passages, and a probe has no secrets."""
 _BODIES_HELD, _SMALL_BODY_BYTES = 32, 1 << 16
-"""So many of the largest bodies are held in memory; small ones are always taken."""
+"""The most large bodies held in memory at once; small ones, up to so many bytes, are always taken."""
 _NEEDED = "a bearer token is needed: Authorization: Bearer ..., or X-API-Key: ..."
 
 

@@ -121,8 +121,8 @@ class Contents(BaseModel):
     contents: str
 
 
-ReCallReply = list[Contents] | tuple[list[Contents], list[float]]
-ReCallBatchReply = list[list[Contents]] | tuple[list[list[Contents]], list[list[float]]]
+ReCallReply = list[Contents] | list[list[Contents] | list[float]]
+ReCallBatchReply = list[list[Contents]] | list[list[list[Contents]] | list[list[float]]]
 
 
 class Organic(BaseModel):
@@ -315,7 +315,7 @@ class InfoReply(BackendReply):
 
 
 class SwapReply(BaseModel):
-    """Whether another generation answers now, and which answers by name of backend."""
+    """`swapped`: another generation answers now; generations by name of backend."""
 
     swapped: bool
     generations: dict[str, str]

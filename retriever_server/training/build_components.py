@@ -132,7 +132,7 @@ class ModelInTraining:
     spec: EncodingSpec | None
     """None of a reranker."""
     reads_files: bool = False
-    """Whether it encodes images, or another modality beside text."""
+    """True where it encodes images, or another modality beside text."""
 
 
 def build_model(recipe: RetrieverRecipe) -> ModelInTraining:

@@ -32,7 +32,7 @@ class RewardBatch:
 
     @property
     def row(self) -> Tensor:
-        """Which trajectory each token belongs to (N,)."""
+        """The trajectory that each token belongs to (N,)."""
         return self.counts.new_tensor(range(len(self.counts))).repeat_interleave(self.counts)
 
 
@@ -119,7 +119,7 @@ ADVANTAGES: dict[str, Callable[[RewardBatch, float, float], Tensor]] = {
 """(batch, gamma, gae_lambda) -> (N,); each takes of the two numbers what it needs."""
 WITH_CRITIC = {"gae"}
 WITHOUT_GROUPS = {"gae", "reinforce_pp"}
-"""Those that do not compare a trajectory with others of its question."""
+"""Advantages that do not compare a trajectory with others of its question."""
 
 
 def permute(found: Tensor, present: Tensor, group_size: int, draw: random.Random) -> None:

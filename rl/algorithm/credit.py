@@ -28,7 +28,7 @@ class TrainingBatch:
     """This process's groups of a step, and what is known of their trained tokens."""
 
     trajectories: Sequence[Trajectory]
-    """Those of all groups, in order; a row is a place in this list."""
+    """Trajectories of all groups, in order; a row is a place in this list."""
     rewards: Sequence[Reward]
     device: torch.device
     columns: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -91,7 +91,7 @@ class Clipping(Protocol):
 
 
 class PolicyLoss(Clipping, Protocol):
-    """Those that the policy's loss reads, too."""
+    """Settings that the policy's loss reads, too."""
 
     @property
     def importance(self) -> str: ...

@@ -15,7 +15,7 @@ from data.secret import read_secret
 from retriever_server.indexes.manifest import MANIFEST
 
 AGREE = 20
-"""So many answers in a row must name the generation: workers and replicas swap each by itself."""
+"""Answers in a row that must name the generation: workers and replicas swap each by itself."""
 PAUSE_SECONDS = 0.02
 
 

@@ -25,7 +25,7 @@ from data.records import FORMAT_VERSION
 
 STAGES = ("rollout", "label", "train", "index", "gate", "swap", "policy")
 MOST_REFUSALS = 2
-"""So many refused gates in a row end the loop."""
+"""Refused gates in a row that end the loop."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Searches:
     place: str
     """FILE:LINE, for messages."""
     segments: tuple[Mapping[str, Any], ...] = ()
-    """As the file has them."""
+    """Segments as the file has them."""
     number: int = 0
     """Line of the file, from 1."""
 

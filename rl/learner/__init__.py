@@ -1,4 +1,4 @@
-"""From a batch of trajectories to better weights: packing, log-probabilities, updates, processes."""
+"""Learn from a batch of trajectories: packing, log-probabilities, updates, processes."""
 
 from data.objects.moved import take_name
 

@@ -207,7 +207,7 @@ def _step(out: Path) -> int:
 
 
 def _newest(out: Path) -> float:
-    """When the trainers last wrote a number, a transcript or a checkpoint."""
+    """Return the time at which the trainers last wrote a number, a transcript or a checkpoint."""
     times = [0.0]
     for pattern in ("*.jsonl", "checkpoints/*", "evaluations/*/*"):
         for file in out.glob(pattern):

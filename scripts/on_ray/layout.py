@@ -14,7 +14,7 @@ from rl.config import TrainConfig
 from scripts.on_ray.ray_process import RayProcess
 
 OURS = {"PYTHONPATH": str(Path(__file__).parents[2])}
-"""So that a process runs this very package, wherever it stands."""
+"""Environment in which a process runs this very package, wherever it stands."""
 
 
 UNWELL_SECONDS = 90.0

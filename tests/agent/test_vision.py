@@ -224,7 +224,7 @@ def test_an_image_token_that_the_policy_wrote_is_a_word_like_others(policy, page
 
 def test_an_engine_without_eyes_refuses_pictures():
     engine = HFEngine(tiny_model("qwen2", len(TOKENIZER)), TOKENIZER)
-    with pytest.raises(EngineError, match="pictures for a policy without eyes"):
+    with pytest.raises(EngineError, match="pictures for a policy that reads none"):
         asyncio.run(engine.generate([1, 2], Sampling(), "t", [Picture("p.png", 0, 1)]))
 
 

@@ -156,7 +156,7 @@ WRONG = {
     "class_path: Fuse\ninit_args: {parts: null}": "init_args.parts: got null, expected",
     "class_path: Cached\ninit_args: {retriever: [none]}": "init_args.retriever: expected one Retriever",
     "class_path: Rerank\ninit_args: {retriever: none, scorer: {class_path: Cached}}": "Cached is no Scorer",
-    "class_path: Rerank\ninit_args: {retriever: none, scorer: OWN.Numbers}": "expected Scorer",
+    "class_path: Rerank\ninit_args: {retriever: none, scorer: OWN.Numbers}": "expected Scorer, such as",
     "class_path: a..b": "'a..b' must be like module.name",
     "class_path: 3": "class_path must be a string",
 }  # fmt: skip

@@ -101,7 +101,10 @@ def test_a_users_own_class_or_function_plugs_in_by_its_path(tmp_path):
         ),
         ("class_path: pathlib.Path", r"mine.yaml: class_path: pathlib.Path is no Retriever"),
         ("[1, 2]", r"mine.yaml: must be a mapping of class_path and init_args"),
-        ("class_path: Fuse\nparts: []", r"mine.yaml: must be a mapping of class_path and init_args"),
+        (
+            "class_path: Fuse\nparts: []",
+            "must be a mapping of class_path and init_args; found class_path, parts",
+        ),
         (
             "class_path: Fuse\ninit_args: {parts: [none], depht: 3}",
             r"init_args.depht: unknown key; Fuse takes parts, method",

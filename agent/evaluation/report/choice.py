@@ -32,7 +32,7 @@ class Choice:
     evaluations: str | None = None
     """Names or patterns of evaluations, with commas between; see `folders.read_folder`."""
     verdict: Verdict = "all"
-    """In the evaluation `after`, else in the last one shown; fixed and broken compare it with the first."""
+    """Verdict in the evaluation `after`, else the last one shown; fixed and broken compare with the first."""
     kind: str | None = None
     questions: tuple[str, ...] = ()
     megabytes: float = 5.5

@@ -36,7 +36,7 @@ class Written:
 
     text: str
     prompt_tokens: int = 0
-    """Those of both together where that is all an endpoint tells."""
+    """Tokens of prompt and text together where that is all an endpoint tells."""
     new_tokens: int = 0
     logprob: float | None = None
     """Mean log-probability of its tokens, where the generator tells it."""

@@ -40,7 +40,7 @@ _POINTS_AT = re.compile(
 )
 _GIVEN = ("draft", "corpus")
 SIMILARITY = 0.9
-"""From this share of common content words on two queries ask the same."""
+"""Share of common content words from which on two queries ask the same."""
 
 
 def same_text(text: str) -> str:
