@@ -56,7 +56,7 @@ class ChatClient:
         max_tokens: int | None = None,
         cache: Path | None = None,
     ) -> None:
-        """name: begins what it says. max_calls, max_tokens: of all requests, those before a restart too.
+        """name: begins what it says. max_calls, max_tokens: the budget; replies of before a restart count.
 
         Raises ConfigError where the URL or a limit is wrong, or the key cannot be read.
         """
@@ -121,17 +121,27 @@ class ChatClient:
             if key in self._known:
                 return parse(self._known[key])
             reply, tokens = self._ask_again(client, body)
-            parsed = parse(reply)
+            return self._note(key, reply, tokens, parse)
         except ValueError as error:  # asking the same again would be useless
             return ChatError(f"{self.name} {self.url}: {error}")
         except ChatError as error:
             return error
-        with self._lock:
-            self._known[key], self._took[key] = reply, tokens
-            self._tokens += sum(tokens)
-            if self._cache:
-                took = dict(zip(("read", "written"), tokens, strict=True))
-                append_jsonl(self._cache, [{"key": key, "reply": reply, **took}])
+
+    def _note(
+        self, key: str, reply: str, tokens: tuple[int, int], parse: Callable[[str], _Parsed]
+    ) -> _Parsed:
+        """Count what a reply took and keep it, parsed; one that cannot be parsed is paid for and not kept."""
+        row: dict[str, Any] = {"key": key, **dict(zip(("read", "written"), tokens, strict=True))}
+        try:
+            parsed = parse(reply)
+            row["reply"] = reply
+        finally:
+            with self._lock:
+                self._tokens += sum(tokens)
+                if "reply" in row:
+                    self._known[key], self._took[key] = reply, tokens
+                if self._cache:
+                    append_jsonl(self._cache, [row])
         return parsed
 
     def _ask_again(self, client: httpx.Client, body: bytes) -> tuple[str, tuple[int, int]]:

@@ -106,6 +106,19 @@ def test_tokens_are_a_budget_too_after_a_restart_as_well(tmp_path):
         assert len(server.seen) == 2
 
 
+def test_replies_that_cannot_be_parsed_are_paid_for_too_after_a_restart_as_well(tmp_path):
+    with answering(v1__chat__completions=echo) as server:
+        settings = {"max_tokens": 8, "max_calls": 3, "max_concurrent": 1, "cache": tmp_path / "chat.jsonl"}
+        outcomes = ChatClient(f"{server.url}/v1", **settings).ask(bodies("a", "b", "c"), int)
+        assert "invalid literal" in str(outcomes[1]) and "all 8 tokens" in str(outcomes[2])
+        [spent] = ChatClient(f"{server.url}/v1", **settings).ask(bodies("a"), str)
+        assert "all 8 tokens" in str(spent)
+        [text, spent] = ChatClient(f"{server.url}/v1", **settings | {"max_tokens": 99}).ask(
+            bodies("a", "b"), str
+        )
+        assert text == "A" and "all 3 requests" in str(spent) and len(server.seen) == 3
+
+
 @pytest.fixture
 def saying_when(monkeypatch):
     """A server that is busy once and says for how long."""
