@@ -224,7 +224,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"em": 1.0})
-    """Weights of the rewards that are summed: em, f1, ... (docs/rl.md), or module:function of your own."""
+    """Weights of the rewards that are summed: em, f1, ... (docs/rl.md), or module.function of your own."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _WORLD = "scripts.bench.synthesis_templates"
-OURS = {"Local": "scripts.local_generator", "AtlasTemplates": _WORLD, "AtlasOracle": _WORLD}
-"""Generators and judges of this floor."""
+_GENERATORS = {"Local": "scripts.local_generator", "AtlasTemplates": _WORLD}
+_JUDGES = {"AtlasOracle": _WORLD}
 
 
 def main(config: SynthesisConfig) -> None:
@@ -63,14 +63,14 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     from retriever_server.training.synthesis.pipeline import Synthesis, check_corpus, load_shots
     from retriever_server.training.synthesis.recipes import load_recipe, with_sampling
 
-    reader = _reader(Path(config.out))
+    writers, reader = _readers(Path(config.out))
     make_filters(config.filters, None)
     recipe = with_sampling(load_recipe(config.recipe, config.prompts), config.sampling)
     recipe.check_choices(config.choices)
     load_shots(config, recipe)
     if config.corpus is None and not recipe.brainstorm:
         raise ConfigError(f"corpus: recipe {recipe.name} needs the passages that queries are written for")
-    generator = reader.plan(config.generator, (Generator,), "generator.")
+    generator = writers.plan(config.generator, (Generator,), "generator.")
     judges = [reader.plan(each, (Scorer,), f"judges[{i}].") for i, each in enumerate(config.judges)]
     gain = reader.plan(config.answer_gain, (AnswerGain,), "answer_gain.") if config.answer_gain else None
     if config.retriever:
@@ -90,13 +90,15 @@ def open_run(config: SynthesisConfig) -> Synthesis:
     return Synthesis(config, made, corpus, retriever, opened, answers, bar)
 
 
-def _reader(out: Path) -> Any:
+def _readers(out: Path) -> tuple[Any, Any]:
+    """Return what reads generators, and what reads judges."""
     from data.objects.class_path import Reader
     from retriever_server.training.synthesis.generators import GENERATORS
     from retriever_server.training.synthesis.judges import JUDGES
 
     given = {"cache": str(out / "replies.jsonl"), "judgements": str(out / "judgements.jsonl")}
-    return Reader({**GENERATORS, **JUDGES, **OURS}, given=given)
+    tables = ({**GENERATORS, **_GENERATORS}, {**JUDGES, **_JUDGES})
+    return Reader(tables[0], given=given), Reader(tables[1], given=given)
 
 
 def _Unasked(name: str) -> Any:

@@ -72,9 +72,10 @@ def prepare(recipe: RetrieverRecipe) -> Prepared:
     """Read the data of a recipe. Raises ConfigError or DataError for all that is wrong without a model."""
     _check_names("model", recipe.model, BUILDERS)
     _check_names("loss", recipe.loss, known_losses())
-    arguments = recipe.model.get("init_args") or {}
-    for base in (value for key, value in arguments.items() if key == "base" or key.endswith("_base")):
-        check_base(base)
+    ours = recipe.model["class_path"] in BUILDERS
+    for key, base in (recipe.model.get("init_args") or {}).items() if ours else ():
+        if key == "base" or key.endswith("_base"):
+            check_base(base, f"model.init_args.{key}")
     if recipe.device not in ("auto", "cpu"):
         check_device(recipe.device)
     if recipe.serves is not None:

@@ -115,7 +115,7 @@ def combine(
 ) -> Callable[[Sequence[Trajectory]], list[Reward]]:
     """Return a function that rewards trajectories by the weighted sum of rewards.
 
-    weights: by a name of REWARDS, "judge", or "module:function", a RewardFunction of the user's own.
+    weights: by a name of REWARDS, "judge", or "module.function" of the user's own, a RewardFunction.
     cache: where the judge's verdicts are kept. Raises ConfigError: at once where a name is unknown or
     cannot be imported or the judge has no URL, and in use where a function returns no finite number.
     """
@@ -191,14 +191,14 @@ def _find(name: str) -> RewardFunction:
         return REWARDS[name]
     if name in EXAMPLES:
         return find_plugin(EXAMPLES[name], f"rewards.{name}")
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        known = ", ".join([*REWARDS, *EXAMPLES, "judge"])
-        raise ConfigError(f"rewards.{name}: must be one of {known}, or module:function of your own")
     place = f"rewards.{name}"
-    function = find_plugin(f"{module}.{attribute}", place)
+    if not {".", ":"} & set(name):
+        known = ", ".join([*REWARDS, *EXAMPLES, "judge"])
+        raise ConfigError(f"{place}: must be one of {known}, or module.function of your own")
+    function = find_plugin(name.replace(":", "."), place)
     if not callable(function) or inspect.isclass(function) or inspect.isbuiltin(function):
         kind = "built-in function" if inspect.isbuiltin(function) else type(function).__name__
+        kind = "class" if inspect.isclass(function) else kind
         raise ConfigError(f"{place}: is a {kind}, must be a Python function of one trajectory")
     parameters = list(inspect.signature(function).parameters.values())
     needed = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]

@@ -97,19 +97,19 @@ def decoder(
     return model
 
 
-def check_base(base: Any) -> str:
-    """Return where a base lies, nothing loaded or made yet; "" for a tiny one. Raises ConfigError."""
+def check_base(base: Any, key: str = "base") -> str:
+    """Return where a base lies, nothing loaded or made yet; "" for a tiny one. ConfigError names the key."""
     if isinstance(base, Mapping):
         if not {"config"} <= set(base) <= {"config", "corpus", "vocabulary", "seed", "folder"}:
             raise ConfigError(
-                f"base: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
+                f"{key}: got {', '.join(map(str, base))}; needs config, corpus; may have vocabulary, seed"
             )
         return ""
     if not isinstance(base, str):
-        raise ConfigError(f"base = {base!r}: must be a name, a folder, or a mapping of config and corpus")
+        raise ConfigError(f"{key} = {base!r}: must be a name, a folder, or a mapping of config and corpus")
     path = Path(base).expanduser()
     ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    return str(ggufs[0]) if ggufs and not (path / "config.json").exists() else find_model(base, "base")
+    return str(ggufs[0]) if ggufs and not (path / "config.json").exists() else find_model(base, key)
 
 
 def resolve_base(base: Base) -> str:

@@ -21,7 +21,7 @@ from retriever_server.encoders.sentence import SentenceEncoder
 from retriever_server.encoders.spec import rows_of, similarities
 from retriever_server.training import export
 from retriever_server.training import run as training
-from retriever_server.training.build_components import build_loss, build_model
+from retriever_server.training.build_components import build_loss, build_model, prepare
 from retriever_server.training.export import check_saved, check_similarity, save_encoder
 from tests.retriever_server.training.recipes import base, component, recipe, settings
 from tests.samples import quick
@@ -310,7 +310,7 @@ def test_a_model_that_is_not_saved_whole_is_refused_before_training(rivers, tmp_
         ({"model": component("dence", base="x")}, "class_path: 'dence' must be one of colbert, cross_enc"),
         ({"model": component("dense", base="x", pool="cls")}, "init_args.pool: unknown key; dense takes"),
         ({"model": component("dense")}, "model.init_args: missing: base"),
-        ({"model": component("dense", base="/no/where")}, "base = '/no/where': no folder, no short name"),
+        ({"model": component("dense", base="/no/where")}, "model.init_args.base = '/no/where': no folder"),
         ({"model": component("collections.Counter")}, "collections.Counter is no SentenceTransformer or"),
         ({"model": {"class": "dense"}}, "model: must be a mapping of class_path and init_args"),
         ({"loss": component("NoLoss")}, "loss.class_path: 'NoLoss' must be one of ContrastiveDistillation"),
@@ -333,6 +333,11 @@ def test_a_wrong_setting_is_refused_in_one_line(changes, says, rivers, tmp_path)
     with pytest.raises(ConfigError, match=says) as raised:
         training.train(recipe(rivers, tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
+
+
+def test_the_base_of_a_builder_of_ones_own_is_whatever_that_builder_takes(rivers, tmp_path):
+    own = recipe(rivers, tmp_path / "run", model=component("my_models.build", base="a corpus"))
+    assert prepare(own).sets
 
 
 @pytest.mark.slow

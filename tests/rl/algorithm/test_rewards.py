@@ -139,7 +139,7 @@ def test_a_trajectory_without_a_turn_earns_nothing():
 
 
 def test_an_unknown_reward_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"rewards\.f2: must be one of em, f1, .*judge, or module:function"):
+    with pytest.raises(ConfigError, match=r"rewards\.f2: must be one of em, f1, .*judge, or module.function"):
         combine({"em": 1.0, "f2": 0.5})
 
 
@@ -167,9 +167,9 @@ def own(tmp_path, monkeypatch):
 
 
 def test_rewards_of_the_users_own_are_imported_from_where_the_command_runs(own):
-    reward = reward_of({f"{own}:length": 1.0, f"{own}:per_turn": 2.0}, rollout([SEARCH, RIGHT]))
+    reward = reward_of({f"{own}.length": 1.0, f"{own}:per_turn": 2.0}, rollout([SEARCH, RIGHT]))
     assert reward.turns == [1.0, 10.5]
-    assert reward.parts == {f"{own}:length": 10.0, f"{own}:per_turn": 0.75}
+    assert reward.parts == {f"{own}.length": 10.0, f"{own}:per_turn": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_rewards_of_the_users_own_are_imported_from_where_the_command_runs(own):
         ("my_own_rewards:two", r"takes \(t, more\), must be a Python function of one trajectory"),
         ("my_own_rewards:text", r"takes \(t: str\), must be"),
         ("os:system", "is a .*built-in function.*, must be a Python function of one trajectory"),
-        ("subprocess:Popen", "is a type, must be"),
+        ("subprocess.Popen", "is a class, must be"),
         ("subprocess:call", r"takes \(\*popenargs, .*, must be"),
     ],
 )
