@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ from agent.evaluation.records import (
 from data.atomic import open_atomic
 from data.errors import ConfigError, DataError
 from data.jsonl import read_json
+from data.metrics.answers import METRICS
 from data.metrics.significance import estimate, format_estimate
 
 logger = logging.getLogger(__name__)
 
+_NAMES = {"em": "EM", "f1": "F1", "cover_em": "cover EM"}
+
+
+def _judged(place: int, record: Record) -> float:
+    return judge_answer(record)[place]
+
+
 MEASURES: dict[str, Callable[[Record], float]] = {
-    "EM": lambda record: judge_answer(record)[0],
-    "F1": lambda record: judge_answer(record)[1],
-    "cover EM": lambda record: judge_answer(record)[2],
+    **{_NAMES.get(name, name): partial(_judged, place) for place, name in enumerate(METRICS)},
     "judge": verdict_of,
     "evidence recall": lambda record: record["evidence_recall"],
     "searches": lambda record: len(record["searches"]),
@@ -191,7 +198,7 @@ def write_csv(path: Path, runs: Runs) -> None:
     with open_atomic(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         keys = ("stop_reason", "confidence", "seconds", "tokens_in", "tokens_out", "evidence_recall")
-        names = ("run", "id", "question", "kind", "gold_answers", "answer", "em", "f1", "cover_em", "judge")
+        names = ("run", "id", "question", "kind", "gold_answers", "answer", *METRICS, "judge")
         writer.writerow((*names, "searches", *keys))
         for name, records in runs.items():
             for record in records:

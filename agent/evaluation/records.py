@@ -20,7 +20,6 @@ MATRIX_FILE = "matrix.json"
 _FIELDS: dict[str, Any] = {
     "id": str, "question": str, "gold_answers": list, "metadata": dict, "answer": (str, type(None)),
     "stop_reason": str, "valid_format": bool, "invalid_actions": int, "segments": list, "searches": list,
-    **dict.fromkeys(METRICS, (int, float)),
 }  # fmt: skip
 _KEYS_OF_ITEMS = {"segments": {"kind", "text"}, "searches": {"query", "hits"}}
 
@@ -47,11 +46,14 @@ def iterate_records(out_dir: Path | str) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for record in read_jsonl(path, tolerate_cut_tail=True):
         wrong = [key for key, kind in _FIELDS.items() if not isinstance(record.get(key, seen), kind)]
+        wrong += [name for name in METRICS if not isinstance(record.get(name, 0.0), int | float)]
         wrong = wrong or _wrong_lists(record)
         if wrong or record["id"] in seen:
             what = f"missing or wrong: {', '.join(wrong)}" if wrong else "is there twice"
             raise DataError(f"{path}: trajectory {record.get('id')!r}: {what}")
         seen.add(record["id"])
+        if not METRICS.keys() <= record.keys():  # a metric is younger than the record
+            record = {**dict(zip(METRICS, judge_answer(record), strict=True)), **record}
         verdict = verdicts.get(record["id"])
         # One about an answer that was given since stands for nothing.
         if verdict and verdict.get("answer", seen) == record["answer"]:

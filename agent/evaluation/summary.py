@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from data.metrics.answers import METRICS
 from data.metrics.significance import format_estimate
 
 Scores = Mapping[str, Any]
+_IN_TABLE = ("f1", "cover_em")
 
 
 def describe(scores: Scores) -> list[tuple[str, str]]:
     """(name, value) of what a run measured besides EM, F1 and searches; what it does not have is left out."""
-    return list(_lines(scores))
+    others = [name for name in METRICS if name in scores and name not in ("em", *_IN_TABLE)]
+    return [*((name, format_estimate(scores[name])) for name in others), *_lines(scores)]
 
 
 def _lines(scores: Scores) -> Iterator[tuple[str, str]]:
@@ -69,7 +72,7 @@ def table(scores: Scores) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             name,
             str(row["n"]),
             format_estimate(row["em"]),
-            *(f"{row[metric]['mean']:.3f}" for metric in ("f1", "cover_em")),
+            *(f"{row[metric]['mean']:.3f}" for metric in _IN_TABLE),
             f"{row['searches_per_question']:.2f}",
             f"{row['valid_format_rate']:.3f}",
         )

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.evaluation.compare import compare, read_runs, short_names
+from agent.evaluation.compare import compare, read_runs, short_names, write_csv
 from agent.evaluation.measures import evaluation_record
 from agent.evaluation.report.choice import Choice
 from agent.evaluation.report.folders import read_folders
 from agent.evaluation.report.page import render_report
+from agent.evaluation.scores import score
+from agent.evaluation.summary import describe
 from agent.trajectory import Segment, SegmentKind, StopReason, Trajectory
 from data.errors import ConfigError, DataError
 from data.jsonl import write_jsonl
+from data.metrics.answers import METRICS
 from data.metrics.significance import bootstrap
 from data.records import Question
 from scripts.__main__ import main as sleuth
@@ -139,6 +142,16 @@ def test_the_command_prints_a_table_and_writes_csv_markdown_and_json(tmp_path, r
     )
     assert len({line.count("|") for line in lines}) == 1
     assert json.loads(Path(files[2]).read_text())["flipped"]["b"]["broken"] == ["q0", "q1", "q2", "q3"]
+
+
+def test_a_metric_that_is_added_is_told_of_evaluations_that_were_there_before(runs, monkeypatch, tmp_path):
+    monkeypatch.setitem(METRICS, "one_word", lambda answer, golds, normalizer: float(answer == "gold"))
+    records = read_runs(runs)["a"]
+    assert [record["one_word"] for record in records] == [float(i < 8) for i in range(20)]
+    assert ("one_word", "0.400 [0.100, 0.800] (10 clusters)") in describe(score(records))
+    write_csv(tmp_path / "all.csv", read_runs(runs))
+    rows = list(csv.DictReader((tmp_path / "all.csv").read_text().splitlines()))
+    assert rows[0]["one_word"] == "1.0" and rows[0]["searches"] == "0"
 
 
 def test_names_are_as_short_as_they_may_be():
