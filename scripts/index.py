@@ -114,7 +114,7 @@ def main(config: IndexConfig) -> None:
     for alone in ("verify", "compact"):
         if getattr(config, alone) is not None:
             others = [each.name for each in fields(config) if each.name != alone]
-            _refuse(config, others, f"no --{alone}")
+            _refuse(config, others, f"without --{alone}")
     if config.verify is not None:
         from retriever_server.indexes.base import verify_index
 
@@ -140,14 +140,14 @@ def _change(config: IndexConfig) -> None:
     if (config.add is None) == (config.delete is None) or config.corpus or not config.out:
         raise ConfigError("--add FILE or --delete IDS: one of them, with --out, the index, and no --corpus")
     built = ("kind", "dtype", "factory", "terms_per_passage", "shard", "ray", "encode_with")
-    _refuse(config, (*_BM25_ALONE, *built), "--corpus")
+    _refuse(config, (*_BM25_ALONE, *built), "with --corpus")
     from data.corpus import Corpus
     from retriever_server.indexes.living import add, delete
     from retriever_server.indexes.manifest import read_manifest
 
     place = Path(config.out)
     if config.delete is not None:
-        _refuse(config, ("replace",), "--add")
+        _refuse(config, ("replace",), "with --add")
         deleted = delete(place, ids := _ids(config.delete))
         return _say_change(f"deleted {len(ids):,};", deleted, config.out)
     passages, manifest = Corpus(config.add or ""), read_manifest(place)
@@ -162,7 +162,7 @@ def _encoder_of(config: IndexConfig, place: Path, manifest: Any) -> Any:
     from retriever_server.indexes.manifest import built_spec
 
     if config.encoder is None:
-        _refuse(config, _ENCODER, "--encoder")
+        _refuse(config, _ENCODER, "with --encoder")
         return load_encoder(built_spec(place, manifest), device=config.device)
     options = {name: getattr(config, name) for name in _ENCODER}
     return load_encoder(config.encoder, device=config.device, **options)
@@ -185,7 +185,7 @@ def _say_change(done: str, index: Any, out: str) -> None:
 def _build_bm25(config: IndexConfig, out: str) -> None:
     if config.kind not in (None, "bm25"):
         raise ConfigError(f"--kind {config.kind}: needs an --encoder (a sentence-transformers model)")
-    _refuse(config, _ENCODED_ALONE, "--encoder")
+    _refuse(config, _ENCODED_ALONE, "with --encoder")
     from data.corpus import Corpus
     from retriever_server.indexes.bm25 import BM25Index
 
@@ -200,7 +200,7 @@ def _build_bm25(config: IndexConfig, out: str) -> None:
 
 
 def _build_encoded(config: IndexConfig, encoder_name: str, out: str) -> None:
-    _refuse(config, _BM25_ALONE, "--kind bm25")
+    _refuse(config, _BM25_ALONE, "with --kind bm25")
     part = _parse_shard(config.shard)
     if config.ray and part != (1, 1):
         raise ConfigError(f"--shard {config.shard}: has no meaning with --ray, which gives out all shards")
@@ -281,11 +281,11 @@ def _say(index: Any, out: str, built: bool) -> None:
     print(f"{done} {some}{counted(count, 'passage')} in {out} (generation {index.generation})")
 
 
-def _refuse(config: IndexConfig, names: Sequence[str], needs: str) -> None:
-    """Raise ConfigError for options that would change nothing."""
+def _refuse(config: IndexConfig, names: Sequence[str], when: str) -> None:
+    """Raise ConfigError for options that would change nothing; `when` they have a meaning."""
     for name in names:
         if (value := getattr(config, name)) != getattr(IndexConfig, name):
-            raise ConfigError(f"--{name} {value}: has a meaning only with {needs}")
+            raise ConfigError(f"--{name} {value}: has a meaning only {when}")
 
 
 def _parse_shard(shard: str) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def test_ids_to_delete_stand_between_commas_or_in_a_file_of_text(tmp_path, capsy
 @pytest.mark.parametrize("other", [{"k1": 2.0}, {"add": "more.jsonl"}, {"out": "elsewhere"}])
 def test_what_would_change_nothing_is_refused(alone, other, tmp_path, corpus):
     run_index(corpus, out := str(tmp_path / "index"))
-    with pytest.raises(ConfigError, match=f"--{next(iter(other))} .*only with no --{alone}"):
+    with pytest.raises(ConfigError, match=f"--{next(iter(other))} .*only without --{alone}"):
         run_index(**{alone: out}, **other)
 
 
