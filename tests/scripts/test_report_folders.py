@@ -83,7 +83,7 @@ def test_of_many_evaluations_on_dev_first_best_and_last_are_shown_and_the_others
     caplog.set_level("INFO")
     found = payload(tmp_path)
     assert found["evaluations"] == ["before", "dev-000010", "dev-000020", "dev-000040"]
-    assert "'*' adds 1 others (dev-000030)" in found["chosen"] and found["chosen"] in caplog.text
+    assert "'*' adds 1 other (dev-000030)" in found["chosen"] and found["chosen"] in caplog.text
     assert payload(tmp_path, evaluations="dev-*")["evaluations"] == [f"dev-0000{i}0" for i in (1, 2, 3, 4)]
     assert payload(tmp_path, evaluations="dev-000030, before")["evaluations"] == ["before", "dev-000030"]
     with pytest.raises(ConfigError, match="none is called 'after'; there are before, dev-000010"):

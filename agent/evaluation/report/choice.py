@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent.evaluation.records import verdict_of
 from data.errors import ConfigError, require
+from data.text import counted
 
 if TYPE_CHECKING:
     from agent.evaluation.report.folders import Evaluation, Run
@@ -98,7 +99,7 @@ def describe(run: Run, choice: Choice, kept: int, asked: int) -> str:
         some = ", ".join(run.passed_over[:3]) + (", ..." if len(run.passed_over) > 3 else "")
         parts.append(
             f"of the evaluations on dev the first, the best and the last are shown; --evaluations '*' adds "
-            f"{len(run.passed_over):,} others ({some})"
+            f"{counted(len(run.passed_over), 'other')} ({some})"
         )
     return "; ".join(parts)
 
