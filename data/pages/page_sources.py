@@ -36,7 +36,7 @@ ENDS = (".pdf", *HTML, *IMAGES)
 _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _DATES = re.compile(rb"/(?:Creation|Mod)Date \(D:([^)]*)\)")
 _NAMED = re.compile(r"""(?:src|href)\s*=\s*(["']?)([^"'>]+?)\1(?=[\s/>])""", re.IGNORECASE)
-_PRINT_SECONDS = 120.0
+_PRINT_SECONDS = 60.0
 
 
 def find_pages(
@@ -135,6 +135,9 @@ def _printed(path: Path, folder: Path) -> bytes:
     try:
         subprocess.run(command, capture_output=True, timeout=_PRINT_SECONDS, check=True)
         return _DATES.sub(_undated, out.read_bytes())  # the same file, the same bytes
+    except subprocess.TimeoutExpired as error:
+        waits = "where a script opens a dialog, such as an alert, it waits for ever"
+        raise DataError(f"{path}: Chromium has not printed it in {_PRINT_SECONDS:g} s; {waits}") from error
     except (subprocess.SubprocessError, OSError) as error:
         raise DataError(f"{path}: Chromium could not print it: {type(error).__name__}") from error
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.corpus import Corpus
+from data.errors import DataError
 from data.pages.images import read_image
 from data.pages.page_sources import find_chromium, find_pages, print_html
 from scripts import __main__ as sleuth
@@ -106,6 +107,16 @@ def test_html_is_printed_again_where_its_folder_or_what_it_shows_differs(tmp_pat
     assert printed("a") == printed("a")
     (tmp_path / "a" / "my chart.png").write_text("another")
     assert printed("a").read_text() == "another"
+
+
+def test_html_that_chromium_does_not_print_is_named_with_the_seconds(tmp_path, monkeypatch):
+    (browser := tmp_path / "chromium").write_text("#!/bin/sh\nexec sleep 60\n")
+    browser.chmod(0o755)
+    monkeypatch.setattr("data.pages.page_sources.find_chromium", lambda: str(browser))
+    monkeypatch.setattr("data.pages.page_sources._PRINT_SECONDS", 0.1)
+    (tmp_path / "a.html").write_text("<script>alert(1)</script>")
+    with pytest.raises(DataError, match=r"a\.html: Chromium has not printed it in 0\.1 s; .* an alert"):
+        print_html(tmp_path / "a.html", tmp_path / "pdfs")
 
 
 @pytest.mark.parametrize(
