@@ -40,7 +40,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
         if b"\\u" in line:
             value = replace_halves_in(value, line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}: column {error.colno})") from error
+        wrong = "one object a line, no comma after it" if error.msg == "Extra data" else error.msg
+        raise ValueError(f"not valid JSON ({wrong}: column {error.colno})") from error
     except UnicodeDecodeError as error:
         packed = next((name for start, name in _PACKED.items() if line.startswith(start)), None)
         where = f"(byte {error.start + 1} of the line)"

@@ -105,7 +105,7 @@ def find_files(
     found = sorted(path for path in source.rglob("*") if path.name.lower().endswith(ends) and path.is_file())
     files = [path for path in found if not (passed_over and passed_over.resolve() in path.resolve().parents)]
     if not files:
-        raise ConfigError(f"source = {source}: holds no file that ends in {', '.join(ends)}")
+        raise ConfigError(f"{source}: holds no file that ends in {', '.join(ends)}")
     return files, source
 
 

@@ -156,7 +156,8 @@ def parse_passage(record: Mapping[str, Any]) -> Passage:
         contents = record.get("contents", "" if files else None)
         if contents is None:
             others = "".join(f' nor "{name}"' for name in ("text", *modalities()))
-            raise ValueError(f'neither "contents"{others}')
+            there = ", ".join(key for key, value in record.items() if value not in (None, ""))
+            raise ValueError(f'neither "contents"{others}; there are {there or "no columns"}'[:300])
         title, text = _split(text_of(contents, "contents"), title)
     passage = Passage(
         id=needed_id(first_of(record, "id", "_id", "docid")),

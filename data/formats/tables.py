@@ -217,7 +217,10 @@ def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
             encoding = "utf-16" if raw.peek(2)[:2] in _UTF16 else "utf-8-sig"
             with io.TextIOWrapper(raw, encoding) as file:  # type: ignore[arg-type]
                 yield file
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        wrong = f"not UTF-8 (it holds the byte 0x{error.object[error.start]:02x})"
+        raise DataError(f"{path}: cannot be read: {wrong}; iconv makes it of other encodings") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 

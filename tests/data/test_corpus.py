@@ -88,6 +88,7 @@ def test_blank_lines_a_mark_and_no_last_newline_change_nothing(tmp_path):
         ('{"id": "", "text": "a"}', 'no "id"'),
         ('{"id": true, "text": "a"}', '"id" must be a string, found true'),
         ('{"id": "x"}', 'neither "contents" nor "text"'),
+        ('{"id": "x", "txet": "a"}', 'neither "contents" nor "text" nor "image"; there are id, txet'),
         ('{"id": "x", "text": 3}', '"text" must be a string, found 3'),
         ('{"id": "x", "contents": ["a"]}', '"contents" must be a string'),
         ('{"id": "p0", "text": "again"}', "id 'p0' stands on line 2 already"),

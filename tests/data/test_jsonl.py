@@ -64,6 +64,7 @@ def test_blank_lines_marks_and_windows_line_ends_are_no_trouble(tmp_path):
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
+        (b'{"a": 1},\n', r"not valid JSON \(one object a line, no comma after it: column 9\)"),
         (b'{"a": 1', r"not valid JSON \(Expecting ',' delimiter: column 8\)"),
         (b"[1, 2]", r"expected an object {...}, found an array"),
         (b"null", "found null"),

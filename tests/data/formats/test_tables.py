@@ -78,7 +78,7 @@ def test_parquet_rows_have_the_same_values(tmp_path):
         ("a.csv", "a,a\n1,2\n", r"a.csv:1: a column stands there twice: a, a"),
         ("a.parquet", "nonsense", r"a.parquet: cannot be read"),
         ("a.jsonl.gz", "not packed", r"a.jsonl.gz: cannot be read"),
-        ("a.csv", "a,b\n\udcff,2\n", r"a.csv: cannot be read: 'utf-8'"),
+        ("a.csv", "a,b\n\udcff,2\n", r"a.csv: cannot be read: not UTF-8 \(it holds the byte 0xff\); iconv"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, text, wrong):
