@@ -27,6 +27,10 @@ from retriever_server.server.routes.mcp import add_mcp, make_mcp
 from retriever_server.server.service import SearchService
 
 __all__ = ["Limits", "create_app"]
+_TOKENS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 
 
 def create_app(
@@ -66,12 +70,13 @@ def create_app(
         lifespan=lambda _: _lifespan(service, watch_seconds, mcp),
     )
     app.state.service = service
+    access = Access(token, admin_token, hosts)
     # Opened now: the middleware is made when it serves.
     log = RequestLog(request_log) if request_log else None
     app.add_middleware(
         RequestMiddleware,
         metrics=service.metrics,
-        access=Access(token, admin_token, hosts),
+        access=access,
         max_body_bytes=limits.max_body_bytes,
         request_log=log,
     )
@@ -80,7 +85,25 @@ def create_app(
         app.router.routes.extend(router.routes)  # side by side: a router in a router matches each twice
     if mcp is not None:
         add_mcp(app, mcp, guarded=token is not None or hosts is not None)
+    if token or admin_token:
+        _describe_tokens(app, access)
     return app
+
+
+def _describe_tokens(app: FastAPI, access: Access) -> None:
+    """Let the OpenAPI page tell which routes need a token, and how it is sent."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        page = plain()
+        page["components"]["securitySchemes"] = _TOKENS
+        for path, methods in page["paths"].items():
+            for method, route in methods.items():
+                if access.refusal(method.upper(), path, {}):
+                    route["security"] = [{name: []} for name in _TOKENS]
+        return page
+
+    app.openapi = described
 
 
 @asynccontextmanager

@@ -199,3 +199,22 @@ def test_what_names_no_token_or_folder_is_refused(tmp_path):
     index = str(build_small_index(tmp_path))
     with pytest.raises(ConfigError, match=r"admin_token_file .*empty: must hold one word"):
         build_app(ServeConfig(index, admin_token_file=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "guarded", "open_"),
+    [
+        ({"token": "t"}, {"/retrieve", "/v1/info", "/admin/reload"}, {"/healthz", "/readyz"}),
+        ({"admin_token": "a"}, {"/admin/reload", "/admin/passages"}, {"/retrieve", "/v1/info", "/healthz"}),
+        ({}, set(), {"/retrieve", "/admin/reload"}),
+    ],
+)
+def test_the_description_tells_which_routes_need_a_token(tokens, guarded, open_):
+    headers = {"X-API-Key": "t"}
+    with TestClient(create_app(Stub(), **tokens)) as server:
+        page = server.get("/openapi.json", headers=headers).json()
+    needing = {
+        path for path, each in page["paths"].items() if any("security" in route for route in each.values())
+    }
+    assert guarded <= needing and not open_ & needing
+    assert ("securitySchemes" in page["components"]) == bool(tokens)
