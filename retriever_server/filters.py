@@ -71,11 +71,14 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-def find_documents(corpus: Corpus, places: Sequence[str]) -> list[Passage | None]:
+def find_documents(corpus: Corpus, places: Sequence[str], whole: bool = False) -> list[Passage | None]:
     """Return the document at each place: a passage by its id, or all passages of a url in one.
 
-    None where there is none: nothing outside the corpus is ever looked for.
+    None where there is none: nothing outside the corpus is ever looked for. whole: places are ids, of each
+    the document that the passage is from.
     """
+    if whole:
+        return [corpus.document(place) for place in places]
     documents = {place: corpus.get(place) for place in places}
     urls = [place for place, found in documents.items() if found is None and is_url(place)]
     parts: dict[str, list[Passage]] = {url: [] for url in urls}

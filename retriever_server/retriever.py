@@ -169,11 +169,18 @@ class Retriever(ABC):
         Its passages are those beside it with its url, else its title. Raises RetrieverRefused where there is
         neither a corpus here nor a Sleuth server over one.
         """
-        if self.corpus is not None:
-            return self.corpus.document(passage_id)
-        if self.parts:
-            return await self.parts[0].document(passage_id)
-        raise RetrieverRefused(f"{type(self).__name__}: no corpus to read documents from")
+        if self.corpus is not None and (found := self.corpus.document(passage_id)):
+            return found
+        refusals = [RetrieverRefused(f"{type(self).__name__}: no corpus to read documents from")]
+        for part in self.parts:
+            try:
+                if found := await part.document(passage_id):
+                    return found
+            except RetrieverRefused as error:
+                refusals.append(error)
+        if self.corpus is None and len(refusals) > len(self.parts):
+            raise refusals[-1]
+        return None
 
     async def leave(self) -> None:  # noqa: B027 (most hold nothing open)
         """Close the connections of the running event loop."""

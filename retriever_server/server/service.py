@@ -20,6 +20,7 @@ from data.errors import ConfigError, DataError, RetrieverError
 from data.records import Hit, Input, Item, Passage
 from data.text import is_unicode
 from retriever_server.filters import find_documents, is_url, parse_filter, prepare
+from retriever_server.retriever import corpora_in
 from retriever_server.server.backends import HotSwappable, SearchPipeline, backend_of
 from retriever_server.server.batching import FAIL_ALIKE, Batcher, Batching
 from retriever_server.server.config import Limits
@@ -181,14 +182,17 @@ class SearchService:
         Raises DataError if the default backend has no corpus of its own.
         """
         with self.backend().current as lease:
-            if (corpus := lease.retriever.corpus) is None:
+            if not (corpora := corpora_in(lease.retriever)):
                 raise DataError("this retriever has no corpus of its own to read pages from")
-            if not whole and any(map(is_url, places)):
-                await wait_for_columns(corpus)
+            found: dict[str, Passage | None] = dict.fromkeys(places)
             try:
-                if whole:
-                    return [await asyncio.to_thread(corpus.document, place) for place in places]
-                return await asyncio.to_thread(find_documents, corpus, places)
+                for corpus in corpora:
+                    missing = [place for place, page in found.items() if page is None]
+                    if not whole and any(map(is_url, missing)):
+                        await wait_for_columns(corpus)
+                    pages = await asyncio.to_thread(find_documents, corpus, missing, whole)
+                    found |= zip(missing, pages, strict=True)
+                return [found[place] for place in places]
             except (DataError, ConfigError) as error:  # a passage that is none any more
                 raise QueryFailed(error) from error
 

@@ -1,16 +1,27 @@
 """Fuse, Sharded and Cached against double loops, and what they do when a part is slow, dead or swapped."""
 
+import asyncio
 import threading
 
 import numpy as np
 import pytest
 
-from data.errors import ConfigError, DataError, RetrieverError, RetrieverTimeout, RetrieverUnavailable
+from data.corpus import Corpus
+from data.errors import (
+    ConfigError,
+    DataError,
+    RetrieverError,
+    RetrieverRefused,
+    RetrieverTimeout,
+    RetrieverUnavailable,
+)
+from data.jsonl import write_jsonl
 from data.records import Hit, Passage
 from retriever_server.retriever import Retriever
 from retriever_server.retrievers.cache import Cached
 from retriever_server.retrievers.fuse import Fuse
 from retriever_server.retrievers.shard import Sharded
+from tests.retriever_server.running import post
 
 
 class Fixed(Retriever):
@@ -201,3 +212,22 @@ def test_an_answer_with_a_part_missing_is_not_remembered():
 def test_wrong_settings_are_refused(make, said):
     with pytest.raises(ConfigError, match=said):
         make()
+
+
+def with_corpus(folder, *ids) -> Fixed:
+    write_jsonl(folder / f"{ids[0]}.jsonl", [{"id": i, "title": i, "text": f"text {i}"} for i in ids])
+    part = Fixed("g", dict.fromkeys(ids, 1.0))
+    part.corpus = Corpus(folder / f"{ids[0]}.jsonl")
+    return part
+
+
+def test_documents_and_pages_are_those_of_any_part(tmp_path):
+    joined = Cached(Sharded([with_corpus(tmp_path, "a", "b"), Fixed("bare", {}), with_corpus(tmp_path, "c")]))
+    found = [asyncio.run(joined.document(place)) for place in ("b", "c", "d")]
+    assert [page and page.text for page in found] == ["text b", "text c", None]
+    for whole in (False, True):
+        body = {"urls": ["c", "d", "a"], "whole": whole}
+        told = post(joined, "/access", body).json()["result"]
+        assert [page and page["contents"] for page in told] == ['"c"\ntext c', None, '"a"\ntext a']
+    with pytest.raises(RetrieverRefused, match="Fixed: no corpus"):
+        asyncio.run(Sharded([Fixed("bare", {}), Fixed("too", {})]).document("a"))
