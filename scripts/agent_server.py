@@ -12,10 +12,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
@@ -23,6 +24,7 @@ import retriever_server.server
 from retriever_server.server.errors import ClientGone, add_error_replies, error_body, status_and_reason
 from retriever_server.server.middleware import JsonRoute
 from retriever_server.server.replies import JsonReply, find_model, list_models
+from retriever_server.server.reply_schema import ModelReply, ModelsReply
 from retriever_server.server.service import Caller
 from scripts.agent_service import AgentService, ChatBody
 
@@ -53,7 +55,66 @@ def create_app(service: AgentService, **options: Any) -> FastAPI:
     return app
 
 
-@router.post(CHAT)
+class FoundPassage(BaseModel):
+    """A passage that a search found."""
+
+    id: str
+    title: str
+    text: str
+    url: str
+    score: float
+    generation: str
+
+
+class SearchMade(BaseModel):
+    """A search of the policy."""
+
+    query: str
+    tool: str
+    passages: list[FoundPassage]
+    seconds: float
+
+
+class Said(BaseModel):
+    """The message of the policy."""
+
+    role: Literal["assistant"]
+    content: str | None
+    citations: list[str]
+    confidence: float | None = None
+    reasoning_content: str
+    searches: list[SearchMade]
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: int
+    message: Said
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str
+
+
+class Usage(BaseModel):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatReply(BaseModel):
+    """Answer of `/v1/chat/completions`; a stream tells the same in parts."""
+
+    id: str
+    created: int
+    model: str
+    object: Literal["chat.completion"]
+    choices: list[Choice]
+    usage: Usage
+
+
+@router.post(CHAT, response_model=ChatReply)
 async def chat(body: ChatBody, caller: _RequestOf) -> Response:
     """Answer the last message."""
     service: AgentService = caller.app.state.service
@@ -70,13 +131,13 @@ async def chat(body: ChatBody, caller: _RequestOf) -> Response:
     return JsonReply({**frame, "object": "chat.completion", "choices": choices, "usage": usage})
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=ModelsReply)
 async def models(service: _ServiceOf) -> dict[str, Any]:
     """Name the policy."""
     return list_models([service.name])
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", response_model=ModelReply)
 async def model(name: str, service: _ServiceOf) -> dict[str, Any]:
     """Describe the policy."""
     return find_model([service.name], name)

@@ -13,7 +13,7 @@ from scripts import __main__ as sleuth
 from scripts.serve_agent import ServeAgentConfig, build_app
 from scripts.wiring import open_agent
 from tests.fakes import byte_tokenizer, tiny_model
-from tests.retriever_server.running import build_small_index, serving, wait_until
+from tests.retriever_server.running import assert_as_described, build_small_index, serving, wait_until
 from tests.retriever_server.server.test_search_page import CHROMIUM, Browser
 from tests.scripted import ScriptedEngine
 
@@ -57,7 +57,10 @@ def agent_app(tmp_path, monkeypatch):
 
 def ask(app, path=CHAT, headers=None, **more):
     with TestClient(app, base_url="http://127.0.0.1") as client:
-        return client.post(path, json={**ASKED, **more}, headers=headers)
+        answer = client.post(path, json={**ASKED, **more}, headers=headers)
+    if not more.get("stream"):
+        assert_as_described(app, answer)
+    return answer
 
 
 def test_an_answer_comes_with_its_thoughts_searches_and_citations(agent_app):
