@@ -29,7 +29,8 @@ def main(
 
     Args:
         source: A file, or a folder that is read with all its subfolders (other files are passed over); a
-            corpus (.jsonl), whose passages are cut smaller; FOLDER or FOLDER:DOMAIN of a test collection.
+            corpus (.jsonl), whose passages are cut smaller; a table (.csv, .parquet, ...), a row a passage;
+            FOLDER or FOLDER:DOMAIN of a test collection.
         out: JSON lines file to write; one that exists is replaced when all is done.
         words: About how many words a passage has; it ends with a sentence.
         overlap: About how many words a passage repeats of the one before, in whole sentences.
