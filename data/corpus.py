@@ -229,10 +229,10 @@ def _document_of(passage: Passage) -> str:
 
 def _open(path: Path) -> int:
     """A descriptor of the file. Raises DataError."""
-    if path.suffix == ".gz":
-        raise DataError(f"{path}: a compressed corpus cannot be read at any place; gunzip it first")
     try:
         check_is_file(path)
+        if path.suffix == ".gz":
+            raise DataError(f"{path}: is compressed, so passages cannot be read alone; gunzip it first")
         if path.stat().st_size == 0:
             raise DataError(f"{path}: holds no passages")
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

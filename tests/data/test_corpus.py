@@ -124,6 +124,7 @@ def test_passages_without_text_are_counted_and_kept(tmp_path, caplog):
 def test_file_that_cannot_be_a_corpus_is_said(tmp_path):
     for name, content, wrong in (
         ("none.jsonl", None, "no such file"),
+        ("none.jsonl.gz", None, "no such file"),
         ("empty.jsonl", b"", "holds no passages"),
         ("blank.jsonl", b"\n \n", "holds no passages"),
         ("a.jsonl.gz", b"\x1f\x8b", "gunzip it first"),
