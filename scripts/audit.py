@@ -7,6 +7,7 @@ from typing import Literal
 
 from data.errors import require
 from data.questions import load_questions
+from data.text import counted
 from scripts.console import show_table, track
 
 
@@ -39,6 +40,6 @@ def main(
     found = answerable(asked, track("reading the corpus")(read, len(read)))
     audited = audit(asked, found)
     columns, rows = show_rows(audited)
-    show_table(f"{len(read):,} passages of {corpus}", columns, rows)
+    show_table(f"{counted(len(read), 'passage')} of {corpus}", columns, rows)
     if out:
         write_audit(out, asked, found, audited)

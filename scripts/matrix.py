@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from agent.engines.config import EngineConfig
 from data.errors import require, require_range
+from data.text import counted
 from rl.config import ProtocolConfig
 from scripts.agent_options import QuestionOptions
 from scripts.console import bar, show_table
@@ -104,7 +105,7 @@ def main(config: MatrixConfig) -> None:
     baseline = named[config.baseline] if config.baseline else config.cells[0]
     matrix = read_matrix(folders, baseline, config.diagonal)
     write_matrix(config.out, matrix)
-    show_table(f"{matrix['n']:,} questions", *table(matrix))
+    show_table(counted(matrix["n"], "question"), *table(matrix))
     if matrix["contrasts"]:
         show_table("", *contrast_table(matrix))
     print(f"`sleuth report {config.out}` draws it")

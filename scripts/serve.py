@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.text import counted
 from retriever_server.server.config import ServeConfig
 from scripts.listening import announce, hosts_of, read_token
 
@@ -31,7 +32,8 @@ def main(config: ServeConfig) -> None:
     app = build_app(config)  # with several workers too: what does not open is refused here, in one line
     lease = app.state.service.backend().current
     manifest = getattr(lease.retriever, "manifest", None)
-    served = f"{manifest.corpus_count:,} passages ({lease.generation})" if manifest else lease.generation
+    count = counted(manifest.corpus_count, "passage") if manifest else ""
+    served = f"{count} ({lease.generation})" if manifest else lease.generation
     opened_seconds = time.monotonic() - start
     with listen(config.host, config.port) as listener:
         announce_it = functools.partial(announce, config, listener.getsockname(), served)

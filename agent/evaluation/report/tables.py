@@ -232,7 +232,7 @@ def _label(name: str) -> str:
 
 def _footnote(run: Run, compared: Compared | str) -> str:
     scores = run.evaluations[0].scores
-    units = f"{scores['n']:,} questions"
+    units = counted(scores["n"], "question")
     if scores["clusters"] < scores["n"]:
         units = f"{scores['clusters']:,} clusters of questions (those about one entity stay together)"
     text = f"Intervals: 95 % bootstrap, {scores['resamples']:,} resamples of {units}."
