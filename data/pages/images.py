@@ -104,6 +104,12 @@ def read_pdf(path: str | Path) -> tuple[str, list[str]]:
         return title.strip(), texts
 
 
+def check_pdf_reader(path: str | Path) -> None:
+    """Raise ConfigError, naming the file, where the package that reads PDFs is missing."""
+    with needs_images(str(path)):
+        import pypdfium2  # noqa: F401
+
+
 def thumbnail(image: Image, side: int) -> bytes:
     """A JPEG file of the picture, shrunk so that neither width nor height is over `side` pixels."""
     small = image.copy()

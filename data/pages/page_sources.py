@@ -22,7 +22,7 @@ from data.atomic import atomic_write
 from data.corpus import Corpus
 from data.errors import ConfigError, DataError
 from data.formats.documents import find_files
-from data.pages.images import read_pdf
+from data.pages.images import check_pdf_reader, read_pdf
 from data.records import Passage
 from data.text import name_of
 
@@ -77,6 +77,7 @@ def pages_in(path: Path, root: Path, scratch: Path) -> list[Passage]:
     name, end = name_of(path.relative_to(root).as_posix()), path.suffix.lower()
     if end in IMAGES:
         return [Passage(name, "", path.stem, {"source": name}, str(path))]
+    check_pdf_reader(path)  # before Chromium prints a file that nobody could read
     pdf = print_html(path, scratch) if end in HTML else path
     title, texts = read_pdf(pdf)
     return [

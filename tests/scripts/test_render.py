@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.corpus import Corpus
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.pages.images import read_image
 from data.pages.page_sources import find_chromium, find_pages, print_html
 from scripts import __main__ as sleuth
@@ -107,6 +107,14 @@ def test_html_is_printed_again_where_its_folder_or_what_it_shows_differs(tmp_pat
     assert printed("a") == printed("a")
     (tmp_path / "a" / "my chart.png").write_text("another")
     assert printed("a").read_text() == "another"
+
+
+def test_the_package_that_reads_pdfs_is_missed_before_chromium_prints(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    monkeypatch.setattr("data.pages.page_sources.find_chromium", lambda: pytest.fail("asked to print"))
+    (tmp_path / "a.html").write_text("<p>A page.</p>")
+    with pytest.raises(ConfigError, match=r"a\.html: needs the package pypdfium2"):
+        find_pages(tmp_path / "a.html", tmp_path / "pdfs")
 
 
 def test_html_that_chromium_does_not_print_is_named_with_the_seconds(tmp_path, monkeypatch):
