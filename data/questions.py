@@ -62,7 +62,7 @@ def load_questions(
     Raises DataError "FILE:LINE: what is wrong", also for a row without a question or a gold answer.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit = {limit}: must be >= 1, or None for all")
+        raise ConfigError(f"limit = {limit}: must be >= 1, or null for all")
     rows = [row for name in _source_names(source) for row in _read_source(name, split)]
     # All rows are parsed, so that ids and errors are the same with a limit and without.
     questions = [

@@ -78,7 +78,7 @@ def add(
         known = corpus.positions(ids := [each.id for each in added])
         if not replaces and (known >= 0).any():
             there = ids[int(np.argmax(known >= 0))]
-            raise DataError(f"{path}: has a passage {there!r} already (replace: true puts the new one there)")
+            raise DataError(f"{path}: has a passage {there!r} already; with replace the new one stays")
         _write_part(path, name, manifest, added, encoder, **how)
         left = _rows(corpus, np.delete(np.arange(len(corpus)), known[known >= 0]))
         kept = np.concatenate([left, sum(map(len, corpus.parts)) + np.arange(len(added))])
