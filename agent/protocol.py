@@ -26,7 +26,7 @@ class Answer:
 
     text: str
     confidence: float | None = None
-    """How sure the policy is, in [0, 1], where it says so."""
+    """Confidence of the policy, in [0, 1], where it states one."""
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ class Replicas:
         return await self._with_any(lambda part: part.ask(queries, k))
 
     async def probe(self) -> None:
-        """As `Http.probe`, of all at once: raises where none of them answers."""
+        """Probe all at once, as `Http.probe`: raises where none of them answers."""
         outcomes = await asyncio.gather(
             *(part.probe() for part in self.parts.values()), return_exceptions=True
         )

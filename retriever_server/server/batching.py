@@ -88,7 +88,7 @@ class Batcher:
         self._groups: dict[Hashable, deque[_Entry]] = {}
         """Key -> its items; the key that has waited longest comes first."""
         self._begun: dict[int, float] = {}
-        """When each batch that is worked on was begun."""
+        """Time at which each batch that is worked on was begun."""
         self._seconds_per_item = self._seconds_per_batch = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 

@@ -31,7 +31,7 @@ class DataConfig:
     labels: bool = False
     """Hand the teacher's scores to the loss; examples without are left out."""
     labels_of: Literal["teacher", "any"] = "teacher"
-    """Whose scores: a teacher's alone, or any, also those of the retriever that mined the negatives."""
+    """Source of the scores: a teacher alone, or any, also those of the retriever that mined the negatives."""
     weights: bool = False
     """Hand the loss (WeightedInfoNCE) the weights that `sleuth mine --trajectories` gave examples and
     negatives; 1 where an example says none."""

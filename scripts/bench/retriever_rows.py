@@ -63,7 +63,7 @@ def dpr(work: Work) -> Training:
 
 
 def splade(work: Work) -> Training:
-    """From a head that was warmed up."""
+    """Begin with a head that was warmed up."""
     loss = part("splade_loss", {"passage_weight": 3e-3, "query_weight": 3e-3})
     model = part("splade", {"base": work.warmed_up(), "max_tokens": TOKENS})
     return Training(model, loss, options={"save_every": 60, "keep": 10})

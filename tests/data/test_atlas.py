@@ -34,7 +34,7 @@ STABLE = set(ASKED) - {"element_symbol"} | {"kind"}
 
 
 def holds(text: str, value: str) -> bool:
-    """Whether the value stands in the text as whole words."""
+    """Return whether the value stands in the text as whole words."""
     return bool(re.search(rf"(?<![\w.,']){re.escape(value)}(?![\w']|,\d)", text, re.IGNORECASE))
 
 

@@ -134,7 +134,7 @@ def type_of(value):
 
 
 def holds(value, condition) -> bool:
-    """Whether one value is what a filter asks, by the definition."""
+    """Return whether one value is what a filter asks, by the definition."""
     if isinstance(condition, dict) and "in" not in condition:
         ops = {"gte": operator.ge, "gt": operator.gt, "lte": operator.le, "lt": operator.lt}
         same = all(type_of(value) == type_of(bound) for bound in condition.values())

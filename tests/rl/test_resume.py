@@ -51,7 +51,7 @@ def until(process, happened):
 
 
 def is_open(process, out):
-    """Whether the process holds the run folder, so that it is resuming, or in a step."""
+    """Return whether the process holds the run folder, so that it is resuming, or in a step."""
     file = out / "run.pid"
     return file.exists() and file.read_text().strip() == str(process.pid)
 

@@ -1,4 +1,4 @@
-"""From a folder of PDFs to pages, an index of screenshots, a server, and an agent's answers."""
+"""Pages of a folder of PDFs, an index of screenshots, a server, and an agent's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is pushed to the hub, and the card that says what it is, made of the run alone."""
+"""Push to the hub, with a card made of the run alone."""
 
 import json
 import shutil

@@ -66,7 +66,7 @@ def start(recipe, tmp_path, monkeypatch):
 
 
 def stamps(run):
-    """When each file that is expensive to make was written."""
+    """Return the time at which each expensive file was written."""
     files = [*run.glob("world/*.jsonl"), *run.glob("world/index/**/*"), *run.glob("checkpoints/**/*")]
     return {path: path.stat().st_mtime_ns for path in files}
 

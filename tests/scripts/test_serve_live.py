@@ -72,7 +72,7 @@ def test_workers_share_the_port_are_replaced_and_swap_together(tmp_path):
     headers = {"Authorization": "Bearer t"}
 
     def serve(url: str, name: str) -> bool:
-        """Whether two workers say that they serve this generation."""
+        """Return whether two workers say that they serve this generation."""
         try:
             text = httpx.get(f"{url}/metrics", headers=headers, timeout=60).text
         except httpx.TransportError:

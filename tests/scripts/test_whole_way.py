@@ -1,4 +1,4 @@
-"""From pairs to a live retriever: mined, trained, indexed, swapped in a server, asked by the agent."""
+"""Pairs become a live retriever: mined, trained, indexed, swapped in a server, asked by the agent."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TURNS = [HERMES.render_turn("I look", action) for action in ACTIONS]
 
 @dataclass
 class Seen:
-    """What came of the script; `ids` from the prompt's end to the end of the last observation."""
+    """Outcome of the script; `ids` from the prompt's end to the end of the last observation."""
 
     observations: list[str]
     searches: int

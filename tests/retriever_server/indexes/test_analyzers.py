@@ -86,7 +86,7 @@ def reference_breaks(text: str) -> list[str]:
     ]
 
     def joined(i: int) -> bool:
-        """Whether characters i - 1 and i stand in one word."""
+        """Return whether characters i - 1 and i stand in one word."""
         left, right = kinds[i - 1], kinds[i]
         before, after = (kinds[j] if 0 <= j < len(kinds) else " " for j in (i - 2, i + 1))
         if left in "ANE" and right in "ANE":

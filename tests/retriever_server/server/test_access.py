@@ -1,4 +1,4 @@
-"""Who may ask: names, tokens, administrators; what no page of others may do; which pictures are shown."""
+"""Access: names, tokens, administrators; what no page of others may do; which pictures are shown."""
 
 import json
 

@@ -36,7 +36,7 @@ def mixture(of=plain, sizes=SIZES, **options):
 
 
 def sources(batches):
-    """Which set each batch is of; fails where a batch is of several."""
+    """Return the set of each batch; fails where a batch is of several."""
     found = [{int(index >= SIZES[0]) for index in batch} for batch in batches]
     assert all(len(each) == 1 for each in found)
     return [each.pop() for each in found]

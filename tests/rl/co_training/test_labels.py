@@ -191,7 +191,7 @@ def test_an_empty_query_is_no_example_in_any_style(style, tmp_path):
 
 
 def test_two_questions_of_one_id_stay_two(tmp_path):
-    """As in two files of trajectories that were joined."""
+    """Join trajectories as of two files."""
     other = TWO_HOPS | {"question": "Who built it?", "gold_answers": ["Eiffel"], "answer": "Eiffel"}
     found = []
     for records in ([TWO_HOPS, other], [other, TWO_HOPS]):

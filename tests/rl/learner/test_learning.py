@@ -72,7 +72,7 @@ ELSEWHERE = {
     "credit_permuted",
     "answer_value",
 }
-"""Which questions are asked (test_collecting.py), what the optimiser does (below), and what searches earn
+"""Tested elsewhere: questions asked (test_collecting.py), the optimiser (below), credit of searches
 (test_search_credit.py)."""
 
 CASES = {
